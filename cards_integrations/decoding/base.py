@@ -1,0 +1,66 @@
+"""What a decoding method sees: a session that drafts and keeps, and drafts with rewards."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+from cards_integrations.decoding.segmentation import Boundary
+from cards_integrations.models.base import Candidate
+from cards_integrations.trace import Verdict
+
+
+@dataclass(eq=False)
+class Draft:
+    """A finished candidate segment. `end` is the length of kept text plus candidate, in tokens."""
+
+    index: int
+    candidate: Candidate
+    reward: float
+    end: int
+    uniform: float
+    text: str
+    threshold: float | None = None
+    verdict: Verdict = "unscored"
+
+
+class Session(Protocol):
+    """One request, seen from a decoding method: no tensors, no threads, no framework."""
+
+    max_tokens: int
+
+    @property
+    def finished(self) -> bool:
+        """End-of-sequence, a stop string or the token limit has been reached."""
+
+    @property
+    def reward_scale(self) -> tuple[float, float] | None:
+        """Mean and spread of the reward over plain answers, where they are known."""
+
+    async def prompt_reward(self) -> float:
+        """r(x): the reward of the prompt with an empty answer."""
+
+    def drafts(self, until: Boundary, limit: int, scored: bool = True) -> AsyncIterator[Draft]:
+        """At most `limit` i.i.d. candidates for the next segment, in index order."""
+
+    def better(self, best: Draft | None, draft: Draft) -> Draft:
+        """The one with the higher reward (the earlier in a tie); the other is given up."""
+
+    async def keep(self, draft: Draft) -> None:
+        """Append the candidate to the answer; whatever else was drafted is given up."""
+
+
+class Decoding(BaseModel):
+    """A decoding method: its settings, and one coroutine that reads like the paper."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: str
+    needs_reward: ClassVar[bool] = True
+
+    async def generate(self, session: Session) -> None:
+        """Draft and keep until `session.finished`."""
+        raise NotImplementedError

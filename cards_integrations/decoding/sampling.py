@@ -1,0 +1,24 @@
+"""Plain sampling from the language model: nothing is scored, nothing is rejected."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from cards_integrations.decoding.base import Decoding, Session
+from cards_integrations.decoding.segmentation import FixedLength
+
+
+class Sampling(Decoding):
+    """Ancestral sampling; `chunk` is how many tokens are streamed at a time."""
+
+    method: Literal["sampling"] = "sampling"
+    chunk: Annotated[int, Field(ge=1)] = 8
+    needs_reward: ClassVar[bool] = False
+
+    async def generate(self, session: Session) -> None:
+        until = FixedLength(length=self.chunk)
+        while not session.finished:
+            async for draft in session.drafts(until=until, limit=1, scored=False):
+                await session.keep(draft)

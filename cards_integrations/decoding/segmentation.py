@@ -1,0 +1,86 @@
+"""Where a segment ends: at a rise of predictive uncertainty, at a fixed length, at punctuation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from cards_integrations.models.base import Boundary
+
+if TYPE_CHECKING:
+    import torch
+
+Measure = Literal["entropy", "max_probability", "evidential"]
+
+
+def uncertainty(measure: Measure, logits: torch.Tensor) -> torch.Tensor:
+    """Predictive uncertainty from raw logits (n, vocabulary) -> (n,); section 3.2 of the paper.
+
+    `entropy` is Shannon entropy in nats, `max_probability` is 1 - max p, `evidential` is
+    V / sum(relu(logit) + 1). Full vocabulary, no temperature, no top-k.
+    """
+    if measure == "entropy":
+        log_p = logits.log_softmax(-1)
+        return -(log_p.exp() * log_p).sum(-1)
+    if measure == "max_probability":
+        return 1 - logits.softmax(-1).amax(-1)
+    return logits.shape[-1] / (logits.relu() + 1).sum(-1)
+
+
+class _Between(Boundary):
+    min_length: Annotated[int, Field(ge=1)] = 4
+    max_length: Annotated[int, Field(ge=1)] = 64
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.min_length > self.max_length:
+            raise ValueError(f"min_length={self.min_length} is more than max_length={self.max_length}")
+        return self
+
+    @property
+    def shortest(self) -> int:
+        return self.min_length
+
+    @property
+    def longest(self) -> int:
+        return self.max_length
+
+
+class Uncertainty(_Between):
+    """End *before* the first token whose uncertainty reaches `threshold`."""
+
+    kind: Literal["uncertainty"] = "uncertainty"
+    measure: Measure = "entropy"
+    threshold: Annotated[float, Field(allow_inf_nan=False)] = 3.0
+
+    def ends_before(self, logits: torch.Tensor) -> torch.Tensor:
+        return uncertainty(self.measure, logits) >= self.threshold
+
+
+class Punctuation(_Between):
+    """End after a token that closes with one of `marks`."""
+
+    kind: Literal["punctuation"] = "punctuation"
+    marks: tuple[str, ...] = (".", "!", "?", "\n")
+
+    def ends_after(self, text: str) -> bool:
+        return text.endswith(self.marks)
+
+
+class FixedLength(Boundary):
+    """End after `length` tokens."""
+
+    kind: Literal["fixed_length"] = "fixed_length"
+    length: Annotated[int, Field(ge=1)] = 16
+
+    @property
+    def shortest(self) -> int:
+        return self.length
+
+    @property
+    def longest(self) -> int:
+        return self.length
+
+
+AnyBoundary = Annotated[Uncertainty | FixedLength | Punctuation, Field(discriminator="kind")]

@@ -1,0 +1,38 @@
+"""The typed errors a caller can meet; every message names the setting and says the mend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class CardsError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class SettingsError(CardsError, ValueError):
+    """A setting or a per-call argument cannot be used as given."""
+
+
+class PromptError(CardsError, ValueError):
+    """The prompt or the messages cannot be turned into model input."""
+
+
+class ModelError(CardsError):
+    """A model or a tokenizer cannot be found, loaded or used."""
+
+
+class RewardError(CardsError):
+    """A reward model failed, or returned something that is not one finite score per text."""
+
+
+class EngineClosed(CardsError, RuntimeError):
+    """The engine was closed while, or before, the request ran."""
+
+
+def unknown(what: str, name: str, known: Iterable[str], hint: str = "") -> SettingsError:
+    """The error for a name nobody registered: near matches first, then all known names."""
+    known = sorted(known)
+    near = get_close_matches(name, known, n=3, cutoff=0.5)
+    guess = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+    return SettingsError(f"{what}={name!r} is not known.{guess} Known: {', '.join(known)}.{hint}")

@@ -1,0 +1,121 @@
+"""Where text is drafted: the protocol between the engine and a language model."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+from cards_integrations.models.randomness import Uniforms
+from cards_integrations.models.sampling import Sampler
+from cards_integrations.models.stops import StopStrings
+from cards_integrations.trace import FinishReason, Usage
+
+if TYPE_CHECKING:
+    import torch
+
+Message = dict[str, str]
+
+
+class Boundary(BaseModel):
+    """Where a candidate segment ends, besides end-of-sequence, stop strings and the room left."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def ends_before(self, logits: torch.Tensor) -> torch.Tensor | None:
+        """For logits (n, vocabulary) of the next token: end here? (n,) bool; None if never."""
+        return None
+
+    def ends_after(self, text: str) -> bool:
+        """Does a segment with this text end with its last token?"""
+        return False
+
+    @property
+    def reads_text(self) -> bool:
+        return type(self).ends_after is not Boundary.ends_after
+
+    @property
+    @abstractmethod
+    def shortest(self) -> int:
+        """Tokens before which `ends_before` and `ends_after` are not asked."""
+
+    @property
+    @abstractmethod
+    def longest(self) -> int:
+        """Tokens at which the segment ends at the latest."""
+
+
+@dataclass(eq=False)
+class Context:
+    """A prompt and the text kept so far, as every candidate of a request sees it."""
+
+    prompt: str | list[Message]
+    prompt_ids: list[int]
+    max_tokens: int
+    sampler: Sampler
+    stop: StopStrings
+    usage: Usage
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+    state: Any = None  # the language model's own
+
+
+@dataclass(eq=False)
+class Candidate:
+    """One candidate segment, from its first token to its end.
+
+    `text` and `ids` are the candidate's own; `response` is the kept text plus `text`, cut before a
+    stop string. `whole` says that the text is all of the ids (no stop string was cut off).
+    """
+
+    context: Context
+    boundary: Boundary
+    uniforms: Uniforms
+    index: int
+    ids: list[int] = field(default_factory=list)
+    log_likelihood: float = 0.0
+    finish: FinishReason | None = None
+    response: str = ""
+    whole: bool = True
+    state: Any = None  # the language model's own
+    waiter: Any = None  # whoever began it
+
+    @property
+    def text(self) -> str:
+        return self.response[len(self.context.text) :]
+
+    @property
+    def room(self) -> int:
+        """Tokens that this candidate may still take."""
+        left = self.context.max_tokens - len(self.context.ids)
+        return min(self.boundary.longest, left) - len(self.ids)
+
+    @property
+    def end(self) -> int:
+        """Length of the kept text plus this candidate, in tokens."""
+        return len(self.context.ids) + len(self.ids)
+
+
+class LanguageModel(Protocol):
+    """A language model that drafts candidates of many contexts in one running batch.
+
+    `begin` starts a candidate; `sample` gives every candidate that has logits its next token and
+    returns those that have ended; `forward` computes the next logits of the others. All are called
+    from one thread.
+    """
+
+    name: str
+    context_window: int
+
+    def open(self, context: Context) -> None: ...
+    def close(self, context: Context) -> None: ...
+    def begin(self, candidate: Candidate) -> None: ...
+    def drop(self, candidate: Candidate) -> None: ...
+    def keep(self, candidate: Candidate) -> None: ...
+    def sample(self) -> list[Candidate]: ...
+    def forward(self) -> bool: ...
+    def reset(self) -> None: ...
+    def decode(self, ids: Sequence[int]) -> str: ...

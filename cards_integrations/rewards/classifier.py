@@ -1,0 +1,140 @@
+"""Any `AutoModelForSequenceClassification` as a reward."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from cards_integrations.errors import ModelError, SettingsError
+from cards_integrations.models.chat import ChatTokenizer, as_text
+from cards_integrations.models.loading import LocalModel, ModelLoader
+from cards_integrations.models.transformer import Transformer
+from cards_integrations.rewards.base import Conversation, Reward, RewardModel
+
+if TYPE_CHECKING:
+    import torch
+
+ADAPTERS = Path(__file__).parent / "adapters"
+
+
+class ClassifierReward(Reward):
+    """A sequence classifier: a decoder scores incrementally, an encoder by batched rescoring.
+
+    `label` (index or name) chooses the score of a model with several labels. `output` is the raw
+    logit, the probability (softmax, or sigmoid for one label) or its log-odds. `prompt_format` is
+    "chat" (the reward model's own template), a string with `{prompt}` and `{response}`, or None:
+    "chat" if the tokenizer has a template, else "{prompt}{response}". `end_of_turn` also feeds what
+    the template writes after an answer. An adapter's name may be one that comes with this package.
+    """
+
+    kind: Literal["classifier"] = "classifier"
+    model: Annotated[str, Field(min_length=1)]
+    revision: str | None = None
+    adapter: str | None = None
+    trust_remote_code: bool = False
+    label: int | str | None = None
+    output: Literal["logit", "probability", "log_odds"] = "logit"
+    prompt_format: str | None = None
+    end_of_turn: bool = True
+
+    @field_validator("prompt_format")
+    @classmethod
+    def _has_response(cls, value: str | None) -> str | None:
+        if value not in (None, "chat") and "{response}" not in str(value):
+            raise ValueError("prompt_format must be 'chat' or contain {response}")
+        return value
+
+    @property
+    def name(self) -> str:
+        return f"classifier {self.model}" + (f" + {Path(self.adapter).name}" if self.adapter else "")
+
+    def build(self, loader: ModelLoader) -> RewardModel:
+        from cards_integrations.rewards.incremental import IncrementalClassifier
+        from cards_integrations.rewards.rescoring import RescoringClassifier
+
+        adapter = self.adapter
+        if adapter is not None and (ADAPTERS / adapter).is_dir():
+            adapter = str(ADAPTERS / adapter)
+        spec = LocalModel(
+            model=self.model, revision=self.revision, adapter=adapter, trust_remote_code=self.trust_remote_code
+        )
+        model, tokenizer = loader.classifier(spec)
+        layout = Layout(self, ChatTokenizer(tokenizer))
+        head = Head(self, model.config)
+        language_model = loader.language_model
+        same = language_model is not None and _same_vocabulary(tokenizer, language_model[2])
+        try:
+            if not hasattr(model, "score"):
+                raise ModelError(f"{type(model).__name__} has no decoder head")
+            Transformer.check(model.config.get_text_config(), model.config._attn_implementation)
+        except ModelError:
+            return RescoringClassifier(self.name, model, layout, head)
+        return IncrementalClassifier(self.name, model, layout, head, same)
+
+
+class Layout:
+    """The text that a reward model reads around an answer."""
+
+    def __init__(self, settings: ClassifierReward, chat: ChatTokenizer) -> None:
+        self.chat = chat
+        self.format = settings.prompt_format or ("chat" if chat.has_template else "{prompt}{response}")
+        self.end_of_turn = settings.end_of_turn
+
+    def around(self, conversation: Conversation) -> tuple[str, str]:
+        """The text before the answer and after it."""
+        if self.format == "chat":
+            before, after = self.chat.around_answer(conversation.prompt)
+            return before, after if self.end_of_turn else ""
+        before, _, after = self.format.partition("{response}")
+        prompt = as_text(conversation.prompt)
+        return before.replace("{prompt}", prompt), after.replace("{prompt}", prompt)
+
+    @property
+    def special(self) -> bool:
+        """Does the tokenizer add its BOS? A chat template brings its own."""
+        return self.format != "chat"
+
+
+class Head:
+    """From the logits of all labels to the score."""
+
+    def __init__(self, settings: ClassifierReward, config: object) -> None:
+        labels: dict[int, str] = getattr(config, "id2label", None) or {0: "LABEL_0"}
+        self.output = settings.output
+        self.single = len(labels) == 1
+        self.index = self._index(settings, labels)
+
+    @staticmethod
+    def _index(settings: ClassifierReward, labels: dict[int, str]) -> int:
+        label = settings.label
+        names = {name: index for index, name in labels.items()}
+        if label is None and len(labels) == 1:
+            return 0
+        if isinstance(label, int) and label in labels:
+            return label
+        if isinstance(label, str) and label in names:
+            return names[label]
+        raise SettingsError(f"reward.label={label!r}: choose one of {labels} for the reward {settings.name!r}.")
+
+    def __call__(self, logits: torch.Tensor) -> list[float]:
+        """logits (n, labels) -> n scores."""
+        logits = logits.float()
+        if self.output == "logit":
+            scores = logits[:, self.index]
+        elif self.single:
+            scores = logits[:, 0].sigmoid() if self.output == "probability" else logits[:, 0]
+        else:
+            log_p = logits.log_softmax(-1)[:, self.index]
+            scores = log_p.exp() if self.output == "probability" else log_p - (-log_p.expm1()).log()
+        found: list[float] = scores.tolist()
+        return found
+
+
+def _same_vocabulary(one: object, other: object) -> bool:
+    """Do two tokenizers give every text the same ids?"""
+    if one is other:
+        return True
+    backends = [getattr(t, "backend_tokenizer", None) for t in (one, other)]
+    return None not in backends and backends[0].to_str() == backends[1].to_str()  # type: ignore[union-attr]

@@ -1,0 +1,133 @@
+"""A decoder classifier that scores a candidate by its new tokens only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import Any, ClassVar
+
+import torch
+
+from cards_integrations.errors import RewardError
+from cards_integrations.models.kv_cache import Branch, Tree
+from cards_integrations.models.transformer import Feed, Transformer
+from cards_integrations.rewards.base import Conversation, Response, RewardModel
+from cards_integrations.rewards.classifier import Head, Layout
+
+
+@dataclass
+class _Read:
+    """A conversation's row in the cache, and the text and ids around the answer."""
+
+    tree: Tree
+    before: str
+    after: str
+    before_ids: list[int]
+    after_ids: list[int] = field(default_factory=list)
+
+
+@dataclass
+class _Scored:
+    """A response's branch; its first `kept` own tokens go into the trunk if it is kept."""
+
+    branch: Branch
+    kept: int
+
+
+class IncrementalClassifier(RewardModel):
+    """The kept answer stays in a KV cache; a candidate costs its own tokens and the template's suffix.
+
+    With the language model's own vocabulary the candidate's ids are read as they are. Otherwise its
+    text is tokenized again, and what it shares with the kept tokens is not read again, even where
+    the last of them has merged with the first of the candidate.
+    """
+
+    across_requests: ClassVar[bool] = True
+
+    def __init__(self, name: str, model: Any, layout: Layout, head: Head, same_vocabulary: bool) -> None:
+        self.name = name
+        self.model = model
+        self.layout = layout
+        self.head = head
+        self.same_vocabulary = same_vocabulary
+        self.transformer = Transformer(model)
+        self.window = int(getattr(self.transformer.config, "max_position_embeddings", None) or 2**31)
+
+    def open(self, conversation: Conversation) -> None:
+        chat = self.layout.chat
+        before, after = self.layout.around(conversation)
+        conversation.state = _Read(
+            self.transformer.cache.open(),
+            before,
+            after,
+            chat.encode(before, special=self.layout.special),
+            chat.encode(after),
+        )
+
+    def close(self, conversation: Conversation) -> None:
+        if conversation.state is not None:
+            self.transformer.cache.close(conversation.state.tree)
+            conversation.state = None
+
+    async def score(self, responses: Sequence[Response]) -> list[float]:
+        feeds = [self._feed(response) for response in responses]
+        scores: dict[int, float] = {}
+        try:
+            for batch in self.transformer.batches(feeds):
+                for feed, score in zip(batch, self._run(batch), strict=True):
+                    scores[id(feed)] = score
+        except Exception:
+            for response, feed in zip(responses, feeds, strict=True):
+                response.conversation.state.tree.drop(feed.branch)
+            raise
+        return [scores[id(feed)] for feed in feeds]
+
+    def keep(self, response: Response) -> None:
+        scored: _Scored = response.state
+        scored.branch.tree.keep(scored.branch, scored.kept)
+        response.state = None
+
+    def drop(self, response: Response) -> None:
+        if response.state is not None and response.conversation.state is not None:
+            response.conversation.state.tree.drop(response.state.branch)
+        response.state = None
+
+    def _feed(self, response: Response) -> Feed:
+        read: _Read = response.conversation.state
+        ids, suffix = self._ids(response, read)
+        if len(ids) > self.window:
+            raise RewardError(
+                f"reward {self.name!r}: the conversation takes {len(ids)} tokens, more than the {self.window} of "
+                "its window; use a shorter prompt or a smaller max_tokens."
+            )
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids, read.tree.ids, strict=False)))
+        shared = min(shared, len(ids) - max(1, suffix))  # the last token is forwarded: the score is read there
+        branch = read.tree.branch(shared)
+        response.state = _Scored(branch, len(ids) - suffix - shared)
+        return Feed(branch, ids[shared:], response)
+
+    def _ids(self, response: Response, read: _Read) -> tuple[list[int], int]:
+        """All ids of the conversation with this answer, and how many of them come after the answer."""
+        chat = self.layout.chat
+        if self.same_vocabulary and response.ids is not None:
+            ids = [*read.before_ids, *response.ids]
+        else:
+            ids = chat.encode(read.before + response.text, special=self.layout.special)
+        start = [] if ids or read.after_ids else [chat.tokenizer.pad_token_id]  # something must be read
+        return [*start, *ids, *read.after_ids], len(read.after_ids)
+
+    @torch.inference_mode()
+    def _run(self, batch: list[Feed]) -> list[float]:
+        inputs, rows, ends = self.transformer.batch(batch)
+        body = getattr(self.model, self.model.base_model_prefix)
+        hidden = body(**inputs).last_hidden_state[rows, ends]
+        logits = self.model.score(hidden.to(self.model.score.weight.dtype))
+        served = {}
+        for feed in batch:
+            usage = feed.owner.conversation.usage
+            usage.rm_tokens += len(feed.ids)
+            served[id(usage)] = usage
+        for usage in served.values():
+            usage.rm_forwards += 1
+        return self.head(logits)

@@ -1,0 +1,54 @@
+"""A classifier without a KV cache (an encoder): whole texts, batched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+
+from cards_integrations.rewards.base import Conversation, Response, RewardModel
+from cards_integrations.rewards.classifier import Head, Layout
+
+
+class RescoringClassifier(RewardModel):
+    """Reads the whole text of every answer; a text that is too long loses its beginning."""
+
+    across_requests: ClassVar[bool] = True
+
+    def __init__(self, name: str, model: Any, layout: Layout, head: Head) -> None:
+        self.name = name
+        self.model = model
+        self.layout = layout
+        self.head = head
+        self.tokenizer = layout.chat.tokenizer
+        self.window = min(
+            int(getattr(model.config, "max_position_embeddings", None) or 2**31), self.tokenizer.model_max_length
+        )
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = self.tokenizer.pad_token_id
+
+    def open(self, conversation: Conversation) -> None:
+        conversation.state = self.layout.around(conversation)
+
+    async def score(self, responses: Sequence[Response]) -> list[float]:
+        texts = [r.conversation.state[0] + r.text + r.conversation.state[1] for r in responses]
+        self.tokenizer.truncation_side = "left"
+        inputs = self.tokenizer(
+            texts,
+            add_special_tokens=self.layout.special,
+            padding=True,
+            truncation=True,
+            max_length=self.window,
+            return_tensors="pt",
+        ).to(self.model.device)
+        with torch.inference_mode():
+            logits = self.model(**inputs).logits
+        served = {}
+        for response, mask in zip(responses, inputs["attention_mask"], strict=True):
+            usage = response.conversation.usage
+            usage.rm_tokens += int(mask.sum())
+            served[id(usage)] = usage
+        for usage in served.values():
+            usage.rm_forwards += 1
+        return self.head(logits)

@@ -1,0 +1,97 @@
+"""What happened: segments, drafts, rewards, thresholds, and what was paid for them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Verdict = Literal["accepted", "rejected", "best", "unscored"]
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass
+class Usage:
+    """Everything a request paid for. A forward that served several requests counts once in each."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    drafted_tokens: int = 0
+    drafts: int = 0
+    lm_forwards: int = 0
+    lm_tokens: int = 0
+    rm_forwards: int = 0
+    rm_tokens: int = 0
+    seconds: float = 0.0
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True)
+class DraftTrace:
+    """One candidate that the method looked at."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    reward: float | None
+    threshold: float | None
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A kept segment and the candidates that were looked at for it, in order."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    reward: float | None
+    threshold: float | None
+    drafts: tuple[DraftTrace, ...]
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """A finished answer.
+
+    `reward` is the reward of the whole answer (None where nothing was scored), `log_likelihood` the
+    sum of log p over its tokens in nats under the language model itself (temperature 1, full
+    vocabulary), and `seed` reproduces it.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_ids: tuple[int, ...]
+    reward: float | None
+    segments: tuple[Segment, ...]
+    usage: Usage
+    finish_reason: FinishReason
+    log_likelihood: float
+    seed: int
+    prompt_reward: float | None = None
+    model: str = ""
+    method: str = ""
+
+    def __str__(self) -> str:
+        return self.text
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers."""
+        return asdict(self)
+
+    def summary(self) -> dict[str, Any]:
+        """What the frameworks carry in their metadata: all but the tokens and the rejected text."""
+        return {
+            "reward": self.reward,
+            "prompt_reward": self.prompt_reward,
+            "log_likelihood": self.log_likelihood,
+            "seed": self.seed,
+            "method": self.method,
+            "finish_reason": self.finish_reason,
+            "segments": [
+                {"text": s.text, "reward": s.reward, "threshold": s.threshold, "drafts": len(s.drafts)}
+                for s in self.segments
+            ],
+            "usage": asdict(self.usage),
+        }
