@@ -16,16 +16,16 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field
 
 from cards_integrations.decoding.base import Decoding
-from cards_integrations.errors import CardsError, EngineClosed, ModelError, PromptError, SettingsError
+from cards_integrations.errors import CardsError, CardsTimeout, EngineClosed, ModelError, PromptError, SettingsError
 from cards_integrations.models.base import Context, Message
 from cards_integrations.models.loading import LocalModel, ModelLoader, Placement
 from cards_integrations.models.local import LocalLanguageModel
@@ -36,6 +36,7 @@ from cards_integrations.rewards.base import Conversation, Response, Reward, Rewa
 from cards_integrations.session import Chunk, Pending, Session, score
 from cards_integrations.trace import Alignment, Usage
 
+T = TypeVar("T")
 log = logging.getLogger("cards_integrations")
 
 
@@ -62,6 +63,7 @@ class Request:
     max_tokens: int = 128
     stop: tuple[str, ...] = ()
     seed: int | None = None
+    timeout: float | None = None
 
 
 class Engine:
@@ -73,7 +75,7 @@ class Engine:
     def __init__(self, model: LocalModel, settings: EngineSettings) -> None:
         self.model = model
         self.settings = settings
-        self.owners: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.owners: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self._worker: _Worker | None = None
         self._starting = threading.Lock()
         self._closed = False
@@ -86,7 +88,7 @@ class Engine:
             if engine is None or engine._closed:
                 engine = cls._shared[model, settings] = Engine(model, settings)
             if owner is not None:
-                engine.owners.add(owner)
+                engine.owners[id(owner)] = owner
             return engine
 
     def run(self, request: Request) -> Alignment:
@@ -106,7 +108,7 @@ class Engine:
         """Like `run`, without blocking the event loop; cancelling the task cancels the request."""
         return await asyncio.wrap_future(self._submit(request))
 
-    def stream(self, request: Request) -> Iterator[Chunk | Alignment]:
+    def stream(self, request: Request) -> Generator[Chunk | Alignment, None, None]:
         """A `Chunk` per kept segment, then the `Alignment`; closing the iterator stops the drafting."""
         inbox: queue.SimpleQueue[Chunk | Future[Alignment]] = queue.SimpleQueue()
         future = self._submit(request, inbox.put)
@@ -118,7 +120,7 @@ class Engine:
         finally:
             future.cancel()
 
-    async def astream(self, request: Request) -> AsyncIterator[Chunk | Alignment]:
+    async def astream(self, request: Request) -> AsyncGenerator[Chunk | Alignment, None]:
         """Like `stream`, without blocking the event loop."""
         loop = asyncio.get_running_loop()
         inbox: asyncio.Queue[Chunk | Future[Alignment]] = asyncio.Queue()
@@ -152,7 +154,7 @@ class Engine:
         """
         with self._lock:
             if owner is not None:
-                self.owners.discard(owner)
+                self.owners.pop(id(owner), None)
                 if self.owners:
                     return
             self._closed = True
@@ -176,7 +178,7 @@ class Engine:
             return self._worker
 
     @staticmethod
-    def _wait(future: Future[Any]) -> Any:
+    def _wait(future: Future[T]) -> T:
         try:
             return future.result()
         except BaseException:
@@ -204,7 +206,7 @@ class _Worker:
 
     # --- from any thread ---
 
-    def submit(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
+    def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         return asyncio.run_coroutine_threadsafe(work, self.loop)
 
     def language_model_ready(self) -> Future[LocalLanguageModel]:
@@ -256,8 +258,10 @@ class _Worker:
         try:
             if self.error is not None:
                 raise self.error
-            async with self._rows:
+            async with asyncio.timeout(request.timeout), self._rows:
                 return await self._answer(request, emit)
+        except TimeoutError:
+            raise CardsTimeout(f"No answer within timeout={request.timeout} seconds.") from None
         except asyncio.CancelledError:
             if self._stopping:
                 raise EngineClosed("The engine was closed while the request ran.") from None

@@ -30,9 +30,13 @@ class EngineClosed(CardsError, RuntimeError):
     """The engine was closed while, or before, the request ran."""
 
 
+class CardsTimeout(CardsError, TimeoutError):
+    """The answer was not ready within `timeout` seconds."""
+
+
 def unknown(what: str, name: str, known: Iterable[str], hint: str = "") -> SettingsError:
     """The error for a name nobody registered: near matches first, then all known names."""
     known = sorted(known)
     near = get_close_matches(name, known, n=3, cutoff=0.5)
     guess = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-    return SettingsError(f"{what}={name!r} is not known.{guess} Known: {', '.join(known)}.{hint}")
+    return SettingsError(f"The {what} {name!r} is not known.{guess} Known: {', '.join(known)}.{hint}")

@@ -28,7 +28,9 @@ class Chunk:
 class Desk(Protocol):
     """What a session asks of the engine."""
 
-    language_model: LanguageModel
+    @property
+    def language_model(self) -> LanguageModel:
+        """Where candidates are drafted."""
 
     def width(self) -> int:
         """Candidates that a request may draft at once now."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, SerializeAsAny
@@ -10,8 +11,9 @@ from cards_integrations.decoding.acceptance import Acceptance, Threshold
 from cards_integrations.decoding.base import Decoding, Draft, Session
 from cards_integrations.decoding.cards import Cards
 from cards_integrations.decoding.sampling import Sampling
-from cards_integrations.decoding.segmentation import Boundary, FixedLength, Punctuation, Uncertainty
+from cards_integrations.decoding.segmentation import FixedLength, Punctuation, Uncertainty
 from cards_integrations.errors import SettingsError, unknown
+from cards_integrations.models.base import Boundary
 
 METHODS: dict[str, type[Decoding]] = {"cards": Cards, "sampling": Sampling}
 
@@ -21,7 +23,7 @@ def as_decoding(value: Any) -> Decoding:
     if isinstance(value, Decoding):
         return value
     if isinstance(value, str):
-        value = {"method": value}
+        value = json.loads(value) if value.startswith("{") else {"method": value}
     if not isinstance(value, dict):
         raise SettingsError(f"decoding={value!r}: pass a name, a dict with 'method', or a settings object.")
     method = value.get("method", "cards")

@@ -8,8 +8,7 @@ from typing import ClassVar, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
-from cards_integrations.decoding.segmentation import Boundary
-from cards_integrations.models.base import Candidate
+from cards_integrations.models.base import Boundary, Candidate
 from cards_integrations.trace import Verdict
 
 

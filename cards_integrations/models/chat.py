@@ -13,6 +13,10 @@ from cards_integrations.models.base import Message
 _MARK = "\u2063answer\u2063"  # stands for the answer while a template is split around it
 
 
+class Formatted(str):
+    """A prompt that is already in the model's own format, special tokens included."""
+
+
 class ChatTokenizer:
     """A tokenizer and its chat template, if it has one."""
 
@@ -33,14 +37,17 @@ class ChatTokenizer:
         A string is one user message; a model without a template gets plain text. The BOS comes from
         the template, or from the tokenizer if there is no template, never from both.
         """
-        if not self.has_template:
+        if isinstance(prompt, Formatted) or not self.has_template:
             text = as_text(prompt)
-            return text, self._nonempty(self.encode(text, special=True))
+            bos = self.tokenizer.bos_token
+            return text, self._nonempty(self.encode(text, special=not (bos and text.startswith(bos))))
         before, _ = self.around_answer(prompt)
         return before, self._nonempty(self.encode(before))
 
     def around_answer(self, prompt: str | list[Message]) -> tuple[str, str]:
         """The template's text before the assistant's answer and after it."""
+        if isinstance(prompt, Formatted):
+            return str(prompt), ""
         messages = as_messages(prompt)
         before = self._render(messages, add_generation_prompt=True)
         whole = self._render([*messages, {"role": "assistant", "content": _MARK}])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -42,9 +43,10 @@ class Placement(BaseModel):
 
 
 def as_local_model(value: Any) -> Any:
-    if isinstance(value, Path):
-        value = str(value)
-    return LocalModel(model=value) if isinstance(value, str) else value
+    """A model from a name, a path, JSON, or itself."""
+    if isinstance(value, str) and value.startswith("{"):
+        return LocalModel.model_validate_json(value)
+    return LocalModel(model=str(value)) if isinstance(value, (str, Path)) else value
 
 
 AnyModel = Annotated[LocalModel, BeforeValidator(as_local_model)]
@@ -164,6 +166,23 @@ def find(name: str) -> str:
     if Path(name).is_dir() or "/" in name:
         return name
     raise unknown("model", name, [SMOLLM2, MINILM], " Or pass a hub id (owner/name) or a local directory.")
+
+
+@lru_cache
+def context_window(spec: LocalModel) -> int:
+    """Tokens of prompt and answer together, from the model's config alone; no weights are loaded."""
+    from transformers import AutoConfig
+
+    with _explained(spec):
+        config = AutoConfig.from_pretrained(
+            find(spec.model), revision=spec.revision, trust_remote_code=spec.trust_remote_code
+        )
+    return positions(config)
+
+
+def positions(config: Any) -> int:
+    """Positions that a model's config allows; practically unlimited where it names no number."""
+    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31)
 
 
 def fast_bfloat16() -> bool:

@@ -11,6 +11,7 @@ import torch
 from cards_integrations.models.base import Boundary, Candidate, Context
 from cards_integrations.models.chat import ChatTokenizer
 from cards_integrations.models.kv_cache import Branch, Tree
+from cards_integrations.models.loading import positions
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.models.transformer import Feed, Transformer
 
@@ -41,8 +42,7 @@ class LocalLanguageModel:
         self.model = model
         self.chat = ChatTokenizer(tokenizer)
         self.transformer = Transformer(model)
-        config = self.transformer.config
-        self.context_window = int(getattr(config, "max_position_embeddings", None) or 2**31)
+        self.context_window = positions(model.config)
         self.eos = _end_of_sequence(model, tokenizer)
         self.contexts: list[Context] = []
         self.drafting: list[Candidate] = []
@@ -179,7 +179,7 @@ class LocalLanguageModel:
     def _run(self, feeds: Sequence[Feed]) -> None:
         """One forward: every owner gets the logits (vocabulary,) after its feed's last token."""
         inputs, rows, ends = self.transformer.batch(feeds)
-        wanted, at = ends.unique(return_inverse=True)
+        wanted, at = torch.unique(ends, return_inverse=True)
         logits = self.model(**inputs, logits_to_keep=wanted).logits[rows, at]
         served = {}
         for feed, row in zip(feeds, logits, strict=True):

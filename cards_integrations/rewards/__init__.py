@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +29,8 @@ def as_reward(value: Any) -> Reward:
     """A reward from a name, a hub id, a directory, a callable, its settings as a dict, or itself."""
     if isinstance(value, Reward):
         return value
+    if isinstance(value, str) and value.startswith("{"):
+        value = json.loads(value)
     if isinstance(value, (str, Path)):
         name = str(value)
         if name in NAMED:

@@ -11,6 +11,7 @@ import torch
 
 from cards_integrations.errors import RewardError
 from cards_integrations.models.kv_cache import Branch, Tree
+from cards_integrations.models.loading import positions
 from cards_integrations.models.transformer import Feed, Transformer
 from cards_integrations.rewards.base import Conversation, Response, RewardModel
 from cards_integrations.rewards.classifier import Head, Layout
@@ -52,7 +53,7 @@ class IncrementalClassifier(RewardModel):
         self.head = head
         self.same_vocabulary = same_vocabulary
         self.transformer = Transformer(model)
-        self.window = int(getattr(self.transformer.config, "max_position_embeddings", None) or 2**31)
+        self.window = positions(model.config)
 
     def open(self, conversation: Conversation) -> None:
         chat = self.layout.chat

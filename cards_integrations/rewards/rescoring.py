@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from cards_integrations.models.loading import positions
 from cards_integrations.rewards.base import Conversation, Response, RewardModel
 from cards_integrations.rewards.classifier import Head, Layout
 
@@ -22,9 +23,7 @@ class RescoringClassifier(RewardModel):
         self.layout = layout
         self.head = head
         self.tokenizer = layout.chat.tokenizer
-        self.window = min(
-            int(getattr(model.config, "max_position_embeddings", None) or 2**31), self.tokenizer.model_max_length
-        )
+        self.window = min(positions(model.config), self.tokenizer.model_max_length)
         if model.config.pad_token_id is None:
             model.config.pad_token_id = self.tokenizer.pad_token_id
 

@@ -1,0 +1,124 @@
+"""`CardsLLM`: one object that is a LlamaIndex LLM and a LangChain Runnable."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from langchain_core.language_models import LanguageModelInput
+from langchain_core.messages import AIMessage
+from langchain_core.runnables import Runnable, RunnableConfig
+from llama_index.core.prompts import BasePromptTemplate
+from pydantic import ConfigDict, PrivateAttr
+
+from cards_integrations.langchain import ChatCards
+from cards_integrations.llama_index import LlamaIndexCards
+from cards_integrations.messages import as_prompt
+from cards_integrations.rewards import AnyReward, as_reward
+from cards_integrations.settings import CardsSettings
+from cards_integrations.trace import Alignment
+
+
+class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
+    """A local model whose answers are aligned while they are written, in both frameworks.
+
+    It is a LlamaIndex LLM (`Settings.llm = llm`, `llm.complete`, `llm.chat`), a LangChain Runnable
+    (`prompt | llm | parser`, `llm.invoke`), and has a face of its own: `llm.align(...)` returns the
+    whole `Alignment`. Nothing is loaded before the first answer; equal settings share one engine.
+    """
+
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+    name: str | None = None  # Runnable only annotates it
+    _chat_model: ChatCards | None = PrivateAttr(default=None)
+
+    @classmethod
+    def from_settings(cls, settings: CardsSettings | str | Path) -> Self:
+        """From a settings object, or from the path of a YAML file."""
+        found = settings if isinstance(settings, CardsSettings) else CardsSettings.from_yaml(settings)
+        return cls(**found.options())
+
+    def as_langchain(self) -> ChatCards:
+        """The same model as a `BaseChatModel`, for fields that ask for one."""
+        if self._chat_model is None:
+            self._chat_model = ChatCards(**self.options())
+        return self._chat_model
+
+    # --- its own face ---
+
+    def align(self, prompt: Any, **options: Any) -> Alignment:
+        """Write one answer to a string or a list of messages; `options` override the object's own."""
+        return self._engine(options).run(self.request(as_prompt(prompt), options))
+
+    async def aalign(self, prompt: Any, **options: Any) -> Alignment:
+        """Like `align`, without blocking the event loop."""
+        return await self._engine(options).arun(self.request(as_prompt(prompt), options))
+
+    def align_batch(
+        self, prompts: Sequence[Any], seeds: Sequence[int] | None = None, **options: Any
+    ) -> list[Alignment]:
+        """Write the answers to all prompts in one running batch."""
+        each = [options] * len(prompts) if seeds is None else [{**options, "seed": seed} for seed in seeds]
+        requests = [self.request(as_prompt(p), own) for p, own in zip(prompts, each, strict=True)]
+        return self._engine(options).run_many(requests)
+
+    def score(self, prompt: Any, texts: Sequence[str], reward: AnyReward | str | None = None) -> list[float]:
+        """Rewards of whole answers to a prompt, by this object's reward model or another one."""
+        return self._engine({}).score(as_reward(reward or self.reward), as_prompt(prompt), texts)
+
+    def close(self) -> None:
+        """Free the models, unless another object uses them; the next call loads them again."""
+        self._engine({}).close(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    # --- LangChain: a Runnable that delegates to the chat model ---
+
+    @property
+    def InputType(self) -> Any:
+        return self.as_langchain().InputType
+
+    @property
+    def OutputType(self) -> Any:
+        return self.as_langchain().OutputType
+
+    def invoke(self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any) -> AIMessage:
+        return self.as_langchain().invoke(input, config, **kwargs)
+
+    async def ainvoke(
+        self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any
+    ) -> AIMessage:
+        return await self.as_langchain().ainvoke(input, config, **kwargs)
+
+    def batch(self, inputs: list[LanguageModelInput], config: Any = None, **kwargs: Any) -> list[AIMessage]:
+        return self.as_langchain().batch(inputs, config, **kwargs)
+
+    async def abatch(self, inputs: list[LanguageModelInput], config: Any = None, **kwargs: Any) -> list[AIMessage]:
+        return await self.as_langchain().abatch(inputs, config, **kwargs)
+
+    def bind_tools(self, tools: Sequence[Any], **kwargs: Any) -> Runnable[LanguageModelInput, AIMessage]:
+        return self.as_langchain().bind_tools(tools, **kwargs)
+
+    def with_structured_output(self, schema: Any, **kwargs: Any) -> Runnable[LanguageModelInput, Any]:
+        return self.as_langchain().with_structured_output(schema, **kwargs)
+
+    def get_num_tokens(self, text: str) -> int:
+        return self.as_langchain().get_num_tokens(text)
+
+    # `stream` and `astream` are the two names that both frameworks use: a LlamaIndex prompt template
+    # as first argument is LlamaIndex's call, everything else is LangChain's.
+
+    def stream(self, input: Any, config: Any = None, **kwargs: Any) -> Any:
+        if isinstance(input, BasePromptTemplate):
+            return super().stream(input, **kwargs)
+        return self.as_langchain().stream(input, config, **kwargs)
+
+    def astream(self, input: Any, config: Any = None, **kwargs: Any) -> Any:
+        if isinstance(input, BasePromptTemplate):
+            return super().astream(input, **kwargs)
+        return self.as_langchain().astream(input, config, **kwargs)

@@ -1,0 +1,110 @@
+"""Everything a user can set: as keyword arguments, in the environment (CARDS_*), or in a YAML file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, SettingsConfigDict
+
+from cards_integrations.decoding import AnyDecoding, Cards, Decoding
+from cards_integrations.engine import Engine, EngineSettings, Request
+from cards_integrations.errors import SettingsError, unknown
+from cards_integrations.models.base import Message
+from cards_integrations.models.loading import AnyModel, LocalModel
+from cards_integrations.models.sampling import Sampler
+from cards_integrations.rewards import NAMED, AnyReward
+
+
+def _one_or_many(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value or ()
+
+
+class Options(BaseModel):
+    """What `CardsLLM`, `ChatCards` and a settings file have in common.
+
+    `temperature=0` is greedy: every candidate of a segment would be the same one, so CARDS keeps
+    the first without rejection, and the answer is the model's greedy one, with its rewards.
+    `seed=None` draws a new seed for each answer and reports it. `timeout` is in seconds.
+    """
+
+    model: Annotated[AnyModel, NoDecode] = LocalModel()
+    reward: Annotated[AnyReward | None, NoDecode] = NAMED["sentiment"]
+    decoding: Annotated[AnyDecoding, NoDecode] = Cards()
+    max_tokens: Annotated[int, Field(ge=1)] = 128
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.7
+    top_k: Annotated[int, Field(ge=0)] = 40
+    seed: int | None = None
+    stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_one_or_many)] = ()
+    timeout: Annotated[float, Field(gt=0)] | None = None
+    engine: EngineSettings = EngineSettings()
+
+    def options(self) -> dict[str, Any]:
+        """The options alone, as objects."""
+        return {name: getattr(self, name) for name in Options.model_fields}
+
+    def request(self, prompt: str | list[Message], overrides: dict[str, Any]) -> Request:
+        """One request; `overrides` are per-call arguments, each of which is an option's name."""
+        for name in overrides:
+            if name not in Options.model_fields or name == "engine":
+                raise unknown("call argument", name, set(Options.model_fields) - {"engine"})
+        chosen = Options.model_validate({**self.options(), **overrides}) if overrides else self
+        decoding: Decoding = chosen.decoding
+        if decoding.needs_reward and chosen.reward is None:
+            raise SettingsError(f"decoding={decoding.method!r} needs a reward: pass reward=.")
+        return Request(
+            prompt=prompt,
+            decoding=decoding,
+            reward=chosen.reward,
+            sampler=Sampler(temperature=chosen.temperature, top_k=chosen.top_k),
+            max_tokens=chosen.max_tokens,
+            stop=tuple(chosen.stop),
+            seed=chosen.seed,
+            timeout=chosen.timeout,
+        )
+
+    def engine_for(self, overrides: dict[str, Any], owner: Any) -> Engine:
+        """The process's engine for the model, shared by all objects with equal settings."""
+        model = Options.model_validate({"model": overrides["model"]}).model if "model" in overrides else self.model
+        return Engine.shared(model, self.engine, owner)
+
+
+class CardsSettings(BaseSettings, Options):
+    """The options as a settings object: `CardsSettings()` reads CARDS_MODEL, CARDS_MAX_TOKENS, ...
+
+    An environment variable holds a name or a number as it is, and a settings object as JSON:
+    `CARDS_DECODING='{"method": "cards", "target_reward": 1.0}'`.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="CARDS_", env_nested_delimiter="__", extra="forbid", frozen=True)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Self:
+        """Read a YAML file of options; what it does not set comes from the environment."""
+        try:
+            found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            raise SettingsError(f"The settings file {str(path)!r} cannot be read: {error}") from error
+        if not isinstance(found, dict):
+            raise SettingsError(f"The settings file {str(path)!r} must be a mapping of options.")
+        return cls(**found)
+
+    def to_yaml(self) -> str:
+        """The options as YAML that `from_yaml` reads."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+class FromEnvironment(Options):
+    """Options whose defaults come from the environment, for the objects that users construct."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _environment(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        for name in values.keys() - cls.model_fields.keys():
+            raise unknown("setting", name, set(Options.model_fields))
+        found = EnvSettingsSource(CardsSettings)()
+        return {**{name: value for name, value in found.items() if name in Options.model_fields}, **values}
