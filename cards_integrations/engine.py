@@ -365,10 +365,8 @@ class _Worker:
         log.exception("the language model failed")
         wrapped = ModelError(f"The language model failed: {type(error).__name__}: {error}")
         wrapped.__cause__ = error
-        for session in list(self.live):
-            for pending in session.drafting.ahead if session.drafting else ():
-                if not pending.done.done():
-                    pending.done.set_exception(wrapped)
+        for session in self.live:
+            session.fail(wrapped)
         self.language_model.reset()
 
     def _deliver(self, ended: list[tuple[Session, Pending]]) -> None:

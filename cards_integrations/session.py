@@ -64,6 +64,7 @@ class Session:
         self.emit = emit
         self.max_tokens = context.max_tokens
         self.finish: FinishReason | None = None
+        self.error: Exception | None = None
         self.segments: list[Segment] = []
         self.log_likelihood = 0.0
         self.prompt_score: float | None = None
@@ -115,6 +116,13 @@ class Session:
         self.segments.append(segment)
         self.looked_at = []
         self._stream(segment)
+
+    def fail(self, error: Exception) -> None:
+        """The language model has lost this request: whatever it waits for, or asks next, raises."""
+        self.error = error
+        for pending in self.drafting.ahead if self.drafting else ():
+            if not pending.done.done():
+                pending.done.set_exception(error)
 
     def close(self) -> None:
         """Free the rows; nothing of this request is computed any more."""
@@ -171,6 +179,8 @@ class Drafts:
 
     async def __anext__(self) -> Draft:
         session = self.session
+        if session.error is not None:
+            raise session.error
         if session.drafting is not self:
             raise StopAsyncIteration
         self._refill()

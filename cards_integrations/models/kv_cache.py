@@ -129,6 +129,7 @@ class TreeLayer(CacheLayerMixin):
             new[: old.shape[0], :, : old.shape[2]] = old
         return new
 
+    @torch.inference_mode()
     def move(self, source: int, target: int) -> None:
         if self.is_initialized:
             self.keys[target], self.values[target] = self.keys[source], self.values[source]
