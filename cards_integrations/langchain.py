@@ -30,13 +30,16 @@ class ChatCards(FromEnvironment, BaseChatModel):
 
     Per-call arguments (`llm.invoke(..., max_tokens=64)`, `llm.bind(decoding=...)`) are options of the
     same names. The answer's rewards, segments and costs are in `response_metadata["cards"]`.
+    `streaming=True` makes `invoke` report each kept segment to the callbacks, too.
     """
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
+    streaming: bool = False
+
     def close(self) -> None:
         """Free the models, unless another object uses them; the next call loads them again."""
-        self._engine({}).close(self)
+        Engine.release(self)
 
     # --- LangChain's contract ---
 
@@ -47,6 +50,10 @@ class ChatCards(FromEnvironment, BaseChatModel):
     @property
     def _identifying_params(self) -> dict[str, Any]:
         return {name: repr(value) for name, value in self.options().items() if name not in ("engine", "timeout")}
+
+    def _get_invocation_params(self, stop: list[str] | None = None, **kwargs: Any) -> dict[str, Any]:
+        """For traces and the cache's key: the stop strings that hold, not only those of the call."""
+        return super()._get_invocation_params(list(self.stop) if stop is None else stop, **kwargs)
 
     @classmethod
     def is_lc_serializable(cls) -> bool:

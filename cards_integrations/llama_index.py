@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, closing
+from functools import wraps
+from inspect import iscoroutinefunction
 from typing import Any, TypeVar
 
 from llama_index.core.base.llms.types import (
@@ -22,6 +24,7 @@ from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.llms.llm import ToolSelection
 
 from cards_integrations.engine import Engine, Request
+from cards_integrations.errors import SettingsError
 from cards_integrations.messages import as_prompt
 from cards_integrations.models.chat import Formatted
 from cards_integrations.models.loading import context_window
@@ -30,6 +33,49 @@ from cards_integrations.settings import FromEnvironment
 from cards_integrations.trace import Alignment
 
 Response = TypeVar("Response", ChatResponse, CompletionResponse)
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def stream_callback(callback: Callable[[], Any]) -> Callable[[Method], Method]:
+    """`callback`, for a method that streams: whoever closes the stream that it returns stops the drafting.
+
+    LlamaIndex's callbacks wrap the method's own stream in another one, and closing that leaves the
+    method's open for as long as an event handler holds the exception.
+    """
+
+    def decorate(method: Method) -> Any:
+        def stream(self: Any, *args: Any, **kwargs: Any) -> Any:
+            own: list[Any] = []
+
+            def opened(*args: Any, **kwargs: Any) -> Any:
+                own.append(method(*args, **kwargs))
+                return own[0]
+
+            return _both(callback()(opened)(self, *args, **kwargs), own[0])
+
+        async def astream(self: Any, *args: Any, **kwargs: Any) -> Any:
+            own: list[Any] = []
+
+            async def opened(*args: Any, **kwargs: Any) -> Any:
+                own.append(await method(*args, **kwargs))
+                return own[0]
+
+            return _aboth(await callback()(opened)(self, *args, **kwargs), own[0])
+
+        return wraps(method)(astream if iscoroutinefunction(method) else stream)
+
+    return decorate
+
+
+def _both(outer: Generator[Response, None, None], own: Any) -> Generator[Response, None, None]:
+    with closing(own):
+        yield from outer
+
+
+async def _aboth(outer: AsyncGenerator[Response, None], own: Any) -> AsyncGenerator[Response, None]:
+    async with aclosing(own), aclosing(outer):
+        async for response in outer:
+            yield response
 
 
 class LlamaIndexCards(FromEnvironment, FunctionCallingLLM):
@@ -57,7 +103,7 @@ class LlamaIndexCards(FromEnvironment, FunctionCallingLLM):
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         return _completion(self._engine(kwargs).run(self._completion_request(prompt, formatted, kwargs)))
 
-    @llm_completion_callback()
+    @stream_callback(llm_completion_callback)
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
         return _stream(self._engine(kwargs), self._completion_request(prompt, formatted, kwargs), _completion)
 
@@ -65,7 +111,7 @@ class LlamaIndexCards(FromEnvironment, FunctionCallingLLM):
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         return _completion(await self._engine(kwargs).arun(self._completion_request(prompt, formatted, kwargs)))
 
-    @llm_completion_callback()
+    @stream_callback(llm_completion_callback)
     async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
         return _astream(self._engine(kwargs), self._completion_request(prompt, formatted, kwargs), _completion)
 
@@ -73,7 +119,7 @@ class LlamaIndexCards(FromEnvironment, FunctionCallingLLM):
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         return _chat(self._engine(kwargs).run(self._chat_request(messages, kwargs)))
 
-    @llm_chat_callback()
+    @stream_callback(llm_chat_callback)
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
         return _stream(self._engine(kwargs), self._chat_request(messages, kwargs), _chat)
 
@@ -81,7 +127,7 @@ class LlamaIndexCards(FromEnvironment, FunctionCallingLLM):
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         return _chat(await self._engine(kwargs).arun(self._chat_request(messages, kwargs)))
 
-    @llm_chat_callback()
+    @stream_callback(llm_chat_callback)
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
         return _astream(self._engine(kwargs), self._chat_request(messages, kwargs), _chat)
 
@@ -90,6 +136,13 @@ class LlamaIndexCards(FromEnvironment, FunctionCallingLLM):
 
     def get_tool_calls_from_response(self, response: Any, *args: Any, **kwargs: Any) -> list[ToolSelection]:
         raise NotImplementedError("CardsLLM does not call tools yet.")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """LlamaIndex drops what cannot be pickled, even from the object; a lost option would come back as another."""
+        state = super(LlamaIndexCards, self.model_copy()).__getstate__()
+        for name in self.options().keys() - state["__dict__"].keys():
+            raise SettingsError(f"{name}={getattr(self, name)!r} cannot be pickled; use module-level functions.")
+        return state
 
     def _engine(self, overrides: dict[str, Any]) -> Engine:
         return self.engine_for(overrides, self)

@@ -12,6 +12,7 @@ from langchain_core.runnables import Runnable, RunnableConfig
 from llama_index.core.prompts import BasePromptTemplate
 from pydantic import ConfigDict, PrivateAttr
 
+from cards_integrations.engine import Engine
 from cards_integrations.langchain import ChatCards
 from cards_integrations.llama_index import LlamaIndexCards
 from cards_integrations.messages import as_prompt
@@ -69,7 +70,9 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
 
     def close(self) -> None:
         """Free the models, unless another object uses them; the next call loads them again."""
-        self._engine({}).close(self)
+        Engine.release(self)
+        if self._chat_model is not None:
+            self._chat_model.close()
 
     def __enter__(self) -> Self:
         return self
@@ -100,6 +103,12 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
 
     async def abatch(self, inputs: list[LanguageModelInput], config: Any = None, **kwargs: Any) -> list[AIMessage]:
         return await self.as_langchain().abatch(inputs, config, **kwargs)
+
+    def stream_events(self, input: Any, config: Any = None, **kwargs: Any) -> Any:
+        return self.as_langchain().stream_events(input, config, **kwargs)
+
+    def astream_events(self, input: Any, config: Any = None, **kwargs: Any) -> Any:
+        return self.as_langchain().astream_events(input, config, **kwargs)
 
     def bind_tools(self, tools: Sequence[Any], **kwargs: Any) -> Runnable[LanguageModelInput, AIMessage]:
         return self.as_langchain().bind_tools(tools, **kwargs)

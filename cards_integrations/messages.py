@@ -75,6 +75,8 @@ def _part(part: Any) -> str:
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
     if kind == "text":
         return str(part["text"])
+    if kind in ("reasoning", "thinking"):
+        return ""
     raise _only_text(str(kind))
 
 

@@ -71,10 +71,10 @@ class Session:
         self.looked_at: list[tuple[Draft, Pending]] = []
         self.drafting: Drafts | None = None
         self.streamed = 0
-        desk.language_model.open(context)
         self.conversation = Conversation(context.prompt, context.usage)
         if reward is not None:
-            reward.open(self.conversation)
+            reward.open(self.conversation)  # may refuse the prompt, and then nothing else is open
+        desk.language_model.open(context)
 
     @property
     def finished(self) -> bool:
@@ -102,6 +102,8 @@ class Session:
         return keep
 
     async def keep(self, draft: Draft) -> None:
+        if self.error is not None:
+            raise self.error
         kept = next(pending for held, pending in self.looked_at if held is draft)
         candidate = kept.candidate
         self._give_up(but=kept)

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails, PydanticSerializationError
 from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, SettingsConfigDict
 
 from cards_integrations.decoding import AnyDecoding, Cards, Decoding
@@ -20,6 +21,14 @@ from cards_integrations.rewards import NAMED, AnyReward
 
 def _one_or_many(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value or ()
+
+
+def _told(error: ErrorDetails) -> str:
+    """One of the errors of a validation: our own words, or the setting and pydantic's."""
+    cause = error.get("ctx", {}).get("error")
+    if isinstance(cause, SettingsError):
+        return str(cause)
+    return f"{'.'.join(map(str, error['loc']))}={error['input']!r}: {error['msg']}"
 
 
 class Options(BaseModel):
@@ -50,7 +59,7 @@ class Options(BaseModel):
         for name in overrides:
             if name not in Options.model_fields or name == "engine":
                 raise unknown("call argument", name, set(Options.model_fields) - {"engine"})
-        chosen = Options.model_validate({**self.options(), **overrides}) if overrides else self
+        chosen = self._with(overrides)
         decoding: Decoding = chosen.decoding
         if decoding.needs_reward and chosen.reward is None:
             raise SettingsError(f"decoding={decoding.method!r} needs a reward: pass reward=.")
@@ -67,8 +76,24 @@ class Options(BaseModel):
 
     def engine_for(self, overrides: dict[str, Any], owner: Any) -> Engine:
         """The process's engine for the model, shared by all objects with equal settings."""
-        model = Options.model_validate({"model": overrides["model"]}).model if "model" in overrides else self.model
-        return Engine.shared(model, self.engine, owner)
+        chosen = self._with({"model": overrides["model"]}) if "model" in overrides else self
+        return Engine.shared(chosen.model, self.engine, owner)
+
+    def _with(self, overrides: dict[str, Any]) -> Options:
+        """The options of one call."""
+        if not overrides:
+            return self
+        try:
+            return Options.model_validate({**self.options(), **overrides})
+        except ValidationError as error:
+            raise SettingsError("; ".join(map(_told, error.errors()))) from error
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, values: Any) -> Any:
+        for name in values.keys() - cls.model_fields.keys() if isinstance(values, dict) else ():
+            raise unknown("setting", str(name), Options.model_fields)
+        return values
 
 
 class CardsSettings(BaseSettings, Options):
@@ -89,11 +114,14 @@ class CardsSettings(BaseSettings, Options):
             raise SettingsError(f"The settings file {str(path)!r} cannot be read: {error}") from error
         if not isinstance(found, dict):
             raise SettingsError(f"The settings file {str(path)!r} must be a mapping of options.")
-        return cls(**found)
+        return cls(**{str(name): value for name, value in found.items()})
 
     def to_yaml(self) -> str:
         """The options as YAML that `from_yaml` reads."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        try:
+            return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        except PydanticSerializationError as error:
+            raise SettingsError(f"These settings have no YAML, for a reward function, say, is code: {error}") from error
 
 
 class FromEnvironment(Options):
@@ -104,7 +132,5 @@ class FromEnvironment(Options):
     def _environment(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        for name in values.keys() - cls.model_fields.keys():
-            raise unknown("setting", name, set(Options.model_fields))
         found = EnvSettingsSource(CardsSettings)()
         return {**{name: value for name, value in found.items() if name in Options.model_fields}, **values}

@@ -297,7 +297,7 @@ def main() -> None:
     folder = ADAPTERS / trainee.name
     trainee.model.peft_config["default"].base_model_name_or_path = trainee.base
     trainee.model.peft_config["default"].inference_mode = True
-    trainee.model.save_pretrained(folder)
+    trainee.model.save_pretrained(folder, save_embedding_layers=False)
     (folder / "evaluation.json").write_text(json.dumps(found, indent=2) + "\n")
 
 

@@ -131,7 +131,7 @@ class TreeLayer(CacheLayerMixin):
 
     @torch.inference_mode()
     def move(self, source: int, target: int) -> None:
-        if self.is_initialized:
+        if self.is_initialized and source < len(self.keys):  # else nothing was read there yet
             self.keys[target], self.values[target] = self.keys[source], self.values[source]
 
     def get_seq_length(self) -> int:

@@ -119,14 +119,18 @@ class ModelLoader:
             found = find(spec.model)
             config = AutoConfig.from_pretrained(found, **where)
             attention = None if self.placement.attention == "auto" else self.placement.attention
-            model = family.from_pretrained(
+            model, report = family.from_pretrained(
                 found,
                 **where,
                 **(options or {}),
                 dtype=self._dtype(config),
                 attn_implementation=attention,
                 use_safetensors=True,
+                output_loading_info=True,
             )
+        if report["missing_keys"] and not spec.adapter:  # transformers would go on with random numbers
+            missing = ", ".join(sorted(report["missing_keys"])[:3])
+            raise ModelError(f"model={spec.model!r} has no weights for {missing} of {type(model).__name__}.")
         return model.to(self.device).eval() if isinstance(model, torch.nn.Module) else model
 
     def _dtype(self, config: Any) -> Any:

@@ -113,7 +113,7 @@ class LocalLanguageModel:
     @torch.inference_mode()
     def _sample(self, boundary: Boundary, sampler: Sampler, group: list[Candidate]) -> list[Candidate]:
         logits = torch.stack([c.state.logits for c in group]).float()
-        uniforms = torch.tensor([c.uniforms[len(c.ids)] for c in group], device=logits.device)
+        uniforms = torch.tensor([c.uniforms[len(c.ids)] for c in group], dtype=torch.float64, device=logits.device)
         tokens = sampler(logits, uniforms)
         log_p = logits.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
         rises = boundary.ends_before(logits)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 
+import numpy as np
 from numpy.random import Generator, Philox
 
 _WORD = 2**64
@@ -17,7 +18,9 @@ class Uniforms:
     """
 
     def __init__(self, seed: int, segment: int, draft: int) -> None:
-        self._stream = Generator(Philox(key=[seed % _WORD, 0], counter=[0, 0, draft, segment]))
+        key = np.array([seed % _WORD, 0], dtype=np.uint64)
+        counter = np.array([0, 0, draft, segment], dtype=np.uint64)
+        self._stream = Generator(Philox(key=key, counter=counter))
         self.verdict = float(self._stream.random())
         self._tokens: list[float] = []
 

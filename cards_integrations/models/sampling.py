@@ -38,6 +38,6 @@ class Sampler(BaseModel):
             ids = logits.topk(self.top_k).indices.sort(-1).values
             logits = logits.gather(-1, ids)
         upto = (logits.double() / self.temperature).softmax(-1).cumsum(-1)
-        at = (upto <= (uniforms.double() * upto[:, -1]).unsqueeze(-1)).sum(-1)
+        at = (upto <= (uniforms * upto[:, -1]).unsqueeze(-1)).sum(-1)
         at = at.clamp(max=logits.shape[-1] - 1)
         return at if ids is None else ids.gather(-1, at.unsqueeze(-1)).squeeze(-1)

@@ -13,7 +13,10 @@ from numpy.typing import NDArray
 from cards_integrations.errors import ModelError
 from cards_integrations.models.kv_cache import SCRATCH, Branch, TreeCache
 
-NO_POSITIONS = {"bloom", "falcon", "mpt"}  # ALiBi is derived from a 2D mask, which a tree has not
+NO_TREES = {  # architectures that would be silently wrong, for they do not go by positions and mask alone
+    "bloom": "ALiBi", "falcon": "ALiBi", "mpt": "ALiBi", "gpt_neo": "a causal mask of its own",
+    "openai-gpt": "no KV cache", "rwkv": "a recurrent state",
+}  # fmt: skip
 MASKS = {"full_attention", "sliding_attention"}
 
 
@@ -47,8 +50,8 @@ class Transformer:
     def check(config: Any, attention: str) -> None:
         """Raise `ModelError` for an architecture whose attention cannot be given a tree mask."""
         patterns = set(getattr(config, "layer_types", None) or ())
-        if config.model_type in NO_POSITIONS or patterns - MASKS:
-            what = ", ".join(sorted(patterns - MASKS)) or "ALiBi"
+        if config.model_type in NO_TREES or patterns - MASKS:
+            what = NO_TREES.get(config.model_type) or ", ".join(sorted(patterns - MASKS))
             raise ModelError(f"model type {config.model_type!r} uses {what}, which has no exact tree mask here.")
         if attention not in ("sdpa", "eager"):
             raise ModelError(f"attention={attention!r} takes no 4D mask; use engine=EngineSettings(attention='sdpa').")

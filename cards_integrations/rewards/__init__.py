@@ -17,7 +17,7 @@ REWARDS: dict[str, type[Reward]] = {"classifier": ClassifierReward, "function": 
 
 NAMED: dict[str, Reward] = {
     "sentiment": ClassifierReward(
-        model="smollm2", adapter="sentiment-smollm2", prompt_format="chat", end_of_turn=False, scale=(0.3, 0.4)
+        model="smollm2", adapter="sentiment-smollm2", prompt_format="chat", end_of_turn=False, scale=(0.75, 0.53)
     ),
     "sentiment-minilm": ClassifierReward(
         model="minilm", adapter="sentiment-minilm", prompt_format="{response}", scale=(0.3, 0.4)

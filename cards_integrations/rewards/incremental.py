@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, ClassVar
 
@@ -25,7 +25,7 @@ class _Read:
     before: str
     after: str
     before_ids: list[int]
-    after_ids: list[int] = field(default_factory=list)
+    after_ids: list[int]
 
 
 @dataclass
@@ -49,22 +49,19 @@ class IncrementalClassifier(RewardModel):
     def __init__(self, name: str, model: Any, layout: Layout, head: Head, same_vocabulary: bool) -> None:
         self.name = name
         self.model = model
+        self.to_logits = model.score.float()  # the last step in full precision: bf16 has three digits
         self.layout = layout
         self.head = head
         self.same_vocabulary = same_vocabulary
         self.transformer = Transformer(model)
         self.window = positions(model.config)
+        self.pad = self.transformer.config.pad_token_id  # transformers reads the score at the last other token
 
     def open(self, conversation: Conversation) -> None:
         chat = self.layout.chat
         before, after = self.layout.around(conversation)
-        conversation.state = _Read(
-            self.transformer.cache.open(),
-            before,
-            after,
-            chat.encode(before, special=self.layout.special),
-            chat.encode(after),
-        )
+        before_ids, after_ids = chat.encode(before, special=self.layout.special), chat.encode(after)
+        conversation.state = _Read(self.transformer.cache.open(), before, after, before_ids, after_ids)
 
     def close(self, conversation: Conversation) -> None:
         if conversation.state is not None:
@@ -115,15 +112,18 @@ class IncrementalClassifier(RewardModel):
             ids = [*read.before_ids, *response.ids]
         else:
             ids = chat.encode(read.before + response.text, special=self.layout.special)
-        start = [] if ids or read.after_ids else [chat.tokenizer.pad_token_id]  # something must be read
-        return [*start, *ids, *read.after_ids], len(read.after_ids)
+        whole = [*ids, *read.after_ids] or [chat.tokenizer.pad_token_id]  # something must be read
+        end = len(whole)
+        while end > 1 and whole[end - 1] == self.pad:
+            end -= 1
+        return whole[:end], max(0, end - len(ids))
 
     @torch.inference_mode()
     def _run(self, batch: list[Feed]) -> list[float]:
         inputs, rows, ends = self.transformer.batch(batch)
         body = getattr(self.model, self.model.base_model_prefix)
         hidden = body(**inputs).last_hidden_state[rows, ends]
-        logits = self.model.score(hidden.to(self.model.score.weight.dtype))
+        logits = self.to_logits(hidden.float())
         served = {}
         for feed in batch:
             usage = feed.owner.conversation.usage
