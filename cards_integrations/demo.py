@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from dataclasses import dataclass
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from transformers.utils import logging as transformers_logging
 
 from cards_integrations.decoding import Decoding, Sampling
 from cards_integrations.llm import CardsLLM
@@ -45,6 +47,9 @@ def answered(llm: CardsLLM, prompt: str, decoding: Decoding, seed: int) -> Outco
 
 
 def main() -> None:
+    warnings.simplefilter("ignore")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     console = Console(width=None if sys.stdout.isatty() else 120)
     llm = CardsLLM(max_tokens=64)
     methods: dict[str, Decoding] = {"plain": Sampling(), "CARDS": llm.decoding}
@@ -60,7 +65,7 @@ def main() -> None:
             table.add_column("")
             table.add_column("answer", ratio=1)
             for column in COLUMNS:
-                table.add_column(column, justify="right")
+                table.add_column(column, justify="right", min_width=7)
             for name, decoding in methods.items():
                 bar.update(task, description=f"{name:>5}")
                 outcome = answered(llm, prompt, decoding, seed)

@@ -33,7 +33,7 @@ class ChatCards(FromEnvironment, BaseChatModel):
     `streaming=True` makes `invoke` report each kept segment to the callbacks, too.
     """
 
-    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, validate_assignment=True)
 
     streaming: bool = False
 

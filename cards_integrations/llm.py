@@ -29,7 +29,7 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
     whole `Alignment`. Nothing is loaded before the first answer; equal settings share one engine.
     """
 
-    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, validate_assignment=True)
 
     name: str | None = None  # Runnable only annotates it
     _chat_model: ChatCards | None = PrivateAttr(default=None)
@@ -42,7 +42,7 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
 
     def as_langchain(self) -> ChatCards:
         """The same model as a `BaseChatModel`, for fields that ask for one."""
-        if self._chat_model is None:
+        if self._chat_model is None or self._chat_model.options() != self.options():
             self._chat_model = ChatCards(**self.options())
         return self._chat_model
 

@@ -192,7 +192,7 @@ class Drafts:
         reward = await pending.done
         self.ahead.popleft()
         candidate = pending.candidate
-        draft = Draft(candidate.index, candidate, reward, candidate.end, candidate.uniforms.verdict, candidate.text)
+        draft = Draft(candidate.index, candidate.text, reward, candidate.end, candidate.uniforms.verdict)
         session.looked_at.append((draft, pending))
         session.context.usage.drafts += 1
         return draft
@@ -217,7 +217,8 @@ async def score(model: RewardModel, responses: list[Response]) -> list[float]:
     except RewardError:
         raise
     except Exception as error:
-        raise RewardError(f"reward {model.name!r} failed: {type(error).__name__}: {error}") from error
+        texts = ", ".join(repr(response.text) for response in responses)
+        raise RewardError(f"reward {model.name!r} failed for {texts}: {type(error).__name__}: {error}") from error
     if len(scores) != len(responses):
         raise RewardError(f"reward {model.name!r} returned {len(scores)} scores for {len(responses)} texts.")
     for value, response in zip(scores, responses, strict=True):

@@ -71,6 +71,7 @@ class Worker:
         self.failed = False
         self.rewards: dict[Reward, RewardModel] = {}
         self.live: set[Session] = set()
+        self._judging: set[asyncio.Task[None]] = set()
         self.error: CardsError | None = None
         self.loop = asyncio.new_event_loop()
         self.language_model: LocalLanguageModel
@@ -250,11 +251,15 @@ class Worker:
             model = session._needed
             groups.setdefault((model, None if model.across_requests else session), []).append((session, pending))
         for (model, _), group in groups.items():
-            self.loop.create_task(self._judge(model, group))
+            task = self.loop.create_task(self._judge(model, group))
+            self._judging.add(task)  # the loop itself holds tasks weakly
+            task.add_done_callback(self._judging.discard)
 
     async def _judge(self, model: RewardModel, group: list[tuple[Session, Pending]]) -> None:
         """Score a group of candidates; if that fails, each request alone, so that one harms no other."""
-        group = [(session, pending) for session, pending in group if not pending.done.done()]  # given up by now
+        group = [(session, pending) for session, pending in group if not pending.done.done()]
+        if not group:
+            return  # all given up by now
         responses = []
         for session, pending in group:
             candidate = pending.candidate

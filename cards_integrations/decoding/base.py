@@ -8,7 +8,7 @@ from typing import ClassVar, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
-from cards_integrations.models.base import Boundary, Candidate
+from cards_integrations.models.base import Boundary
 from cards_integrations.trace import Verdict
 
 
@@ -17,11 +17,10 @@ class Draft:
     """A finished candidate segment. `end` is the length of kept text plus candidate, in tokens."""
 
     index: int
-    candidate: Candidate
+    text: str
     reward: float
     end: int
     uniform: float
-    text: str
     threshold: float | None = None
     verdict: Verdict = "unscored"
 

@@ -21,7 +21,7 @@ class Cards(Decoding):
     min(1, exp((r(x, y + s) - tau(t)) / beta)) (`acceptance="soft"`), or when r >= tau (`"hard"`).
     After `max_rejections` rejected candidates one more is drawn and the best of them all is kept.
 
-    `target_reward` and `beta` follow the scale of the reward model. "auto" takes mean + 2 spreads
+    `target_reward` and `beta` follow the scale of the reward model. "auto" takes mean + 1.5 spreads
     and a fifth of a spread for a reward that publishes its scale, and asks for a number otherwise.
     """
 
@@ -64,10 +64,10 @@ class Cards(Decoding):
         if self.target_reward == "auto" and scale is None:
             raise SettingsError(
                 "decoding.target_reward='auto' needs a reward that publishes its scale, and this one does not: "
-                "pass Cards(target_reward=..., beta=...), about two spreads above the mean reward of plain "
+                "pass Cards(target_reward=..., beta=...), about 1.5 spreads above the mean reward of plain "
                 "answers, and a fifth of the spread."
             )
         mean, spread = scale or (0.0, 0.0)
-        target = mean + 2 * spread if self.target_reward == "auto" else self.target_reward
+        target = mean + 1.5 * spread if self.target_reward == "auto" else self.target_reward
         beta = (spread / 5 or 0.7) if self.beta == "auto" else self.beta
         return target, beta
