@@ -33,7 +33,7 @@ class ChatCards(FromEnvironment, BaseChatModel):
     `streaming=True` makes `invoke` report each kept segment to the callbacks, too.
     """
 
-    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, validate_assignment=True)
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
     streaming: bool = False
 
@@ -136,7 +136,7 @@ class ChatCards(FromEnvironment, BaseChatModel):
         return len(self._engine({}).loaded().chat.prompt(as_prompt(messages))[1])
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
-        model = kwargs.get("model", self.model.model)
+        model = kwargs.get("model", self.model)
         params = LangSmithParams(
             ls_provider=PROVIDER,
             ls_model_type="chat",

@@ -91,12 +91,13 @@ class LlamaIndexCards(FromEnvironment, FunctionCallingLLM):
 
     @property
     def metadata(self) -> LLMMetadata:
+        chosen = self.chosen({})
         return LLMMetadata(
-            context_window=context_window(self.model),
-            num_output=self.max_tokens,
+            context_window=context_window(chosen.model),
+            num_output=chosen.max_tokens,
             is_chat_model=True,
             is_function_calling_model=False,
-            model_name=self.model.model,
+            model_name=chosen.model.model,
         )
 
     @llm_completion_callback()

@@ -29,7 +29,7 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
     whole `Alignment`. Nothing is loaded before the first answer; equal settings share one engine.
     """
 
-    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, validate_assignment=True)
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
     name: str | None = None  # Runnable only annotates it
     _chat_model: ChatCards | None = PrivateAttr(default=None)

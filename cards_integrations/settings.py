@@ -59,7 +59,7 @@ class Options(BaseModel):
         for name in overrides:
             if name not in Options.model_fields or name == "engine":
                 raise unknown("call argument", name, set(Options.model_fields) - {"engine"})
-        chosen = self._with(overrides)
+        chosen = self.chosen(overrides)
         decoding: Decoding = chosen.decoding
         if decoding.needs_reward and chosen.reward is None:
             raise SettingsError(f"decoding={decoding.method!r} needs a reward: pass reward=.")
@@ -76,13 +76,11 @@ class Options(BaseModel):
 
     def engine_for(self, overrides: dict[str, Any], owner: Any) -> Engine:
         """The process's engine for the model, shared by all objects with equal settings."""
-        chosen = self._with({"model": overrides["model"]}) if "model" in overrides else self
-        return Engine.shared(chosen.model, self.engine, owner)
+        chosen = self.chosen({name: value for name, value in overrides.items() if name == "model"})
+        return Engine.shared(chosen.model, chosen.engine, owner)
 
-    def _with(self, overrides: dict[str, Any]) -> Options:
-        """The options of one call."""
-        if not overrides:
-            return self
+    def chosen(self, overrides: dict[str, Any]) -> Options:
+        """The options of one call, validated: attributes may have been assigned since."""
         try:
             return Options.model_validate({**self.options(), **overrides})
         except ValidationError as error:

@@ -12,9 +12,9 @@ import atexit
 import logging
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -118,6 +118,7 @@ class Worker:
 
     def _halt(self) -> None:
         self._stopping = True
+        self.error = self.error or EngineClosed("The engine was closed.")
         self.loop.stop()
 
     async def _end(self) -> None:
@@ -130,12 +131,19 @@ class Worker:
     async def answer(self, request: Request, emit: Callable[[Chunk], None] | None) -> Alignment:
         """One request, from its prompt to its alignment."""
         try:
-            if self.error is not None:
-                raise self.error
-            async with asyncio.timeout(request.timeout), self._rows:
-                return await self._answer(request, emit)
+            with self._at_work():
+                async with asyncio.timeout(request.timeout), self._rows:
+                    return await self._answer(request, emit)
         except TimeoutError:
             raise CardsTimeout(f"No answer within timeout={request.timeout} seconds.") from None
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """What a caller is told where the model did not load, or the engine is closed meanwhile."""
+        if self.error is not None:
+            raise self.error
+        try:
+            yield
         except asyncio.CancelledError:
             if self._stopping:
                 raise EngineClosed("The engine was closed while the request ran.") from None
@@ -192,15 +200,14 @@ class Worker:
         return self.rewards[settings]
 
     async def score_texts(self, settings: Reward, prompt: str | list[Message], texts: list[str]) -> list[float]:
-        if self.error is not None:
-            raise self.error
-        model = self._reward(settings)
-        conversation = Conversation(prompt, Usage())
-        model.open(conversation)
-        try:
-            return await score(model, [Response(conversation, text) for text in texts])
-        finally:
-            model.close(conversation)
+        with self._at_work():
+            model = self._reward(settings)
+            conversation = Conversation(prompt, Usage())
+            model.open(conversation)
+            try:
+                return await score(model, [Response(conversation, text) for text in texts])
+            finally:
+                model.close(conversation)
 
     def width(self) -> int:
         """Candidates a request may draft at once: the settings', or a fair share of what pays here."""
@@ -269,6 +276,8 @@ class Worker:
         try:
             scores = await score(model, responses)
         except Exception as error:
+            for response in responses:
+                model.drop(response)
             sessions = dict.fromkeys(session for session, _ in group)
             if len(sessions) > 1:
                 for one in sessions:

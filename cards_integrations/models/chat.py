@@ -11,6 +11,7 @@ from cards_integrations.errors import PromptError
 from cards_integrations.models.base import Message
 
 _MARK = "\u2063answer\u2063"  # stands for the answer while a template is split around it
+_HALF = "\ufffd"
 
 
 class Formatted(str):
@@ -29,6 +30,15 @@ class ChatTokenizer:
         return list(self.tokenizer(checked(text), add_special_tokens=special)["input_ids"])
 
     def decode(self, ids: Sequence[int]) -> str:
+        """The text; half a character at its end is U+FFFD, and takes none of the characters before it along."""
+        text = self._decode(ids)
+        for cut in (1, 2, 3) if text.endswith(_HALF) else ():
+            whole = self._decode(ids[:-cut])
+            if not whole.endswith(_HALF):
+                return text if text.startswith(whole) else whole + _HALF  # byte fallback spoils a run of bytes
+        return text
+
+    def _decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def prompt(self, prompt: str | list[Message]) -> tuple[str, list[int]]:

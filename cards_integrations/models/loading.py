@@ -77,7 +77,8 @@ class ModelLoader:
         if spec.adapter:
             from peft import PeftModel
 
-            model = PeftModel.from_pretrained(model, spec.adapter).merge_and_unload()
+            with _explained(spec):
+                model = PeftModel.from_pretrained(model, spec.adapter).merge_and_unload()
         tokenizer = self.tokenizer(spec)
         self.language_model = (spec, model, tokenizer)
         return model, tokenizer
@@ -95,7 +96,8 @@ class ModelLoader:
         if spec.adapter:
             from peft import PeftModel
 
-            model = PeftModel.from_pretrained(model, spec.adapter, autocast_adapter_dtype=False)
+            with _explained(spec):
+                model = PeftModel.from_pretrained(model, spec.adapter, autocast_adapter_dtype=False)
             model = model.get_base_model() if shared else model.merge_and_unload()
         return model.to(self.device).eval(), self.tokenizer(spec)
 
@@ -220,5 +222,5 @@ class _explained:
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (OSError, ValueError, KeyError, ImportError)) and not isinstance(error, CardsError):
+        if isinstance(error, Exception) and not isinstance(error, CardsError):
             raise ModelError(f"model={self.spec.model!r} cannot be loaded: {error}") from error

@@ -1,0 +1,203 @@
+"""The event loop is never blocked; who stops listening stops the drafting; an error reaches who listens."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+
+import faces
+import pytest
+from langchain_core.callbacks import BaseCallbackHandler
+from llama_index.core.callbacks import CallbackManager, LlamaDebugHandler
+
+from cards_integrations.errors import CardsTimeout, EngineClosed, ModelError, RewardError
+
+METHODS = [*faces.LANGCHAIN, *faces.LLAMA_INDEX]
+ASYNC = [method for method in METHODS if method.startswith("a")]
+STREAMS = [method for method in METHODS if "stream" in method]
+LONG = 3500  # tokens, which take at least as many decode steps
+
+
+@pytest.fixture
+def llm():
+    return faces.cards_llm(model=faces.endless_model())
+
+
+def worker(llm):
+    llm._engine({}).loaded()
+    return llm._engine({})._worker
+
+
+class KeepsErrors(BaseCallbackHandler):
+    def __init__(self):
+        self.errors = []
+
+    def on_llm_error(self, error, **kwargs):
+        self.errors.append(error)
+
+
+def assert_nothing_runs(llm, before):
+    """Whatever was cancelled is gone by the time the next request is answered."""
+    assert llm.align("Hello", max_tokens=1).text
+    assert not worker(llm).live
+    assert not worker(llm).language_model.contexts
+    assert worker(llm).language_model.steps - before < LONG / 2
+
+
+# --- the loop goes on ---
+
+
+@pytest.mark.parametrize("method", ASYNC)
+async def test_the_event_loop_is_not_blocked(llm, method):
+    ticks = 0
+
+    async def tick():
+        nonlocal ticks
+        while True:
+            await asyncio.sleep(0.001)
+            ticks += 1
+
+    steps = worker(llm).language_model.steps
+    ticker = asyncio.create_task(tick())
+    await faces.finish(await faces.call(llm, method, max_tokens=60))
+    ticker.cancel()
+    assert worker(llm).language_model.steps - steps > 60
+    assert ticks > 15
+
+
+async def test_many_at_once_are_one_batch(llm):
+    before = worker(llm).language_model.steps
+    one = await llm.acomplete("Hello")
+    alone = worker(llm).language_model.steps - before
+    answers = await asyncio.gather(*(faces.call(llm, m) for m in ["ainvoke", "acomplete", "achat", "aalign"] * 3))
+    assert worker(llm).language_model.steps - before - alone < 6 * alone
+    told = {getattr(a, "text", None) or getattr(a, "message", a).content for a in answers}
+    assert told == {one.text}
+
+
+def test_one_object_serves_many_event_loops_and_threads(llm):
+    expected = llm.align("Hello").text
+    for _ in range(2):
+        assert asyncio.run(llm.ainvoke("Hello")).content == expected
+    with ThreadPoolExecutor(8) as threads:
+        found = [*threads.map(lambda _: llm.complete("Hello").text, range(8))]
+        found += [message.content for message in threads.map(llm.invoke, ["Hello"] * 8)]
+    assert set(found) == {expected}
+
+
+# --- whoever stops listening stops the drafting ---
+
+
+@pytest.mark.parametrize("debug", [False, True], ids=["plain", "debugged"])
+@pytest.mark.parametrize("method", STREAMS)
+async def test_closing_a_stream_stops_the_drafting(llm, method, debug):
+    if debug:  # handlers that keep the exception that ended the stream, and with it the stream's frame
+        llm.callback_manager = CallbackManager([LlamaDebugHandler(print_trace_on_end=False)])
+        llm.as_langchain().callbacks = [KeepsErrors()]
+    before = worker(llm).language_model.steps
+    stream = await faces.call(llm, method, max_tokens=LONG)
+    if method.startswith("a"):
+        await anext(stream)
+        await stream.aclose()
+        for _ in range(10):
+            await asyncio.sleep(0)
+    else:
+        next(stream)
+        stream.close()
+    assert_nothing_runs(llm, before)
+
+
+@pytest.mark.parametrize("method", STREAMS)
+async def test_leaving_the_loop_over_a_stream_stops_the_drafting(llm, method):
+    before = worker(llm).language_model.steps
+    if method.startswith("a"):
+        async for _ in await faces.call(llm, method, max_tokens=LONG):
+            break
+        for _ in range(10):
+            await asyncio.sleep(0)
+    else:
+        for _ in await faces.call(llm, method, max_tokens=LONG):
+            break
+    assert_nothing_runs(llm, before)
+
+
+@pytest.mark.parametrize("method", ASYNC)
+async def test_cancelling_a_task_stops_the_drafting(llm, method):
+    before = worker(llm).language_model.steps
+
+    async def work():
+        await faces.finish(await faces.call(llm, method, max_tokens=LONG))
+
+    task = asyncio.create_task(work())
+    while worker(llm).language_model.steps < before + 5:  # noqa: ASYNC110 (another thread's counter)
+        await asyncio.sleep(0.001)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert_nothing_runs(llm, before)
+
+
+async def test_cancelling_one_of_a_batch_leaves_the_others(llm):
+    expected = llm.align("Hello").text
+    long = asyncio.create_task(llm.ainvoke("Hello", max_tokens=LONG))
+    others = [asyncio.create_task(llm.ainvoke("Hello")) for _ in range(3)]
+    await others[0]
+    long.cancel()
+    assert {message.content for message in await asyncio.gather(*others)} == {expected}
+    with pytest.raises(asyncio.CancelledError):
+        await long
+
+
+@pytest.mark.parametrize("method", METHODS)
+async def test_a_timeout_stops_the_drafting(llm, method):
+    before = worker(llm).language_model.steps
+    with pytest.raises(CardsTimeout, match="timeout"):
+        await faces.finish(await faces.call(llm, method, max_tokens=LONG, timeout=0.1))
+    assert_nothing_runs(llm, before)
+
+
+# --- errors reach whoever listens ---
+
+
+@pytest.mark.parametrize("forwards", [0, 25], ids=["at once", "in the middle"])
+@pytest.mark.parametrize("method", METHODS)
+async def test_an_error_of_the_model_reaches_the_caller(llm, method, forwards, monkeypatch):
+    model = worker(llm).language_model.model
+    forward, calls = model.forward, 0
+
+    def breaks(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls > forwards:
+            raise RuntimeError("out of memory")
+        return forward(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "forward", breaks)
+        with pytest.raises(ModelError, match="out of memory"):
+            await faces.finish(await faces.call(llm, method))
+    assert calls == forwards + 1
+    assert_nothing_runs(llm, worker(llm).language_model.steps)
+
+
+@pytest.mark.parametrize("method", METHODS)
+async def test_an_error_of_the_reward_reaches_the_caller(llm, method):
+    def fails(prompt, responses):
+        raise RuntimeError("no judge today")
+
+    with pytest.raises(RewardError, match="no judge today"):
+        await faces.finish(await faces.call(llm, method, reward=fails))
+    assert_nothing_runs(llm, worker(llm).language_model.steps)
+
+
+@pytest.mark.parametrize("method", STREAMS)
+async def test_closing_the_engine_ends_a_stream(method):
+    llm = faces.cards_llm(model=faces.endless_model())
+    stream = await faces.call(llm, method, max_tokens=LONG)
+    await anext(stream) if method.startswith("a") else next(stream)
+    llm._engine({}).close()
+    with pytest.raises(EngineClosed):
+        await faces.finish(stream)
+    assert llm.complete("Hello", max_tokens=1).text

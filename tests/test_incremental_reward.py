@@ -1,0 +1,224 @@
+"""A candidate's score from its new tokens only is the score of the whole text."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from conftest import Start
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from cards_integrations.decoding import Cards, Uncertainty
+from cards_integrations.engine import Request
+from cards_integrations.models.chat import ChatTokenizer
+from cards_integrations.models.loading import LocalModel, ModelLoader, Placement
+from cards_integrations.models.sampling import Sampler
+from cards_integrations.rewards import ClassifierReward, Conversation, Response
+from cards_integrations.rewards.classifier import Head, Layout
+from cards_integrations.rewards.incremental import IncrementalClassifier
+from cards_integrations.rewards.rescoring import RescoringClassifier
+from cards_integrations.trace import Usage
+
+WORDS = range(6, 48)
+FLOAT32 = Placement(dtype="float32")
+
+
+@torch.inference_mode()
+def full_score(model: Any, ids: Sequence[int]) -> float:
+    inputs = torch.tensor([list(ids)])
+    return float(model(inputs, attention_mask=torch.ones_like(inputs)).logits[0, 0])
+
+
+def incremental(model: Any, tokenizer: Any, same_vocabulary: bool, **settings: Any) -> IncrementalClassifier:
+    reward = ClassifierReward(model="tiny", **settings)
+    layout = Layout(reward, ChatTokenizer(tokenizer))
+    return IncrementalClassifier(reward.name, model, layout, Head(reward, model.config), same_vocabulary)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", [*tiny.FAMILIES])
+async def test_scores_of_growing_answers(family: str, attention: str) -> None:
+    if (family, attention) == ("gemma2", "sdpa"):
+        pytest.skip("transformers gives this family eager attention only")
+    model, tokenizer = tiny.classifier(family, attention=attention), tiny.words()
+    reward, dice = incremental(model, tokenizer, True), random.Random(0)
+    prompts = ["w7 w8 w9", "w10", "w11 w12 w13 w14 w15 w16 w17"]
+    talks = [Conversation(prompt, Usage()) for prompt in prompts]
+    kept: dict[Conversation, list[int]] = {talk: [] for talk in talks}
+    for talk in talks:
+        reward.open(talk)
+        reward.keep(await scored(reward, model, tokenizer, [Response(talk, "", [])]))
+    for turn in range(6):
+        if turn == 3:
+            reward.close(talks.pop(0))
+        candidates = [
+            Response(talk, "", kept[talk] + dice.choices(WORDS, k=k))
+            for talk in talks
+            for k in dice.choices(range(5), k=3)
+        ]
+        await scored(reward, model, tokenizer, candidates)
+        for talk in talks:
+            mine = [c for c in candidates if c.conversation is talk]
+            best = dice.choice(mine)
+            for other in mine:
+                if other is not best:
+                    reward.drop(other)
+            reward.keep(best)
+            kept[talk] = best.ids or []
+
+
+async def scored(reward: IncrementalClassifier, model: Any, tokenizer: Any, responses: list[Response]) -> Response:
+    """The last response, after all of them were scored right."""
+    whole = [tokenizer(r.conversation.prompt)["input_ids"] + (r.ids or []) for r in responses]
+    assert await reward.score(responses) == pytest.approx([full_score(model, ids) for ids in whole], abs=1e-4)
+    return responses[-1]
+
+
+@pytest.mark.parametrize("template", [None, tiny.CHAT], ids=["plain", "chat"])
+async def test_another_tokenizer_whose_tokens_merge_across_candidates(template: str | None) -> None:
+    tokenizer = tiny.byte_pairs()
+    tokenizer.chat_template = template
+    model = tiny.classifier(vocab_size=280)
+    reward = incremental(model, tokenizer, False)
+    talk = Conversation("the dog sat on the mat and the cat ran away. " * 4, Usage())
+    reward.open(talk)
+    start, end = reward.layout.around(talk)
+    suffix = tokenizer(end)["input_ids"]
+    assert bool(suffix) == bool(template)
+
+    kept, whole_tokens, shifted = "", 0, 0
+    for pieces in [
+        ["the c", "th", "a d"],
+        ["at sa", "og r", "x"],
+        ["t on th", "an a", "\u00e9"],
+        ["e mat.", "way", ""],
+    ]:
+        texts = [kept + piece for piece in pieces]
+        ids = [tokenizer(start + text)["input_ids"] + suffix for text in texts]
+        responses = [Response(talk, text) for text in texts]
+        assert await reward.score(responses) == pytest.approx([full_score(model, i) for i in ids], abs=1e-4)
+        before = tokenizer(start + kept)["input_ids"]
+        shifted += sum(i[: len(before)] != before for i in ids)
+        whole_tokens += sum(map(len, ids))
+        reward.keep(responses[0])
+        reward.drop(responses[1])
+        reward.drop(responses[2])
+        kept = texts[0]
+    assert shifted > 0
+    assert talk.usage.rm_tokens < whole_tokens / 2.5
+    assert reward.transformer.tokens == talk.usage.rm_tokens
+    reward.close(talk)
+    assert not reward.transformer.cache.trees
+
+
+@pytest.mark.parametrize("template", [None, tiny.CHAT], ids=["plain", "chat"])
+def test_every_reward_in_the_trace_is_the_whole_text_s(
+    models: Callable[..., str], start: Start, tmp_path: Path, template: str | None
+) -> None:
+    """The engine with a reward model that has another tokenizer, and answers that end in several ways."""
+    tokenizer, model = tiny.byte_pairs(), tiny.classifier(vocab_size=280, max_position_embeddings=1024)
+    tokenizer.chat_template = template
+    judge = ClassifierReward(model=tiny.save(tmp_path, model, tokenizer))
+    decoding = Cards(target_reward=2.0, beta=0.5, boundary=Uncertainty(threshold=2.95, min_length=2, max_length=6))
+    prompt = "w7 w8 w9 w10 w11"
+    requests = [
+        Request(prompt, decoding, judge, Sampler(temperature=1.0), 30, stop=("w4", "0 w1"), seed=seed)
+        for seed in range(8)
+    ]
+    layout, talk = Layout(judge, ChatTokenizer(tokenizer)), Conversation(prompt, Usage())
+    before, after = layout.around(talk)
+
+    def whole(text: str) -> list[int]:
+        return tokenizer(before + text)["input_ids"] + tokenizer(after)["input_ids"]
+
+    read = whole_tokens = 0
+    for alignment in start(models("llama"), width=1).run_many(requests):
+        kept = ""
+        for segment in alignment.segments:
+            for draft in segment.drafts:
+                ids = whole(kept + draft.text)
+                assert draft.reward == pytest.approx(full_score(model, ids), abs=1e-4)
+                whole_tokens += len(ids)
+            kept += segment.text
+        assert alignment.reward == pytest.approx(full_score(model, whole(alignment.text)), abs=1e-4)
+        read += alignment.usage.rm_tokens
+    assert read < whole_tokens / 2
+
+
+async def test_padding_at_the_end_is_not_where_the_score_is_read() -> None:
+    """Transformers reads the score at the last token that is not padding; so do we."""
+    model, tokenizer = tiny.classifier(), tiny.words()
+    reward, talk = incremental(model, tokenizer, True), Conversation("w7 w8", Usage())
+    reward.open(talk)
+    for ids in [[20, tiny.PAD], [20, tiny.PAD, 21], [tiny.PAD, tiny.PAD]]:
+        response = Response(talk, "", ids)
+        whole = tokenizer(talk.prompt)["input_ids"] + ids
+        assert await reward.score([response]) == pytest.approx([full_score(model, whole)], abs=1e-4)
+        reward.keep(response)
+
+
+@pytest.mark.parametrize("family", ["bert", "bloom"])
+def test_a_classifier_without_a_tree_cache_rescores(tmp_path: Path, start: Start, models: Any, family: str) -> None:
+    model, tokenizer = tiny.classifier(family, attention="eager", num_labels=2), tiny.words()
+    folder = tiny.save(tmp_path, model, tokenizer)
+    texts = ["", "w7", "w9 w8 w7 w6 w20 w21 w30", "w40 w41"]
+    engine = start(models("llama"))
+    inputs = [torch.tensor([tokenizer("w7 w8 " + text)["input_ids"]]) for text in texts]
+    logits = torch.cat([model(ids, attention_mask=torch.ones_like(ids)).logits for ids in inputs]).detach()
+    log_odds = logits[:, 1] - logits[:, 0]
+    for output, expected in [("logit", logits[:, 1]), ("probability", log_odds.sigmoid()), ("log_odds", log_odds)]:
+        reward = ClassifierReward(model=folder, label="LABEL_1", output=output, prompt_format="{prompt} {response}")
+        assert engine.score(reward, "w7 w8", texts) == pytest.approx(expected.tolist(), abs=1e-4)
+        assert isinstance(engine._worker.rewards[reward], RescoringClassifier)
+
+
+@pytest.fixture(scope="module")
+def adapter(models: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A low-rank adapter with a head, on the language model's own body."""
+    torch.manual_seed(0)
+    body = AutoModelForSequenceClassification.from_pretrained(models("llama"), num_labels=1)
+    settings = LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["score"])
+    model = get_peft_model(body, settings)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name or "modules_to_save" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    folder = tmp_path_factory.mktemp("adapter")
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_classifier_on_the_language_model_s_body_shares_its_weights(models: Callable[..., str], adapter: str) -> None:
+    spec = LocalModel(model=models("llama"))
+    judge = spec.model_copy(update={"adapter": adapter})
+    loader = ModelLoader(FLOAT32)
+    causal, tokenizer = loader.causal(spec)
+    ids = tokenizer("w7 w8 w9 w10", return_tensors="pt")["input_ids"]
+    before = causal(ids).logits
+    shared, _ = loader.classifier(judge)
+    unshared, _ = ModelLoader(FLOAT32).classifier(judge)
+
+    mine = {weight.data_ptr() for weight in causal.parameters()}
+    own = [name for name, weight in shared.named_parameters() if weight.data_ptr() not in mine]
+    assert own
+    assert all("lora" in name or name.startswith("score") for name in own)
+    assert sum(weight.data_ptr() in mine for weight in shared.parameters()) == len([*causal.base_model.parameters()])
+    assert full_score(shared, ids[0].tolist()) == pytest.approx(full_score(unshared, ids[0].tolist()), abs=1e-4)
+    assert torch.equal(causal(ids).logits, before)
+
+
+def test_the_shared_body_guides(models: Callable[..., str], adapter: str, start: Start) -> None:
+    judge = ClassifierReward(model=models("llama"), adapter=adapter)
+    decoding = Cards(target_reward=1.0, beta=0.5, boundary=Uncertainty(threshold=2.95, min_length=2, max_length=6))
+    engine = start(models("llama"), width=4)
+    requests = [Request("w7 w8 w9", decoding, judge, max_tokens=16, seed=seed) for seed in range(4)]
+    model, _ = ModelLoader(FLOAT32).classifier(LocalModel(model=models("llama"), adapter=adapter))
+    tokenizer = AutoTokenizer.from_pretrained(models("llama"))
+    for alignment in engine.run_many(requests):
+        whole = tokenizer("w7 w8 w9")["input_ids"] + list(alignment.token_ids)
+        assert alignment.reward == pytest.approx(full_score(model, whole), abs=1e-4)

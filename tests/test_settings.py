@@ -1,0 +1,183 @@
+"""Settings: one set of options as arguments, in the environment and in YAML; and imports run downward."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import faces
+import pytest
+from pydantic import ValidationError
+
+from cards_integrations import CardsLLM, CardsSettings, ChatCards
+from cards_integrations.decoding import Cards, FixedLength, Punctuation, Sampling, Uncertainty
+from cards_integrations.engine import EngineSettings
+from cards_integrations.errors import SettingsError
+from cards_integrations.models.loading import LocalModel
+from cards_integrations.rewards import NAMED, ClassifierReward, FunctionReward
+
+CLASSIFIER = ClassifierReward(
+    model="some/reward", label="good", output="log_odds", prompt_format="{prompt}|{response}", scale=(0.5, 2.0)
+)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"decoding": "sampling"},
+        {"decoding": Sampling(chunk=3), "reward": None},
+        {"decoding": Cards.paper(target_reward=8.5)},
+        {"decoding": Cards(boundary=Uncertainty(measure="evidential", threshold=0.2, min_length=2, max_length=9))},
+        {"decoding": Cards(boundary=FixedLength(length=7), acceptance="hard")},
+        {"decoding": Cards(boundary=Punctuation(marks=(".", "\n")), target_reward=-1.5, beta=0.25)},
+        {"reward": CLASSIFIER},
+        {"reward": "sentiment-minilm"},
+        {"model": LocalModel(model="some/model", revision="main", adapter="some/adapter")},
+        {"stop": ["\n\n", "Ünde: \t"], "seed": 2**63, "temperature": 0.0, "top_k": 0, "timeout": 1.5},
+        {"engine": EngineSettings(width=3, device="cpu", dtype="float32", max_rows=2)},
+    ],
+)
+def test_yaml_gives_back_every_setting(options, tmp_path):
+    settings = CardsSettings(**options)
+    file = tmp_path / "cards.yaml"
+    file.write_text(settings.to_yaml(), encoding="utf-8")
+    assert CardsSettings.from_yaml(file) == settings
+    assert CardsLLM.from_settings(file).options() == settings.options()
+    assert CardsSettings(**json.loads(settings.model_dump_json())) == settings
+
+
+def test_a_yaml_file_of_names_is_enough(tmp_path):
+    file = tmp_path / "cards.yaml"
+    file.write_text("model: some/model\nreward: sentiment\ndecoding:\n  method: cards\n  alpha: 0.2\nstop: END\n")
+    settings = CardsSettings.from_yaml(file)
+    assert settings.model == LocalModel(model="some/model")
+    assert settings.reward == NAMED["sentiment"]
+    assert settings.decoding == Cards(alpha=0.2)
+    assert settings.stop == ("END",)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("- a list", "mapping"),
+        ("model: [", "cannot be read"),
+        ("max_token: 3", "Did you mean 'max_tokens'"),
+        ("5: 3", "'5'"),
+        ("decoding: {method: card}", "Did you mean 'cards'"),
+        ("decoding: {method: cards, alfa: 1}", "alfa"),
+        ("reward: {kind: clasifier, model: m}", "Did you mean 'classifier'"),
+    ],
+)
+def test_a_bad_yaml_file_says_what_is_wrong(text, says, tmp_path):
+    file = tmp_path / "cards.yaml"
+    file.write_text(text)
+    with pytest.raises((SettingsError, ValidationError), match=says):
+        CardsSettings.from_yaml(file)
+
+
+def test_a_missing_yaml_file_is_named(tmp_path):
+    with pytest.raises(SettingsError, match=r"nowhere\.yaml"):
+        CardsLLM.from_settings(tmp_path / "nowhere.yaml")
+
+
+def test_a_function_has_no_yaml():
+    with pytest.raises(SettingsError, match="reward"):
+        CardsSettings(reward=len).to_yaml()
+
+
+@pytest.mark.parametrize("face", [CardsSettings, CardsLLM, ChatCards])
+def test_the_environment_gives_defaults(face, monkeypatch):
+    for name, value in {
+        "CARDS_MODEL": "some/model",
+        "CARDS_REWARD": "sentiment-minilm",
+        "CARDS_DECODING": '{"method": "cards", "target_reward": 1.25, "boundary": {"kind": "fixed_length"}}',
+        "CARDS_MAX_TOKENS": "33",
+        "CARDS_TEMPERATURE": "0.25",
+        "CARDS_STOP": '["END"]',
+        "CARDS_ENGINE__WIDTH": "3",
+        "CARDS_ENGINE__DEVICE": "cpu",
+    }.items():
+        monkeypatch.setenv(name, value)
+    found = face(max_tokens=34)
+    assert found.model == LocalModel(model="some/model")
+    assert found.reward == NAMED["sentiment-minilm"]
+    assert found.decoding == Cards(target_reward=1.25, boundary=FixedLength())
+    assert found.max_tokens == 34  # an argument goes before the environment
+    assert (found.temperature, found.stop) == (0.25, ("END",))
+    assert found.engine == EngineSettings(width=3, device="cpu")
+
+
+@pytest.mark.parametrize("face", [CardsSettings, CardsLLM, ChatCards])
+def test_the_environment_takes_names_and_json(face, monkeypatch):
+    monkeypatch.setenv("CARDS_DECODING", "sampling")
+    monkeypatch.setenv("CARDS_MODEL", '{"model": "some/model", "revision": "v2"}')
+    monkeypatch.setenv("CARDS_REWARD", CLASSIFIER.model_dump_json())
+    found = face()
+    assert found.decoding == Sampling()
+    assert found.model == LocalModel(model="some/model", revision="v2")
+    assert found.reward == CLASSIFIER
+
+
+def test_a_bad_environment_variable_is_named(monkeypatch):
+    monkeypatch.setenv("CARDS_MAX_TOKENS", "many")
+    with pytest.raises(ValidationError, match="max_tokens"):
+        CardsLLM()
+
+
+def test_settings_are_frozen():
+    for settings, name in [
+        (CardsSettings(), "max_tokens"),
+        (Cards(), "alpha"),
+        (Uncertainty(), "threshold"),
+        (CLASSIFIER, "model"),
+        (LocalModel(), "model"),
+        (EngineSettings(), "width"),
+    ]:
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(settings, name, getattr(settings, name))
+
+
+def test_settings_take_no_unknown_names():
+    for kind in (Cards, Sampling, Uncertainty, FixedLength, Punctuation, LocalModel, EngineSettings):
+        with pytest.raises(ValidationError, match="nonsense"):
+            kind(nonsense=1)
+    for face in (CardsSettings, CardsLLM, ChatCards):
+        with pytest.raises(ValidationError, match="Did you mean 'temperature'"):
+            face(temprature=1)
+
+
+def test_settings_have_a_json_schema():
+    schema = CardsSettings.model_json_schema()
+    assert set(schema["properties"]) == set(CardsSettings.model_fields)
+    assert schema["properties"]["max_tokens"]["minimum"] == 1
+    for kind in (Cards, Sampling, ClassifierReward):
+        assert kind.model_json_schema()["additionalProperties"] is False
+
+
+def test_a_callable_is_a_reward():
+    assert CardsSettings(reward=len).reward == FunctionReward(function=len)
+
+
+def test_equal_settings_are_equal_and_hashable():
+    assert CardsSettings(**faces.options()) == CardsSettings(**faces.options())
+    assert len({Cards(), Cards(), CLASSIFIER, CLASSIFIER.model_copy(), EngineSettings(), EngineSettings()}) == 3
+
+
+CORE = ["settings", "engine", "decoding", "rewards", "rewards.incremental", "models.local", "session", "trace"]
+
+
+@pytest.mark.parametrize(
+    ("code", "absent"),
+    [
+        ("import cards_integrations", ["torch", "transformers", "langchain_core", "llama_index"]),
+        (";".join(f"import cards_integrations.{name}" for name in CORE), ["langchain_core", "llama_index"]),
+    ],
+)
+def test_imports_are_light_and_run_downward(code, absent):
+    print_modules = "import sys, json; print(json.dumps(sorted({m.split('.')[0] for m in sys.modules})))"
+    ran = subprocess.run([sys.executable, "-c", f"{code}\n{print_modules}"], capture_output=True, text=True, check=True)
+    loaded = set(json.loads(ran.stdout))
+    assert "cards_integrations" in loaded
+    assert not loaded & set(absent)
