@@ -13,11 +13,14 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from hypothesis import settings
 
 from cards_integrations.engine import Engine, EngineSettings
 from cards_integrations.models.loading import LocalModel
 
 torch.set_num_threads(1)  # the models here are too small to share among threads
+settings.register_profile("here", deadline=None, derandomize=True)
+settings.load_profile("here")
 
 SHARED = Path(__file__).parents[2] / "shared"
 Start = Callable[..., Engine]

@@ -18,7 +18,7 @@ import pytest
 import tiny
 from conftest import Start
 
-from cards_integrations.decoding import Cards, Sampling, Uncertainty
+from cards_integrations.decoding import Cards, FixedLength, Sampling, Uncertainty
 from cards_integrations.engine import Engine, EngineSettings, Request
 from cards_integrations.errors import CardsTimeout, EngineClosed, ModelError, RewardError
 from cards_integrations.models.loading import LocalModel, ModelLoader
@@ -47,8 +47,8 @@ def long(seed: int = 0) -> Request:
     return Request(PROMPT, Sampling(chunk=4), max_tokens=ROOM, seed=seed)
 
 
-def short(judge: Any, seed: int = 0, prompt: str = PROMPT, room: int = 12) -> Request:
-    return Request(prompt, Cards(target_reward=0.5, beta=0.3, boundary=BOUNDARY), judge, Sampler(), room, seed=seed)
+def short(judge: Any, seed: int = 0) -> Request:
+    return Request(PROMPT, Cards(target_reward=0.5, beta=0.3, boundary=BOUNDARY), judge, Sampler(), 12, seed=seed)
 
 
 def steps(engine: Engine) -> int:
@@ -259,12 +259,19 @@ async def test_a_bad_reward_harms_its_request_only(
 async def test_one_answer_too_long_for_the_reward_model_harms_no_other(
     models: Callable[..., str], start: Start, tmp_path: Path
 ) -> None:
+    """The candidates of all requests end in the same steps, and are scored in one forward."""
     judge = ClassifierReward(model=tiny.save(tmp_path, tiny.classifier(max_position_embeddings=18), tiny.words()))
-    engine = start(models("llama"), width=2)
-    expected = [await engine.arun(short(judge, seed)) for seed in range(3)]
-    requests = [short(judge, 0), short(judge, 1), short(judge, 3, room=60), short(judge, 2)]
-    first, second, bad, third = await asyncio.gather(*map(engine.arun, requests), return_exceptions=True)
-    assert [a.token_ids for a in (first, second, third)] == [a.token_ids for a in expected]
+    in_step = Cards(target_reward=-50.0, boundary=FixedLength(length=3))
+
+    def request(prompt: str, seed: int) -> Request:
+        return Request(prompt, in_step, judge, Sampler(top_k=3), 12, seed=seed)
+
+    good = [request(PROMPT, seed) for seed in (2, 3, 4)]
+    expected = start(models("llama"), width=1).run_many(good)
+    requests = [good[0], request("w9 " * 10, 2), *good[1:]]  # all wait while the engine loads
+    engine = start(models("llama"), width=1)
+    first, bad, *rest = await asyncio.gather(*map(engine.arun, requests), return_exceptions=True)
+    assert [a.token_ids for a in (first, *rest)] == [a.token_ids for a in expected]
     with pytest.raises(RewardError, match=r"18.*max_tokens"):
         raise bad
     assert idle(engine)

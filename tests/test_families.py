@@ -78,11 +78,8 @@ class Walk:
             self.compared += 1
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", [*tiny.FAMILIES])
+@pytest.mark.parametrize(("family", "attention"), tiny.RUNS)
 def test_trees_give_the_plain_logits(family: str, attention: str) -> None:
-    if (family, attention) == ("gemma2", "sdpa"):
-        pytest.skip("transformers gives this family eager attention only")
     walk = Walk(tiny.causal(family, attention=attention))
     for _ in range(15):
         while len(walk.trees) < 3:

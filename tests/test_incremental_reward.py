@@ -41,11 +41,8 @@ def incremental(model: Any, tokenizer: Any, same_vocabulary: bool, **settings: A
     return IncrementalClassifier(reward.name, model, layout, Head(reward, model.config), same_vocabulary)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", [*tiny.FAMILIES])
+@pytest.mark.parametrize(("family", "attention"), tiny.RUNS)
 async def test_scores_of_growing_answers(family: str, attention: str) -> None:
-    if (family, attention) == ("gemma2", "sdpa"):
-        pytest.skip("transformers gives this family eager attention only")
     model, tokenizer = tiny.classifier(family, attention=attention), tiny.words()
     reward, dice = incremental(model, tokenizer, True), random.Random(0)
     prompts = ["w7 w8 w9", "w10", "w11 w12 w13 w14 w15 w16 w17"]

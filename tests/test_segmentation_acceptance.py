@@ -1,0 +1,168 @@
+"""The formulas of the paper, each by itself: uncertainty, threshold, acceptance, sampling, randomness, stops."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from scipy.stats import entropy, kstest
+
+from cards_integrations.decoding import Acceptance, Cards, FixedLength, Punctuation, Threshold, Uncertainty
+from cards_integrations.decoding.segmentation import uncertainty
+from cards_integrations.errors import SettingsError
+from cards_integrations.models.randomness import Uniforms
+from cards_integrations.models.sampling import Sampler
+from cards_integrations.models.stops import StopStrings
+
+LOGITS = st.lists(st.floats(-30, 30, width=32), min_size=2, max_size=30)
+REWARD = st.floats(-1e3, 1e3)
+
+# --- where a segment ends ---
+
+
+@given(LOGITS)
+def test_uncertainty_is_read_from_the_raw_logits(values: list[float]) -> None:
+    logits = torch.tensor([values, values[::-1]])
+    p = torch.tensor(values, dtype=torch.double).softmax(-1)
+    expected = {
+        "entropy": entropy(p.numpy()),
+        "max_probability": 1 - float(p.max()),
+        "evidential": len(values) / sum(max(v, 0) + 1 for v in values),
+    }
+    for measure, value in expected.items():
+        assert uncertainty(measure, logits).tolist() == pytest.approx([value] * 2, abs=1e-4)
+
+
+def test_a_segment_ends_at_the_threshold_itself() -> None:
+    uniform = torch.zeros(2, 8)
+    uniform[1, 0] = 5.0
+    for measure in ("entropy", "max_probability", "evidential"):
+        reached = float(uncertainty(measure, uniform)[0])
+        assert Uncertainty(measure=measure, threshold=reached).ends_before(uniform).tolist() == [True, False]
+        assert Uncertainty(measure=measure, threshold=reached + 1e-4).ends_before(uniform).tolist() == [False, False]
+
+
+def test_other_boundaries() -> None:
+    assert Punctuation().ends_after("The end.")
+    assert not Punctuation().ends_after("The end. ")
+    assert Punctuation(marks=("\n\n",)).ends_after("a\n\n")
+    assert FixedLength(length=5).shortest == FixedLength(length=5).longest == 5
+    assert FixedLength(length=5).ends_before(torch.zeros(1, 8)) is None
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"min_length": 9, "max_length": 8}, {"min_length": 0}, {"threshold": math.nan}, {"measure": "guess"}, {"size": 3}],
+)
+def test_wrong_boundaries(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(wrong))):
+        Uncertainty.model_validate(wrong)
+
+
+# --- the threshold and the two rules ---
+
+
+@given(REWARD, REWARD, st.floats(0, 1), st.integers(1, 500))
+def test_the_threshold_rises_to_the_target(prompt: float, target: float, alpha: float, length: int) -> None:
+    threshold = Threshold.rising(prompt, target, alpha, length)
+    taus = [threshold.at(tokens) for tokens in range(length + 1)]
+    start = (1 - alpha) * prompt + alpha * target
+    assert taus[0] == pytest.approx(min(start, target), abs=1e-9)
+    assert taus[-1] == pytest.approx(target, abs=1e-9)
+    assert max(taus) <= target
+    assert all(b >= a - 1e-6 for a, b in pairwise(taus))
+    half = length // 2
+    assert taus[half] == pytest.approx(min(start + half * (target - start) / length, target), abs=1e-9)
+
+
+@given(REWARD, REWARD, st.floats(1e-3, 1e3))
+def test_acceptance(reward: float, threshold: float, beta: float) -> None:
+    soft, hard = Acceptance("soft", beta), Acceptance("hard", beta)
+    assert soft.probability(reward, threshold) == pytest.approx(math.exp(min(0.0, (reward - threshold) / beta)))
+    assert hard.probability(reward, threshold) == (reward >= threshold)
+    chance = soft.probability(reward, threshold)
+    assert soft(reward, threshold, math.nextafter(chance, 0)) or chance == 0
+    assert not soft(reward, threshold, chance) or chance == 1
+
+
+def test_the_paper_s_settings() -> None:
+    paper = Cards.paper(target_reward=9.0)
+    assert (paper.target_reward, paper.alpha, paper.beta, paper.max_rejections) == (9.0, 0.5, 0.7, 20)
+    assert paper.boundary == Uncertainty(measure="entropy", threshold=3.0, min_length=4, max_length=64)
+    assert paper.acceptance == "soft"
+
+
+def test_auto_follows_the_scale_of_the_reward() -> None:
+    class Scaled:
+        reward_scale: tuple[float, float] | None = (1.0, 0.5)
+
+    target, beta = Cards()._on_scale_of(Scaled())
+    assert 1.0 < target <= 2.0
+    assert 0 < beta < 0.5
+    assert Cards(target_reward=7.0, beta=0.2)._on_scale_of(Scaled()) == (7.0, 0.2)
+    Scaled.reward_scale = None
+    assert Cards(target_reward=7.0)._on_scale_of(Scaled()) == (7.0, 0.7)
+    with pytest.raises(SettingsError, match=r"target_reward='auto'.*target_reward=\.\.\."):
+        Cards()._on_scale_of(Scaled())
+
+
+# --- tokens ---
+
+
+@settings(max_examples=50)
+@given(LOGITS, st.integers(0, 12), st.floats(0.1, 3))
+def test_each_token_gets_its_share_of_the_uniforms(values: list[float], top_k: int, temperature: float) -> None:
+    """Uniforms on a fine grid: every token is drawn as often as its probability says, to one point of the grid."""
+    grid = 2000
+    logits = torch.tensor(values)
+    uniforms = (torch.arange(grid, dtype=torch.double) + 0.5) / grid
+    drawn = Sampler(temperature=temperature, top_k=top_k)(logits.expand(grid, -1), uniforms)
+    assert drawn.tolist() == sorted(drawn.tolist())  # in order of their id
+    shares = torch.bincount(drawn, minlength=len(values)) / grid
+    kept = logits.topk(top_k).indices if 0 < top_k < len(values) else torch.arange(len(values))
+    expected = torch.zeros(len(values), dtype=torch.double)
+    expected[kept] = (logits[kept].double() / temperature).softmax(-1)
+    assert (shares - expected).abs().max() < 1.01 / grid
+
+
+def test_the_ends_of_the_unit_interval() -> None:
+    logits = torch.tensor([[-1e4, 1.0, 2.0, -1e4]]).expand(2, -1)
+    ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.double)
+    assert Sampler(temperature=1.0, top_k=0)(logits, ends).tolist() == [1, 2]
+    assert Sampler(temperature=0)(logits, ends).tolist() == [2, 2]
+
+
+def test_uniforms_depend_on_their_place_only() -> None:
+    forwards, backwards = Uniforms(7, 1, 2), Uniforms(7, 1, 2)
+    there = [forwards[i] for i in range(200)]
+    back = [backwards[i] for i in reversed(range(200))]
+    assert there == back[::-1]
+    assert forwards.verdict == backwards.verdict == Uniforms(7 + 2**64, 1, 2).verdict
+    streams = [Uniforms(seed, segment, draft) for seed in range(12) for segment in range(12) for draft in range(12)]
+    numbers = [stream.verdict for stream in streams] + [stream[i] for stream in streams for i in range(4)]
+    assert len(set(numbers)) == len(numbers)
+    assert kstest(numbers, "uniform").pvalue > 0.01
+
+
+# --- stop strings ---
+
+
+@given(st.lists(st.text("ab ", min_size=1, max_size=4), min_size=1, max_size=8), st.text("ab ", min_size=1, max_size=5))
+def test_nothing_is_shown_that_a_stop_string_takes_back(pieces: list[str], stop: str) -> None:
+    stops, text = StopStrings((stop, "never")), ""
+    shown = 0
+    for piece in pieces:
+        before, text = len(text), text + piece
+        at = stops.find(text, before)
+        assert (at if at is not None else -1) == text.find(stop)
+        if at is not None:
+            assert at >= shown
+            return
+        shown = len(text) - stops.held_back(text)
+        held = text[shown:]
+        assert held == max((s for s in (stop[:n] for n in range(len(stop))) if text.endswith(s)), key=len)
