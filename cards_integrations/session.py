@@ -41,10 +41,10 @@ class Desk(Protocol):
 
 @dataclass(eq=False)
 class Pending:
-    """A candidate in the making: `done` resolves to its reward (NaN where it is not scored)."""
+    """A candidate in the making: `done` resolves to its reward (NaN where no `judge` scores it)."""
 
     candidate: Candidate
-    scored: bool
+    judge: RewardModel | None
     done: asyncio.Future[float]
     response: Response | None = None
 
@@ -82,16 +82,17 @@ class Session:
 
     async def prompt_reward(self) -> float:
         if self.prompt_score is None:
-            response = Response(self.conversation, "", [])
-            [self.prompt_score] = await score(self._needed, [response])
-            self._needed.keep(response)
+            judge, response = self._judge(), Response(self.conversation, "", [])
+            [self.prompt_score] = await score(judge, [response])
+            judge.keep(response)
         return self.prompt_score
 
     def drafts(self, until: Boundary, limit: int, scored: bool = True) -> Drafts:
         self._give_up()
+        judge = self._judge() if scored else None
         if self.context.sampler.greedy:
             limit = 1  # every candidate would be the same one
-        self.drafting = Drafts(self, until, limit, scored)
+        self.drafting = Drafts(self, until, limit, judge)
         return self.drafting
 
     def better(self, best: Draft | None, draft: Draft) -> Draft:
@@ -113,7 +114,7 @@ class Session:
         self.log_likelihood += candidate.log_likelihood
         self.finish = candidate.finish
         drafts = tuple(_traced(held, pending.candidate) for held, pending in self.looked_at)
-        reward = draft.reward if kept.scored else None
+        reward = draft.reward if kept.judge else None
         segment = Segment(draft.text, tuple(candidate.ids), reward, draft.threshold, drafts)
         self.segments.append(segment)
         self.looked_at = []
@@ -133,8 +134,7 @@ class Session:
         if self.reward is not None:
             self.reward.close(self.conversation)
 
-    @property
-    def _needed(self) -> RewardModel:
+    def _judge(self) -> RewardModel:
         if self.reward is None:
             raise RewardError("This decoding method needs a reward model: pass reward=.")
         return self.reward
@@ -168,11 +168,11 @@ class Session:
 class Drafts:
     """Candidates of one segment in index order; several are drafted at once, as the engine decides."""
 
-    def __init__(self, session: Session, until: Boundary, limit: int, scored: bool) -> None:
+    def __init__(self, session: Session, until: Boundary, limit: int, judge: RewardModel | None) -> None:
         self.session = session
         self.until = until
         self.limit = limit
-        self.scored = scored
+        self.judge = judge
         self.begun = 0
         self.ahead: deque[Pending] = deque()
 
@@ -203,7 +203,7 @@ class Drafts:
             uniforms = Uniforms(session.seed, len(session.segments), self.begun)
             candidate = Candidate(session.context, self.until, uniforms, self.begun)
             session.desk.language_model.begin(candidate)
-            pending = Pending(candidate, self.scored, asyncio.get_running_loop().create_future())
+            pending = Pending(candidate, self.judge, asyncio.get_running_loop().create_future())
             candidate.waiter = (session, pending)
             self.ahead.append(pending)
             self.begun += 1

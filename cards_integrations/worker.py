@@ -252,10 +252,10 @@ class Worker:
         """Resolve finished candidates, the scored ones through their reward models, batched."""
         groups: dict[Any, list[tuple[Session, Pending]]] = {}
         for session, pending in ended:
-            if not pending.scored:
+            model = pending.judge
+            if model is None:
                 pending.done.set_result(float("nan"))
                 continue
-            model = session._needed
             groups.setdefault((model, None if model.across_requests else session), []).append((session, pending))
         for (model, _), group in groups.items():
             task = self.loop.create_task(self._judge(model, group))
