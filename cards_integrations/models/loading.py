@@ -113,7 +113,6 @@ class ModelLoader:
         return tokenizer
 
     def _load(self, spec: LocalModel, family: Any, options: dict[str, Any] | None = None) -> Any:
-        import torch
         from transformers import AutoConfig
 
         where = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
@@ -133,7 +132,7 @@ class ModelLoader:
         if report["missing_keys"] and not spec.adapter:  # transformers would go on with random numbers
             missing = ", ".join(sorted(report["missing_keys"])[:3])
             raise ModelError(f"model={spec.model!r} has no weights for {missing} of {type(model).__name__}.")
-        return model.to(self.device).eval() if isinstance(model, torch.nn.Module) else model
+        return model.to(self.device).eval()
 
     def _dtype(self, config: Any) -> Any:
         import torch
