@@ -149,10 +149,9 @@ class LlamaIndexCards(FromEnvironment, FunctionCallingLLM):
         return self.engine_for(overrides, self)
 
     def _completion_request(self, prompt: str, formatted: bool, overrides: dict[str, Any]) -> Request:
+        as_prompt(prompt)  # refuses an empty one
         if formatted:
-            as_prompt(prompt)
             return self.request(Formatted(prompt), overrides)
-        as_prompt(prompt)
         return self._chat_request([ChatMessage(role=MessageRole.USER, content=prompt)], overrides)
 
     def _chat_request(self, messages: Sequence[ChatMessage], overrides: dict[str, Any]) -> Request:

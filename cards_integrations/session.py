@@ -68,7 +68,7 @@ class Session:
         self.segments: list[Segment] = []
         self.log_likelihood = 0.0
         self.prompt_score: float | None = None
-        self.looked_at: list[tuple[Draft, Pending]] = []
+        self.looked_at: dict[Draft, Pending] = {}
         self.drafting: Drafts | None = None
         self.streamed = 0
         self.conversation = Conversation(context.prompt, context.usage)
@@ -99,13 +99,13 @@ class Session:
         if best is None:
             return draft
         keep, lose = (draft, best) if draft.reward > best.reward else (best, draft)
-        self._drop(next(pending for held, pending in self.looked_at if held is lose))
+        self._drop(self.looked_at[lose])
         return keep
 
     async def keep(self, draft: Draft) -> None:
         if self.error is not None:
             raise self.error
-        kept = next(pending for held, pending in self.looked_at if held is draft)
+        kept = self.looked_at[draft]
         candidate = kept.candidate
         self._give_up(but=kept)
         self.desk.language_model.keep(candidate)
@@ -113,11 +113,11 @@ class Session:
             self.reward.keep(kept.response)
         self.log_likelihood += candidate.log_likelihood
         self.finish = candidate.finish
-        drafts = tuple(_traced(held, pending.candidate) for held, pending in self.looked_at)
+        drafts = tuple(_traced(held, pending.candidate) for held, pending in self.looked_at.items())
         reward = draft.reward if kept.judge else None
         segment = Segment(draft.text, tuple(candidate.ids), reward, draft.threshold, drafts)
         self.segments.append(segment)
-        self.looked_at = []
+        self.looked_at = {}
         self._stream(segment)
 
     def fail(self, error: Exception) -> None:
@@ -153,7 +153,7 @@ class Session:
     def _give_up(self, but: Pending | None = None) -> None:
         """Drop all that was drafted for the open segment, looked at or not."""
         ahead = self.drafting.ahead if self.drafting else ()
-        for pending in [*ahead, *(pending for _, pending in self.looked_at)]:
+        for pending in [*ahead, *self.looked_at.values()]:
             if pending is not but:
                 self._drop(pending)
         self.drafting = None
@@ -193,7 +193,7 @@ class Drafts:
         self.ahead.popleft()
         candidate = pending.candidate
         draft = Draft(candidate.index, candidate.text, reward, candidate.end, candidate.uniforms.verdict)
-        session.looked_at.append((draft, pending))
+        session.looked_at[draft] = pending
         session.context.usage.drafts += 1
         return draft
 

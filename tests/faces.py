@@ -89,6 +89,32 @@ def chat_cards(**more: Any) -> ChatCards:
     return ChatCards(**options(**more))
 
 
+class StandardSuite:
+    """What LangChain's unit and integration suites have in common here. Off in both, and why:
+
+    - max_retries, api_key among the standard parameters: a local model makes no request that could be
+      retried or authorized, and unknown settings are refused.
+    - has_tool_calling, has_structured_output (and with them tool_choice, agent loops, tool messages):
+      bind_tools and with_structured_output exist to say that they are not supported yet.
+    """
+
+    @property
+    def chat_model_class(self) -> type[Any]:
+        return ChatCards
+
+    @property
+    def standard_chat_model_params(self) -> dict[str, Any]:
+        return {"temperature": 0, "max_tokens": 100, "timeout": 60, "stop": []}
+
+    @property
+    def has_tool_calling(self) -> bool:
+        return False
+
+    @property
+    def has_structured_output(self) -> bool:
+        return False
+
+
 LANGCHAIN = ["invoke", "ainvoke", "stream", "astream"]
 LLAMA_INDEX = [
     *["complete", "acomplete", "stream_complete", "astream_complete"],

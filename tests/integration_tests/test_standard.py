@@ -8,37 +8,18 @@ import faces
 import pytest
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 
-from cards_integrations import CardsLLM, ChatCards
+from cards_integrations import CardsLLM
 
 
-class TestChatCards(ChatModelIntegrationTests):
-    # Off, and why:
-    # - max_retries among the standard parameters: a local model makes no request that could be retried.
-    # - has_tool_calling, has_structured_output (and with them tool_choice, agent loops, tool messages):
-    #   bind_tools and with_structured_output exist to say that they are not supported yet.
+class TestChatCards(faces.StandardSuite, ChatModelIntegrationTests):
+    # Off besides what `StandardSuite` names, and why:
     # - supports_json_mode, images, PDFs, audio, Anthropic content (the suite's defaults): the model
     #   reads and writes text only.
     # - enable_vcr_tests: there is no HTTP traffic to record.
 
     @property
-    def chat_model_class(self) -> type[ChatCards]:
-        return ChatCards
-
-    @property
     def chat_model_params(self) -> dict[str, Any]:
         return faces.options(temperature=0.7)
-
-    @property
-    def standard_chat_model_params(self) -> dict[str, Any]:
-        return {"temperature": 0, "max_tokens": 100, "timeout": 60, "stop": []}
-
-    @property
-    def has_tool_calling(self) -> bool:
-        return False
-
-    @property
-    def has_structured_output(self) -> bool:
-        return False
 
     @property
     def supports_model_override(self) -> bool:
@@ -63,5 +44,5 @@ class TestCardsLLM(TestChatCards):
         return llm
 
     @property
-    def chat_model_class(self) -> type[CardsLLM]:  # type: ignore[override]
+    def chat_model_class(self) -> type[CardsLLM]:
         return CardsLLM
