@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,6 +15,8 @@ from cards_integrations.models.base import Boundary, Candidate, Context, Languag
 from cards_integrations.models.randomness import Uniforms
 from cards_integrations.rewards.base import Conversation, Response, RewardModel
 from cards_integrations.trace import DraftTrace, FinishReason, Segment
+
+LEAST = 0.02  # a candidate that is looked at with less probability is not drafted ahead
 
 
 @dataclass(frozen=True)
@@ -32,21 +34,62 @@ class Desk(Protocol):
     def language_model(self) -> LanguageModel:
         """Where candidates are drafted."""
 
-    def width(self) -> int:
-        """Candidates that a request may draft at once now."""
-
     def wake(self) -> None:
-        """There is something new to draft."""
+        """There is something new to draft or to score."""
+
+
+@dataclass(eq=False)
+class Question:
+    """A response that waits for its score."""
+
+    session: Session
+    judge: RewardModel
+    response: Response
+    score: asyncio.Future[float]
+
+    @property
+    def blocks(self) -> bool:
+        """Is it what the method waits for?"""
+        drafting = self.session.drafting
+        return drafting is None or (bool(drafting.ahead) and drafting.ahead[0].question is self)
 
 
 @dataclass(eq=False)
 class Pending:
-    """A candidate in the making: `done` resolves to its reward (NaN where no `judge` scores it)."""
+    """A candidate in the making, and then its way to a draft with a reward (NaN if none is asked for)."""
 
     candidate: Candidate
-    judge: RewardModel | None
-    done: asyncio.Future[float]
-    response: Response | None = None
+    score: asyncio.Future[float]
+    ended: bool = False
+    question: Question | None = None
+    next: Drafts | None = None  # candidates of the next segment, if this one is kept
+    _draft: Draft | None = None
+
+    @property
+    def draft(self) -> Draft | None:
+        """The draft, once there is a score."""
+        if self._draft is None and self.score.done() and not self.score.cancelled() and not self.score.exception():
+            c = self.candidate
+            self._draft = Draft(c.index, c.text, self.score.result(), c.end, c.uniforms.verdict)
+        return self._draft
+
+
+class AcceptanceRate:
+    """The running share of candidates that pass; it begins with what other requests have seen."""
+
+    def __init__(self, others: AcceptanceRate | None = None) -> None:
+        self.others = others
+        self.passed, self.looked_at = (1.0, 4.0) if others is None else (4 * others.value, 4.0)
+
+    @property
+    def value(self) -> float:
+        return self.passed / self.looked_at
+
+    def saw(self, candidates: int, passed: bool) -> None:
+        self.passed += passed
+        self.looked_at += candidates
+        if self.others is not None:
+            self.others.saw(candidates, passed)
 
 
 class Session:
@@ -54,7 +97,7 @@ class Session:
 
     def __init__(
         self, desk: Desk, context: Context, seed: int, reward: RewardModel | None,
-        scale: tuple[float, float] | None, emit: Callable[[Chunk], None] | None,
+        scale: tuple[float, float] | None, emit: Callable[[Chunk], None] | None, rate: AcceptanceRate,
     ) -> None:  # fmt: skip
         self.desk = desk
         self.context = context
@@ -69,7 +112,10 @@ class Session:
         self.log_likelihood = 0.0
         self.prompt_score: float | None = None
         self.looked_at: dict[Draft, Pending] = {}
+        self.kept: Pending | None = None
         self.drafting: Drafts | None = None
+        self.questions: list[Question] = []
+        self.rate = rate
         self.streamed = 0
         self.conversation = Conversation(context.prompt, context.usage)
         if reward is not None:
@@ -82,24 +128,37 @@ class Session:
 
     async def prompt_reward(self) -> float:
         if self.prompt_score is None:
-            judge, response = self._judge(), Response(self.conversation, "", [])
-            [self.prompt_score] = await score(judge, [response])
-            judge.keep(response)
+            asked = asyncio.get_running_loop().create_future()
+            question = self.ask(Response(self.conversation, "", []), asked)
+            self.prompt_score = await asked
+            question.judge.keep(question.response)
         return self.prompt_score
 
-    def drafts(self, until: Boundary, limit: int, scored: bool = True) -> Drafts:
-        self._give_up()
-        judge = self._judge() if scored else None
+    def drafts(
+        self, until: Boundary, limit: int, scored: bool = True, passes: Callable[[Draft], bool] | None = None
+    ) -> Drafts:
+        self._give_up_segment()
+        if scored:
+            self._judge()
         if self.context.sampler.greedy:
             limit = 1  # every candidate would be the same one
-        self.drafting = Drafts(self, until, limit, judge)
+        plan = Plan(until, limit, scored, passes)
+        ahead = self.kept.next if self.kept is not None else None
+        self.kept = None
+        if ahead is not None and ahead.plan.drafts_like(plan):
+            self.drafting = ahead
+        else:
+            if ahead is not None:
+                ahead.drop()
+            self.drafting = Drafts(self, plan, len(self.segments), None)
+        self.drafting.open()
         return self.drafting
 
     def better(self, best: Draft | None, draft: Draft) -> Draft:
         if best is None:
             return draft
         keep, lose = (draft, best) if draft.reward > best.reward else (best, draft)
-        self._drop(self.looked_at[lose])
+        self.give_up(self.looked_at[lose])
         return keep
 
     async def keep(self, draft: Draft) -> None:
@@ -107,29 +166,35 @@ class Session:
             raise self.error
         kept = self.looked_at[draft]
         candidate = kept.candidate
-        self._give_up(but=kept)
+        self._give_up_segment(but=kept)
         self.desk.language_model.keep(candidate)
-        if self.reward is not None and kept.response is not None:
-            self.reward.keep(kept.response)
+        if kept.question is not None:
+            kept.question.judge.keep(kept.question.response)
         self.log_likelihood += candidate.log_likelihood
         self.finish = candidate.finish
         drafts = tuple(_traced(held, pending.candidate) for held, pending in self.looked_at.items())
-        reward = draft.reward if kept.judge else None
+        reward = draft.reward if kept.question else None
         segment = Segment(draft.text, tuple(candidate.ids), reward, draft.threshold, drafts)
         self.segments.append(segment)
-        self.looked_at = {}
+        self.rate.saw(len(self.looked_at), draft.verdict == "accepted")
+        self.looked_at, self.kept = {}, kept
         self._stream(segment)
 
     def fail(self, error: Exception) -> None:
         """The language model has lost this request: whatever it waits for, or asks next, raises."""
         self.error = error
-        for pending in self.drafting.ahead if self.drafting else ():
-            if not pending.done.done():
-                pending.done.set_exception(error)
+        waited_for = [pending.score for pending in self.drafting.ahead] if self.drafting else []
+        for future in [*waited_for, *(question.score for question in self.questions)]:
+            if not future.done():
+                future.set_exception(error)
 
     def close(self) -> None:
         """Free the rows; nothing of this request is computed any more."""
-        self._give_up()
+        self._give_up_segment()
+        if self.kept is not None and self.kept.next is not None:
+            self.kept.next.drop()
+        for question in self.questions:
+            question.score.cancel()
         self.desk.language_model.close(self.context)
         if self.reward is not None:
             self.reward.close(self.conversation)
@@ -138,6 +203,13 @@ class Session:
         if self.reward is None:
             raise RewardError("This decoding method needs a reward model: pass reward=.")
         return self.reward
+
+    def ask(self, response: Response, score: asyncio.Future[float]) -> Question:
+        """Have a response scored, together with those of other requests."""
+        question = Question(self, self._judge(), response, score)
+        self.questions.append(question)
+        self.desk.wake()
+        return question
 
     def _stream(self, segment: Segment) -> None:
         """Emit what no later token can take back: not half a character, not half a stop string."""
@@ -150,31 +222,59 @@ class Session:
         if self.emit is not None:
             self.emit(Chunk(new, segment))
 
-    def _give_up(self, but: Pending | None = None) -> None:
+    def _give_up_segment(self, but: Pending | None = None) -> None:
         """Drop all that was drafted for the open segment, looked at or not."""
         ahead = self.drafting.ahead if self.drafting else ()
         for pending in [*ahead, *self.looked_at.values()]:
             if pending is not but:
-                self._drop(pending)
+                self.give_up(pending)
         self.drafting = None
 
-    def _drop(self, pending: Pending) -> None:
-        pending.done.cancel()
+    def give_up(self, pending: Pending) -> None:
+        if pending.next is not None:
+            pending.next.drop()
+            pending.next = None
+        pending.score.cancel()
         self.desk.language_model.drop(pending.candidate)
-        if self.reward is not None and pending.response is not None:
-            self.reward.drop(pending.response)
+        if pending.question is not None:
+            pending.question.judge.drop(pending.question.response)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a method asked `Session.drafts` for."""
+
+    until: Boundary
+    limit: int
+    scored: bool
+    passes: Callable[[Draft], bool] | None
+
+    def drafts_like(self, other: Plan) -> bool:
+        return (self.until, self.limit, self.scored) == (other.until, other.limit, other.scored)
 
 
 class Drafts:
-    """Candidates of one segment in index order; several are drafted at once, as the engine decides."""
+    """Candidates of one segment, in index order.
 
-    def __init__(self, session: Session, until: Boundary, limit: int, judge: RewardModel | None) -> None:
+    They follow the kept text, or, drafted ahead of its verdict, a candidate (`parent`) of the
+    segment before; if that is kept, the method goes on with these, and only then they are scored.
+    """
+
+    def __init__(self, session: Session, plan: Plan, segment: int, parent: Pending | None) -> None:
         self.session = session
-        self.until = until
-        self.limit = limit
-        self.judge = judge
+        self.plan = plan
+        self.segment = segment
+        self.parent = parent
         self.begun = 0
         self.ahead: deque[Pending] = deque()
+
+    def open(self) -> None:
+        """The method asks for these now: `parent`, if any, has been kept."""
+        self.parent = None
+        for pending in self.ahead:
+            if pending.ended:
+                self._to_verdict(pending)
+        self.session.desk.wake()
 
     def __aiter__(self) -> Drafts:
         return self
@@ -183,31 +283,79 @@ class Drafts:
         session = self.session
         if session.error is not None:
             raise session.error
-        if session.drafting is not self:
+        if session.drafting is not self or (not self.ahead and self.begun == self.plan.limit):
             raise StopAsyncIteration
-        self._refill()
         if not self.ahead:
-            raise StopAsyncIteration
+            self.begin()
         pending = self.ahead[0]
-        reward = await pending.done
+        await pending.score
         self.ahead.popleft()
-        candidate = pending.candidate
-        draft = Draft(candidate.index, candidate.text, reward, candidate.end, candidate.uniforms.verdict)
+        draft = pending.draft
+        assert draft is not None
         session.looked_at[draft] = pending
         session.context.usage.drafts += 1
         return draft
 
-    def _refill(self) -> None:
+    def begin(self) -> Pending:
+        """Start the next candidate."""
         session = self.session
-        while self.begun < self.limit and len(self.ahead) < session.desk.width():
-            uniforms = Uniforms(session.seed, len(session.segments), self.begun)
-            candidate = Candidate(session.context, self.until, uniforms, self.begun)
-            session.desk.language_model.begin(candidate)
-            pending = Pending(candidate, self.judge, asyncio.get_running_loop().create_future())
-            candidate.waiter = (session, pending)
-            self.ahead.append(pending)
-            self.begun += 1
-            session.desk.wake()
+        uniforms = Uniforms(session.seed, self.segment, self.begun)
+        parent = self.parent.candidate if self.parent else None
+        candidate = Candidate(session.context, self.plan.until, uniforms, self.begun, parent)
+        pending = Pending(candidate, asyncio.get_running_loop().create_future())
+        candidate.waiter = (self, pending)
+        session.desk.language_model.begin(candidate)
+        session.desk.wake()
+        self.ahead.append(pending)
+        self.begun += 1
+        return pending
+
+    def ended(self, pending: Pending) -> None:
+        pending.ended = True
+        if self.parent is None:
+            self._to_verdict(pending)
+
+    def prospects(self, reach: float, rate: float) -> Iterator[tuple[float, Drafts, Pending | None]]:
+        """What could be drafted, with the probability that the method will look at it.
+
+        A pending of None stands for a candidate that has not begun. `reach` is the probability that
+        the method gets here, `rate` that a candidate without a verdict passes.
+        """
+        everything = self.plan.passes is None
+        for pending in self.ahead:
+            passing = self._passing(pending, rate)
+            if reach < LEAST:
+                return
+            if not pending.ended:
+                yield reach, self, pending
+            elif pending.candidate.finish is None and reach * passing >= LEAST:
+                if pending.next is None:
+                    pending.next = Drafts(self.session, self.plan, self.segment + 1, pending)
+                yield from pending.next.prospects(reach * passing, rate)
+            reach *= 1 if everything else 1 - passing
+        for _ in range(self.begun, self.plan.limit):
+            if reach < LEAST:
+                return
+            yield reach, self, None
+            reach *= 1 if everything else 1 - rate
+
+    def drop(self) -> None:
+        for pending in self.ahead:
+            self.session.give_up(pending)
+
+    def _passing(self, pending: Pending, rate: float) -> float:
+        if self.plan.passes is None:
+            return 1 / self.plan.limit
+        return rate if pending.draft is None else float(self.plan.passes(pending.draft))
+
+    def _to_verdict(self, pending: Pending) -> None:
+        if not self.plan.scored:
+            pending.score.set_result(math.nan)
+            return
+        candidate = pending.candidate
+        ids = candidate.before + candidate.ids if candidate.whole else None
+        response = Response(self.session.conversation, candidate.response, ids)
+        pending.question = self.session.ask(response, pending.score)
 
 
 async def score(model: RewardModel, responses: list[Response]) -> list[float]:

@@ -29,7 +29,8 @@ from cards_integrations.models.randomness import fresh_seed
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.models.stops import StopStrings
 from cards_integrations.rewards.base import Conversation, Response, Reward, RewardModel
-from cards_integrations.session import Chunk, Pending, Session, score
+from cards_integrations.scheduler import BestPerSecond, FixedWidth, Scheduler, StepTimes
+from cards_integrations.session import AcceptanceRate, Chunk, Question, Session, score
 from cards_integrations.trace import Alignment, Usage
 
 T = TypeVar("T")
@@ -39,9 +40,9 @@ log = logging.getLogger("cards_integrations")
 class EngineSettings(Placement):
     """What is about the machine, not the method.
 
-    `width` is how many candidates a request may draft at once ("auto": what pays on the device,
-    shared among the live requests); no result depends on it. `max_rows` is how many requests run at
-    once; more of them wait.
+    `width` is how many candidates a request drafts at once; "auto" drafts what pays, by the time
+    that a step takes here and the running acceptance rate, ahead of open verdicts, too. No result
+    depends on it. `max_rows` is how many requests run at once; more of them wait.
     """
 
     width: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
@@ -70,7 +71,8 @@ class Worker:
         self.settings = settings
         self.failed = False
         self.rewards: dict[Reward, RewardModel] = {}
-        self.live: set[Session] = set()
+        self.rate = AcceptanceRate()
+        self.live: dict[Session, None] = {}  # in order of arrival
         self._judging: set[asyncio.Task[None]] = set()
         self.error: CardsError | None = None
         self.loop = asyncio.new_event_loop()
@@ -107,6 +109,7 @@ class Worker:
             self.error = error if isinstance(error, CardsError) else ModelError(f"{type(error).__name__}: {error}")
             self.loaded.set_exception(self.error)
         else:
+            self.scheduler = self._schedule()
             self.loaded.set_result(self.language_model)
         self._work = asyncio.Event()
         self._rows = asyncio.Semaphore(self.settings.max_rows)
@@ -115,6 +118,11 @@ class Worker:
         self.loop.run_forever()
         self.loop.run_until_complete(self._end())
         self.loop.close()
+
+    def _schedule(self) -> Scheduler:
+        if self.settings.width != "auto":
+            return FixedWidth(self.settings.width)
+        return BestPerSecond(StepTimes({n: self.language_model.time_step(n) for n in (1, 16, 64)}))
 
     def _halt(self) -> None:
         self._stopping = True
@@ -159,12 +167,13 @@ class Worker:
         context = Context(request.prompt, prompt_ids, request.max_tokens, request.sampler, stop, usage)
         settings = request.reward if request.decoding.needs_reward else None
         reward = self._reward(settings) if settings else None
-        session = Session(self, context, seed, reward, settings.scale if settings else None, emit)
-        self.live.add(session)
+        rate = AcceptanceRate(self.rate)
+        session = Session(self, context, seed, reward, settings.scale if settings else None, emit, rate)
+        self.live[session] = None
         try:
             await request.decoding.generate(session)
         finally:
-            self.live.discard(session)
+            del self.live[session]
             session.close()
         usage.completion_tokens = len(context.ids)
         usage.seconds = time.perf_counter() - began
@@ -209,27 +218,15 @@ class Worker:
             finally:
                 model.close(conversation)
 
-    def width(self) -> int:
-        """Candidates a request may draft at once: the settings', or a fair share of what pays here."""
-        if self.settings.width != "auto":
-            return self.settings.width
-        most, rows = (4, 16) if self.loader.device.type == "cpu" else (16, 128)
-        return max(1, min(most, rows // max(1, len(self.live))))
-
     def wake(self) -> None:
         self._work.set()
 
     async def _drive(self) -> None:
-        """Sample, score what has ended, let the methods react, forward; for ever."""
+        """Choose candidates, sample, score what has ended, let the methods react, forward; for ever."""
         while True:
             await self._work.wait()
             try:
-                ended = self.language_model.sample()
-                busy = bool(ended)
-                if ended:
-                    self._deliver([candidate.waiter for candidate in ended])
-                else:
-                    busy = self.language_model.forward()
+                busy = self._step()
             except Exception as error:
                 self._fail(error)
                 busy = False
@@ -238,6 +235,39 @@ class Worker:
             # Two turns of the loop: in the first the rewards score, in the second the methods go on.
             await asyncio.sleep(0)
             await asyncio.sleep(0)
+
+    def _step(self) -> bool:
+        """One forward, or what has to come before it; False if there is nothing to do."""
+        began = time.perf_counter()
+        chosen = self.scheduler.candidates(self.live)
+        ended = self.language_model.sample()
+        for candidate in ended:
+            drafts, pending = candidate.waiter
+            drafts.ended(pending)
+        if ended:
+            return True  # others may begin in their place
+        questions = [question for session in self.live for question in session.questions]
+        idle = not self.language_model.unread(chosen)
+        if questions and (idle or self.scheduler.score_now(questions, len(self.live))):
+            self._put(questions)
+            return True
+        if idle:
+            return False
+        self.language_model.forward(chosen)
+        self.scheduler.took("step", time.perf_counter() - began)
+        return True
+
+    def _put(self, questions: list[Question]) -> None:
+        """Put questions to their reward models; to one that can take them, those of all requests at once."""
+        groups: dict[tuple[RewardModel, Session | None], list[Question]] = {}
+        for question in questions:
+            judge, session = question.judge, question.session
+            groups.setdefault((judge, None if judge.across_requests else session), []).append(question)
+            session.questions = []
+        for (judge, _), group in groups.items():
+            task = self.loop.create_task(self._judge(judge, group))
+            self._judging.add(task)  # the loop itself holds tasks weakly
+            task.add_done_callback(self._judging.discard)
 
     def _fail(self, error: Exception) -> None:
         """An error in a model's forward reaches every request in it; the next one finds clean rows."""
@@ -248,45 +278,29 @@ class Worker:
             session.fail(wrapped)
         self.language_model.reset()
 
-    def _deliver(self, ended: list[tuple[Session, Pending]]) -> None:
-        """Resolve finished candidates, the scored ones through their reward models, batched."""
-        groups: dict[Any, list[tuple[Session, Pending]]] = {}
-        for session, pending in ended:
-            model = pending.judge
-            if model is None:
-                pending.done.set_result(float("nan"))
-                continue
-            groups.setdefault((model, None if model.across_requests else session), []).append((session, pending))
-        for (model, _), group in groups.items():
-            task = self.loop.create_task(self._judge(model, group))
-            self._judging.add(task)  # the loop itself holds tasks weakly
-            task.add_done_callback(self._judging.discard)
-
-    async def _judge(self, model: RewardModel, group: list[tuple[Session, Pending]]) -> None:
-        """Score a group of candidates; if that fails, each request alone, so that one harms no other."""
-        group = [(session, pending) for session, pending in group if not pending.done.done()]
+    async def _judge(self, judge: RewardModel, group: list[Question]) -> None:
+        """Score a group of responses; if that fails, each request alone, so that one harms no other."""
+        group = [question for question in group if not question.score.done()]
         if not group:
             return  # all given up by now
-        responses = []
-        for session, pending in group:
-            candidate = pending.candidate
-            ids = [*candidate.context.ids, *candidate.ids] if candidate.whole else None
-            pending.response = Response(session.conversation, candidate.response, ids)
-            responses.append(pending.response)
+        began = time.perf_counter()
         try:
-            scores = await score(model, responses)
+            scores = await score(judge, [question.response for question in group])
         except Exception as error:
-            for response in responses:
-                model.drop(response)
-            sessions = dict.fromkeys(session for session, _ in group)
+            for question in group:
+                judge.drop(question.response)
+            sessions = dict.fromkeys(question.session for question in group)
             if len(sessions) > 1:
                 for one in sessions:
-                    await self._judge(model, [(s, p) for s, p in group if s is one])
+                    await self._judge(judge, [question for question in group if question.session is one])
                 return
-            for _, pending in group:
-                if not pending.done.done():
-                    pending.done.set_exception(error)
+            for question in group:
+                if not question.score.done():
+                    question.score.set_exception(error)
             return
-        for (_, pending), value in zip(group, scores, strict=True):
-            if not pending.done.done():
-                pending.done.set_result(value)
+        if judge.across_requests:
+            self.scheduler.took("scoring", time.perf_counter() - began)
+        for question, value in zip(group, scores, strict=True):
+            if not question.score.done():
+                question.score.set_result(value)
+        self.wake()

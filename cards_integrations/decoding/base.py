@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -41,8 +41,14 @@ class Session(Protocol):
     async def prompt_reward(self) -> float:
         """r(x): the reward of the prompt with an empty answer."""
 
-    def drafts(self, until: Boundary, limit: int, scored: bool = True) -> AsyncIterator[Draft]:
-        """At most `limit` i.i.d. candidates for the next segment, in index order."""
+    def drafts(
+        self, until: Boundary, limit: int, scored: bool = True, passes: Callable[[Draft], bool] | None = None
+    ) -> AsyncIterator[Draft]:
+        """At most `limit` i.i.d. candidates for the next segment, in index order.
+
+        `passes` says whether the method will keep a draft if it comes to look at it (None: it looks
+        at all of them first). What is drafted ahead follows from it, never what is kept.
+        """
 
     def better(self, best: Draft | None, draft: Draft) -> Draft:
         """The one with the higher reward (the earlier in a tie); the other is given up."""

@@ -42,22 +42,24 @@ class Cards(Decoding):
         target, beta = self._on_scale_of(session)
         accepts = Acceptance(self.acceptance, beta)
         threshold = Threshold.rising(await session.prompt_reward(), target, self.alpha, session.max_tokens)
-        while not session.finished:
-            await session.keep(await self._segment(session, accepts, threshold))
 
-    async def _segment(self, session: Session, accepts: Acceptance, threshold: Threshold) -> Draft:
-        best: Draft | None = None
-        async for draft in session.drafts(until=self.boundary, limit=self.max_rejections + 1):
-            draft.threshold = threshold.at(draft.end)
-            draft.verdict = "rejected"
+        def passes(draft: Draft) -> bool:
             last = draft.index == self.max_rejections
-            if not last and accepts(draft.reward, draft.threshold, draft.uniform):
-                draft.verdict = "accepted"
-                return draft
-            best = session.better(best, draft)
-        assert best is not None  # a session yields at least one draft
-        best.verdict = "best"
-        return best
+            return not last and accepts(draft.reward, threshold.at(draft.end), draft.uniform)
+
+        while not session.finished:
+            best: Draft | None = None
+            async for draft in session.drafts(until=self.boundary, limit=self.max_rejections + 1, passes=passes):
+                draft.threshold = threshold.at(draft.end)
+                if passes(draft):
+                    draft.verdict, best = "accepted", draft
+                    break
+                draft.verdict = "rejected"
+                best = session.better(best, draft)
+            assert best is not None  # a session yields at least one draft
+            if best.verdict == "rejected":
+                best.verdict = "best"
+            await session.keep(best)
 
     def _on_scale_of(self, session: Session) -> tuple[float, float]:
         scale = session.reward_scale

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -67,44 +67,53 @@ class Context:
 class Candidate:
     """One candidate segment, from its first token to its end.
 
-    `text` and `ids` are the candidate's own; `response` is the kept text plus `text`, cut before a
-    stop string. `whole` says that the text is all of the ids (no stop string was cut off).
+    It follows the text kept when it began and, if it was drafted ahead, `parent`, a finished
+    candidate of the segment before; `before` are the ids of both. `text` and `ids` are the
+    candidate's own; `response` is all the text, cut before a stop string. `whole` says that the text
+    is all of the ids (no stop string was cut off).
     """
 
     context: Context
     boundary: Boundary
     uniforms: Uniforms
     index: int
+    parent: Candidate | None = None
     ids: list[int] = field(default_factory=list)
     log_likelihood: float = 0.0
     finish: FinishReason | None = None
-    response: str = ""
     whole: bool = True
     state: Any = None  # the language model's own
     waiter: Any = None  # whoever began it
+    before: list[int] = field(init=False)
+    before_text: str = field(init=False)
+    response: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        parent = self.parent
+        self.before = self.context.ids.copy() if parent is None else parent.before + parent.ids
+        self.before_text = self.response = self.context.text if parent is None else parent.response
 
     @property
     def text(self) -> str:
-        return self.response[len(self.context.text) :]
+        return self.response[len(self.before_text) :]
 
     @property
     def room(self) -> int:
         """Tokens that this candidate may still take."""
-        left = self.context.max_tokens - len(self.context.ids)
-        return min(self.boundary.longest, left) - len(self.ids)
+        return min(self.boundary.longest, self.context.max_tokens - len(self.before)) - len(self.ids)
 
     @property
     def end(self) -> int:
-        """Length of the kept text plus this candidate, in tokens."""
-        return len(self.context.ids) + len(self.ids)
+        """Length of the text before plus this candidate, in tokens."""
+        return len(self.before) + len(self.ids)
 
 
 class LanguageModel(Protocol):
     """A language model that drafts candidates of many contexts in one running batch.
 
     `begin` starts a candidate; `sample` gives every candidate that has logits its next token and
-    returns those that have ended; `forward` computes the next logits of the others. All are called
-    from one thread.
+    returns those that have ended; `forward` computes the next logits of those it is given, as far as
+    `unread` says that there is something to compute. All are called from one thread.
     """
 
     name: str
@@ -116,6 +125,7 @@ class LanguageModel(Protocol):
     def drop(self, candidate: Candidate) -> None: ...
     def keep(self, candidate: Candidate) -> None: ...
     def sample(self) -> list[Candidate]: ...
-    def forward(self) -> bool: ...
+    def unread(self, candidates: Iterable[Candidate]) -> Mapping[Any, Context]: ...
+    def forward(self, candidates: Iterable[Candidate]) -> None: ...
     def reset(self) -> None: ...
     def decode(self, ids: Sequence[int]) -> str: ...

@@ -1,14 +1,15 @@
 """One KV cache for all live requests: a row per request, a tree of candidates in each row.
 
 A row holds the *trunk* (prompt and kept text) once, and the *branches* (candidates) that grow from
-it. Every token takes one column of its row; which columns a token attends to is a boolean vector,
-so a candidate sees the trunk and itself and nothing else. Keeping a candidate makes its columns
-part of the trunk, rejecting one frees them: no key or value is ever copied or computed again.
+it. Every token takes one column of its row; which columns a token attends to is a boolean vector, a
+*lane*, so a candidate sees its own path and nothing else. Keeping a candidate makes its columns part
+of the trunk, rejecting one frees them: no key or value is copied or computed again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from heapq import heapify, heappop
 from typing import Any
 
 import numpy as np
@@ -18,127 +19,138 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 SCRATCH = 0  # column 0 of every row takes the padding of a batch; no token sees it
 
+States = list[tuple[torch.Tensor, torch.Tensor]]
+"""Keys and values of consecutive tokens, (tokens, heads, head size) for each layer."""
+
 
 class Branch:
-    """A path from the root of a tree: tokens cached so far, and the columns that the next one sees."""
+    """A path from the root of a tree: its first `base` tokens are its parent's, `ids` its own."""
 
-    def __init__(self, tree: Tree, base: int) -> None:
+    def __init__(self, tree: Tree, base: int, lane: int) -> None:
         self.tree = tree
         self.base = base
+        self.lane = lane
         self.columns: list[int] = []
         self.ids: list[int] = []
-        self.visible: NDArray[np.bool_] = np.zeros(len(tree.used), dtype=bool)
-        self.visible[tree.columns[:base]] = True
 
     @property
     def length(self) -> int:
         """Tokens on the path, which is the position of the next one."""
         return self.base + len(self.columns)
 
-    def extend(self, ids: Sequence[int]) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
-        """Take a column for each token; returns the columns (n,) and what each token sees (n, columns)."""
-        columns = self.tree.take(len(ids), self.length)
-        self.visible = _padded(self.visible, len(self.tree.used))
-        sees = np.repeat(self.visible[None], len(ids), axis=0)
-        sees[:, columns] = np.tri(len(ids), dtype=bool)
-        self.visible[columns] = True
-        self.columns += columns.tolist()
+    def extend(self, ids: Sequence[int]) -> list[int]:
+        """Take a column for each token. The branch sees them from now on."""
+        columns, position = self.tree.take(len(ids)), self.length
+        cache = self.tree.cache
+        cache.positions[self.tree.slot, columns] = range(position, position + len(ids))
+        cache.sees[self.lane, columns] = True
+        self.columns += columns
         self.ids += ids
-        return columns, sees
+        return columns
+
+    def branch(self) -> Branch:
+        """A new branch that grows from this one's tip."""
+        return self.tree.grow(self.length, self.lane)
 
 
 class Tree:
-    """One row: the trunk's tokens and columns in order, and which columns are taken."""
+    """One row: the trunk's tokens and columns in order, and which columns are free."""
 
-    def __init__(self, slot: int, capacity: int) -> None:
+    def __init__(self, cache: TreeCache, slot: int) -> None:
+        self.cache = cache
         self.slot = slot
+        self.lane = cache.lane()
+        self.lanes = {self.lane}  # of the trunk and of all branches
         self.ids: list[int] = []
         self.columns: list[int] = []
-        self.used: NDArray[np.bool_] = np.zeros(capacity, dtype=bool)
-        self.used[SCRATCH] = True
-        self.positions: NDArray[np.int64] = np.zeros(capacity, dtype=np.int64)
-
-    @property
-    def width(self) -> int:
-        """Columns from the first to the last that is taken."""
-        return len(self.used) - int(np.argmax(self.used[::-1]))
+        self.untouched = SCRATCH + 1
+        self.freed: list[int] = []  # a heap
 
     def branch(self, base: int | None = None) -> Branch:
         """A new branch that leaves the trunk after `base` tokens (default: at its tip)."""
-        return Branch(self, len(self.columns) if base is None else base)
+        branch = self.grow(len(self.columns) if base is None else base, self.lane)
+        if base is not None:
+            self.cache.sees[branch.lane, self.columns[base:]] = False
+        return branch
+
+    def grow(self, base: int, like: int) -> Branch:
+        lane = self.cache.lane(like)
+        self.lanes.add(lane)
+        return Branch(self, base, lane)
 
     def keep(self, branch: Branch, tokens: int | None = None) -> None:
-        """Make the branch (its first `tokens` own tokens) the trunk; what lay beyond it is freed."""
-        self.used[self.columns[branch.base :]] = False
-        self.used[branch.columns[tokens:] if tokens is not None else []] = False
+        """Make the branch (its first `tokens` own tokens) the trunk; it is then empty, at the new tip."""
+        beyond = branch.columns[tokens:] if tokens is not None else []
+        self.cache.sees[branch.lane, beyond] = False
+        self.cache.sees[self.lane] = self.cache.sees[branch.lane]
+        self.free([*self.columns[branch.base :], *beyond])
         self.columns[branch.base :] = branch.columns[:tokens]
         self.ids[branch.base :] = branch.ids[:tokens]
+        branch.base, branch.columns, branch.ids = len(self.columns), [], []
 
     def drop(self, branch: Branch) -> None:
-        """Free the branch's own columns."""
-        self.used[branch.columns] = False
-        branch.columns, branch.ids = [], []
+        """Free the branch's own columns, and its lane."""
+        if branch.lane >= 0:
+            self.free(branch.columns)
+            self.lanes.remove(branch.lane)
+            self.cache.lanes.append(branch.lane)
+            branch.lane, branch.columns, branch.ids = -1, [], []
 
-    def take(self, count: int, position: int) -> NDArray[np.intp]:
-        """The `count` lowest free columns, marked as taken by positions `position`, `position + 1`, ..."""
-        free = np.flatnonzero(~self.used)
-        if len(free) < count:
-            capacity = _rounded(len(self.used) + count - len(free))
-            self.used = _padded(self.used, capacity)
-            self.positions = _padded(self.positions, capacity)
-            free = np.flatnonzero(~self.used)
-        columns = free[:count]
-        self.used[columns] = True
-        self.positions[columns] = np.arange(position, position + count)
+    def take(self, count: int) -> list[int]:
+        """The `count` lowest free columns."""
+        columns = [heappop(self.freed) for _ in range(min(count, len(self.freed)))]
+        more = count - len(columns)
+        columns += range(self.untouched, self.untouched + more)
+        self.untouched += more
+        if self.untouched > self.cache.columns:
+            self.cache.widen(self.untouched)
         return columns
+
+    def free(self, columns: list[int]) -> None:
+        if columns:
+            self.freed += columns
+            heapify(self.freed)
 
 
 class TreeLayer(CacheLayerMixin):
-    """Keys and values of one layer, (rows, heads, columns, head size); grows when the cache does."""
+    """Keys and values of one layer, (rows, columns, heads, head size); grows when the cache does."""
 
     def __init__(self, cache: TreeCache) -> None:
         super().__init__()
         self.cache = cache
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.keys, self.values = self._grown(None, key_states), self._grown(None, value_states)
+        self.keys, self.values = (states.new_empty(0, 0, *states.shape[1:]) for states in (key_states, value_states))
         self.is_initialized = True
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write (batch, heads, n, size) at the cache's current place; return all columns in use."""
+        """Write (1, heads, tokens, size) at the cache's current place; return what all rows hold."""
+        keys, values = key_states[0].transpose(0, 1), value_states[0].transpose(0, 1)
+        self.fit(keys, values)
+        self.keys.flatten(0, 1).index_copy_(0, self.cache.place, keys)
+        self.values.flatten(0, 1).index_copy_(0, self.cache.place, values)
+        return self.keys, self.values
+
+    def fit(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Grow to the cache's rows and columns; (tokens, heads, size) are like what will be written."""
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        elif self.keys.shape[0] < self.cache.rows or self.keys.shape[2] < self.cache.columns:
-            self.keys, self.values = self._grown(self.keys, key_states), self._grown(self.values, value_states)
-        rows, columns, width = self.cache.place
-        self.keys[rows[:, None], :, columns] = key_states.transpose(1, 2)
-        self.values[rows[:, None], :, columns] = value_states.transpose(1, 2)
-        return self._view(self.keys, rows, width), self._view(self.values, rows, width)
+            self.lazy_initialization(keys, values)
+        if self.keys.shape[:2] != (self.cache.rows, self.cache.columns):
+            self.keys, self.values = self._grown(self.keys), self._grown(self.values)
 
-    def _view(self, states: torch.Tensor, rows: torch.Tensor, width: int) -> torch.Tensor:
-        if self.cache.dense:
-            return states[: len(rows), :, :width]
-        return states[:, :, :width].index_select(0, rows)
-
-    def _grown(self, old: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    def _grown(self, old: torch.Tensor) -> torch.Tensor:
         # Zeros, not empty: a masked column still takes part in 0 * value, and 0 * NaN is NaN.
-        new = like.new_zeros(self.cache.rows, like.shape[1], self.cache.columns, like.shape[3])
-        if old is not None:
-            new[: old.shape[0], :, : old.shape[2]] = old
+        new = old.new_zeros(self.cache.rows, self.cache.columns, *old.shape[2:])
+        new[: old.shape[0], : old.shape[1]] = old
         return new
-
-    @torch.inference_mode()
-    def move(self, source: int, target: int) -> None:
-        if self.is_initialized and source < len(self.keys):  # else nothing was read there yet
-            self.keys[target], self.values[target] = self.keys[source], self.values[source]
 
     def get_seq_length(self) -> int:
         return 0  # positions are always passed in
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cache.place[2], 0
+        return query_length, 0  # the mask is made by the layout
 
     def get_max_length(self) -> int:
         return -1
@@ -150,37 +162,76 @@ class TreeCache(Cache):
     def __init__(self, layers: int) -> None:
         super().__init__(layers=[TreeLayer(self) for _ in range(layers)])
         self.trees: list[Tree] = []
-        self.rows, self.columns = 1, _rounded(1)
-        self.place: tuple[torch.Tensor, torch.Tensor, int]
-        self.dense = True
+        self.rows, self.columns = 1, 64
+        self.sees: NDArray[np.bool_] = np.zeros((16, self.columns), dtype=bool)
+        self.positions: NDArray[np.int64] = np.zeros((self.rows, self.columns), dtype=np.int64)
+        self.lanes = list(range(len(self.sees)))  # free ones
+        self.place: torch.Tensor  # where the next forward writes: (tokens,) of rows * columns
 
     def open(self) -> Tree:
-        tree = Tree(len(self.trees), self.columns)
+        if len(self.trees) == self.rows:
+            self.rows *= 2
+            self.positions = _padded(self.positions, (self.rows, self.columns))
+        tree = Tree(self, len(self.trees))
         self.trees.append(tree)
         return tree
 
+    @torch.inference_mode()
     def close(self, tree: Tree) -> None:
+        """Free the row, with all its branches."""
+        self.lanes += tree.lanes
         last = self.trees.pop()
         if last is not tree:
-            for layer in self.layers:
-                layer.move(last.slot, tree.slot)
+            self.positions[tree.slot] = self.positions[last.slot]
+            for layer in self._read_layers():
+                if last.slot < len(layer.keys):  # else nothing was read there yet
+                    for states in (layer.keys, layer.values):
+                        states[tree.slot, : last.untouched] = states[last.slot, : last.untouched]
             last.slot = tree.slot
             self.trees[last.slot] = last
 
-    def at(self, trees: Sequence[Tree], columns: torch.Tensor, width: int) -> None:
-        """Where the next forward writes: rows (batch,), columns (batch, n), and how many it reads."""
-        while self.rows < len(self.trees):
-            self.rows *= 2
-        self.columns = max(self.columns, *(len(tree.used) for tree in trees))
-        slots = [tree.slot for tree in trees]
-        self.dense = slots == list(range(len(slots)))
-        self.place = (torch.tensor(slots, device=columns.device), columns, width)
+    def lane(self, like: int | None = None) -> int:
+        """A free lane, which sees what the lane `like` sees, or nothing."""
+        if not self.lanes:
+            lanes = len(self.sees)
+            self.sees = _padded(self.sees, (2 * lanes, self.columns))
+            self.lanes = list(range(lanes, 2 * lanes))
+        lane = self.lanes.pop()
+        self.sees[lane] = False if like is None else self.sees[like]
+        return lane
+
+    def widen(self, columns: int) -> None:
+        """Half as much again as is needed, in whole blocks of 64, so that rows grow seldom."""
+        self.columns = -(-columns * 3 // 2 // 64) * 64
+        self.sees = _padded(self.sees, (len(self.sees), self.columns))
+        self.positions = _padded(self.positions, (self.rows, self.columns))
+
+    @torch.inference_mode()
+    def read(self, tree: Tree, tokens: int) -> States:
+        """A copy of the first `tokens` tokens of the trunk."""
+        columns = tree.columns[:tokens]
+        return [(layer.keys[tree.slot, columns], layer.values[tree.slot, columns]) for layer in self._read_layers()]
+
+    @torch.inference_mode()
+    def write(self, tree: Tree, ids: Sequence[int], states: States) -> None:
+        """Make the trunk of an empty tree from tokens that were read before."""
+        branch = tree.branch()
+        columns = branch.extend(ids)
+        for layer, (keys, values) in zip(self.layers, states, strict=False):
+            layer.fit(keys, values)
+            layer.keys[tree.slot, columns], layer.values[tree.slot, columns] = keys, values
+        tree.keep(branch)
+        tree.drop(branch)
+
+    def copy(self, source: Tree, target: Tree) -> None:
+        """Make the trunk of an empty tree from another one's."""
+        self.write(target, source.ids, self.read(source, len(source.ids)))
+
+    def _read_layers(self) -> list[TreeLayer]:
+        return [layer for layer in self.layers if layer.is_initialized]
 
 
-def _rounded(columns: int) -> int:
-    """Half as much again, in whole blocks of 64, so that rows grow seldom."""
-    return -(-columns * 3 // 2 // 64) * 64 + 64
-
-
-def _padded(array: NDArray[Any], length: int) -> NDArray[Any]:
-    return np.pad(array, (0, max(0, length - len(array))))
+def _padded(array: NDArray[Any], shape: tuple[int, int]) -> NDArray[Any]:
+    padded = np.zeros(shape, dtype=array.dtype)
+    padded[: array.shape[0], : array.shape[1]] = array
+    return padded

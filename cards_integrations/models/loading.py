@@ -32,14 +32,13 @@ class Placement(BaseModel):
     """Where and how weights are held.
 
     `dtype="auto"` is bf16 on a GPU, and on a CPU that computes bf16 fast if the checkpoint is in
-    half precision; float32 otherwise. `attention="auto"` is what transformers chooses.
+    half precision; float32 otherwise.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    attention: Literal["auto", "sdpa", "eager"] = "auto"
 
 
 def as_local_model(value: Any) -> Any:
@@ -119,13 +118,11 @@ class ModelLoader:
         with _explained(spec):
             found = find(spec.model)
             config = AutoConfig.from_pretrained(found, **where)
-            attention = None if self.placement.attention == "auto" else self.placement.attention
             model, report = family.from_pretrained(
                 found,
                 **where,
                 **(options or {}),
                 dtype=self._dtype(config),
-                attn_implementation=attention,
                 use_safetensors=True,
                 output_loading_info=True,
             )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,28 +11,28 @@ import torch
 
 from cards_integrations.models.base import Boundary, Candidate, Context
 from cards_integrations.models.chat import ChatTokenizer
-from cards_integrations.models.kv_cache import Branch, Tree
+from cards_integrations.models.kv_cache import Branch
 from cards_integrations.models.loading import positions
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.models.transformer import Feed, Transformer
 
-
-@dataclass
-class _Trunk:
-    """A context's row: `unread` are kept tokens that the model has not seen, `logits` follow the last."""
-
-    tree: Tree
-    unread: list[int]
-    logits: torch.Tensor | None = None
-    waiting: list[Candidate] = field(default_factory=list)
+PIECE = 2048  # tokens of prompts that a forward reads at most
+LONG = 96  # tokens from which on a candidate does not share a row
 
 
-@dataclass
+@dataclass(eq=False)
 class _Tip:
-    """A candidate's branch; `logits` are those after its last token, unless that is still unread."""
+    """Where a path ends, the kept text's or a candidate's.
+
+    `unread` are its last tokens, which the model has not seen yet; once it has, `logits`
+    (vocabulary,) follow, and the candidates that are `waiting` go on from here.
+    """
 
     branch: Branch
-    logits: torch.Tensor | None
+    owner: Candidate | None = None
+    unread: list[int] = field(default_factory=list)
+    logits: torch.Tensor | None = None
+    waiting: list[Candidate] = field(default_factory=list)
 
 
 class LocalLanguageModel:
@@ -45,69 +46,81 @@ class LocalLanguageModel:
         self.context_window = positions(model.config)
         self.eos = _end_of_sequence(model, tokenizer)
         self.contexts: list[Context] = []
-        self.drafting: list[Candidate] = []
+        self.ready: list[Candidate] = []  # have logits
         self.steps = 0  # forwards that carried at least one candidate
 
     def open(self, context: Context) -> None:
-        """Give a context a row; its prompt is read in the next forward."""
-        context.state = _Trunk(self.transformer.cache.open(), list(context.prompt_ids))
+        """Give a context a row; its prompt is read when a candidate needs it."""
+        context.state = _Tip(self.transformer.cache.open().branch(), unread=list(context.prompt_ids))
         self.contexts.append(context)
 
     def close(self, context: Context) -> None:
-        """Free the row and give up its candidates."""
-        if context.state is None:
-            return
-        self.drafting = [c for c in self.drafting if c.context is not context]
-        self.contexts.remove(context)
-        self.transformer.cache.close(context.state.tree)
-        context.state = None
+        """Free the row. Its candidates have been given up."""
+        if context.state is not None:
+            self.contexts.remove(context)
+            self.transformer.cache.close(context.state.branch.tree)
+            context.state = None
 
     def begin(self, candidate: Candidate) -> None:
-        trunk: _Trunk = candidate.context.state
-        if trunk.logits is None:
-            trunk.waiting.append(candidate)
-        else:
-            self._start(candidate)
+        candidate.state = (candidate.parent or candidate.context).state
+        self._go_on(candidate)
 
-    def _start(self, candidate: Candidate) -> None:
-        trunk: _Trunk = candidate.context.state
-        candidate.state = _Tip(trunk.tree.branch(), trunk.logits)
-        self.drafting.append(candidate)
+    def _go_on(self, candidate: Candidate) -> None:
+        """Let a candidate have its next token, as soon as there are logits for it."""
+        tip: _Tip = candidate.state
+        if tip.unread:
+            tip.waiting.append(candidate)
+            return
+        if tip.owner is not candidate:
+            candidate.state = _Tip(self._branch(tip.branch, candidate), candidate, logits=tip.logits)
+        self.ready.append(candidate)
+
+    def _branch(self, origin: Branch, candidate: Candidate) -> Branch:
+        """A long candidate gets a row of its own: in a shared one it would read its siblings' columns, masked."""
+        if candidate.room <= LONG or candidate.index == 0 or candidate.parent is not None:
+            return origin.branch()
+        row = self.transformer.cache.open()
+        self.transformer.cache.copy(origin.tree, row)
+        return row.branch()
 
     def drop(self, candidate: Candidate) -> None:
         """Give up a candidate, finished or not."""
-        trunk: _Trunk | None = candidate.context.state
-        if candidate in self.drafting:
-            self.drafting.remove(candidate)
-        if trunk is not None and candidate in trunk.waiting:
-            trunk.waiting.remove(candidate)
-        if trunk is not None and candidate.state is not None:
-            trunk.tree.drop(candidate.state.branch)
+        tip: _Tip | None = candidate.state
         candidate.state = None
+        if tip is None or candidate.context.state is None:
+            return
+        if candidate in tip.waiting:
+            tip.waiting.remove(candidate)
+        if tip.owner is candidate:
+            self._free(tip.branch, candidate.context)
+
+    def _free(self, branch: Branch, context: Context) -> None:
+        if branch.tree is context.state.branch.tree:
+            branch.tree.drop(branch)
+        else:
+            self.transformer.cache.close(branch.tree)
 
     def keep(self, candidate: Candidate) -> None:
         """Make a finished candidate part of its context; the logits after it are carried over."""
-        context, tip = candidate.context, candidate.state
-        trunk: _Trunk = context.state
-        trunk.tree.keep(tip.branch)
-        trunk.logits = tip.logits
-        trunk.unread = candidate.ids[len(tip.branch.columns) :]
-        candidate.state = None
+        context, old, tip = candidate.context, candidate.context.state, candidate.state
+        tip.branch.tree.keep(tip.branch)
+        if tip.logits is not None:
+            tip.logits = tip.logits.clone()  # or those of its whole batch stay as long
+        context.state = tip
+        self._free(old.branch, context)
         context.ids += candidate.ids
         context.text = candidate.response
 
     def sample(self) -> list[Candidate]:
         """Give each candidate with logits its next token, or end it; returns those that ended."""
-        ready = [c for c in self.drafting if c.state.logits is not None]
-        ended: list[Candidate] = []
         groups: dict[tuple[Boundary, Sampler], list[Candidate]] = {}  # alike in sampler and boundary
-        for candidate in ready:
-            groups.setdefault((candidate.boundary, candidate.context.sampler), []).append(candidate)
+        for candidate in self.ready:
+            if candidate.state is not None:
+                groups.setdefault((candidate.boundary, candidate.context.sampler), []).append(candidate)
+        self.ready = []
+        ended: list[Candidate] = []
         for (boundary, sampler), group in groups.items():
             ended += self._sample(boundary, sampler, group)
-        if ended:
-            gone = set(map(id, ended))
-            self.drafting = [c for c in self.drafting if id(c) not in gone]
         return ended
 
     @torch.inference_mode()
@@ -132,9 +145,11 @@ class LocalLanguageModel:
                 ended.append(candidate)
                 continue
             candidate.ids.append(token)
-            candidate.state.logits = None
+            candidate.state.logits, candidate.state.unread = None, [token]
             if self._ends_after(candidate):
                 ended.append(candidate)
+            else:
+                candidate.state.waiting.append(candidate)
         return ended
 
     def _ends_after(self, candidate: Candidate) -> bool:
@@ -143,7 +158,7 @@ class LocalLanguageModel:
         if full or context.stop or boundary.reads_text:
             self._read(candidate)
         if context.stop:
-            at = context.stop.find(candidate.response, len(context.text))
+            at = context.stop.find(candidate.response, len(candidate.before_text))
             if at is not None:
                 candidate.response, candidate.whole, candidate.finish = candidate.response[:at], False, "stop"
                 return True
@@ -153,60 +168,63 @@ class LocalLanguageModel:
         return full or (asked and boundary.ends_after(candidate.text))
 
     def _read(self, candidate: Candidate) -> None:
-        candidate.response = self.decode([*candidate.context.ids, *candidate.ids])
+        candidate.response = self.decode([*candidate.before, *candidate.ids])
 
-    def forward(self) -> bool:
-        """Read new prompts, then one token of every candidate; False if there was nothing to do.
+    def unread(self, candidates: Iterable[Candidate]) -> dict[_Tip, Context]:
+        """What must be read for their next token.
 
-        The last token of a segment that ended by its length is unread, too; it goes with the
-        candidates of the others.
+        That is a candidate's own last token, or the prompt it waits for, or the last token of a
+        segment that ended by its length.
         """
-        fresh = [c for c in self.contexts if c.state.unread and c.state.waiting]
-        step = [Feed(c.state.branch, c.ids[-1:], c) for c in self.drafting]
-        step += [self._unread(context) for context in fresh if len(context.state.unread) == 1]
-        prompts = [self._unread(context) for context in fresh if len(context.state.unread) > 1]
-        for batch in self.transformer.batches(prompts):
+        return {c.state: c.context for c in candidates if c.state is not None and c.state.unread and c.state.waiting}
+
+    def forward(self, candidates: Iterable[Candidate]) -> None:
+        """Read it; of long prompts a piece, so that the others take a step between the pieces."""
+        unread = self.unread(candidates)
+        feeds = [Feed(tip.branch, tip.unread[:PIECE], (tip, context)) for tip, context in unread.items()]
+        step = [feed for feed in feeds if len(feed.ids) == 1]
+        for batch in self.transformer.batches([feed for feed in feeds if len(feed.ids) > 1], PIECE):
             self._run(batch)
         if step:
             self._run(step)
             self.steps += 1
-        return bool(prompts or step)
 
-    def _unread(self, context: Context) -> Feed:
-        return Feed(context.state.tree.branch(), context.state.unread, context)
-
-    @torch.inference_mode()
     def _run(self, feeds: Sequence[Feed]) -> None:
-        """One forward: every owner gets the logits (vocabulary,) after its feed's last token."""
-        inputs, rows, ends = self.transformer.batch(feeds)
-        wanted, at = torch.unique(ends, return_inverse=True)
-        logits = self.model(**inputs, logits_to_keep=wanted).logits[rows, at]
+        """One forward; tips that have nothing unread any more get their logits."""
         served = {}
-        for feed, row in zip(feeds, logits, strict=True):
-            if isinstance(feed.owner, Candidate):
-                context = feed.owner.context
-                feed.owner.state.logits = row
-            else:
-                context = feed.owner
-                self._extend(context, feed.branch, row)
+        for feed, logits in zip(feeds, self.transformer.logits(feeds), strict=True):
+            tip, context = feed.owner
+            del tip.unread[: len(feed.ids)]
+            if tip is context.state:
+                tip.branch.tree.keep(tip.branch)
+            if not tip.unread:
+                tip.logits = logits
+                waiting, tip.waiting = tip.waiting, []
+                for candidate in waiting:
+                    self._go_on(candidate)
             context.usage.lm_tokens += len(feed.ids)
             served[id(context)] = context.usage
         for usage in served.values():
             usage.lm_forwards += 1
 
-    def _extend(self, context: Context, branch: Branch, logits: torch.Tensor) -> None:
-        trunk: _Trunk = context.state
-        trunk.tree.keep(branch)
-        trunk.unread, trunk.logits = [], logits
-        waiting, trunk.waiting = trunk.waiting, []
-        for candidate in waiting:
-            self._start(candidate)
+    def time_step(self, candidates: int) -> float:
+        """Seconds of a step with so many candidates, on a short prompt."""
+        transformer = Transformer(self.model)
+        trunk = transformer.cache.open().branch()
+        transformer.logits([Feed(trunk, [0] * 32)])
+        feeds = [Feed(trunk.branch(), [0]) for _ in range(candidates)]
+        times = []
+        for _ in range(4):  # the first ones warm up
+            began = time.perf_counter()
+            transformer.logits(feeds)[:, 0].tolist()
+            times.append(time.perf_counter() - began)
+        return min(times)
 
     def reset(self) -> None:
         """Forget every row, after an error in the middle of a forward."""
         for context in list(self.contexts):
             context.state = None
-        self.contexts, self.drafting = [], []
+        self.contexts, self.ready = [], []
         self.transformer = Transformer(self.model)
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +12,15 @@ import torch
 from numpy.typing import NDArray
 
 from cards_integrations.errors import ModelError
-from cards_integrations.models.kv_cache import SCRATCH, Branch, TreeCache
+from cards_integrations.models.attention import LAYOUT, NAME, Group, Layout
+from cards_integrations.models.kv_cache import SCRATCH, Branch, Tree, TreeCache
 
 NO_TREES = {  # architectures that would be silently wrong, for they do not go by positions and mask alone
     "bloom": "ALiBi", "falcon": "ALiBi", "mpt": "ALiBi", "gpt_neo": "a causal mask of its own",
     "openai-gpt": "no KV cache", "rwkv": "a recurrent state",
 }  # fmt: skip
-MASKS = {"full_attention", "sliding_attention"}
+FULL, SLIDING = "full_attention", "sliding_attention"
+SHORT = 32  # rows with at most so many tokens attend together, padded to the longest; a longer one alone
 
 
 @dataclass
@@ -30,108 +33,190 @@ class Feed:
 
 
 class Transformer:
-    """A decoder with a `TreeCache`.
-
-    `batch(feeds)` lays the feeds out as one forward: a row per tree, the feeds of a tree one after
-    another in it, with per-token positions and a mask in which a token sees its own branch only.
-    """
+    """A decoder with a `TreeCache`. The tokens of all feeds make one flat sequence (1, tokens)."""
 
     def __init__(self, model: Any) -> None:
+        self.check(model)
         self.model = model
         self.config = model.config.get_text_config()
-        self.window: int | None = getattr(self.config, "sliding_window", None)
-        self.patterns = set(getattr(self.config, "layer_types", None) or ())
-        self.check(self.config, model.config._attn_implementation)
+        self.patterns = _patterns(self.config)
+        self.window: int = getattr(self.config, "sliding_window", None) or 0
         self.cache = TreeCache(self.config.num_hidden_layers)
         self.forwards = 0
         self.tokens = 0
+        model.set_attn_implementation(NAME)
 
     @staticmethod
-    def check(config: Any, attention: str) -> None:
+    def check(model: Any) -> None:
         """Raise `ModelError` for an architecture whose attention cannot be given a tree mask."""
-        patterns = set(getattr(config, "layer_types", None) or ())
-        if config.model_type in NO_TREES or patterns - MASKS:
-            what = NO_TREES.get(config.model_type) or ", ".join(sorted(patterns - MASKS))
+        config = model.config.get_text_config()
+        strange = sorted(set(_patterns(config)) - {FULL, SLIDING})
+        if config.model_type in NO_TREES or strange or not model._can_set_attn_implementation():
+            what = NO_TREES.get(config.model_type) or ", ".join(strange) or "attention of its own"
             raise ModelError(f"model type {config.model_type!r} uses {what}, which has no exact tree mask here.")
-        if attention not in ("sdpa", "eager"):
-            raise ModelError(f"attention={attention!r} takes no 4D mask; use engine=EngineSettings(attention='sdpa').")
 
-    def batches(self, feeds: Iterable[Feed], tokens: int = 2048) -> Iterator[list[Feed]]:
-        """Split feeds into forwards of at most `tokens` padded tokens, rows of like length together."""
-        by_tree: dict[int, list[Feed]] = {}
+    def logits(self, feeds: Sequence[Feed]) -> torch.Tensor:
+        """One forward of a causal model: logits (feeds, vocabulary) after each feed's last token."""
+        inputs, ends, layout = self._lay_out(feeds)
+        with _attending(layout):
+            found: torch.Tensor = self.model(**inputs, logits_to_keep=ends).logits[0]
+        return found
+
+    def hidden(self, feeds: Sequence[Feed]) -> torch.Tensor:
+        """One forward of the body: hidden states (feeds, hidden size) of each feed's last token."""
+        inputs, ends, layout = self._lay_out(feeds)
+        with _attending(layout):
+            found: torch.Tensor = self.model.base_model(**inputs).last_hidden_state[0, ends]
+        return found
+
+    def batches(self, feeds: Sequence[Feed], tokens: int = 2048) -> Iterator[list[Feed]]:
+        """Split feeds into forwards of at most `tokens` tokens (or of one feed)."""
+        batch: list[Feed] = []
         for feed in feeds:
-            by_tree.setdefault(id(feed.branch.tree), []).append(feed)
-        rows = sorted(by_tree.values(), key=lambda row: sum(len(feed.ids) for feed in row))
-        batch: list[list[Feed]] = []
-        for row in rows:
-            if batch and (len(batch) + 1) * sum(len(feed.ids) for feed in row) > tokens:
-                yield [feed for r in batch for feed in r]
+            if batch and sum(len(f.ids) for f in batch) + len(feed.ids) > tokens:
+                yield batch
                 batch = []
-            batch.append(row)
+            batch.append(feed)
         if batch:
-            yield [feed for r in batch for feed in r]
+            yield batch
 
-    def batch(self, feeds: Sequence[Feed]) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
-        """Model inputs for one forward, and (row, column) of each feed's last token in its output."""
-        trees = sorted({id(f.branch.tree): f.branch.tree for f in feeds}.values(), key=lambda tree: tree.slot)
-        row_of = {id(tree): row for row, tree in enumerate(trees)}
-        laid: list[list[tuple[Feed, NDArray[np.intp], NDArray[np.bool_], int]]] = [[] for _ in trees]
-        last = []
-        for feed in feeds:
-            row, position = row_of[id(feed.branch.tree)], feed.branch.length
-            columns, sees = feed.branch.extend(feed.ids)
-            laid[row].append((feed, columns, sees, position))
-            last.append((row, sum(len(f.ids) for f, *_ in laid[row]) - 1))
-        length = max(sum(len(f.ids) for f, *_ in row) for row in laid)
-        width = max(tree.width for tree in trees)
+    def _lay_out(self, feeds: Sequence[Feed]) -> tuple[dict[str, Any], torch.Tensor, Layout]:
+        """Model inputs, the index of each feed's last token, and who attends to what."""
+        by_tree: dict[Tree, list[tuple[int, Feed]]] = {}
+        for index, feed in enumerate(feeds):
+            by_tree.setdefault(feed.branch.tree, []).append((index, feed))
+        sizes = {tree: sum(len(feed.ids) for _, feed in row) for tree, row in by_tree.items()}
+        short = [tree for tree, size in sizes.items() if size <= SHORT]
+        rooms = [_Room(short, sizes)] if short else []
+        rooms += [_Room([tree], sizes) for tree, size in sizes.items() if size > SHORT]
 
-        ids = np.zeros((len(trees), length), dtype=np.int64)
-        positions = np.zeros_like(ids)
-        columns_at = np.full_like(ids, SCRATCH)
-        mask = np.zeros((len(trees), length, width), dtype=bool)
-        mask[:, :, SCRATCH] = True  # padding must see something, or its softmax is NaN
-        for row, parts in enumerate(laid):
-            at = 0
-            for feed, columns, sees, position in parts:
-                end = at + len(feed.ids)
-                ids[row, at:end] = feed.ids
-                positions[row, at:end] = np.arange(position, position + len(feed.ids))
-                columns_at[row, at:end] = columns
-                seen = min(width, sees.shape[1])
-                mask[row, at:end, :seen] = sees[:, :seen]
-                at = end
+        flat = _Tokens()
+        ends = [0] * len(feeds)
+        for room in rooms:
+            room.start = len(flat.ids)
+            for tree in room.trees:
+                at = room.row(tree) * room.length
+                for index, feed in by_tree[tree]:
+                    room.back += range(at, at + len(feed.ids))
+                    at += len(feed.ids)
+                    flat.add(feed)
+                    ends[index] = len(flat.ids) - 1
+            room.end = len(flat.ids)
+        sees = flat.sees(self.cache)
+        layout = Layout([self._group(room, flat, sees) for room in rooms], self.patterns)
+
         device = self.model.device
-        self.cache.at(trees, torch.from_numpy(columns_at).to(device), width)
+        place = [slot * self.cache.columns + column for slot, column in zip(flat.slots, flat.columns, strict=True)]
+        ids, positions, self.cache.place = torch.tensor([flat.ids, flat.positions, place]).to(device)
         self.forwards += 1
-        self.tokens += sum(len(feed.ids) for feed in feeds)
+        self.tokens += len(flat.ids)
         inputs = {
-            "input_ids": torch.from_numpy(ids).to(device),
-            "position_ids": torch.from_numpy(positions).to(device),
-            "attention_mask": self._mask(mask, positions, [tree.positions for tree in trees], width),
+            "input_ids": ids[None],
+            "position_ids": positions[None],
+            "attention_mask": self._marker(device),
             "past_key_values": self.cache,
             "use_cache": True,
         }
-        rows, ends = torch.tensor(last, device=device).T
-        return inputs, rows, ends
+        return inputs, torch.tensor(ends, device=device), layout
 
-    def _mask(
-        self, mask: NDArray[np.bool_], positions: NDArray[np.int64], of_columns: list[NDArray[np.int64]], width: int
-    ) -> torch.Tensor | dict[str, torch.Tensor]:
-        if self.window is None or ("sliding_attention" not in self.patterns and self.patterns):
-            return self._tensor(mask)
-        keys = np.stack([np.pad(p[:width], (0, max(0, width - len(p)))) for p in of_columns])
-        near = positions[:, :, None] - keys[:, None, :] < self.window
-        near[:, :, SCRATCH] = True
-        if not self.patterns:
-            return self._tensor(mask & near)
-        return {"full_attention": self._tensor(mask), "sliding_attention": self._tensor(mask & near)}
-
-    def _tensor(self, mask: NDArray[np.bool_]) -> torch.Tensor:
-        """(batch, 1, n, columns): boolean for sdpa, additive for eager attention."""
-        allowed = torch.from_numpy(mask)[:, None].to(self.model.device)
-        if self.model.config._attn_implementation == "sdpa":
-            return allowed
-        dtype = self.model.dtype
-        return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(
-            ~allowed, torch.finfo(dtype).min
+    def _group(self, room: _Room, flat: _Tokens, sees: NDArray[np.bool_]) -> Group:
+        own = slice(room.start, room.end)
+        width = int(np.flatnonzero(sees[own].any(0))[-1]) + 1
+        seen = {FULL: sees[own, :width]}
+        if SLIDING in self.patterns:
+            keys = self.cache.positions[flat.slots[own], :width]
+            near = np.array(flat.positions[own])[:, None] - keys < self.window
+            seen[SLIDING] = seen[FULL] & near
+        tokens = np.zeros(room.rows * room.length, dtype=np.int64)
+        tokens[room.back] = range(room.start, room.end)
+        device = self.model.device
+        return Group(
+            room.slots(device),
+            torch.from_numpy(tokens).view(room.rows, room.length).to(device),
+            torch.tensor(room.back, device=device),
+            {pattern: self._additive(room, seen[pattern]) for pattern in set(self.patterns)},
         )
+
+    def _additive(self, room: _Room, seen: NDArray[np.bool_]) -> torch.Tensor:
+        """seen (tokens, columns) -> 0 or -inf, (rows, 1, length, columns)."""
+        hidden = np.ones((room.rows * room.length, seen.shape[1]), dtype=bool)
+        hidden[:, SCRATCH] = False  # padding must see something, or its softmax is NaN
+        hidden[room.back] = ~seen
+        masked = torch.from_numpy(hidden).to(self.model.device)
+        mask = torch.zeros(masked.shape, dtype=self.model.dtype, device=masked.device).masked_fill_(masked, -torch.inf)
+        return mask.view(room.rows, 1, room.length, -1)
+
+    def _marker(self, device: torch.device) -> torch.Tensor | dict[str, torch.Tensor]:
+        """A prepared 4D mask is passed on as it is; the real ones are in the layout."""
+        marker = torch.empty(1, 1, 1, 1, device=device)
+        return dict.fromkeys(self.patterns, marker) if len(set(self.patterns)) > 1 else marker
+
+
+class _Tokens:
+    """The tokens of all feeds, one after another."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.positions: list[int] = []
+        self.slots: list[int] = []
+        self.columns: list[int] = []
+        self.lanes: list[int] = []
+        self.runs: list[tuple[int, list[int]]] = []  # where feeds of several tokens begin, and their columns
+
+    def add(self, feed: Feed) -> None:
+        branch, n = feed.branch, len(feed.ids)
+        self.positions += range(branch.length, branch.length + n)
+        columns = branch.extend(feed.ids)
+        if n > 1:
+            self.runs.append((len(self.ids), columns))
+        self.ids += feed.ids
+        self.columns += columns
+        self.slots += [branch.tree.slot] * n
+        self.lanes += [branch.lane] * n
+
+    def sees(self, cache: TreeCache) -> NDArray[np.bool_]:
+        """(tokens, columns): its path up to itself."""
+        sees: NDArray[np.bool_] = cache.sees[self.lanes]
+        for start, columns in self.runs:
+            sees[start : start + len(columns), columns] = np.tri(len(columns), dtype=bool)
+        return sees
+
+
+class _Room:
+    """Rows of the cache that attend together: from the first to the last of `trees`, or just these."""
+
+    def __init__(self, trees: list[Tree], sizes: dict[Tree, int]) -> None:
+        slots = [tree.slot for tree in trees]
+        self.trees = trees
+        self.length = max(sizes[tree] for tree in trees)
+        self.first, span = min(slots), max(slots) - min(slots) + 1
+        self.dense = span <= 2 * len(trees)  # then idle rows between are cheaper than a copy of the others
+        self.rows = span if self.dense else len(trees)
+        self.index = {tree: tree.slot - self.first if self.dense else row for row, tree in enumerate(trees)}
+        self.start = self.end = 0
+        self.back: list[int] = []
+
+    def row(self, tree: Tree) -> int:
+        return self.index[tree]
+
+    def slots(self, device: torch.device) -> slice | torch.Tensor:
+        if self.dense:
+            return slice(self.first, self.first + self.rows)
+        return torch.tensor([tree.slot for tree in self.trees], device=device)
+
+
+def _patterns(config: Any) -> list[str]:
+    """The attention of each layer."""
+    layers: list[str] | None = getattr(config, "layer_types", None)
+    kind = FULL if getattr(config, "sliding_window", None) is None else SLIDING
+    return list(layers) if layers else [kind] * config.num_hidden_layers
+
+
+@contextmanager
+def _attending(layout: Layout) -> Iterator[None]:
+    token = LAYOUT.set(layout)
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        LAYOUT.reset(token)

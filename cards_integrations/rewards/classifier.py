@@ -68,7 +68,7 @@ class ClassifierReward(Reward):
         try:
             if not hasattr(model, "score"):
                 raise ModelError(f"{type(model).__name__} has no decoder head")
-            Transformer.check(model.config.get_text_config(), model.config._attn_implementation)
+            Transformer.check(model)
         except ModelError:
             return RescoringClassifier(self.name, model, layout, head)
         return IncrementalClassifier(self.name, model, layout, head, same)

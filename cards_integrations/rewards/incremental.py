@@ -83,7 +83,9 @@ class IncrementalClassifier(RewardModel):
 
     def keep(self, response: Response) -> None:
         scored: _Scored = response.state
-        scored.branch.tree.keep(scored.branch, scored.kept)
+        tree = scored.branch.tree
+        tree.keep(scored.branch, scored.kept)
+        tree.drop(scored.branch)
         response.state = None
 
     def drop(self, response: Response) -> None:
@@ -118,12 +120,9 @@ class IncrementalClassifier(RewardModel):
             end -= 1
         return whole[:end], max(0, end - len(ids))
 
-    @torch.inference_mode()
     def _run(self, batch: list[Feed]) -> list[float]:
-        inputs, rows, ends = self.transformer.batch(batch)
-        body = getattr(self.model, self.model.base_model_prefix)
-        hidden = body(**inputs).last_hidden_state[rows, ends]
-        logits = self.to_logits(hidden.float())
+        with torch.inference_mode():
+            logits = self.to_logits(self.transformer.hidden(batch).float())
         served = {}
         for feed in batch:
             usage = feed.owner.conversation.usage
