@@ -22,6 +22,10 @@ class ModelError(CardsError):
     """A model or a tokenizer cannot be found, loaded or used."""
 
 
+class OutOfMemory(ModelError):
+    """The device's memory, or the share `kv_memory` of it, does not hold this request."""
+
+
 class RewardError(CardsError):
     """A reward model failed, or returned something that is not one finite score per text."""
 

@@ -11,9 +11,13 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass
 class Usage:
-    """Everything a request paid for. A forward that served several requests counts once in each."""
+    """Everything a request paid for. A forward that served several requests counts once in each.
+
+    `cached_tokens` are those of the prompt that an earlier request had read.
+    """
 
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     completion_tokens: int = 0
     drafted_tokens: int = 0
     drafts: int = 0

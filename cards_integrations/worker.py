@@ -21,8 +21,17 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field
 
 from cards_integrations.decoding.base import Decoding
-from cards_integrations.errors import CardsError, CardsTimeout, EngineClosed, ModelError, PromptError, SettingsError
+from cards_integrations.errors import (
+    CardsError,
+    CardsTimeout,
+    EngineClosed,
+    ModelError,
+    OutOfMemory,
+    PromptError,
+    SettingsError,
+)
 from cards_integrations.models.base import Context, Message
+from cards_integrations.models.kv_memory import KVMemory, budget
 from cards_integrations.models.loading import LocalModel, ModelLoader, Placement
 from cards_integrations.models.local import LocalLanguageModel
 from cards_integrations.models.randomness import fresh_seed
@@ -34,6 +43,7 @@ from cards_integrations.session import AcceptanceRate, Chunk, Question, Session,
 from cards_integrations.trace import Alignment, Usage
 
 T = TypeVar("T")
+DRAFTS = 256  # columns that candidates may take beside the kept text
 log = logging.getLogger("cards_integrations")
 
 
@@ -43,10 +53,17 @@ class EngineSettings(Placement):
     `width` is how many candidates a request drafts at once; "auto" drafts what pays, by the time
     that a step takes here and the running acceptance rate, ahead of open verdicts, too. No result
     depends on it. `max_rows` is how many requests run at once; more of them wait.
+
+    `kv_memory` is for the KV caches of all models: bytes, or, up to 1, a fraction of what is free once
+    the language model is loaded. Requests that do not fit wait. What live requests leave holds
+    finished texts, and a prompt that begins like one of them is read from there on only;
+    `prefix_reuse=False` reads everything anew.
     """
 
     width: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     max_rows: Annotated[int, Field(ge=1)] = 64
+    kv_memory: Annotated[float, Field(gt=0)] = 0.5
+    prefix_reuse: bool = True
 
 
 @dataclass(frozen=True)
@@ -72,6 +89,7 @@ class Worker:
         self.failed = False
         self.rewards: dict[Reward, RewardModel] = {}
         self.rate = AcceptanceRate()
+        self._spent = 0.0  # seconds since the last step, without scoring
         self.live: dict[Session, None] = {}  # in order of arrival
         self._judging: set[asyncio.Task[None]] = set()
         self.error: CardsError | None = None
@@ -103,7 +121,9 @@ class Worker:
         try:
             self.loader = ModelLoader(self.settings)
             model, tokenizer = self.loader.causal(self.model)
-            self.language_model = LocalLanguageModel(model, tokenizer, self.model.model)
+            self.memory = KVMemory(budget(self.settings.kv_memory, self.loader.device), self.settings.prefix_reuse)
+            self.loader.memory = self.memory
+            self.language_model = LocalLanguageModel(model, tokenizer, self.model.model, self.memory)
         except Exception as error:
             self.failed = True  # the next request tries again
             self.error = error if isinstance(error, CardsError) else ModelError(f"{type(error).__name__}: {error}")
@@ -113,6 +133,7 @@ class Worker:
             self.loaded.set_result(self.language_model)
         self._work = asyncio.Event()
         self._rows = asyncio.Semaphore(self.settings.max_rows)
+        self._admission, self._left = asyncio.Lock(), asyncio.Event()
         if not self.failed:
             self._driver = self.loop.create_task(self._drive())
         self.loop.run_forever()
@@ -167,14 +188,17 @@ class Worker:
         context = Context(request.prompt, prompt_ids, request.max_tokens, request.sampler, stop, usage)
         settings = request.reward if request.decoding.needs_reward else None
         reward = self._reward(settings) if settings else None
-        rate = AcceptanceRate(self.rate)
-        session = Session(self, context, seed, reward, settings.scale if settings else None, emit, rate)
-        self.live[session] = None
+        async with self._admission:
+            await self._memory_for(len(prompt_ids) + request.max_tokens, reward)
+            rate, scale = AcceptanceRate(self.rate), settings.scale if settings else None
+            session = Session(self, context, seed, reward, scale, emit, rate)
+            self.live[session] = None
         try:
             await request.decoding.generate(session)
         finally:
             del self.live[session]
             session.close()
+            self._left.set()
         usage.completion_tokens = len(context.ids)
         usage.seconds = time.perf_counter() - began
         assert session.finish is not None
@@ -192,6 +216,19 @@ class Worker:
             model=model.name,
             method=request.decoding.method,
         )
+
+    async def _memory_for(self, tokens: int, reward: RewardModel | None) -> None:
+        """Wait, first come first served, until the caches have room for one more request."""
+        tokens += DRAFTS
+        needs = [(self.language_model.transformer.cache, 1, tokens), *(reward.needs(tokens) if reward else [])]
+        while not self.memory.admits(needs):
+            if not self.live:
+                raise OutOfMemory(
+                    f"A request of {tokens} tokens needs more than the {self.memory.limit / 2**20:,.0f} MiB of "
+                    "EngineSettings.kv_memory: use a shorter prompt, a smaller max_tokens, or more kv_memory."
+                )
+            self._left.clear()
+            await self._left.wait()
 
     def _check_room(self, request: Request, prompt_tokens: int) -> None:
         window = self.language_model.context_window
@@ -225,6 +262,8 @@ class Worker:
         """Choose candidates, sample, score what has ended, let the methods react, forward; for ever."""
         while True:
             await self._work.wait()
+            began = time.perf_counter()
+            steps = self.language_model.steps
             try:
                 busy = self._step()
             except Exception as error:
@@ -235,10 +274,13 @@ class Worker:
             # Two turns of the loop: in the first the rewards score, in the second the methods go on.
             await asyncio.sleep(0)
             await asyncio.sleep(0)
+            self._spent += time.perf_counter() - began
+            if self.language_model.steps > steps:
+                self.scheduler.stepped(self._spent, self.language_model.step_size)
+                self._spent = 0.0
 
     def _step(self) -> bool:
         """One forward, or what has to come before it; False if there is nothing to do."""
-        began = time.perf_counter()
         chosen = self.scheduler.candidates(self.live)
         ended = self.language_model.sample()
         for candidate in ended:
@@ -251,11 +293,11 @@ class Worker:
         if questions and (idle or self.scheduler.score_now(questions, len(self.live))):
             self._put(questions)
             return True
-        if idle:
-            return False
-        self.language_model.forward(chosen)
-        self.scheduler.took("step", time.perf_counter() - began)
-        return True
+        if not idle:
+            self.language_model.forward(chosen)
+            for session in [s for s in self.live if s.context in self.language_model.failed]:
+                session.fail(self.language_model.failed.pop(session.context))
+        return not idle
 
     def _put(self, questions: list[Question]) -> None:
         """Put questions to their reward models; to one that can take them, those of all requests at once."""
@@ -283,7 +325,8 @@ class Worker:
         group = [question for question in group if not question.score.done()]
         if not group:
             return  # all given up by now
-        began = time.perf_counter()
+        usages = {id(q.session): q.session.context.usage for q in group}.values()
+        tokens, began = sum(usage.rm_tokens for usage in usages), time.perf_counter()
         try:
             scores = await score(judge, [question.response for question in group])
         except Exception as error:
@@ -299,7 +342,9 @@ class Worker:
                     question.score.set_exception(error)
             return
         if judge.across_requests:
-            self.scheduler.took("scoring", time.perf_counter() - began)
+            seconds = time.perf_counter() - began
+            self._spent -= seconds
+            self.scheduler.scored(seconds, sum(usage.rm_tokens for usage in usages) - tokens)
         for question, value in zip(group, scores, strict=True):
             if not question.score.done():
                 question.score.set_result(value)

@@ -63,7 +63,7 @@ def idle(engine: Engine) -> bool:
         model.transformer.cache,
         *(r.transformer.cache for r in worker.rewards.values() if hasattr(r, "transformer")),
     ]
-    return not (worker.live or model.contexts or model.drafting or any(cache.trees for cache in caches))
+    return not (worker.live or model.contexts or any(cache.trees for cache in caches))
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

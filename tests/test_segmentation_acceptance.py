@@ -16,7 +16,7 @@ from cards_integrations.decoding import Acceptance, Cards, FixedLength, Punctuat
 from cards_integrations.decoding.segmentation import uncertainty
 from cards_integrations.errors import SettingsError
 from cards_integrations.models.randomness import Uniforms
-from cards_integrations.models.sampling import Sampler
+from cards_integrations.models.sampling import Sampler, _largest
 from cards_integrations.models.stops import StopStrings
 
 LOGITS = st.lists(st.floats(-30, 30, width=32), min_size=2, max_size=30)
@@ -121,7 +121,7 @@ def test_each_token_gets_its_share_of_the_uniforms(values: list[float], top_k: i
     grid = 2000
     logits = torch.tensor(values)
     uniforms = (torch.arange(grid, dtype=torch.double) + 0.5) / grid
-    drawn = Sampler(temperature=temperature, top_k=top_k)(logits.expand(grid, -1), uniforms)
+    drawn = Sampler(temperature=temperature, top_k=top_k)(logits[None], torch.zeros(grid, dtype=torch.long), uniforms)
     assert drawn.tolist() == sorted(drawn.tolist())  # in order of their id
     shares = torch.bincount(drawn, minlength=len(values)) / grid
     kept = logits.topk(top_k).indices if 0 < top_k < len(values) else torch.arange(len(values))
@@ -131,10 +131,18 @@ def test_each_token_gets_its_share_of_the_uniforms(values: list[float], top_k: i
 
 
 def test_the_ends_of_the_unit_interval() -> None:
-    logits = torch.tensor([[-1e4, 1.0, 2.0, -1e4]]).expand(2, -1)
+    logits, rows = torch.tensor([[-1e4, 1.0, 2.0, -1e4]]), torch.tensor([0, 0])
     ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.double)
-    assert Sampler(temperature=1.0, top_k=0)(logits, ends).tolist() == [1, 2]
-    assert Sampler(temperature=0)(logits, ends).tolist() == [2, 2]
+    assert Sampler(temperature=1.0, top_k=0)(logits, rows, ends).tolist() == [1, 2]
+    assert Sampler(temperature=0)(logits, rows, ends).tolist() == [2, 2]
+
+
+def test_the_largest_logits_of_a_large_vocabulary() -> None:
+    torch.manual_seed(0)
+    for vocabulary in (128 * 40, 128 * 41, 128 * 400, 128 * 400 + 1):
+        logits = torch.randn(5, vocabulary)
+        logits[0, :60] += 100  # many of them in one block
+        assert torch.equal(_largest(logits, 40).sort().values, logits.topk(40).indices.sort().values)
 
 
 def test_uniforms_depend_on_their_place_only() -> None:

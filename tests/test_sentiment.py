@@ -48,8 +48,13 @@ def test_reward_is_on_the_language_models_own_weights(llm: CardsLLM) -> None:
     worker = llm._engine({})._worker
     assert worker is not None
     judge = worker.rewards[NAMED["sentiment"]].model  # type: ignore[attr-defined]
-    theirs = {tensor.data_ptr() for tensor in judge.parameters()}
-    assert all(tensor.data_ptr() in theirs for tensor in worker.language_model.model.base_model.parameters())
+    theirs = dict(judge.base_model.named_parameters())
+    shared = {
+        name: theirs[name].data_ptr() == weight.data_ptr()
+        for name, weight in worker.language_model.model.base_model.named_parameters()
+    }
+    adapted = ("q_proj.weight", "v_proj.weight", "o_proj.weight")
+    assert all(is_shared != name.endswith(adapted) for name, is_shared in shared.items())
 
 
 @pytest.mark.parametrize(("name", "megabytes"), [("sentiment-smollm2", 4), ("sentiment-minilm", 3)])

@@ -9,13 +9,14 @@ from pydantic import BeforeValidator, SerializeAsAny
 
 from cards_integrations.decoding.acceptance import Acceptance, Threshold
 from cards_integrations.decoding.base import Decoding, Draft, Session
+from cards_integrations.decoding.best_of_n import BestOfN
 from cards_integrations.decoding.cards import Cards
 from cards_integrations.decoding.sampling import Sampling
 from cards_integrations.decoding.segmentation import FixedLength, Punctuation, Uncertainty
 from cards_integrations.errors import SettingsError, unknown
 from cards_integrations.models.base import Boundary
 
-METHODS: dict[str, type[Decoding]] = {"cards": Cards, "sampling": Sampling}
+METHODS: dict[str, type[Decoding]] = {"cards": Cards, "best_of_n": BestOfN, "sampling": Sampling}
 
 
 def as_decoding(value: Any) -> Decoding:
@@ -38,6 +39,7 @@ __all__ = [
     "METHODS",
     "Acceptance",
     "AnyDecoding",
+    "BestOfN",
     "Boundary",
     "Cards",
     "Decoding",

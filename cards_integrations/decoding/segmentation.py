@@ -20,9 +20,12 @@ def uncertainty(measure: Measure, logits: torch.Tensor) -> torch.Tensor:
     `entropy` is Shannon entropy in nats, `max_probability` is 1 - max p, `evidential` is
     V / sum(relu(logit) + 1). Full vocabulary, no temperature, no top-k.
     """
+    import torch
+
     if measure == "entropy":
         log_p = logits.log_softmax(-1)
-        return -(log_p.exp() * log_p).sum(-1)
+        entropy: torch.Tensor = -torch.linalg.vecdot(log_p.exp(), log_p)
+        return entropy
     if measure == "max_probability":
         return 1 - logits.softmax(-1).amax(-1)
     return logits.shape[-1] / (logits.relu() + 1).sum(-1)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
+from cards_integrations.errors import OutOfMemory
 from cards_integrations.models.randomness import Uniforms
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.models.stops import StopStrings
@@ -113,11 +114,13 @@ class LanguageModel(Protocol):
 
     `begin` starts a candidate; `sample` gives every candidate that has logits its next token and
     returns those that have ended; `forward` computes the next logits of those it is given, as far as
-    `unread` says that there is something to compute. All are called from one thread.
+    `unread` says that there is something to compute; contexts for which there is no memory end up
+    in `failed`. All are called from one thread.
     """
 
     name: str
     context_window: int
+    failed: dict[Context, OutOfMemory]
 
     def open(self, context: Context) -> None: ...
     def close(self, context: Context) -> None: ...

@@ -48,6 +48,12 @@ class Branch:
         self.ids += ids
         return columns
 
+    def retract(self, tokens: int) -> None:
+        """Free the columns of the last tokens again."""
+        last, self.columns, self.ids = self.columns[-tokens:], self.columns[:-tokens], self.ids[:-tokens]
+        self.tree.cache.sees[self.lane, last] = False
+        self.tree.free(last)
+
     def branch(self) -> Branch:
         """A new branch that grows from this one's tip."""
         return self.tree.grow(self.length, self.lane)
@@ -159,18 +165,41 @@ class TreeLayer(CacheLayerMixin):
 class TreeCache(Cache):
     """The rows of all live requests, kept dense: closing one moves the last row into its place."""
 
-    def __init__(self, layers: int) -> None:
+    def __init__(self, layers: int, bytes_per_token: int = 0) -> None:
         super().__init__(layers=[TreeLayer(self) for _ in range(layers)])
+        self.bytes_per_token = bytes_per_token  # keys and values, of all layers
         self.trees: list[Tree] = []
+        self.place: torch.Tensor  # where the next forward writes: (tokens,) of rows * columns
+        self._begin()
+
+    def _begin(self) -> None:
         self.rows, self.columns = 1, 64
         self.sees: NDArray[np.bool_] = np.zeros((16, self.columns), dtype=bool)
         self.positions: NDArray[np.int64] = np.zeros((self.rows, self.columns), dtype=np.int64)
         self.lanes = list(range(len(self.sees)))  # free ones
-        self.place: torch.Tensor  # where the next forward writes: (tokens,) of rows * columns
+        for layer in self.layers:
+            layer.is_initialized = False
+            layer.keys = layer.values = None
+
+    @property
+    def bytes(self) -> int:
+        return self.bytes_with(0, 0)
+
+    def bytes_with(self, rows: int, columns: int) -> int:
+        """What it takes with so many more rows, each of at least so many columns."""
+        return self._rows_for(len(self.trees) + rows) * self._columns_for(columns) * self.bytes_per_token
+
+    def _rows_for(self, rows: int) -> int:
+        """A quarter more than is needed, so that the cache grows seldom."""
+        return self.rows if rows <= self.rows else rows + rows // 4
+
+    def _columns_for(self, columns: int) -> int:
+        """The same, in whole blocks of 64."""
+        return self.columns if columns <= self.columns else -(-columns * 5 // 4 // 64) * 64
 
     def open(self) -> Tree:
         if len(self.trees) == self.rows:
-            self.rows *= 2
+            self.rows = self._rows_for(self.rows + 1)
             self.positions = _padded(self.positions, (self.rows, self.columns))
         tree = Tree(self, len(self.trees))
         self.trees.append(tree)
@@ -189,6 +218,8 @@ class TreeCache(Cache):
                         states[tree.slot, : last.untouched] = states[last.slot, : last.untouched]
             last.slot = tree.slot
             self.trees[last.slot] = last
+        if not self.trees:  # what a large request took is given back
+            self._begin()
 
     def lane(self, like: int | None = None) -> int:
         """A free lane, which sees what the lane `like` sees, or nothing."""
@@ -201,8 +232,7 @@ class TreeCache(Cache):
         return lane
 
     def widen(self, columns: int) -> None:
-        """Half as much again as is needed, in whole blocks of 64, so that rows grow seldom."""
-        self.columns = -(-columns * 3 // 2 // 64) * 64
+        self.columns = self._columns_for(columns)
         self.sees = _padded(self.sees, (len(self.sees), self.columns))
         self.positions = _padded(self.positions, (self.rows, self.columns))
 

@@ -57,6 +57,8 @@ class ModelLoader:
     def __init__(self, placement: Placement) -> None:
         import torch
 
+        from cards_integrations.models.kv_memory import KVMemory
+
         self.placement = placement
         device = placement.device
         if device == "auto":
@@ -66,6 +68,7 @@ class ModelLoader:
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:
             raise ModelError(f"device={placement.device!r} cannot be used here: {error}") from error
+        self.memory = KVMemory(2**62, reuse=False)
         self.language_model: tuple[LocalModel, Any, Any] | None = None
 
     def causal(self, spec: LocalModel) -> tuple[Any, Any]:
@@ -96,8 +99,10 @@ class ModelLoader:
             from peft import PeftModel
 
             with _explained(spec):
-                model = PeftModel.from_pretrained(model, spec.adapter, autocast_adapter_dtype=False)
-            model = model.get_base_model() if shared else model.merge_and_unload()
+                adapted = PeftModel.from_pretrained(model, spec.adapter, autocast_adapter_dtype=False)
+            if shared:
+                _own_adapted_weights(adapted)
+            model = adapted.merge_and_unload()
         return model.to(self.device).eval(), self.tokenizer(spec)
 
     def tokenizer(self, spec: LocalModel) -> Any:
@@ -207,6 +212,17 @@ def _labels(adapter: str | None) -> dict[str, Any]:
     with safe_open(file, "pt") as tensors:
         heads = [k for k in tensors.keys() if k.endswith(("score.weight", "classifier.weight"))]  # noqa: SIM118
         return {"num_labels": tensors.get_slice(heads[0]).get_shape()[0]} if heads else {"num_labels": 1}
+
+
+def _own_adapted_weights(adapted: Any) -> None:
+    """Copy the weights that an adapter will be merged into; the others stay shared."""
+    import torch
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in adapted.modules():
+        if isinstance(module, BaseTunerLayer):
+            base = module.get_base_layer()
+            base.weight = torch.nn.Parameter(base.weight.detach().clone(), requires_grad=False)
 
 
 class _explained:

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
+from cards_integrations.errors import OutOfMemory
 from cards_integrations.models.base import Boundary, Candidate, Context
 from cards_integrations.models.chat import ChatTokenizer
 from cards_integrations.models.kv_cache import Branch
+from cards_integrations.models.kv_memory import KVMemory, first_to_read
 from cards_integrations.models.loading import positions
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.models.transformer import Feed, Transformer
@@ -38,16 +40,19 @@ class _Tip:
 class LocalLanguageModel:
     """A transformers causal model behind the `LanguageModel` protocol."""
 
-    def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
+    def __init__(self, model: Any, tokenizer: Any, name: str, memory: KVMemory | None = None) -> None:
         self.name = name
         self.model = model
         self.chat = ChatTokenizer(tokenizer)
-        self.transformer = Transformer(model)
+        self.memory = memory or KVMemory(2**62, reuse=False)
+        self.transformer = Transformer(model, self.memory)
         self.context_window = positions(model.config)
         self.eos = _end_of_sequence(model, tokenizer)
         self.contexts: list[Context] = []
         self.ready: list[Candidate] = []  # have logits
+        self.failed: dict[Context, OutOfMemory] = {}
         self.steps = 0  # forwards that carried at least one candidate
+        self.step_size = 0  # candidates in the last of them
 
     def open(self, context: Context) -> None:
         """Give a context a row; its prompt is read when a candidate needs it."""
@@ -58,6 +63,7 @@ class LocalLanguageModel:
         """Free the row. Its candidates have been given up."""
         if context.state is not None:
             self.contexts.remove(context)
+            self.memory.keep(context.state.branch.tree)
             self.transformer.cache.close(context.state.branch.tree)
             context.state = None
 
@@ -77,10 +83,12 @@ class LocalLanguageModel:
 
     def _branch(self, origin: Branch, candidate: Candidate) -> Branch:
         """A long candidate gets a row of its own: in a shared one it would read its siblings' columns, masked."""
-        if candidate.room <= LONG or candidate.index == 0 or candidate.parent is not None:
+        cache, columns = self.transformer.cache, origin.length + candidate.room
+        short = candidate.room <= LONG or candidate.index == 0 or candidate.parent is not None
+        if short or not self.memory.admits([(cache, 1, columns)]):
             return origin.branch()
-        row = self.transformer.cache.open()
-        self.transformer.cache.copy(origin.tree, row)
+        row = cache.open()
+        cache.copy(origin.tree, row)
         return row.branch()
 
     def drop(self, candidate: Candidate) -> None:
@@ -125,15 +133,18 @@ class LocalLanguageModel:
 
     @torch.inference_mode()
     def _sample(self, boundary: Boundary, sampler: Sampler, group: list[Candidate]) -> list[Candidate]:
-        logits = torch.stack([c.state.logits for c in group]).float()
+        distinct = {id(c.state.logits): c.state.logits for c in group}  # siblings begin from the same ones
+        row_of = {key: row for row, key in enumerate(distinct)}
+        rows = [row_of[id(c.state.logits)] for c in group]
+        logits = torch.stack(list(distinct.values())).float()
         uniforms = torch.tensor([c.uniforms[len(c.ids)] for c in group], dtype=torch.float64, device=logits.device)
-        tokens = sampler(logits, uniforms)
-        log_p = logits.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-        rises = boundary.ends_before(logits)
-        rising = [False] * len(group) if rises is None else rises.tolist()
+        at = torch.tensor(rows, device=logits.device)
+        tokens = sampler(logits, at, uniforms)
+        log_p = logits.log_softmax(-1)[at, tokens]
+        rising = self._rising(boundary, group, rows, logits)
         ended = []
-        for candidate, token, gain, rise in zip(group, tokens.tolist(), log_p.tolist(), rising, strict=True):
-            if rise and len(candidate.ids) >= boundary.shortest:
+        for candidate, token, gain in zip(group, tokens.tolist(), log_p.tolist(), strict=True):
+            if candidate in rising:
                 self._read(candidate)  # ends before this token; its logits stay for whoever comes next
                 ended.append(candidate)
                 continue
@@ -151,6 +162,13 @@ class LocalLanguageModel:
             else:
                 candidate.state.waiting.append(candidate)
         return ended
+
+    @staticmethod
+    def _rising(boundary: Boundary, group: list[Candidate], rows: list[int], logits: torch.Tensor) -> set[Candidate]:
+        """Those that end before their next token."""
+        asked = {c: row for c, row in zip(group, rows, strict=True) if len(c.ids) >= boundary.shortest}
+        rises = boundary.ends_before(logits[list(asked.values())]) if asked else None
+        return set() if rises is None else {c for c, rise in zip(asked, rises.tolist(), strict=True) if rise}
 
     def _ends_after(self, candidate: Candidate) -> bool:
         context, boundary = candidate.context, candidate.boundary
@@ -180,7 +198,7 @@ class LocalLanguageModel:
 
     def forward(self, candidates: Iterable[Candidate]) -> None:
         """Read it; of long prompts a piece, so that the others take a step between the pieces."""
-        unread = self.unread(candidates)
+        unread = self._recalled(self.unread(candidates))
         feeds = [Feed(tip.branch, tip.unread[:PIECE], (tip, context)) for tip, context in unread.items()]
         step = [feed for feed in feeds if len(feed.ids) == 1]
         for batch in self.transformer.batches([feed for feed in feeds if len(feed.ids) > 1], PIECE):
@@ -188,12 +206,31 @@ class LocalLanguageModel:
         if step:
             self._run(step)
             self.steps += 1
+            self.step_size = len(step)
+
+    def _recalled(self, unread: dict[_Tip, Context]) -> dict[_Tip, Context]:
+        """Without what was read before, or is being read now, for another request."""
+        fresh = [tip for tip, context in unread.items() if tip is context.state and not tip.branch.tree.ids]
+        for tip in fresh:
+            tree = tip.branch.tree
+            self.memory.recall(tree, tip.unread)
+            if tree.ids:
+                tree.drop(tip.branch)
+                tip.branch = tree.branch()
+                del tip.unread[: len(tree.ids)]
+                unread[tip].usage.cached_tokens += len(tree.ids)
+        unknown = [tip for tip in fresh if not tip.branch.tree.ids]
+        first = {unknown[index] for index in first_to_read([tip.unread for tip in unknown])}
+        return {tip: context for tip, context in unread.items() if tip in first or tip not in unknown}
 
     def _run(self, feeds: Sequence[Feed]) -> None:
         """One forward; tips that have nothing unread any more get their logits."""
         served = {}
         for feed, logits in zip(feeds, self.transformer.logits(feeds), strict=True):
             tip, context = feed.owner
+            if isinstance(logits, OutOfMemory):
+                self.failed[context] = logits
+                continue
             del tip.unread[: len(feed.ids)]
             if tip is context.state:
                 tip.branch.tree.keep(tip.branch)
@@ -216,7 +253,9 @@ class LocalLanguageModel:
         times = []
         for _ in range(4):  # the first ones warm up
             began = time.perf_counter()
-            transformer.logits(feeds)[:, 0].tolist()
+            transformer.logits(feeds)
+            if self.model.device.type == "cuda":
+                torch.cuda.synchronize()
             times.append(time.perf_counter() - began)
         return min(times)
 
@@ -225,7 +264,9 @@ class LocalLanguageModel:
         for context in list(self.contexts):
             context.state = None
         self.contexts, self.ready = [], []
-        self.transformer = Transformer(self.model)
+        old = self.transformer.cache
+        self.transformer = Transformer(self.model, self.memory)
+        self.memory.replace(old, self.transformer.cache)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.chat.decode(ids)

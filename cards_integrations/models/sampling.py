@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 if TYPE_CHECKING:
     import torch
 
+BLOCK = 128
+
 
 class Sampler(BaseModel):
     """softmax(logits / temperature) restricted to the `top_k` most probable tokens.
@@ -25,19 +27,35 @@ class Sampler(BaseModel):
     def greedy(self) -> bool:
         return self.temperature == 0
 
-    def __call__(self, logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-        """One token for each row: logits (n, vocabulary), uniforms (n,) in [0, 1) -> ids (n,).
+    def __call__(self, logits: torch.Tensor, rows: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+        """One token for each uniform: logits (n, vocabulary), rows and uniforms (m,) -> ids (m,).
 
-        The tokens are laid on [0, 1) in order of their id, so that two almost equal logits that
-        change places under another batch shape do not change the outcome.
+        The i-th token is drawn from logits[rows[i]] by uniforms[i] in [0, 1). The tokens are laid on
+        [0, 1) in order of their id, so that two almost equal logits that change places under
+        another batch shape do not change the outcome.
         """
         if self.greedy:
-            return logits.argmax(-1)
+            return logits.argmax(-1)[rows]
         ids = None
         if 0 < self.top_k < logits.shape[-1]:
-            ids = logits.topk(self.top_k).indices.sort(-1).values
+            ids = _largest(logits, self.top_k).sort(-1).values
             logits = logits.gather(-1, ids)
-        upto = (logits.double() / self.temperature).softmax(-1).cumsum(-1)
-        at = (upto <= (uniforms * upto[:, -1]).unsqueeze(-1)).sum(-1)
-        at = at.clamp(max=logits.shape[-1] - 1)
-        return at if ids is None else ids.gather(-1, at.unsqueeze(-1)).squeeze(-1)
+        upto = (logits.double() / self.temperature).softmax(-1).cumsum(-1)[rows]
+        at = (upto <= (uniforms * upto[:, -1]).unsqueeze(-1)).sum(-1).clamp(max=logits.shape[-1] - 1)
+        return at if ids is None else ids[rows, at]
+
+
+def _largest(logits: torch.Tensor, k: int) -> torch.Tensor:
+    """Ids of the k largest logits, (n, vocabulary) -> (n, k).
+
+    They lie in the k blocks with the largest maxima, and a search among those is several times
+    faster than one of the whole vocabulary.
+    """
+    blocks, rest = divmod(logits.shape[-1], BLOCK)
+    if rest or blocks <= k:
+        return logits.topk(k).indices
+    blocked = logits.view(-1, blocks, BLOCK)
+    best = blocked.amax(-1).topk(k).indices
+    found = blocked.gather(1, best.unsqueeze(-1).expand(-1, -1, BLOCK)).flatten(1).topk(k).indices
+    ids: torch.Tensor = best.gather(1, found // BLOCK) * BLOCK + found % BLOCK
+    return ids

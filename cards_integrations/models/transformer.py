@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cards_integrations.errors import ModelError
+from cards_integrations.errors import ModelError, OutOfMemory
 from cards_integrations.models.attention import LAYOUT, NAME, Group, Layout
 from cards_integrations.models.kv_cache import SCRATCH, Branch, Tree, TreeCache
+from cards_integrations.models.kv_memory import KVMemory
 
 NO_TREES = {  # architectures that would be silently wrong, for they do not go by positions and mask alone
     "bloom": "ALiBi", "falcon": "ALiBi", "mpt": "ALiBi", "gpt_neo": "a causal mask of its own",
@@ -35,13 +36,15 @@ class Feed:
 class Transformer:
     """A decoder with a `TreeCache`. The tokens of all feeds make one flat sequence (1, tokens)."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, memory: KVMemory | None = None) -> None:
         self.check(model)
         self.model = model
         self.config = model.config.get_text_config()
         self.patterns = _patterns(self.config)
         self.window: int = getattr(self.config, "sliding_window", None) or 0
-        self.cache = TreeCache(self.config.num_hidden_layers)
+        self.memory = memory or KVMemory(2**62, reuse=False)
+        self.cache = TreeCache(self.config.num_hidden_layers, _bytes_per_token(self.config, model.dtype))
+        self.memory.caches.append(self.cache)
         self.forwards = 0
         self.tokens = 0
         model.set_attn_implementation(NAME)
@@ -55,19 +58,45 @@ class Transformer:
             what = NO_TREES.get(config.model_type) or ", ".join(strange) or "attention of its own"
             raise ModelError(f"model type {config.model_type!r} uses {what}, which has no exact tree mask here.")
 
-    def logits(self, feeds: Sequence[Feed]) -> torch.Tensor:
-        """One forward of a causal model: logits (feeds, vocabulary) after each feed's last token."""
-        inputs, ends, layout = self._lay_out(feeds)
-        with _attending(layout):
-            found: torch.Tensor = self.model(**inputs, logits_to_keep=ends).logits[0]
-        return found
+    def logits(self, feeds: Sequence[Feed]) -> list[torch.Tensor | OutOfMemory]:
+        """Forward a causal model: logits (vocabulary,) after each feed's last token."""
 
-    def hidden(self, feeds: Sequence[Feed]) -> torch.Tensor:
-        """One forward of the body: hidden states (feeds, hidden size) of each feed's last token."""
-        inputs, ends, layout = self._lay_out(feeds)
-        with _attending(layout):
+        def forward(inputs: dict[str, Any], ends: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = self.model(**inputs, logits_to_keep=ends).logits[0]
+            return found
+
+        return self._forward(feeds, forward)
+
+    def hidden(self, feeds: Sequence[Feed]) -> list[torch.Tensor | OutOfMemory]:
+        """Forward the body: hidden state (hidden size,) of each feed's last token."""
+
+        def forward(inputs: dict[str, Any], ends: torch.Tensor) -> torch.Tensor:
             found: torch.Tensor = self.model.base_model(**inputs).last_hidden_state[0, ends]
-        return found
+            return found
+
+        return self._forward(feeds, forward)
+
+    def _forward(
+        self, feeds: Sequence[Feed], run: Callable[[dict[str, Any], torch.Tensor], torch.Tensor]
+    ) -> list[torch.Tensor | OutOfMemory]:
+        """One forward; where memory runs out, in halves, down to the feed that does not fit."""
+        inputs, ends, layout = self._lay_out(feeds)
+        try:
+            with _attending(layout):
+                return list(run(inputs, ends))
+        except RuntimeError as error:
+            if not _out_of_memory(error):
+                raise
+        for feed in feeds:
+            feed.branch.retract(len(feed.ids))
+        if self.memory.forget():
+            return self._forward(feeds, run)
+        if len(feeds) == 1:
+            return [
+                OutOfMemory(f"No memory for {len(feeds[0].ids)} tokens more: use a shorter prompt or fewer requests.")
+            ]
+        half = len(feeds) // 2
+        return self._forward(feeds[:half], run) + self._forward(feeds[half:], run)
 
     def batches(self, feeds: Sequence[Feed], tokens: int = 2048) -> Iterator[list[Feed]]:
         """Split feeds into forwards of at most `tokens` tokens (or of one feed)."""
@@ -205,11 +234,22 @@ class _Room:
         return torch.tensor([tree.slot for tree in self.trees], device=device)
 
 
+def _bytes_per_token(config: Any, dtype: torch.dtype) -> int:
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * heads * size * dtype.itemsize)
+
+
 def _patterns(config: Any) -> list[str]:
     """The attention of each layer."""
     layers: list[str] | None = getattr(config, "layer_types", None)
     kind = FULL if getattr(config, "sliding_window", None) is None else SLIDING
     return list(layers) if layers else [kind] * config.num_hidden_layers
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """torch has a class for it on a GPU only."""
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 @contextmanager

@@ -9,13 +9,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
 from cards_integrations.models.base import Message
 from cards_integrations.models.loading import ModelLoader
 from cards_integrations.trace import Usage
+
+if TYPE_CHECKING:
+    from cards_integrations.models.kv_cache import TreeCache
 
 
 @dataclass(eq=False)
@@ -43,6 +46,10 @@ class RewardModel(ABC):
     name: str
     across_requests: ClassVar[bool] = False
     """May one call of `score` take the answers of several requests?"""
+
+    def needs(self, tokens: int) -> list[tuple[TreeCache, int, int]]:
+        """Rows and columns that a request of so many tokens takes in the caches of this model."""
+        return []
 
     def open(self, conversation: Conversation) -> None:
         """A request begins."""

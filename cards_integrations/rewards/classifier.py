@@ -71,7 +71,7 @@ class ClassifierReward(Reward):
             Transformer.check(model)
         except ModelError:
             return RescoringClassifier(self.name, model, layout, head)
-        return IncrementalClassifier(self.name, model, layout, head, same)
+        return IncrementalClassifier(self.name, model, layout, head, same, loader.memory)
 
 
 class Layout:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any, ClassVar
 
 import torch
 
-from cards_integrations.errors import RewardError
-from cards_integrations.models.kv_cache import Branch, Tree
+from cards_integrations.errors import OutOfMemory, RewardError
+from cards_integrations.models.kv_cache import Branch, Tree, TreeCache
+from cards_integrations.models.kv_memory import KVMemory, common
 from cards_integrations.models.loading import positions
 from cards_integrations.models.transformer import Feed, Transformer
 from cards_integrations.rewards.base import Conversation, Response, RewardModel
@@ -46,16 +46,21 @@ class IncrementalClassifier(RewardModel):
 
     across_requests: ClassVar[bool] = True
 
-    def __init__(self, name: str, model: Any, layout: Layout, head: Head, same_vocabulary: bool) -> None:
+    def __init__(
+        self, name: str, model: Any, layout: Layout, head: Head, same_vocabulary: bool, memory: KVMemory | None = None
+    ) -> None:
         self.name = name
         self.model = model
         self.to_logits = model.score.float()  # the last step in full precision: bf16 has three digits
         self.layout = layout
         self.head = head
         self.same_vocabulary = same_vocabulary
-        self.transformer = Transformer(model)
+        self.transformer = Transformer(model, memory)
         self.window = positions(model.config)
         self.pad = self.transformer.config.pad_token_id  # transformers reads the score at the last other token
+
+    def needs(self, tokens: int) -> list[tuple[TreeCache, int, int]]:
+        return [(self.transformer.cache, 1, tokens)]
 
     def open(self, conversation: Conversation) -> None:
         chat = self.layout.chat
@@ -65,6 +70,7 @@ class IncrementalClassifier(RewardModel):
 
     def close(self, conversation: Conversation) -> None:
         if conversation.state is not None:
+            self.transformer.memory.keep(conversation.state.tree)
             self.transformer.cache.close(conversation.state.tree)
             conversation.state = None
 
@@ -101,8 +107,9 @@ class IncrementalClassifier(RewardModel):
                 f"reward {self.name!r}: the conversation takes {len(ids)} tokens, more than the {self.window} of "
                 "its window; use a shorter prompt or a smaller max_tokens."
             )
-        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids, read.tree.ids, strict=False)))
-        shared = min(shared, len(ids) - max(1, suffix))  # the last token is forwarded: the score is read there
+        if not read.tree.ids:
+            self.transformer.memory.recall(read.tree, ids[: len(ids) - suffix])
+        shared = min(common(ids, read.tree.ids), len(ids) - max(1, suffix))  # the score is read at the last token
         branch = read.tree.branch(shared)
         response.state = _Scored(branch, len(ids) - suffix - shared)
         return Feed(branch, ids[shared:], response)
@@ -121,8 +128,13 @@ class IncrementalClassifier(RewardModel):
         return whole[:end], max(0, end - len(ids))
 
     def _run(self, batch: list[Feed]) -> list[float]:
+        hidden = []
+        for state in self.transformer.hidden(batch):
+            if isinstance(state, OutOfMemory):
+                raise state
+            hidden.append(state)
         with torch.inference_mode():
-            logits = self.to_logits(self.transformer.hidden(batch).float())
+            logits = self.to_logits(torch.stack(hidden).float())
         served = {}
         for feed in batch:
             usage = feed.owner.conversation.usage

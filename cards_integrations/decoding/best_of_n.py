@@ -1,0 +1,29 @@
+"""Best-of-N: whole answers, and the one with the highest reward."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from cards_integrations.decoding.base import Decoding, Draft, Session
+from cards_integrations.decoding.segmentation import FixedLength
+
+
+class BestOfN(Decoding):
+    """N answers from p(y | x), drafted together; the one with the highest r(x, y) is kept.
+
+    The expected KL divergence from p is at most log N - (N - 1) / N (Beirami et al., arXiv 2401.01879).
+    """
+
+    method: Literal["best_of_n"] = "best_of_n"
+    n: Annotated[int, Field(ge=1)] = 16
+
+    async def generate(self, session: Session) -> None:
+        best: Draft | None = None
+        async for draft in session.drafts(until=FixedLength(length=session.max_tokens), limit=self.n):
+            draft.verdict = "rejected"
+            best = session.better(best, draft)
+        assert best is not None  # a session yields at least one draft
+        best.verdict = "best"
+        await session.keep(best)
