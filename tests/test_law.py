@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 from conftest import Start
+from speculator import Eager
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -197,11 +198,12 @@ def in_order(method: Method) -> list[Text]:
     return naive(method, method.in_order)
 
 
-@pytest.mark.parametrize("width", [1, 4, 8])
+@pytest.mark.parametrize("width", [1, 4, 8, "auto", "eager"])
 def test_kept_segments_have_the_law(
-    folder: str, method: Method, in_order: list[Text], start: Start, width: int
+    folder: str, method: Method, in_order: list[Text], start: Start, width: int | str
 ) -> None:
-    engine = start(folder, width=width)
+    engine = start(folder, width=1 if width == "eager" else width)
+    eager = Eager(engine, most=200, wait=2) if width == "eager" else None
     prompt, judge = " ".join(LETTERS[i] for i in PROMPT), FunctionReward(function=rewards)
     requests = [Request(prompt, method.settings, judge, SAMPLER, LONGEST, seed=seed) for seed in range(SAMPLES)]
     kept = [alignment.segments[0].token_ids for alignment in engine.run_many(requests)]
@@ -209,6 +211,7 @@ def test_kept_segments_have_the_law(
     print(f"total variation {distance(law, kept):.4f}, bound {sampling_error(law, SAMPLES):.4f}")
     assert distance(law, kept) < sampling_error(law, SAMPLES)
     assert kept == in_order
+    assert eager is None or len(eager.adopted) > SAMPLES / 10
 
 
 @pytest.mark.parametrize("rule", [Method.best_of_round, Method.first_finished])

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import reference
 from conftest import Start
+from speculator import Eager
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from cards_integrations.decoding import Boundary, Cards, FixedLength, Punctuation, Uncertainty
@@ -105,24 +106,46 @@ def assert_same(written: Sequence[Alignment], cases: Cases) -> None:
             assert [d.reward for d in segment.drafts] == pytest.approx([d.reward for d in drafts], abs=1e-4)
 
 
-@pytest.mark.parametrize("width", [1, 8])
-def test_alone(tiny_cases: Cases, start: Start, width: int) -> None:
+@pytest.mark.parametrize("width", [1, 8, "auto"])
+def test_alone(tiny_cases: Cases, start: Start, width: int | str) -> None:
     engine = start(tiny_cases.model, width=width)
     assert_same([engine.run(request) for request in tiny_cases.requests], tiny_cases)
 
 
-@pytest.mark.parametrize("width", [1, 8])
-def test_sixteen_at_once(tiny_cases: Cases, start: Start, width: int) -> None:
+@pytest.mark.parametrize("width", [1, 8, "auto"])
+def test_sixteen_at_once(tiny_cases: Cases, start: Start, width: int | str) -> None:
     engine = start(tiny_cases.model, width=width)
     assert len(tiny_cases.requests) == 16
     assert_same(engine.run_many(tiny_cases.requests), tiny_cases)
 
 
-@pytest.mark.parametrize("width", [1, 8])
-def test_trained_models(stories_cases: Cases, start: Start, width: int) -> None:
+@pytest.mark.parametrize("width", [1, 8, "auto"])
+def test_trained_models(stories_cases: Cases, start: Start, width: int | str) -> None:
     engine = start(stories_cases.model, width=width)
     assert_same([engine.run(request) for request in stories_cases.requests], stories_cases)
     assert_same(engine.run_many(stories_cases.requests), stories_cases)
+
+
+@pytest.mark.parametrize(("together", "most", "wait"), [(False, 12, 3), (True, 100, 1), (True, 40, 7)])
+def test_drafting_ahead_of_every_verdict(tiny_cases: Cases, start: Start, together: bool, most: int, wait: int) -> None:
+    """Candidates that follow unjudged ones are drafted and kept, and nothing comes out differently."""
+    engine = start(tiny_cases.model)
+    eager = Eager(engine, most, wait)
+    requests = tiny_cases.requests
+    written = engine.run_many(requests) if together else [engine.run(request) for request in requests]
+    assert_same(written, tiny_cases)
+    kept = {tuple(i for c in candidates for i in c.ids): candidates for candidates in eager.kept.values()}
+    best = [
+        candidate
+        for alignment in written
+        for segment, candidate in zip(alignment.segments, kept[alignment.token_ids][1:], strict=False)
+        if all(draft.verdict != "accepted" for draft in segment.drafts)
+    ]
+    assert len(eager.ahead) > len(eager.adopted) > len(requests)
+    assert {candidate.finish for candidate in eager.adopted} == {None, "stop", "length"}
+    assert any(candidate in eager.ahead for candidate in best)  # follows one that no verdict had let through
+    assert any(candidate.index > 0 for candidate in eager.adopted)
+    assert any(candidate.parent in eager.adopted for candidate in eager.adopted)
 
 
 def test_the_cases_reach_every_rule(tiny_cases: Cases) -> None:

@@ -165,15 +165,16 @@ class TreeLayer(CacheLayerMixin):
 class TreeCache(Cache):
     """The rows of all live requests, kept dense: closing one moves the last row into its place."""
 
-    def __init__(self, layers: int, bytes_per_token: int = 0) -> None:
+    def __init__(self, layers: int, bytes_per_token: int = 0, size: tuple[int, int] = (1, 64)) -> None:
         super().__init__(layers=[TreeLayer(self) for _ in range(layers)])
+        self.size = size  # rows and columns to begin with
         self.bytes_per_token = bytes_per_token  # keys and values, of all layers
         self.trees: list[Tree] = []
         self.place: torch.Tensor  # where the next forward writes: (tokens,) of rows * columns
         self._begin()
 
     def _begin(self) -> None:
-        self.rows, self.columns = 1, 64
+        self.rows, self.columns = self.size
         self.sees: NDArray[np.bool_] = np.zeros((16, self.columns), dtype=bool)
         self.positions: NDArray[np.int64] = np.zeros((self.rows, self.columns), dtype=np.int64)
         self.lanes = list(range(len(self.sees)))  # free ones
@@ -218,7 +219,7 @@ class TreeCache(Cache):
                         states[tree.slot, : last.untouched] = states[last.slot, : last.untouched]
             last.slot = tree.slot
             self.trees[last.slot] = last
-        if not self.trees:  # what a large request took is given back
+        if not self.trees and (self.rows, self.columns) != self.size:  # what a large request took is given back
             self._begin()
 
     def lane(self, like: int | None = None) -> int:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 
 from cards_integrations.errors import ModelError, OutOfMemory
 from cards_integrations.models.attention import LAYOUT, NAME, Group, Layout
+from cards_integrations.models.graphs import StaticSteps
 from cards_integrations.models.kv_cache import SCRATCH, Branch, Tree, TreeCache
 from cards_integrations.models.kv_memory import KVMemory
 
@@ -43,11 +43,14 @@ class Transformer:
         self.patterns = _patterns(self.config)
         self.window: int = getattr(self.config, "sliding_window", None) or 0
         self.memory = memory or KVMemory(2**62, reuse=False)
-        self.cache = TreeCache(self.config.num_hidden_layers, _bytes_per_token(self.config, model.dtype))
+        size = (8, 1024) if model.device.type == "cuda" else (1, 64)  # a graph is lost when its cache grows
+        self.cache = TreeCache(self.config.num_hidden_layers, _bytes_per_token(self.config, model.dtype), size)
         self.memory.caches.append(self.cache)
         self.forwards = 0
         self.tokens = 0
         model.set_attn_implementation(NAME)
+        self._logits = StaticSteps(self.cache, self._run_model, model.device)
+        self._hidden = StaticSteps(self.cache, self._run_body, model.device)
 
     @staticmethod
     def check(model: Any) -> None:
@@ -60,30 +63,17 @@ class Transformer:
 
     def logits(self, feeds: Sequence[Feed]) -> list[torch.Tensor | OutOfMemory]:
         """Forward a causal model: logits (vocabulary,) after each feed's last token."""
-
-        def forward(inputs: dict[str, Any], ends: torch.Tensor) -> torch.Tensor:
-            found: torch.Tensor = self.model(**inputs, logits_to_keep=ends).logits[0]
-            return found
-
-        return self._forward(feeds, forward)
+        return self._forward(feeds, self._logits)
 
     def hidden(self, feeds: Sequence[Feed]) -> list[torch.Tensor | OutOfMemory]:
         """Forward the body: hidden state (hidden size,) of each feed's last token."""
+        return self._forward(feeds, self._hidden)
 
-        def forward(inputs: dict[str, Any], ends: torch.Tensor) -> torch.Tensor:
-            found: torch.Tensor = self.model.base_model(**inputs).last_hidden_state[0, ends]
-            return found
-
-        return self._forward(feeds, forward)
-
-    def _forward(
-        self, feeds: Sequence[Feed], run: Callable[[dict[str, Any], torch.Tensor], torch.Tensor]
-    ) -> list[torch.Tensor | OutOfMemory]:
+    def _forward(self, feeds: Sequence[Feed], run: StaticSteps) -> list[torch.Tensor | OutOfMemory]:
         """One forward; where memory runs out, in halves, down to the feed that does not fit."""
-        inputs, ends, layout = self._lay_out(feeds)
+        inputs, layout = self._lay_out(feeds)
         try:
-            with _attending(layout):
-                return list(run(inputs, ends))
+            return list(run(inputs, layout))
         except RuntimeError as error:
             if not _out_of_memory(error):
                 raise
@@ -92,11 +82,35 @@ class Transformer:
         if self.memory.forget():
             return self._forward(feeds, run)
         if len(feeds) == 1:
-            return [
-                OutOfMemory(f"No memory for {len(feeds[0].ids)} tokens more: use a shorter prompt or fewer requests.")
-            ]
+            n = len(feeds[0].ids)
+            return [OutOfMemory(f"No memory for {n} more tokens: use a shorter prompt, or a smaller max_rows.")]
         half = len(feeds) // 2
         return self._forward(feeds[:half], run) + self._forward(feeds[half:], run)
+
+    def _run_model(self, inputs: dict[str, torch.Tensor], layout: Layout) -> torch.Tensor:
+        logits: torch.Tensor = self._run(self.model, inputs, layout, logits_to_keep=inputs["ends"]).logits[0]
+        return logits
+
+    def _run_body(self, inputs: dict[str, torch.Tensor], layout: Layout) -> torch.Tensor:
+        hidden: torch.Tensor = self._run(self.model.base_model, inputs, layout).last_hidden_state[0, inputs["ends"]]
+        return hidden
+
+    def _run(self, model: Any, inputs: dict[str, torch.Tensor], layout: Layout, **options: Any) -> Any:
+        self.cache.place = inputs["place"]
+        marker = torch.empty(1, 1, 1, 1, device=inputs["ids"].device)  # a 4D mask is passed on as it is
+        token = LAYOUT.set(layout)
+        try:
+            with torch.inference_mode():
+                return model(
+                    input_ids=inputs["ids"][None],
+                    position_ids=inputs["positions"][None],
+                    attention_mask=dict.fromkeys(self.patterns, marker) if len(set(self.patterns)) > 1 else marker,
+                    past_key_values=self.cache,
+                    use_cache=True,
+                    **options,
+                )
+        finally:
+            LAYOUT.reset(token)
 
     def batches(self, feeds: Sequence[Feed], tokens: int = 2048) -> Iterator[list[Feed]]:
         """Split feeds into forwards of at most `tokens` tokens (or of one feed)."""
@@ -109,8 +123,12 @@ class Transformer:
         if batch:
             yield batch
 
-    def _lay_out(self, feeds: Sequence[Feed]) -> tuple[dict[str, Any], torch.Tensor, Layout]:
-        """Model inputs, the index of each feed's last token, and who attends to what."""
+    def _lay_out(self, feeds: Sequence[Feed]) -> tuple[dict[str, torch.Tensor], Layout]:
+        """Who attends to what, and the inputs.
+
+        Those are the ids, positions and places in the cache of all tokens (tokens,), and the index
+        of each feed's last one (feeds,).
+        """
         by_tree: dict[Tree, list[tuple[int, Feed]]] = {}
         for index, feed in enumerate(feeds):
             by_tree.setdefault(feed.branch.tree, []).append((index, feed))
@@ -125,28 +143,23 @@ class Transformer:
             room.start = len(flat.ids)
             for tree in room.trees:
                 at = room.row(tree) * room.length
-                for index, feed in by_tree[tree]:
+                for which, feed in by_tree[tree]:
                     room.back += range(at, at + len(feed.ids))
                     at += len(feed.ids)
                     flat.add(feed)
-                    ends[index] = len(flat.ids) - 1
+                    ends[which] = len(flat.ids) - 1
             room.end = len(flat.ids)
         sees = flat.sees(self.cache)
         layout = Layout([self._group(room, flat, sees) for room in rooms], self.patterns)
 
-        device = self.model.device
-        place = [slot * self.cache.columns + column for slot, column in zip(flat.slots, flat.columns, strict=True)]
-        ids, positions, self.cache.place = torch.tensor([flat.ids, flat.positions, place]).to(device)
+        columns = self.cache.columns
+        place = [slot * columns + column for slot, column in zip(flat.slots, flat.columns, strict=True)]
+        numbers = torch.tensor([*flat.ids, *flat.positions, *place, *ends]).to(self.model.device)
+        n = len(flat.ids)
         self.forwards += 1
-        self.tokens += len(flat.ids)
-        inputs = {
-            "input_ids": ids[None],
-            "position_ids": positions[None],
-            "attention_mask": self._marker(device),
-            "past_key_values": self.cache,
-            "use_cache": True,
-        }
-        return inputs, torch.tensor(ends, device=device), layout
+        self.tokens += n
+        names = ("ids", "positions", "place", "ends")
+        return dict(zip(names, numbers.tensor_split((n, 2 * n, 3 * n)), strict=True)), layout
 
     def _group(self, room: _Room, flat: _Tokens, sees: NDArray[np.bool_]) -> Group:
         own = slice(room.start, room.end)
@@ -174,11 +187,6 @@ class Transformer:
         masked = torch.from_numpy(hidden).to(self.model.device)
         mask = torch.zeros(masked.shape, dtype=self.model.dtype, device=masked.device).masked_fill_(masked, -torch.inf)
         return mask.view(room.rows, 1, room.length, -1)
-
-    def _marker(self, device: torch.device) -> torch.Tensor | dict[str, torch.Tensor]:
-        """A prepared 4D mask is passed on as it is; the real ones are in the layout."""
-        marker = torch.empty(1, 1, 1, 1, device=device)
-        return dict.fromkeys(self.patterns, marker) if len(set(self.patterns)) > 1 else marker
 
 
 class _Tokens:
@@ -250,13 +258,3 @@ def _patterns(config: Any) -> list[str]:
 def _out_of_memory(error: RuntimeError) -> bool:
     """torch has a class for it on a GPU only."""
     return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
-
-
-@contextmanager
-def _attending(layout: Layout) -> Iterator[None]:
-    token = LAYOUT.set(layout)
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        LAYOUT.reset(token)
