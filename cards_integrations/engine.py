@@ -57,12 +57,10 @@ class Engine:
 
     def run_many(self, requests: Sequence[Request]) -> list[Alignment]:
         """Answers to all requests, drafted together; the first error cancels the rest."""
-        futures = [self._submit(request) for request in requests]
-        try:
-            return [self._wait(future) for future in futures]
-        finally:
-            for future in futures:
-                future.cancel()
+        with self._starting:
+            worker = self._running()
+            future = worker.submit(worker.answer_all(requests))
+        return self._wait(future)
 
     async def arun(self, request: Request) -> Alignment:
         """Like `run`, without blocking the event loop; cancelling the task cancels the request."""

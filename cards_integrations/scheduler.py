@@ -10,9 +10,9 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cards_integrations.models.base import Candidate
+from cards_integrations.models.step_times import StepTimes
 from cards_integrations.session import Drafts, Pending, Question, Session
 
 
@@ -22,12 +22,6 @@ class Scheduler(Protocol):
 
     def score_now(self, questions: Sequence[Question], sessions: int) -> bool:
         """Score these, or take one more step first and see more of them come?"""
-
-    def stepped(self, seconds: float, candidates: int) -> None:
-        """How long the last step took, with all that belongs to it but scoring."""
-
-    def scored(self, seconds: float, tokens: int) -> None:
-        """How long the last scoring took."""
 
 
 class FixedWidth:
@@ -49,96 +43,41 @@ class FixedWidth:
     def score_now(self, questions: Sequence[Question], sessions: int) -> bool:
         return True
 
-    def stepped(self, seconds: float, candidates: int) -> None: ...
-
-    def scored(self, seconds: float, tokens: int) -> None: ...
-
-
-class StepTimes:
-    """Seconds of a step by number of candidates, between and beyond the measured points."""
-
-    def __init__(self, measured: dict[int, float]) -> None:
-        self.rows = np.array(sorted(measured))
-        self.seconds = np.maximum.accumulate([measured[n] for n in self.rows])
-
-    def upto(self, rows: int) -> NDArray[np.float64]:
-        """For 1, 2, ... `rows` candidates."""
-        n = np.arange(1, rows + 1)
-        slope = (self.seconds[-1] - self.seconds[-2]) / (self.rows[-1] - self.rows[-2])
-        beyond = np.maximum(0, n - self.rows[-1]) * slope
-        seconds: NDArray[np.float64] = np.interp(n, self.rows, self.seconds) + beyond
-        return seconds
-
-
-class Line:
-    """seconds = fixed + each * size, fitted to what was measured; the past fades."""
-
-    def __init__(self, fade: float = 0.05) -> None:
-        self.fade = fade
-        self.weight = self.x = self.y = self.xx = self.xy = 0.0
-
-    def add(self, size: float, seconds: float) -> None:
-        keep = 1 - self.fade
-        self.weight = keep * self.weight + self.fade
-        self.x = keep * self.x + self.fade * size
-        self.y = keep * self.y + self.fade * seconds
-        self.xx = keep * self.xx + self.fade * size * size
-        self.xy = keep * self.xy + self.fade * size * seconds
-
-    @property
-    def each(self) -> float:
-        spread = self.weight * self.xx - self.x**2
-        slope = (self.weight * self.xy - self.x * self.y) / spread if spread > 0 else 0.0
-        return max(0.0, min(slope, self.y / self.x if self.x else 0.0))
-
-    @property
-    def fixed(self) -> float:
-        return (self.y - self.each * self.x) / self.weight if self.weight else 0.0
-
 
 class BestPerSecond:
     """The candidates that are most probably looked at, as many as make the most of a step.
 
     With the probabilities P_1 >= P_2 >= ... of being looked at, and the time t(n) of a step with n
-    candidates, n maximises (P_1 + ... + P_n) / t(n). Besides the forward, t(n) has what else each
-    candidate was seen to cost a step, and the scoring of its token.
+    candidates and of the scoring of their tokens, n maximises (P_1 + ... + P_n) / t(n).
 
     Scoring has a fixed cost, too, so it begins when the requests that wait for it have waited as
-    long as that takes, each weighted with its share of the step.
+    long as that takes, each weighted with its share of the steps.
     """
 
     def __init__(self, times: StepTimes) -> None:
         self.times = times
-        self.besides = Line()
-        self.scoring = Line()
-        self.step = 0.0
+        self.step = 0.0  # seconds of the last one
         self.waited = 0.0
 
     def candidates(self, sessions: Iterable[Session]) -> list[Candidate]:
         found: list[tuple[float, Drafts, Pending | None]] = []
+        scoring = 0.0
         for session in sessions:
             if session.drafting is not None:
                 found += session.drafting.prospects(1.0, session.rate.value)
+                scoring = max(scoring, session.seconds_to_score.each)
         if not found:
             return []
         found.sort(key=lambda prospect: -prospect[0])
         gain = np.cumsum([reach for reach, *_ in found])
-        each = self.besides.each + self.scoring.each
-        seconds = self.times.upto(len(found)) + self.besides.fixed + each * np.arange(1, len(found) + 1)
-        best = int(np.argmax(gain / seconds)) + 1
-        return [(pending or drafts.begin()).candidate for _, drafts, pending in found[:best]]
+        seconds = self.times.upto(len(found)) + scoring * np.arange(1, len(found) + 1)
+        n = int(np.argmax(gain / seconds)) + 1
+        self.step = float(self.times.upto(n)[-1])
+        return [(pending or drafts.begin()).candidate for _, drafts, pending in found[:n]]
 
     def score_now(self, questions: Sequence[Question], sessions: int) -> bool:
-        waiting = sum(question.blocks for question in questions)
-        self.waited += waiting / sessions * self.step
-        if self.waited < self.scoring.fixed:
+        self.waited += sum(question.blocks for question in questions) / sessions * self.step
+        if self.waited < max(question.session.seconds_to_score.fixed for question in questions):
             return False
         self.waited = 0.0
         return True
-
-    def stepped(self, seconds: float, candidates: int) -> None:
-        self.step += 0.1 * (seconds - self.step)
-        self.besides.add(candidates, max(0.0, seconds - self.times.upto(candidates)[-1]))
-
-    def scored(self, seconds: float, tokens: int) -> None:
-        self.scoring.add(tokens, seconds)

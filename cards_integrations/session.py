@@ -13,9 +13,11 @@ from cards_integrations.decoding.base import Draft
 from cards_integrations.errors import RewardError
 from cards_integrations.models.base import Boundary, Candidate, Context, LanguageModel
 from cards_integrations.models.randomness import Uniforms
+from cards_integrations.models.step_times import StepTimes
 from cards_integrations.rewards.base import Conversation, Response, RewardModel
 from cards_integrations.trace import DraftTrace, FinishReason, Segment
 
+FREE = StepTimes({1: 0.0, 2: 0.0})  # a reward that costs this device nothing
 LEAST = 0.02  # a candidate that is looked at with less probability is not drafted ahead
 
 
@@ -75,11 +77,10 @@ class Pending:
 
 
 class AcceptanceRate:
-    """The running share of candidates that pass; it begins with what other requests have seen."""
+    """The running share of candidates that pass; it begins as if one of four had."""
 
-    def __init__(self, others: AcceptanceRate | None = None) -> None:
-        self.others = others
-        self.passed, self.looked_at = (1.0, 4.0) if others is None else (4 * others.value, 4.0)
+    def __init__(self) -> None:
+        self.passed, self.looked_at = 1.0, 4.0
 
     @property
     def value(self) -> float:
@@ -88,8 +89,6 @@ class AcceptanceRate:
     def saw(self, candidates: int, passed: bool) -> None:
         self.passed += passed
         self.looked_at += candidates
-        if self.others is not None:
-            self.others.saw(candidates, passed)
 
 
 class Session:
@@ -97,7 +96,7 @@ class Session:
 
     def __init__(
         self, desk: Desk, context: Context, seed: int, reward: RewardModel | None,
-        scale: tuple[float, float] | None, emit: Callable[[Chunk], None] | None, rate: AcceptanceRate,
+        scale: tuple[float, float] | None, emit: Callable[[Chunk], None] | None,
     ) -> None:  # fmt: skip
         self.desk = desk
         self.context = context
@@ -115,12 +114,16 @@ class Session:
         self.kept: Pending | None = None
         self.drafting: Drafts | None = None
         self.questions: list[Question] = []
-        self.rate = rate
+        self.rate = AcceptanceRate()
         self.streamed = 0
         self.conversation = Conversation(context.prompt, context.usage)
         if reward is not None:
             reward.open(self.conversation)  # may refuse the prompt, and then nothing else is open
         desk.language_model.open(context)
+
+    @property
+    def seconds_to_score(self) -> StepTimes:
+        return FREE if self.reward is None else self.reward.times or FREE
 
     @property
     def finished(self) -> bool:
@@ -349,6 +352,8 @@ class Drafts:
         return rate if pending.draft is None else float(self.plan.passes(pending.draft))
 
     def _to_verdict(self, pending: Pending) -> None:
+        if pending.score.done():
+            return  # cancelled with the request that waits for it
         if not self.plan.scored:
             pending.score.set_result(math.nan)
             return

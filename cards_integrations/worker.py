@@ -12,7 +12,7 @@ import atexit
 import logging
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -38,8 +38,8 @@ from cards_integrations.models.randomness import fresh_seed
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.models.stops import StopStrings
 from cards_integrations.rewards.base import Conversation, Response, Reward, RewardModel
-from cards_integrations.scheduler import BestPerSecond, FixedWidth, Scheduler, StepTimes
-from cards_integrations.session import AcceptanceRate, Chunk, Question, Session, score
+from cards_integrations.scheduler import BestPerSecond, FixedWidth, Scheduler
+from cards_integrations.session import Chunk, Question, Session, score
 from cards_integrations.trace import Alignment, Usage
 
 T = TypeVar("T")
@@ -88,8 +88,6 @@ class Worker:
         self.settings = settings
         self.failed = False
         self.rewards: dict[Reward, RewardModel] = {}
-        self.rate = AcceptanceRate()
-        self._spent = 0.0  # seconds since the last step, without scoring
         self.live: dict[Session, None] = {}  # in order of arrival
         self._judging: set[asyncio.Task[None]] = set()
         self.error: CardsError | None = None
@@ -105,6 +103,15 @@ class Worker:
 
     def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         return asyncio.run_coroutine_threadsafe(work, self.loop)
+
+    async def answer_all(self, requests: Sequence[Request]) -> list[Alignment]:
+        """Answers to all, begun at the same moment; the first error cancels the rest."""
+        tasks = [self.loop.create_task(self.answer(request, None)) for request in requests]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
 
     def stop(self) -> None:
         """End the thread; whoever waits gets `EngineClosed`. Also runs at interpreter exit."""
@@ -143,7 +150,7 @@ class Worker:
     def _schedule(self) -> Scheduler:
         if self.settings.width != "auto":
             return FixedWidth(self.settings.width)
-        return BestPerSecond(StepTimes({n: self.language_model.time_step(n) for n in (1, 16, 64)}))
+        return BestPerSecond(self.language_model.times)
 
     def _halt(self) -> None:
         self._stopping = True
@@ -190,8 +197,7 @@ class Worker:
         reward = self._reward(settings) if settings else None
         async with self._admission:
             await self._memory_for(len(prompt_ids) + request.max_tokens, reward)
-            rate, scale = AcceptanceRate(self.rate), settings.scale if settings else None
-            session = Session(self, context, seed, reward, scale, emit, rate)
+            session = Session(self, context, seed, reward, settings.scale if settings else None, emit)
             self.live[session] = None
         try:
             await request.decoding.generate(session)
@@ -259,45 +265,45 @@ class Worker:
         self._work.set()
 
     async def _drive(self) -> None:
-        """Choose candidates, sample, score what has ended, let the methods react, forward; for ever."""
+        """Sample, score what has ended, let the methods react, forward; for ever."""
         while True:
             await self._work.wait()
-            began = time.perf_counter()
-            steps = self.language_model.steps
             try:
-                busy = self._step()
+                turns = self._step()
             except Exception as error:
                 self._fail(error)
-                busy = False
-            if not busy:
+                turns = 0
+            if turns == 0:
                 self._work.clear()
-            # Two turns of the loop: in the first the rewards score, in the second the methods go on.
-            await asyncio.sleep(0)
-            await asyncio.sleep(0)
-            self._spent += time.perf_counter() - began
-            if self.language_model.steps > steps:
-                self.scheduler.stepped(self._spent, self.language_model.step_size)
-                self._spent = 0.0
+            for _ in range(max(1, turns)):
+                await asyncio.sleep(0)
 
-    def _step(self) -> bool:
-        """One forward, or what has to come before it; False if there is nothing to do."""
+    def _step(self) -> int:
+        """One forward, or what has to come before it; returns for how many turns of the loop others go on."""
+        if self._sample():
+            return 1  # the methods that asked for no reward; others may begin in place of what ended
         chosen = self.scheduler.candidates(self.live)
-        ended = self.language_model.sample()
-        for candidate in ended:
-            drafts, pending = candidate.waiter
-            drafts.ended(pending)
-        if ended:
-            return True  # others may begin in their place
+        if self._sample():
+            return 1
         questions = [question for session in self.live for question in session.questions]
         idle = not self.language_model.unread(chosen)
         if questions and (idle or self.scheduler.score_now(questions, len(self.live))):
             self._put(questions)
-            return True
-        if not idle:
-            self.language_model.forward(chosen)
-            for session in [s for s in self.live if s.context in self.language_model.failed]:
-                session.fail(self.language_model.failed.pop(session.context))
-        return not idle
+            return 2  # the rewards score, and then the methods react
+        if idle:
+            return 0
+        self.language_model.forward(chosen)
+        for session in [s for s in self.live if s.context in self.language_model.failed]:
+            session.fail(self.language_model.failed.pop(session.context))
+        return 1
+
+    def _sample(self) -> bool:
+        """Has a candidate ended?"""
+        ended = self.language_model.sample()
+        for candidate in ended:
+            drafts, pending = candidate.waiter
+            drafts.ended(pending)
+        return bool(ended)
 
     def _put(self, questions: list[Question]) -> None:
         """Put questions to their reward models; to one that can take them, those of all requests at once."""
@@ -325,8 +331,6 @@ class Worker:
         group = [question for question in group if not question.score.done()]
         if not group:
             return  # all given up by now
-        usages = {id(q.session): q.session.context.usage for q in group}.values()
-        tokens, began = sum(usage.rm_tokens for usage in usages), time.perf_counter()
         try:
             scores = await score(judge, [question.response for question in group])
         except Exception as error:
@@ -341,10 +345,6 @@ class Worker:
                 if not question.score.done():
                     question.score.set_exception(error)
             return
-        if judge.across_requests:
-            seconds = time.perf_counter() - began
-            self._spent -= seconds
-            self.scheduler.scored(seconds, sum(usage.rm_tokens for usage in usages) - tokens)
         for question, value in zip(group, scores, strict=True):
             if not question.score.done():
                 question.score.set_result(value)

@@ -9,7 +9,7 @@ import torch
 
 from cards_integrations.models.kv_cache import States, Tree, TreeCache
 
-LEAST = 16  # shorter prefixes are read again
+LEAST = 64  # shorter prefixes are read again: it takes but a step
 
 
 @dataclass(eq=False)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,8 +15,12 @@ from cards_integrations.models.chat import ChatTokenizer
 from cards_integrations.models.kv_cache import Branch
 from cards_integrations.models.kv_memory import KVMemory, first_to_read
 from cards_integrations.models.loading import positions
+from cards_integrations.models.randomness import Uniforms
 from cards_integrations.models.sampling import Sampler
+from cards_integrations.models.step_times import StepTimes, least_seconds, step_times
+from cards_integrations.models.stops import StopStrings
 from cards_integrations.models.transformer import Feed, Transformer
+from cards_integrations.trace import Usage
 
 PIECE = 2048  # tokens of prompts that a forward reads at most
 LONG = 96  # tokens from which on a candidate does not share a row
@@ -141,10 +145,15 @@ class LocalLanguageModel:
         at = torch.tensor(rows, device=logits.device)
         tokens = sampler(logits, at, uniforms)
         log_p = logits.log_softmax(-1)[at, tokens]
-        rising = self._rising(boundary, group, rows, logits)
+        asked = [i for i, c in enumerate(group) if len(c.ids) >= boundary.shortest]
+        rises = boundary.ends_before(logits[[rows[i] for i in asked]]) if asked else None
+        drawn = [tokens.double(), log_p.double(), *([] if rises is None else [rises.double()])]
+        numbers, n = torch.cat(drawn).tolist(), len(group)  # the one transfer of a step
+        ids, gains = map(int, numbers[:n]), numbers[n : 2 * n]
+        risen = {i for i, rise in zip(asked, numbers[2 * n :], strict=False) if rise}
         ended = []
-        for candidate, token, gain in zip(group, tokens.tolist(), log_p.tolist(), strict=True):
-            if candidate in rising:
+        for i, (candidate, token, gain) in enumerate(zip(group, ids, gains, strict=True)):
+            if i in risen:
                 self._read(candidate)  # ends before this token; its logits stay for whoever comes next
                 ended.append(candidate)
                 continue
@@ -162,13 +171,6 @@ class LocalLanguageModel:
             else:
                 candidate.state.waiting.append(candidate)
         return ended
-
-    @staticmethod
-    def _rising(boundary: Boundary, group: list[Candidate], rows: list[int], logits: torch.Tensor) -> set[Candidate]:
-        """Those that end before their next token."""
-        asked = {c: row for c, row in zip(group, rows, strict=True) if len(c.ids) >= boundary.shortest}
-        rises = boundary.ends_before(logits[list(asked.values())]) if asked else None
-        return set() if rises is None else {c for c, rise in zip(asked, rises.tolist(), strict=True) if rise}
 
     def _ends_after(self, candidate: Candidate) -> bool:
         context, boundary = candidate.context, candidate.boundary
@@ -244,20 +246,25 @@ class LocalLanguageModel:
         for usage in served.values():
             usage.lm_forwards += 1
 
-    def time_step(self, candidates: int) -> float:
-        """Seconds of a step with so many candidates, on a short prompt."""
-        transformer = Transformer(self.model)
-        trunk = transformer.cache.open().branch()
-        transformer.logits([Feed(trunk, [0] * 32)])
-        feeds = [Feed(trunk.branch(), [0]) for _ in range(candidates)]
-        times = []
-        for _ in range(4):  # the first ones warm up
-            began = time.perf_counter()
-            transformer.logits(feeds)
-            if self.model.device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - began)
-        return min(times)
+    @cached_property
+    def times(self) -> StepTimes:
+        """Seconds of a step, sampling included, by its number of candidates."""
+        return step_times("drafting", self.model, self._time)
+
+    def _time(self, candidates: int) -> float:
+        aside = LocalLanguageModel(self.model, self.chat.tokenizer, self.name)
+        aside.eos = set()
+        context = Context("", [0] * 32, 64, Sampler(), StopStrings(), Usage())
+        aside.open(context)
+        begun = [Candidate(context, _Long(), Uniforms(0, 0, i), i) for i in range(candidates)]
+        for candidate in begun:
+            aside.begin(candidate)
+
+        def step() -> None:
+            aside.forward(begun)
+            aside.sample()
+
+        return least_seconds(step, self.model.device)
 
     def reset(self) -> None:
         """Forget every row, after an error in the middle of a forward."""
@@ -270,6 +277,16 @@ class LocalLanguageModel:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.chat.decode(ids)
+
+
+class _Long(Boundary):
+    @property
+    def shortest(self) -> int:
+        return 64
+
+    @property
+    def longest(self) -> int:
+        return 64
 
 
 def _end_of_sequence(model: Any, tokenizer: Any) -> set[int]:

@@ -15,6 +15,7 @@ from cards_integrations.models.attention import LAYOUT, NAME, Group, Layout
 from cards_integrations.models.graphs import StaticSteps
 from cards_integrations.models.kv_cache import SCRATCH, Branch, Tree, TreeCache
 from cards_integrations.models.kv_memory import KVMemory
+from cards_integrations.models.step_times import least_seconds
 
 NO_TREES = {  # architectures that would be silently wrong, for they do not go by positions and mask alone
     "bloom": "ALiBi", "falcon": "ALiBi", "mpt": "ALiBi", "gpt_neo": "a causal mask of its own",
@@ -86,6 +87,13 @@ class Transformer:
             return [OutOfMemory(f"No memory for {n} more tokens: use a shorter prompt, or a smaller max_rows.")]
         half = len(feeds) // 2
         return self._forward(feeds[:half], run) + self._forward(feeds[half:], run)
+
+    def time(self, tokens: int) -> float:
+        """Seconds of a forward of the body with so many tokens, after a short text."""
+        aside = Transformer(self.model)
+        trunk = aside.cache.open().branch()
+        aside.hidden([Feed(trunk, [0] * 32)])
+        return least_seconds(lambda: aside.hidden([Feed(trunk.branch(), [0] * tokens)]), self.model.device)
 
     def _run_model(self, inputs: dict[str, torch.Tensor], layout: Layout) -> torch.Tensor:
         logits: torch.Tensor = self._run(self.model, inputs, layout, logits_to_keep=inputs["ends"]).logits[0]

@@ -19,6 +19,7 @@ from cards_integrations.trace import Usage
 
 if TYPE_CHECKING:
     from cards_integrations.models.kv_cache import TreeCache
+    from cards_integrations.models.step_times import StepTimes
 
 
 @dataclass(eq=False)
@@ -46,6 +47,11 @@ class RewardModel(ABC):
     name: str
     across_requests: ClassVar[bool] = False
     """May one call of `score` take the answers of several requests?"""
+
+    @property
+    def times(self) -> StepTimes | None:
+        """Seconds of a call by its number of tokens, if it keeps the language model's device busy."""
+        return None
 
     def needs(self, tokens: int) -> list[tuple[TreeCache, int, int]]:
         """Rows and columns that a request of so many tokens takes in the caches of this model."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +13,7 @@ from cards_integrations.errors import OutOfMemory, RewardError
 from cards_integrations.models.kv_cache import Branch, Tree, TreeCache
 from cards_integrations.models.kv_memory import KVMemory, common
 from cards_integrations.models.loading import positions
+from cards_integrations.models.step_times import StepTimes, step_times
 from cards_integrations.models.transformer import Feed, Transformer
 from cards_integrations.rewards.base import Conversation, Response, RewardModel
 from cards_integrations.rewards.classifier import Head, Layout
@@ -58,6 +60,10 @@ class IncrementalClassifier(RewardModel):
         self.transformer = Transformer(model, memory)
         self.window = positions(model.config)
         self.pad = self.transformer.config.pad_token_id  # transformers reads the score at the last other token
+
+    @cached_property
+    def times(self) -> StepTimes:
+        return step_times(self.name, self.model, self.transformer.time)
 
     def needs(self, tokens: int) -> list[tuple[TreeCache, int, int]]:
         return [(self.transformer.cache, 1, tokens)]
