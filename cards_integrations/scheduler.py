@@ -35,7 +35,7 @@ class FixedWidth:
         for session in sessions:
             drafts = session.drafting
             if drafts is not None:
-                while len(drafts.ahead) < self.width and drafts.begun < drafts.plan.limit:
+                while len(drafts.ahead) < self.width and drafts.vacancies > 0:
                     drafts.begin()
                 chosen += [pending.candidate for pending in drafts.ahead if not pending.ended]
         return chosen

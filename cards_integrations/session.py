@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from cards_integrations.decoding.base import Draft
-from cards_integrations.errors import RewardError
+from cards_integrations.errors import OutOfMemory, RewardError
 from cards_integrations.models.base import Boundary, Candidate, Context, LanguageModel
 from cards_integrations.models.randomness import Uniforms
 from cards_integrations.models.step_times import StepTimes
@@ -299,6 +299,16 @@ class Drafts:
         session.context.usage.drafts += 1
         return draft
 
+    @property
+    def vacancies(self) -> int:
+        """How many more candidates may begin: by the limit, and by the memory. One always may."""
+        left = self.plan.limit - self.begun
+        if left <= 0 or not self.ahead:
+            return left
+        drafting = sum(not pending.ended for pending in self.ahead)
+        model = self.session.desk.language_model
+        return min(left, max(0, model.vacancies(self.session.context, self.plan.until) - drafting))
+
     def begin(self) -> Pending:
         """Start the next candidate."""
         session = self.session
@@ -336,7 +346,7 @@ class Drafts:
                     pending.next = Drafts(self.session, self.plan, self.segment + 1, pending)
                 yield from pending.next.prospects(reach * passing, rate)
             reach *= 1 if everything else 1 - passing
-        for _ in range(self.begun, self.plan.limit):
+        for _ in range(self.vacancies):
             if reach < LEAST:
                 return
             yield reach, self, None
@@ -367,7 +377,7 @@ async def score(model: RewardModel, responses: list[Response]) -> list[float]:
     """The scores, or a `RewardError` that names the reward and the text that caused it."""
     try:
         scores = [float(value) for value in await model.score(responses)]
-    except RewardError:
+    except (RewardError, OutOfMemory):
         raise
     except Exception as error:
         texts = ", ".join(repr(response.text) for response in responses)

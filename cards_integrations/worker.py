@@ -31,6 +31,7 @@ from cards_integrations.errors import (
     SettingsError,
 )
 from cards_integrations.models.base import Context, Message
+from cards_integrations.models.kv_cache import TreeCache
 from cards_integrations.models.kv_memory import KVMemory, budget
 from cards_integrations.models.loading import LocalModel, ModelLoader, Placement
 from cards_integrations.models.local import LocalLanguageModel
@@ -196,8 +197,10 @@ class Worker:
         settings = request.reward if request.decoding.needs_reward else None
         reward = self._reward(settings) if settings else None
         async with self._admission:
-            await self._memory_for(len(prompt_ids) + request.max_tokens, reward)
+            needs = await self._memory_for(len(prompt_ids) + request.max_tokens, reward)
             session = Session(self, context, seed, reward, settings.scale if settings else None, emit)
+            for cache, _, columns in needs:
+                cache.reserve(columns)
             self.live[session] = None
         try:
             await request.decoding.generate(session)
@@ -223,18 +226,19 @@ class Worker:
             method=request.decoding.method,
         )
 
-    async def _memory_for(self, tokens: int, reward: RewardModel | None) -> None:
+    async def _memory_for(self, tokens: int, reward: RewardModel | None) -> list[tuple[TreeCache, int, int]]:
         """Wait, first come first served, until the caches have room for one more request."""
         tokens += DRAFTS
         needs = [(self.language_model.transformer.cache, 1, tokens), *(reward.needs(tokens) if reward else [])]
         while not self.memory.admits(needs):
             if not self.live:
                 raise OutOfMemory(
-                    f"A request of {tokens} tokens needs more than the {self.memory.limit / 2**20:,.0f} MiB of "
+                    f"A request of {tokens} tokens needs more than the {self.memory.limit / 2**20:,.1f} MiB of "
                     "EngineSettings.kv_memory: use a shorter prompt, a smaller max_tokens, or more kv_memory."
                 )
             self._left.clear()
             await self._left.wait()
+        return needs
 
     def _check_room(self, request: Request, prompt_tokens: int) -> None:
         window = self.language_model.context_window

@@ -16,6 +16,7 @@ import torch
 from hypothesis import settings
 
 from cards_integrations.engine import Engine, EngineSettings
+from cards_integrations.models import step_times
 from cards_integrations.models.loading import LocalModel
 
 torch.set_num_threads(1)  # the models here are too small to share among threads
@@ -24,6 +25,15 @@ settings.load_profile("here")
 
 SHARED = Path(__file__).parents[2] / "shared"
 Start = Callable[..., Engine]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def step_times_of_these_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Models that lie in folders of this run are not remembered on this machine."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step_times, "cache_dir", lambda: folder)
+        yield
 
 
 @pytest.fixture(scope="session")

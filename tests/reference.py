@@ -22,7 +22,7 @@ Ids = list[int]
 @dataclass
 class Draft:
     ids: Ids
-    ended: Literal["boundary", "length", "eos"]
+    ended: Literal["boundary", "length", "eos", "stop"]
     reward: float = math.nan
     verdict: str = "rejected"
 
@@ -37,6 +37,7 @@ class Reference:
     eos: int
     temperature: float = 0.7
     top_k: int = 40
+    stop: tuple[str, ...] = ()
     segments: list[list[Draft]] = field(default_factory=list)  # all drafts looked at, by segment
 
     def generate(self, prompt: Ids, method: Cards, max_tokens: int, seed: int) -> Ids:
@@ -64,7 +65,7 @@ class Reference:
                     draft.verdict = "accepted"
                     break
             answer += draft.ids
-            if draft.ended == "eos":
+            if draft.ended in ("eos", "stop"):
                 break
         return answer
 
@@ -78,6 +79,8 @@ class Reference:
             if token == self.eos:
                 return Draft(ids, "eos")
             ids.append(token)
+            if any(stop in self.decode(answer + ids) for stop in self.stop):
+                return Draft(ids, "stop")
             longest = boundary.length if isinstance(boundary, FixedLength) else boundary.longest
             if len(ids) == min(longest, max_tokens - len(answer)):
                 return Draft(ids, "length")

@@ -1,14 +1,16 @@
-"""A scheduler that drafts ahead whatever it costs, so that tests do not depend on measured times."""
+"""Schedulers for tests: one that drafts ahead whatever it costs, and one that watches another."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
 from cards_integrations.engine import Engine
 from cards_integrations.models.base import Candidate, Context
 from cards_integrations.models.kv_cache import TreeCache
+from cards_integrations.scheduler import Scheduler
 from cards_integrations.session import Question, Session
 
 
@@ -47,13 +49,42 @@ class Eager:
         self.asked += 1
         return self.asked % self.wait == 0
 
-    def stepped(self, seconds: float, candidates: int) -> None: ...
-
-    def scored(self, seconds: float, tokens: int) -> None: ...
-
     def _remember(self, candidate: Candidate) -> None:
         self.kept.setdefault(candidate.context, []).append(candidate)
         self._keep(candidate)
+
+
+class Watch:
+    """Chooses as the engine's scheduler does, and sees how much is in use at most."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.model = engine.loaded()
+        self.memory = self.model.memory
+        assert engine._worker is not None
+        self.chooses: Scheduler = engine._worker.scheduler
+        self.live = self.rows = self.kept = self.bytes = 0
+        engine._worker.scheduler = self
+
+    def candidates(self, sessions: Iterable[Session]) -> list[Candidate]:
+        live = list(sessions)
+        self.live = max(self.live, len(live))
+        self.rows = max(self.rows, len(self.model.transformer.cache.trees))
+        self.kept = max(self.kept, len(self.memory.kept))
+        self.bytes = max(self.bytes, self.memory.used)
+        for cache in self.memory.caches:
+            balance(cache)
+        return self.chooses.candidates(live)
+
+    def score_now(self, questions: Sequence[Question], sessions: int) -> bool:
+        return self.chooses.score_now(questions, sessions)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    for _ in range(20_000):
+        if condition():
+            return
+        await asyncio.sleep(0.002)
+    raise AssertionError("it never came true")
 
 
 def balance(cache: TreeCache) -> None:

@@ -26,11 +26,13 @@ NAME = "cards_tree"
 class Group:
     """Rows that attend in one call: `slots` in the cache, with up to n tokens each.
 
-    `tokens` (rows, n) are indices into the flat sequence, `back` (tokens of the group,) the way
-    back from (rows * n), `masks` additive, (rows, 1, n, columns) for each attention pattern.
+    `columns` (columns,) are those that one row reads; None: all up to the masks' end. `tokens`
+    (rows, n) are indices into the flat sequence, `back` (tokens of the group,) the way back from
+    (rows * n), `masks` additive, (rows, 1, n, columns) for each attention pattern.
     """
 
     slots: slice | torch.Tensor
+    columns: torch.Tensor | None
     tokens: torch.Tensor
     back: torch.Tensor
     masks: dict[str, torch.Tensor]
@@ -88,7 +90,10 @@ def _by_rows(
     """query (tokens, heads, size) of all groups -> (tokens of this group, heads, size)."""
     width = group.masks[pattern].shape[-1]
     (rows, n), (heads, size), kv = group.tokens.shape, query.shape[1:], key.shape[2]
-    key, value = (states[group.slots, :width].transpose(1, 2) for states in (key, value))
+    if group.columns is None:
+        key, value = (states[group.slots, :width].transpose(1, 2) for states in (key, value))
+    else:
+        key, value = (states[group.slots][:, group.columns].transpose(1, 2) for states in (key, value))
     laid = query[group.tokens.flatten()].view(rows, n, kv, heads // kv, size)
     if rows == 1:  # (group size, KV heads, n, size): one row's keys serve a batch of them unrepeated
         laid = laid[0].permute(2, 1, 0, 3)

@@ -60,7 +60,8 @@ class StaticSteps:
     def __call__(self, inputs: dict[str, torch.Tensor], layout: Layout) -> torch.Tensor:
         """Outputs (ends, ...) of one forward; a large one runs as it comes."""
         large = len(inputs["ids"]) > LARGEST or len(layout.groups) > 1
-        if not self.rounding or large or not isinstance(layout.groups[0].slots, slice):
+        [*_, group] = layout.groups
+        if not self.rounding or large or group.columns is not None or not isinstance(group.slots, slice):
             return self.run(inputs, layout)
         ends = len(inputs["ends"])
         inputs, layout = self._rounded(inputs, layout)
@@ -105,7 +106,7 @@ class StaticSteps:
         tokens = pad(group.tokens, (0, long - length, first, total - first - rows))
         row, at = group.back // length + first, group.back % length
         back = pad(row * long + at, (0, len(padded["ids"]) - len(row)))
-        return padded, Layout([Group(slice(0, total), tokens, back, hidden)], layout.patterns)
+        return padded, Layout([Group(slice(0, total), None, tokens, back, hidden)], layout.patterns)
 
     def _new(self, inputs: dict[str, torch.Tensor], layout: Layout) -> Step:
         step = Step({name: value.clone() for name, value in inputs.items()}, layout)

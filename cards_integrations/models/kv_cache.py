@@ -50,7 +50,8 @@ class Branch:
 
     def retract(self, tokens: int) -> None:
         """Free the columns of the last tokens again."""
-        last, self.columns, self.ids = self.columns[-tokens:], self.columns[:-tokens], self.ids[:-tokens]
+        end = len(self.columns) - tokens
+        last, self.columns, self.ids = self.columns[end:], self.columns[:end], self.ids[:end]
         self.tree.cache.sees[self.lane, last] = False
         self.tree.free(last)
 
@@ -101,6 +102,11 @@ class Tree:
             self.lanes.remove(branch.lane)
             self.cache.lanes.append(branch.lane)
             branch.lane, branch.columns, branch.ids = -1, [], []
+
+    @property
+    def taken(self) -> int:
+        """Columns in use, with the scratch column."""
+        return self.untouched - len(self.freed)
 
     def take(self, count: int) -> list[int]:
         """The `count` lowest free columns."""
@@ -198,6 +204,10 @@ class TreeCache(Cache):
         """The same, in whole blocks of 64."""
         return self.columns if columns <= self.columns else -(-columns * 5 // 4 // 64) * 64
 
+    def columns_within(self, more: int) -> int:
+        """How many may be in use before it grows by over `more`."""
+        return max(self.columns, (self.columns + more) // 64 * 64 * 4 // 5)
+
     def open(self) -> Tree:
         if len(self.trees) == self.rows:
             self.rows = self._rows_for(self.rows + 1)
@@ -231,6 +241,11 @@ class TreeCache(Cache):
         lane = self.lanes.pop()
         self.sees[lane] = False if like is None else self.sees[like]
         return lane
+
+    def reserve(self, columns: int) -> None:
+        """Have so many columns from now on."""
+        if columns > self.columns:
+            self.widen(columns)
 
     def widen(self, columns: int) -> None:
         self.columns = self._columns_for(columns)

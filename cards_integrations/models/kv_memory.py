@@ -43,6 +43,16 @@ class KVMemory:
     def used(self) -> int:
         return sum(cache.bytes for cache in self.caches) + sum(kept.bytes for kept in self.kept)
 
+    @property
+    def spare(self) -> int:
+        """Bytes that live requests may still take."""
+        return self.limit - sum(cache.bytes for cache in self.caches)
+
+    @property
+    def spare_columns(self) -> int:
+        """Columns that all caches may still grow by."""
+        return self.spare // max(1, sum(cache.rows * cache.bytes_per_token for cache in self.caches))
+
     def admits(self, needs: Sequence[tuple[TreeCache, int, int]]) -> bool:
         """Is there room for (rows, columns) more in these caches? Finished texts are given up for it."""
         more = sum(cache.bytes_with(rows, columns) - cache.bytes for cache, rows, columns in needs)
@@ -50,9 +60,9 @@ class KVMemory:
 
     def make_room(self, more: int) -> bool:
         """Give up finished texts until `more` bytes fit; False if they never will."""
-        if sum(cache.bytes for cache in self.caches) + more > self.limit:
+        if more > self.spare:
             return False
-        while self.used + more > self.limit:
+        while self.kept and self.used + more > self.limit:
             self.kept.pop(0)
         return True
 
@@ -60,9 +70,10 @@ class KVMemory:
         """Keep a finished text, before its row is closed."""
         if not self.reuse or len(tree.ids) < LEAST:
             return
-        covered = [k for k in self.kept if k.cache is tree.cache and tree.ids[: len(k.ids)] == k.ids]
-        if self.make_room(len(tree.ids) * tree.cache.bytes_per_token - sum(k.bytes for k in covered)):
-            self.kept = [k for k in self.kept if k not in covered]
+        size = len(tree.ids) * tree.cache.bytes_per_token
+        if size <= self.spare:
+            self.kept = [k for k in self.kept if k.cache is not tree.cache or tree.ids[: len(k.ids)] != k.ids]
+            self.make_room(size)
             self.kept.append(Kept(tree.cache, tree.ids.copy(), tree.cache.read(tree, len(tree.ids))))
 
     def recall(self, tree: Tree, ids: Sequence[int]) -> None:

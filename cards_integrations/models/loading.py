@@ -32,13 +32,15 @@ class Placement(BaseModel):
     """Where and how weights are held.
 
     `dtype="auto"` is bf16 on a GPU, and on a CPU that computes bf16 fast if the checkpoint is in
-    half precision; float32 otherwise.
+    half precision; float32 otherwise. `threads` is for torch on a CPU, which has one number for the
+    whole process: it is set when the engine loads (None leaves it as it is).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    threads: Annotated[int, Field(ge=1)] | None = None
 
 
 def as_local_model(value: Any) -> Any:
@@ -68,6 +70,8 @@ class ModelLoader:
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:
             raise ModelError(f"device={placement.device!r} cannot be used here: {error}") from error
+        if placement.threads is not None:
+            torch.set_num_threads(placement.threads)
         self.memory = KVMemory(2**62, reuse=False)
         self.language_model: tuple[LocalModel, Any, Any] | None = None
 

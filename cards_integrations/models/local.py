@@ -12,7 +12,7 @@ import torch
 from cards_integrations.errors import OutOfMemory
 from cards_integrations.models.base import Boundary, Candidate, Context
 from cards_integrations.models.chat import ChatTokenizer
-from cards_integrations.models.kv_cache import Branch
+from cards_integrations.models.kv_cache import Branch, Tree
 from cards_integrations.models.kv_memory import KVMemory, first_to_read
 from cards_integrations.models.loading import positions
 from cards_integrations.models.randomness import Uniforms
@@ -36,6 +36,7 @@ class _Tip:
 
     branch: Branch
     owner: Candidate | None = None
+    own_row: bool = False
     unread: list[int] = field(default_factory=list)
     logits: torch.Tensor | None = None
     waiting: list[Candidate] = field(default_factory=list)
@@ -82,7 +83,9 @@ class LocalLanguageModel:
             tip.waiting.append(candidate)
             return
         if tip.owner is not candidate:
-            candidate.state = _Tip(self._branch(tip.branch, candidate), candidate, logits=tip.logits)
+            branch = self._branch(tip.branch, candidate)
+            own_row = branch.tree is not tip.branch.tree
+            candidate.state = _Tip(branch, candidate, own_row, logits=tip.logits)
         self.ready.append(candidate)
 
     def _branch(self, origin: Branch, candidate: Candidate) -> Branch:
@@ -95,6 +98,16 @@ class LocalLanguageModel:
         cache.copy(origin.tree, row)
         return row.branch()
 
+    def vacancies(self, context: Context, boundary: Boundary) -> int:
+        """For how many more candidates there is memory."""
+        tree: Tree = context.state.branch.tree
+        cache = self.transformer.cache
+        longest = min(boundary.longest, context.max_tokens)
+        if longest > LONG:
+            row = cache.bytes_with(0, len(tree.ids) + longest) // cache.rows
+            return self.memory.spare // max(1, row)
+        return (cache.columns_within(self.memory.spare_columns) - tree.taken) // longest
+
     def drop(self, candidate: Candidate) -> None:
         """Give up a candidate, finished or not."""
         tip: _Tip | None = candidate.state
@@ -104,13 +117,14 @@ class LocalLanguageModel:
         if candidate in tip.waiting:
             tip.waiting.remove(candidate)
         if tip.owner is candidate:
-            self._free(tip.branch, candidate.context)
+            self._free(tip, row=tip.own_row)
 
-    def _free(self, branch: Branch, context: Context) -> None:
-        if branch.tree is context.state.branch.tree:
-            branch.tree.drop(branch)
+    def _free(self, tip: _Tip, row: bool) -> None:
+        """Free a branch, or the row that was opened for it."""
+        if row:
+            self.transformer.cache.close(tip.branch.tree)
         else:
-            self.transformer.cache.close(branch.tree)
+            tip.branch.tree.drop(tip.branch)
 
     def keep(self, candidate: Candidate) -> None:
         """Make a finished candidate part of its context; the logits after it are carried over."""
@@ -118,8 +132,8 @@ class LocalLanguageModel:
         tip.branch.tree.keep(tip.branch)
         if tip.logits is not None:
             tip.logits = tip.logits.clone()  # or those of its whole batch stay as long
-        context.state = tip
-        self._free(old.branch, context)
+        context.state, tip.own_row = tip, False
+        self._free(old, row=old.branch.tree is not tip.branch.tree)
         context.ids += candidate.ids
         context.text = candidate.response
 

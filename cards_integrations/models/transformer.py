@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from cards_integrations.errors import ModelError, OutOfMemory
 from cards_integrations.models.attention import LAYOUT, NAME, Group, Layout
 from cards_integrations.models.graphs import StaticSteps
-from cards_integrations.models.kv_cache import SCRATCH, Branch, Tree, TreeCache
+from cards_integrations.models.kv_cache import Branch, Tree, TreeCache
 from cards_integrations.models.kv_memory import KVMemory
 from cards_integrations.models.step_times import least_seconds
 
@@ -22,7 +22,7 @@ NO_TREES = {  # architectures that would be silently wrong, for they do not go b
     "openai-gpt": "no KV cache", "rwkv": "a recurrent state",
 }  # fmt: skip
 FULL, SLIDING = "full_attention", "sliding_attention"
-SHORT = 32  # rows with at most so many tokens attend together, padded to the longest; a longer one alone
+SHORT = 32  # rows with at most so many tokens attend together, padded to the longest
 
 
 @dataclass
@@ -72,14 +72,16 @@ class Transformer:
 
     def _forward(self, feeds: Sequence[Feed], run: StaticSteps) -> list[torch.Tensor | OutOfMemory]:
         """One forward; where memory runs out, in halves, down to the feed that does not fit."""
-        inputs, layout = self._lay_out(feeds)
+        before = [len(feed.branch.columns) for feed in feeds]
         try:
-            return list(run(inputs, layout))
+            layout = self._lay_out(feeds)
+            self.memory.make_room(0)  # the cache may have grown
+            return list(run(*layout))
         except RuntimeError as error:
             if not _out_of_memory(error):
                 raise
-        for feed in feeds:
-            feed.branch.retract(len(feed.ids))
+        for feed, columns in zip(feeds, before, strict=True):
+            feed.branch.retract(len(feed.branch.columns) - columns)
         if self.memory.forget():
             return self._forward(feeds, run)
         if len(feeds) == 1:
@@ -137,21 +139,14 @@ class Transformer:
         Those are the ids, positions and places in the cache of all tokens (tokens,), and the index
         of each feed's last one (feeds,).
         """
-        by_tree: dict[Tree, list[tuple[int, Feed]]] = {}
-        for index, feed in enumerate(feeds):
-            by_tree.setdefault(feed.branch.tree, []).append((index, feed))
-        sizes = {tree: sum(len(feed.ids) for _, feed in row) for tree, row in by_tree.items()}
-        short = [tree for tree, size in sizes.items() if size <= SHORT]
-        rooms = [_Room(short, sizes)] if short else []
-        rooms += [_Room([tree], sizes) for tree, size in sizes.items() if size > SHORT]
-
+        rooms = _rooms(feeds)
         flat = _Tokens()
         ends = [0] * len(feeds)
         for room in rooms:
             room.start = len(flat.ids)
-            for tree in room.trees:
-                at = room.row(tree) * room.length
-                for which, feed in by_tree[tree]:
+            for tree, row in room.feeds.items():
+                at = room.index[tree] * room.length
+                for which, feed in row:
                     room.back += range(at, at + len(feed.ids))
                     at += len(feed.ids)
                     flat.add(feed)
@@ -170,18 +165,19 @@ class Transformer:
         return dict(zip(names, numbers.tensor_split((n, 2 * n, 3 * n)), strict=True)), layout
 
     def _group(self, room: _Room, flat: _Tokens, sees: NDArray[np.bool_]) -> Group:
-        own = slice(room.start, room.end)
-        width = int(np.flatnonzero(sees[own].any(0))[-1]) + 1
-        seen = {FULL: sees[own, :width]}
+        own, device = slice(room.start, room.end), self.model.device
+        columns = np.flatnonzero(sees[own].any(0))
+        if not room.alone:
+            columns = np.arange(columns[-1] + 1)
+        seen = {FULL: sees[own][:, columns]}
         if SLIDING in self.patterns:
-            keys = self.cache.positions[flat.slots[own], :width]
-            near = np.array(flat.positions[own])[:, None] - keys < self.window
-            seen[SLIDING] = seen[FULL] & near
+            keys = self.cache.positions[flat.slots[own]][:, columns]
+            seen[SLIDING] = seen[FULL] & (np.array(flat.positions[own])[:, None] - keys < self.window)
         tokens = np.zeros(room.rows * room.length, dtype=np.int64)
         tokens[room.back] = range(room.start, room.end)
-        device = self.model.device
         return Group(
             room.slots(device),
+            torch.from_numpy(columns).to(device) if room.alone else None,
             torch.from_numpy(tokens).view(room.rows, room.length).to(device),
             torch.tensor(room.back, device=device),
             {pattern: self._additive(room, seen[pattern]) for pattern in set(self.patterns)},
@@ -190,7 +186,7 @@ class Transformer:
     def _additive(self, room: _Room, seen: NDArray[np.bool_]) -> torch.Tensor:
         """seen (tokens, columns) -> 0 or -inf, (rows, 1, length, columns)."""
         hidden = np.ones((room.rows * room.length, seen.shape[1]), dtype=bool)
-        hidden[:, SCRATCH] = False  # padding must see something, or its softmax is NaN
+        hidden[:, 0] = False  # padding must see something, or its softmax is NaN
         hidden[room.back] = ~seen
         masked = torch.from_numpy(hidden).to(self.model.device)
         mask = torch.zeros(masked.shape, dtype=self.model.dtype, device=masked.device).masked_fill_(masked, -torch.inf)
@@ -228,26 +224,38 @@ class _Tokens:
 
 
 class _Room:
-    """Rows of the cache that attend together: from the first to the last of `trees`, or just these."""
+    """Feeds that attend together: rows of the cache from the first to the last, or one long feed `alone`."""
 
-    def __init__(self, trees: list[Tree], sizes: dict[Tree, int]) -> None:
-        slots = [tree.slot for tree in trees]
-        self.trees = trees
-        self.length = max(sizes[tree] for tree in trees)
+    def __init__(self, feeds: dict[Tree, list[tuple[int, Feed]]], alone: bool = False) -> None:
+        slots = [tree.slot for tree in feeds]
+        self.feeds = feeds
+        self.alone = alone  # reads the columns of its own path only
+        self.length = max(sum(len(feed.ids) for _, feed in row) for row in feeds.values())
         self.first, span = min(slots), max(slots) - min(slots) + 1
-        self.dense = span <= 2 * len(trees)  # then idle rows between are cheaper than a copy of the others
-        self.rows = span if self.dense else len(trees)
-        self.index = {tree: tree.slot - self.first if self.dense else row for row, tree in enumerate(trees)}
+        self.dense = span <= 2 * len(feeds)  # then idle rows between are cheaper than a copy of the others
+        self.rows = span if self.dense else len(feeds)
+        self.index = {tree: tree.slot - self.first if self.dense else row for row, tree in enumerate(feeds)}
         self.start = self.end = 0
         self.back: list[int] = []
-
-    def row(self, tree: Tree) -> int:
-        return self.index[tree]
 
     def slots(self, device: torch.device) -> slice | torch.Tensor:
         if self.dense:
             return slice(self.first, self.first + self.rows)
-        return torch.tensor([tree.slot for tree in self.trees], device=device)
+        return torch.tensor([tree.slot for tree in self.feeds], device=device)
+
+
+def _rooms(feeds: Sequence[Feed]) -> list[_Room]:
+    """Short rows in one; a row of many short feeds, and a long feed, each in one of its own."""
+    long: list[_Room] = []
+    by_tree: dict[Tree, list[tuple[int, Feed]]] = {}
+    for which, feed in enumerate(feeds):
+        if len(feed.ids) > SHORT:
+            long.append(_Room({feed.branch.tree: [(which, feed)]}, alone=True))
+        else:
+            by_tree.setdefault(feed.branch.tree, []).append((which, feed))
+    short = {tree: row for tree, row in by_tree.items() if sum(len(feed.ids) for _, feed in row) <= SHORT}
+    many = [_Room({tree: row}) for tree, row in by_tree.items() if tree not in short]
+    return ([_Room(short)] if short else []) + many + long
 
 
 def _bytes_per_token(config: Any, dtype: torch.dtype) -> int:

@@ -1,0 +1,217 @@
+"""What runs in the next step: by the times that were measured, and the chance that a candidate is looked at."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+
+from cards_integrations.decoding import FixedLength
+from cards_integrations.models.base import Context
+from cards_integrations.models.loading import ModelLoader, Placement
+from cards_integrations.models.local import LocalLanguageModel
+from cards_integrations.models.sampling import Sampler
+from cards_integrations.models.step_times import POINTS, StepTimes, step_times
+from cards_integrations.models.stops import StopStrings
+from cards_integrations.rewards import FunctionReward
+from cards_integrations.scheduler import BestPerSecond
+from cards_integrations.session import LEAST, AcceptanceRate, Drafts, Pending, Session
+from cards_integrations.trace import Usage
+
+# --- times ---
+
+
+def test_step_times_between_and_beyond_the_measured_ones() -> None:
+    seconds = StepTimes({16: 2.5, 1: 1.0, 64: 7.3}).upto(100)
+    assert len(seconds) == 100
+    assert [seconds[n - 1] for n in (1, 8, 16, 40, 64, 100)] == pytest.approx([1.0, 1.7, 2.5, 4.9, 7.3, 10.9])
+
+
+def test_a_larger_step_is_never_held_to_be_shorter() -> None:
+    seconds = StepTimes({1: 2.0, 16: 1.5, 64: 1.8}).upto(200)
+    assert (np.diff(seconds) >= 0).all()
+    assert seconds[-1] == 2.0
+
+
+def test_step_times_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CARDS_CACHE_DIR", str(tmp_path / "new"))
+    model, asked = tiny.causal(), []
+
+    def measure(tokens: int) -> float:
+        asked.append(tokens)
+        return 0.5 + tokens
+
+    found = [step_times(what, model, measure).upto(70).tolist() for what in ("drafting", "drafting", "scoring")]
+    assert asked == [*POINTS, *POINTS]
+    assert found[0] == found[1] == [0.5 + n for n in range(1, 71)]
+    (tmp_path / "new" / "step_times.json").write_text("{ half a fi")
+    assert step_times("drafting", model, measure).upto(70).tolist() == found[0]
+    assert asked == [*POINTS, *POINTS, *POINTS]
+
+
+# --- the choice ---
+
+
+class Offered:
+    """A request with candidates of given chances to be looked at; some of them have begun."""
+
+    def __init__(self, chances: list[float], begun: int, scoring: StepTimes) -> None:
+        self.chances = chances
+        self.begun = begun
+        self.drafting = self
+        self.rate = AcceptanceRate()
+        self.seconds_to_score = scoring
+
+    def prospects(self, reach: float, rate: float) -> Iterator[tuple[float, Offered, Any]]:
+        for index, chance in enumerate(self.chances):
+            yield chance, self, SimpleNamespace(candidate=chance) if index < self.begun else None
+
+    def begin(self) -> Any:
+        self.begun += 1
+        return SimpleNamespace(candidate=self.chances[self.begun - 1])
+
+
+def test_the_most_gain_per_second_is_chosen() -> None:
+    """Against all numbers of candidates, with made-up times of drafting and of scoring."""
+    dice, sizes = random.Random(0), set()
+    for _ in range(200):
+        first, second, each = dice.random(), dice.random(), dice.random() / 20
+        times = StepTimes({1: first, 16: first + second, 64: first + second + 1})
+        scoring = StepTimes({1: 5.0, 16: 5.0 + 15 * each, 64: 5.0 + 63 * each})
+        chances = [
+            sorted((dice.random() ** 2 for _ in range(dice.randint(1, 12))), reverse=True)
+            for _ in range(dice.randint(1, 5))
+        ]
+        sessions: Any = [Offered(row, dice.randint(0, len(row)), scoring) for row in chances]
+        chosen: list[Any] = BestPerSecond(times).candidates([*sessions, SimpleNamespace(drafting=None)])
+
+        best = sorted((chance for row in chances for chance in row), reverse=True)
+        gains = [sum(best[:n]) / (times.upto(n)[-1] + each * n) for n in range(1, len(best) + 1)]
+        assert chosen == best[: len(chosen)]
+        assert gains[len(chosen) - 1] == pytest.approx(max(gains))
+        sizes.add(len(chosen))
+    assert len(sizes) > 10
+
+
+def test_nothing_is_chosen_where_nothing_is_drafted() -> None:
+    assert BestPerSecond(StepTimes({1: 1.0, 2: 1.0})).candidates([]) == []
+
+
+# --- scoring now, or later with others ---
+
+
+def steps_until_scored(scheduler: BestPerSecond, waiting: int, sessions: int, scoring: float) -> int:
+    """How many steps are taken before questions are scored, `waiting` of which stop their request."""
+    session = Offered([1.0], 1, StepTimes({1: scoring, 64: scoring}))
+    asked: Any = [SimpleNamespace(blocks=index < waiting, session=session) for index in range(waiting + 3)]
+    for steps in range(100):
+        if scheduler.score_now(asked, sessions):
+            return steps
+        live: Any = [session]
+        scheduler.candidates(live)
+    return 100
+
+
+@pytest.mark.parametrize(
+    ("waiting", "sessions", "steps"),
+    [(1, 1, 4), (8, 8, 4), (1, 2, 8), (4, 16, 16), (0, 1, 100)],
+    ids=["all", "all of many", "half", "a quarter", "nobody"],
+)
+def test_scoring_waits_until_waiting_has_cost_as_much(waiting: int, sessions: int, steps: int) -> None:
+    """A step takes a quarter of the seconds that scoring takes at least; nothing is lost before the first."""
+    scheduler = BestPerSecond(StepTimes({1: 0.25, 64: 0.25}))
+    assert steps_until_scored(scheduler, waiting, sessions, scoring=1.0) == steps
+    assert scheduler.waited == 0 or not waiting
+
+
+@pytest.mark.parametrize("waiting", [0, 1])
+def test_a_score_that_costs_nothing_is_asked_for_at_once(waiting: int) -> None:
+    assert steps_until_scored(BestPerSecond(StepTimes({1: 1.0, 64: 2.0})), waiting, 1, scoring=0.0) == 0
+
+
+# --- chances ---
+
+
+def test_the_acceptance_rate_begins_with_a_quarter() -> None:
+    rate = AcceptanceRate()
+    assert rate.value == 0.25
+    rate.saw(4, passed=True)
+    assert rate.value == 2 / 8
+    rate.saw(2, passed=False)
+    assert rate.value == 2 / 10
+
+
+class Desk:
+    """What a session needs of the engine, with a real language model."""
+
+    def __init__(self) -> None:
+        self.language_model = LocalLanguageModel(tiny.causal(eos_token_id=None), tiny.words(eos_token=None), "tiny")
+
+    def wake(self) -> None: ...
+
+    def session(self) -> Session:
+        """A request that waits for its rewards for ever."""
+        context = Context("w9 w20", [9, 20], 20, Sampler(), StopStrings(), Usage())
+        judge = FunctionReward(function=len).build(ModelLoader(Placement()))
+        return Session(self, context, 0, judge, None, None)
+
+    def finish(self, drafts: Drafts, pending: Pending) -> None:
+        while not pending.ended:
+            self.language_model.forward([pending.candidate])
+            for _ in self.language_model.sample():
+                drafts.ended(pending)
+
+
+def chances(drafts: Drafts, rate: float = 0.25) -> list[tuple[int, Pending | None, float]]:
+    return [(offer.segment, pending, reach) for reach, offer, pending in drafts.prospects(1.0, rate)]
+
+
+async def test_the_chance_that_a_candidate_is_looked_at() -> None:
+    """All before it in its segment were rejected, and the one that it follows was not."""
+    desk = Desk()
+    drafts = desk.session().drafts(FixedLength(length=2), limit=3, passes=lambda draft: draft.reward > 0)
+    falling = [1, 0.75, 0.75**2]
+    assert chances(drafts) == [(0, None, reach) for reach in falling]
+
+    first, second = drafts.begin(), drafts.begin()
+    assert chances(drafts) == [(0, first, 1), (0, second, 0.75), (0, None, 0.75**2)]
+
+    desk.finish(drafts, first)  # has no reward yet: others may follow it, if it passes
+    after_first = [(1, None, 0.25 * reach) for reach in falling]
+    assert chances(drafts) == [*after_first, (0, second, 0.75), (0, None, 0.75**2)]
+
+    first.score.set_result(-1.0)
+    assert chances(drafts) == [(0, second, 1), (0, None, 0.75)]
+
+    desk.finish(drafts, second)
+    second.score.set_result(1.0)
+    assert chances(drafts) == [(1, None, reach) for reach in falling]
+
+    assert second.next is not None
+    child = second.next.begin()
+    assert child.candidate.before == second.candidate.ids
+    desk.finish(second.next, child)
+    assert child.question is None  # scored only once the method gets there
+    expected = [(2, None, 0.25 * reach) for reach in falling] + [(1, None, 0.75), (1, None, 0.75**2)]
+    assert chances(drafts) == expected
+
+
+async def test_what_is_hardly_looked_at_is_not_drafted() -> None:
+    drafts = Desk().session().drafts(FixedLength(length=2), limit=100, passes=lambda draft: True)
+    assert [reach for _, _, reach in chances(drafts)] == [0.75**n for n in range(100) if 0.75**n >= LEAST]
+
+
+async def test_a_method_that_looks_at_everything_is_sure_of_all() -> None:
+    desk = Desk()
+    drafts = desk.session().drafts(FixedLength(length=2), limit=4)
+    assert chances(drafts) == [(0, None, 1)] * 4
+    first = drafts.begin()
+    desk.finish(drafts, first)
+    assert chances(drafts)[:4] == [(1, None, 0.25)] * 4  # one of the four is kept
+    assert chances(drafts)[4:] == [(0, None, 1)] * 3
