@@ -106,7 +106,7 @@ class Plain:
         ids: list[int] = []
         while len(ids) < room:
             logits = self.next_logits(text + ids)
-            rises = float(uncertainty(boundary.measure, logits)) >= boundary.threshold
+            rises = float(uncertainty(boundary.measure, logits, logits.log_softmax(-1))) >= boundary.threshold
             if len(ids) >= boundary.min_length and rises:
                 break
             uniform = torch.tensor([uniforms[len(ids)]], dtype=torch.float64)

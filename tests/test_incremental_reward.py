@@ -41,10 +41,11 @@ def incremental(model: Any, tokenizer: Any, same_vocabulary: bool, **settings: A
     return IncrementalClassifier(reward.name, model, layout, Head(reward, model.config), same_vocabulary)
 
 
-@pytest.mark.parametrize(("family", "attention"), tiny.RUNS)
-async def test_scores_of_growing_answers(family: str, attention: str) -> None:
-    model, tokenizer = tiny.classifier(family, attention=attention), tiny.words()
+@pytest.mark.parametrize(("family", "rounded"), tiny.RUNS)
+async def test_scores_of_growing_answers(family: str, rounded: bool) -> None:
+    model, tokenizer = tiny.classifier(family), tiny.words()
     reward, dice = incremental(model, tokenizer, True), random.Random(0)
+    reward.transformer._hidden.rounding = rounded
     prompts = ["w7 w8 w9", "w10", "w11 w12 w13 w14 w15 w16 w17"]
     talks = [Conversation(prompt, Usage()) for prompt in prompts]
     kept: dict[Conversation, list[int]] = {talk: [] for talk in talks}
@@ -162,7 +163,7 @@ async def test_padding_at_the_end_is_not_where_the_score_is_read() -> None:
 
 @pytest.mark.parametrize("family", ["bert", "bloom"])
 def test_a_classifier_without_a_tree_cache_rescores(tmp_path: Path, start: Start, models: Any, family: str) -> None:
-    model, tokenizer = tiny.classifier(family, attention="eager", num_labels=2), tiny.words()
+    model, tokenizer = tiny.classifier(family, num_labels=2), tiny.words()
     folder = tiny.save(tmp_path, model, tokenizer)
     texts = ["", "w7", "w9 w8 w7 w6 w20 w21 w30", "w40 w41"]
     engine = start(models("llama"))

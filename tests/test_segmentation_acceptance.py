@@ -35,16 +35,20 @@ def test_uncertainty_is_read_from_the_raw_logits(values: list[float]) -> None:
         "evidential": len(values) / sum(max(v, 0) + 1 for v in values),
     }
     for measure, value in expected.items():
-        assert uncertainty(measure, logits).tolist() == pytest.approx([value] * 2, abs=1e-4)
+        assert uncertainty(measure, logits, logits.log_softmax(-1)).tolist() == pytest.approx([value] * 2, abs=1e-4)
 
 
 def test_a_segment_ends_at_the_threshold_itself() -> None:
     uniform = torch.zeros(2, 8)
     uniform[1, 0] = 5.0
     for measure in ("entropy", "max_probability", "evidential"):
-        reached = float(uncertainty(measure, uniform)[0])
-        assert Uncertainty(measure=measure, threshold=reached).ends_before(uniform).tolist() == [True, False]
-        assert Uncertainty(measure=measure, threshold=reached + 1e-4).ends_before(uniform).tolist() == [False, False]
+        reached = float(uncertainty(measure, uniform, uniform.log_softmax(-1))[0])
+        assert Uncertainty(measure=measure, threshold=reached).ends_before(
+            uniform, uniform.log_softmax(-1), [0, 1]
+        ).tolist() == [True, False]
+        assert Uncertainty(measure=measure, threshold=reached + 1e-4).ends_before(
+            uniform, uniform.log_softmax(-1), [0, 1]
+        ).tolist() == [False, False]
 
 
 def test_other_boundaries() -> None:
@@ -52,7 +56,7 @@ def test_other_boundaries() -> None:
     assert not Punctuation().ends_after("The end. ")
     assert Punctuation(marks=("\n\n",)).ends_after("a\n\n")
     assert FixedLength(length=5).shortest == FixedLength(length=5).longest == 5
-    assert FixedLength(length=5).ends_before(torch.zeros(1, 8)) is None
+    assert FixedLength(length=5).ends_before(torch.zeros(1, 8), torch.zeros(1, 8), [0]) is None
 
 
 @pytest.mark.parametrize(

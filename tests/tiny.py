@@ -45,12 +45,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi3": WINDOW,
     "mixtral": {"num_local_experts": 2, "num_experts_per_tok": 1},
 }
-RUNS = [  # transformers gives Gemma 2 eager attention only
-    (family, attention)
-    for family in FAMILIES
-    for attention in ("sdpa", "eager")
-    if (family, attention) != ("gemma2", "sdpa")
-]
+RUNS = [(family, rounded) for family in FAMILIES for rounded in (False, True)]  # shapes as they come, or as on a GPU
 ALTERNATING = (
     "{% for m in messages %}"
     "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
@@ -97,16 +92,20 @@ def config(family: str, **options: Any) -> Any:
     return AutoConfig.for_model(family, **{**SIZES, **FAMILIES.get(family, {}), **options})
 
 
-def causal(family: str = "llama", seed: int = 0, attention: str = "sdpa", **options: Any) -> Any:
+def attention(family: str) -> str:
+    return "eager" if family in ("gemma2", "bloom") else "sdpa"  # all that transformers has for them
+
+
+def causal(family: str = "llama", seed: int = 0, **options: Any) -> Any:
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config(family, **options), attn_implementation=attention)
+    model = AutoModelForCausalLM.from_config(config(family, **options), attn_implementation=attention(family))
     return model.float().eval()
 
 
-def classifier(family: str = "llama", seed: int = 1, attention: str = "sdpa", **options: Any) -> Any:
+def classifier(family: str = "llama", seed: int = 1, **options: Any) -> Any:
     torch.manual_seed(seed)
     settings = config(family, **{"num_labels": 1, **options})
-    model = AutoModelForSequenceClassification.from_config(settings, attn_implementation=attention)
+    model = AutoModelForSequenceClassification.from_config(settings, attn_implementation=attention(family))
     return model.float().eval()
 
 

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 Measure = Literal["entropy", "max_probability", "evidential"]
 
 
-def uncertainty(measure: Measure, logits: torch.Tensor) -> torch.Tensor:
-    """Predictive uncertainty from raw logits (n, vocabulary) -> (n,); section 3.2 of the paper.
+def uncertainty(measure: Measure, logits: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
+    """Predictive uncertainty from raw logits and their log-softmax (n, vocabulary) -> (n,); section 3.2 of the paper.
 
     `entropy` is Shannon entropy in nats, `max_probability` is 1 - max p, `evidential` is
     V / sum(relu(logit) + 1). Full vocabulary, no temperature, no top-k.
@@ -23,12 +23,11 @@ def uncertainty(measure: Measure, logits: torch.Tensor) -> torch.Tensor:
     import torch
 
     if measure == "entropy":
-        log_p = logits.log_softmax(-1)
         entropy: torch.Tensor = -torch.linalg.vecdot(log_p.exp(), log_p)
         return entropy
     if measure == "max_probability":
-        return 1 - logits.softmax(-1).amax(-1)
-    return logits.shape[-1] / (logits.relu() + 1).sum(-1)
+        return 1 - log_p.amax(-1).exp()
+    return logits.shape[-1] / (logits.float().relu() + 1).sum(-1)
 
 
 class _Between(Boundary):
@@ -57,8 +56,8 @@ class Uncertainty(_Between):
     measure: Measure = "entropy"
     threshold: Annotated[float, Field(allow_inf_nan=False)] = 3.0
 
-    def ends_before(self, logits: torch.Tensor) -> torch.Tensor:
-        return uncertainty(self.measure, logits) >= self.threshold
+    def ends_before(self, logits: torch.Tensor, log_p: torch.Tensor, rows: list[int]) -> torch.Tensor:
+        return uncertainty(self.measure, logits[rows], log_p[rows]) >= self.threshold
 
 
 class Punctuation(_Between):

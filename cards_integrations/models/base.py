@@ -26,8 +26,11 @@ class Boundary(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    def ends_before(self, logits: torch.Tensor) -> torch.Tensor | None:
-        """For logits (n, vocabulary) of the next token: end here? (n,) bool; None if never."""
+    def ends_before(self, logits: torch.Tensor, log_p: torch.Tensor, rows: list[int]) -> torch.Tensor | None:
+        """For logits and log-probabilities (n, vocabulary) of the next token: end here?
+
+        Asked of these `rows` only, (rows,) bool; None if never.
+        """
         return None
 
     def ends_after(self, text: str) -> bool:

@@ -19,7 +19,7 @@ from cards_integrations.models.randomness import Uniforms
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.models.step_times import StepTimes, least_seconds, step_times
 from cards_integrations.models.stops import StopStrings
-from cards_integrations.models.transformer import Feed, Transformer
+from cards_integrations.models.transformer import Feed, Row, Transformer
 from cards_integrations.trace import Usage
 
 PIECE = 2048  # tokens of prompts that a forward reads at most
@@ -30,15 +30,15 @@ LONG = 96  # tokens from which on a candidate does not share a row
 class _Tip:
     """Where a path ends, the kept text's or a candidate's.
 
-    `unread` are its last tokens, which the model has not seen yet; once it has, `logits`
-    (vocabulary,) follow, and the candidates that are `waiting` go on from here.
+    `unread` are its last tokens, which the model has not seen yet; once it has, `logits` follow, and
+    the candidates that are `waiting` go on from here.
     """
 
     branch: Branch
     owner: Candidate | None = None
     own_row: bool = False
     unread: list[int] = field(default_factory=list)
-    logits: torch.Tensor | None = None
+    logits: Row | None = None
     waiting: list[Candidate] = field(default_factory=list)
 
 
@@ -131,7 +131,7 @@ class LocalLanguageModel:
         context, old, tip = candidate.context, candidate.context.state, candidate.state
         tip.branch.tree.keep(tip.branch)
         if tip.logits is not None:
-            tip.logits = tip.logits.clone()  # or those of its whole batch stay as long
+            tip.logits = Row(tip.logits.value[None].clone(), 0)  # or those of its whole batch stay as long
         context.state, tip.own_row = tip, False
         self._free(old, row=old.branch.tree is not tip.branch.tree)
         context.ids += candidate.ids
@@ -151,16 +151,15 @@ class LocalLanguageModel:
 
     @torch.inference_mode()
     def _sample(self, boundary: Boundary, sampler: Sampler, group: list[Candidate]) -> list[Candidate]:
-        distinct = {id(c.state.logits): c.state.logits for c in group}  # siblings begin from the same ones
-        row_of = {key: row for row, key in enumerate(distinct)}
-        rows = [row_of[id(c.state.logits)] for c in group]
-        logits = torch.stack(list(distinct.values())).float()
+        logits, rows = _stacked([c.state.logits for c in group])
         uniforms = torch.tensor([c.uniforms[len(c.ids)] for c in group], dtype=torch.float64, device=logits.device)
         at = torch.tensor(rows, device=logits.device)
         tokens = sampler(logits, at, uniforms)
-        log_p = logits.log_softmax(-1)[at, tokens]
+        log_p = logits.float().log_softmax(-1)
         asked = [i for i, c in enumerate(group) if len(c.ids) >= boundary.shortest]
-        rises = boundary.ends_before(logits[[rows[i] for i in asked]]) if asked else None
+        which = [rows[i] for i in asked]
+        rises = boundary.ends_before(logits, log_p, which) if asked else None
+        log_p = log_p[at, tokens]
         drawn = [tokens.double(), log_p.double(), *([] if rises is None else [rises.double()])]
         numbers, n = torch.cat(drawn).tolist(), len(group)  # the one transfer of a step
         ids, gains = map(int, numbers[:n]), numbers[n : 2 * n]
@@ -291,6 +290,16 @@ class LocalLanguageModel:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.chat.decode(ids)
+
+
+def _stacked(logits: list[Row]) -> tuple[torch.Tensor, list[int]]:
+    """Distinct logits (n, vocabulary), and where each of the given ones is among them."""
+    places = {(id(row.batch), row.at): row.value for row in logits}  # siblings begin from the same ones
+    batch = logits[0].batch
+    if len({source for source, _ in places}) == 1 and 4 * len(places) >= 3 * len(batch):
+        return batch, [row.at for row in logits]  # a few rows too many cost less than a copy of the others
+    index = {place: i for i, place in enumerate(places)}
+    return torch.stack(list(places.values())), [index[id(row.batch), row.at] for row in logits]
 
 
 class _Long(Boundary):

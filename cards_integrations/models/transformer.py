@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +32,17 @@ class Feed:
     branch: Branch
     ids: Sequence[int]
     owner: Any = None
+
+
+class Row(NamedTuple):
+    """What a forward (n, ...) gave for one feed."""
+
+    batch: torch.Tensor
+    at: int
+
+    @property
+    def value(self) -> torch.Tensor:
+        return self.batch[self.at]
 
 
 class Transformer:
@@ -62,21 +73,22 @@ class Transformer:
             what = NO_TREES.get(config.model_type) or ", ".join(strange) or "attention of its own"
             raise ModelError(f"model type {config.model_type!r} uses {what}, which has no exact tree mask here.")
 
-    def logits(self, feeds: Sequence[Feed]) -> list[torch.Tensor | OutOfMemory]:
+    def logits(self, feeds: Sequence[Feed]) -> list[Row | OutOfMemory]:
         """Forward a causal model: logits (vocabulary,) after each feed's last token."""
         return self._forward(feeds, self._logits)
 
-    def hidden(self, feeds: Sequence[Feed]) -> list[torch.Tensor | OutOfMemory]:
+    def hidden(self, feeds: Sequence[Feed]) -> list[Row | OutOfMemory]:
         """Forward the body: hidden state (hidden size,) of each feed's last token."""
         return self._forward(feeds, self._hidden)
 
-    def _forward(self, feeds: Sequence[Feed], run: StaticSteps) -> list[torch.Tensor | OutOfMemory]:
+    def _forward(self, feeds: Sequence[Feed], run: StaticSteps) -> list[Row | OutOfMemory]:
         """One forward; where memory runs out, in halves, down to the feed that does not fit."""
         before = [len(feed.branch.columns) for feed in feeds]
         try:
             layout = self._lay_out(feeds)
             self.memory.make_room(0)  # the cache may have grown
-            return list(run(*layout))
+            output = run(*layout)
+            return [Row(output, index) for index in range(len(feeds))]
         except RuntimeError as error:
             if not _out_of_memory(error):
                 raise

@@ -138,7 +138,7 @@ class IncrementalClassifier(RewardModel):
         for state in self.transformer.hidden(batch):
             if isinstance(state, OutOfMemory):
                 raise state
-            hidden.append(state)
+            hidden.append(state.value)
         with torch.inference_mode():
             logits = self.to_logits(torch.stack(hidden).float())
         served = {}
