@@ -28,13 +28,15 @@ class Group:
 
     `columns` (columns,) are those that one row reads; None: all up to the masks' end. `tokens`
     (rows, n) are indices into the flat sequence, `back` (tokens of the group,) the way back from
-    (rows * n), `masks` additive, (rows, 1, n, columns) for each attention pattern.
+    (rows * n); where they lie in order, without padding, from `start` on, neither is needed. `masks`
+    are additive, (rows, 1, n, columns) for each attention pattern.
     """
 
     slots: slice | torch.Tensor
     columns: torch.Tensor | None
     tokens: torch.Tensor
     back: torch.Tensor
+    start: int | None
     masks: dict[str, torch.Tensor]
     repeated: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
 
@@ -94,7 +96,8 @@ def _by_rows(
         key, value = (states[group.slots, :width].transpose(1, 2) for states in (key, value))
     else:
         key, value = (states[group.slots][:, group.columns].transpose(1, 2) for states in (key, value))
-    laid = query[group.tokens.flatten()].view(rows, n, kv, heads // kv, size)
+    ours = query[group.tokens.flatten()] if group.start is None else query[group.start : group.start + rows * n]
+    laid = ours.view(rows, n, kv, heads // kv, size)
     if rows == 1:  # (group size, KV heads, n, size): one row's keys serve a batch of them unrepeated
         laid = laid[0].permute(2, 1, 0, 3)
         key, value = key.expand(len(laid), -1, -1, -1), value.expand(len(laid), -1, -1, -1)
@@ -103,7 +106,8 @@ def _by_rows(
         laid = laid.permute(0, 2, 3, 1, 4).flatten(2, 3)
         out = _attend(laid, key, value, group.mask(pattern, heads // kv), scaling, softcap)
         out = out.view(rows, kv, heads // kv, n, size).permute(0, 3, 1, 2, 4)
-    return out.reshape(rows * n, heads, size)[group.back]
+    out = out.reshape(rows * n, heads, size)
+    return out[group.back] if group.start is None else out
 
 
 def _attend(

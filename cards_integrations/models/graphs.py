@@ -106,7 +106,7 @@ class StaticSteps:
         tokens = pad(group.tokens, (0, long - length, first, total - first - rows))
         row, at = group.back // length + first, group.back % length
         back = pad(row * long + at, (0, len(padded["ids"]) - len(row)))
-        return padded, Layout([Group(slice(0, total), None, tokens, back, hidden)], layout.patterns)
+        return padded, Layout([Group(slice(0, total), None, tokens, back, None, hidden)], layout.patterns)
 
     def _new(self, inputs: dict[str, torch.Tensor], layout: Layout) -> Step:
         step = Step({name: value.clone() for name, value in inputs.items()}, layout)

@@ -57,7 +57,6 @@ class LocalLanguageModel:
         self.ready: list[Candidate] = []  # have logits
         self.failed: dict[Context, OutOfMemory] = {}
         self.steps = 0  # forwards that carried at least one candidate
-        self.step_size = 0  # candidates in the last of them
 
     def open(self, context: Context) -> None:
         """Give a context a row; its prompt is read when a candidate needs it."""
@@ -221,7 +220,6 @@ class LocalLanguageModel:
         if step:
             self._run(step)
             self.steps += 1
-            self.step_size = len(step)
 
     def _recalled(self, unread: dict[_Tip, Context]) -> dict[_Tip, Context]:
         """Without what was read before, or is being read now, for another request."""

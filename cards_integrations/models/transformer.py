@@ -192,6 +192,7 @@ class Transformer:
             torch.from_numpy(columns).to(device) if room.alone else None,
             torch.from_numpy(tokens).view(room.rows, room.length).to(device),
             torch.tensor(room.back, device=device),
+            room.start if room.back == list(range(len(tokens))) else None,
             {pattern: self._additive(room, seen[pattern]) for pattern in set(self.patterns)},
         )
 
@@ -266,6 +267,7 @@ def _rooms(feeds: Sequence[Feed]) -> list[_Room]:
         else:
             by_tree.setdefault(feed.branch.tree, []).append((which, feed))
     short = {tree: row for tree, row in by_tree.items() if sum(len(feed.ids) for _, feed in row) <= SHORT}
+    short = dict(sorted(short.items(), key=lambda row: row[0].slot))
     many = [_Room({tree: row}) for tree, row in by_tree.items() if tree not in short]
     return ([_Room(short)] if short else []) + many + long
 
