@@ -26,7 +26,7 @@ from cards_integrations.models.kv_cache import Branch, Tree
 from cards_integrations.models.kv_memory import LEAST, KVMemory
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.models.stops import StopStrings
-from cards_integrations.models.transformer import Feed, Transformer
+from cards_integrations.models.transformer import Feed, Row, Transformer
 from cards_integrations.rewards import ClassifierReward, Conversation
 from cards_integrations.session import Session
 from cards_integrations.trace import Alignment, Usage
@@ -193,7 +193,7 @@ class Texts:
         return logits[0]
 
     def logits(self, feeds: list[Feed]) -> list[torch.Tensor]:
-        return [row for row in self.transformer.logits(feeds) if isinstance(row, torch.Tensor)]
+        return [row.value for row in self.transformer.logits(feeds) if isinstance(row, Row)]
 
     @torch.inference_mode()
     def error(self, ids: list[int], logits: torch.Tensor) -> float:

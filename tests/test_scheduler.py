@@ -40,7 +40,7 @@ def test_a_larger_step_is_never_held_to_be_shorter() -> None:
 
 
 def test_step_times_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CARDS_CACHE_DIR", str(tmp_path / "new"))
+    monkeypatch.setattr("cards_integrations.models.step_times.cache_dir", lambda: tmp_path / "new")
     model, asked = tiny.causal(), []
 
     def measure(tokens: int) -> float:
