@@ -11,6 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import NullFormatter
 
 OURS, THEIRS, OTHER = "#2f6db3", "#c9c9c9", "#e0a030"
 Runs = dict[str, dict[str, list[dict[str, float]]]]
@@ -48,7 +49,7 @@ def _bars(axis: Axes, part: str, contenders: dict[str, list[dict[str, float]]]) 
     axis.barh(names, middle, color=[OURS if own else THEIRS for own in ours])
     for row, values in enumerate(each):
         axis.plot([min(values), max(values)], [row, row], color="black", linewidth=1)
-        axis.annotate(f" {middle[row]:.0f}", (max(values), row), va="center")
+        axis.annotate(f" {middle[row]:.3g}", (max(values), row), va="center")
     axis.invert_yaxis()
     axis.set_xlim(0, 1.15 * max(max(values) for values in each))
     axis.set_title(part, fontsize=10)
@@ -72,6 +73,8 @@ def _frontier(axis: Axes, curves: dict[str, list[dict[str, float]]]) -> None:
         style = "o" if name == "plain" else "s--" if name.startswith("best") else "o-"
         axis.plot([run["seconds"] for run in curve], [run["reward"] for run in curve], style, label=name, markersize=4)
     axis.set_xscale("log")
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_title("reward against time, tiny pair, 16 at once", fontsize=10)
     axis.set_xlabel("seconds for each answer")
     axis.set_ylabel("guiding reward")
