@@ -1,13 +1,13 @@
 """What an aligned answer costs in time: our engine against what people run today, all in one process.
 
-    python benchmarks/speed.py [--batch 1 16] [--repeats 3] [--parts plain methods ...] [--long]
+    python benchmarks/speed.py [--batch 1 16] [--repeats 3] [--parts plain methods ...] [--add]
 
 The embedded model and its sentiment reward, one dtype, one set of prompts, the same budget for all:
 
 plain       our plain sampling and `generate` of transformers
 methods     CARDS and best-of-16, ours and theirs (the transcription in naive.py, `generate` + a
             batched reward), side by side
-long        512 tokens: CARDS and the transcription (a quarter of an hour)
+long        512 tokens: CARDS and the transcription (some minutes)
 concurrent  16 CARDS requests at once and one after another
 profile     where a CARDS second goes, and what the reward model reads
 turns       time to the first segment of a second turn on a 1,500-token history

@@ -70,9 +70,9 @@ class BestPerSecond:
             return []
         found.sort(key=lambda prospect: -prospect[0])
         gain = np.cumsum([reach for reach, *_ in found])
-        seconds = self.times.upto(len(found)) + scoring * np.arange(1, len(found) + 1)
-        n = int(np.argmax(gain / seconds)) + 1
-        self.step = float(self.times.upto(n)[-1])
+        drafting = self.times.upto(len(found))
+        n = int(np.argmax(gain / (drafting + scoring * np.arange(1, len(found) + 1)))) + 1
+        self.step = float(drafting[n - 1])
         return [(pending or drafts.begin()).candidate for _, drafts, pending in found[:n]]
 
     def score_now(self, questions: Sequence[Question], sessions: int) -> bool:

@@ -132,12 +132,12 @@ class Worker:
             self.memory = KVMemory(budget(self.settings.kv_memory, self.loader.device), self.settings.prefix_reuse)
             self.loader.memory = self.memory
             self.language_model = LocalLanguageModel(model, tokenizer, self.model.model, self.memory)
+            self.scheduler = self._schedule()
         except Exception as error:
             self.failed = True  # the next request tries again
             self.error = error if isinstance(error, CardsError) else ModelError(f"{type(error).__name__}: {error}")
             self.loaded.set_exception(self.error)
         else:
-            self.scheduler = self._schedule()
             self.loaded.set_result(self.language_model)
         self._work = asyncio.Event()
         self._rows = asyncio.Semaphore(self.settings.max_rows)

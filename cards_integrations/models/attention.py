@@ -40,6 +40,11 @@ class Group:
     masks: dict[str, torch.Tensor]
     repeated: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
 
+    @property
+    def width(self) -> int:
+        """Columns that are read."""
+        return next(iter(self.masks.values())).shape[-1]
+
     def mask(self, pattern: str, heads: int) -> torch.Tensor:
         """The mask, once for each of the `heads` that share a key head: (rows, 1, heads * n, columns)."""
         if (pattern, heads) not in self.repeated:  # the same in all layers
@@ -90,10 +95,9 @@ def _by_rows(
     scaling: float | None, softcap: float | None,
 ) -> torch.Tensor:  # fmt: skip
     """query (tokens, heads, size) of all groups -> (tokens of this group, heads, size)."""
-    width = group.masks[pattern].shape[-1]
     (rows, n), (heads, size), kv = group.tokens.shape, query.shape[1:], key.shape[2]
     if group.columns is None:
-        key, value = (states[group.slots, :width].transpose(1, 2) for states in (key, value))
+        key, value = (states[group.slots, : group.width].transpose(1, 2) for states in (key, value))
     else:
         key, value = (states[group.slots][:, group.columns].transpose(1, 2) for states in (key, value))
     ours = query[group.tokens.flatten()] if group.start is None else query[group.start : group.start + rows * n]

@@ -72,12 +72,7 @@ class StaticSteps:
             self.storage = self.cache.layers[0].keys.data_ptr()
             return output[:ends]
         [group] = layout.groups
-        shape = (
-            len(inputs["ids"]),
-            len(inputs["ends"]),
-            *group.tokens.shape,
-            next(iter(group.masks.values())).shape[-1],
-        )
+        shape = (len(inputs["ids"]), len(inputs["ends"]), *group.tokens.shape, group.width)
         step = self.steps.get(shape)
         if step is None:
             step = self.steps[shape] = self._new(inputs, layout)
@@ -92,8 +87,7 @@ class StaticSteps:
         """Padded with tokens in the scratch column of the first row, which nobody sees."""
         [group] = layout.groups
         assert isinstance(group.slots, slice)
-        masks = group.masks
-        width = next(iter(masks.values())).shape[-1]
+        masks, width = group.masks, group.width
         rows, length = group.tokens.shape
         first = group.slots.start
         total = min(_power(first + rows), self.cache.rows)

@@ -114,8 +114,7 @@ class Tree:
         more = count - len(columns)
         columns += range(self.untouched, self.untouched + more)
         self.untouched += more
-        if self.untouched > self.cache.columns:
-            self.cache.widen(self.untouched)
+        self.cache.reserve(self.untouched)
         return columns
 
     def free(self, columns: list[int]) -> None:
@@ -245,12 +244,9 @@ class TreeCache(Cache):
     def reserve(self, columns: int) -> None:
         """Have so many columns from now on."""
         if columns > self.columns:
-            self.widen(columns)
-
-    def widen(self, columns: int) -> None:
-        self.columns = self._columns_for(columns)
-        self.sees = _padded(self.sees, (len(self.sees), self.columns))
-        self.positions = _padded(self.positions, (self.rows, self.columns))
+            self.columns = self._columns_for(columns)
+            self.sees = _padded(self.sees, (len(self.sees), self.columns))
+            self.positions = _padded(self.positions, (self.rows, self.columns))
 
     @torch.inference_mode()
     def read(self, tree: Tree, tokens: int) -> States:

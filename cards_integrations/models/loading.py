@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from cards_integrations.errors import CardsError, ModelError, unknown
 from cards_integrations.models.embedded import MINILM, SMOLLM2, embedded_model
+
+if TYPE_CHECKING:
+    from cards_integrations.models.kv_memory import KVMemory
 
 
 class LocalModel(BaseModel):
@@ -59,8 +62,6 @@ class ModelLoader:
     def __init__(self, placement: Placement) -> None:
         import torch
 
-        from cards_integrations.models.kv_memory import KVMemory
-
         self.placement = placement
         device = placement.device
         if device == "auto":
@@ -72,7 +73,7 @@ class ModelLoader:
             raise ModelError(f"device={placement.device!r} cannot be used here: {error}") from error
         if placement.threads is not None:
             torch.set_num_threads(placement.threads)
-        self.memory = KVMemory(2**62, reuse=False)
+        self.memory: KVMemory | None = None  # for the caches of all its models
         self.language_model: tuple[LocalModel, Any, Any] | None = None
 
     def causal(self, spec: LocalModel) -> tuple[Any, Any]:

@@ -19,10 +19,9 @@ from cards_integrations.models.randomness import Uniforms
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.models.step_times import StepTimes, least_seconds, step_times
 from cards_integrations.models.stops import StopStrings
-from cards_integrations.models.transformer import Feed, Row, Transformer
+from cards_integrations.models.transformer import PIECE, Feed, Row, Transformer
 from cards_integrations.trace import Usage
 
-PIECE = 2048  # tokens of prompts that a forward reads at most
 LONG = 96  # tokens from which on a candidate does not share a row
 
 
@@ -49,8 +48,8 @@ class LocalLanguageModel:
         self.name = name
         self.model = model
         self.chat = ChatTokenizer(tokenizer)
-        self.memory = memory or KVMemory(2**62, reuse=False)
-        self.transformer = Transformer(model, self.memory)
+        self.transformer = Transformer(model, memory)
+        self.memory = self.transformer.memory
         self.context_window = positions(model.config)
         self.eos = _end_of_sequence(model, tokenizer)
         self.contexts: list[Context] = []
@@ -215,7 +214,7 @@ class LocalLanguageModel:
         unread = self._recalled(self.unread(candidates))
         feeds = [Feed(tip.branch, tip.unread[:PIECE], (tip, context)) for tip, context in unread.items()]
         step = [feed for feed in feeds if len(feed.ids) == 1]
-        for batch in self.transformer.batches([feed for feed in feeds if len(feed.ids) > 1], PIECE):
+        for batch in self.transformer.batches([feed for feed in feeds if len(feed.ids) > 1]):
             self._run(batch)
         if step:
             self._run(step)

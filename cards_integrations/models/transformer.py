@@ -22,6 +22,7 @@ NO_TREES = {  # architectures that would be silently wrong, for they do not go b
     "openai-gpt": "no KV cache", "rwkv": "a recurrent state",
 }  # fmt: skip
 FULL, SLIDING = "full_attention", "sliding_attention"
+PIECE = 2048  # tokens that a forward reads at most, where they can be read in several
 SHORT = 32  # rows with at most so many tokens attend together, padded to the longest
 
 
@@ -134,11 +135,11 @@ class Transformer:
         finally:
             LAYOUT.reset(token)
 
-    def batches(self, feeds: Sequence[Feed], tokens: int = 2048) -> Iterator[list[Feed]]:
-        """Split feeds into forwards of at most `tokens` tokens (or of one feed)."""
+    def batches(self, feeds: Sequence[Feed]) -> Iterator[list[Feed]]:
+        """Split feeds into forwards of at most `PIECE` tokens (or of one feed)."""
         batch: list[Feed] = []
         for feed in feeds:
-            if batch and sum(len(f.ids) for f in batch) + len(feed.ids) > tokens:
+            if batch and sum(len(f.ids) for f in batch) + len(feed.ids) > PIECE:
                 yield batch
                 batch = []
             batch.append(feed)
