@@ -64,6 +64,13 @@ class ChatTokenizer:
         after = whole.partition(_MARK)[2]
         return before, after.rstrip("\n")
 
+    def around_part(self, before: str, after: str) -> tuple[str, str]:
+        """A prompt of one user message, `before` + some part + `after`: its text before and after the part."""
+        if not self.has_template:
+            return before, after
+        whole = self._render([{"role": "user", "content": before + _MARK + after}], add_generation_prompt=True)
+        return whole.partition(_MARK)[::2]
+
     def _render(self, messages: list[Message], **options: Any) -> str:
         for message in messages:
             checked(message["content"])

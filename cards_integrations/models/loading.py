@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Hashable
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -14,6 +15,8 @@ from cards_integrations.models.embedded import MINILM, SMOLLM2, embedded_model
 
 if TYPE_CHECKING:
     from cards_integrations.models.kv_memory import KVMemory
+
+T = TypeVar("T")
 
 
 class LocalModel(BaseModel):
@@ -75,31 +78,43 @@ class ModelLoader:
             torch.set_num_threads(placement.threads)
         self.memory: KVMemory | None = None  # for the caches of all its models
         self.language_model: tuple[LocalModel, Any, Any] | None = None
+        self._once: dict[Hashable, Any] = {}
 
     def causal(self, spec: LocalModel) -> tuple[Any, Any]:
-        """(model, tokenizer) for drafting."""
+        """(model, tokenizer) for drafting, or for reading log p. The first is the language model."""
+        return self.once(("causal", spec), lambda: self._causal(spec))
+
+    def _causal(self, spec: LocalModel) -> tuple[Any, Any]:
         from transformers import AutoModelForCausalLM
 
-        model = self._load(spec, AutoModelForCausalLM)
-        if spec.adapter:
-            from peft import PeftModel
-
-            with _explained(spec):
-                model = PeftModel.from_pretrained(model, spec.adapter).merge_and_unload()
+        own, shared = self.language_model, self._on_language_model(spec)
+        model = copy.deepcopy(own[1], _same(own[1])) if own and shared else self._load(spec, AutoModelForCausalLM)
+        model = self._adapted(spec, model, shared)
         tokenizer = self.tokenizer(spec)
-        self.language_model = (spec, model, tokenizer)
+        self.language_model = own or (spec, model, tokenizer)
         return model, tokenizer
 
     def classifier(self, spec: LocalModel) -> tuple[Any, Any]:
         """(model, tokenizer) for scoring; `adapter` may bring the head that the checkpoint lacks."""
+        return self.once(("classifier", spec), lambda: self._classifier(spec))
+
+    def _classifier(self, spec: LocalModel) -> tuple[Any, Any]:
         from transformers import AutoModelForSequenceClassification
 
-        base = spec.model_copy(update={"adapter": None})
-        shared = spec.adapter is not None and self.language_model is not None and self.language_model[0] == base
+        shared = self._on_language_model(spec)
         if shared:
             model = self._on_shared_body(spec)
         else:
             model = self._load(spec, AutoModelForSequenceClassification, _labels(spec.adapter))
+        return self._adapted(spec, model, shared), self.tokenizer(spec)
+
+    def _on_language_model(self, spec: LocalModel) -> bool:
+        """Is it an adapter on the language model's own weights?"""
+        base = spec.model_copy(update={"adapter": None})
+        return spec.adapter is not None and self.language_model is not None and self.language_model[0] == base
+
+    def _adapted(self, spec: LocalModel, model: Any, shared: bool) -> Any:
+        """With the adapter merged into the weights, or into copies of those that it changes."""
         if spec.adapter:
             from peft import PeftModel
 
@@ -108,7 +123,14 @@ class ModelLoader:
             if shared:
                 _own_adapted_weights(adapted)
             model = adapted.merge_and_unload()
-        return model.to(self.device).eval(), self.tokenizer(spec)
+        return model.to(self.device).eval()
+
+    def once(self, key: Hashable, build: Callable[[], T]) -> T:
+        """What `build` makes, the same for all who ask with this key."""
+        if key not in self._once:
+            self._once[key] = build()
+        made: T = self._once[key]
+        return made
 
     def tokenizer(self, spec: LocalModel) -> Any:
         from transformers import AutoTokenizer
@@ -163,8 +185,7 @@ class ModelLoader:
         with torch.device("meta"):
             model = AutoModelForSequenceClassification.from_config(config, dtype=causal.dtype)
         body = causal.base_model
-        same = {id(t): t for t in [*body.parameters(), *body.buffers()]}
-        setattr(model, model.base_model_prefix, copy.deepcopy(body, same))
+        setattr(model, model.base_model_prefix, copy.deepcopy(body, _same(body)))
         head = model.score
         model.score = torch.nn.Linear(head.in_features, head.out_features, bias=False, dtype=causal.dtype)
         return model
@@ -217,6 +238,11 @@ def _labels(adapter: str | None) -> dict[str, Any]:
     with safe_open(file, "pt") as tensors:
         heads = [k for k in tensors.keys() if k.endswith(("score.weight", "classifier.weight"))]  # noqa: SIM118
         return {"num_labels": tensors.get_slice(heads[0]).get_shape()[0]} if heads else {"num_labels": 1}
+
+
+def _same(model: Any) -> dict[int, Any]:
+    """For `deepcopy`: new modules, the same tensors."""
+    return {id(t): t for t in [*model.parameters(), *model.buffers()]}
 
 
 def _own_adapted_weights(adapted: Any) -> None:

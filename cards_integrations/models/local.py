@@ -168,13 +168,13 @@ class LocalLanguageModel:
                 self._read(candidate)  # ends before this token; its logits stay for whoever comes next
                 ended.append(candidate)
                 continue
-            candidate.log_likelihood += gain
             candidate.context.usage.drafted_tokens += 1
             if token in self.eos:
                 candidate.finish = "stop"
                 self._read(candidate)
                 ended.append(candidate)
                 continue
+            candidate.log_likelihood += gain
             candidate.ids.append(token)
             candidate.state.logits, candidate.state.unread = None, [token]
             if self._ends_after(candidate):
@@ -255,6 +255,17 @@ class LocalLanguageModel:
             served[id(context)] = context.usage
         for usage in served.values():
             usage.lm_forwards += 1
+
+    def read(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> torch.Tensor:
+        """The logits before each token of an answer, (tokens, vocabulary)."""
+        tree = self.transformer.cache.open()
+        try:
+            [row] = self.transformer.logits([Feed(tree.branch(), [*prompt_ids, *ids], outputs=len(ids) + 1)])
+        finally:
+            self.transformer.cache.close(tree)
+        if isinstance(row, OutOfMemory):
+            raise row
+        return row.values[:-1].float()
 
     @cached_property
     def times(self) -> StepTimes:

@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -32,6 +32,12 @@ class StepTimes:
         self.seconds = np.maximum.accumulate([measured[n] for n in self.tokens])
         last = slice(-2, None)
         self.each = float(np.diff(self.seconds[last])[0] / np.diff(self.tokens[last])[0])
+
+    @classmethod
+    def together(cls, several: Iterable[StepTimes]) -> StepTimes:
+        """Of forwards that run one after another."""
+        each = list(several)
+        return cls({n: sum(float(times.upto(n)[-1]) for times in each) for n in POINTS})
 
     def upto(self, most: int) -> NDArray[np.float64]:
         """For 1, 2, ... `most` tokens."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,22 +29,32 @@ SHORT = 32  # rows with at most so many tokens attend together, padded to the lo
 
 @dataclass
 class Feed:
-    """Tokens to append to a branch in the next forward; `owner` is for whoever asked."""
+    """Tokens to append to a branch in the next forward, and how many of the last give an output.
+
+    `owner` is for whoever asked.
+    """
 
     branch: Branch
     ids: Sequence[int]
     owner: Any = None
+    outputs: int = 1
 
 
 class Row(NamedTuple):
-    """What a forward (n, ...) gave for one feed."""
+    """What a forward (n, ...) gave for one feed; `at` is its last output."""
 
     batch: torch.Tensor
     at: int
+    outputs: int = 1
 
     @property
     def value(self) -> torch.Tensor:
         return self.batch[self.at]
+
+    @property
+    def values(self) -> torch.Tensor:
+        """All of its outputs (outputs, ...)."""
+        return self.batch[self.at + 1 - self.outputs : self.at + 1]
 
 
 class Transformer:
@@ -75,7 +86,7 @@ class Transformer:
             raise ModelError(f"model type {config.model_type!r} uses {what}, which has no exact tree mask here.")
 
     def logits(self, feeds: Sequence[Feed]) -> list[Row | OutOfMemory]:
-        """Forward a causal model: logits (vocabulary,) after each feed's last token."""
+        """Forward a causal model: logits (vocabulary,) after each feed's last token, or (outputs, vocabulary)."""
         return self._forward(feeds, self._logits)
 
     def hidden(self, feeds: Sequence[Feed]) -> list[Row | OutOfMemory]:
@@ -89,7 +100,8 @@ class Transformer:
             layout = self._lay_out(feeds)
             self.memory.make_room(0)  # the cache may have grown
             output = run(*layout)
-            return [Row(output, index) for index in range(len(feeds))]
+            ends = accumulate(feed.outputs for feed in feeds)
+            return [Row(output, end - 1, feed.outputs) for feed, end in zip(feeds, ends, strict=True)]
         except RuntimeError as error:
             if not _out_of_memory(error):
                 raise
@@ -150,11 +162,11 @@ class Transformer:
         """Who attends to what, and the inputs.
 
         Those are the ids, positions and places in the cache of all tokens (tokens,), and the index
-        of each feed's last one (feeds,).
+        of those with outputs (outputs,).
         """
         rooms = _rooms(feeds)
         flat = _Tokens()
-        ends = [0] * len(feeds)
+        ends: list[range] = [range(0)] * len(feeds)
         for room in rooms:
             room.start = len(flat.ids)
             for tree, row in room.feeds.items():
@@ -163,14 +175,14 @@ class Transformer:
                     room.back += range(at, at + len(feed.ids))
                     at += len(feed.ids)
                     flat.add(feed)
-                    ends[which] = len(flat.ids) - 1
+                    ends[which] = range(len(flat.ids) - feed.outputs, len(flat.ids))
             room.end = len(flat.ids)
         sees = flat.sees(self.cache)
         layout = Layout([self._group(room, flat, sees) for room in rooms], self.patterns)
 
         columns = self.cache.columns
         place = [slot * columns + column for slot, column in zip(flat.slots, flat.columns, strict=True)]
-        numbers = torch.tensor([*flat.ids, *flat.positions, *place, *ends]).to(self.model.device)
+        numbers = torch.tensor([*flat.ids, *flat.positions, *place, *chain(*ends)]).to(self.model.device)
         n = len(flat.ids)
         self.forwards += 1
         self.tokens += n
