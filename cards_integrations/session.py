@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from cards_integrations.decoding.base import Draft
-from cards_integrations.errors import OutOfMemory, RewardError
+from cards_integrations.decoding.base import Draft, Scale
+from cards_integrations.errors import RewardError
 from cards_integrations.models.base import Boundary, Candidate, Context, LanguageModel
 from cards_integrations.models.randomness import Uniforms
 from cards_integrations.models.step_times import StepTimes
@@ -95,8 +95,8 @@ class Session:
     """Implements `decoding.base.Session` on a language model and a reward model."""
 
     def __init__(
-        self, desk: Desk, context: Context, seed: int, reward: RewardModel | None,
-        scale: tuple[float, float] | None, emit: Callable[[Chunk], None] | None,
+        self, desk: Desk, context: Context, seed: int, conversation: Conversation,
+        reward: RewardModel | None, scale: Scale | None, emit: Callable[[Chunk], None] | None,
     ) -> None:  # fmt: skip
         self.desk = desk
         self.context = context
@@ -116,7 +116,7 @@ class Session:
         self.questions: list[Question] = []
         self.rate = AcceptanceRate()
         self.streamed = 0
-        self.conversation = Conversation(context.prompt, context.usage)
+        self.conversation = conversation
         if reward is not None:
             reward.open(self.conversation)  # may refuse the prompt, and then nothing else is open
         desk.language_model.open(context)
@@ -175,7 +175,7 @@ class Session:
             kept.question.judge.keep(kept.question.response)
         self.log_likelihood += candidate.log_likelihood
         self.finish = candidate.finish
-        drafts = tuple(_traced(held, pending.candidate) for held, pending in self.looked_at.items())
+        drafts = tuple(_traced(held, pending) for held, pending in self.looked_at.items())
         reward = draft.reward if kept.question else None
         segment = Segment(draft.text, tuple(candidate.ids), reward, draft.threshold, drafts)
         self.segments.append(segment)
@@ -367,29 +367,15 @@ class Drafts:
         if not self.plan.scored:
             pending.score.set_result(math.nan)
             return
-        candidate = pending.candidate
-        ids = candidate.before + candidate.ids if candidate.whole else None
-        response = Response(self.session.conversation, candidate.response, ids)
+        session, candidate = self.session, pending.candidate
+        response = Response(session.conversation, candidate.response, finished=candidate.finish is not None)
+        if candidate.whole:
+            response.ids = candidate.before + candidate.ids
+            response.log_likelihood = session.log_likelihood + candidate.log_likelihood
         pending.question = self.session.ask(response, pending.score)
 
 
-async def score(model: RewardModel, responses: list[Response]) -> list[float]:
-    """The scores, or a `RewardError` that names the reward and the text that caused it."""
-    try:
-        scores = [float(value) for value in await model.score(responses)]
-    except (RewardError, OutOfMemory):
-        raise
-    except Exception as error:
-        texts = ", ".join(repr(response.text) for response in responses)
-        raise RewardError(f"reward {model.name!r} failed for {texts}: {type(error).__name__}: {error}") from error
-    if len(scores) != len(responses):
-        raise RewardError(f"reward {model.name!r} returned {len(scores)} scores for {len(responses)} texts.")
-    for value, response in zip(scores, responses, strict=True):
-        if not math.isfinite(value):
-            raise RewardError(f"reward {model.name!r} returned {value} for the text {response.text!r}.")
-    return scores
-
-
-def _traced(draft: Draft, candidate: Candidate) -> DraftTrace:
+def _traced(draft: Draft, pending: Pending) -> DraftTrace:
     reward = None if draft.verdict == "unscored" else draft.reward
-    return DraftTrace(draft.index, draft.text, tuple(candidate.ids), reward, draft.threshold, draft.verdict)
+    ids, parts = tuple(pending.candidate.ids), pending.question.response.parts if pending.question else {}
+    return DraftTrace(draft.index, draft.text, ids, reward, draft.threshold, draft.verdict, parts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 Verdict = Literal["accepted", "rejected", "best", "unscored"]
@@ -34,7 +34,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class DraftTrace:
-    """One candidate that the method looked at."""
+    """One candidate that the method looked at; `parts` are the scores that a composite reward is made of."""
 
     index: int
     text: str
@@ -42,6 +42,7 @@ class DraftTrace:
     reward: float | None
     threshold: float | None
     verdict: Verdict
+    parts: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

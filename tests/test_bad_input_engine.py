@@ -35,7 +35,7 @@ def judge(models: Callable[..., str], **settings: Any) -> ClassifierReward:
 
 def taken_rows(engine: Engine) -> int:
     assert engine._worker is not None
-    rewards = engine._worker.rewards.values()
+    rewards = engine._worker.rewards.built.values()
     return len(engine.loaded().transformer.cache.trees) + sum(len(r.transformer.cache.trees) for r in rewards)
 
 
@@ -97,7 +97,7 @@ def test_a_template_that_refuses(models: Callable[..., str], start: Start) -> No
         start(models("llama", chat_template=refuses)).run(Request("w6", PLAIN))
 
     engine = start(models("llama"))  # reads plain text, but its judge refuses
-    request = Request("w6", Cards(target_reward=1.0), judge(models, chat_template=refuses))
+    request = Request("w6", Cards(target_reward=1.0, beta=0.7), judge(models, chat_template=refuses))
     with pytest.raises(PromptError, match="nothing pleases me"):
         engine.run(request)
     assert taken_rows(engine) == 0
@@ -163,14 +163,14 @@ def test_a_folder_that_is_not_a_model(
         damage(folder)
     engine = start(models("llama"))
     with pytest.raises(ModelError, match="broken"):
-        engine.run(Request("w6", Cards(target_reward=1.0), ClassifierReward(model=str(folder))))
+        engine.run(Request("w6", Cards(target_reward=1.0, beta=0.7), ClassifierReward(model=str(folder))))
     assert engine.run(Request("w6", PLAIN, max_tokens=2)).text
 
 
 def test_an_adapter_that_is_not_there(models: Callable[..., str], start: Start) -> None:
     reward = ClassifierReward(model=models("llama"), adapter="no/such-adapter")
     with pytest.raises(ModelError, match="no/such-adapter"):
-        start(models("llama")).run(Request("w6", Cards(target_reward=1.0), reward))
+        start(models("llama")).run(Request("w6", Cards(target_reward=1.0, beta=0.7), reward))
 
 
 def test_a_failed_load_is_tried_again(start: Start, tmp_path: Path) -> None:

@@ -20,8 +20,9 @@ from cards_integrations.models.chat import ChatTokenizer
 from cards_integrations.models.loading import LocalModel, ModelLoader, Placement
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import ClassifierReward, Conversation, Response
-from cards_integrations.rewards.classifier import Head, Layout
+from cards_integrations.rewards.classifier import Head
 from cards_integrations.rewards.incremental import IncrementalClassifier
+from cards_integrations.rewards.layout import Layout
 from cards_integrations.rewards.rescoring import RescoringClassifier
 from cards_integrations.trace import Usage
 
@@ -37,7 +38,7 @@ def full_score(model: Any, ids: Sequence[int]) -> float:
 
 def incremental(model: Any, tokenizer: Any, same_vocabulary: bool, **settings: Any) -> IncrementalClassifier:
     reward = ClassifierReward(model="tiny", **settings)
-    layout = Layout(reward, ChatTokenizer(tokenizer))
+    layout = Layout(ChatTokenizer(tokenizer), reward.prompt_format, reward.end_of_turn)
     return IncrementalClassifier(reward.name, model, layout, Head(reward, model.config), same_vocabulary)
 
 
@@ -129,7 +130,10 @@ def test_every_reward_in_the_trace_is_the_whole_text_s(
         Request(prompt, decoding, judge, Sampler(temperature=1.0), 30, stop=("w4", "0 w1"), seed=seed)
         for seed in range(8)
     ]
-    layout, talk = Layout(judge, ChatTokenizer(tokenizer)), Conversation(prompt, Usage())
+    layout, talk = (
+        Layout(ChatTokenizer(tokenizer), judge.prompt_format, judge.end_of_turn),
+        Conversation(prompt, Usage()),
+    )
     before, after = layout.around(talk)
 
     def whole(text: str) -> list[int]:
@@ -173,7 +177,7 @@ def test_a_classifier_without_a_tree_cache_rescores(tmp_path: Path, start: Start
     for output, expected in [("logit", logits[:, 1]), ("probability", log_odds.sigmoid()), ("log_odds", log_odds)]:
         reward = ClassifierReward(model=folder, label="LABEL_1", output=output, prompt_format="{prompt} {response}")
         assert engine.score(reward, "w7 w8", texts) == pytest.approx(expected.tolist(), abs=1e-4)
-        assert isinstance(engine._worker.rewards[reward], RescoringClassifier)
+        assert isinstance(engine._worker.rewards.built[reward], RescoringClassifier)
 
 
 @pytest.fixture(scope="module")

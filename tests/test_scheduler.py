@@ -19,7 +19,7 @@ from cards_integrations.models.local import LocalLanguageModel
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.models.step_times import POINTS, StepTimes, step_times
 from cards_integrations.models.stops import StopStrings
-from cards_integrations.rewards import FunctionReward
+from cards_integrations.rewards import Conversation, FunctionReward, RewardLoader
 from cards_integrations.scheduler import BestPerSecond
 from cards_integrations.session import LEAST, AcceptanceRate, Drafts, Pending, Session
 from cards_integrations.trace import Usage
@@ -158,8 +158,8 @@ class Desk:
     def session(self) -> Session:
         """A request that waits for its rewards for ever."""
         context = Context("w9 w20", [9, 20], 20, Sampler(), StopStrings(), Usage())
-        judge = FunctionReward(function=len).build(ModelLoader(Placement()))
-        return Session(self, context, 0, judge, None, None)
+        judge = FunctionReward(function=len).build(RewardLoader(ModelLoader(Placement())))
+        return Session(self, context, 0, Conversation(context.prompt, context.usage), judge, None, None)
 
     def finish(self, drafts: Drafts, pending: Pending) -> None:
         while not pending.ended:

@@ -1,21 +1,23 @@
-"""Reward models: pluggable settings objects. To add one, write one file and name it in `REWARDS`."""
+"""Reward models: pluggable settings objects. To add one, write one file and import it here."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import BeforeValidator, SerializeAsAny
-
-from cards_integrations.errors import SettingsError, unknown
-from cards_integrations.rewards.base import Conversation, Response, Reward, RewardModel
+from cards_integrations.rewards.base import Conversation, Response, Reward, RewardLoader, RewardModel
 from cards_integrations.rewards.classifier import ClassifierReward
 from cards_integrations.rewards.function import FunctionReward
+from cards_integrations.rewards.gate import GateReward
+from cards_integrations.rewards.groundedness import GroundednessReward
+from cards_integrations.rewards.implicit import ImplicitReward
+from cards_integrations.rewards.judge import JudgeReward
+from cards_integrations.rewards.length import LengthReward
+from cards_integrations.rewards.minimum import MinReward
+from cards_integrations.rewards.pattern import PatternReward
+from cards_integrations.rewards.registry import NAMED, REWARDS, AnyReward, as_reward, register_reward
+from cards_integrations.rewards.relevance import RelevanceReward
+from cards_integrations.rewards.remote import RemoteReward
+from cards_integrations.rewards.weighted import WeightedReward
 
-REWARDS: dict[str, type[Reward]] = {"classifier": ClassifierReward, "function": FunctionReward}
-
-NAMED: dict[str, Reward] = {
+NAMED |= {
     "sentiment": ClassifierReward(
         model="smollm2", adapter="sentiment-smollm2", prompt_format="chat", end_of_turn=False, scale=(0.75, 0.53)
     ),
@@ -24,32 +26,6 @@ NAMED: dict[str, Reward] = {
     ),
 }
 
-
-def as_reward(value: Any) -> Reward:
-    """A reward from a name, a hub id, a directory, a callable, its settings as a dict, or itself."""
-    if isinstance(value, Reward):
-        return value
-    if isinstance(value, str) and value.startswith("{"):
-        value = json.loads(value)
-    if isinstance(value, (str, Path)):
-        name = str(value)
-        if name in NAMED:
-            return NAMED[name]
-        if "/" in name or Path(name).is_dir():
-            return ClassifierReward(model=name)
-        raise unknown("reward", name, NAMED, " Or pass a hub id, a directory, a function or a settings object.")
-    if isinstance(value, dict):
-        kind = str(value.get("kind"))
-        if kind not in REWARDS:
-            raise unknown("reward.kind", kind, REWARDS)
-        return REWARDS[kind].model_validate(value)
-    if callable(value):
-        return FunctionReward(function=value)
-    raise SettingsError(f"reward={value!r}: pass a name, a hub id, a directory, a function or a settings object.")
-
-
-AnyReward = Annotated[SerializeAsAny[Reward], BeforeValidator(as_reward)]
-
 __all__ = [
     "NAMED",
     "REWARDS",
@@ -57,8 +33,20 @@ __all__ = [
     "ClassifierReward",
     "Conversation",
     "FunctionReward",
+    "GateReward",
+    "GroundednessReward",
+    "ImplicitReward",
+    "JudgeReward",
+    "LengthReward",
+    "MinReward",
+    "PatternReward",
+    "RelevanceReward",
+    "RemoteReward",
     "Response",
     "Reward",
+    "RewardLoader",
     "RewardModel",
+    "WeightedReward",
     "as_reward",
+    "register_reward",
 ]

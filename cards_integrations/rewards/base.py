@@ -1,43 +1,61 @@
 """The protocol of reward models: settings that build a model, and a model that scores answers.
 
 A reward model sees whole answers so far (kept text plus candidate). It may keep a state for each
-request, which is how a decoder classifier scores a candidate by its new tokens only.
+request, which is how a decoder scores a candidate by its new tokens only.
 """
 
 from __future__ import annotations
 
+import asyncio
+import inspect
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
+from cards_integrations.errors import OutOfMemory, RewardError
 from cards_integrations.models.base import Message
+from cards_integrations.models.chat import as_text
 from cards_integrations.models.loading import ModelLoader
+from cards_integrations.rewards.prompts import PLAIN
 from cards_integrations.trace import Usage
 
 if TYPE_CHECKING:
     from cards_integrations.models.kv_cache import TreeCache
     from cards_integrations.models.step_times import StepTimes
 
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Scores = Sequence[float] | Awaitable[Sequence[float]]
+
 
 @dataclass(eq=False)
 class Conversation:
-    """The request that answers belong to."""
+    """The request that answers belong to; `context` are the texts that they should be grounded in."""
 
     prompt: str | list[Message]
     usage: Usage
+    context: tuple[str, ...] = ()
     state: Any = None  # the reward model's own
 
 
 @dataclass(eq=False)
 class Response:
-    """An answer so far. `ids` are the language model's own tokens, or None if the text was cut."""
+    """An answer so far.
+
+    `ids` are the language model's own tokens, and `log_likelihood` the sum of their log p in nats
+    under it (full vocabulary, temperature 1); both None if the text was cut, or is not the model's.
+    `finished`: no more text follows. A composite leaves the scores of its `parts` here, by name.
+    """
 
     conversation: Conversation
     text: str
     ids: list[int] | None = None
+    log_likelihood: float | None = None
+    finished: bool = False
+    parts: dict[str, float] = field(default_factory=dict)
     state: Any = None  # the reward model's own
 
 
@@ -45,7 +63,8 @@ class RewardModel(ABC):
     """A loaded reward model. Called from the engine's thread; higher scores are better."""
 
     name: str
-    across_requests: ClassVar[bool] = False
+    timeout: float | None = None
+    across_requests: bool = False
     """May one call of `score` take the answers of several requests?"""
 
     @property
@@ -53,7 +72,7 @@ class RewardModel(ABC):
         """Seconds of a call by its number of tokens, if it keeps the language model's device busy."""
         return None
 
-    def needs(self, tokens: int) -> list[tuple[TreeCache, int, int]]:
+    def needs(self, conversation: Conversation, tokens: int) -> list[tuple[TreeCache, int, int]]:
         """Rows and columns that a request of so many tokens takes in the caches of this model."""
         return []
 
@@ -61,7 +80,7 @@ class RewardModel(ABC):
         """A request begins."""
 
     @abstractmethod
-    async def score(self, responses: Sequence[Response]) -> list[float]:
+    async def score(self, responses: Sequence[Response]) -> Sequence[float]:
         """One finite float for each response."""
 
     def keep(self, response: Response) -> None:
@@ -74,20 +93,138 @@ class RewardModel(ABC):
         """The request has ended."""
 
 
+async def scores(model: RewardModel, responses: Sequence[Response]) -> list[float]:
+    """The scores, or a `RewardError` that names the reward and the text that caused it."""
+    try:
+        async with asyncio.timeout(model.timeout):
+            found = [float(value) for value in await model.score(responses)]
+    except (RewardError, OutOfMemory):
+        raise
+    except TimeoutError as error:
+        raise RewardError(f"reward {model.name!r} gave no scores within timeout={model.timeout} seconds.") from error
+    except Exception as error:
+        texts = ", ".join(repr(response.text) for response in responses)
+        raise RewardError(f"reward {model.name!r} failed for {texts}: {type(error).__name__}: {error}") from error
+    if len(found) != len(responses):
+        raise RewardError(f"reward {model.name!r} returned {len(found)} scores for {len(responses)} texts.")
+    for value, response in zip(found, responses, strict=True):
+        if not math.isfinite(value):
+            raise RewardError(f"reward {model.name!r} returned {value} for the text {response.text!r}.")
+    return found
+
+
 class Reward(BaseModel):
-    """Settings of a reward model."""
+    """Settings of a reward model. A subclass has a `kind` and either `score` or `build`.
+
+    `granularity="sentence"` is for rewards that make sense on whole sentences only: an unfinished
+    answer is scored as far as its last complete sentence. `timeout` is in seconds, for one call.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
+    standardises: ClassVar[bool] = False
+    """Does it need the scales of its parts?"""
+
     kind: str
-    scale: tuple[float, float] | None = None
-    """Mean and spread of the reward over plain answers; what `Cards(target_reward="auto")` reads."""
+    scale: tuple[Finite, Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None = None
+    """Mean and spread of the reward over plain answers. None: measured where it is needed."""
+    granularity: Literal["token", "sentence"] = "token"
+    timeout: Annotated[float, Field(gt=0)] | None = None
 
     @property
     def name(self) -> str:
         """What errors and metadata call it."""
         return self.kind
 
-    def build(self, loader: ModelLoader) -> RewardModel:
+    @property
+    def parts(self) -> tuple[Reward, ...]:
+        """The rewards that it is made of."""
+        return ()
+
+    def with_parts(self, parts: Sequence[Reward]) -> Reward:
+        """The same, made of other parts."""
+        return self
+
+    @property
+    def scaled_like(self) -> Reward:
+        """The reward whose scale is this one's, too."""
+        return self
+
+    @property
+    def lasting(self) -> bool:
+        """Will the same settings mean the same in another process? Code of a notebook may change."""
+        return type(self).__module__ != "__main__" and all(part.lasting for part in self.parts)
+
+    @property
+    def prompts(self) -> Sequence[tuple[str, tuple[str, ...]]]:
+        """Prompts, each with its context, on whose plain answers it can be measured."""
+        return [(prompt, ()) for prompt in PLAIN]
+
+    def score(self, prompt: str, responses: list[str]) -> Scores:
+        """One float for each answer to the prompt, higher is better; sync (run in a thread) or async.
+
+        `prompt` is the user's text, or the whole conversation with roles if it has several messages.
+        The reward of the prompt alone is asked for as `responses=[""]`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has neither score() nor build().")
+
+    def build(self, loader: RewardLoader) -> RewardModel:
         """Load it; called once per engine, in the engine's thread."""
-        raise NotImplementedError
+        return Called(self.name, self.score)
+
+
+class Called(RewardModel):
+    """A Python callable, `function(prompt, responses)`, asked for one request at a time."""
+
+    def __init__(self, name: str, function: Callable[[str, list[str]], Scores]) -> None:
+        self.name = name
+        self.function = function
+
+    async def score(self, responses: Sequence[Response]) -> Sequence[float]:
+        conversation = responses[0].conversation
+        prompt, texts = as_text(conversation.prompt), [r.text for r in responses]
+        call = self.function if inspect.iscoroutinefunction(self.function) else _in_a_thread(self.function)
+        found = await call(prompt, texts)
+        conversation.usage.rm_forwards += 1
+        return list(found)
+
+
+def _in_a_thread(function: Callable[[str, list[str]], Scores]) -> Callable[[str, list[str]], Any]:
+    async def call(prompt: str, texts: list[str]) -> Sequence[float]:
+        found = await asyncio.to_thread(function, prompt, texts)
+        return await found if inspect.isawaitable(found) else found
+
+    return call
+
+
+class Instant(RewardModel):
+    """A function of the response alone, so cheap that it needs no thread."""
+
+    across_requests = True
+
+    def __init__(self, name: str, function: Callable[[Response], float]) -> None:
+        self.name = name
+        self.function = function
+
+    async def score(self, responses: Sequence[Response]) -> list[float]:
+        return [self.function(response) for response in responses]
+
+
+class RewardLoader:
+    """The reward models of one engine, each built once, whichever composite it is part of."""
+
+    def __init__(self, models: ModelLoader) -> None:
+        self.models = models
+        self.built: dict[Reward, RewardModel] = {}
+
+    def __getitem__(self, settings: Reward) -> RewardModel:
+        key = settings if settings.parts else settings.model_copy(update={"scale": None})
+        if key not in self.built:
+            model = settings.build(self)
+            if settings.granularity == "sentence":
+                from cards_integrations.rewards.sentences import WholeSentences
+
+                model = WholeSentences(model)
+            model.timeout = settings.timeout
+            self.built[key] = model
+        return self.built[key]

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, field_validator
 
 from cards_integrations.errors import ModelError, SettingsError
-from cards_integrations.models.chat import ChatTokenizer, as_text
-from cards_integrations.models.loading import LocalModel, ModelLoader
+from cards_integrations.models.chat import ChatTokenizer
+from cards_integrations.models.loading import LocalModel
 from cards_integrations.models.transformer import Transformer
-from cards_integrations.rewards.base import Conversation, Reward, RewardModel
+from cards_integrations.rewards.base import Reward, RewardLoader, RewardModel
+from cards_integrations.rewards.layout import Layout, same_vocabulary
+from cards_integrations.rewards.registry import register_reward
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 ADAPTERS = Path(__file__).parent / "adapters"
 
 
+@register_reward
 class ClassifierReward(Reward):
     """A sequence classifier: a decoder scores incrementally, an encoder by batched rescoring.
 
@@ -50,7 +53,7 @@ class ClassifierReward(Reward):
     def name(self) -> str:
         return f"classifier {self.model}" + (f" + {Path(self.adapter).name}" if self.adapter else "")
 
-    def build(self, loader: ModelLoader) -> RewardModel:
+    def build(self, loader: RewardLoader) -> RewardModel:
         from cards_integrations.rewards.incremental import IncrementalClassifier
         from cards_integrations.rewards.rescoring import RescoringClassifier
 
@@ -60,41 +63,18 @@ class ClassifierReward(Reward):
         spec = LocalModel(
             model=self.model, revision=self.revision, adapter=adapter, trust_remote_code=self.trust_remote_code
         )
-        model, tokenizer = loader.classifier(spec)
-        layout = Layout(self, ChatTokenizer(tokenizer))
+        models = loader.models
+        model, tokenizer = models.classifier(spec)
+        layout = Layout(ChatTokenizer(tokenizer), self.prompt_format, self.end_of_turn)
         head = Head(self, model.config)
-        language_model = loader.language_model
-        same = language_model is not None and _same_vocabulary(tokenizer, language_model[2])
+        same = models.language_model is not None and same_vocabulary(tokenizer, models.language_model[2])
         try:
             if not hasattr(model, "score"):
                 raise ModelError(f"{type(model).__name__} has no decoder head")
             Transformer.check(model)
         except ModelError:
             return RescoringClassifier(self.name, model, layout, head)
-        return IncrementalClassifier(self.name, model, layout, head, same, loader.memory)
-
-
-class Layout:
-    """The text that a reward model reads around an answer."""
-
-    def __init__(self, settings: ClassifierReward, chat: ChatTokenizer) -> None:
-        self.chat = chat
-        self.format = settings.prompt_format or ("chat" if chat.has_template else "{prompt}{response}")
-        self.end_of_turn = settings.end_of_turn
-
-    def around(self, conversation: Conversation) -> tuple[str, str]:
-        """The text before the answer and after it."""
-        if self.format == "chat":
-            before, after = self.chat.around_answer(conversation.prompt)
-            return before, after if self.end_of_turn else ""
-        before, _, after = self.format.partition("{response}")
-        prompt = as_text(conversation.prompt)
-        return before.replace("{prompt}", prompt), after.replace("{prompt}", prompt)
-
-    @property
-    def special(self) -> bool:
-        """Does the tokenizer add its BOS? A chat template brings its own."""
-        return self.format != "chat"
+        return IncrementalClassifier(self.name, model, layout, head, same, models.memory)
 
 
 class Head:
@@ -130,11 +110,3 @@ class Head:
             scores = log_p.exp() if self.output == "probability" else log_p - (-log_p.expm1()).log()
         found: list[float] = scores.tolist()
         return found
-
-
-def _same_vocabulary(one: object, other: object) -> bool:
-    """Do two tokenizers give every text the same ids?"""
-    if one is other:
-        return True
-    backends = [getattr(t, "backend_tokenizer", None) for t in (one, other)]
-    return None not in backends and backends[0].to_str() == backends[1].to_str()  # type: ignore[union-attr]

@@ -2,44 +2,73 @@
 
 from __future__ import annotations
 
-import asyncio
-import inspect
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+import os
+from collections.abc import Callable
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from cards_integrations.models.chat import as_text
-from cards_integrations.models.loading import ModelLoader
-from cards_integrations.rewards.base import Response, Reward, RewardModel
+from pydantic import BeforeValidator, ImportString, PlainSerializer, TypeAdapter, ValidationError
+
+from cards_integrations.errors import SettingsError
+from cards_integrations.rewards.base import Called, Reward, RewardLoader, RewardModel
+from cards_integrations.rewards.registry import register_reward
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_allowed: ContextVar[bool] = ContextVar("imports_allowed", default=False)
 
 
+@contextmanager
+def imports_allowed(allowed: bool = True) -> Iterator[None]:
+    """Settings read within may name code to import; so may all of them if CARDS_ALLOW_IMPORTS=1 is set."""
+    token = _allowed.set(allowed)
+    try:
+        yield
+    finally:
+        _allowed.reset(token)
+
+
+def _permitted(value: Any) -> Any:
+    if isinstance(value, str) and not (_allowed.get() or os.environ.get("CARDS_ALLOW_IMPORTS") == "1"):
+        raise SettingsError(
+            f"reward.function={value!r} would import code that a settings file names. If you trust it, pass "
+            "allow_imports=True to from_settings or from_yaml, or set CARDS_ALLOW_IMPORTS=1."
+        )
+    return value
+
+
+def _import_string(function: Any) -> str:
+    """How a settings file names the function; a lambda, or one inside another, has no name."""
+    name = f"{function.__module__}.{function.__qualname__}"
+    with suppress(ValidationError):
+        if TypeAdapter(ImportString).validate_python(name) is function:
+            return name
+    raise ValueError(f"{function!r} cannot be imported by name")
+
+
+@register_reward
 class FunctionReward(Reward):
     """`function(prompt, responses) -> list[float]`, sync (run in a thread) or async.
 
     `prompt` is the user's text, or the whole conversation with roles if it has several messages.
-    The reward of the prompt alone is `function(prompt, [""])`.
+    The reward of the prompt alone is `function(prompt, [""])`. A settings file names the function
+    "module.name"; it is imported only if the reader of the file allows it.
     """
 
     kind: Literal["function"] = "function"
-    function: Callable[[str, list[str]], Any]
+    function: Annotated[
+        ImportString[Callable[[str, list[str]], Any]], BeforeValidator(_permitted), PlainSerializer(_import_string)
+    ]
 
     @property
     def name(self) -> str:
         return f"function {getattr(self.function, '__name__', repr(self.function))}"
 
-    def build(self, loader: ModelLoader) -> RewardModel:
-        return FunctionModel(self)
+    @property
+    def lasting(self) -> bool:
+        return False
 
-
-class FunctionModel(RewardModel):
-    def __init__(self, settings: FunctionReward) -> None:
-        self.name = settings.name
-        self.function = settings.function
-
-    async def score(self, responses: Sequence[Response]) -> list[float]:
-        prompt, texts = as_text(responses[0].conversation.prompt), [r.text for r in responses]
-        if inspect.iscoroutinefunction(self.function):
-            scores = await self.function(prompt, texts)
-        else:
-            scores = await asyncio.to_thread(self.function, prompt, texts)
-        responses[0].conversation.usage.rm_forwards += 1
-        return list(scores)
+    def build(self, loader: RewardLoader) -> RewardModel:
+        return Called(self.name, self.function)

@@ -1,11 +1,13 @@
-"""A decoder classifier that scores a candidate by its new tokens only."""
+"""Decoders that score a candidate by its new tokens only: the kept answer stays in a KV cache."""
 
 from __future__ import annotations
 
+import logging
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -14,13 +16,16 @@ from cards_integrations.models.kv_cache import Branch, Tree, TreeCache
 from cards_integrations.models.kv_memory import KVMemory, common
 from cards_integrations.models.loading import positions
 from cards_integrations.models.step_times import StepTimes, step_times
-from cards_integrations.models.transformer import Feed, Transformer
+from cards_integrations.models.transformer import Feed, Row, Transformer
 from cards_integrations.rewards.base import Conversation, Response, RewardModel
-from cards_integrations.rewards.classifier import Head, Layout
+from cards_integrations.rewards.classifier import Head
+from cards_integrations.rewards.layout import Layout
+
+log = logging.getLogger("cards_integrations")
 
 
 @dataclass
-class _Read:
+class Read:
     """A conversation's row in the cache, and the text and ids around the answer."""
 
     tree: Tree
@@ -31,48 +36,46 @@ class _Read:
 
 
 @dataclass
-class _Scored:
+class Scored:
     """A response's branch; its first `kept` own tokens go into the trunk if it is kept."""
 
     branch: Branch
     kept: int
 
 
-class IncrementalClassifier(RewardModel):
-    """The kept answer stays in a KV cache; a candidate costs its own tokens and the template's suffix.
+class Incremental(RewardModel):
+    """A decoder that reads an answer in its layout; a candidate costs its own tokens and the layout's suffix.
 
     With the language model's own vocabulary the candidate's ids are read as they are. Otherwise its
     text is tokenized again, and what it shares with the kept tokens is not read again, even where
-    the last of them has merged with the first of the candidate.
+    the last of them has merged with the first of the candidate. What is longer than the window
+    loses the beginning of the prompt.
     """
 
-    across_requests: ClassVar[bool] = True
+    across_requests = True
 
     def __init__(
-        self, name: str, model: Any, layout: Layout, head: Head, same_vocabulary: bool, memory: KVMemory | None = None
+        self, name: str, model: Any, layout: Layout, same_vocabulary: bool, memory: KVMemory | None = None
     ) -> None:
         self.name = name
         self.model = model
-        self.to_logits = model.score.float()  # the last step in full precision: bf16 has three digits
         self.layout = layout
-        self.head = head
         self.same_vocabulary = same_vocabulary
         self.transformer = Transformer(model, memory)
         self.window = positions(model.config)
-        self.pad = self.transformer.config.pad_token_id  # transformers reads the score at the last other token
 
     @cached_property
     def times(self) -> StepTimes:
         return step_times(self.name, self.model, self.transformer.time)
 
-    def needs(self, tokens: int) -> list[tuple[TreeCache, int, int]]:
+    def needs(self, conversation: Conversation, tokens: int) -> list[tuple[TreeCache, int, int]]:
         return [(self.transformer.cache, 1, tokens)]
 
     def open(self, conversation: Conversation) -> None:
         chat = self.layout.chat
         before, after = self.layout.around(conversation)
         before_ids, after_ids = chat.encode(before, special=self.layout.special), chat.encode(after)
-        conversation.state = _Read(self.transformer.cache.open(), before, after, before_ids, after_ids)
+        conversation.state = Read(self.transformer.cache.open(), before, after, before_ids, after_ids)
 
     def close(self, conversation: Conversation) -> None:
         if conversation.state is not None:
@@ -82,19 +85,21 @@ class IncrementalClassifier(RewardModel):
 
     async def score(self, responses: Sequence[Response]) -> list[float]:
         feeds = [self._feed(response) for response in responses]
-        scores: dict[int, float] = {}
+        found: dict[int, float] = {}
         try:
             for batch in self.transformer.batches(feeds):
                 for feed, score in zip(batch, self._run(batch), strict=True):
-                    scores[id(feed)] = score
+                    found[id(feed)] = score
         except Exception:
             for response, feed in zip(responses, feeds, strict=True):
                 response.conversation.state.tree.drop(feed.branch)
             raise
-        return [scores[id(feed)] for feed in feeds]
+        return [found[id(feed)] for feed in feeds]
 
     def keep(self, response: Response) -> None:
-        scored: _Scored = response.state
+        if response.state is None:
+            return
+        scored: Scored = response.state
         tree = scored.branch.tree
         tree.keep(scored.branch, scored.kept)
         tree.drop(scored.branch)
@@ -106,21 +111,30 @@ class IncrementalClassifier(RewardModel):
         response.state = None
 
     def _feed(self, response: Response) -> Feed:
-        read: _Read = response.conversation.state
-        ids, suffix = self._ids(response, read)
-        if len(ids) > self.window:
-            raise RewardError(
-                f"reward {self.name!r}: the conversation takes {len(ids)} tokens, more than the {self.window} of "
-                "its window; use a shorter prompt or a smaller max_tokens."
-            )
+        read: Read = response.conversation.state
+        ids, suffix = self._fitting(*self._ids(response, read), response)
         if not read.tree.ids:
             self.transformer.memory.recall(read.tree, ids[: len(ids) - suffix])
         shared = min(common(ids, read.tree.ids), len(ids) - max(1, suffix))  # the score is read at the last token
         branch = read.tree.branch(shared)
-        response.state = _Scored(branch, len(ids) - suffix - shared)
+        response.state = Scored(branch, len(ids) - suffix - shared)
         return Feed(branch, ids[shared:], response)
 
-    def _ids(self, response: Response, read: _Read) -> tuple[list[int], int]:
+    def _fitting(self, ids: list[int], suffix: int, response: Response) -> tuple[list[int], int]:
+        """As much of the end as the window holds: of the prompt's beginning nothing, of the answer all."""
+        surplus = len(ids) - self.window
+        if surplus <= 0:
+            return ids, suffix
+        prompt = len(response.conversation.state.before_ids)
+        if surplus >= prompt:
+            raise RewardError(
+                f"reward {self.name!r}: the answer takes {len(ids) - prompt} tokens, more than the {self.window} of "
+                "its window; use a smaller max_tokens."
+            )
+        log.warning("reward %r does not read the first %d tokens of a prompt: its window is full", self.name, surplus)
+        return ids[surplus:], suffix
+
+    def _ids(self, response: Response, read: Read) -> tuple[list[int], int]:
         """All ids of the conversation with this answer, and how many of them come after the answer."""
         chat = self.layout.chat
         if self.same_vocabulary and response.ids is not None:
@@ -128,19 +142,19 @@ class IncrementalClassifier(RewardModel):
         else:
             ids = chat.encode(read.before + response.text, special=self.layout.special)
         whole = [*ids, *read.after_ids] or [chat.tokenizer.pad_token_id]  # something must be read
-        end = len(whole)
-        while end > 1 and whole[end - 1] == self.pad:
-            end -= 1
-        return whole[:end], max(0, end - len(ids))
+        return whole, len(whole) - len(ids)
 
+    @abstractmethod
     def _run(self, batch: list[Feed]) -> list[float]:
-        hidden = []
-        for state in self.transformer.hidden(batch):
-            if isinstance(state, OutOfMemory):
-                raise state
-            hidden.append(state.value)
-        with torch.inference_mode():
-            logits = self.to_logits(torch.stack(hidden).float())
+        """One forward, and the scores of the feeds' owners."""
+
+    def _read(self, batch: list[Feed], rows: list[Row | OutOfMemory]) -> list[Row]:
+        """What a forward gave, counted."""
+        found = []
+        for row in rows:
+            if isinstance(row, OutOfMemory):
+                raise row
+            found.append(row)
         served = {}
         for feed in batch:
             usage = feed.owner.conversation.usage
@@ -148,4 +162,28 @@ class IncrementalClassifier(RewardModel):
             served[id(usage)] = usage
         for usage in served.values():
             usage.rm_forwards += 1
-        return self.head(logits)
+        return found
+
+
+class IncrementalClassifier(Incremental):
+    """A decoder with a classification head, read at the last token."""
+
+    def __init__(
+        self, name: str, model: Any, layout: Layout, head: Head, same_vocabulary: bool, memory: KVMemory | None = None
+    ) -> None:
+        super().__init__(name, model, layout, same_vocabulary, memory)
+        self.head = head
+        self.to_logits = model.score.float()  # the last step in full precision: bf16 has three digits
+        self.pad = self.transformer.config.pad_token_id  # transformers reads the score at the last other token
+
+    def _ids(self, response: Response, read: Read) -> tuple[list[int], int]:
+        whole, suffix = super()._ids(response, read)
+        end = len(whole)
+        while end > 1 and whole[end - 1] == self.pad:
+            end -= 1
+        return whole[:end], max(0, suffix - (len(whole) - end))
+
+    def _run(self, batch: list[Feed]) -> list[float]:
+        hidden = self._read(batch, self.transformer.hidden(batch))
+        with torch.inference_mode():
+            return self.head(self.to_logits(torch.stack([row.value for row in hidden]).float()))

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 from cards_integrations.models.loading import positions
 from cards_integrations.rewards.base import Conversation, Response, RewardModel
-from cards_integrations.rewards.classifier import Head, Layout
+from cards_integrations.rewards.classifier import Head
+from cards_integrations.rewards.layout import Layout
 
 
 class RescoringClassifier(RewardModel):
     """Reads the whole text of every answer; a text that is too long loses its beginning."""
 
-    across_requests: ClassVar[bool] = True
+    across_requests = True
 
     def __init__(self, name: str, model: Any, layout: Layout, head: Head) -> None:
         self.name = name

@@ -1,0 +1,56 @@
+"""A hard constraint in front of another reward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from cards_integrations.rewards.base import Finite, Response, Reward, RewardLoader, RewardModel
+from cards_integrations.rewards.composite import Composite
+from cards_integrations.rewards.registry import AnyReward, register_reward
+
+
+@register_reward
+class GateReward(Reward):
+    """`reward` where `gate` scores at least `threshold`, and `closed` elsewhere, where `reward` is not asked.
+
+    `closed` has to lie far below what the reward gives, so that such a candidate is never accepted.
+    If all candidates of a segment fail, one of them is kept all the same: the method always goes on.
+    """
+
+    kind: Literal["gate"] = "gate"
+    gate: AnyReward
+    reward: AnyReward
+    threshold: Finite = 0.0
+    closed: Finite = -1e6
+
+    @property
+    def name(self) -> str:
+        return f"gate ({self.gate.name} before {self.reward.name})"
+
+    @property
+    def parts(self) -> tuple[Reward, ...]:
+        return (self.gate, self.reward)
+
+    @property
+    def scaled_like(self) -> Reward:
+        return self.reward.scaled_like  # `closed` is no measure of anything
+
+    def with_parts(self, parts: Sequence[Reward]) -> Reward:
+        gate, reward = parts
+        return self.model_copy(update={"gate": gate, "reward": reward})
+
+    def build(self, loader: RewardLoader) -> RewardModel:
+        return Gate(self, [loader[self.gate], loader[self.reward]])
+
+
+class Gate(Composite):
+    def __init__(self, settings: GateReward, models: Sequence[RewardModel]) -> None:
+        super().__init__(settings.name, models)
+        self.settings = settings
+
+    async def score(self, responses: Sequence[Response]) -> list[float]:
+        settings, gate = self.settings, await self.part(0, responses)
+        through = [r for r, value in zip(responses, gate, strict=True) if value >= settings.threshold]
+        found = iter(await self.part(1, through) if through else ())
+        return [next(found) if value >= settings.threshold else settings.closed for value in gate]

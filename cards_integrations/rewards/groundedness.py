@@ -1,0 +1,117 @@
+"""Is an answer supported by the retrieved context?"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from cards_integrations.errors import RewardError
+from cards_integrations.models.base import Message
+from cards_integrations.models.chat import as_messages
+from cards_integrations.models.loading import LocalModel
+from cards_integrations.rewards.base import Conversation, Reward, RewardLoader, RewardModel
+from cards_integrations.rewards.entailment import Entailment
+from cards_integrations.rewards.likelihood import MutualInformation
+from cards_integrations.rewards.nearest import Nearest
+from cards_integrations.rewards.prompts import WITH_CONTEXT
+from cards_integrations.rewards.registry import register_reward
+from cards_integrations.rewards.sentences import WholeSentences
+
+PATTERNS = (
+    r"-{5,}\n(?P<context>.+?)\n-{5,}",  # LlamaIndex
+    r"(?i)\bcontext(?: information)?:\s*(?P<context>.+?)(?=\n\s*(?:question|query|answer)\b|\Z)",  # LangChain
+)
+JOINED = "Context: {context}\n\nQuestion: {prompt}"
+
+
+def _expressions(value: Any) -> Any:
+    for pattern in value if isinstance(value, (list, tuple)) else ():
+        if "context" not in re.compile(pattern).groupindex:
+            raise ValueError(f"{pattern!r} has no group (?P<context>...)")
+    return value
+
+
+@register_reward
+class GroundednessReward(Reward):
+    """Support of an answer by the context, in one of three ways.
+
+    - `by="likelihood"`: pointwise mutual information per token, (log p(answer | question, context)
+      - log p(answer | question)) / tokens in nats, under the language model itself, which has read
+      one of the two while drafting.
+    - `by="entailment"`: an NLI model or cross-encoder (`model`) reads (context, sentence); the mean
+      over the answer's complete sentences of the highest probability of `label` over the contexts.
+    - `by="embedding"`: the mean over complete sentences of the highest cosine with a sentence of the
+      contexts, by any sentence-transformers `model` (default MiniLM).
+
+    The context is the call's `context=`, or what `patterns` find in the prompt (the prompts of both
+    frameworks by default). A context that the prompt does not hold is put before it as in `joined`.
+    """
+
+    kind: Literal["groundedness"] = "groundedness"
+    by: Literal["likelihood", "entailment", "embedding"] = "likelihood"
+    model: str | None = None
+    revision: str | None = None
+    label: int | str = "entailment"
+    patterns: Annotated[tuple[str, ...], BeforeValidator(_expressions)] = PATTERNS
+    joined: str = Field(JOINED, pattern=r"(?s)\{context\}.*\{prompt\}|\{prompt\}.*\{context\}")
+
+    @model_validator(mode="after")
+    def _has_model(self) -> Self:
+        if self.by == "entailment" and self.model is None:
+            raise ValueError("by='entailment' needs model=: an NLI model or a cross-encoder")
+        if self.by == "likelihood" and self.model is not None:
+            raise ValueError("by='likelihood' reads the language model itself: leave model= out")
+        return self
+
+    @property
+    def name(self) -> str:
+        return f"groundedness by {self.by}"
+
+    @property
+    def prompts(self) -> Sequence[tuple[str, tuple[str, ...]]]:
+        joined = JOINED + "\n\nAnswer in one sentence."
+        return [(joined.format(context=context, prompt=question), (context,)) for question, context in WITH_CONTEXT]
+
+    def build(self, loader: RewardLoader) -> RewardModel:
+        if self.by == "likelihood":
+            return MutualInformation(self.name, loader, self.other_prompt)
+        spec = LocalModel(model=self.model or "minilm", revision=self.revision)
+        if self.by == "embedding":
+            return WholeSentences(Nearest(self.name, loader, spec, self.context))
+        return WholeSentences(Entailment(self.name, loader, spec, self.label, self.context))
+
+    def context(self, conversation: Conversation) -> tuple[str, ...]:
+        """The texts that an answer should be grounded in."""
+        return conversation.context or self._found(conversation)[0]
+
+    def other_prompt(self, conversation: Conversation) -> tuple[list[Message], bool]:
+        """The prompt without its context, or with it if it holds none; and whether it has it now."""
+        found, messages = self._found(conversation)
+        if found:
+            return messages, False
+        *earlier, last = messages
+        context = "\n\n".join(conversation.context)
+        text = self.joined.replace("{context}", context).replace("{prompt}", last["content"])
+        return [*earlier, {**last, "content": text}], True
+
+    def _found(self, conversation: Conversation) -> tuple[tuple[str, ...], list[Message]]:
+        """The context that the prompt holds, and the messages without it."""
+        found: list[str] = []
+        messages = []
+        for message in as_messages(conversation.prompt):
+            text = message["content"]
+            here = [context for context in conversation.context if context and context in text]
+            if not conversation.context and message["role"] != "assistant":
+                here = [m["context"] for p in self.patterns if (m := re.search(p, text, re.DOTALL))][:1]
+            for context in here:
+                text = text.replace(context, "")
+            found += here
+            messages.append({**message, "content": text})
+        if not found and not conversation.context:
+            raise RewardError(
+                f"reward {self.name!r} finds no context in the prompt: pass context=..., or patterns= that find it."
+            )
+        return tuple(found), messages

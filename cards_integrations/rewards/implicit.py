@@ -1,0 +1,54 @@
+"""The reward that a tuned model implies over the one it was tuned from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from cards_integrations.models.loading import AnyModel
+from cards_integrations.rewards.base import Response, Reward, RewardLoader, RewardModel
+from cards_integrations.rewards.composite import Composite
+from cards_integrations.rewards.likelihood import Likelihood, likelihood
+from cards_integrations.rewards.registry import register_reward
+
+
+@register_reward
+class ImplicitReward(Reward):
+    """beta * (log p_tuned(y | x) - log p_base(y | x)), in nats: equation 5 of DPO (arXiv 2305.18290).
+
+    TreeBoN (arXiv 2410.16033) guides with it. `None` is the language model that drafts, whose own
+    log p costs nothing; so the usual choice is to draft with the base model and to name the tuned one,
+    which may be an adapter on the same weights: `LocalModel(model=..., adapter=...)`.
+    """
+
+    kind: Literal["implicit"] = "implicit"
+    tuned: AnyModel | None = None
+    base: AnyModel | None = None
+    beta: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
+
+    @model_validator(mode="after")
+    def _two_models(self) -> Self:
+        if self.tuned == self.base:
+            raise ValueError("tuned and base are the same model: their difference is always 0")
+        return self
+
+    @property
+    def name(self) -> str:
+        tuned, base = (m.adapter or m.model if m else "the language model" for m in (self.tuned, self.base))
+        return f"implicit ({tuned} over {base})"
+
+    def build(self, loader: RewardLoader) -> RewardModel:
+        models = [likelihood(loader, self.tuned, "log p tuned"), likelihood(loader, self.base, "log p base")]
+        return Implicit(self.name, models, self.beta)
+
+
+class Implicit(Composite):
+    def __init__(self, name: str, models: Sequence[Likelihood], beta: float) -> None:
+        super().__init__(name, models)
+        self.beta = beta
+
+    async def score(self, responses: Sequence[Response]) -> list[float]:
+        tuned, base = await self.every_part(responses)
+        return [self.beta * (more - less) for more, less in zip(tuned, base, strict=True)]

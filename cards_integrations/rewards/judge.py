@@ -1,0 +1,104 @@
+"""A language model as judge: how much more it would say yes than no. Nothing is sampled."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+
+from cards_integrations.errors import ModelError, SettingsError
+from cards_integrations.models.chat import ChatTokenizer, as_text
+from cards_integrations.models.kv_memory import KVMemory
+from cards_integrations.models.loading import AnyModel
+from cards_integrations.models.transformer import Feed
+from cards_integrations.rewards.base import Conversation, Reward, RewardLoader, RewardModel
+from cards_integrations.rewards.incremental import Incremental
+from cards_integrations.rewards.layout import Layout, same_vocabulary
+from cards_integrations.rewards.registry import register_reward
+
+RUBRIC = """Here is a message, and the beginning of an answer to it.
+
+Message: {prompt}
+
+Answer: {response}
+
+Is this a helpful, honest and harmless answer? Say Yes or No."""
+
+
+@register_reward
+class JudgeReward(Reward):
+    """logit("Yes") - logit("No") of the judge's first token after the `rubric`.
+
+    `model=None` is the language model that drafts (self-evaluation, on the same weights). The rubric has
+    `{response}` and usually `{prompt}`; it goes through the judge's chat template as a user's message.
+    """
+
+    kind: Literal["judge"] = "judge"
+    model: AnyModel | None = None
+    rubric: str = RUBRIC
+    words: tuple[Annotated[str, Field(min_length=1)], Annotated[str, Field(min_length=1)]] = ("Yes", "No")
+
+    @model_validator(mode="after")
+    def _usable(self) -> Self:
+        if "{response}" not in self.rubric:
+            raise ValueError("the rubric must contain {response}")
+        if self.words[0] == self.words[1]:
+            raise ValueError("the two words are the same")
+        return self
+
+    @property
+    def name(self) -> str:
+        return f"judge {self.model.model if self.model else 'self'}"
+
+    def build(self, loader: RewardLoader) -> RewardModel:
+        models = loader.models
+        if models.language_model is None:
+            raise ModelError(f"reward {self.name!r} needs a local language model.")
+        own, model, tokenizer = models.language_model
+        same = True
+        if self.model is not None and self.model != own:
+            model, tokenizer = models.causal(self.model)
+            same = same_vocabulary(tokenizer, models.language_model[2])
+        rubric = Rubric(ChatTokenizer(tokenizer), self.rubric)
+        return IncrementalJudge(self.name, model, rubric, _first_tokens(self, rubric.chat), same, models.memory)
+
+
+class Rubric(Layout):
+    """The rubric as a user's message, up to where the judge answers."""
+
+    def __init__(self, chat: ChatTokenizer, rubric: str) -> None:
+        super().__init__(chat)
+        self.rubric = rubric
+
+    def around(self, conversation: Conversation) -> tuple[str, str]:
+        before, _, after = self.rubric.partition("{response}")
+        prompt = as_text(conversation.prompt)
+        return self.chat.around_part(before.replace("{prompt}", prompt), after.replace("{prompt}", prompt))
+
+
+class IncrementalJudge(Incremental):
+    """The margin between the logits of two words at the last token of the rubric."""
+
+    def __init__(
+        self, name: str, model: Any, layout: Rubric, words: tuple[int, int], same_vocabulary: bool,
+        memory: KVMemory | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(name, model, layout, same_vocabulary, memory)
+        self.words = words
+
+    def _run(self, batch: list[Feed]) -> list[float]:
+        yes, no = self.words
+        rows = self._read(batch, self.transformer.logits(batch))
+        with torch.inference_mode():
+            logits = torch.stack([row.value[[yes, no]] for row in rows]).float()
+            found: list[float] = (logits[:, 0] - logits[:, 1]).tolist()
+        return found
+
+
+def _first_tokens(settings: JudgeReward, chat: ChatTokenizer) -> tuple[int, int]:
+    """How the two words begin, where the judge answers: after a space, if there is no template."""
+    yes, no = (chat.encode(word if chat.has_template else " " + word)[0] for word in settings.words)
+    if yes == no:
+        raise SettingsError(f"reward.words={settings.words!r}: both begin with the same token of {settings.name!r}.")
+    return yes, no

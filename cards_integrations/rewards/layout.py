@@ -1,0 +1,37 @@
+"""The text that a reward model reads around an answer."""
+
+from __future__ import annotations
+
+from cards_integrations.models.chat import ChatTokenizer, as_text
+from cards_integrations.rewards.base import Conversation
+
+
+class Layout:
+    """The text that a reward model reads around an answer."""
+
+    def __init__(self, chat: ChatTokenizer, prompt_format: str | None = None, end_of_turn: bool = True) -> None:
+        self.chat = chat
+        self.format = prompt_format or ("chat" if chat.has_template else "{prompt}{response}")
+        self.end_of_turn = end_of_turn
+
+    def around(self, conversation: Conversation) -> tuple[str, str]:
+        """The text before the answer and after it."""
+        if self.format == "chat":
+            before, after = self.chat.around_answer(conversation.prompt)
+            return before, after if self.end_of_turn else ""
+        before, _, after = self.format.partition("{response}")
+        prompt = as_text(conversation.prompt)
+        return before.replace("{prompt}", prompt), after.replace("{prompt}", prompt)
+
+    @property
+    def special(self) -> bool:
+        """Does the tokenizer add its BOS? A chat template brings its own."""
+        return self.format != "chat"
+
+
+def same_vocabulary(one: object, other: object) -> bool:
+    """Do two tokenizers give every text the same ids?"""
+    if one is other:
+        return True
+    backends = [getattr(t, "backend_tokenizer", None) for t in (one, other)]
+    return None not in backends and backends[0].to_str() == backends[1].to_str()  # type: ignore[union-attr]

@@ -1,0 +1,52 @@
+"""How near each sentence of an answer is to what a context says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from cards_integrations.models.loading import LocalModel
+from cards_integrations.rewards.base import Conversation, Response, RewardLoader, RewardModel
+from cards_integrations.rewards.embedding import Embedder
+from cards_integrations.rewards.sentences import sentences
+
+
+class Nearest(RewardModel):
+    """The mean over an answer's sentences of the highest cosine with a sentence of its contexts.
+
+    The state of a conversation is the vectors of those sentences (n, size), made at the first score.
+    """
+
+    across_requests = True
+
+    def __init__(
+        self,
+        name: str,
+        loader: RewardLoader,
+        spec: LocalModel,
+        context: Callable[[Conversation], Sequence[str]],
+    ) -> None:
+        self.name = name
+        self.context = context
+        self.embedder = Embedder.of(loader.models, spec)
+
+    async def score(self, responses: Sequence[Response]) -> list[float]:
+        for conversation in dict.fromkeys(response.conversation for response in responses):
+            if conversation.state is None:
+                said = [sentence for context in self.context(conversation) for sentence in sentences(context)]
+                conversation.state = self._embed(said or [""], conversation)
+        return [self._nearness(response) for response in responses]
+
+    def _nearness(self, response: Response) -> float:
+        own = sentences(response.text)
+        if not own:
+            return 0.0
+        cosines = self._embed(own, response.conversation) @ response.conversation.state.T
+        return float(cosines.amax(-1).clamp(max=1).mean())
+
+    def _embed(self, texts: list[str], conversation: Conversation) -> torch.Tensor:
+        vectors, tokens = self.embedder(texts)
+        conversation.usage.rm_tokens += sum(tokens)
+        conversation.usage.rm_forwards += 1
+        return vectors

@@ -1,0 +1,75 @@
+"""Which rewards there are: by kind, by name, and those that other distributions bring."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BeforeValidator, SerializeAsAny, WithJsonSchema
+
+from cards_integrations.errors import SettingsError, unknown
+from cards_integrations.rewards.base import Reward
+
+GROUP = "cards_integrations.rewards"
+REWARDS: dict[str, type[Reward]] = {}
+NAMED: dict[str, Reward] = {}
+R = TypeVar("R", bound=Reward)
+
+
+def register_reward(cls: type[R]) -> type[R]:
+    """Make a subclass of `Reward` known by its `kind`, for settings files and names. A decorator."""
+    kind = cls.model_fields["kind"].default
+    if not isinstance(kind, str):
+        raise SettingsError(f'{cls.__name__} has no kind: write kind: Literal["my-reward"] = "my-reward" in it.')
+    before = REWARDS.get(kind)
+    if before is not None and before.__qualname__ != cls.__qualname__:  # a notebook cell may run again
+        raise SettingsError(f"The reward kind {kind!r} is taken by {before.__module__}.{before.__qualname__}.")
+    REWARDS[kind] = cls
+    return cls
+
+
+def reward_class(kind: str) -> type[Reward]:
+    """The class of a kind, from this package or from an installed plug-in."""
+    plugins = {point.name: point for point in entry_points(group=GROUP)}
+    if kind not in REWARDS and kind in plugins:
+        try:
+            found = plugins[kind].load()
+        except Exception as error:
+            raise SettingsError(
+                f"The reward plug-in {kind!r} ({plugins[kind].value}) does not load: {error}"
+            ) from error
+        if not (isinstance(found, type) and issubclass(found, Reward)):
+            raise SettingsError(f"The reward plug-in {kind!r} ({plugins[kind].value}) is not a subclass of Reward.")
+        REWARDS[kind] = found
+    if kind not in REWARDS:
+        raise unknown("reward.kind", kind, {*REWARDS, *plugins})
+    return REWARDS[kind]
+
+
+def as_reward(value: Any) -> Reward:
+    """A reward from a name, a hub id, a directory, a callable, its settings as a dict, or itself."""
+    if isinstance(value, Reward):
+        return value
+    if isinstance(value, str) and value.startswith("{"):
+        value = json.loads(value)
+    if isinstance(value, (str, Path)):
+        name = str(value)
+        if name in NAMED:
+            return NAMED[name]
+        if "/" in name or Path(name).is_dir():
+            return REWARDS["classifier"].model_validate({"model": name})
+        raise unknown("reward", name, NAMED, " Or pass a hub id, a directory, a function or a settings object.")
+    if isinstance(value, dict):
+        if "kind" not in value:
+            given = ", ".join(map(str, value))  # the values may hold a key
+            raise SettingsError(f"reward with {given} names no kind: one of {', '.join(sorted(REWARDS))}.")
+        return reward_class(str(value["kind"])).model_validate(value)
+    if callable(value):
+        return REWARDS["function"].model_validate({"function": value})
+    raise SettingsError(f"reward={value!r}: pass a name, a hub id, a directory, a function or a settings object.")
+
+
+_SCHEMA = WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object", "required": ["kind"]}], "title": "Reward"})
+AnyReward = Annotated[SerializeAsAny[Reward], BeforeValidator(as_reward), _SCHEMA]

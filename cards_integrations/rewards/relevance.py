@@ -1,0 +1,84 @@
+"""Does the answer speak about what was asked? The cosine of their embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from cards_integrations.models.base import Message
+from cards_integrations.models.chat import as_messages, as_text
+from cards_integrations.models.embedded import MINILM
+from cards_integrations.models.loading import LocalModel
+from cards_integrations.rewards.base import Conversation, Response, Reward, RewardLoader, RewardModel
+from cards_integrations.rewards.registry import register_reward
+
+if TYPE_CHECKING:
+    import torch
+
+    from cards_integrations.rewards.embedding import Embedder
+
+
+@register_reward
+class RelevanceReward(Reward):
+    """Cosine similarity of the answer and the question, in [-1, 1]; needs the extra `embeddings`.
+
+    The question is the last message of the user. An empty answer scores 0.0: it is about nothing, so
+    neither for nor against. `model` is "minilm", or any sentence-transformers directory or hub id.
+    Of a text that is longer than the model's window the end is read.
+    """
+
+    kind: Literal["relevance"] = "relevance"
+    model: Annotated[str, Field(min_length=1)] = MINILM
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"relevance {self.model}"
+
+    def build(self, loader: RewardLoader) -> RewardModel:
+        from cards_integrations.rewards.embedding import Embedder
+
+        spec = LocalModel(model=self.model, revision=self.revision, trust_remote_code=self.trust_remote_code)
+        return Relevance(self.name, Embedder.of(loader.models, spec))
+
+
+class Relevance(RewardModel):
+    """The state of a conversation is its question's vector (size,), made at the first score."""
+
+    across_requests = True
+
+    def __init__(self, name: str, embedder: Embedder) -> None:
+        self.name = name
+        self.embedder = embedder
+
+    async def score(self, responses: Sequence[Response]) -> list[float]:
+        import torch
+
+        from cards_integrations.rewards.embedding import similarity
+
+        conversations = [response.conversation for response in responses]
+        new = [conversation for conversation in dict.fromkeys(conversations) if conversation.state is None]
+        if new:
+            questions = self._embed([question(conversation.prompt) for conversation in new], new, query=True)
+            for conversation, vector in zip(new, questions, strict=True):
+                conversation.state = vector
+        answers = self._embed([response.text for response in responses], conversations)
+        return similarity(answers, torch.stack([conversation.state for conversation in conversations]))
+
+    def _embed(self, texts: list[str], conversations: list[Conversation], query: bool = False) -> torch.Tensor:
+        """Vectors (n, size), on the account of the conversations."""
+        vectors, tokens = self.embedder(texts, query)
+        for conversation, read in zip(conversations, tokens, strict=True):
+            conversation.usage.rm_tokens += read
+        for usage in {id(conversation.usage): conversation.usage for conversation in conversations}.values():
+            usage.rm_forwards += 1
+        return vectors
+
+
+def question(prompt: str | list[Message]) -> str:
+    """The last message of the user, or all of a conversation without one."""
+    asked = [message["content"] for message in as_messages(prompt) if message["role"] == "user"]
+    return asked[-1] if asked else as_text(prompt)

@@ -1,0 +1,36 @@
+"""A weighted sum of rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from cards_integrations.rewards.base import Finite
+from cards_integrations.rewards.composite import OfRewards
+from cards_integrations.rewards.registry import register_reward
+
+
+@register_reward
+class WeightedReward(OfRewards):
+    """sum_i w_i (r_i - mean_i) / spread_i, with mean and spread of part i over plain answers.
+
+    Those come from the part's `scale`; where it is None they are measured at first use. Equal weights
+    if none are given; a negative weight asks for less of a part.
+    """
+
+    kind: Literal["weighted"] = "weighted"
+    weights: tuple[Finite, ...] = ()
+
+    @model_validator(mode="after")
+    def _one_weight_each(self) -> Self:
+        if self.weights and len(self.weights) != len(self.rewards):
+            raise ValueError(f"{len(self.weights)} weights for {len(self.rewards)} rewards")
+        if self.weights and not any(self.weights):
+            raise ValueError("all weights are zero")
+        return self
+
+    def combine(self, values: Sequence[float]) -> float:
+        weights = self.weights or (1 / len(values),) * len(values)
+        return sum(weight * value for weight, value in zip(weights, values, strict=True))
