@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any, ClassVar, TypeVar
 
+from cards_integrations.decoding.segmentation import Measure
 from cards_integrations.errors import EngineClosed
 from cards_integrations.models.base import Message
 from cards_integrations.models.loading import LocalModel
@@ -96,11 +97,20 @@ class Engine:
         finally:
             future.cancel()
 
-    def score(self, reward: Reward, prompt: str | list[Message], texts: Sequence[str]) -> list[float]:
+    def score(
+        self, reward: Reward, prompt: str | list[Message], texts: Sequence[str], context: tuple[str, ...] = ()
+    ) -> list[float]:
         """Rewards of whole answers to a prompt."""
         with self._starting:
             worker = self._running()
-            future = worker.submit(worker.score_texts(reward, prompt, list(texts)))
+            future = worker.submit(worker.score_texts(reward, prompt, list(texts), context))
+        return self._wait(future)
+
+    def uncertainties(self, measure: Measure, answers: Sequence[Alignment]) -> list[list[float]]:
+        """The language model's predictive uncertainty before each token of these answers."""
+        with self._starting:
+            worker = self._running()
+            future = worker.submit(worker.uncertainties(measure, answers))
         return self._wait(future)
 
     def loaded(self) -> LocalLanguageModel:

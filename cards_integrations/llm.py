@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from langchain_core.language_models import LanguageModelInput
 from langchain_core.messages import AIMessage
@@ -17,8 +17,11 @@ from cards_integrations.langchain import ChatCards
 from cards_integrations.llama_index import LlamaIndexCards
 from cards_integrations.messages import as_prompt
 from cards_integrations.rewards import AnyReward, as_reward
-from cards_integrations.settings import CardsSettings
+from cards_integrations.settings import CardsSettings, as_context
 from cards_integrations.trace import Alignment
+
+if TYPE_CHECKING:
+    from cards_integrations.study import Calibration
 
 
 class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
@@ -35,9 +38,11 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
     _chat_model: ChatCards | None = PrivateAttr(default=None)
 
     @classmethod
-    def from_settings(cls, settings: CardsSettings | str | Path) -> Self:
-        """From a settings object, or from the path of a YAML file."""
-        found = settings if isinstance(settings, CardsSettings) else CardsSettings.from_yaml(settings)
+    def from_settings(cls, settings: CardsSettings | str | Path, *, allow_imports: bool = False) -> Self:
+        """From a settings object, or from the path of a YAML file (see `CardsSettings.from_yaml`)."""
+        found = settings
+        if not isinstance(found, CardsSettings):
+            found = CardsSettings.from_yaml(found, allow_imports=allow_imports)
         return cls(**found.options())
 
     def as_langchain(self) -> ChatCards:
@@ -57,16 +62,37 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
         return await self._engine(options).arun(self.request(as_prompt(prompt), options))
 
     def align_batch(
-        self, prompts: Sequence[Any], seeds: Sequence[int] | None = None, **options: Any
+        self,
+        prompts: Sequence[Any],
+        seeds: Sequence[int] | None = None,
+        contexts: Sequence[Any] | None = None,
+        **options: Any,
     ) -> list[Alignment]:
-        """Write the answers to all prompts in one running batch."""
-        each = [options] * len(prompts) if seeds is None else [{**options, "seed": seed} for seed in seeds]
+        """Write the answers to all prompts in one running batch, each with a seed and a context of its own."""
+        each = [dict(options) for _ in prompts]
+        for name, own in (("seed", seeds), ("context", contexts)):
+            for mine, value in zip(each, own, strict=True) if own is not None else ():
+                mine[name] = value
         requests = [self.request(as_prompt(p), own) for p, own in zip(prompts, each, strict=True)]
         return self._engine(options).run_many(requests)
 
-    def score(self, prompt: Any, texts: Sequence[str], reward: AnyReward | str | None = None) -> list[float]:
+    def score(
+        self, prompt: Any, texts: Sequence[str], reward: AnyReward | str | None = None, context: Any = None
+    ) -> list[float]:
         """Rewards of whole answers to a prompt, by this object's reward model or another one."""
-        return self._engine({}).score(as_reward(reward or self.reward), as_prompt(prompt), texts)
+        return self._engine({}).score(as_reward(reward or self.reward), as_prompt(prompt), texts, as_context(context))
+
+    def calibrate(self, prompts: Sequence[Any] | None = None, *, remember: bool = True, **how: Any) -> Calibration:
+        """Find target, beta and threshold for these models (see `study.calibrate`).
+
+        With `remember`, `Cards()` on "auto" takes them from now on, in this and other processes.
+        """
+        from cards_integrations.study import calibrate
+
+        found = calibrate(self, prompts, **how)
+        if remember:
+            found.remember()
+        return found
 
     def close(self) -> None:
         """Free the models, unless another object uses them; the next call loads them again."""

@@ -17,10 +17,30 @@ from cards_integrations.models.base import Message
 from cards_integrations.models.loading import AnyModel, LocalModel
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import NAMED, AnyReward
+from cards_integrations.rewards.function import imports_allowed
 
 
 def _one_or_many(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value or ()
+
+
+def as_context(context: Any) -> tuple[str, ...]:
+    """What an answer should be grounded in: texts, or documents of either framework."""
+    if context is None:
+        return ()
+    several = context if isinstance(context, (list, tuple)) else [context]
+    return tuple(_text(one) for one in several)
+
+
+def _text(one: Any) -> str:
+    if isinstance(one, str):
+        return one
+    found = getattr(one, "page_content", None)  # LangChain's Document
+    if found is None and callable(getattr(one, "get_content", None)):
+        found = one.get_content()  # LlamaIndex's nodes
+    if not isinstance(found, str):
+        raise SettingsError(f"context={one!r}: pass a text, a document, or a list of them.")
+    return found
 
 
 def _told(error: ErrorDetails) -> str:
@@ -28,7 +48,9 @@ def _told(error: ErrorDetails) -> str:
     cause = error.get("ctx", {}).get("error")
     if isinstance(cause, SettingsError):
         return str(cause)
-    return f"{'.'.join(map(str, error['loc']))}={error['input']!r}: {error['msg']}"
+    given = error["input"]
+    shown = f"={given!r}" if isinstance(given, (str, int, float)) else ""  # a mapping may hold a key
+    return f"{'.'.join(map(str, error['loc']))}{shown}: {error['msg']}"
 
 
 class Options(BaseModel):
@@ -55,10 +77,12 @@ class Options(BaseModel):
         return {name: getattr(self, name) for name in Options.model_fields}
 
     def request(self, prompt: str | list[Message], overrides: dict[str, Any]) -> Request:
-        """One request; `overrides` are per-call arguments, each of which is an option's name."""
+        """One request; `overrides` are per-call arguments: `context`, or the name of an option."""
+        overrides = dict(overrides)
+        context = as_context(overrides.pop("context", None))
         for name in overrides:
             if name not in Options.model_fields or name == "engine":
-                raise unknown("call argument", name, set(Options.model_fields) - {"engine"})
+                raise unknown("call argument", name, {*Options.model_fields, "context"} - {"engine"})
         chosen = self.chosen(overrides)
         decoding: Decoding = chosen.decoding
         if decoding.needs_reward and chosen.reward is None:
@@ -72,6 +96,7 @@ class Options(BaseModel):
             stop=tuple(chosen.stop),
             seed=chosen.seed,
             timeout=chosen.timeout,
+            context=context,
         )
 
     def engine_for(self, overrides: dict[str, Any], owner: Any) -> Engine:
@@ -104,15 +129,19 @@ class CardsSettings(BaseSettings, Options):
     model_config = SettingsConfigDict(env_prefix="CARDS_", env_nested_delimiter="__", extra="forbid", frozen=True)
 
     @classmethod
-    def from_yaml(cls, path: str | Path) -> Self:
-        """Read a YAML file of options; what it does not set comes from the environment."""
+    def from_yaml(cls, path: str | Path, *, allow_imports: bool = False) -> Self:
+        """Read a YAML file of options; what it does not set comes from the environment.
+
+        A reward function that it names is imported only with `allow_imports=True`.
+        """
         try:
             found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError) as error:
             raise SettingsError(f"The settings file {str(path)!r} cannot be read: {error}") from error
         if not isinstance(found, dict):
             raise SettingsError(f"The settings file {str(path)!r} must be a mapping of options.")
-        return cls(**{str(name): value for name, value in found.items()})
+        with imports_allowed(allow_imports):
+            return cls(**{str(name): value for name, value in found.items()})
 
     def to_yaml(self) -> str:
         """The options as YAML that `from_yaml` reads."""

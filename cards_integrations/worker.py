@@ -20,7 +20,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
 
-from cards_integrations.decoding.base import Decoding
+from cards_integrations.decoding.base import Decoding, Scale
+from cards_integrations.decoding.sampling import Sampling
+from cards_integrations.decoding.segmentation import Measure, uncertainty
 from cards_integrations.errors import (
     CardsError,
     CardsTimeout,
@@ -38,9 +40,10 @@ from cards_integrations.models.local import LocalLanguageModel
 from cards_integrations.models.randomness import fresh_seed
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.models.stops import StopStrings
-from cards_integrations.rewards.base import Conversation, Response, Reward, RewardModel
+from cards_integrations.rewards.base import Conversation, Response, Reward, RewardLoader, RewardModel, scores
+from cards_integrations.scales import Scales
 from cards_integrations.scheduler import BestPerSecond, FixedWidth, Scheduler
-from cards_integrations.session import Chunk, Question, Session, score
+from cards_integrations.session import Chunk, Question, Session
 from cards_integrations.trace import Alignment, Usage
 
 T = TypeVar("T")
@@ -79,6 +82,7 @@ class Request:
     stop: tuple[str, ...] = ()
     seed: int | None = None
     timeout: float | None = None
+    context: tuple[str, ...] = ()
 
 
 class Worker:
@@ -88,7 +92,9 @@ class Worker:
         self.model = model
         self.settings = settings
         self.failed = False
-        self.rewards: dict[Reward, RewardModel] = {}
+        self.rewards: RewardLoader
+        self.scales = Scales(model, self._plain_rewards)
+        self._plain: dict[tuple[Any, ...], list[Alignment]] = {}
         self.live: dict[Session, None] = {}  # in order of arrival
         self._judging: set[asyncio.Task[None]] = set()
         self.error: CardsError | None = None
@@ -131,6 +137,7 @@ class Worker:
             model, tokenizer = self.loader.causal(self.model)
             self.memory = KVMemory(budget(self.settings.kv_memory, self.loader.device), self.settings.prefix_reuse)
             self.loader.memory = self.memory
+            self.rewards = RewardLoader(self.loader)
             self.language_model = LocalLanguageModel(model, tokenizer, self.model.model, self.memory)
             self.scheduler = self._schedule()
         except Exception as error:
@@ -169,8 +176,10 @@ class Worker:
         """One request, from its prompt to its alignment."""
         try:
             with self._at_work():
-                async with asyncio.timeout(request.timeout), self._rows:
-                    return await self._answer(request, emit)
+                async with asyncio.timeout(request.timeout):
+                    reward, scale = await self._guide(request)
+                    async with self._rows:
+                        return await self._answer(request, reward, scale, emit)
         except TimeoutError:
             raise CardsTimeout(f"No answer within timeout={request.timeout} seconds.") from None
 
@@ -186,7 +195,31 @@ class Worker:
                 raise EngineClosed("The engine was closed while the request ran.") from None
             raise
 
-    async def _answer(self, request: Request, emit: Callable[[Chunk], None] | None) -> Alignment:
+    async def _guide(self, request: Request) -> tuple[RewardModel | None, Scale | None]:
+        """The reward model of a request, and its scale if the method asks for it."""
+        if request.reward is None or not request.decoding.needs_reward:
+            return None, None
+        settings = await self.scales.standardised(request.reward)
+        model = self.rewards[settings]
+        return model, await self.scales.of(settings) if request.decoding.needs_scale else None
+
+    async def _plain_rewards(self, reward: Reward) -> list[float]:
+        """Rewards of plain answers, as many as there are prompts."""
+        length = min(64, self.language_model.context_window // 4)
+        requests = [
+            Request(prompt, Sampling(), max_tokens=length, seed=seed) for seed, (prompt, _) in enumerate(reward.prompts)
+        ]
+        prompts = tuple(reward.prompts)
+        if prompts not in self._plain:
+            self._plain[prompts] = await self.answer_all(requests)
+        found = []
+        for (prompt, context), answer in zip(prompts, self._plain[prompts], strict=True):
+            found += await self.score_texts(reward, prompt, [answer.text], context)
+        return found
+
+    async def _answer(
+        self, request: Request, reward: RewardModel | None, scale: Scale | None, emit: Callable[[Chunk], None] | None
+    ) -> Alignment:
         began = time.perf_counter()
         model = self.language_model
         _, prompt_ids = model.chat.prompt(request.prompt)
@@ -194,11 +227,12 @@ class Worker:
         usage = Usage(prompt_tokens=len(prompt_ids))
         stop, seed = StopStrings(request.stop), fresh_seed() if request.seed is None else request.seed
         context = Context(request.prompt, prompt_ids, request.max_tokens, request.sampler, stop, usage)
-        settings = request.reward if request.decoding.needs_reward else None
-        reward = self._reward(settings) if settings else None
+        conversation = Conversation(request.prompt, usage, request.context)
         async with self._admission:
-            needs = await self._memory_for(len(prompt_ids) + request.max_tokens, reward)
-            session = Session(self, context, seed, reward, settings.scale if settings else None, emit)
+            tokens = len(prompt_ids) + request.max_tokens + DRAFTS
+            needs = [(model.transformer.cache, 1, tokens), *(reward.needs(conversation, tokens) if reward else [])]
+            await self._memory_for(needs)
+            session = Session(self, context, seed, conversation, reward, scale, emit)
             for cache, _, columns in needs:
                 cache.reserve(columns)
             self.live[session] = None
@@ -226,19 +260,16 @@ class Worker:
             method=request.decoding.method,
         )
 
-    async def _memory_for(self, tokens: int, reward: RewardModel | None) -> list[tuple[TreeCache, int, int]]:
+    async def _memory_for(self, needs: list[tuple[TreeCache, int, int]]) -> None:
         """Wait, first come first served, until the caches have room for one more request."""
-        tokens += DRAFTS
-        needs = [(self.language_model.transformer.cache, 1, tokens), *(reward.needs(tokens) if reward else [])]
         while not self.memory.admits(needs):
             if not self.live:
                 raise OutOfMemory(
-                    f"A request of {tokens} tokens needs more than the {self.memory.limit / 2**20:,.1f} MiB of "
+                    f"A request of {needs[0][2]} tokens needs more than the {self.memory.limit / 2**20:,.1f} MiB of "
                     "EngineSettings.kv_memory: use a shorter prompt, a smaller max_tokens, or more kv_memory."
                 )
             self._left.clear()
             await self._left.wait()
-        return needs
 
     def _check_room(self, request: Request, prompt_tokens: int) -> None:
         window = self.language_model.context_window
@@ -250,20 +281,28 @@ class Worker:
                 f"model's context is {window}; the most that fits is {window - prompt_tokens}."
             )
 
-    def _reward(self, settings: Reward) -> RewardModel:
-        if settings not in self.rewards:
-            self.rewards[settings] = settings.build(self.loader)
-        return self.rewards[settings]
-
-    async def score_texts(self, settings: Reward, prompt: str | list[Message], texts: list[str]) -> list[float]:
+    async def score_texts(
+        self, reward: Reward, prompt: str | list[Message], texts: list[str], context: tuple[str, ...] = ()
+    ) -> list[float]:
+        """Rewards of finished answers to one prompt."""
         with self._at_work():
-            model = self._reward(settings)
-            conversation = Conversation(prompt, Usage())
+            model = self.rewards[await self.scales.standardised(reward)]
+            conversation = Conversation(prompt, Usage(), context)
             model.open(conversation)
             try:
-                return await score(model, [Response(conversation, text) for text in texts])
+                return await scores(model, [Response(conversation, text, finished=True) for text in texts])
             finally:
                 model.close(conversation)
+                self._left.set()
+
+    async def uncertainties(self, measure: Measure, answers: Sequence[Alignment]) -> list[list[float]]:
+        with self._at_work():
+            found = []
+            for answer in answers:
+                logits = self.language_model.read(answer.prompt_ids, answer.token_ids)
+                found.append(uncertainty(measure, logits, logits.log_softmax(-1)).tolist())
+                await asyncio.sleep(0)  # others take a step
+            return found
 
     def wake(self) -> None:
         self._work.set()
@@ -336,20 +375,20 @@ class Worker:
         if not group:
             return  # all given up by now
         try:
-            scores = await score(judge, [question.response for question in group])
+            found = await scores(judge, [question.response for question in group])
         except Exception as error:
             for question in group:
                 judge.drop(question.response)
             sessions = dict.fromkeys(question.session for question in group)
             if len(sessions) > 1:
-                for one in sessions:
-                    await self._judge(judge, [question for question in group if question.session is one])
+                alone = [[question for question in group if question.session is one] for one in sessions]
+                await asyncio.gather(*(self._judge(judge, questions) for questions in alone))
                 return
             for question in group:
                 if not question.score.done():
                     question.score.set_exception(error)
             return
-        for question, value in zip(group, scores, strict=True):
+        for question, value in zip(group, found, strict=True):
             if not question.score.done():
                 question.score.set_result(value)
         self.wake()

@@ -205,11 +205,6 @@ async def test_cards_without_a_reward(llm, method):
     assert await faces.finish(await faces.call(llm, method, reward=None, decoding="sampling"))
 
 
-def test_a_target_that_the_reward_does_not_know(llm):
-    with pytest.raises(SettingsError, match="target_reward"):
-        llm.invoke("Hello", decoding="cards")
-
-
 @pytest.mark.parametrize("scores", [[math.nan], [], [0.0, 0.0, 0.0, 0.0], ["x"], None])
 def test_a_reward_that_returns_no_score(llm, scores):
     with pytest.raises(CardsError, match="reward 'function <lambda>'"):

@@ -86,7 +86,7 @@ LENGTH, SEGMENTS = 5, 4  # with top-k 3, no candidate of seed 2 meets end-of-seq
 
 
 def test_width_4_with_every_first_candidate_kept(models: Callable[..., str], start: Start) -> None:
-    decoding = Cards(target_reward=-50.0, boundary=FixedLength(length=LENGTH))
+    decoding = Cards(target_reward=-50.0, beta=0.7, boundary=FixedLength(length=LENGTH))
     usage = start(models("llama"), width=4).run(request(models, decoding, 2, top_k=3)).usage
     assert usage.drafted_tokens == SEGMENTS * 4 * LENGTH
     assert usage.drafts == SEGMENTS

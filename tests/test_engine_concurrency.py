@@ -61,7 +61,7 @@ def idle(engine: Engine) -> bool:
     assert worker is not None
     caches = [
         model.transformer.cache,
-        *(r.transformer.cache for r in worker.rewards.values() if hasattr(r, "transformer")),
+        *(r.transformer.cache for r in worker.rewards.built.values() if hasattr(r, "transformer")),
     ]
     return not (worker.live or model.contexts or any(cache.trees for cache in caches))
 
@@ -261,7 +261,7 @@ async def test_one_answer_too_long_for_the_reward_model_harms_no_other(
 ) -> None:
     """The candidates of all requests end in the same steps, and are scored in one forward."""
     judge = ClassifierReward(model=tiny.save(tmp_path, tiny.classifier(max_position_embeddings=18), tiny.words()))
-    in_step = Cards(target_reward=-50.0, boundary=FixedLength(length=3))
+    in_step = Cards(target_reward=-50.0, beta=0.7, boundary=FixedLength(length=3))
 
     def request(prompt: str, seed: int) -> Request:
         return Request(prompt, in_step, judge, Sampler(top_k=3), 12, seed=seed)

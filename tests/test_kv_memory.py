@@ -34,7 +34,7 @@ from cards_integrations.trace import Alignment, Usage
 SAMPLER = Sampler(temperature=1.0)
 LENGTH, ROOM = 5, 20
 LONG = 2 * LEAST  # a text that is worth keeping
-EVERY_FIRST = Cards(target_reward=-50.0, boundary=FixedLength(length=LENGTH))
+EVERY_FIRST = Cards(target_reward=-50.0, beta=0.7, boundary=FixedLength(length=LENGTH))
 CHOOSY = Cards(target_reward=0.5, beta=0.3, boundary=Uncertainty(threshold=2.95, min_length=2, max_length=6))
 
 
@@ -114,7 +114,7 @@ def test_a_second_turn_reads_what_is_new(llamas: Pair, start: Start) -> None:
     assert second.usage.cached_tokens == LONG + ROOM - 1
     assert second.usage.lm_tokens == (1 + 7) + ROOM - 1
     assert second.usage.rm_tokens == 7 + ROOM
-    [judge] = engine._worker.rewards.values() if engine._worker else []
+    [judge] = engine._worker.rewards.built.values() if engine._worker else []
     assert engine.loaded().transformer.tokens == first.usage.lm_tokens + second.usage.lm_tokens
     assert judge.transformer.tokens == first.usage.rm_tokens + second.usage.rm_tokens  # type: ignore[attr-defined]
 
@@ -364,7 +364,7 @@ def test_memory_is_flat(llamas: Pair, start: Start) -> None:
     watch, model, memory = Watch(engine), engine.loaded(), engine.loaded().memory
     engine.run(guided("w9", llamas.reward, CHOOSY))
     model.open(Context("w9", [9], 1, SAMPLER, StopStrings(), Usage()))
-    [judge] = engine._worker.rewards.values() if engine._worker else []
+    [judge] = engine._worker.rewards.built.values() if engine._worker else []
     judge.open(Conversation("w9", Usage()))
     sizes, objects = [], []
     for batch in range(5):

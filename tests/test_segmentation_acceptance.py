@@ -12,9 +12,17 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from scipy.stats import entropy, kstest
 
-from cards_integrations.decoding import Acceptance, Cards, FixedLength, Punctuation, Threshold, Uncertainty
+from cards_integrations.decoding import (
+    Acceptance,
+    Cards,
+    FixedLength,
+    OptimalStopping,
+    Punctuation,
+    Threshold,
+    Uncertainty,
+)
+from cards_integrations.decoding.base import Scale
 from cards_integrations.decoding.segmentation import uncertainty
-from cards_integrations.errors import SettingsError
 from cards_integrations.models.randomness import Uniforms
 from cards_integrations.models.sampling import Sampler, _largest
 from cards_integrations.models.stops import StopStrings
@@ -103,16 +111,26 @@ def test_the_paper_s_settings() -> None:
 
 def test_auto_follows_the_scale_of_the_reward() -> None:
     class Scaled:
-        reward_scale: tuple[float, float] | None = (1.0, 0.5)
+        reward_scale: Scale | None = Scale(mean=1.0, spread=0.5)
 
     target, beta = Cards()._on_scale_of(Scaled())
     assert 1.0 < target <= 2.0
     assert 0 < beta < 0.5
     assert Cards(target_reward=7.0, beta=0.2)._on_scale_of(Scaled()) == (7.0, 0.2)
-    Scaled.reward_scale = None
-    assert Cards(target_reward=7.0)._on_scale_of(Scaled()) == (7.0, 0.7)
-    with pytest.raises(SettingsError, match=r"target_reward='auto'.*target_reward=\.\.\."):
-        Cards()._on_scale_of(Scaled())
+    Scaled.reward_scale = Scale(mean=1.0, spread=0.5, target=3.0, beta=0.25)  # a calibration has chosen
+    assert Cards()._on_scale_of(Scaled()) == (3.0, 0.25)
+    assert Cards(target_reward=7.0, beta=0.2)._on_scale_of(Scaled()) == (7.0, 0.2)
+    Scaled.reward_scale = Scale(mean=1.0, spread=0.0)  # nothing to go by
+    assert Cards()._on_scale_of(Scaled()) == (1.0, 0.7)
+
+
+def test_which_settings_need_the_scale() -> None:
+    assert Cards().needs_scale
+    assert Cards(target_reward=1.0).needs_scale
+    assert Cards(beta=1.0).needs_scale
+    assert not Cards(target_reward=1.0, beta=1.0).needs_scale
+    assert not Cards(target_reward=1.0, acceptance="hard").needs_scale
+    assert not Cards(acceptance=OptimalStopping(price=0.1)).needs_scale
 
 
 # --- tokens ---

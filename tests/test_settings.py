@@ -84,7 +84,7 @@ def test_a_missing_yaml_file_is_named(tmp_path):
 
 def test_a_function_has_no_yaml():
     with pytest.raises(SettingsError, match="reward"):
-        CardsSettings(reward=len).to_yaml()
+        CardsSettings(reward=lambda prompt, texts: [0.0 for _ in texts]).to_yaml()
 
 
 @pytest.mark.parametrize("face", [CardsSettings, CardsLLM, ChatCards])

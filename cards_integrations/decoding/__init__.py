@@ -13,6 +13,7 @@ from cards_integrations.decoding.best_of_n import BestOfN
 from cards_integrations.decoding.cards import Cards
 from cards_integrations.decoding.sampling import Sampling
 from cards_integrations.decoding.segmentation import FixedLength, Punctuation, Uncertainty
+from cards_integrations.decoding.stopping import OptimalStopping
 from cards_integrations.errors import SettingsError, unknown
 from cards_integrations.models.base import Boundary
 
@@ -45,6 +46,7 @@ __all__ = [
     "Decoding",
     "Draft",
     "FixedLength",
+    "OptimalStopping",
     "Punctuation",
     "Sampling",
     "Session",

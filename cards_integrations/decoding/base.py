@@ -4,12 +4,26 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Annotated, ClassVar, Protocol
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from cards_integrations.models.base import Boundary
 from cards_integrations.trace import Verdict
+
+
+class Scale(BaseModel):
+    """Mean and spread (standard deviation) of a reward over plain answers of a model.
+
+    A calibration also remembers the target and the beta that it chose.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    mean: Annotated[float, Field(allow_inf_nan=False)]
+    spread: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    target: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    beta: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
 
 @dataclass(eq=False)
@@ -35,8 +49,8 @@ class Session(Protocol):
         """End-of-sequence, a stop string or the token limit has been reached."""
 
     @property
-    def reward_scale(self) -> tuple[float, float] | None:
-        """Mean and spread of the reward over plain answers, where they are known."""
+    def reward_scale(self) -> Scale | None:
+        """How the reward scores plain answers, for methods that need it."""
 
     async def prompt_reward(self) -> float:
         """r(x): the reward of the prompt with an empty answer."""
@@ -64,6 +78,11 @@ class Decoding(BaseModel):
 
     method: str
     needs_reward: ClassVar[bool] = True
+
+    @property
+    def needs_scale(self) -> bool:
+        """Does it ask for `Session.reward_scale`?"""
+        return False
 
     async def generate(self, session: Session) -> None:
         """Draft and keep until `session.finished`."""

@@ -9,7 +9,7 @@ from pydantic import Field
 from cards_integrations.decoding.acceptance import Acceptance, Threshold
 from cards_integrations.decoding.base import Decoding, Draft, Session
 from cards_integrations.decoding.segmentation import AnyBoundary, Uncertainty
-from cards_integrations.errors import SettingsError
+from cards_integrations.decoding.stopping import OptimalStopping
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -20,16 +20,18 @@ class Cards(Decoding):
     A candidate s is drawn from p(s | x, y) up to where uncertainty rises, and kept with probability
     min(1, exp((r(x, y + s) - tau(t)) / beta)) (`acceptance="soft"`), or when r >= tau (`"hard"`).
     After `max_rejections` rejected candidates one more is drawn and the best of them all is kept.
+    `OptimalStopping(price=...)` is a search rule instead that needs neither target nor beta.
 
-    `target_reward` and `beta` follow the scale of the reward model. "auto" takes mean + 1.5 spreads
-    and a fifth of a spread for a reward that publishes its scale, and asks for a number otherwise.
+    `target_reward` and `beta` follow the scale of the reward model. "auto" takes what `calibrate` has
+    chosen for this pair of models, else mean + 1.5 spreads and a fifth of a spread of the reward over
+    plain answers, which is measured at first use where the reward does not publish it.
     """
 
     method: Literal["cards"] = "cards"
     target_reward: Finite | Literal["auto"] = "auto"
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
     beta: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["auto"] = "auto"
-    acceptance: Literal["soft", "hard"] = "soft"
+    acceptance: Literal["soft", "hard"] | OptimalStopping = "soft"
     max_rejections: Annotated[int, Field(ge=0)] = 20
     boundary: AnyBoundary = Uncertainty()
 
@@ -38,7 +40,14 @@ class Cards(Decoding):
         """The settings of the authors' code; its temperature was beta, so sample at 0.7 and top-k 40."""
         return cls(target_reward=target_reward, alpha=0.5, beta=0.7, boundary=Uncertainty(threshold=3.0))
 
+    @property
+    def needs_scale(self) -> bool:
+        auto = self.target_reward == "auto" or (self.acceptance == "soft" and self.beta == "auto")
+        return auto and not isinstance(self.acceptance, OptimalStopping)
+
     async def generate(self, session: Session) -> None:
+        if isinstance(self.acceptance, OptimalStopping):
+            return await self.acceptance.generate(session, self.boundary, self.max_rejections + 1)
         target, beta = self._on_scale_of(session)
         accepts = Acceptance(self.acceptance, beta)
         threshold = Threshold.rising(await session.prompt_reward(), target, self.alpha, session.max_tokens)
@@ -62,14 +71,11 @@ class Cards(Decoding):
             await session.keep(best)
 
     def _on_scale_of(self, session: Session) -> tuple[float, float]:
-        scale = session.reward_scale
-        if self.target_reward == "auto" and scale is None:
-            raise SettingsError(
-                "decoding.target_reward='auto' needs a reward that publishes its scale, and this one does not: "
-                "pass Cards(target_reward=..., beta=...), about 1.5 spreads above the mean reward of plain "
-                "answers, and a fifth of the spread."
-            )
-        mean, spread = scale or (0.0, 0.0)
-        target = mean + 1.5 * spread if self.target_reward == "auto" else self.target_reward
-        beta = (spread / 5 or 0.7) if self.beta == "auto" else self.beta
+        """Target and beta, from the reward's scale where they are "auto"."""
+        target, beta, scale = self.target_reward, self.beta, session.reward_scale
+        if target == "auto":
+            assert scale is not None  # the engine knows it, if `needs_scale`
+            target = scale.mean + 1.5 * scale.spread if scale.target is None else scale.target
+        if beta == "auto":
+            beta = (scale and (scale.beta or scale.spread / 5)) or 0.7
         return target, beta
