@@ -1,0 +1,51 @@
+"""Charts of what was measured, with matplotlib (the extra `study`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from cards_integrations.study.calibrate import Calibration
+
+
+def draw_calibration(found: Calibration, axes: Sequence[Axes] | None = None) -> Figure:
+    """Reward against tokens, how well a beginning foretells the end, and the lengths of segments."""
+    from matplotlib import pyplot
+
+    from cards_integrations.study.calibrate import SHARES
+
+    if axes is None:
+        _, axes = pyplot.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    frontier, foretold, lengths = axes
+    plain, chosen = found.plain, found.chosen.foreseen
+
+    frontier.plot(
+        [c.foreseen.drafted_tokens for c in found.curve], [c.foreseen.reward for c in found.curve],
+        color="tab:blue", label="CARDS, foreseen",
+    )  # fmt: skip
+    frontier.plot(plain.drafted_tokens, plain.reward, "o", color="tab:gray", label="plain, measured")
+    frontier.plot(chosen.drafted_tokens, chosen.reward, "o", color="tab:red", label="chosen")
+    frontier.set(xlabel="tokens looked at, per answer", ylabel="mean reward", title="What a target buys")
+    frontier.set_xscale("log")
+    frontier.legend(frameon=False)
+
+    foretold.plot([100 * share for share in SHARES], found.correlations, "o-", color="tab:blue")
+    foretold.axhline(0, color="tab:gray", linewidth=0.8)
+    foretold.set(
+        xlabel="share of the answer, %",
+        ylabel="correlation",
+        ylim=(-0.2, 1.05),
+        title="A beginning's reward and the end's",
+    )
+
+    lengths.hist(found.segment_lengths, bins=range(1, max(found.segment_lengths) + 2), color="tab:blue", align="left")
+    lengths.set(xlabel="tokens", ylabel="drafts", title=f"Segments at entropy threshold {found.boundary.threshold:.2f}")
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    figure = frontier.figure
+    figure.suptitle(f"{found.reward.name} on {found.model.model}", fontsize=10)
+    return figure  # type: ignore[return-value]
