@@ -25,9 +25,6 @@ log = logging.getLogger("cards_integrations")
 class ScaleStore:
     """Scales on disk, by model and reward."""
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder or cache_dir() / "scales"
-
     def get(self, model: LocalModel, reward: Reward) -> Scale | None:
         with suppress(OSError, ValueError, ValidationError):
             if reward.lasting:
@@ -47,7 +44,7 @@ class ScaleStore:
     def _file(self, model: LocalModel, reward: Reward) -> Path:
         settings = [model.model_dump(mode="json"), reward.model_dump(mode="json", exclude={"scale"})]
         key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-        return self.folder / f"{key[:32]}.json"
+        return cache_dir() / "scales" / f"{key[:32]}.json"
 
 
 Rewarded = Callable[[Reward], Awaitable[list[float]]]

@@ -201,7 +201,7 @@ class Worker:
             return None, None
         settings = await self.scales.standardised(request.reward)
         model = self.rewards[settings]
-        return model, await self.scales.of(settings) if request.decoding.needs_scale else None
+        return model, await self.scales.of(request.reward) if request.decoding.needs_scale else None
 
     async def _plain_rewards(self, reward: Reward) -> list[float]:
         """Rewards of plain answers, as many as there are prompts."""

@@ -108,6 +108,12 @@ class Calibration:
 
         return draw_calibration(self, axes)
 
+    def save(self, path: str | Path) -> None:
+        """The charts as .png, .svg or .pdf, or with what was found as an .html page that opens offline."""
+        from cards_integrations.study.pictures import save
+
+        save(self.plot(), path, str(self))
+
 
 def calibrate(
     llm: CardsLLM,
@@ -115,7 +121,7 @@ def calibrate(
     *,
     contexts: Sequence[Any] | None = None,
     budget: float | None = None,
-    reward: float | None = None,
+    goal: float | None = None,
     quantile: float | None = None,
     segment_length: float | None = None,
     candidates: int = 4,
@@ -125,16 +131,16 @@ def calibrate(
 ) -> Calibration:
     """Choose entropy threshold, target and beta for the models and the `max_tokens` of an LLM.
 
-    At most one of: `budget`, tokens looked at as a multiple of a plain answer's; `reward`, the wanted
-    mean; `quantile` of plain answers' rewards for the target. Without any of them the target is mean +
+    At most one of: `budget`, tokens looked at as a multiple of a plain answer's; `goal`, the wanted
+    mean reward; `quantile` of plain answers' rewards for the target. Without any of them the target is mean +
     1.5 spreads. `segment_length` asks for a mean number of tokens; without it the threshold of
     `decoding` stays. `prompts` are strings or messages (at least 8, better 50), by default built-in ones.
 
     Draws `candidates` scored drafts for each segment of a plain answer, learns from them how rewards
     move along an answer (`Chains`), and simulates CARDS for many targets and betas.
     """
-    if sum(wanted is not None for wanted in (budget, reward, quantile)) > 1:
-        raise SettingsError("calibrate: give one of budget=, reward= and quantile=.")
+    if sum(wanted is not None for wanted in (budget, goal, quantile)) > 1:
+        raise SettingsError("calibrate: give one of budget=, goal= and quantile=.")
     chosen = llm.chosen(options)
     if chosen.reward is None:
         raise SettingsError("calibrate: there is no reward to calibrate; pass reward=.")
@@ -161,10 +167,10 @@ def calibrate(
     found = Calibration(
         chosen.model, chosen.reward, chosen.max_tokens, boundary, scale,
         plain=Prediction(1.0, kept, kept, 1 + segments, scale.mean),
-        chosen=_choose(curve, scale, finals, kept, budget, reward, quantile),
+        chosen=_choose(curve, scale, finals, kept, budget, goal, quantile),
         curve=curve, correlations=_correlations(answers), segment_lengths=lengths,
     )  # fmt: skip
-    return replace(found, warnings=_warnings(found, budget, reward))
+    return replace(found, warnings=_warnings(found, budget, goal))
 
 
 @dataclass
@@ -242,13 +248,13 @@ def _curve(chains: Chains, setting: Setting, scale: Scale) -> tuple[Choice, ...]
 
 def _choose(
     curve: Sequence[Choice], scale: Scale, finals: Sequence[float], plain_tokens: float,
-    budget: float | None, reward: float | None, quantile: float | None,
+    budget: float | None, goal: float | None, quantile: float | None,
 ) -> Choice:  # fmt: skip
     if budget is not None:
         affordable = [c for c in curve if c.foreseen.drafted_tokens <= budget * plain_tokens]
         return max(affordable or curve[:1], key=lambda c: c.foreseen.reward)
-    if reward is not None:
-        enough = [c for c in curve if c.foreseen.reward >= reward]
+    if goal is not None:
+        enough = [c for c in curve if c.foreseen.reward >= goal]
         return min(enough or curve[-1:], key=lambda c: c.foreseen.drafted_tokens)
     target = scale.mean + 1.5 * scale.spread if quantile is None else float(np.quantile(finals, quantile))
     return min(curve, key=lambda c: abs(c.target - target))
@@ -267,7 +273,7 @@ def _correlations(answers: Sequence[Alignment]) -> tuple[float, ...]:
     return tuple(0.0 if c.std() == 0 else float(np.corrcoef(c, columns[-1])[0, 1]) for c in columns)
 
 
-def _warnings(found: Calibration, budget: float | None, reward: float | None) -> tuple[str, ...]:
+def _warnings(found: Calibration, budget: float | None, goal: float | None) -> tuple[str, ...]:
     said = []
     if found.scale.spread == 0:
         said.append("the reward gives every plain answer the same score, so it cannot guide.")
@@ -279,8 +285,8 @@ def _warnings(found: Calibration, budget: float | None, reward: float | None) ->
     foreseen = found.chosen.foreseen
     if budget is not None and foreseen.drafted_tokens > 1.05 * budget * found.plain.kept_tokens:
         said.append(f"the budget of {budget:g} times plain is below what the lowest target takes.")
-    if reward is not None and foreseen.reward < reward:
-        said.append(f"no target is foreseen to reach a mean reward of {reward:g}.")
+    if goal is not None and foreseen.reward < goal:
+        said.append(f"no target is foreseen to reach a mean reward of {goal:g}.")
     if found.chosen.target > found.scale.mean + FORESEEN * found.scale.spread:
         said.append("the target lies where few plain answers do: what is foreseen is uncertain.")
     for warning in said:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import html
+import io
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -11,15 +15,39 @@ if TYPE_CHECKING:
 
     from cards_integrations.study.calibrate import Calibration
 
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>cards-integrations</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
+p {{ margin: .3rem 0; }} img {{ width: 100%; margin-top: 1rem; }}
+</style></head><body>
+{text}
+<img alt="charts" src="data:image/png;base64,{image}">
+</body></html>
+"""
+
+
+def save(figure: Figure, path: str | Path, text: str) -> None:
+    """As an image, or as a page with the text above it."""
+    path = Path(path)
+    if path.suffix != ".html":
+        figure.savefig(path, dpi=150)
+        return
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=150)
+    paragraphs = "\n".join(f"<p>{html.escape(line)}</p>" for line in text.splitlines())
+    page = PAGE.format(text=paragraphs, image=base64.b64encode(image.getvalue()).decode())
+    path.write_text(page, encoding="utf-8")
+
 
 def draw_calibration(found: Calibration, axes: Sequence[Axes] | None = None) -> Figure:
     """Reward against tokens, how well a beginning foretells the end, and the lengths of segments."""
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     from cards_integrations.study.calibrate import SHARES
 
     if axes is None:
-        _, axes = pyplot.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+        axes = Figure(figsize=(13, 3.8), layout="constrained").subplots(1, 3)
     frontier, foretold, lengths = axes
     plain, chosen = found.plain, found.chosen.foreseen
 

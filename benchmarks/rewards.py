@@ -1,0 +1,306 @@
+"""Does each reward guide? Does calibration foresee? Are guided answers grounded? Is stopping as good as a target?
+
+    python benchmarks/rewards.py [--parts guide grounded calibration stopping] [--models ../shared/models]
+
+    guide        every kind of reward guides SmolLM2: its mean for plain and for CARDS answers, same
+                 prompts, seeds and length limit, 95% bootstrap intervals of the paired difference
+    grounded     twenty questions with a context: how many answers hold the context's fact
+    calibration  foreseen against measured acceptance, tokens and reward, on other prompts
+    stopping     optimal stopping against calibrated CARDS: rewards at equal tokens looked at
+
+Writes results/rewards.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from frontier import BOUNDARY, DID, WHO
+from grounded_questions import PROMPT, QUESTIONS
+from quality import PROMPTS, interval
+from rich.console import Console
+from rich.table import Table
+
+from cards_integrations import CardsLLM
+from cards_integrations.decoding import BestOfN, Cards, Decoding, OptimalStopping, Sampling
+from cards_integrations.demo import JUDGE
+from cards_integrations.models.loading import LocalModel
+from cards_integrations.rewards import (
+    NAMED,
+    ClassifierReward,
+    FunctionReward,
+    GateReward,
+    GroundednessReward,
+    ImplicitReward,
+    JudgeReward,
+    LengthReward,
+    MinReward,
+    PatternReward,
+    RelevanceReward,
+    RemoteReward,
+    Reward,
+    WeightedReward,
+)
+from cards_integrations.rewards.prompts import PLAIN
+from cards_integrations.trace import Alignment
+
+RESULTS = Path(__file__).parent / "results" / "rewards.json"
+SEEDS = 5
+SERVER = """
+    import http.server, json
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        def log_message(self, *args): pass
+        def do_POST(self):
+            asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            scores = [sum(map(r.lower().count, "aeiou")) / max(1, len(r)) for r in asked["responses"]]
+            body = json.dumps({"scores": scores}).encode()
+            self.send_response(200)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    print(server.server_port, flush=True)
+    server.serve_forever()
+"""
+
+
+def short_words(prompt: str, responses: list[str]) -> list[float]:
+    """Minus the mean length of a word, in letters."""
+    words = [response.split() for response in responses]
+    return [-sum(map(len, each)) / max(1, len(each)) for each in words]
+
+
+@contextmanager
+def server() -> Iterator[str]:
+    """A process that scores answers by their share of vowels."""
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(SERVER)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        yield f"http://127.0.0.1:{process.stdout.readline().strip()}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def distilled(llm: CardsLLM, folder: Path, n: int = 8, epochs: int = 2) -> LocalModel:
+    """SmolLM2 tuned (LoRA) on its own best-of-8 answers: the tuned model of an `ImplicitReward`."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from cards_integrations.models.loading import find
+
+    best = llm.align_batch(PLAIN, range(len(PLAIN)), decoding=BestOfN(n=n), max_tokens=48)
+    model = AutoModelForCausalLM.from_pretrained(find("smollm2"), dtype=torch.float32)
+    tuned = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
+    optimizer = torch.optim.AdamW((p for p in tuned.parameters() if p.requires_grad), lr=1e-3)
+    torch.manual_seed(0)
+    for _ in range(epochs):
+        for answer in best:
+            ids = torch.tensor([[*answer.prompt_ids, *answer.token_ids]])
+            labels = ids.clone()
+            labels[:, : len(answer.prompt_ids)] = -100
+            tuned(input_ids=ids, labels=labels).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    tuned.save_pretrained(folder)
+    return LocalModel(model="smollm2", adapter=str(folder))
+
+
+def rewards(url: str, tuned: LocalModel) -> dict[str, Reward]:
+    """One of each kind."""
+    return {
+        "classifier, decoder (sentiment)": NAMED["sentiment"],
+        "classifier, encoder (sentiment)": NAMED["sentiment-minilm"],
+        "function (short words)": FunctionReward(function=short_words),
+        "length (20 words)": LengthReward(target=20),
+        "pattern (rain, sun; no I)": PatternReward(wanted=["rain", "sun"], forbidden=[r"\bI\b"], case_sensitive=True),
+        "implicit (distilled best-of-8)": ImplicitReward(tuned=tuned),
+        "judge (SmolLM2 itself)": JudgeReward(),
+        "relevance (MiniLM)": RelevanceReward(),
+        "groundedness by likelihood": GroundednessReward(),
+        "groundedness by embedding": GroundednessReward(by="embedding"),
+        "remote (share of vowels)": RemoteReward(url=url, protocol="json"),
+        "weighted (sentiment + relevance)": WeightedReward(rewards=["sentiment", RelevanceReward()]),
+        "min (sentiment, 20 words)": MinReward(rewards=["sentiment", LengthReward(target=20)]),
+        "gate (no I, then sentiment)": GateReward(
+            gate=PatternReward(forbidden=[r"\bI\b"], case_sensitive=True), reward="sentiment", closed=-5
+        ),
+    }
+
+
+def guide(options: argparse.Namespace) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    table = Table("reward", "plain", "CARDS", "difference", "drafted / kept", "tokens", title="each reward guides")
+    llm = CardsLLM(max_tokens=48)
+    with server() as url, tempfile.TemporaryDirectory() as folder:
+        tuned = distilled(llm, Path(folder))
+        for name, reward in rewards(url, tuned).items():
+            prompts: list[str] = PROMPTS[:16]
+            if isinstance(reward, GroundednessReward):
+                prompts = [PROMPT.format(question=q, context=c) for q, c, _ in QUESTIONS[:16]]
+            ask = {"seeds": range(len(prompts)), "reward": reward}
+            plain = llm.align_batch(prompts, decoding=Sampling(), **ask)
+            before = np.array([llm.score(p, [a.text], reward)[0] for p, a in zip(prompts, plain, strict=True)])
+            aligned = llm.align_batch(prompts, decoding=Cards(), **ask)
+            after = np.array([a.reward for a in aligned])
+            rng = np.random.default_rng(0)
+            row = {
+                "plain": float(before.mean()),
+                "cards": float(after.mean()),
+                "difference": interval(after - before, rng),
+                "drafted": float(np.mean([a.usage.drafted_tokens for a in aligned])),
+                "tokens": [float(np.mean([len(a.token_ids) for a in answers])) for answers in (plain, aligned)],
+            }
+            found[name] = row
+            mean, low, high = row["difference"]
+            table.add_row(
+                name, f"{row['plain']:.3g}", f"{row['cards']:.3g}", f"{mean:.3g} [{low:.3g}, {high:.3g}]",
+                f"{row['drafted'] / row['tokens'][1]:.1f}", f"{row['tokens'][0]:.0f} / {row['tokens'][1]:.0f}",
+            )  # fmt: skip
+    llm.close()
+    Console(width=150).print(table)
+    return found
+
+
+def grounded(options: argparse.Namespace) -> dict[str, Any]:
+    """Counts over all seeds; the last half of the questions contradicts common knowledge."""
+    llm = CardsLLM(max_tokens=32)
+    prompts = [PROMPT.format(question=q, context=c) for q, c, _ in QUESTIONS] * SEEDS
+    patterns = [pattern for *_, pattern in QUESTIONS] * SEEDS
+    methods: dict[str, dict[str, Any]] = {
+        "plain": {"decoding": Sampling()},
+        "CARDS, groundedness by likelihood": {"reward": GroundednessReward()},
+        "CARDS, groundedness by embedding": {"reward": GroundednessReward(by="embedding")},
+        "best-of-8, groundedness by likelihood": {"decoding": BestOfN(n=8), "reward": GroundednessReward()},
+    }
+    half, found = len(QUESTIONS) // 2, {}
+    table = Table("answers that hold the fact", "agreeing with the world", "contradicting it", "all")
+    for name, options_ in methods.items():
+        answers = llm.align_batch(prompts, range(len(prompts)), **options_)
+        holds = [bool(re.search(p, a.text, re.IGNORECASE)) for p, a in zip(patterns, answers, strict=True)]
+        first = sum(h for i, h in enumerate(holds) if i % len(QUESTIONS) < half)
+        found[name] = {"agreeing": first, "contradicting": sum(holds) - first, "of": half * SEEDS}
+        table.add_row(name, f"{first} / {half * SEEDS}", f"{sum(holds) - first} / {half * SEEDS}",
+                      f"{sum(holds)} / {len(holds)}")  # fmt: skip
+    llm.close()
+    Console(width=120).print(table)
+    return found
+
+
+def measured(answers: Sequence[Alignment]) -> dict[str, float]:
+    drafts = [draft for a in answers for segment in a.segments for draft in segment.drafts]
+    return {
+        "acceptance": sum(draft.verdict == "accepted" for draft in drafts) / len(drafts),
+        "kept_tokens": sum(len(a.token_ids) for a in answers) / len(answers),
+        "drafted_tokens": sum(len(draft.token_ids) for draft in drafts) / len(answers),
+        "rm_calls": 1 + len(drafts) / len(answers),
+        "reward": float(np.mean([a.reward for a in answers])),
+    }
+
+
+def calibration(options: argparse.Namespace) -> dict[str, Any]:
+    sentiment = NAMED["sentiment"].model_copy(update={"scale": None})
+    # (r - mean) / spread with these numbers is 100 r + 7
+    shifted = WeightedReward(rewards=[sentiment.model_copy(update={"scale": (-0.07, 0.01)})], weights=[1.0])
+    asked: dict[str, tuple[Reward, list[str], list[str]]] = {
+        "sentiment": (sentiment, list(PLAIN), PROMPTS),
+        "100 sentiment + 7": (shifted, list(PLAIN), PROMPTS),
+        "groundedness by likelihood": (
+            GroundednessReward(),
+            [prompt for prompt, _ in GroundednessReward().prompts],
+            [PROMPT.format(question=q, context=c) for q, c, _ in QUESTIONS],
+        ),
+    }
+    found: dict[str, Any] = {}
+    table = Table("reward", "", "acceptance", "tokens looked at", "scores", "reward", title="calibration")
+    llm = CardsLLM(max_tokens=64)
+    for name, (reward, learnt_on, tried_on) in asked.items():
+        began = time.perf_counter()
+        # twice over the prompts: few are built in
+        calibrated = llm.calibrate(learnt_on * 2, reward=reward, remember=False, progress=False)
+        seconds = time.perf_counter() - began
+        print(calibrated)
+        answers = llm.align_batch(
+            tried_on * 2, range(1000, 1000 + 2 * len(tried_on)), reward=reward, decoding=calibrated.decoding
+        )
+        rows = {"foreseen": asdict(calibrated.chosen.foreseen), "measured": measured(answers)}
+        found[name] = {**rows, "target": calibrated.chosen.target, "beta": calibrated.chosen.beta, "seconds": seconds}
+        for what, row in rows.items():
+            table.add_row(name, what, *(f"{row[key]:.3g}" for key in
+                          ("acceptance", "drafted_tokens", "rm_calls", "reward")))  # fmt: skip
+    llm.close()
+    Console(width=120).print(table)
+    return found
+
+
+def stopping(options: argparse.Namespace) -> dict[str, Any]:
+    """Curves of (tokens looked at, reward, judge) for targets and for prices."""
+    pairs: dict[str, tuple[CardsLLM, list[str], dict[str, Any], float]] = {
+        "SmolLM2": (CardsLLM(max_tokens=64), PROMPTS, {}, 0.53)
+    }
+    tiny = options.models / "stories260k"
+    if tiny.is_dir():
+        judge = ClassifierReward(model=str(options.models / "rm-sentiment-stories260k"))
+        llm = CardsLLM(model=str(tiny), reward=judge, max_tokens=96, temperature=0.9)
+        prompts = [f"{who} {did}" for did in DID for who in WHO]
+        pairs["tiny pair"] = (llm, prompts, {"boundary": BOUNDARY}, 0.5)
+    found: dict[str, Any] = {}
+    for pair, (llm, prompts, settings, spread) in pairs.items():
+        table = Table("", "tokens looked at", "guiding reward", "judge", title=f"{pair}: a target or a price")
+        mean = 0.75 if pair == "SmolLM2" else -0.15
+        methods: dict[str, Decoding] = {
+            f"target mean + {k:g} spreads": Cards(target_reward=mean + k * spread, beta=0.15 * spread, **settings)
+            for k in (0.5, 1.0, 1.5, 2.0)
+        }
+        for price in (0.02, 0.01, 0.005, 0.0025):
+            methods[f"price {price:g} spreads a token"] = Cards(
+                acceptance=OptimalStopping(price=price * spread), **settings
+            )
+        for name, decoding in methods.items():
+            answers = llm.align_batch(prompts, range(len(prompts)), decoding=decoding)
+            judged = [llm.score(p, [a.text], JUDGE)[0] for p, a in zip(prompts, answers, strict=True)]
+            rng = np.random.default_rng(0)
+            row = {
+                "looked at": measured(answers)["drafted_tokens"],
+                "reward": interval(np.array([a.reward for a in answers]), rng),
+                "judge": interval(np.array(judged), rng),
+            }
+            found.setdefault(pair, {})[name] = row
+            table.add_row(name, f"{row['looked at']:.0f}", *(
+                f"{m:.2f} [{low:.2f}, {high:.2f}]" for m, low, high in (row["reward"], row["judge"])))  # fmt: skip
+        llm.close()
+        Console(width=120).print(table)
+    return found
+
+
+PARTS = {"guide": guide, "grounded": grounded, "calibration": calibration, "stopping": stopping}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--models", type=Path, default=Path(__file__).parents[2] / "shared" / "models")
+    options = parser.parse_args()
+    for part in options.parts:
+        found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        found[part] = PARTS[part](options)
+        RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
