@@ -145,7 +145,7 @@ def rewards(url: str, tuned: LocalModel) -> dict[str, Reward]:
 
 def guide(options: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    table = Table("reward", "plain", "CARDS", "difference", "drafted / kept", "tokens", title="each reward guides")
+    table = Table("reward", "plain", "CARDS", "difference", "looked at / kept", "tokens", title="each reward guides")
     llm = CardsLLM(max_tokens=48)
     with server() as url, tempfile.TemporaryDirectory() as folder:
         tuned = distilled(llm, Path(folder))
@@ -163,6 +163,7 @@ def guide(options: argparse.Namespace) -> dict[str, Any]:
                 "plain": float(before.mean()),
                 "cards": float(after.mean()),
                 "difference": interval(after - before, rng),
+                "looked at": measured(aligned)["drafted_tokens"],
                 "drafted": float(np.mean([a.usage.drafted_tokens for a in aligned])),
                 "tokens": [float(np.mean([len(a.token_ids) for a in answers])) for answers in (plain, aligned)],
             }
@@ -170,7 +171,7 @@ def guide(options: argparse.Namespace) -> dict[str, Any]:
             mean, low, high = row["difference"]
             table.add_row(
                 name, f"{row['plain']:.3g}", f"{row['cards']:.3g}", f"{mean:.3g} [{low:.3g}, {high:.3g}]",
-                f"{row['drafted'] / row['tokens'][1]:.1f}", f"{row['tokens'][0]:.0f} / {row['tokens'][1]:.0f}",
+                f"{row['looked at'] / row['tokens'][1]:.1f}", f"{row['tokens'][0]:.0f} / {row['tokens'][1]:.0f}",
             )  # fmt: skip
     llm.close()
     Console(width=150).print(table)
@@ -222,8 +223,9 @@ def calibration(options: argparse.Namespace) -> dict[str, Any]:
         "100 sentiment + 7": (shifted, list(PLAIN), PROMPTS),
         "groundedness by likelihood": (
             GroundednessReward(),
-            [prompt for prompt, _ in GroundednessReward().prompts],
-            [PROMPT.format(question=q, context=c) for q, c, _ in QUESTIONS],
+            [PROMPT.format(question=q, context=c) for q, c, _ in QUESTIONS[::2]]
+            + [prompt for prompt, _ in GroundednessReward().prompts],
+            [PROMPT.format(question=q, context=c) for q, c, _ in QUESTIONS[1::2]],
         ),
     }
     found: dict[str, Any] = {}
@@ -236,7 +238,7 @@ def calibration(options: argparse.Namespace) -> dict[str, Any]:
         seconds = time.perf_counter() - began
         print(calibrated)
         answers = llm.align_batch(
-            tried_on * 2, range(1000, 1000 + 2 * len(tried_on)), reward=reward, decoding=calibrated.decoding
+            tried_on * 3, range(1000, 1000 + 3 * len(tried_on)), reward=reward, decoding=calibrated.decoding
         )
         rows = {"foreseen": asdict(calibrated.chosen.foreseen), "measured": measured(answers)}
         found[name] = {**rows, "target": calibrated.chosen.target, "beta": calibrated.chosen.beta, "seconds": seconds}

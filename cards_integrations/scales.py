@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic_core import PydanticSerializationError
 
 from cards_integrations.decoding.base import Scale
 from cards_integrations.models.embedded import cache_dir
@@ -26,16 +26,16 @@ class ScaleStore:
     """Scales on disk, by model and reward."""
 
     def get(self, model: LocalModel, reward: Reward) -> Scale | None:
-        with suppress(OSError, ValueError, ValidationError):
+        with suppress(OSError, ValueError, PydanticSerializationError):
             if reward.lasting:
                 return Scale.model_validate_json(self._file(model, reward).read_text())
         return None
 
     def put(self, model: LocalModel, reward: Reward, scale: Scale) -> None:
-        if not reward.lasting:
-            return
-        file = self._file(model, reward)
-        with suppress(OSError):  # then it is measured again next time
+        with suppress(OSError, PydanticSerializationError):  # then it is measured again next time
+            if not reward.lasting:
+                return
+            file = self._file(model, reward)
             file.parent.mkdir(parents=True, exist_ok=True)
             fresh = file.with_suffix(f".{os.getpid()}")
             fresh.write_text(scale.model_dump_json())
@@ -63,21 +63,21 @@ class Scales:
 
     async def of(self, reward: Reward) -> Scale:
         """What a calibration has remembered, else what the reward publishes, else what is measured now."""
-        reward = reward.scaled_like
-        stored = self.store.get(self.model, reward)
-        if stored is not None:
-            return stored
-        if reward.scale is not None:
-            mean, spread = reward.scale
-            return Scale(mean=mean, spread=spread)
-        task = self.measuring.get(reward)
-        if task is None:
-            task = self.measuring[reward] = asyncio.create_task(self._measure(reward))
-        try:
-            return await asyncio.shield(task)  # whoever gives up waiting does not stop it for the others
-        finally:
-            if task.done() and (task.cancelled() or task.exception() is not None):
-                self.measuring.pop(reward, None)
+        for known in (reward, reward.scaled_like):
+            stored = self.store.get(self.model, known)
+            if stored is not None:
+                return stored
+            if known.scale is not None:
+                mean, spread = known.scale
+                return Scale(mean=mean, spread=spread)
+        if known not in self.measuring:
+            self.measuring[known] = task = asyncio.create_task(self._measure(known))
+            task.add_done_callback(lambda task: self._measured(known, task))
+        return await asyncio.shield(self.measuring[known])  # whoever gives up does not stop it for the others
+
+    def _measured(self, reward: Reward, task: asyncio.Task[Scale]) -> None:
+        if task.cancelled() or task.exception() is not None:
+            del self.measuring[reward]  # the next request tries again
 
     async def standardised(self, reward: Reward) -> Reward:
         """The reward with the scales of its parts, as far as it needs them."""
@@ -100,7 +100,7 @@ class Scales:
             self.model.model,
         )
         found = await self.measure(reward)
-        scale = Scale(mean=statistics.fmean(found), spread=statistics.stdev(found))
+        scale = Scale(mean=statistics.fmean(found), spread=statistics.stdev(found) if len(found) > 1 else 0.0)
         log.warning("reward %r: mean %.3g, spread %.3g", reward.name, scale.mean, scale.spread)
         if scale.spread == 0:
             log.warning("reward %r gives every plain answer %.3g: it cannot guide", reward.name, scale.mean)

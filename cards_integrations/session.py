@@ -132,7 +132,7 @@ class Session:
     async def prompt_reward(self) -> float:
         if self.prompt_score is None:
             asked = asyncio.get_running_loop().create_future()
-            question = self.ask(Response(self.conversation, "", []), asked)
+            question = self.ask(Response(self.conversation, "", [], 0.0), asked)
             self.prompt_score = await asked
             question.judge.keep(question.response)
         return self.prompt_score

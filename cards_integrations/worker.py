@@ -33,6 +33,7 @@ from cards_integrations.errors import (
     SettingsError,
 )
 from cards_integrations.models.base import Context, Message
+from cards_integrations.models.grammar import Grammar
 from cards_integrations.models.kv_cache import TreeCache
 from cards_integrations.models.kv_memory import KVMemory, budget
 from cards_integrations.models.loading import LocalModel, ModelLoader, Placement
@@ -83,6 +84,7 @@ class Request:
     seed: int | None = None
     timeout: float | None = None
     context: tuple[str, ...] = ()
+    grammar: Grammar | None = None
 
 
 class Worker:
@@ -227,6 +229,8 @@ class Worker:
         usage = Usage(prompt_tokens=len(prompt_ids))
         stop, seed = StopStrings(request.stop), fresh_seed() if request.seed is None else request.seed
         context = Context(request.prompt, prompt_ids, request.max_tokens, request.sampler, stop, usage)
+        if request.grammar is not None:
+            context.matcher = model.grammars.matcher(request.grammar)
         conversation = Conversation(request.prompt, usage, request.context)
         async with self._admission:
             tokens = len(prompt_ids) + request.max_tokens + DRAFTS

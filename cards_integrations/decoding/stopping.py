@@ -90,4 +90,5 @@ def _excess(k: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """E[max(M - z, 0)], the integral of P(M > x) from z on, at many z."""
     z = np.linspace(-8, 8, 4001)
     above = 1 - np.array([0.5 * math.erfc(-x / math.sqrt(2)) for x in z]) ** k
-    return z, np.flip(np.cumsum(np.flip(above))) * (z[1] - z[0])
+    steps = (above[1:] + above[:-1]) / 2 * np.diff(z)
+    return z, np.append(np.flip(np.cumsum(np.flip(steps))), 0.0)

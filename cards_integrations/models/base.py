@@ -18,6 +18,8 @@ from cards_integrations.trace import FinishReason, Usage
 if TYPE_CHECKING:
     import torch
 
+    from cards_integrations.models.grammar import Matcher
+
 Message = dict[str, str]
 
 
@@ -62,6 +64,7 @@ class Context:
     sampler: Sampler
     stop: StopStrings
     usage: Usage
+    matcher: Matcher | None = None  # where the text is in its grammar
     ids: list[int] = field(default_factory=list)
     text: str = ""
     state: Any = None  # the language model's own
@@ -86,6 +89,7 @@ class Candidate:
     log_likelihood: float = 0.0
     finish: FinishReason | None = None
     whole: bool = True
+    matcher: Matcher | None = None
     state: Any = None  # the language model's own
     waiter: Any = None  # whoever began it
     before: list[int] = field(init=False)

@@ -34,6 +34,9 @@ class LocalModel(BaseModel):
     trust_remote_code: bool = False
 
 
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
 class Placement(BaseModel):
     """Where and how weights are held.
 
@@ -45,7 +48,7 @@ class Placement(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: DType = "auto"
     threads: Annotated[int, Field(ge=1)] | None = None
 
 
@@ -111,7 +114,15 @@ class ModelLoader:
     def _on_language_model(self, spec: LocalModel) -> bool:
         """Is it an adapter on the language model's own weights?"""
         base = spec.model_copy(update={"adapter": None})
-        return spec.adapter is not None and self.language_model is not None and self.language_model[0] == base
+        if spec.adapter is None or self.language_model is None or self.language_model[0] != base:
+            return False
+        from peft import PeftConfig
+
+        with _explained(spec):
+            config = PeftConfig.from_pretrained(spec.adapter)
+        # others are loaded, or begin, by writing into the base model's own weights
+        begins = getattr(config, "init_lora_weights", None) in (True, False, "gaussian")
+        return config.peft_type == "LORA" and config.bias == "none" and begins
 
     def _adapted(self, spec: LocalModel, model: Any, shared: bool) -> Any:
         """With the adapter merged into the weights, or into copies of those that it changes."""
@@ -124,6 +135,19 @@ class ModelLoader:
                 _own_adapted_weights(adapted)
             model = adapted.merge_and_unload()
         return model.to(self.device).eval()
+
+    def at(self, device: str | None, dtype: DType | None) -> ModelLoader:
+        """A loader for another device or dtype, with the same budget for caches; itself if both are None."""
+        if device is None and dtype is None:
+            return self
+        placement = Placement(device=device or str(self.device), dtype=dtype or self.placement.dtype)
+
+        def build() -> ModelLoader:
+            other = ModelLoader(placement)
+            other.memory = self.memory
+            return other
+
+        return self.once(("at", placement), build)
 
     def once(self, key: Hashable, build: Callable[[], T]) -> T:
         """What `build` makes, the same for all who ask with this key."""
@@ -253,7 +277,8 @@ def _own_adapted_weights(adapted: Any) -> None:
     for module in adapted.modules():
         if isinstance(module, BaseTunerLayer):
             base = module.get_base_layer()
-            base.weight = torch.nn.Parameter(base.weight.detach().clone(), requires_grad=False)
+            for name, weight in base.named_parameters(recurse=False):
+                setattr(base, name, torch.nn.Parameter(weight.detach().clone(), requires_grad=False))
 
 
 class _explained:

@@ -12,6 +12,7 @@ import torch
 from cards_integrations.errors import OutOfMemory
 from cards_integrations.models.base import Boundary, Candidate, Context
 from cards_integrations.models.chat import ChatTokenizer
+from cards_integrations.models.grammar import GrammarTokenizer
 from cards_integrations.models.kv_cache import Branch, Tree
 from cards_integrations.models.kv_memory import KVMemory, first_to_read
 from cards_integrations.models.loading import positions
@@ -70,8 +71,14 @@ class LocalLanguageModel:
             self.transformer.cache.close(context.state.branch.tree)
             context.state = None
 
+    @cached_property
+    def grammars(self) -> GrammarTokenizer:
+        return GrammarTokenizer(self.chat.tokenizer, self.model.get_output_embeddings().weight.shape[0], self.eos)
+
     def begin(self, candidate: Candidate) -> None:
-        candidate.state = (candidate.parent or candidate.context).state
+        origin = candidate.parent or candidate.context
+        candidate.state = origin.state
+        candidate.matcher = origin.matcher and origin.matcher.fork()
         self._go_on(candidate)
 
     def _go_on(self, candidate: Candidate) -> None:
@@ -132,6 +139,7 @@ class LocalLanguageModel:
             tip.logits = Row(tip.logits.value[None].clone(), 0)  # or those of its whole batch stay as long
         context.state, tip.own_row = tip, False
         self._free(old, row=old.branch.tree is not tip.branch.tree)
+        context.matcher = candidate.matcher
         context.ids += candidate.ids
         context.text = candidate.response
 
@@ -152,9 +160,9 @@ class LocalLanguageModel:
         logits, rows = _stacked([c.state.logits for c in group])
         uniforms = torch.tensor([c.uniforms[len(c.ids)] for c in group], dtype=torch.float64, device=logits.device)
         at = torch.tensor(rows, device=logits.device)
-        tokens = sampler(logits, at, uniforms)
+        tokens, forced = self._tokens(sampler, group, logits, at, uniforms)
         log_p = logits.float().log_softmax(-1)
-        asked = [i for i, c in enumerate(group) if len(c.ids) >= boundary.shortest]
+        asked = [i for i, c in enumerate(group) if len(c.ids) >= boundary.shortest and i not in forced]
         which = [rows[i] for i in asked]
         rises = boundary.ends_before(logits, log_p, which) if asked else None
         log_p = log_p[at, tokens]
@@ -183,8 +191,29 @@ class LocalLanguageModel:
                 candidate.state.waiting.append(candidate)
         return ended
 
+    def _tokens(
+        self, sampler: Sampler, group: list[Candidate], logits: torch.Tensor, at: torch.Tensor, uniforms: torch.Tensor
+    ) -> tuple[torch.Tensor, set[int]]:
+        """A token for each candidate, and which of them had no choice."""
+        bound = {i: c.matcher for i, c in enumerate(group) if c.matcher is not None}
+        if not bound:
+            return sampler(logits, at, uniforms), set()
+        allowed = self.grammars.allowed(list(bound.values()))
+        forced = {i for i, n in zip(bound, allowed.sum(-1).tolist(), strict=True) if n == 1}
+        which = torch.tensor(list(bound), device=logits.device)
+        masked = logits[at[which]].masked_fill(~allowed.to(logits.device), -torch.inf)
+        at = at.clone()
+        at[which] = len(logits) + torch.arange(len(which), device=logits.device)
+        return sampler(torch.cat([logits, masked]), at, uniforms), forced
+
     def _ends_after(self, candidate: Candidate) -> bool:
-        context, boundary = candidate.context, candidate.boundary
+        context, boundary, matcher = candidate.context, candidate.boundary, candidate.matcher
+        if matcher is not None:
+            matcher.take(candidate.ids[-1])
+            if matcher.complete:
+                candidate.finish = "stop"
+                self._read(candidate)
+                return True
         full = candidate.room <= 0
         if full or context.stop or boundary.reads_text:
             self._read(candidate)

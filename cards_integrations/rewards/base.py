@@ -96,13 +96,15 @@ class RewardModel(ABC):
 async def scores(model: RewardModel, responses: Sequence[Response]) -> list[float]:
     """The scores, or a `RewardError` that names the reward and the text that caused it."""
     try:
-        async with asyncio.timeout(model.timeout):
+        async with asyncio.timeout(model.timeout) as deadline:
             found = [float(value) for value in await model.score(responses)]
     except (RewardError, OutOfMemory):
         raise
-    except TimeoutError as error:
-        raise RewardError(f"reward {model.name!r} gave no scores within timeout={model.timeout} seconds.") from error
     except Exception as error:
+        if isinstance(error, TimeoutError) and deadline.expired():
+            raise RewardError(
+                f"reward {model.name!r} gave no scores within timeout={model.timeout} seconds."
+            ) from error
         texts = ", ".join(repr(response.text) for response in responses)
         raise RewardError(f"reward {model.name!r} failed for {texts}: {type(error).__name__}: {error}") from error
     if len(found) != len(responses):
@@ -129,7 +131,7 @@ class Reward(BaseModel):
     scale: tuple[Finite, Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None = None
     """Mean and spread of the reward over plain answers. None: measured where it is needed."""
     granularity: Literal["token", "sentence"] = "token"
-    timeout: Annotated[float, Field(gt=0)] | None = None
+    timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
     @property
     def name(self) -> str:
@@ -145,10 +147,13 @@ class Reward(BaseModel):
         """The same, made of other parts."""
         return self
 
+    def __hash__(self) -> int:
+        return hash((type(self), repr(self)))  # a plug-in's fields may be lists
+
     @property
     def scaled_like(self) -> Reward:
         """The reward whose scale is this one's, too."""
-        return self
+        return self.with_parts([part.scaled_like for part in self.parts])
 
     @property
     def lasting(self) -> bool:

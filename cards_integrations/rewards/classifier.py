@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 
 from cards_integrations.errors import ModelError, SettingsError
 from cards_integrations.models.chat import ChatTokenizer
-from cards_integrations.models.loading import LocalModel
+from cards_integrations.models.loading import DType, LocalModel
 from cards_integrations.models.transformer import Transformer
 from cards_integrations.rewards.base import Reward, RewardLoader, RewardModel
 from cards_integrations.rewards.layout import Layout, same_vocabulary
@@ -30,6 +30,7 @@ class ClassifierReward(Reward):
     "chat" (the reward model's own template), a string with `{prompt}` and `{response}`, or None:
     "chat" if the tokenizer has a template, else "{prompt}{response}". `end_of_turn` also feeds what
     the template writes after an answer. An adapter's name may be one that comes with this package.
+    `device` and `dtype` are the engine's unless given.
     """
 
     kind: Literal["classifier"] = "classifier"
@@ -37,6 +38,8 @@ class ClassifierReward(Reward):
     revision: str | None = None
     adapter: str | None = None
     trust_remote_code: bool = False
+    device: str | None = None
+    dtype: DType | None = None
     label: int | str | None = None
     output: Literal["logit", "probability", "log_odds"] = "logit"
     prompt_format: str | None = None
@@ -64,7 +67,7 @@ class ClassifierReward(Reward):
             model=self.model, revision=self.revision, adapter=adapter, trust_remote_code=self.trust_remote_code
         )
         models = loader.models
-        model, tokenizer = models.classifier(spec)
+        model, tokenizer = models.at(self.device, self.dtype).classifier(spec)
         layout = Layout(ChatTokenizer(tokenizer), self.prompt_format, self.end_of_turn)
         head = Head(self, model.config)
         same = models.language_model is not None and same_vocabulary(tokenizer, models.language_model[2])

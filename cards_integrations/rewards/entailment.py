@@ -46,20 +46,24 @@ class Entailment(RewardModel):
     async def score(self, responses: Sequence[Response]) -> list[float]:
         asked = [(response.conversation, sentence) for response in responses for sentence in sentences(response.text)]
         pairs = [(context, sentence) for conversation, sentence in asked for context in conversation.state]
-        p = iter(self._probabilities(pairs) if pairs else ())
-        support = iter([max(next(p) for _ in conversation.state) for conversation, _ in asked])
-        scores = []
-        for response in responses:
-            own = [next(support) for _ in sentences(response.text)]
-            scores.append(sum(own) / max(1, len(own)))
-            response.conversation.usage.rm_forwards += 1
-        return scores
+        read = iter(self._probabilities(pairs) if pairs else ())
+        support = []
+        for conversation, _ in asked:
+            own = [next(read) for _ in conversation.state]
+            support.append(max(p for p, _ in own))
+            conversation.usage.rm_tokens += sum(tokens for _, tokens in own)
+        for usage in {id(conversation.usage): conversation.usage for conversation, _ in asked}.values():
+            usage.rm_forwards += 1
+        of_sentences = iter(support)
+        each = [[next(of_sentences) for _ in sentences(response.text)] for response in responses]
+        return [sum(own) / max(1, len(own)) for own in each]
 
-    def _probabilities(self, pairs: list[tuple[str, str]]) -> list[float]:
+    def _probabilities(self, pairs: list[tuple[str, str]]) -> list[tuple[float, int]]:
+        """Of each pair, and how many tokens it has."""
         contexts, texts = map(list, zip(*pairs, strict=True))
         inputs = self.tokenizer(contexts, texts, padding=True, truncation="only_first", return_tensors="pt")
         with torch.inference_mode():
             logits = self.model(**inputs.to(self.model.device)).logits.float()
         single = logits.shape[-1] == 1
-        found: list[float] = (logits[:, 0].sigmoid() if single else logits.softmax(-1)[:, self.index]).tolist()
-        return found
+        p = logits[:, 0].sigmoid() if single else logits.softmax(-1)[:, self.index]
+        return list(zip(p.tolist(), inputs["attention_mask"].sum(-1).tolist(), strict=True))

@@ -16,6 +16,8 @@ class GateReward(Reward):
 
     `closed` has to lie far below what the reward gives, so that such a candidate is never accepted.
     If all candidates of a segment fail, one of them is kept all the same: the method always goes on.
+    The prompt alone, an empty answer, is not held up. `OptimalStopping` takes what is closed for a
+    reward like others: for that rule let `closed` lie only a few spreads below them.
     """
 
     kind: Literal["gate"] = "gate"
@@ -50,7 +52,8 @@ class Gate(Composite):
         self.settings = settings
 
     async def score(self, responses: Sequence[Response]) -> list[float]:
-        settings, gate = self.settings, await self.part(0, responses)
-        through = [r for r, value in zip(responses, gate, strict=True) if value >= settings.threshold]
+        scores = await self.part(0, responses)
+        opens = [s >= self.settings.threshold or not r.text for r, s in zip(responses, scores, strict=True)]
+        through = [response for response, through in zip(responses, opens, strict=True) if through]
         found = iter(await self.part(1, through) if through else ())
-        return [next(found) if value >= settings.threshold else settings.closed for value in gate]
+        return [next(found) if through else self.settings.closed for through in opens]

@@ -10,25 +10,26 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from cards_integrations.errors import RewardError
 from cards_integrations.models.base import Message
-from cards_integrations.models.chat import as_messages
 from cards_integrations.models.loading import LocalModel
 from cards_integrations.rewards.base import Conversation, Reward, RewardLoader, RewardModel
 from cards_integrations.rewards.entailment import Entailment
 from cards_integrations.rewards.likelihood import MutualInformation
 from cards_integrations.rewards.nearest import Nearest
+from cards_integrations.rewards.pattern import expressions
 from cards_integrations.rewards.prompts import WITH_CONTEXT
 from cards_integrations.rewards.registry import register_reward
 from cards_integrations.rewards.sentences import WholeSentences
 
 PATTERNS = (
     r"-{5,}\n(?P<context>.+?)\n-{5,}",  # LlamaIndex
-    r"(?i)\bcontext(?: information)?:\s*(?P<context>.+?)(?=\n\s*(?:question|query|answer)\b|\Z)",  # LangChain
+    r"(?i)following pieces of (?:retrieved )?context.*?\n\n(?P<context>.+?)(?=\n\s*question\b)",  # LangChain's own
+    r"(?i)\bcontext(?: information)?:\s*(?P<context>.+?)(?=\n\s*(?:helpful )?(?:question|query|answer)\b|\Z)",
 )
 JOINED = "Context: {context}\n\nQuestion: {prompt}"
 
 
-def _expressions(value: Any) -> Any:
-    for pattern in value if isinstance(value, (list, tuple)) else ():
+def _with_context(value: Any) -> Any:
+    for pattern in expressions(value):
         if "context" not in re.compile(pattern).groupindex:
             raise ValueError(f"{pattern!r} has no group (?P<context>...)")
     return value
@@ -55,7 +56,7 @@ class GroundednessReward(Reward):
     model: str | None = None
     revision: str | None = None
     label: int | str = "entailment"
-    patterns: Annotated[tuple[str, ...], BeforeValidator(_expressions)] = PATTERNS
+    patterns: Annotated[tuple[str, ...], BeforeValidator(_with_context)] = PATTERNS
     joined: str = Field(JOINED, pattern=r"(?s)\{context\}.*\{prompt\}|\{prompt\}.*\{context\}")
 
     @model_validator(mode="after")
@@ -85,33 +86,50 @@ class GroundednessReward(Reward):
 
     def context(self, conversation: Conversation) -> tuple[str, ...]:
         """The texts that an answer should be grounded in."""
-        return conversation.context or self._found(conversation)[0]
+        return conversation.context or self._without(conversation)[1]
 
-    def other_prompt(self, conversation: Conversation) -> tuple[list[Message], bool]:
+    def other_prompt(self, conversation: Conversation) -> tuple[str | list[Message], bool]:
         """The prompt without its context, or with it if it holds none; and whether it has it now."""
-        found, messages = self._found(conversation)
+        without, found = self._without(conversation)
         if found:
-            return messages, False
-        *earlier, last = messages
+            return without, False
         context = "\n\n".join(conversation.context)
-        text = self.joined.replace("{context}", context).replace("{prompt}", last["content"])
-        return [*earlier, {**last, "content": text}], True
+        if isinstance(without, str):
+            return type(without)(self._joined(context, without)), True
+        *earlier, last = without
+        return [*earlier, {**last, "content": self._joined(context, last["content"])}], True
 
-    def _found(self, conversation: Conversation) -> tuple[tuple[str, ...], list[Message]]:
-        """The context that the prompt holds, and the messages without it."""
-        found: list[str] = []
-        messages = []
-        for message in as_messages(conversation.prompt):
-            text = message["content"]
-            here = [context for context in conversation.context if context and context in text]
-            if not conversation.context and message["role"] != "assistant":
-                here = [m["context"] for p in self.patterns if (m := re.search(p, text, re.DOTALL))][:1]
-            for context in here:
-                text = text.replace(context, "")
-            found += here
-            messages.append({**message, "content": text})
+    def _joined(self, context: str, prompt: str) -> str:
+        parts = {"{context}": context, "{prompt}": prompt}
+        return re.sub(r"\{context\}|\{prompt\}", lambda match: parts[match[0]], self.joined)
+
+    def _without(self, conversation: Conversation) -> tuple[str | list[Message], tuple[str, ...]]:
+        """The prompt without the context that it holds, and that context."""
+        prompt, found = conversation.prompt, list[str]()
+        if isinstance(prompt, str):
+            text, found = self._cut(prompt, conversation.context)
+            without: str | list[Message] = type(prompt)(text)
+        else:
+            without = []
+            for message in prompt:
+                text, here = self._cut(message["content"], conversation.context, message["role"] != "assistant")
+                without.append({**message, "content": text})
+                found += here
         if not found and not conversation.context:
             raise RewardError(
                 f"reward {self.name!r} finds no context in the prompt: pass context=..., or patterns= that find it."
             )
-        return tuple(found), messages
+        return without, tuple(found)
+
+    def _cut(self, text: str, contexts: Sequence[str], search: bool = True) -> tuple[str, list[str]]:
+        """The text without the contexts that it holds, and those; without given ones, what a pattern finds."""
+        found = [context for context in contexts if context and context in text]
+        for context in found:
+            text = text.replace(context, "", 1)
+        if contexts or not search:
+            return text, found
+        for pattern in self.patterns:
+            if match := re.search(pattern, text, re.DOTALL):
+                start, end = match.span("context")
+                return text[:start] + text[end:], [match["context"]]
+        return text, []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,6 +34,7 @@ class Read:
     after: str
     before_ids: list[int]
     after_ids: list[int]
+    told: bool = False  # that the window is full
 
 
 @dataclass
@@ -84,6 +86,7 @@ class Incremental(RewardModel):
             conversation.state = None
 
     async def score(self, responses: Sequence[Response]) -> list[float]:
+        self._begin(responses)
         feeds = [self._feed(response) for response in responses]
         found: dict[int, float] = {}
         try:
@@ -95,6 +98,25 @@ class Incremental(RewardModel):
                 response.conversation.state.tree.drop(feed.branch)
             raise
         return [found[id(feed)] for feed in feeds]
+
+    def _begin(self, responses: Sequence[Response]) -> None:
+        """Read the prompts of which several answers are new, so that not each of them reads it again."""
+        several = Counter(
+            r.conversation for r in responses if r.conversation.state and not r.conversation.state.tree.ids
+        )
+        feeds = []
+        for conversation, n in several.items():
+            read: Read = conversation.state
+            prompt = read.before_ids[: self.window - 1]
+            if n > 1 and len(prompt) > 1:
+                self.transformer.memory.recall(read.tree, prompt)
+                branch = read.tree.branch()
+                feeds.append(Feed(branch, prompt[len(read.tree.ids) :], conversation))
+        for batch in self.transformer.batches(feeds):
+            self._read(batch, self.transformer.hidden(batch))
+            for feed in batch:
+                feed.branch.tree.keep(feed.branch, len(feed.ids))
+                feed.branch.tree.drop(feed.branch)
 
     def keep(self, response: Response) -> None:
         if response.state is None:
@@ -131,7 +153,9 @@ class Incremental(RewardModel):
                 f"reward {self.name!r}: the answer takes {len(ids) - prompt} tokens, more than the {self.window} of "
                 "its window; use a smaller max_tokens."
             )
-        log.warning("reward %r does not read the first %d tokens of a prompt: its window is full", self.name, surplus)
+        if not response.conversation.state.told:
+            log.warning("reward %r does not read the first tokens of a prompt: its window is full", self.name)
+            response.conversation.state.told = True
         return ids[surplus:], suffix
 
     def _ids(self, response: Response, read: Read) -> tuple[list[int], int]:
@@ -157,7 +181,7 @@ class Incremental(RewardModel):
             found.append(row)
         served = {}
         for feed in batch:
-            usage = feed.owner.conversation.usage
+            usage = getattr(feed.owner, "conversation", feed.owner).usage
             usage.rm_tokens += len(feed.ids)
             served[id(usage)] = usage
         for usage in served.values():

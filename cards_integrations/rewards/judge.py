@@ -98,7 +98,7 @@ class IncrementalJudge(Incremental):
 
 def _first_tokens(settings: JudgeReward, chat: ChatTokenizer) -> tuple[int, int]:
     """How the two words begin, where the judge answers: after a space, if there is no template."""
-    yes, no = (chat.encode(word if chat.has_template else " " + word)[0] for word in settings.words)
-    if yes == no:
-        raise SettingsError(f"reward.words={settings.words!r}: both begin with the same token of {settings.name!r}.")
-    return yes, no
+    yes, no = (chat.encode(word if chat.has_template else " " + word)[:1] for word in settings.words)
+    if not yes or not no or yes == no:
+        raise SettingsError(f"reward.words={settings.words!r} do not begin with two different tokens of a model.")
+    return yes[0], no[0]

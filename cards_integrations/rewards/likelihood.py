@@ -19,7 +19,8 @@ from cards_integrations.rewards.composite import Composite
 from cards_integrations.rewards.incremental import Incremental, Read, Scored
 from cards_integrations.rewards.layout import Layout, same_vocabulary
 
-OtherPrompt = Callable[[Conversation], tuple[list[Message], bool]]
+UNREAD = object()  # the state of a conversation of which nothing has been read
+OtherPrompt = Callable[[Conversation], tuple[str | list[Message], bool]]
 
 
 @dataclass
@@ -39,11 +40,6 @@ class Likelihood(Incremental):
         text, ids = self.layout.chat.prompt(conversation.prompt)
         conversation.state = ReadAnswer(self.transformer.cache.open(), text, "", ids, [])
 
-    async def score(self, responses: Sequence[Response]) -> list[float]:
-        asked = [response for response in responses if response.text]
-        found = iter(await super().score(asked))
-        return [next(found) if response.text else 0.0 for response in responses]
-
     def keep(self, response: Response) -> None:
         if response.state is not None:
             response.conversation.state.log_p = response.state.log_p
@@ -57,12 +53,14 @@ class Likelihood(Incremental):
 
     def _feed(self, response: Response) -> Feed:
         read: ReadAnswer = response.conversation.state
-        prompt = len(read.before_ids)
-        ids, _ = self._fitting([*read.before_ids, *self.tokens(response)], 0, response)
+        whole = [*read.before_ids, *self.tokens(response)]
+        ids, _ = self._fitting(whole, 0, response)
+        lost = len(whole) - len(ids)
+        prompt = len(read.before_ids) - lost
         if not read.tree.ids:
             self.transformer.memory.recall(read.tree, read.before_ids)
         shared = common(ids, read.tree.ids)
-        known = max(0, min(shared, len(ids) - 1) - prompt)
+        known = 0 if lost else max(0, min(shared, len(ids) - 1) - prompt)
         start = min(shared, prompt + known - 1)  # its output says how probable the first unknown token is
         branch = read.tree.branch(start)
         response.state = ScoredAnswer(branch, len(ids) - start, read.log_p[:known])
@@ -72,7 +70,7 @@ class Likelihood(Incremental):
         found = []
         with torch.inference_mode():
             for feed, row in zip(batch, self._read(batch, self.transformer.logits(batch)), strict=True):
-                new = torch.tensor(feed.ids[1 - feed.outputs :], device=row.batch.device)
+                new = torch.tensor(feed.ids[len(feed.ids) + 1 - feed.outputs :], device=row.batch.device)
                 log_p = row.values[:-1].float().log_softmax(-1).gather(-1, new[:, None])[:, 0]
                 scored: ScoredAnswer = feed.owner.state
                 scored.log_p = scored.log_p + log_p.tolist()
@@ -88,14 +86,25 @@ class OwnLikelihood(Likelihood):
 
     def open(self, conversation: Conversation) -> None:
         """Nothing is read yet, and perhaps never."""
+        conversation.state = UNREAD
+
+    def close(self, conversation: Conversation) -> None:
+        if conversation.state is UNREAD:
+            conversation.state = None
+        super().close(conversation)
+
+    @property
+    def times(self) -> None:  # type: ignore[override]
+        return None
 
     async def score(self, responses: Sequence[Response]) -> list[float]:
-        others = [response for response in responses if response.log_likelihood is None]
+        others = [r for r in responses if r.log_likelihood is None and r.conversation.state is not None]
         for response in others:
-            if response.conversation.state is None:
+            if response.conversation.state is UNREAD:
                 super().open(response.conversation)
         read = iter(await super().score(others))
-        return [next(read) if r.log_likelihood is None else r.log_likelihood for r in responses]
+        found = {id(response): next(read) for response in others}
+        return [found.get(id(r), r.log_likelihood or 0.0) for r in responses]
 
 
 def likelihood(loader: RewardLoader, spec: LocalModel | None, name: str, anew: bool = False) -> Likelihood:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from functools import cached_property
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, model_validator
 
@@ -12,17 +11,18 @@ from cards_integrations.rewards.base import Instant, Response, Reward, RewardLoa
 from cards_integrations.rewards.registry import register_reward
 
 
-def _expressions(value: object) -> object:
+def expressions(value: Any) -> Any:
+    """Regular expressions as settings give them: one or several, each of which compiles."""
     value = (value,) if isinstance(value, str) else value
     for pattern in value if isinstance(value, (list, tuple)) else ():
         try:
             re.compile(pattern)
-        except (re.error, TypeError) as error:
-            raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+        except (re.error, TypeError, OverflowError, RecursionError) as error:
+            raise ValueError(f"{str(pattern)[:80]!r} is not a regular expression: {error}") from None
     return value
 
 
-Patterns = Annotated[tuple[str, ...], BeforeValidator(_expressions)]
+Patterns = Annotated[tuple[str, ...], BeforeValidator(expressions)]
 
 
 @register_reward
@@ -44,16 +44,13 @@ class PatternReward(Reward):
             raise ValueError("give wanted=[...] or forbidden=[...]")
         return self
 
-    @cached_property
-    def _compiled(self) -> tuple[list[re.Pattern[str]], list[re.Pattern[str]]]:
-        flags = re.NOFLAG if self.case_sensitive else re.IGNORECASE
-        wanted, forbidden = ([re.compile(p, flags) for p in patterns] for patterns in (self.wanted, self.forbidden))
-        return wanted, forbidden
-
     def build(self, loader: RewardLoader) -> RewardModel:
         return Instant(self.name, self._score)
 
     def _score(self, response: Response) -> float:
-        wanted, forbidden = self._compiled
-        found = sum(bool(pattern.search(response.text)) for pattern in wanted)
-        return found / max(1, len(wanted)) - sum(bool(pattern.search(response.text)) for pattern in forbidden)
+        flags = re.NOFLAG if self.case_sensitive else re.IGNORECASE
+        wanted, forbidden = (
+            sum(bool(re.search(pattern, response.text, flags)) for pattern in patterns)  # compiled once, by re
+            for patterns in (self.wanted, self.forbidden)
+        )
+        return wanted / max(1, len(self.wanted)) - forbidden

@@ -24,7 +24,8 @@ def register_reward(cls: type[R]) -> type[R]:
     if not isinstance(kind, str):
         raise SettingsError(f'{cls.__name__} has no kind: write kind: Literal["my-reward"] = "my-reward" in it.')
     before = REWARDS.get(kind)
-    if before is not None and before.__qualname__ != cls.__qualname__:  # a notebook cell may run again
+    here, there = ((c.__module__, c.__qualname__) if c else None for c in (cls, before))
+    if before is not None and here != there:  # a notebook's cell may run again
         raise SettingsError(f"The reward kind {kind!r} is taken by {before.__module__}.{before.__qualname__}.")
     REWARDS[kind] = cls
     return cls
@@ -53,7 +54,10 @@ def as_reward(value: Any) -> Reward:
     if isinstance(value, Reward):
         return value
     if isinstance(value, str) and value.startswith("{"):
-        value = json.loads(value)
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise SettingsError(f"reward is not JSON: {error}") from error
     if isinstance(value, (str, Path)):
         name = str(value)
         if name in NAMED:
@@ -65,7 +69,12 @@ def as_reward(value: Any) -> Reward:
         if "kind" not in value:
             given = ", ".join(map(str, value))  # the values may hold a key
             raise SettingsError(f"reward with {given} names no kind: one of {', '.join(sorted(REWARDS))}.")
-        return reward_class(str(value["kind"])).model_validate(value)
+        try:
+            return reward_class(str(value["kind"])).model_validate(value)
+        except RecursionError:
+            raise SettingsError("reward contains itself, or is nested too deeply.") from None
+    if isinstance(value, type):
+        raise SettingsError(f"reward={value.__name__} is a class: pass an object of it, {value.__name__}(...).")
     if callable(value):
         return REWARDS["function"].model_validate({"function": value})
     raise SettingsError(f"reward={value!r}: pass a name, a hub id, a directory, a function or a settings object.")

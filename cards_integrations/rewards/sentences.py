@@ -25,12 +25,15 @@ def sentences(text: str) -> list[str]:
     return [sentence for sentence in found if sentence]
 
 
+Text = tuple[Conversation, str, bool]  # and whether it is finished
+
+
 class WholeSentences(Composite):
     """Scores an unfinished answer as far as its last complete sentence, and each such text once."""
 
     def __init__(self, model: RewardModel) -> None:
         super().__init__(model.name, [model])
-        self.known: dict[Conversation, dict[str, float]] = {}
+        self.known: dict[Conversation, dict[Text, tuple[float, dict[str, float]]]] = {}
 
     def open(self, conversation: Conversation) -> None:
         super().open(conversation)
@@ -41,26 +44,26 @@ class WholeSentences(Composite):
         super().close(conversation)
 
     async def score(self, responses: Sequence[Response]) -> list[float]:
-        texts = [r.text if r.finished else whole_sentences(r.text) for r in responses]
-        new: dict[tuple[Conversation, str], Response] = {}
-        for response, text in zip(responses, texts, strict=True):
-            if text not in self.known[response.conversation]:
-                new.setdefault((response.conversation, text), response)
-        for (conversation, text), value in zip(new, await self._ask(new), strict=True):
-            self.known[conversation][text] = value
-        return [self.known[r.conversation][text] for r, text in zip(responses, texts, strict=True)]
+        cuts = [self._cut(response) for response in responses]
+        new: dict[Text, Response] = {}
+        for response, cut in zip(responses, cuts, strict=True):
+            text = (cut.conversation, cut.text, cut.finished)
+            if text not in self.known[cut.conversation] and text not in new:
+                response.state = cut.state = [None]  # the first to ask holds what is read for it
+                new[text] = cut
+        found = await self.part(0, list(new.values())) if new else []
+        for (text, cut), value in zip(new.items(), found, strict=True):
+            self.known[cut.conversation][text] = value, cut.parts
+        scores = []
+        for response, cut in zip(responses, cuts, strict=True):
+            value, parts = self.known[cut.conversation][cut.conversation, cut.text, cut.finished]
+            response.parts.update(parts)
+            scores.append(value)
+        return scores
 
-    async def _ask(self, new: dict[tuple[Conversation, str], Response]) -> list[float]:
-        if not new:
-            return []
-        asked = []
-        for (conversation, text), response in new.items():
-            cut = Response(
-                conversation, text, *((response.ids, response.log_likelihood) if text == response.text else ())
-            )
-            cut.finished = response.finished
-            asked.append(cut)
-        found = await self.part(0, asked)
-        for response, cut in zip(new.values(), asked, strict=True):
-            response.state, response.parts = cut.state, cut.parts
-        return found
+    def _cut(self, response: Response) -> Response:
+        text = response.text if response.finished else whole_sentences(response.text)
+        cut = Response(response.conversation, text, finished=response.finished)
+        if text == response.text:
+            cut.ids, cut.log_likelihood = response.ids, response.log_likelihood
+        return cut

@@ -1,4 +1,4 @@
-"""Calibration: the settings of CARDS for a language model and a reward model, from plain answers."""
+"""Calibration: the settings of CARDS for a language model and a reward model."""
 
 from __future__ import annotations
 
@@ -136,8 +136,9 @@ def calibrate(
     1.5 spreads. `segment_length` asks for a mean number of tokens; without it the threshold of
     `decoding` stays. `prompts` are strings or messages (at least 8, better 50), by default built-in ones.
 
-    Draws `candidates` scored drafts for each segment of a plain answer, learns from them how rewards
-    move along an answer (`Chains`), and simulates CARDS for many targets and betas.
+    Draws `candidates` scored drafts for each segment of plain answers, and again of answers that keep
+    the best of them, learns how rewards move along an answer (`Chains`), and simulates CARDS for many
+    targets and betas.
     """
     if sum(wanted is not None for wanted in (budget, goal, quantile)) > 1:
         raise SettingsError("calibrate: give one of budget=, goal= and quantile=.")
@@ -155,10 +156,12 @@ def calibrate(
     if segment_length is not None:
         plain = asked.answers(Sampling(), "plain answers")
         boundary = _threshold_for(segment_length, asked.uncertainties(plain, boundary), boundary)
-    answers = asked.answers(Pilot(boundary=boundary, candidates=candidates), "plain answers with scored drafts")
+    pilot = Pilot(boundary=boundary, candidates=candidates)
+    answers = asked.answers(pilot, "plain answers with scored drafts")
+    upwards = asked.answers(pilot.model_copy(update={"keep": "best"}), "answers of the best drafts")
     finals = [answer.reward or 0.0 for answer in answers]
     scale = Scale(mean=statistics.fmean(finals), spread=statistics.stdev(finals))
-    chains = Chains(answers, chosen.max_tokens)
+    chains = Chains([*answers, *upwards], chosen.max_tokens)
     setting = Setting(scale.mean, 1.0, decoding.alpha, decoding.acceptance == "hard", decoding.max_rejections)
     curve = _curve(chains, setting, scale)
     lengths = tuple(len(draft.token_ids) for a in answers for s in a.segments for draft in s.drafts)

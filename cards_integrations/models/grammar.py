@@ -1,0 +1,110 @@
+"""What the text of an answer may be: a grammar, and the tokens it allows next (by llguidance)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from cards_integrations.errors import ModelError, SettingsError
+
+COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # as models were taught
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """A grammar in llguidance's variant of Lark. It begins with the answer and ends it."""
+
+    lark: str
+
+    @classmethod
+    def json_schema(cls, schema: Mapping[str, Any]) -> Grammar:
+        """A JSON value that the schema validates, with a space after each comma and colon."""
+        return cls(f"start: {json_rule(schema)}")
+
+    @classmethod
+    def regex(cls, pattern: str) -> Grammar:
+        """A text that a regular expression matches as a whole (Rust's regex syntax, no look-around)."""
+        return cls("start: /" + pattern.replace("\n", r"\n").replace("/", r"\/") + "/")
+
+    @classmethod
+    def choice(cls, texts: Iterable[str]) -> Grammar:
+        """One of these texts."""
+        several = [json.dumps(text, ensure_ascii=False) for text in dict.fromkeys(texts)]
+        if not several:
+            raise SettingsError("A choice needs at least one text.")
+        return cls("start: " + " | ".join(several))
+
+
+def json_rule(schema: Mapping[str, Any]) -> str:
+    """A JSON value as part of a rule."""
+    guided = {key: value for key, value in schema.items() if key != "x-guidance"}
+    return "%json " + json.dumps({**guided, "x-guidance": COMPACT})
+
+
+class GrammarTokenizer:
+    """The vocabulary as grammars see it; made once for a language model."""
+
+    def __init__(self, tokenizer: Any, vocabulary: int, eos: set[int]) -> None:
+        try:
+            from llguidance.hf import from_tokenizer
+
+            self.tokenizer = from_tokenizer(tokenizer, n_vocab=vocabulary)
+        except ImportError as error:
+            raise ModelError(
+                "Grammars, tools and structured output need llguidance: pip install llguidance."
+            ) from error
+        except Exception as error:
+            raise ModelError(f"This tokenizer cannot be constrained by a grammar: {error}") from error
+        self.vocabulary = vocabulary
+        self.eos = sorted(eos | {self.tokenizer.eos_token})
+
+    def matcher(self, grammar: Grammar) -> Matcher:
+        """Where an answer begins."""
+        from llguidance import LLMatcher
+
+        matcher = LLMatcher(self.tokenizer, LLMatcher.grammar_from_lark(grammar.lark))
+        if matcher.is_error():
+            raise SettingsError(f"The grammar cannot be used: {matcher.get_error().strip()}")
+        return Matcher(matcher)
+
+    def allowed(self, matchers: Sequence[Matcher]) -> torch.Tensor:
+        """The tokens that may come next, (n, vocabulary) bool; end-of-sequence where the text may end."""
+        from llguidance.torch import allocate_token_bitmask, fill_next_token_bitmask
+
+        bits = allocate_token_bitmask(len(matchers), self.vocabulary)
+        for row, matcher in enumerate(matchers):
+            fill_next_token_bitmask(matcher.state, bits, row)
+            matcher.check()
+        unpacked = np.unpackbits(bits.numpy().view(np.uint8), axis=-1, bitorder="little")[:, : self.vocabulary]
+        allowed = torch.from_numpy(unpacked).bool()
+        allowed[:, self.eos] = allowed[:, [self.tokenizer.eos_token]]
+        return allowed
+
+
+class Matcher:
+    """A text so far, and what its grammar lets follow."""
+
+    def __init__(self, state: Any) -> None:
+        self.state = state
+
+    def fork(self) -> Matcher:
+        """For a candidate; what it takes does not touch the text that it follows."""
+        return Matcher(self.state.deep_copy())
+
+    def take(self, token: int) -> None:
+        self.state.consume_token(token)
+        self.check()
+
+    @property
+    def complete(self) -> bool:
+        """Nothing can follow any more."""
+        return bool(self.state.is_stopped())
+
+    def check(self) -> None:
+        if self.state.is_error():
+            raise ModelError(f"The grammar failed: {self.state.get_error().strip()}")
