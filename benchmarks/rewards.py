@@ -252,19 +252,16 @@ def calibration(options: argparse.Namespace) -> dict[str, Any]:
 
 def stopping(options: argparse.Namespace) -> dict[str, Any]:
     """Curves of (tokens looked at, reward, judge) for targets and for prices."""
-    pairs: dict[str, tuple[CardsLLM, list[str], dict[str, Any], float]] = {
-        "SmolLM2": (CardsLLM(max_tokens=64), PROMPTS, {}, 0.53)
-    }
+    pairs: dict[str, tuple[CardsLLM, list[str], dict[str, Any], float, float]] = {}
     tiny = options.models / "stories260k"
     if tiny.is_dir():
         judge = ClassifierReward(model=str(options.models / "rm-sentiment-stories260k"))
         llm = CardsLLM(model=str(tiny), reward=judge, max_tokens=96, temperature=0.9)
-        prompts = [f"{who} {did}" for did in DID for who in WHO]
-        pairs["tiny pair"] = (llm, prompts, {"boundary": BOUNDARY}, 0.5)
+        pairs["tiny pair"] = (llm, [f"{who} {did}" for did in DID for who in WHO], {"boundary": BOUNDARY}, -0.15, 0.5)
+    pairs["SmolLM2"] = (CardsLLM(max_tokens=64), PROMPTS[:16], {}, 0.75, 0.53)
     found: dict[str, Any] = {}
-    for pair, (llm, prompts, settings, spread) in pairs.items():
+    for pair, (llm, prompts, settings, mean, spread) in pairs.items():
         table = Table("", "tokens looked at", "guiding reward", "judge", title=f"{pair}: a target or a price")
-        mean = 0.75 if pair == "SmolLM2" else -0.15
         methods: dict[str, Decoding] = {
             f"target mean + {k:g} spreads": Cards(target_reward=mean + k * spread, beta=0.15 * spread, **settings)
             for k in (0.5, 1.0, 1.5, 2.0)

@@ -14,6 +14,7 @@ from cards_integrations.decoding import AnyDecoding, Cards, Decoding
 from cards_integrations.engine import Engine, EngineSettings, Request
 from cards_integrations.errors import SettingsError, unknown
 from cards_integrations.models.base import Message
+from cards_integrations.models.grammar import as_grammar
 from cards_integrations.models.loading import AnyModel, LocalModel
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import NAMED, AnyReward
@@ -77,12 +78,13 @@ class Options(BaseModel):
         return {name: getattr(self, name) for name in Options.model_fields}
 
     def request(self, prompt: str | list[Message], overrides: dict[str, Any]) -> Request:
-        """One request; `overrides` are per-call arguments: `context`, or the name of an option."""
+        """One request; `overrides` are per-call arguments: `context`, `grammar`, or the name of an option."""
         overrides = dict(overrides)
         context = as_context(overrides.pop("context", None))
+        grammar = as_grammar(overrides.pop("grammar", None))
         for name in overrides:
             if name not in Options.model_fields or name == "engine":
-                raise unknown("call argument", name, {*Options.model_fields, "context"} - {"engine"})
+                raise unknown("call argument", name, {*Options.model_fields, "context", "grammar"} - {"engine"})
         chosen = self.chosen(overrides)
         decoding: Decoding = chosen.decoding
         if decoding.needs_reward and chosen.reward is None:
@@ -97,6 +99,7 @@ class Options(BaseModel):
             seed=chosen.seed,
             timeout=chosen.timeout,
             context=context,
+            grammar=grammar,
         )
 
     def engine_for(self, overrides: dict[str, Any], owner: Any) -> Engine:

@@ -263,12 +263,12 @@ async def test_one_answer_too_long_for_the_reward_model_harms_no_other(
     judge = ClassifierReward(model=tiny.save(tmp_path, tiny.classifier(max_position_embeddings=18), tiny.words()))
     in_step = Cards(target_reward=-50.0, beta=0.7, boundary=FixedLength(length=3))
 
-    def request(prompt: str, seed: int) -> Request:
-        return Request(prompt, in_step, judge, Sampler(top_k=3), 12, seed=seed)
+    def request(seed: int, room: int = 12) -> Request:
+        return Request(PROMPT, in_step, judge, Sampler(top_k=3), room, seed=seed)
 
-    good = [request(PROMPT, seed) for seed in (2, 3, 4)]
+    good = [request(seed) for seed in (2, 3, 4)]
     expected = start(models("llama"), width=1).run_many(good)
-    requests = [good[0], request("w9 " * 10, 2), *good[1:]]  # all wait while the engine loads
+    requests = [good[0], request(2, room=24), *good[1:]]  # all wait while the engine loads
     engine = start(models("llama"), width=1)
     first, bad, *rest = await asyncio.gather(*map(engine.arun, requests), return_exceptions=True)
     assert [a.token_ids for a in (first, *rest)] == [a.token_ids for a in expected]

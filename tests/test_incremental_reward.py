@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from cards_integrations.decoding import Cards, Uncertainty
 from cards_integrations.engine import Request
+from cards_integrations.errors import RewardError
 from cards_integrations.models.chat import ChatTokenizer
 from cards_integrations.models.loading import LocalModel, ModelLoader, Placement
 from cards_integrations.models.sampling import Sampler
@@ -163,6 +164,38 @@ async def test_padding_at_the_end_is_not_where_the_score_is_read() -> None:
         whole = tokenizer(talk.prompt)["input_ids"] + ids
         assert await reward.score([response]) == pytest.approx([full_score(model, whole)], abs=1e-4)
         reward.keep(response)
+
+
+@pytest.mark.parametrize("template", [None, tiny.CHAT], ids=["plain", "chat"])
+def test_a_prompt_loses_its_beginning_where_the_window_is_full(
+    models: Callable[..., str], start: Start, tmp_path: Path, template: str | None
+) -> None:
+    """Of the answer, and of what the template writes after it, nothing is lost; if that alone is too long, it fails."""
+    tokenizer, model, window = tiny.words(), tiny.classifier(max_position_embeddings=12), 12
+    tokenizer.chat_template = template
+    judge = ClassifierReward(model=tiny.save(tmp_path, model, tokenizer))
+    prompt, engine = "w7 w8 w9 w10 w11 w12 w13", start(models("llama"), width=4)
+    before, after = ("<user> " + prompt + " </user> <assistant> ", " </assistant>") if template else (prompt + " ", "")
+    decoding = Cards(target_reward=3.0, beta=0.5, boundary=Uncertainty(threshold=2.95, min_length=2, max_length=4))
+    alignments = engine.run_many([Request(prompt, decoding, judge, max_tokens=10, seed=seed) for seed in range(4)])
+    cut = 0
+    for alignment in alignments:
+        kept: list[int] = []
+        for segment in alignment.segments:
+            for draft in segment.drafts:
+                whole = tokenizer(before)["input_ids"] + kept + [*draft.token_ids] + tokenizer(after)["input_ids"]
+                while whole[-1] == tiny.PAD:  # is not where the score is read
+                    whole.pop()
+                assert draft.reward == pytest.approx(full_score(model, whole[-window:]), abs=1e-4)
+                cut += len(whole) > window
+            kept += segment.token_ids
+    assert cut > 5
+    longest = window - 1 - bool(template)
+    texts = [" " + tokenizer.decode([*range(20, 20 + n)]) for n in (longest, longest + 1)]
+    whole = tokenizer(before + texts[0] + after)["input_ids"]
+    assert engine.score(judge, prompt, texts[:1]) == pytest.approx([full_score(model, whole[-window:])], abs=1e-4)
+    with pytest.raises(RewardError, match=rf"the answer takes {window} tokens.*{window} of its window.*max_tokens"):
+        engine.score(judge, prompt, texts[1:])
 
 
 @pytest.mark.parametrize("family", ["bert", "bloom"])

@@ -45,7 +45,7 @@ def limit(body: Any, most: int, error: Exception) -> list[int]:
 
 def judge_of(engine: Engine) -> Any:
     assert engine._worker is not None
-    [judge] = engine._worker.rewards.values()
+    [judge] = engine._worker.rewards.built.values()
     return judge
 
 

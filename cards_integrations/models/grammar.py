@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import BaseModel
 
 from cards_integrations.errors import ModelError, SettingsError
 
@@ -38,6 +39,19 @@ class Grammar:
         if not several:
             raise SettingsError("A choice needs at least one text.")
         return cls("start: " + " | ".join(several))
+
+
+def as_grammar(value: Any) -> Grammar | None:
+    """A grammar from itself, a JSON schema, or a pydantic class."""
+    if value is None or isinstance(value, Grammar):
+        return value
+    if isinstance(value, type) and issubclass(value, BaseModel):
+        return Grammar.json_schema(value.model_json_schema())
+    if isinstance(value, Mapping):
+        return Grammar.json_schema(value)
+    raise SettingsError(
+        f"grammar={value!r}: pass Grammar.regex(...), Grammar.choice(...), a JSON schema or a pydantic class."
+    )
 
 
 def json_rule(schema: Mapping[str, Any]) -> str:

@@ -148,7 +148,7 @@ class Reward(BaseModel):
         return self
 
     def __hash__(self) -> int:
-        return hash((type(self), repr(self)))  # a plug-in's fields may be lists
+        return hash((type(self), *(_hash(getattr(self, name)) for name in type(self).model_fields)))
 
     @property
     def scaled_like(self) -> Reward:
@@ -176,6 +176,14 @@ class Reward(BaseModel):
     def build(self, loader: RewardLoader) -> RewardModel:
         """Load it; called once per engine, in the engine's thread."""
         return Called(self.name, self.score)
+
+
+def _hash(value: Any) -> int:
+    """Nothing for what has none: a plug-in's fields may be lists."""
+    try:
+        return hash(value)
+    except TypeError:
+        return 0
 
 
 class Called(RewardModel):

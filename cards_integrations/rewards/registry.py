@@ -33,8 +33,10 @@ def register_reward(cls: type[R]) -> type[R]:
 
 def reward_class(kind: str) -> type[Reward]:
     """The class of a kind, from this package or from an installed plug-in."""
+    if kind in REWARDS:
+        return REWARDS[kind]
     plugins = {point.name: point for point in entry_points(group=GROUP)}
-    if kind not in REWARDS and kind in plugins:
+    if kind in plugins:
         try:
             found = plugins[kind].load()
         except Exception as error:

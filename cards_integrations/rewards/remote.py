@@ -81,7 +81,7 @@ class RemoteReward(Reward):
     label: Annotated[int, Field(ge=0)] | str | None = None
     prompt_format: str = "{prompt}{response}"
     api_key: SecretStr | None = None
-    request_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 30
+    request_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 30.0
     retries: Annotated[int, Field(ge=0)] = 3
     concurrency: Annotated[int, Field(ge=1)] = 8
     batch_size: Annotated[int, Field(ge=1)] = 32

@@ -1,0 +1,115 @@
+"""What rewards should be, by plain forwards over whole texts: no cache, no batch, no package code."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from cards_integrations.engine import Engine, Request
+from cards_integrations.errors import RewardError
+from cards_integrations.trace import Alignment, DraftTrace
+
+KINDS = ("causal", "classifier")
+
+
+@torch.inference_mode()
+def log_p(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> float:
+    """sum_t log p(answer_t | prompt, answer_<t) in nats."""
+    if not answer:
+        return 0.0
+    found = model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    return float(found[range(len(answer)), list(answer)].double().sum())
+
+
+@torch.inference_mode()
+def margin(model: Any, ids: Sequence[int], yes: int, no: int) -> float:
+    logits = model(torch.tensor([list(ids)])).logits[0, -1]
+    return float(logits[yes] - logits[no])
+
+
+def drafts(alignment: Alignment) -> Iterator[tuple[DraftTrace, list[int]]]:
+    """Every draft with the ids of the whole answer so far."""
+    ids: list[int] = []
+    for segment in alignment.segments:
+        for draft in segment.drafts:
+            yield draft, [*ids, *draft.token_ids]
+        ids += segment.token_ids
+
+
+def said(tokenizer: Any, ids: Sequence[int], stop: Iterable[str] = ()) -> tuple[str, bool]:
+    """The text of an answer, and whether a stop string has cut it (perhaps one that began in an earlier segment)."""
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    ends = [text.find(one) for one in stop if one in text]
+    return text[: min(ends)] if ends else text, bool(ends)
+
+
+def caches(engine: Engine) -> list[Any]:
+    """Those of the language model and of all rewards."""
+    assert engine._worker is not None
+    return engine._worker.memory.caches
+
+
+def idle(engine: Engine) -> bool:
+    """Nothing is live, and no row or lane of any cache is taken."""
+    assert engine._worker is not None
+    taken = [cache for cache in caches(engine) if cache.trees or len(cache.lanes) != len(cache.sees)]
+    return not (engine._worker.live or engine.loaded().contexts or taken)
+
+
+def lora(folder: Path, base: str, targets: Iterable[str], **options: Any) -> str:
+    """A low-rank adapter on a causal model, far enough from zero to matter."""
+    torch.manual_seed(3)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base),
+        LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=list(targets), **options),
+    )
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+        elif weight.requires_grad and "lora_" not in name:
+            torch.nn.init.normal_(weight, std=0.5)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def parameters(engine: Engine) -> int:
+    """How many numbers the weights of all loaded models have, shared ones counted once."""
+    assert engine._worker is not None
+    loaded = [engine._worker.loader._once[key][0] for key in engine._worker.loader._once if key[0] in KINDS]
+    return sum({w.data_ptr(): w.numel() for model in loaded for w in model.parameters()}.values())
+
+
+class Freed:
+    """Ends requests in some way, and looks whether anything of them is still held."""
+
+    ENDS = ("the end", "a cancellation", "error")
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    async def after(self, end: str, requests: list[Request]) -> None:
+        tasks = [asyncio.create_task(self.engine.arun(request)) for request in requests]
+        if end == "a cancellation":
+            for later, task in enumerate(tasks):
+                await asyncio.to_thread(self._step, 3 * (later + 1))
+                task.cancel()
+        found = await asyncio.gather(*tasks, return_exceptions=True)
+        kinds = {"the end": Alignment, "a cancellation": asyncio.CancelledError, "error": RewardError}
+        assert {type(one) for one in found} == {kinds[end]}
+        for _ in range(1000):
+            if idle(self.engine):
+                return
+            await asyncio.sleep(0.002)
+        raise AssertionError([(len(cache.trees), len(cache.lanes), len(cache.sees)) for cache in caches(self.engine)])
+
+    def _step(self, number: int) -> None:
+        model = self.engine.loaded()
+        while model.steps < number:
+            time.sleep(0.001)
