@@ -9,13 +9,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cards_integrations.langchain import ChatCards
     from cards_integrations.llm import CardsLLM
+    from cards_integrations.models.grammar import Grammar
     from cards_integrations.settings import CardsSettings
     from cards_integrations.trace import Alignment
 
 __version__ = version("cards-integrations")
-__all__ = ["Alignment", "CardsLLM", "CardsSettings", "ChatCards", "__version__"]
+__all__ = ["Alignment", "CardsLLM", "CardsSettings", "ChatCards", "Grammar", "__version__"]
 
-_HOMES = {"CardsLLM": "llm", "ChatCards": "langchain", "CardsSettings": "settings", "Alignment": "trace"}
+_HOMES = {
+    "CardsLLM": "llm",
+    "ChatCards": "langchain",
+    "CardsSettings": "settings",
+    "Alignment": "trace",
+    "Grammar": "models.grammar",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -124,6 +124,18 @@ def test_schemas_of_pydantic_classes(engine: Engine) -> None:
             Cat.model_validate_json(answer.text)
 
 
+def test_an_object_has_the_named_properties_unless_the_schema_says_more(engine: Engine) -> None:
+    properties = {"properties": {"const": 1}, "a": {"type": "object", "properties": {"enum": {"const": 2}}}}
+    schema = {"type": "object", "properties": properties, "required": ["a", "properties"]}
+    for seed in range(6):
+        found = json.loads(engine.run(asked(schema, seed)).text)
+        assert found.keys() == {"a", "properties"}
+        assert found["a"] in ({}, {"enum": 2})
+    more = {**schema, "additionalProperties": {"type": "boolean"}}
+    texts = [engine.run(asked(more, seed, temperature=5.0)).text for seed in range(12)]
+    assert any("true" in text or "false" in text for text in texts)
+
+
 def test_it_ends_where_nothing_can_follow_and_may_end_where_it_is_whole(engine: Engine) -> None:
     assert {engine.run(asked(Grammar.choice(["a\n", 'b"']), seed, temperature=9.0)).text for seed in range(12)} == {
         "a\n",

@@ -14,6 +14,8 @@ from pydantic import BaseModel
 from cards_integrations.errors import ModelError, SettingsError
 
 COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # as models were taught
+BY_NAME = ("properties", "$defs", "definitions", "dependentSchemas")  # mappings of names to schemas
+AS_IT_IS = ("enum", "const", "default", "examples", "required", "allOf")  # no schemas, or only together one
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,10 @@ class Grammar:
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any]) -> Grammar:
-        """A JSON value that the schema validates, with a space after each comma and colon."""
+        """A JSON value that the schema validates, with a space after each comma and colon.
+
+        Objects have the properties that are named and no others, unless `additionalProperties` says so.
+        """
         return cls(f"start: {json_rule(schema)}")
 
     @classmethod
@@ -56,8 +61,24 @@ def as_grammar(value: Any) -> Grammar | None:
 
 def json_rule(schema: Mapping[str, Any]) -> str:
     """A JSON value as part of a rule."""
-    guided = {key: value for key, value in schema.items() if key != "x-guidance"}
-    return "%json " + json.dumps({**guided, "x-guidance": COMPACT})
+    return "%json " + json.dumps({**_closed(schema), "x-guidance": COMPACT})
+
+
+def _closed(schema: Any) -> Any:
+    """Without properties that nobody named: a model that may go on with them does, to its last token."""
+    if isinstance(schema, list):
+        return [_closed(each) for each in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    found: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key in BY_NAME and isinstance(value, Mapping):
+            found[key] = {name: _closed(each) for name, each in value.items()}
+        else:
+            found[key] = value if key in AS_IT_IS else _closed(value)
+    if "properties" in found:
+        found.setdefault("additionalProperties", False)
+    return found
 
 
 class GrammarTokenizer:
