@@ -207,13 +207,12 @@ class Worker:
 
     async def _plain_rewards(self, reward: Reward) -> list[float]:
         """Rewards of plain answers, as many as there are prompts."""
-        length = min(64, self.language_model.context_window // 4)
-        requests = [
-            Request(prompt, Sampling(), max_tokens=length, seed=seed) for seed, (prompt, _) in enumerate(reward.prompts)
-        ]
         prompts = tuple(reward.prompts)
         if prompts not in self._plain:
-            self._plain[prompts] = await self.answer_all(requests)
+            length = min(64, self.language_model.context_window // 4)
+            self._plain[prompts] = await self.answer_all(
+                [Request(p, Sampling(), max_tokens=length, seed=seed) for seed, (p, _) in enumerate(prompts)]
+            )
         found = []
         for (prompt, context), answer in zip(prompts, self._plain[prompts], strict=True):
             found += await self.score_texts(reward, prompt, [answer.text], context)

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from cards_integrations.models.base import Boundary
 from cards_integrations.trace import Verdict
@@ -20,9 +20,9 @@ class Scale(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    mean: Annotated[float, Field(allow_inf_nan=False)]
+    mean: FiniteFloat
     spread: Annotated[float, Field(ge=0, allow_inf_nan=False)]
-    target: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    target: FiniteFloat | None = None
     beta: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, FiniteFloat
 
 from cards_integrations.decoding.acceptance import Acceptance, Threshold
 from cards_integrations.decoding.base import Decoding, Draft, Session
 from cards_integrations.decoding.segmentation import AnyBoundary, Uncertainty
 from cards_integrations.decoding.stopping import OptimalStopping
-
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Cards(Decoding):
@@ -28,7 +26,7 @@ class Cards(Decoding):
     """
 
     method: Literal["cards"] = "cards"
-    target_reward: Finite | Literal["auto"] = "auto"
+    target_reward: FiniteFloat | Literal["auto"] = "auto"
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
     beta: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["auto"] = "auto"
     acceptance: Literal["soft", "hard"] | OptimalStopping = "soft"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, FiniteFloat, model_validator
 
 from cards_integrations.models.base import Boundary
 
@@ -54,7 +54,7 @@ class Uncertainty(_Between):
 
     kind: Literal["uncertainty"] = "uncertainty"
     measure: Measure = "entropy"
-    threshold: Annotated[float, Field(allow_inf_nan=False)] = 3.0
+    threshold: FiniteFloat = 3.0
 
     def ends_before(self, logits: torch.Tensor, log_p: torch.Tensor, rows: list[int]) -> torch.Tensor:
         return uncertainty(self.measure, logits[rows], log_p[rows]) >= self.threshold

@@ -124,3 +124,11 @@ def checked(text: str) -> str:
             "clean it with text.encode('utf-8', 'replace').decode()."
         ) from None
     return text
+
+
+def same_vocabulary(one: object, other: object) -> bool:
+    """Do two tokenizers give every text the same ids?"""
+    if one is other:
+        return True
+    backends = [getattr(t, "backend_tokenizer", None) for t in (one, other)]
+    return None not in backends and backends[0].to_str() == backends[1].to_str()  # type: ignore[union-attr]

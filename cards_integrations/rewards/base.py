@@ -10,16 +10,16 @@ import asyncio
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
-from cards_integrations.errors import OutOfMemory, RewardError
+from cards_integrations.errors import ModelError, OutOfMemory, RewardError
 from cards_integrations.models.base import Message
-from cards_integrations.models.chat import as_text
-from cards_integrations.models.loading import ModelLoader
+from cards_integrations.models.chat import ChatTokenizer, as_text, same_vocabulary
+from cards_integrations.models.loading import LocalModel, ModelLoader
 from cards_integrations.rewards.prompts import PLAIN
 from cards_integrations.trace import Usage
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from cards_integrations.models.kv_cache import TreeCache
     from cards_integrations.models.step_times import StepTimes
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 Scores = Sequence[float] | Awaitable[Sequence[float]]
 
 
@@ -115,6 +114,16 @@ async def scores(model: RewardModel, responses: Sequence[Response]) -> list[floa
     return found
 
 
+def count_forward(read: Iterable[tuple[Conversation, int]]) -> None:
+    """Put a forward that many requests shared on the account of each, with the tokens read for it."""
+    served = {}
+    for conversation, tokens in read:
+        conversation.usage.rm_tokens += tokens
+        served[id(conversation.usage)] = conversation.usage
+    for usage in served.values():
+        usage.rm_forwards += 1
+
+
 class Reward(BaseModel):
     """Settings of a reward model. A subclass has a `kind` and either `score` or `build`.
 
@@ -128,7 +137,7 @@ class Reward(BaseModel):
     """Does it need the scales of its parts?"""
 
     kind: str
-    scale: tuple[Finite, Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None = None
+    scale: tuple[FiniteFloat, Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None = None
     """Mean and spread of the reward over plain answers. None: measured where it is needed."""
     granularity: Literal["token", "sentence"] = "token"
     timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
@@ -154,6 +163,11 @@ class Reward(BaseModel):
     def scaled_like(self) -> Reward:
         """The reward whose scale is this one's, too."""
         return self.with_parts([part.scaled_like for part in self.parts])
+
+    @property
+    def sentencewise(self) -> bool:
+        """Is an unfinished answer scored as far as its last complete sentence?"""
+        return self.granularity == "sentence"
 
     @property
     def lasting(self) -> bool:
@@ -196,18 +210,14 @@ class Called(RewardModel):
     async def score(self, responses: Sequence[Response]) -> Sequence[float]:
         conversation = responses[0].conversation
         prompt, texts = as_text(conversation.prompt), [r.text for r in responses]
-        call = self.function if inspect.iscoroutinefunction(self.function) else _in_a_thread(self.function)
-        found = await call(prompt, texts)
+        if inspect.iscoroutinefunction(self.function):
+            found: Scores = self.function(prompt, texts)
+        else:
+            found = await asyncio.to_thread(self.function, prompt, texts)
+        if inspect.isawaitable(found):
+            found = await found
         conversation.usage.rm_forwards += 1
         return list(found)
-
-
-def _in_a_thread(function: Callable[[str, list[str]], Scores]) -> Callable[[str, list[str]], Any]:
-    async def call(prompt: str, texts: list[str]) -> Sequence[float]:
-        found = await asyncio.to_thread(function, prompt, texts)
-        return await found if inspect.isawaitable(found) else found
-
-    return call
 
 
 class Instant(RewardModel):
@@ -223,6 +233,16 @@ class Instant(RewardModel):
         return [self.function(response) for response in responses]
 
 
+@dataclass(frozen=True)
+class Causal:
+    """A causal model that a reward reads; `own`: it is the language model that drafts."""
+
+    model: Any
+    chat: ChatTokenizer
+    own: bool
+    same_vocabulary: bool
+
+
 class RewardLoader:
     """The reward models of one engine, each built once, whichever composite it is part of."""
 
@@ -230,11 +250,21 @@ class RewardLoader:
         self.models = models
         self.built: dict[Reward, RewardModel] = {}
 
+    def causal(self, spec: LocalModel | None, name: str) -> Causal:
+        """The language model itself (None), or another causal model, for the reward of this name."""
+        if self.models.language_model is None:
+            raise ModelError(f"reward {name!r} needs a local language model.")
+        own, model, tokenizer = self.models.language_model
+        if spec is None or spec == own:
+            return Causal(model, ChatTokenizer(tokenizer), own=True, same_vocabulary=True)
+        other, its_tokenizer = self.models.causal(spec)
+        return Causal(other, ChatTokenizer(its_tokenizer), False, same_vocabulary(its_tokenizer, tokenizer))
+
     def __getitem__(self, settings: Reward) -> RewardModel:
         key = settings if settings.parts else settings.model_copy(update={"scale": None})
         if key not in self.built:
             model = settings.build(self)
-            if settings.granularity == "sentence":
+            if settings.sentencewise:
                 from cards_integrations.rewards.sentences import WholeSentences
 
                 model = WholeSentences(model)

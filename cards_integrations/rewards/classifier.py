@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, field_validator
 
 from cards_integrations.errors import ModelError, SettingsError
-from cards_integrations.models.chat import ChatTokenizer
+from cards_integrations.models.chat import ChatTokenizer, same_vocabulary
 from cards_integrations.models.loading import DType, LocalModel
 from cards_integrations.models.transformer import Transformer
 from cards_integrations.rewards.base import Reward, RewardLoader, RewardModel
-from cards_integrations.rewards.layout import Layout, same_vocabulary
+from cards_integrations.rewards.layout import Layout
 from cards_integrations.rewards.registry import register_reward
 
 if TYPE_CHECKING:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from cards_integrations.errors import SettingsError
-from cards_integrations.models.loading import LocalModel
-from cards_integrations.rewards.base import Conversation, Response, RewardLoader, RewardModel
+from cards_integrations.rewards.base import Conversation, Response, RewardModel, count_forward
 from cards_integrations.rewards.sentences import sentences
 
 
@@ -23,14 +23,14 @@ class Entailment(RewardModel):
     def __init__(
         self,
         name: str,
-        loader: RewardLoader,
-        spec: LocalModel,
+        model: Any,
+        tokenizer: Any,
         label: int | str,
         context: Callable[[Conversation], Sequence[str]],
     ) -> None:
         self.name = name
         self.context = context
-        self.model, self.tokenizer = loader.models.classifier(spec)
+        self.model, self.tokenizer = model, tokenizer
         self.index = self._index(label, self.model.config.id2label)
 
     def _index(self, label: int | str, labels: dict[int, str]) -> int:
@@ -47,13 +47,12 @@ class Entailment(RewardModel):
         asked = [(response.conversation, sentence) for response in responses for sentence in sentences(response.text)]
         pairs = [(context, sentence) for conversation, sentence in asked for context in conversation.state]
         read = iter(self._probabilities(pairs) if pairs else ())
-        support = []
+        support, counted = [], []
         for conversation, _ in asked:
             own = [next(read) for _ in conversation.state]
             support.append(max(p for p, _ in own))
-            conversation.usage.rm_tokens += sum(tokens for _, tokens in own)
-        for usage in {id(conversation.usage): conversation.usage for conversation, _ in asked}.values():
-            usage.rm_forwards += 1
+            counted.append((conversation, sum(tokens for _, tokens in own)))
+        count_forward(counted)
         of_sentences = iter(support)
         each = [[next(of_sentences) for _ in sentences(response.text)] for response in responses]
         return [sum(own) / max(1, len(own)) for own in each]

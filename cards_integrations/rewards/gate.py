@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from cards_integrations.rewards.base import Finite, Response, Reward, RewardLoader, RewardModel
+from pydantic import FiniteFloat
+
+from cards_integrations.rewards.base import Response, Reward, RewardLoader, RewardModel
 from cards_integrations.rewards.composite import Composite
 from cards_integrations.rewards.registry import AnyReward, register_reward
 
@@ -23,8 +25,8 @@ class GateReward(Reward):
     kind: Literal["gate"] = "gate"
     gate: AnyReward
     reward: AnyReward
-    threshold: Finite = 0.0
-    closed: Finite = -1e6
+    threshold: FiniteFloat = 0.0
+    closed: FiniteFloat = -1e6
 
     @property
     def name(self) -> str:

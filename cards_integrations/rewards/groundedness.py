@@ -12,13 +12,13 @@ from cards_integrations.errors import RewardError
 from cards_integrations.models.base import Message
 from cards_integrations.models.loading import LocalModel
 from cards_integrations.rewards.base import Conversation, Reward, RewardLoader, RewardModel
+from cards_integrations.rewards.embedding import Embedder
 from cards_integrations.rewards.entailment import Entailment
 from cards_integrations.rewards.likelihood import MutualInformation
 from cards_integrations.rewards.nearest import Nearest
 from cards_integrations.rewards.pattern import expressions
 from cards_integrations.rewards.prompts import WITH_CONTEXT
 from cards_integrations.rewards.registry import register_reward
-from cards_integrations.rewards.sentences import WholeSentences
 
 PATTERNS = (
     r"-{5,}\n(?P<context>.+?)\n-{5,}",  # LlamaIndex
@@ -76,13 +76,17 @@ class GroundednessReward(Reward):
         joined = JOINED + "\n\nAnswer in one sentence."
         return [(joined.format(context=context, prompt=question), (context,)) for question, context in WITH_CONTEXT]
 
+    @property
+    def sentencewise(self) -> bool:
+        return super().sentencewise or self.by != "likelihood"
+
     def build(self, loader: RewardLoader) -> RewardModel:
         if self.by == "likelihood":
             return MutualInformation(self.name, loader, self.other_prompt)
         spec = LocalModel(model=self.model or "minilm", revision=self.revision)
         if self.by == "embedding":
-            return WholeSentences(Nearest(self.name, loader, spec, self.context))
-        return WholeSentences(Entailment(self.name, loader, spec, self.label, self.context))
+            return Nearest(self.name, Embedder.of(loader.models, spec), self.context)
+        return Entailment(self.name, *loader.models.classifier(spec), self.label, self.context)
 
     def context(self, conversation: Conversation) -> tuple[str, ...]:
         """The texts that an answer should be grounded in."""

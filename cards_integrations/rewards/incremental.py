@@ -18,7 +18,7 @@ from cards_integrations.models.kv_memory import KVMemory, common
 from cards_integrations.models.loading import positions
 from cards_integrations.models.step_times import StepTimes, step_times
 from cards_integrations.models.transformer import Feed, Row, Transformer
-from cards_integrations.rewards.base import Conversation, Response, RewardModel
+from cards_integrations.rewards.base import Conversation, Response, RewardModel, count_forward
 from cards_integrations.rewards.classifier import Head
 from cards_integrations.rewards.layout import Layout
 
@@ -179,13 +179,7 @@ class Incremental(RewardModel):
             if isinstance(row, OutOfMemory):
                 raise row
             found.append(row)
-        served = {}
-        for feed in batch:
-            usage = getattr(feed.owner, "conversation", feed.owner).usage
-            usage.rm_tokens += len(feed.ids)
-            served[id(usage)] = usage
-        for usage in served.values():
-            usage.rm_forwards += 1
+        count_forward((getattr(feed.owner, "conversation", feed.owner), len(feed.ids)) for feed in batch)
         return found
 
 

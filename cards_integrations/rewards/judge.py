@@ -7,14 +7,14 @@ from typing import Annotated, Any, Literal, Self
 import torch
 from pydantic import Field, model_validator
 
-from cards_integrations.errors import ModelError, SettingsError
+from cards_integrations.errors import SettingsError
 from cards_integrations.models.chat import ChatTokenizer, as_text
 from cards_integrations.models.kv_memory import KVMemory
 from cards_integrations.models.loading import AnyModel
 from cards_integrations.models.transformer import Feed
 from cards_integrations.rewards.base import Conversation, Reward, RewardLoader, RewardModel
 from cards_integrations.rewards.incremental import Incremental
-from cards_integrations.rewards.layout import Layout, same_vocabulary
+from cards_integrations.rewards.layout import Layout
 from cards_integrations.rewards.registry import register_reward
 
 RUBRIC = """Here is a message, and the beginning of an answer to it.
@@ -52,16 +52,9 @@ class JudgeReward(Reward):
         return f"judge {self.model.model if self.model else 'self'}"
 
     def build(self, loader: RewardLoader) -> RewardModel:
-        models = loader.models
-        if models.language_model is None:
-            raise ModelError(f"reward {self.name!r} needs a local language model.")
-        own, model, tokenizer = models.language_model
-        same = True
-        if self.model is not None and self.model != own:
-            model, tokenizer = models.causal(self.model)
-            same = same_vocabulary(tokenizer, models.language_model[2])
-        rubric = Rubric(ChatTokenizer(tokenizer), self.rubric)
-        return IncrementalJudge(self.name, model, rubric, _first_tokens(self, rubric.chat), same, models.memory)
+        judge = loader.causal(self.model, self.name)
+        rubric, words = Rubric(judge.chat, self.rubric), _first_tokens(self, judge.chat)
+        return IncrementalJudge(self.name, judge.model, rubric, words, judge.same_vocabulary, loader.models.memory)
 
 
 class Rubric(Layout):

@@ -27,11 +27,3 @@ class Layout:
     def special(self) -> bool:
         """Does the tokenizer add its BOS? A chat template brings its own."""
         return self.format != "chat"
-
-
-def same_vocabulary(one: object, other: object) -> bool:
-    """Do two tokenizers give every text the same ids?"""
-    if one is other:
-        return True
-    backends = [getattr(t, "backend_tokenizer", None) for t in (one, other)]
-    return None not in backends and backends[0].to_str() == backends[1].to_str()  # type: ignore[union-attr]

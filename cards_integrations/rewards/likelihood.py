@@ -7,9 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from cards_integrations.errors import ModelError
 from cards_integrations.models.base import Message
-from cards_integrations.models.chat import ChatTokenizer
 from cards_integrations.models.kv_cache import TreeCache
 from cards_integrations.models.kv_memory import common
 from cards_integrations.models.loading import LocalModel
@@ -17,7 +15,7 @@ from cards_integrations.models.transformer import Feed
 from cards_integrations.rewards.base import Conversation, Response, RewardLoader
 from cards_integrations.rewards.composite import Composite
 from cards_integrations.rewards.incremental import Incremental, Read, Scored
-from cards_integrations.rewards.layout import Layout, same_vocabulary
+from cards_integrations.rewards.layout import Layout
 
 UNREAD = object()  # the state of a conversation of which nothing has been read
 OtherPrompt = Callable[[Conversation], tuple[str | list[Message], bool]]
@@ -112,16 +110,9 @@ def likelihood(loader: RewardLoader, spec: LocalModel | None, name: str, anew: b
 
     `anew`: after another prompt than the one it drafts from, so that nothing is known from the drafting.
     """
-    models = loader.models
-    if models.language_model is None:
-        raise ModelError(f"reward {name!r} needs a local language model.")
-    own_spec, own_model, own_tokenizer = models.language_model
-    if spec is None or spec == own_spec:
-        family = Likelihood if anew else OwnLikelihood
-        return family(name, own_model, Layout(ChatTokenizer(own_tokenizer)), True, models.memory)
-    model, tokenizer = models.causal(spec)
-    same = same_vocabulary(tokenizer, own_tokenizer)
-    return Likelihood(name, model, Layout(ChatTokenizer(tokenizer)), same, models.memory)
+    reader = loader.causal(spec, name)
+    family = OwnLikelihood if reader.own and not anew else Likelihood
+    return family(name, reader.model, Layout(reader.chat), reader.same_vocabulary, loader.models.memory)
 
 
 class MutualInformation(Composite):

@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from cards_integrations.models.loading import LocalModel
-from cards_integrations.rewards.base import Conversation, Response, RewardLoader, RewardModel
+from cards_integrations.rewards.base import Conversation, Response, RewardModel, count_forward
 from cards_integrations.rewards.embedding import Embedder
 from cards_integrations.rewards.sentences import sentences
 
@@ -20,16 +19,10 @@ class Nearest(RewardModel):
 
     across_requests = True
 
-    def __init__(
-        self,
-        name: str,
-        loader: RewardLoader,
-        spec: LocalModel,
-        context: Callable[[Conversation], Sequence[str]],
-    ) -> None:
+    def __init__(self, name: str, embedder: Embedder, context: Callable[[Conversation], Sequence[str]]) -> None:
         self.name = name
         self.context = context
-        self.embedder = Embedder.of(loader.models, spec)
+        self.embedder = embedder
 
     async def score(self, responses: Sequence[Response]) -> list[float]:
         for conversation in dict.fromkeys(response.conversation for response in responses):
@@ -47,6 +40,5 @@ class Nearest(RewardModel):
 
     def _embed(self, texts: list[str], conversation: Conversation) -> torch.Tensor:
         vectors, tokens = self.embedder(texts)
-        conversation.usage.rm_tokens += sum(tokens)
-        conversation.usage.rm_forwards += 1
+        count_forward([(conversation, sum(tokens))])
         return vectors

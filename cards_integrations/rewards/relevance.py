@@ -11,7 +11,7 @@ from cards_integrations.models.base import Message
 from cards_integrations.models.chat import as_messages, as_text
 from cards_integrations.models.embedded import MINILM
 from cards_integrations.models.loading import LocalModel
-from cards_integrations.rewards.base import Conversation, Response, Reward, RewardLoader, RewardModel
+from cards_integrations.rewards.base import Conversation, Response, Reward, RewardLoader, RewardModel, count_forward
 from cards_integrations.rewards.registry import register_reward
 
 if TYPE_CHECKING:
@@ -71,10 +71,7 @@ class Relevance(RewardModel):
     def _embed(self, texts: list[str], conversations: list[Conversation], query: bool = False) -> torch.Tensor:
         """Vectors (n, size), on the account of the conversations."""
         vectors, tokens = self.embedder(texts, query)
-        for conversation, read in zip(conversations, tokens, strict=True):
-            conversation.usage.rm_tokens += read
-        for usage in {id(conversation.usage): conversation.usage for conversation in conversations}.values():
-            usage.rm_forwards += 1
+        count_forward(zip(conversations, tokens, strict=True))
         return vectors
 
 

@@ -13,6 +13,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    FiniteFloat,
     SecretStr,
     TypeAdapter,
     ValidationError,
@@ -23,7 +24,7 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt,
 
 from cards_integrations.errors import RewardError, SettingsError
 from cards_integrations.models.chat import as_text
-from cards_integrations.rewards.base import Finite, Response, Reward, RewardLoader, RewardModel
+from cards_integrations.rewards.base import Response, Reward, RewardLoader, RewardModel
 from cards_integrations.rewards.registry import register_reward
 
 KEY = "CARDS_REWARD_API_KEY"
@@ -264,20 +265,20 @@ class Entry(BaseModel):
 
 
 class Classified(Entry):
-    probs: list[Finite]  # raw scores, without the activation
+    probs: list[FiniteFloat]  # raw scores, without the activation
 
 
 class Scored(Entry):
-    score: Finite
+    score: FiniteFloat
 
 
 class Predicted(BaseModel):
     label: str
-    score: Finite
+    score: FiniteFloat
 
 
 class Listed(BaseModel):
-    scores: list[Finite]
+    scores: list[FiniteFloat]
 
 
 class Classifications(BaseModel):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from cards_integrations.models.loading import positions
-from cards_integrations.rewards.base import Conversation, Response, RewardModel
+from cards_integrations.rewards.base import Conversation, Response, RewardModel, count_forward
 from cards_integrations.rewards.classifier import Head
 from cards_integrations.rewards.layout import Layout
 
@@ -44,11 +44,6 @@ class RescoringClassifier(RewardModel):
         ).to(self.model.device)
         with torch.inference_mode():
             logits = self.model(**inputs).logits
-        served = {}
-        for response, mask in zip(responses, inputs["attention_mask"], strict=True):
-            usage = response.conversation.usage
-            usage.rm_tokens += int(mask.sum())
-            served[id(usage)] = usage
-        for usage in served.values():
-            usage.rm_forwards += 1
+        read = inputs["attention_mask"].sum(-1).tolist()
+        count_forward((response.conversation, tokens) for response, tokens in zip(responses, read, strict=True))
         return self.head(logits)

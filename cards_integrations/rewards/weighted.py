@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, Self
 
-from pydantic import model_validator
+from pydantic import FiniteFloat, model_validator
 
-from cards_integrations.rewards.base import Finite
 from cards_integrations.rewards.composite import OfRewards
 from cards_integrations.rewards.registry import register_reward
 
@@ -21,7 +20,7 @@ class WeightedReward(OfRewards):
     """
 
     kind: Literal["weighted"] = "weighted"
-    weights: tuple[Finite, ...] = ()
+    weights: tuple[FiniteFloat, ...] = ()
 
     @model_validator(mode="after")
     def _one_weight_each(self) -> Self:

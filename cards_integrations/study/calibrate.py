@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from cards_integrations.decoding import Cards, Decoding, Sampling, Uncertainty
+from cards_integrations.decoding import Cards, Decoding, OptimalStopping, Sampling, Uncertainty
 from cards_integrations.decoding.base import Scale
 from cards_integrations.errors import SettingsError
 from cards_integrations.models.loading import LocalModel
@@ -55,6 +55,7 @@ class Calibration:
     model: LocalModel
     reward: Reward
     max_tokens: int
+    asked: Cards
     boundary: Uncertainty
     scale: Scale
     plain: Prediction
@@ -66,8 +67,9 @@ class Calibration:
 
     @property
     def decoding(self) -> Cards:
-        """The chosen settings."""
-        return Cards(target_reward=self.chosen.target, beta=self.chosen.beta, boundary=self.boundary)
+        """What was asked for, with the chosen settings."""
+        chosen = {"target_reward": self.chosen.target, "beta": self.chosen.beta, "boundary": self.boundary}
+        return self.asked.model_copy(update=chosen)
 
     def __str__(self) -> str:
         foreseen, plain = self.chosen.foreseen, self.plain
@@ -150,12 +152,16 @@ def calibrate(
     if len(prompts) < 8:
         raise SettingsError(f"calibrate: {len(prompts)} prompts say too little; give at least 8.")
     decoding = chosen.decoding if isinstance(chosen.decoding, Cards) else Cards()
+    if isinstance(decoding.acceptance, OptimalStopping):
+        decoding = decoding.model_copy(update={"acceptance": "soft"})  # a target is what is calibrated
     boundary = decoding.boundary if isinstance(decoding.boundary, Uncertainty) else Uncertainty()
     asked = _Asked(llm, prompts, contexts or [None] * len(prompts), seed, progress, options)
 
     if segment_length is not None:
         plain = asked.answers(Sampling(), "plain answers")
-        boundary = _threshold_for(segment_length, asked.uncertainties(plain, boundary), boundary)
+        boundary = _threshold_for(
+            segment_length, llm.engine_for(options, llm).uncertainties(boundary.measure, plain), boundary
+        )
     pilot = Pilot(boundary=boundary, candidates=candidates)
     answers = asked.answers(pilot, "plain answers with scored drafts")
     upwards = asked.answers(pilot.model_copy(update={"keep": "best"}), "answers of the best drafts")
@@ -168,7 +174,7 @@ def calibrate(
     kept = statistics.fmean(len(a.token_ids) for a in answers)
     segments = statistics.fmean(len(a.segments) for a in answers)
     found = Calibration(
-        chosen.model, chosen.reward, chosen.max_tokens, boundary, scale,
+        chosen.model, chosen.reward, chosen.max_tokens, decoding, boundary, scale,
         plain=Prediction(1.0, kept, kept, 1 + segments, scale.mean),
         chosen=_choose(curve, scale, finals, kept, budget, goal, quantile),
         curve=curve, correlations=_correlations(answers), segment_lengths=lengths,
@@ -200,9 +206,6 @@ class _Asked:
                 contexts=self.contexts[here], **{**self.options, "decoding": decoding},
             )  # fmt: skip
         return found
-
-    def uncertainties(self, answers: Sequence[Alignment], boundary: Uncertainty) -> list[list[float]]:
-        return self.llm.engine_for(self.options, self.llm).uncertainties(boundary.measure, answers)
 
 
 def _threshold_for(length: float, uncertainties: list[list[float]], boundary: Uncertainty) -> Uncertainty:
