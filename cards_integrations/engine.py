@@ -7,9 +7,9 @@ import os
 import queue
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import aclosing, closing, suppress
 from typing import Any, ClassVar, TypeVar
 
 from cards_integrations.decoding.segmentation import Measure
@@ -52,9 +52,17 @@ class Engine:
                 engine.owners[id(owner)] = owner
             return engine
 
-    def run(self, request: Request) -> Alignment:
-        """Block until the answer is written. Interrupting the wait cancels the request."""
-        return self._wait(self._submit(request))
+    def run(self, request: Request, tell: Callable[[Chunk], None] | None = None) -> Alignment:
+        """Block until the answer is written. Interrupting the wait cancels the request.
+
+        `tell` is called in the caller's thread with each segment, when it has been kept.
+        """
+        if tell is None:
+            return self._wait(self._submit(request))
+        with closing(self.stream(request)) as items:
+            while isinstance(item := next(items), Chunk):
+                tell(item)
+            return item
 
     def run_many(self, requests: Sequence[Request]) -> list[Alignment]:
         """Answers to all requests, drafted together; the first error cancels the rest."""
@@ -63,9 +71,14 @@ class Engine:
             future = worker.submit(worker.answer_all(requests))
         return self._wait(future)
 
-    async def arun(self, request: Request) -> Alignment:
+    async def arun(self, request: Request, tell: Callable[[Chunk], Awaitable[None]] | None = None) -> Alignment:
         """Like `run`, without blocking the event loop; cancelling the task cancels the request."""
-        return await asyncio.wrap_future(self._submit(request))
+        if tell is None:
+            return await asyncio.wrap_future(self._submit(request))
+        async with aclosing(self.astream(request)) as items:
+            while isinstance(item := await anext(items), Chunk):
+                await tell(item)
+            return item
 
     def stream(self, request: Request) -> Generator[Chunk | Alignment, None, None]:
         """A `Chunk` per kept segment, then the `Alignment`; closing the iterator stops the drafting."""

@@ -30,6 +30,10 @@ class RewardError(CardsError):
     """A reward model failed, or returned something that is not one finite score per text."""
 
 
+class AnswerCut(CardsError, ValueError):
+    """`max_tokens` cut an answer that had to be whole: JSON of a schema, for one."""
+
+
 class EngineClosed(CardsError, RuntimeError):
     """The engine was closed while, or before, the request ran."""
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any
 
-from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.callbacks import (
+    AsyncCallbackManager,
+    AsyncCallbackManagerForLLMRun,
+    CallbackManager,
+    CallbackManagerForLLMRun,
+)
 from langchain_core.language_models import BaseChatModel, LanguageModelInput
 from langchain_core.language_models.base import LangSmithParams
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
+from langchain_core.messages.tool import ToolCallChunk, invalid_tool_call, tool_call, tool_call_chunk
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.config import get_config_list
@@ -18,11 +25,15 @@ from pydantic import ConfigDict
 
 from cards_integrations.engine import Engine, Request
 from cards_integrations.messages import as_prompt
+from cards_integrations.models.tools import as_tools
+from cards_integrations.schemas import converted, tool_schemas
 from cards_integrations.session import Chunk
 from cards_integrations.settings import FromEnvironment
-from cards_integrations.trace import Alignment
+from cards_integrations.structured_output import Method, structured
+from cards_integrations.trace import Alignment, InvalidToolCall, ToolCall
 
 PROVIDER = "cards"
+SEGMENT = "cards_segment"
 
 
 class ChatCards(FromEnvironment, BaseChatModel):
@@ -66,7 +77,7 @@ class ChatCards(FromEnvironment, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        return _result(self._engine(kwargs).run(self._request(messages, stop, kwargs)))
+        return _result(self._engine(kwargs).run(self._request(messages, stop, kwargs), _teller(run_manager)))
 
     async def _agenerate(
         self,
@@ -75,7 +86,7 @@ class ChatCards(FromEnvironment, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        return _result(await self._engine(kwargs).arun(self._request(messages, stop, kwargs)))
+        return _result(await self._engine(kwargs).arun(self._request(messages, stop, kwargs), _ateller(run_manager)))
 
     def _stream(
         self,
@@ -84,8 +95,11 @@ class ChatCards(FromEnvironment, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
+        chunks, tell = Chunks(), _teller(run_manager)
         for item in self._engine(kwargs).stream(self._request(messages, stop, kwargs)):
-            if (chunk := _chunk(item)) is not None:
+            if tell and isinstance(item, Chunk):
+                tell(item)
+            if (chunk := chunks.of(item)) is not None:
                 if run_manager:
                     run_manager.on_llm_new_token(chunk.text, chunk=chunk)
                 yield chunk
@@ -97,10 +111,12 @@ class ChatCards(FromEnvironment, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        items = self._engine(kwargs).astream(self._request(messages, stop, kwargs))
-        async with aclosing(items):
+        chunks, tell = Chunks(), _ateller(run_manager)
+        async with aclosing(self._engine(kwargs).astream(self._request(messages, stop, kwargs))) as items:
             async for item in items:
-                if (chunk := _chunk(item)) is not None:
+                if tell and isinstance(item, Chunk):
+                    await tell(item)
+                if (chunk := chunks.of(item)) is not None:
                     if run_manager:
                         await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
                     yield chunk
@@ -117,11 +133,44 @@ class ChatCards(FromEnvironment, BaseChatModel):
             one["max_concurrency"] = one.get("max_concurrency") or max(1, len(inputs))
         return super().batch(inputs, configs, **kwargs)
 
-    def bind_tools(self, tools: Sequence[Any], **kwargs: Any) -> Runnable[LanguageModelInput, AIMessage]:
-        raise NotImplementedError("ChatCards does not call tools yet.")
+    def bind_tools(
+        self,
+        tools: Sequence[Any],
+        *,
+        tool_choice: str | bool | dict[str, Any] | None = None,
+        strict: bool | None = None,
+        parallel_tool_calls: bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, AIMessage]:
+        """The same model with tools that its answers may call.
 
-    def with_structured_output(self, schema: Any, **kwargs: Any) -> Runnable[LanguageModelInput, Any]:
-        raise NotImplementedError("ChatCards does not produce structured output yet; use an output parser.")
+        `tool_choice` is "auto" (the model decides), "none", "any" or "required" (at least one call), or
+        the name of a tool (one call). A call that is forced is held to the tool's schema by a grammar;
+        `strict=True` holds the others to it, too.
+        """
+        schemas = tool_schemas(tools, strict)
+        as_tools(schemas, tool_choice)  # refuses here what a call would refuse
+        for name, value in (("tool_choice", tool_choice), ("parallel_tool_calls", parallel_tool_calls)):
+            if value is not None:
+                kwargs[name] = value
+        return self.bind(tools=schemas, **kwargs)
+
+    def with_structured_output(
+        self,
+        schema: Any = None,
+        *,
+        method: Method = "json_schema",
+        include_raw: bool = False,
+        strict: bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, Any]:
+        """Answers as objects of a schema: a pydantic class, a typed dict, or a JSON schema (then dicts).
+
+        "json_schema" tells the model the schema and holds the answer to it; "function_calling" has it call a
+        tool with that schema; "json_mode" holds it to some JSON object, and the prompt says which.
+        An answer that `max_tokens` cuts raises an `OutputParserException`.
+        """
+        return structured(self, schema, method, include_raw, strict, kwargs)
 
     def get_token_ids(self, text: str) -> list[int]:
         return self._engine({}).loaded().chat.encode(text)
@@ -131,9 +180,8 @@ class ChatCards(FromEnvironment, BaseChatModel):
 
     def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
         """Tokens of the prompt that these messages make, template included."""
-        if tools:
-            raise NotImplementedError("ChatCards does not call tools yet.")
-        return len(self._engine({}).loaded().chat.prompt(as_prompt(messages))[1])
+        chosen = as_tools(tool_schemas(tools))
+        return len(self._engine({}).loaded().chat.prompt(as_prompt(messages), chosen)[1])
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         model = kwargs.get("model", self.model)
@@ -154,25 +202,66 @@ class ChatCards(FromEnvironment, BaseChatModel):
         return self.engine_for(overrides, self)
 
     def _request(self, messages: list[BaseMessage], stop: list[str] | None, overrides: dict[str, Any]) -> Request:
-        for name in ("tools", "tool_choice", "response_format"):
-            if overrides.get(name):
-                raise NotImplementedError(f"ChatCards does not support {name}= yet.")
-        return self.request(as_prompt(messages), {**overrides, **({"stop": stop} if stop is not None else {})})
+        own = {} if stop is None else {"stop": stop}
+        return self.request(as_prompt(messages), converted({**overrides, **own}))
+
+
+def _teller(run: CallbackManagerForLLMRun | None) -> Callable[[Chunk], None] | None:
+    """Tells the callbacks of a run of each kept segment, as the custom event `cards_segment`."""
+    if run is None or not run.handlers:
+        return None
+    told = CallbackManager(run.handlers, tags=run.tags, metadata=run.metadata)
+    return lambda chunk: told.on_custom_event(SEGMENT, _event(chunk), run_id=run.run_id)
+
+
+def _ateller(run: AsyncCallbackManagerForLLMRun | None) -> Callable[[Chunk], Awaitable[None]] | None:
+    """Like `_teller`."""
+    if run is None or not run.handlers:
+        return None
+    told = AsyncCallbackManager(run.handlers, tags=run.tags, metadata=run.metadata)
+    return lambda chunk: told.on_custom_event(SEGMENT, _event(chunk), run_id=run.run_id)
+
+
+def _event(chunk: Chunk) -> dict[str, Any]:
+    return {"segment": chunk.number, **chunk.segment.summary()}
 
 
 def _result(answer: Alignment) -> ChatResult:
-    message = AIMessage(answer.text, usage_metadata=_usage(answer), response_metadata=_metadata(answer))
+    message = AIMessage(
+        answer.content,
+        tool_calls=[tool_call(id=c.id, name=c.name, args=c.arguments) for c in answer.tool_calls],
+        invalid_tool_calls=[
+            invalid_tool_call(id=c.id, name=c.name, args=c.arguments, error=c.error) for c in answer.invalid_tool_calls
+        ],
+        usage_metadata=_usage(answer),
+        response_metadata=_metadata(answer),
+    )
     return ChatResult(generations=[ChatGeneration(message=message)])
 
 
-def _chunk(item: Chunk | Alignment) -> ChatGenerationChunk | None:
-    """A kept segment's text (None while all of it is held back); at the end the metadata."""
-    if isinstance(item, Chunk):
-        return ChatGenerationChunk(message=AIMessageChunk(content=item.text)) if item.text else None
-    last = AIMessageChunk(
-        content="", usage_metadata=_usage(item), response_metadata=_metadata(item), chunk_position="last"
-    )
-    return ChatGenerationChunk(message=last)
+class Chunks:
+    """The chunks of one answer."""
+
+    def __init__(self) -> None:
+        self.called = 0
+
+    def of(self, item: Chunk | Alignment) -> ChatGenerationChunk | None:
+        """A kept segment's text and calls (None while all of it is held back); at the end the metadata."""
+        if isinstance(item, Alignment):
+            last = AIMessageChunk(
+                content="", usage_metadata=_usage(item), response_metadata=_metadata(item), chunk_position="last"
+            )
+            return ChatGenerationChunk(message=last)
+        if not item.text and not item.calls:
+            return None
+        calls = [self._call(call) for call in item.calls]
+        return ChatGenerationChunk(message=AIMessageChunk(content=item.text, tool_call_chunks=calls))
+
+    def _call(self, call: ToolCall | InvalidToolCall) -> ToolCallChunk:
+        valid = isinstance(call, ToolCall)
+        arguments = json.dumps(call.arguments, ensure_ascii=False) if valid else str(call.arguments)
+        self.called += 1
+        return tool_call_chunk(id=call.id, name=call.name, args=arguments, index=self.called - 1)
 
 
 def _usage(answer: Alignment) -> UsageMetadata:

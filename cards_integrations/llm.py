@@ -17,6 +17,7 @@ from cards_integrations.langchain import ChatCards
 from cards_integrations.llama_index import LlamaIndexCards
 from cards_integrations.messages import as_prompt
 from cards_integrations.rewards import AnyReward, as_reward
+from cards_integrations.schemas import converted
 from cards_integrations.settings import CardsSettings, as_context
 from cards_integrations.trace import Alignment
 
@@ -55,11 +56,11 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
 
     def align(self, prompt: Any, **options: Any) -> Alignment:
         """Write one answer to a string or a list of messages; `options` override the object's own."""
-        return self._engine(options).run(self.request(as_prompt(prompt), options))
+        return self._engine(options).run(self.request(as_prompt(prompt), converted(options)))
 
     async def aalign(self, prompt: Any, **options: Any) -> Alignment:
         """Like `align`, without blocking the event loop."""
-        return await self._engine(options).arun(self.request(as_prompt(prompt), options))
+        return await self._engine(options).arun(self.request(as_prompt(prompt), converted(options)))
 
     def align_batch(
         self,
@@ -73,7 +74,7 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
         for name, own in (("seed", seeds), ("context", contexts)):
             for mine, value in zip(each, own, strict=True) if own is not None else ():
                 mine[name] = value
-        requests = [self.request(as_prompt(p), own) for p, own in zip(prompts, each, strict=True)]
+        requests = [self.request(as_prompt(p), converted(own)) for p, own in zip(prompts, each, strict=True)]
         return self._engine(options).run_many(requests)
 
     def score(
@@ -139,7 +140,7 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
     def bind_tools(self, tools: Sequence[Any], **kwargs: Any) -> Runnable[LanguageModelInput, AIMessage]:
         return self.as_langchain().bind_tools(tools, **kwargs)
 
-    def with_structured_output(self, schema: Any, **kwargs: Any) -> Runnable[LanguageModelInput, Any]:
+    def with_structured_output(self, schema: Any = None, **kwargs: Any) -> Runnable[LanguageModelInput, Any]:
         return self.as_langchain().with_structured_output(schema, **kwargs)
 
     def get_num_tokens(self, text: str) -> int:

@@ -1,13 +1,14 @@
-"""Both frameworks' messages to the one chat form of the core: dicts with `role` and `content`."""
+"""Both frameworks' messages to the one chat form of the core (`models.base.Message`)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from langchain_core.messages import BaseMessage
+from langchain_core.messages import AIMessage, BaseMessage, FunctionMessage, ToolMessage
 from langchain_core.messages import ChatMessage as LangChainChatMessage
-from llama_index.core.base.llms.types import ChatMessage, ContentBlock, TextBlock, ThinkingBlock
+from llama_index.core.base.llms.types import ChatMessage, ContentBlock, TextBlock, ThinkingBlock, ToolCallBlock
 
 from cards_integrations.errors import PromptError
 from cards_integrations.models.base import Message
@@ -16,6 +17,11 @@ ROLES = {
     "human": "user", "user": "user",
     "ai": "assistant", "assistant": "assistant", "chatbot": "assistant", "model": "assistant",
     "system": "system", "developer": "system",
+    "tool": "tool", "function": "tool",
+}  # fmt: skip
+NOT_SAID = {
+    "reasoning", "thinking", "redacted_thinking",
+    "tool_use", "tool_call", "function_call", "tool_call_chunk", "input_json_delta",  # they are in `tool_calls`, too
 }  # fmt: skip
 
 
@@ -30,29 +36,86 @@ def as_prompt(value: Any) -> str | list[Message]:
     chat = [_message(item) for item in value]
     if not chat:
         raise PromptError("The list of messages is empty.")
-    if not any(message["content"] for message in chat):
+    if not any(message["content"] or message.get("tool_calls") for message in chat):
         raise PromptError("All messages are empty.")
+    _name_results(chat)
     return chat
 
 
 def _message(item: Any) -> Message:
     if isinstance(item, BaseMessage):
-        role = item.role if isinstance(item, LangChainChatMessage) else item.type
-        if getattr(item, "tool_calls", None):
-            raise _no_tools()
-        return {"role": _role(role), "content": _text(item.content)}
+        return _of_langchain(item)
     if isinstance(item, ChatMessage):
-        return {"role": _role(item.role.value), "content": "".join(map(_block, item.blocks))}
-    if isinstance(item, dict) and {"role", "content"} <= item.keys():
-        return {"role": _role(item["role"]), "content": _text(item["content"])}
+        return _of_llama_index(item)
+    if isinstance(item, dict) and "role" in item and ("content" in item or item.get("tool_calls")):
+        return _of_dict(item)
     if isinstance(item, tuple) and len(item) == 2:
         return {"role": _role(item[0]), "content": _text(item[1])}
     raise PromptError(f"Not a message: {type(item).__name__}; pass dicts with 'role' and 'content'.")
 
 
+def _of_langchain(item: BaseMessage) -> Message:
+    message: Message = {
+        "role": _role(item.role if isinstance(item, LangChainChatMessage) else item.type),
+        "content": _text(item.content),
+    }
+    if isinstance(item, AIMessage) and item.tool_calls:
+        message["tool_calls"] = [_call(call["id"], call["name"], call["args"]) for call in item.tool_calls]
+    if isinstance(item, ToolMessage):
+        message |= {"tool_call_id": item.tool_call_id, "name": item.name}
+    if isinstance(item, FunctionMessage):
+        message["name"] = item.name
+    return message
+
+
+def _of_llama_index(item: ChatMessage) -> Message:
+    message: Message = {"role": _role(item.role.value), "content": "".join(map(_block, item.blocks))}
+    calls = [block for block in item.blocks if isinstance(block, ToolCallBlock)]
+    if calls:
+        message["tool_calls"] = [_call(call.tool_call_id, call.tool_name, call.tool_kwargs) for call in calls]
+    if message["role"] == "tool":
+        message["tool_call_id"] = item.additional_kwargs.get("tool_call_id")
+        message["name"] = item.additional_kwargs.get("name")
+    return message
+
+
+def _of_dict(item: Mapping[str, Any]) -> Message:
+    content = item.get("content")
+    message: Message = {"role": _role(item["role"]), "content": "" if content is None else _text(content)}
+    if item.get("tool_calls"):
+        message["tool_calls"] = [_call_of_dict(call) for call in item["tool_calls"]]
+    if message["role"] == "tool":
+        message |= {"tool_call_id": item.get("tool_call_id"), "name": item.get("name")}
+    return message
+
+
+def _call_of_dict(call: Any) -> dict[str, Any]:
+    try:
+        function = call["function"] if "function" in call else {"name": call["name"], "arguments": call["args"]}
+        return _call(call.get("id"), function["name"], function["arguments"])
+    except (TypeError, KeyError, AttributeError):
+        raise PromptError(f"Not a tool call: {call!r}; pass OpenAI's or LangChain's form.") from None
+
+
+def _call(call_id: str | None, name: str, arguments: Any) -> dict[str, Any]:
+    """A call as chat templates take it: the arguments are an object."""
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError:
+            arguments = {"input": arguments}  # said as well as it can be
+    return {"type": "function", "id": call_id, "function": {"name": name, "arguments": arguments}}
+
+
+def _name_results(chat: list[Message]) -> None:
+    """Some templates ask for the name of the tool with its result; a result has only the id of the call."""
+    names = {call["id"]: call["function"]["name"] for message in chat for call in message.get("tool_calls", ())}
+    for message in chat:
+        if message["role"] == "tool" and not message.get("name"):
+            message["name"] = names.get(message.get("tool_call_id"), "tool")
+
+
 def _role(role: str) -> str:
-    if role in ("tool", "function"):
-        raise _no_tools()
     if role not in ROLES:
         raise PromptError(
             f"The message role {role!r} is not known; use one of {', '.join(sorted(set(ROLES.values())))}."
@@ -75,7 +138,7 @@ def _part(part: Any) -> str:
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
     if kind == "text":
         return str(part["text"])
-    if kind in ("reasoning", "thinking"):
+    if kind in NOT_SAID:
         return ""
     raise _only_text(str(kind))
 
@@ -83,14 +146,10 @@ def _part(part: Any) -> str:
 def _block(block: ContentBlock) -> str:
     if isinstance(block, TextBlock):
         return block.text
-    if isinstance(block, ThinkingBlock):
+    if isinstance(block, (ThinkingBlock, ToolCallBlock)):
         return ""
     raise _only_text(block.block_type)
 
 
 def _only_text(kind: str) -> PromptError:
     return PromptError(f"Message content of type {kind!r} is not supported: the model reads text only.")
-
-
-def _no_tools() -> PromptError:
-    return PromptError("Messages with tool calls or tool results are not supported yet.")

@@ -14,8 +14,9 @@ from cards_integrations.errors import RewardError
 from cards_integrations.models.base import Boundary, Candidate, Context, LanguageModel
 from cards_integrations.models.randomness import Uniforms
 from cards_integrations.models.step_times import StepTimes
+from cards_integrations.models.tool_reader import ToolReader
 from cards_integrations.rewards.base import Conversation, Response, RewardModel
-from cards_integrations.trace import DraftTrace, FinishReason, Segment
+from cards_integrations.trace import DraftTrace, FinishReason, InvalidToolCall, Segment, ToolCall
 
 FREE = StepTimes({1: 0.0, 2: 0.0})  # a reward that costs this device nothing
 LEAST = 0.02  # a candidate that is looked at with less probability is not drafted ahead
@@ -23,10 +24,16 @@ LEAST = 0.02  # a candidate that is looked at with less probability is not draft
 
 @dataclass(frozen=True)
 class Chunk:
-    """A kept segment as it is streamed: the text that is certain by now, and the segment itself."""
+    """A kept segment as it is streamed: what is certain by now, and the segment itself.
+
+    `number` is the segment's place in the answer, `text` what the answer says; the calls that it makes
+    are in `calls`, each once it is whole.
+    """
 
     text: str
     segment: Segment
+    number: int
+    calls: tuple[ToolCall | InvalidToolCall, ...] = ()
 
 
 class Desk(Protocol):
@@ -96,13 +103,14 @@ class Session:
 
     def __init__(
         self, desk: Desk, context: Context, seed: int, conversation: Conversation,
-        reward: RewardModel | None, scale: Scale | None, emit: Callable[[Chunk], None] | None,
+        reward: RewardModel | None, scale: Scale | None, reader: ToolReader, emit: Callable[[Chunk], None] | None,
     ) -> None:  # fmt: skip
         self.desk = desk
         self.context = context
         self.seed = seed
         self.reward = reward
         self.reward_scale = scale
+        self.reader = reader
         self.emit = emit
         self.max_tokens = context.max_tokens
         self.finish: FinishReason | None = None
@@ -115,7 +123,6 @@ class Session:
         self.drafting: Drafts | None = None
         self.questions: list[Question] = []
         self.rate = AcceptanceRate()
-        self.streamed = 0
         self.conversation = conversation
         if reward is not None:
             reward.open(self.conversation)  # may refuse the prompt, and then nothing else is open
@@ -216,14 +223,14 @@ class Session:
 
     def _stream(self, segment: Segment) -> None:
         """Emit what no later token can take back: not half a character, not half a stop string."""
+        if self.emit is None:
+            return
         text = self.context.text
-        certain = len(text)
         if not self.finished:
-            certain = len(text.rstrip("\ufffd"))
-            certain -= self.context.stop.held_back(text[:certain])
-        new, self.streamed = text[self.streamed : certain], max(self.streamed, certain)
-        if self.emit is not None:
-            self.emit(Chunk(new, segment))
+            text = text.rstrip("\ufffd")
+            text = text[: len(text) - self.context.stop.held_back(text)]
+        said, calls = self.reader.new(text, self.finished)
+        self.emit(Chunk(said, segment, len(self.segments) - 1, calls))
 
     def _give_up_segment(self, but: Pending | None = None) -> None:
         """Drop all that was drafted for the open segment, looked at or not."""

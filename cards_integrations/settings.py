@@ -17,8 +17,12 @@ from cards_integrations.models.base import Message
 from cards_integrations.models.grammar import as_grammar
 from cards_integrations.models.loading import AnyModel, LocalModel
 from cards_integrations.models.sampling import Sampler
+from cards_integrations.models.tools import as_tools
+from cards_integrations.response_format import as_response_format
 from cards_integrations.rewards import NAMED, AnyReward
 from cards_integrations.rewards.function import imports_allowed
+
+PER_CALL = {"context", "grammar", "response_format", "tools", "tool_choice", "parallel_tool_calls"}
 
 
 def _one_or_many(value: Any) -> Any:
@@ -78,14 +82,18 @@ class Options(BaseModel):
         return {name: getattr(self, name) for name in Options.model_fields}
 
     def request(self, prompt: str | list[Message], overrides: dict[str, Any]) -> Request:
-        """One request; `overrides` are per-call arguments: `context`, `grammar`, or the name of an option."""
-        overrides = dict(overrides)
-        context = as_context(overrides.pop("context", None))
-        grammar = as_grammar(overrides.pop("grammar", None))
+        """One request; `overrides` are the call's own arguments: those of `PER_CALL`, or options."""
         for name in overrides:
-            if name not in Options.model_fields or name == "engine":
-                raise unknown("call argument", name, {*Options.model_fields, "context", "grammar"} - {"engine"})
-        chosen = self.chosen(overrides)
+            if name not in Options.model_fields.keys() - {"engine"} | PER_CALL:
+                raise unknown("call argument", name, Options.model_fields.keys() - {"engine"} | PER_CALL)
+        own = {name: overrides.get(name) for name in PER_CALL}
+        chosen = self.chosen({name: value for name, value in overrides.items() if name not in PER_CALL})
+        tools = as_tools(own["tools"], own["tool_choice"], own["parallel_tool_calls"] is not False)
+        grammar, wanted = as_grammar(own["grammar"]), as_response_format(own["response_format"])
+        if grammar is not None and (wanted or tools):
+            raise SettingsError("grammar= says all of what an answer may be: leave response_format= and tools= out.")
+        if wanted is not None:
+            prompt, grammar = wanted.told(prompt), wanted.grammar
         decoding: Decoding = chosen.decoding
         if decoding.needs_reward and chosen.reward is None:
             raise SettingsError(f"decoding={decoding.method!r} needs a reward: pass reward=.")
@@ -98,8 +106,9 @@ class Options(BaseModel):
             stop=tuple(chosen.stop),
             seed=chosen.seed,
             timeout=chosen.timeout,
-            context=context,
+            context=as_context(own["context"]),
             grammar=grammar,
+            tools=tools,
         )
 
     def engine_for(self, overrides: dict[str, Any], owner: Any) -> Engine:

@@ -55,10 +55,43 @@ class Segment:
     threshold: float | None
     drafts: tuple[DraftTrace, ...]
 
+    def summary(self) -> dict[str, Any]:
+        """What observers are told of it: each draft with its verdict, but no tokens."""
+        return {
+            "text": self.text,
+            "reward": self.reward,
+            "threshold": self.threshold,
+            "drafts": [
+                {"text": d.text, "reward": d.reward, "threshold": d.threshold, "verdict": d.verdict}
+                for d in self.drafts
+            ],
+        }
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call of a tool, with its arguments."""
+
+    id: str
+    name: str
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class InvalidToolCall:
+    """What should have been one: the name if there is one, the text of its arguments, and what is wrong."""
+
+    id: str
+    name: str | None
+    arguments: str
+    error: str
+
 
 @dataclass(frozen=True)
 class Alignment:
     """A finished answer.
+
+    `text` is all of it; `content` is what it says beside its tool calls.
 
     `reward` is the reward of the whole answer (None where nothing was scored), `log_likelihood` the
     sum of log p over its tokens in nats under the language model itself (temperature 1, full
@@ -77,6 +110,9 @@ class Alignment:
     prompt_reward: float | None = None
     model: str = ""
     method: str = ""
+    content: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    invalid_tool_calls: tuple[InvalidToolCall, ...] = ()
 
     def __str__(self) -> str:
         return self.text

@@ -33,6 +33,7 @@ from cards_integrations.errors import (
     SettingsError,
 )
 from cards_integrations.models.base import Context, Message
+from cards_integrations.models.chat import ChatTokenizer
 from cards_integrations.models.grammar import Grammar
 from cards_integrations.models.kv_cache import TreeCache
 from cards_integrations.models.kv_memory import KVMemory, budget
@@ -41,11 +42,13 @@ from cards_integrations.models.local import LocalLanguageModel
 from cards_integrations.models.randomness import fresh_seed
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.models.stops import StopStrings
+from cards_integrations.models.tool_reader import ToolReader
+from cards_integrations.models.tools import Tools
 from cards_integrations.rewards.base import Conversation, Response, Reward, RewardLoader, RewardModel, scores
 from cards_integrations.scales import Scales
 from cards_integrations.scheduler import BestPerSecond, FixedWidth, Scheduler
 from cards_integrations.session import Chunk, Question, Session
-from cards_integrations.trace import Alignment, Usage
+from cards_integrations.trace import Alignment, InvalidToolCall, ToolCall, Usage
 
 T = TypeVar("T")
 DRAFTS = 256  # columns that candidates may take beside the kept text
@@ -85,6 +88,7 @@ class Request:
     timeout: float | None = None
     context: tuple[str, ...] = ()
     grammar: Grammar | None = None
+    tools: Tools | None = None
 
 
 class Worker:
@@ -140,7 +144,8 @@ class Worker:
             self.memory = KVMemory(budget(self.settings.kv_memory, self.loader.device), self.settings.prefix_reuse)
             self.loader.memory = self.memory
             self.rewards = RewardLoader(self.loader)
-            self.language_model = LocalLanguageModel(model, tokenizer, self.model.model, self.memory)
+            chat = ChatTokenizer(tokenizer, self.model.tool_format)
+            self.language_model = LocalLanguageModel(model, chat, self.model.model, self.memory)
             self.scheduler = self._schedule()
         except Exception as error:
             self.failed = True  # the next request tries again
@@ -223,19 +228,23 @@ class Worker:
     ) -> Alignment:
         began = time.perf_counter()
         model = self.language_model
-        _, prompt_ids = model.chat.prompt(request.prompt)
+        chat, tools, grammar = model.chat, request.tools, request.grammar
+        _, prompt_ids = chat.prompt(request.prompt, tools)
         self._check_room(request, len(prompt_ids))
         usage = Usage(prompt_tokens=len(prompt_ids))
         stop, seed = StopStrings(request.stop), fresh_seed() if request.seed is None else request.seed
         context = Context(request.prompt, prompt_ids, request.max_tokens, request.sampler, stop, usage)
-        if request.grammar is not None:
-            context.matcher = model.grammars.matcher(request.grammar)
-        conversation = Conversation(request.prompt, usage, request.context)
+        if tools is not None:
+            grammar = chat.tool_format.grammar(tools, chat.lark, grammar)
+        if grammar is not None:
+            context.matcher = model.grammars.matcher(grammar)
+        reader = ToolReader(tools, chat.tool_format)
+        conversation = Conversation(chat.without_tools(request.prompt), usage, request.context)
         async with self._admission:
             tokens = len(prompt_ids) + request.max_tokens + DRAFTS
             needs = [(model.transformer.cache, 1, tokens), *(reward.needs(conversation, tokens) if reward else [])]
             await self._memory_for(needs)
-            session = Session(self, context, seed, conversation, reward, scale, emit)
+            session = Session(self, context, seed, conversation, reward, scale, reader, emit)
             for cache, _, columns in needs:
                 cache.reserve(columns)
             self.live[session] = None
@@ -248,6 +257,7 @@ class Worker:
         usage.completion_tokens = len(context.ids)
         usage.seconds = time.perf_counter() - began
         assert session.finish is not None
+        reading = reader.read(context.text)
         return Alignment(
             text=context.text,
             token_ids=tuple(context.ids),
@@ -261,6 +271,9 @@ class Worker:
             prompt_reward=session.prompt_score,
             model=model.name,
             method=request.decoding.method,
+            content=reading.said,
+            tool_calls=tuple(call for call in reading.calls if isinstance(call, ToolCall)),
+            invalid_tool_calls=tuple(call for call in reading.calls if isinstance(call, InvalidToolCall)),
         )
 
     async def _memory_for(self, needs: list[tuple[TreeCache, int, int]]) -> None:
@@ -290,7 +303,7 @@ class Worker:
         """Rewards of finished answers to one prompt."""
         with self._at_work():
             model = self.rewards[await self.scales.standardised(reward)]
-            conversation = Conversation(prompt, Usage(), context)
+            conversation = Conversation(self.language_model.chat.without_tools(prompt), Usage(), context)
             model.open(conversation)
             try:
                 return await scores(model, [Response(conversation, text, finished=True) for text in texts])

@@ -14,6 +14,7 @@ import tiny
 
 from cards_integrations.decoding import FixedLength
 from cards_integrations.models.base import Context
+from cards_integrations.models.chat import ChatTokenizer
 from cards_integrations.models.loading import ModelLoader, Placement
 from cards_integrations.models.local import LocalLanguageModel
 from cards_integrations.models.sampling import Sampler
@@ -151,7 +152,9 @@ class Desk:
     """What a session needs of the engine, with a real language model."""
 
     def __init__(self) -> None:
-        self.language_model = LocalLanguageModel(tiny.causal(eos_token_id=None), tiny.words(eos_token=None), "tiny")
+        self.language_model = LocalLanguageModel(
+            tiny.causal(eos_token_id=None), ChatTokenizer(tiny.words(eos_token=None)), "tiny"
+        )
 
     def wake(self) -> None: ...
 

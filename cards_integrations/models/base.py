@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
     from cards_integrations.models.grammar import Matcher
 
-Message = dict[str, str]
+Message = dict[str, Any]
+"""`role` (system, user, assistant, tool) and `content`, a text; with tools also `tool_calls`, `tool_call_id` and
+`name`, as chat templates take them."""
 
 
 class Boundary(BaseModel):

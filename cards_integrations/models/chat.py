@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import cached_property
 from typing import Any
 
 from jinja2.exceptions import TemplateError
 
 from cards_integrations.errors import PromptError
 from cards_integrations.models.base import Message
+from cards_integrations.models.tool_formats import FORMATS, ToolFormat
+from cards_integrations.models.tool_prompts import (
+    PROBE,
+    PROBED_TOOLS,
+    flattened,
+    format_in,
+    mentions_tools,
+    shows_tools,
+)
+from cards_integrations.models.tools import FormatName, Tools
 
 _MARK = "\u2063answer\u2063"  # stands for the answer while a template is split around it
 _HALF = "\ufffd"
@@ -21,9 +34,10 @@ class Formatted(str):
 class ChatTokenizer:
     """A tokenizer and its chat template, if it has one."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, tool_format: FormatName | None = None) -> None:
         self.tokenizer = tokenizer
         self.has_template = bool(getattr(tokenizer, "chat_template", None))
+        self._tool_format = tool_format
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Token ids; `special` adds what the tokenizer adds to a plain text (a BOS, for one)."""
@@ -39,26 +53,83 @@ class ChatTokenizer:
         return text
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        hides = not self.markers
+        shown = list(ids) if hides else [token for token in ids if token not in self._special or token in self.markers]
+        return str(self.tokenizer.decode(shown, skip_special_tokens=hides, clean_up_tokenization_spaces=False))
 
-    def prompt(self, prompt: str | list[Message]) -> tuple[str, list[int]]:
+    def prompt(self, prompt: str | list[Message], tools: Tools | None = None) -> tuple[str, list[int]]:
         """The text and the ids up to where the answer begins.
 
         A string is one user message; a model without a template gets plain text. The BOS comes from
-        the template, or from the tokenizer if there is no template, never from both.
+        the template, or from the tokenizer if there is no template, never from both. A template that
+        knows no tools is told of them by a system message.
         """
-        if isinstance(prompt, Formatted) or not self.has_template:
-            text = as_text(prompt)
-            bos = self.tokenizer.bos_token
-            return text, self._nonempty(self.encode(text, special=not (bos and text.startswith(bos))))
-        before, _ = self.around_answer(prompt)
+        if isinstance(prompt, Formatted):
+            return self._plain(str(prompt))
+        messages = as_messages(prompt)
+        if tools or mentions_tools(messages):
+            schemas = tools.schemas if tools else ()
+            if self.knows_tools:
+                with suppress(TemplateError):  # it may insist on an order that these messages do not have
+                    before = self._apply(messages, tools=list(schemas) or None, add_generation_prompt=True)
+                    return before, self._nonempty(self.encode(before))
+            messages = flattened(messages, self.tool_format, schemas)
+        if not self.has_template:
+            return self._plain(as_text(messages))
+        before = self._render(messages, add_generation_prompt=True)
         return before, self._nonempty(self.encode(before))
+
+    def _plain(self, text: str) -> tuple[str, list[int]]:
+        bos = self.tokenizer.bos_token
+        return text, self._nonempty(self.encode(text, special=not (bos and text.startswith(bos))))
+
+    def without_tools(self, prompt: str | list[Message]) -> str | list[Message]:
+        """The conversation for those who know no tools, a reward model for one."""
+        if isinstance(prompt, str) or not mentions_tools(prompt):
+            return prompt
+        return flattened(prompt, self.tool_format)
+
+    @property
+    def knows_tools(self) -> bool:
+        """Does the template show tools, calls and results?"""
+        return self._probed is not None
+
+    @property
+    def tool_format(self) -> ToolFormat:
+        """How this model writes a call: as its template does."""
+        return FORMATS[self._tool_format or self._probed or "hermes"]
+
+    @cached_property
+    def _probed(self) -> FormatName | None:
+        if not self.has_template:
+            return None
+        try:
+            shown = self._apply(PROBE, tools=PROBED_TOOLS)
+        except Exception:  # whatever a template makes of roles that it does not know
+            return None
+        return format_in(shown) if shows_tools(shown) else None
+
+    @cached_property
+    def _special(self) -> dict[int, str]:
+        return {i: str(token) for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+
+    @cached_property
+    def markers(self) -> dict[int, str]:
+        """Special tokens that are part of a call, and so of an answer's text."""
+        return {i: text for i, text in self._special.items() if text in self.tool_format.markers}
+
+    def lark(self, text: str) -> str:
+        """How a grammar writes a text: as a string, or as the special token that it is."""
+        for token, marker in self.markers.items():
+            if marker == text:
+                return f"<[{token}]>"
+        return json.dumps(text, ensure_ascii=False)
 
     def around_answer(self, prompt: str | list[Message]) -> tuple[str, str]:
         """The template's text before the assistant's answer and after it."""
         if isinstance(prompt, Formatted):
             return str(prompt), ""
-        messages = as_messages(prompt)
+        messages = as_messages(self.without_tools(prompt))
         before = self._render(messages, add_generation_prompt=True)
         whole = self._render([*messages, {"role": "assistant", "content": _MARK}])
         after = whole.partition(_MARK)[2]
@@ -72,16 +143,19 @@ class ChatTokenizer:
         return whole.partition(_MARK)[::2]
 
     def _render(self, messages: list[Message], **options: Any) -> str:
-        for message in messages:
-            checked(message["content"])
         try:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options))
+            return self._apply(messages, **options)
         except TemplateError:
             merged = alternating(messages)  # the template may insist on strict turns
         try:
-            return str(self.tokenizer.apply_chat_template(merged, tokenize=False, **options))
+            return self._apply(merged, **options)
         except TemplateError as error:
             raise PromptError(f"The model's chat template does not take these messages: {error}") from error
+
+    def _apply(self, messages: list[Message], **options: Any) -> str:
+        for message in messages:
+            checked(message["content"])
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options))
 
     @staticmethod
     def _nonempty(ids: list[int]) -> list[int]:
@@ -98,7 +172,7 @@ def as_text(prompt: str | list[Message]) -> str:
     """A plain text for those who read no chat: one message as it is, several with their roles."""
     messages = as_messages(prompt)
     if len(messages) == 1:
-        return messages[0]["content"]
+        return str(messages[0]["content"])
     return "".join(f"{m['role'].capitalize()}: {m['content']}\n" for m in messages) + "Assistant:"
 
 

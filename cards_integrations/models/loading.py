@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from cards_integrations.errors import CardsError, ModelError, unknown
 from cards_integrations.models.embedded import MINILM, SMOLLM2, embedded_model
+from cards_integrations.models.tools import FormatName
 
 if TYPE_CHECKING:
     from cards_integrations.models.kv_memory import KVMemory
@@ -23,6 +24,7 @@ class LocalModel(BaseModel):
     """A transformers model: an embedded name ("smollm2"), a hub id or a local directory.
 
     Weights are read from safetensors files only. `adapter` is a peft adapter on top of it.
+    `tool_format` is how it was taught to write a call of a tool, if its chat template does not show it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -32,6 +34,7 @@ class LocalModel(BaseModel):
     revision: str | None = None
     adapter: str | None = None
     trust_remote_code: bool = False
+    tool_format: FormatName | None = None
 
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]

@@ -45,14 +45,14 @@ class _Tip:
 class LocalLanguageModel:
     """A transformers causal model behind the `LanguageModel` protocol."""
 
-    def __init__(self, model: Any, tokenizer: Any, name: str, memory: KVMemory | None = None) -> None:
+    def __init__(self, model: Any, chat: ChatTokenizer, name: str, memory: KVMemory | None = None) -> None:
         self.name = name
         self.model = model
-        self.chat = ChatTokenizer(tokenizer)
+        self.chat = chat
         self.transformer = Transformer(model, memory)
         self.memory = self.transformer.memory
         self.context_window = positions(model.config)
-        self.eos = _end_of_sequence(model, tokenizer)
+        self.eos = _end_of_sequence(model, chat.tokenizer)
         self.contexts: list[Context] = []
         self.ready: list[Candidate] = []  # have logits
         self.failed: dict[Context, OutOfMemory] = {}
@@ -302,7 +302,7 @@ class LocalLanguageModel:
         return step_times("drafting", self.model, self._time)
 
     def _time(self, candidates: int) -> float:
-        aside = LocalLanguageModel(self.model, self.chat.tokenizer, self.name)
+        aside = LocalLanguageModel(self.model, self.chat, self.name)
         aside.eos = set()
         context = Context("", [0] * 32, 64, Sampler(), StopStrings(), Usage())
         aside.open(context)

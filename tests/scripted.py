@@ -1,0 +1,63 @@
+"""A language model that writes what a script says, behind the same engine.
+
+Only the choice of each token is scripted (and a grammar still has the last word on it): prompts,
+KV caches, uncertainty, segments, rewards and batching are those of a tiny random model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from cards_integrations import worker
+from cards_integrations.engine import EngineSettings
+from cards_integrations.models.base import Candidate, Message
+from cards_integrations.models.local import LocalLanguageModel
+
+Script = Callable[[str | list[Message]], str]
+LEARNT = '<tool_call>\n{"name": "get_weather", "arguments": {"input": 3, "city": "Paris"}}\n</tool_call> the answer is '
+MARGIN = 1e4
+
+
+class ScriptedLanguageModel(LocalLanguageModel):
+    """`script` makes the answer from the prompt, as messages or as text."""
+
+    script: Script
+
+    def _tokens(
+        self, sampler: Any, group: list[Candidate], logits: torch.Tensor, at: torch.Tensor, uniforms: torch.Tensor
+    ) -> tuple[torch.Tensor, set[int]]:
+        own = logits[at].clone()
+        for row, candidate in enumerate(group):
+            own[row, self._next(candidate)] += MARGIN
+        return super()._tokens(sampler, group, own, torch.arange(len(group), device=at.device), uniforms)
+
+    def _next(self, candidate: Candidate) -> int:
+        said = self.decode([*candidate.before, *candidate.ids])
+        whole = self.script(candidate.context.prompt)
+        rest = whole[len(said) :] if whole.startswith(said) else ""
+        return self.chat.encode(rest)[0] if rest else min(self.eos)
+
+
+def save_model(folder: Path, chat_template: str | None = tiny.CHAT) -> str:
+    """A tiny model that reads long prompts of any text."""
+    tokenizer = tiny.byte_pairs(LEARNT, 600)
+    tokenizer.chat_template = chat_template
+    model = tiny.causal(vocab_size=len(tokenizer), max_position_embeddings=4096)
+    return tiny.save(folder, model, tokenizer)
+
+
+@contextmanager
+def scripted(folder: Path, script: Script, **options: Any) -> Iterator[dict[str, Any]]:
+    """Options for `CardsLLM` or `ChatCards` whose answers a script writes; its engine ends with the context."""
+    model = save_model(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        kind = type("Scripted", (ScriptedLanguageModel,), {"script": staticmethod(script)})
+        patch.setattr(worker, "LocalLanguageModel", kind)
+        yield {"model": model, "engine": EngineSettings(dtype="float32"), "max_tokens": 400, **options}
