@@ -7,19 +7,34 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cards_integrations.completion import CardsCompletion
     from cards_integrations.langchain import ChatCards
     from cards_integrations.llm import CardsLLM
     from cards_integrations.models.grammar import Grammar
+    from cards_integrations.retrieval import RetrievedContext, documents_chain
     from cards_integrations.settings import CardsSettings
     from cards_integrations.trace import Alignment
 
 __version__ = version("cards-integrations")
-__all__ = ["Alignment", "CardsLLM", "CardsSettings", "ChatCards", "Grammar", "__version__"]
+__all__ = [
+    "Alignment",
+    "CardsCompletion",
+    "CardsLLM",
+    "CardsSettings",
+    "ChatCards",
+    "Grammar",
+    "RetrievedContext",
+    "__version__",
+    "documents_chain",
+]
 
 _HOMES = {
     "CardsLLM": "llm",
     "ChatCards": "langchain",
+    "CardsCompletion": "completion",
     "CardsSettings": "settings",
+    "RetrievedContext": "retrieval",
+    "documents_chain": "retrieval",
     "Alignment": "trace",
     "Grammar": "models.grammar",
 }

@@ -64,12 +64,16 @@ class Engine:
                 tell(item)
             return item
 
-    def run_many(self, requests: Sequence[Request]) -> list[Alignment]:
-        """Answers to all requests, drafted together; the first error cancels the rest."""
-        with self._starting:
-            worker = self._running()
-            future = worker.submit(worker.answer_all(requests))
-        return self._wait(future)
+    def run_many(self, requests: Sequence[Request], done: Callable[[], None] | None = None) -> list[Alignment]:
+        """Answers to all requests, drafted together; the first error cancels the rest.
+
+        `done` is called in the engine's thread when one of them ends.
+        """
+        return self._wait(self._submit_many(requests, done))
+
+    async def arun_many(self, requests: Sequence[Request]) -> list[Alignment]:
+        """Like `run_many`, without blocking the event loop."""
+        return await asyncio.wrap_future(self._submit_many(requests))
 
     async def arun(self, request: Request, tell: Callable[[Chunk], Awaitable[None]] | None = None) -> Alignment:
         """Like `run`, without blocking the event loop; cancelling the task cancels the request."""
@@ -162,6 +166,13 @@ class Engine:
         with self._starting:
             worker = self._running()
             return worker.submit(worker.answer(request, emit))
+
+    def _submit_many(
+        self, requests: Sequence[Request], done: Callable[[], None] | None = None
+    ) -> Future[list[Alignment]]:
+        with self._starting:
+            worker = self._running()
+            return worker.submit(worker.answer_all(requests, done))
 
     def _running(self) -> Worker:
         """The worker, started if need be; under the lock, so that no request meets a loop that has ended."""

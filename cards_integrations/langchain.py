@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import Any, Literal
 
 from langchain_core.callbacks import (
     AsyncCallbackManager,
@@ -36,7 +36,48 @@ PROVIDER = "cards"
 SEGMENT = "cards_segment"
 
 
-class ChatCards(FromEnvironment, BaseChatModel):
+class LangChainFace(FromEnvironment):
+    """What the chat model and the text LLM have in common."""
+
+    def close(self) -> None:
+        """Free the models, unless another object uses them; the next call loads them again."""
+        Engine.release(self)
+
+    @property
+    def _identifying_params(self) -> dict[str, Any]:
+        return {name: repr(value) for name, value in self.options().items() if name not in ("engine", "timeout")}
+
+    @classmethod
+    def is_lc_serializable(cls) -> bool:
+        return False
+
+    def get_token_ids(self, text: str) -> list[int]:
+        return self._engine({}).loaded().chat.encode(text)
+
+    def get_num_tokens(self, text: str) -> int:
+        return len(self.get_token_ids(text))
+
+    def traced_as(
+        self, kind: Literal["chat", "llm"], stop: list[str] | None, overrides: dict[str, Any]
+    ) -> LangSmithParams:
+        """What LangSmith is told of a call."""
+        model = overrides.get("model", self.model)
+        params = LangSmithParams(
+            ls_provider=PROVIDER,
+            ls_model_type=kind,
+            ls_model_name=getattr(model, "model", model),
+            ls_temperature=overrides.get("temperature", self.temperature),
+            ls_max_tokens=overrides.get("max_tokens", self.max_tokens),
+        )
+        if stop or self.stop:
+            params["ls_stop"] = list(stop or self.stop)
+        return params
+
+    def _engine(self, overrides: dict[str, Any]) -> Engine:
+        return self.engine_for(overrides, self)
+
+
+class ChatCards(LangChainFace, BaseChatModel):
     """A local model whose answers are aligned while they are written.
 
     Per-call arguments (`llm.invoke(..., max_tokens=64)`, `llm.bind(decoding=...)`) are options of the
@@ -48,27 +89,15 @@ class ChatCards(FromEnvironment, BaseChatModel):
 
     streaming: bool = False
 
-    def close(self) -> None:
-        """Free the models, unless another object uses them; the next call loads them again."""
-        Engine.release(self)
-
     # --- LangChain's contract ---
 
     @property
     def _llm_type(self) -> str:
         return "cards-chat"
 
-    @property
-    def _identifying_params(self) -> dict[str, Any]:
-        return {name: repr(value) for name, value in self.options().items() if name not in ("engine", "timeout")}
-
     def _get_invocation_params(self, stop: list[str] | None = None, **kwargs: Any) -> dict[str, Any]:
         """For traces and the cache's key: the stop strings that hold, not only those of the call."""
         return super()._get_invocation_params(list(self.stop) if stop is None else stop, **kwargs)
-
-    @classmethod
-    def is_lc_serializable(cls) -> bool:
-        return False
 
     def _generate(
         self,
@@ -172,34 +201,15 @@ class ChatCards(FromEnvironment, BaseChatModel):
         """
         return structured(self, schema, method, include_raw, strict, kwargs)
 
-    def get_token_ids(self, text: str) -> list[int]:
-        return self._engine({}).loaded().chat.encode(text)
-
-    def get_num_tokens(self, text: str) -> int:
-        return len(self.get_token_ids(text))
-
     def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
         """Tokens of the prompt that these messages make, template included."""
         chosen = as_tools(tool_schemas(tools))
         return len(self._engine({}).loaded().chat.prompt(as_prompt(messages), chosen)[1])
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
-        model = kwargs.get("model", self.model)
-        params = LangSmithParams(
-            ls_provider=PROVIDER,
-            ls_model_type="chat",
-            ls_model_name=getattr(model, "model", model),
-            ls_temperature=kwargs.get("temperature", self.temperature),
-            ls_max_tokens=kwargs.get("max_tokens", self.max_tokens),
-        )
-        if stop or self.stop:
-            params["ls_stop"] = list(stop or self.stop)
-        return params
+        return self.traced_as("chat", stop, kwargs)
 
     # --- to the engine ---
-
-    def _engine(self, overrides: dict[str, Any]) -> Engine:
-        return self.engine_for(overrides, self)
 
     def _request(self, messages: list[BaseMessage], stop: list[str] | None, overrides: dict[str, Any]) -> Request:
         own = {} if stop is None else {"stop": stop}

@@ -39,6 +39,7 @@ from cards_integrations.errors import AnswerCut, SettingsError
 from cards_integrations.messages import as_prompt
 from cards_integrations.models.chat import Formatted
 from cards_integrations.models.loading import context_window
+from cards_integrations.retrieval import retrieved_in
 from cards_integrations.schemas import converted, tool_schemas
 from cards_integrations.session import Chunk
 from cards_integrations.settings import FromEnvironment
@@ -113,6 +114,11 @@ class LlamaIndexCards(FromEnvironment, FunctionCallingLLM):
             is_function_calling_model=True,
             model_name=chosen.model.model,
         )
+
+    @property
+    def tokenizer(self) -> Callable[[str], list[int]]:
+        """For `Settings.tokenizer`, so that LlamaIndex counts in this model's own tokens."""
+        return self._engine({}).loaded().chat.encode
 
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
@@ -262,7 +268,10 @@ class LlamaIndexCards(FromEnvironment, FunctionCallingLLM):
         messages = list(messages)
         if messages and not any(message.role == MessageRole.SYSTEM for message in messages):
             messages = self._extend_messages(messages)
-        return self.request(as_prompt(messages), converted(overrides))
+        own = converted(overrides)
+        if "context" not in own:
+            own["context"] = retrieved_in([message.content or "" for message in messages])
+        return self.request(as_prompt(messages), own)
 
 
 class CardsSegmentEvent(BaseEvent):

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from langchain_core.language_models import LanguageModelInput
-from langchain_core.messages import AIMessage
-from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.messages import AIMessage, BaseMessage
+from langchain_core.runnables import ConfigurableField, Runnable, RunnableConfig
 from llama_index.core.prompts import BasePromptTemplate
 from pydantic import ConfigDict, PrivateAttr
 
@@ -67,15 +67,26 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
         prompts: Sequence[Any],
         seeds: Sequence[int] | None = None,
         contexts: Sequence[Any] | None = None,
+        progress: bool | str = False,
         **options: Any,
     ) -> list[Alignment]:
-        """Write the answers to all prompts in one running batch, each with a seed and a context of its own."""
+        """Write the answers to all prompts in one running batch, each with a seed and a context of its own.
+
+        `progress` shows a bar, with this text.
+        """
         each = [dict(options) for _ in prompts]
         for name, own in (("seed", seeds), ("context", contexts)):
             for mine, value in zip(each, own, strict=True) if own is not None else ():
                 mine[name] = value
         requests = [self.request(as_prompt(p), converted(own)) for p, own in zip(prompts, each, strict=True)]
-        return self._engine(options).run_many(requests)
+        engine = self._engine(options)
+        if not progress:
+            return engine.run_many(requests)
+        from rich.progress import Progress
+
+        with Progress(transient=True) as bar:
+            task = bar.add_task(progress if isinstance(progress, str) else "answers", total=len(requests))
+            return engine.run_many(requests, lambda: bar.advance(task))
 
     def score(
         self, prompt: Any, texts: Sequence[str], reward: AnyReward | str | None = None, context: Any = None
@@ -137,14 +148,26 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
     def astream_events(self, input: Any, config: Any = None, **kwargs: Any) -> Any:
         return self.as_langchain().astream_events(input, config, **kwargs)
 
+    def configurable_fields(self, **fields: Any) -> Any:
+        return self.as_langchain().configurable_fields(**fields)
+
+    def configurable_alternatives(self, which: ConfigurableField, **alternatives: Any) -> Any:
+        return self.as_langchain().configurable_alternatives(which, **alternatives)
+
     def bind_tools(self, tools: Sequence[Any], **kwargs: Any) -> Runnable[LanguageModelInput, AIMessage]:
         return self.as_langchain().bind_tools(tools, **kwargs)
 
     def with_structured_output(self, schema: Any = None, **kwargs: Any) -> Runnable[LanguageModelInput, Any]:
         return self.as_langchain().with_structured_output(schema, **kwargs)
 
+    def get_token_ids(self, text: str) -> list[int]:
+        return self.as_langchain().get_token_ids(text)
+
     def get_num_tokens(self, text: str) -> int:
         return self.as_langchain().get_num_tokens(text)
+
+    def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
+        return self.as_langchain().get_num_tokens_from_messages(messages, tools)
 
     # `stream` and `astream` are the two names that both frameworks use: a LlamaIndex prompt template
     # as first argument is LlamaIndex's call, everything else is LangChain's.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
+from uuid import uuid4
 
 from cards_integrations.decoding.base import Draft, Scale
 from cards_integrations.errors import RewardError
@@ -18,6 +20,7 @@ from cards_integrations.models.tool_reader import ToolReader
 from cards_integrations.rewards.base import Conversation, Response, RewardModel
 from cards_integrations.trace import DraftTrace, FinishReason, InvalidToolCall, Segment, ToolCall
 
+log = logging.getLogger("cards_integrations")
 FREE = StepTimes({1: 0.0, 2: 0.0})  # a reward that costs this device nothing
 LEAST = 0.02  # a candidate that is looked at with less probability is not drafted ahead
 
@@ -103,8 +106,9 @@ class Session:
 
     def __init__(
         self, desk: Desk, context: Context, seed: int, conversation: Conversation,
-        reward: RewardModel | None, scale: Scale | None, reader: ToolReader, emit: Callable[[Chunk], None] | None,
+        reward: RewardModel | None, scale: Scale | None, emit: Callable[[Chunk], None] | None, reader: ToolReader,
     ) -> None:  # fmt: skip
+        self.request_id = uuid4().hex[:8]
         self.desk = desk
         self.context = context
         self.seed = seed
@@ -184,8 +188,13 @@ class Session:
         self.finish = candidate.finish
         drafts = tuple(_traced(held, pending) for held, pending in self.looked_at.items())
         reward = draft.reward if kept.question else None
-        segment = Segment(draft.text, tuple(candidate.ids), reward, draft.threshold, drafts)
+        parts = kept.question.response.parts if kept.question else {}
+        segment = Segment(draft.text, tuple(candidate.ids), reward, draft.threshold, drafts, parts)
         self.segments.append(segment)
+        log.debug(
+            "request %s: segment %d, %d drafts, reward %s, %d tokens: %r", self.request_id, len(self.segments),
+            len(drafts), reward, draft.end, draft.text,
+        )  # fmt: skip
         self.rate.saw(len(self.looked_at), draft.verdict == "accepted")
         self.looked_at, self.kept = {}, kept
         self._stream(segment)

@@ -54,6 +54,7 @@ class Segment:
     reward: float | None
     threshold: float | None
     drafts: tuple[DraftTrace, ...]
+    parts: dict[str, float] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
         """What observers are told of it: each draft with its verdict, but no tokens."""
@@ -95,7 +96,8 @@ class Alignment:
 
     `reward` is the reward of the whole answer (None where nothing was scored), `log_likelihood` the
     sum of log p over its tokens in nats under the language model itself (temperature 1, full
-    vocabulary), and `seed` reproduces it.
+    vocabulary), and `seed` reproduces it. `rewards` are the scores that a composite reward is made of;
+    the log speaks of the answer as `request_id`.
     """
 
     text: str
@@ -114,8 +116,15 @@ class Alignment:
     tool_calls: tuple[ToolCall, ...] = ()
     invalid_tool_calls: tuple[InvalidToolCall, ...] = ()
 
+    request_id: str = ""
+
     def __str__(self) -> str:
         return self.text
+
+    @property
+    def rewards(self) -> dict[str, float]:
+        """By name: parts of the reward of the whole answer, and what single sources give it."""
+        return self.segments[-1].parts if self.segments else {}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers."""
@@ -124,7 +133,9 @@ class Alignment:
     def summary(self) -> dict[str, Any]:
         """What the frameworks carry in their metadata: all but the tokens and the rejected text."""
         return {
+            "request_id": self.request_id,
             "reward": self.reward,
+            "rewards": self.rewards,
             "prompt_reward": self.prompt_reward,
             "log_likelihood": self.log_likelihood,
             "seed": self.seed,

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
@@ -117,9 +117,12 @@ class Worker:
     def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         return asyncio.run_coroutine_threadsafe(work, self.loop)
 
-    async def answer_all(self, requests: Sequence[Request]) -> list[Alignment]:
-        """Answers to all, begun at the same moment; the first error cancels the rest."""
+    async def answer_all(self, requests: Sequence[Request], done: Callable[[], None] | None = None) -> list[Alignment]:
+        """Answers to all, begun at the same moment; the first error cancels the rest. `done` is called for each."""
         tasks = [self.loop.create_task(self.answer(request, None)) for request in requests]
+        if done is not None:
+            for task in tasks:
+                task.add_done_callback(lambda _: done())
         try:
             return await asyncio.gather(*tasks)
         finally:
@@ -184,6 +187,7 @@ class Worker:
         try:
             with self._at_work():
                 async with asyncio.timeout(request.timeout):
+                    request = self._plain_if_unguided(request)
                     reward, scale = await self._guide(request)
                     async with self._rows:
                         return await self._answer(request, reward, scale, emit)
@@ -201,6 +205,14 @@ class Worker:
             if self._stopping:
                 raise EngineClosed("The engine was closed while the request ran.") from None
             raise
+
+    def _plain_if_unguided(self, request: Request) -> Request:
+        """As it is, or without a reward that has nothing to say about it."""
+        prompt = self.language_model.chat.without_tools(request.prompt)
+        if request.reward is None or request.reward.applies(Conversation(prompt, Usage(), request.context)):
+            return request
+        log.info("reward %r does not apply: a plain answer", request.reward.name)
+        return replace(request, decoding=Sampling(), reward=None)
 
     async def _guide(self, request: Request) -> tuple[RewardModel | None, Scale | None]:
         """The reward model of a request, and its scale if the method asks for it."""
@@ -244,12 +256,17 @@ class Worker:
             tokens = len(prompt_ids) + request.max_tokens + DRAFTS
             needs = [(model.transformer.cache, 1, tokens), *(reward.needs(conversation, tokens) if reward else [])]
             await self._memory_for(needs)
-            session = Session(self, context, seed, conversation, reward, scale, reader, emit)
+            session = Session(self, context, seed, conversation, reward, scale, emit, reader)
             for cache, _, columns in needs:
                 cache.reserve(columns)
             self.live[session] = None
+        told = session.request_id
+        log.info("request %s: %s, prompt of %d tokens, seed %d", told, request.decoding.method, len(prompt_ids), seed)
         try:
             await request.decoding.generate(session)
+        except BaseException as error:
+            log.info("request %s: ended by %s: %s", told, type(error).__name__, error)
+            raise
         finally:
             del self.live[session]
             session.close()
@@ -257,6 +274,10 @@ class Worker:
         usage.completion_tokens = len(context.ids)
         usage.seconds = time.perf_counter() - began
         assert session.finish is not None
+        log.info(
+            "request %s: %s after %d tokens, %d drafts of %d tokens, %.2f s",
+            told, session.finish, usage.completion_tokens, usage.drafts, usage.drafted_tokens, usage.seconds,
+        )  # fmt: skip
         reading = reader.read(context.text)
         return Alignment(
             text=context.text,
@@ -271,6 +292,7 @@ class Worker:
             prompt_reward=session.prompt_score,
             model=model.name,
             method=request.decoding.method,
+            request_id=told,
             content=reading.said,
             tool_calls=tuple(call for call in reading.calls if isinstance(call, ToolCall)),
             invalid_tool_calls=tuple(call for call in reading.calls if isinstance(call, InvalidToolCall)),

@@ -94,8 +94,7 @@ class StandardSuite:
 
     - max_retries, api_key among the standard parameters: a local model makes no request that could be
       retried or authorized, and unknown settings are refused.
-    - has_tool_calling, has_structured_output (and with them tool_choice, agent loops, tool messages):
-      bind_tools and with_structured_output exist to say that they are not supported yet.
+    - images, PDFs, audio, video, as input and as results of tools: the model reads text only.
     """
 
     @property
@@ -108,11 +107,23 @@ class StandardSuite:
 
     @property
     def has_tool_calling(self) -> bool:
-        return False
+        return True
+
+    @property
+    def has_tool_choice(self) -> bool:
+        return True  # the suite reads it off a signature, and that of `CardsLLM` only passes it on
 
     @property
     def has_structured_output(self) -> bool:
-        return False
+        return True
+
+    @property
+    def supports_json_mode(self) -> bool:
+        return True
+
+    @property
+    def supports_anthropic_inputs(self) -> bool:
+        return True
 
 
 LANGCHAIN = ["invoke", "ainvoke", "stream", "astream"]

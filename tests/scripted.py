@@ -20,13 +20,16 @@ from cards_integrations.engine import EngineSettings
 from cards_integrations.models.base import Candidate, Message
 from cards_integrations.models.local import LocalLanguageModel
 
-Script = Callable[[str | list[Message]], str]
+Script = Callable[[str | list[Message]], str | list[str]]
 LEARNT = '<tool_call>\n{"name": "get_weather", "arguments": {"input": 3, "city": "Paris"}}\n</tool_call> the answer is '
 MARGIN = 1e4
 
 
 class ScriptedLanguageModel(LocalLanguageModel):
-    """`script` makes the answer from the prompt, as messages or as text."""
+    """`script` makes the answer from the prompt, as messages or as text.
+
+    Of several answers it is the first that goes on from what a grammar has let through.
+    """
 
     script: Script
 
@@ -39,10 +42,13 @@ class ScriptedLanguageModel(LocalLanguageModel):
         return super()._tokens(sampler, group, own, torch.arange(len(group), device=at.device), uniforms)
 
     def _next(self, candidate: Candidate) -> int:
-        said = self.decode([*candidate.before, *candidate.ids])
-        whole = self.script(candidate.context.prompt)
-        rest = whole[len(said) :] if whole.startswith(said) else ""
-        return self.chat.encode(rest)[0] if rest else min(self.eos)
+        ids, begun = [*candidate.before, *candidate.ids], 0  # bytes of a character that has begun
+        while (said := self.decode(ids[: len(ids) - begun])).endswith("\ufffd"):
+            begun += 1
+        found = self.script(candidate.context.prompt)
+        several = [found] if isinstance(found, str) else found
+        rest = next((whole[len(said) :] for whole in several if whole.startswith(said)), "")
+        return self.chat.encode(rest)[begun] if rest else min(self.eos)
 
 
 def save_model(folder: Path, chat_template: str | None = tiny.CHAT) -> str:

@@ -6,7 +6,7 @@ import math
 
 import faces
 import pytest
-from langchain_core.messages import AIMessage, ChatMessage, HumanMessage, ToolMessage
+from langchain_core.messages import ChatMessage, HumanMessage
 from llama_index.core.llms import AudioBlock, ImageBlock, TextBlock
 from llama_index.core.llms import ChatMessage as LlamaMessage
 from pydantic import ValidationError
@@ -88,25 +88,13 @@ def test_an_image_in_llama_index(llm):
             llm.chat([LlamaMessage(blocks=[TextBlock(text="What is this?"), block])])
 
 
-def test_tool_messages(llm):
-    call = {"name": "add", "args": {}, "id": "1"}
-    for messages in (
-        [HumanMessage("1 + 2?"), AIMessage("", tool_calls=[call]), ToolMessage("3", tool_call_id="1")],
-        [HumanMessage("1 + 2?"), ToolMessage("3", tool_call_id="1")],
-    ):
-        with pytest.raises(PromptError, match="tool"):
-            llm.invoke(messages)
-    with pytest.raises(PromptError, match="tool"):
-        llm.chat([LlamaMessage(content="1 + 2?"), LlamaMessage(role="tool", content="3")])
-
-
 def test_an_unknown_role(llm):
     for call, message in (
         (llm.align, {"role": "critic", "content": "Hm."}),
         (llm.align, ("critic", "Hm.")),
         (llm.invoke, ChatMessage(role="critic", content="Hm.")),
     ):
-        with pytest.raises(PromptError, match=r"'critic'.*assistant, system, user"):
+        with pytest.raises(PromptError, match=r"'critic'.*assistant, system, tool, user"):
             call([message])
 
 

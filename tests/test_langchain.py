@@ -382,20 +382,10 @@ def test_options_may_be_assigned(llm):
         llm.invoke("Hello")
 
 
-def test_what_is_not_there_yet_says_so(llm):
-    with pytest.raises(NotImplementedError, match="tools"):
-        llm.bind_tools([])
-    with pytest.raises(NotImplementedError, match="structured output"):
-        llm.with_structured_output({"title": "x"})
-    with pytest.raises(NotImplementedError, match="response_format"):
-        llm.invoke("Hello", response_format={"type": "json_object"})
-
-
 def test_token_counts_are_the_models_own(llm):
     assert llm.get_num_tokens("Hello") == 5
-    chat = llm if hasattr(llm, "get_num_tokens_from_messages") else llm.as_langchain()
     messages = [SystemMessage("Be brief."), HumanMessage("Hello")]
-    assert chat.get_num_tokens_from_messages(messages) == llm.invoke(messages).usage_metadata["input_tokens"]
+    assert llm.get_num_tokens_from_messages(messages) == llm.invoke(messages).usage_metadata["input_tokens"]
 
 
 def test_construction_and_traces_load_nothing():

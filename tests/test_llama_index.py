@@ -162,7 +162,7 @@ def test_metadata_loads_no_weights():
     llm = faces.cards_llm(engine=EngineSettings(device="cpu", max_rows=6))
     about = llm.metadata
     assert (about.context_window, about.num_output, about.model_name) == (faces.WINDOW, 20, faces.chat_model())
-    assert (about.is_chat_model, about.is_function_calling_model) == (True, False)
+    assert (about.is_chat_model, about.is_function_calling_model) == (True, True)
     assert "reward" not in llm.to_payload()
     assert llm._engine({})._worker is None
 
@@ -305,11 +305,6 @@ async def test_a_chat_engine_remembers(llm):
 
 
 # --- tools are for later, and say so ---
-
-
-def test_tools_are_refused(llm):
-    with pytest.raises(NotImplementedError, match="tools"):
-        llm.chat_with_tools([], user_msg="Hello")
 
 
 # --- pickling and serializing ---

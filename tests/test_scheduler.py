@@ -20,6 +20,8 @@ from cards_integrations.models.local import LocalLanguageModel
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.models.step_times import POINTS, StepTimes, step_times
 from cards_integrations.models.stops import StopStrings
+from cards_integrations.models.tool_formats import FORMATS
+from cards_integrations.models.tool_reader import ToolReader
 from cards_integrations.rewards import Conversation, FunctionReward, RewardLoader
 from cards_integrations.scheduler import BestPerSecond
 from cards_integrations.session import LEAST, AcceptanceRate, Drafts, Pending, Session
@@ -162,7 +164,16 @@ class Desk:
         """A request that waits for its rewards for ever."""
         context = Context("w9 w20", [9, 20], 20, Sampler(), StopStrings(), Usage())
         judge = FunctionReward(function=len).build(RewardLoader(ModelLoader(Placement())))
-        return Session(self, context, 0, Conversation(context.prompt, context.usage), judge, None, None)
+        return Session(
+            self,
+            context,
+            0,
+            Conversation(context.prompt, context.usage),
+            judge,
+            None,
+            None,
+            ToolReader(None, FORMATS["json"]),
+        )
 
     def finish(self, drafts: Drafts, pending: Pending) -> None:
         while not pending.ended:

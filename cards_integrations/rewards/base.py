@@ -164,6 +164,10 @@ class Reward(BaseModel):
         """The reward whose scale is this one's, too."""
         return self.with_parts([part.scaled_like for part in self.parts])
 
+    def applies(self, conversation: Conversation) -> bool:
+        """Has it anything to say here? Where it has not, the answer is a plain one."""
+        return all(part.applies(conversation) for part in self.parts)
+
     @property
     def sentencewise(self) -> bool:
         """Is an unfinished answer scored as far as its last complete sentence?"""

@@ -10,6 +10,7 @@ import torch
 from cards_integrations.errors import SettingsError
 from cards_integrations.rewards.base import Conversation, Response, RewardModel, count_forward
 from cards_integrations.rewards.sentences import sentences
+from cards_integrations.rewards.sources import support
 
 
 class Entailment(RewardModel):
@@ -47,15 +48,14 @@ class Entailment(RewardModel):
         asked = [(response.conversation, sentence) for response in responses for sentence in sentences(response.text)]
         pairs = [(context, sentence) for conversation, sentence in asked for context in conversation.state]
         read = iter(self._probabilities(pairs) if pairs else ())
-        support, counted = [], []
+        by_sentence, counted = [], []
         for conversation, _ in asked:
             own = [next(read) for _ in conversation.state]
-            support.append(max(p for p, _ in own))
+            by_sentence.append([p for p, _ in own])
             counted.append((conversation, sum(tokens for _, tokens in own)))
         count_forward(counted)
-        of_sentences = iter(support)
-        each = [[next(of_sentences) for _ in sentences(response.text)] for response in responses]
-        return [sum(own) / max(1, len(own)) for own in each]
+        rows = iter(by_sentence)
+        return [support(response, [next(rows) for _ in sentences(response.text)]) for response in responses]
 
     def _probabilities(self, pairs: list[tuple[str, str]]) -> list[tuple[float, int]]:
         """Of each pair, and how many tokens it has."""

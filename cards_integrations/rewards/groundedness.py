@@ -49,6 +49,8 @@ class GroundednessReward(Reward):
 
     The context is the call's `context=`, or what `patterns` find in the prompt (the prompts of both
     frameworks by default). A context that the prompt does not hold is put before it as in `joined`.
+    Without any, `without_context="error"` raises, and "plain" writes a plain answer: chat engines also ask
+    the model to put a question in other words, for one.
     """
 
     kind: Literal["groundedness"] = "groundedness"
@@ -56,6 +58,7 @@ class GroundednessReward(Reward):
     model: str | None = None
     revision: str | None = None
     label: int | str = "entailment"
+    without_context: Literal["error", "plain"] = "error"
     patterns: Annotated[tuple[str, ...], BeforeValidator(_with_context)] = PATTERNS
     joined: str = Field(JOINED, pattern=r"(?s)\{context\}.*\{prompt\}|\{prompt\}.*\{context\}")
 
@@ -88,6 +91,9 @@ class GroundednessReward(Reward):
             return Nearest(self.name, Embedder.of(loader.models, spec), self.context)
         return Entailment(self.name, *loader.models.classifier(spec), self.label, self.context)
 
+    def applies(self, conversation: Conversation) -> bool:
+        return self.without_context == "error" or bool(conversation.context or self._cut_out(conversation)[1])
+
     def context(self, conversation: Conversation) -> tuple[str, ...]:
         """The texts that an answer should be grounded in."""
         return conversation.context or self._without(conversation)[1]
@@ -108,7 +114,15 @@ class GroundednessReward(Reward):
         return re.sub(r"\{context\}|\{prompt\}", lambda match: parts[match[0]], self.joined)
 
     def _without(self, conversation: Conversation) -> tuple[str | list[Message], tuple[str, ...]]:
-        """The prompt without the context that it holds, and that context."""
+        """The prompt without the context that it holds, and that context; a `RewardError` if there is none."""
+        without, found = self._cut_out(conversation)
+        if not found and not conversation.context:
+            raise RewardError(
+                f"reward {self.name!r} finds no context in the prompt: pass context=..., or patterns= that find it."
+            )
+        return without, found
+
+    def _cut_out(self, conversation: Conversation) -> tuple[str | list[Message], tuple[str, ...]]:
         prompt, found = conversation.prompt, list[str]()
         if isinstance(prompt, str):
             text, found = self._cut(prompt, conversation.context)
@@ -119,10 +133,6 @@ class GroundednessReward(Reward):
                 text, here = self._cut(message["content"], conversation.context, message["role"] != "assistant")
                 without.append({**message, "content": text})
                 found += here
-        if not found and not conversation.context:
-            raise RewardError(
-                f"reward {self.name!r} finds no context in the prompt: pass context=..., or patterns= that find it."
-            )
         return without, tuple(found)
 
     def _cut(self, text: str, contexts: Sequence[str], search: bool = True) -> tuple[str, list[str]]:

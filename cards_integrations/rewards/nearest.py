@@ -9,12 +9,14 @@ import torch
 from cards_integrations.rewards.base import Conversation, Response, RewardModel, count_forward
 from cards_integrations.rewards.embedding import Embedder
 from cards_integrations.rewards.sentences import sentences
+from cards_integrations.rewards.sources import support
 
 
 class Nearest(RewardModel):
     """The mean over an answer's sentences of the highest cosine with a sentence of its contexts.
 
-    The state of a conversation is the vectors of those sentences (n, size), made at the first score.
+    The state of a conversation is the vectors of those sentences, (n, size) for each context, made at
+    the first score.
     """
 
     across_requests = True
@@ -27,16 +29,18 @@ class Nearest(RewardModel):
     async def score(self, responses: Sequence[Response]) -> list[float]:
         for conversation in dict.fromkeys(response.conversation for response in responses):
             if conversation.state is None:
-                said = [sentence for context in self.context(conversation) for sentence in sentences(context)]
-                conversation.state = self._embed(said or [""], conversation)
+                said = [sentences(context) or [""] for context in self.context(conversation)] or [[""]]
+                vectors = self._embed([sentence for own in said for sentence in own], conversation)
+                conversation.state = torch.split(vectors, [len(own) for own in said])
         return [self._nearness(response) for response in responses]
 
     def _nearness(self, response: Response) -> float:
         own = sentences(response.text)
         if not own:
             return 0.0
-        cosines = self._embed(own, response.conversation) @ response.conversation.state.T
-        return float(cosines.amax(-1).clamp(max=1).mean())
+        vectors = self._embed(own, response.conversation)
+        nearest = [(vectors @ source.T).amax(-1).clamp(max=1) for source in response.conversation.state]
+        return support(response, torch.stack(nearest, -1).tolist())
 
     def _embed(self, texts: list[str], conversation: Conversation) -> torch.Tensor:
         vectors, tokens = self.embedder(texts)

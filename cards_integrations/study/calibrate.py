@@ -195,17 +195,9 @@ class _Asked:
 
     def answers(self, decoding: Decoding, what: str) -> list[Alignment]:
         """One answer to each prompt."""
-        from rich.progress import track
-
-        size, found = 16, []
-        batches = range(0, len(self.prompts), size)
-        for at in track(batches, description=what, disable=not self.progress, transient=True):
-            here = slice(at, at + size)
-            found += self.llm.align_batch(
-                self.prompts[here], [self.seed + at + i for i in range(len(self.prompts[here]))],
-                contexts=self.contexts[here], **{**self.options, "decoding": decoding},
-            )  # fmt: skip
-        return found
+        seeds = [self.seed + i for i in range(len(self.prompts))]
+        progress, options = what if self.progress else False, {**self.options, "decoding": decoding}
+        return self.llm.align_batch(self.prompts, seeds, self.contexts, progress, **options)
 
 
 def _threshold_for(length: float, uncertainties: list[list[float]], boundary: Uncertainty) -> Uncertainty:
