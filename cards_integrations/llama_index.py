@@ -32,7 +32,7 @@ from llama_index.core.program.utils import process_streaming_objects
 from llama_index.core.prompts import PromptTemplate
 from llama_index.core.tools.types import BaseTool
 from llama_index_instrumentation import get_dispatcher
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from cards_integrations.engine import Engine, Request
 from cards_integrations.errors import AnswerCut, SettingsError
@@ -228,7 +228,8 @@ class LlamaIndexCards(FromEnvironment, FunctionCallingLLM):
         """Objects that grow; fields that are not there yet are None."""
         messages = prompt.format_messages(llm=self, **prompt_args)
         for response in self.stream_chat(messages, **_wanted(output_cls, llm_kwargs)):
-            _refuse_cut(response)
+            if response.raw:
+                _parsed(output_cls, response)  # the whole answer
             yield process_streaming_objects(response, output_cls, llm=self)
 
     async def _structured_astream_call(
@@ -243,7 +244,8 @@ class LlamaIndexCards(FromEnvironment, FunctionCallingLLM):
 
         async def objects() -> AsyncGenerator[Any, None]:
             async for response in stream:
-                _refuse_cut(response)
+                if response.raw:
+                    _parsed(output_cls, response)
                 yield process_streaming_objects(response, output_cls, llm=self)
 
         return objects()
@@ -301,13 +303,16 @@ def _wanted(output_cls: type[BaseModel], llm_kwargs: dict[str, Any] | None) -> d
 
 
 def _parsed(output_cls: type[Model], response: ChatResponse) -> Model:
-    _refuse_cut(response)
-    return output_cls.model_validate_json(response.message.content or "")
+    try:
+        return output_cls.model_validate_json(response.message.content or "")
+    except ValidationError as error:
+        _refuse_cut(response, error)
+        raise
 
 
-def _refuse_cut(response: ChatResponse) -> None:
+def _refuse_cut(response: ChatResponse, cause: Exception | None = None) -> None:
     if response.raw and response.raw["finish_reason"] == "length":
-        raise AnswerCut("The answer was cut at max_tokens before it was whole; use a larger max_tokens.")
+        raise AnswerCut("The answer was cut at max_tokens before it was whole; use a larger max_tokens.") from cause
 
 
 def _started(output_cls: type[BaseModel], prompt: PromptTemplate, prompt_args: dict[str, Any]) -> None:

@@ -39,8 +39,8 @@ def documents_chain(
     def answer(inputs: dict[str, Any]) -> Runnable[Any, Any]:
         documents = inputs[document_variable_name]
         texts = [format_document(document, document_prompt) for document in documents]
-        filled = prompt.partial(**{document_variable_name: document_separator.join(texts)})
-        chain = filled | llm.bind(context=texts)
+        filled = {**inputs, document_variable_name: document_separator.join(texts)}
+        chain: Runnable[Any, Any] = RunnableLambda(lambda _: filled) | prompt | llm.bind(context=texts)
         return chain | output_parser if output_parser is not None else chain
 
     return RunnableLambda(answer).with_config(run_name="documents_chain")

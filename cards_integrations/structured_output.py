@@ -4,10 +4,12 @@
 
 from __future__ import annotations
 
+import json
 from operator import itemgetter
 from typing import Any, Literal
 
 from langchain_core.exceptions import OutputParserException
+from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.output_parsers import BaseOutputParser, JsonOutputParser, PydanticOutputParser
 from langchain_core.output_parsers.openai_tools import JsonOutputKeyToolsParser, PydanticToolsParser
 from langchain_core.outputs import ChatGeneration, Generation
@@ -28,8 +30,7 @@ class Whole:
     def parse_result(self, result: list[Generation], *, partial: bool = False) -> Any:
         """What the answer holds; an `OutputParserException` if `max_tokens` cut it."""
         first = result[0]
-        about = first.message.response_metadata if isinstance(first, ChatGeneration) else {}
-        if not partial and about.get("finish_reason") == "length":
+        if not partial and isinstance(first, ChatGeneration) and _cut(first.message):
             raise OutputParserException(
                 "The answer was cut at max_tokens before it was whole; use a larger max_tokens.",
                 llm_output=first.text,
@@ -92,6 +93,19 @@ def with_raw(asked: Runnable[Any, Any], parser: BaseOutputParser[Any]) -> Runnab
     parsed = RunnablePassthrough.assign(parsed=itemgetter("raw") | parser, parsing_error=lambda _: None)
     failed = RunnablePassthrough.assign(parsed=lambda _: None)
     return RunnableMap(raw=asked) | parsed.with_fallbacks([failed], exception_key="parsing_error")
+
+
+def _cut(message: BaseMessage) -> bool:
+    """Is it a beginning only? At the limit a grammar closes what is open, but some things take too many tokens."""
+    if message.response_metadata.get("finish_reason") != "length":
+        return False
+    if isinstance(message, AIMessage) and (message.tool_calls or message.invalid_tool_calls):
+        return bool(message.invalid_tool_calls)
+    try:
+        json.loads(message.text)
+    except ValueError:
+        return True
+    return False
 
 
 def _pydantic(schema: Any) -> bool:

@@ -28,7 +28,7 @@ MARGIN = 1e4
 class ScriptedLanguageModel(LocalLanguageModel):
     """`script` makes the answer from the prompt, as messages or as text.
 
-    Of several answers it is the first that goes on from what a grammar has let through.
+    Of several answers it is the first that a grammar lets through.
     """
 
     script: Script
@@ -47,8 +47,12 @@ class ScriptedLanguageModel(LocalLanguageModel):
             begun += 1
         found = self.script(candidate.context.prompt)
         several = [found] if isinstance(found, str) else found
-        rest = next((whole[len(said) :] for whole in several if whole.startswith(said)), "")
-        return self.chat.encode(rest)[begun] if rest else min(self.eos)
+        rests = [whole[len(said) :] for whole in several if whole.startswith(said)] or [""]
+        tokens = [self.chat.encode(rest)[begun] if rest else min(self.eos) for rest in rests]
+        if candidate.matcher is None or len(tokens) == 1:
+            return tokens[0]
+        allowed = self.grammars.allowed([candidate.matcher])[0]
+        return next((token for token in tokens if allowed[token]), tokens[0])
 
 
 def save_model(folder: Path, chat_template: str | None = tiny.CHAT) -> str:

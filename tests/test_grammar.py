@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from cards_integrations.decoding import BestOfN, Cards, Decoding, FixedLength, Sampling, Uncertainty
 from cards_integrations.engine import Engine, Request
 from cards_integrations.errors import SettingsError
+from cards_integrations.models.base import CLOSE_WITHIN
 from cards_integrations.models.grammar import Grammar, as_grammar
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import FunctionReward
@@ -81,10 +82,27 @@ SCHEMAS = st.recursive(
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_answer_validates_or_says_that_it_was_cut(engine: Engine, schema: dict[str, Any], seed: int) -> None:
     answer = engine.run(asked(schema, seed))
-    if answer.finish_reason == "length":
-        assert len(answer.token_ids) == 120
+    if len(answer.token_ids) == 120:
+        assert answer.finish_reason == "length"
     else:
         jsonschema.validate(json.loads(answer.text), schema)
+
+
+def test_what_is_open_at_the_limit_is_closed(engine: Engine) -> None:
+    """A random model hardly ever ends a string, a number or a list by itself."""
+    inner = _object(["b"], [{"type": "string"}])
+    schema = _object(["a", "c"], [{"type": "array", "items": {"type": "number"}, "minItems": 1}, inner])
+    answers = engine.run_many([asked(schema, seed, max_tokens=200) for seed in range(12)])
+    for answer in answers:
+        jsonschema.validate(json.loads(answer.text), schema)
+        assert (answer.finish_reason == "length") == (len(answer.token_ids) > 200 - CLOSE_WITHIN)
+    assert sum(answer.finish_reason == "length" for answer in answers) > 6
+
+
+def test_free_text_is_not_closed(engine: Engine) -> None:
+    free = Grammar.regex(r"(?s:.*)")
+    answers = engine.run_many([asked(free, seed, max_tokens=40) for seed in range(8)])
+    assert max(len(answer.token_ids) for answer in answers) == 40
 
 
 def test_rejected_drafts_obey_it_too(engine: Engine) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from cards_integrations.models.grammar import Matcher
 
+CLOSE_WITHIN = 32  # tokens before the limit; arguments that are still to come take some
 Message = dict[str, Any]
 """`role` (system, user, assistant, tool) and `content`, a text; with tools also `tool_calls`, `tool_call_id` and
 `name`, as chat templates take them."""
@@ -116,6 +117,12 @@ class Candidate:
     def end(self) -> int:
         """Length of the text before plus this candidate, in tokens."""
         return len(self.before) + len(self.ids)
+
+    @property
+    def closing(self) -> bool:
+        """Has a text with a grammar come so near to its limit that it has to end what is open?"""
+        limit = self.context.max_tokens
+        return self.matcher is not None and limit - self.end <= min(CLOSE_WITHIN, limit // 4)
 
 
 class LanguageModel(Protocol):

@@ -97,6 +97,7 @@ class GrammarTokenizer:
             raise ModelError(f"This tokenizer cannot be constrained by a grammar: {error}") from error
         self.vocabulary = vocabulary
         self.eos = sorted(eos | {self.tokenizer.eos_token})
+        self.letter, *self.closers = (self._single(tokenizer, text) for text in ("z", "}", "]", '"', ","))
 
     def matcher(self, grammar: Grammar) -> Matcher:
         """Where an answer begins."""
@@ -119,6 +120,27 @@ class GrammarTokenizer:
         allowed = torch.from_numpy(unpacked).bool()
         allowed[:, self.eos] = allowed[:, [self.tokenizer.eos_token]]
         return allowed
+
+    def close(self, allowed: torch.Tensor) -> None:
+        """Of the tokens that may come next, (vocabulary,) bool, leave only one that closes what is open.
+
+        JSON ends so within a few tokens, whatever the model would have liked to say. Free text is left
+        alone where it may end, and ended by a quotation mark where it may not, as that is what a string of
+        JSON ends with.
+        """
+        free = bool(allowed[self.letter])
+        may_end = bool(allowed[self.eos[0]])
+        closers = self.eos if may_end else [self.closers[2]] if free else self.closers
+        found = [token for token in closers if allowed[token]][:1]
+        if found and not (free and may_end):
+            allowed[:] = False
+            allowed[found] = True
+
+    @staticmethod
+    def _single(tokenizer: Any, text: str) -> int:
+        """The token of a single character; 0, a padding token as a rule, where there is none."""
+        found = tokenizer.convert_tokens_to_ids(text)
+        return found if found is not None and found != tokenizer.unk_token_id else 0
 
 
 class Matcher:

@@ -178,7 +178,7 @@ class LocalLanguageModel:
                 continue
             candidate.context.usage.drafted_tokens += 1
             if token in self.eos:
-                candidate.finish = "stop"
+                candidate.finish = "length" if candidate.closing else "stop"
                 self._read(candidate)
                 ended.append(candidate)
                 continue
@@ -199,6 +199,9 @@ class LocalLanguageModel:
         if not bound:
             return sampler(logits, at, uniforms), set()
         allowed = self.grammars.allowed(list(bound.values()))
+        for i, row in zip(bound, allowed, strict=True):
+            if group[i].closing:
+                self.grammars.close(row)
         forced = {i for i, n in zip(bound, allowed.sum(-1).tolist(), strict=True) if n == 1}
         which = torch.tensor(list(bound), device=logits.device)
         masked = logits[at[which]].masked_fill(~allowed.to(logits.device), -torch.inf)
@@ -211,7 +214,7 @@ class LocalLanguageModel:
         if matcher is not None:
             matcher.take(candidate.ids[-1])
             if matcher.complete:
-                candidate.finish = "stop"
+                candidate.finish = "length" if candidate.closing else "stop"
                 self._read(candidate)
                 return True
         full = candidate.room <= 0

@@ -1,0 +1,639 @@
+"""The forms of calls: what is written is read again, whole or as it grows, and grammars allow exactly that."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import tiny
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from cards_integrations.models.chat import ChatTokenizer
+from cards_integrations.models.grammar import Grammar, GrammarTokenizer
+from cards_integrations.models.tool_formats import FORMATS
+from cards_integrations.models.tool_reader import ToolReader
+from cards_integrations.models.tools import FormatName, Reading, Tools
+from cards_integrations.trace import InvalidToolCall, ToolCall
+
+FORMS: list[FormatName] = list(FORMATS)
+MARKED: list[FormatName] = ["hermes", "mistral", "mistral_named"]
+BARE: list[FormatName] = ["llama3", "json"]
+MARKERS = ["<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|python_tag|>"]
+
+
+def function(name: str, required: Sequence[str] = (), **properties: Any) -> dict[str, Any]:
+    parameters = {"type": "object", "properties": properties, "required": list(required)}
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+WEATHER = function("get_weather", ["city"], city={"type": "string"}, days={"type": "integer"})
+ADD = function("add", ["a", "b"], a={"type": "integer"}, b={"type": "integer"})
+TOOLS = Tools((WEATHER, ADD))
+
+
+def call(name: str, **arguments: Any) -> dict[str, Any]:
+    return {"function": {"name": name, "arguments": arguments}}
+
+
+PARIS = call("get_weather", city="Paris", days=3)
+SUM = call("add", a=1, b=-2)
+
+
+def called(reading: Reading) -> list[tuple[str, dict[str, Any]]]:
+    """Name and arguments of each call; none of them is invalid."""
+    assert all(isinstance(each, ToolCall) for each in reading.calls), reading.calls
+    return [(each.name, each.arguments) for each in reading.calls if isinstance(each, ToolCall)]
+
+
+# --- what is written is read ---
+
+TEXTS = st.lists(
+    st.one_of(st.sampled_from([*MARKERS, "{", "}", "[", "]", '"', "\\", "\n", "```", "; ", "é\u2028😀"]), st.text()),
+    max_size=4,
+).map("".join)
+VALUES = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), TEXTS),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(TEXTS, inner, max_size=3)),
+    max_leaves=6,
+)
+NAMES = st.text("abcXYZ0_-.äß猫", min_size=1, max_size=12)
+CALLS = st.builds(
+    lambda name, arguments: {"function": {"name": name, "arguments": arguments}},
+    NAMES,
+    st.dictionaries(TEXTS, VALUES, max_size=3),
+)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@given(st.lists(CALLS, min_size=1, max_size=4))
+def test_what_is_written_is_read(form: FormatName, calls: list[dict[str, Any]]) -> None:
+    reading = FORMATS[form].read(FORMATS[form].written(calls), TOOLS)
+    assert called(reading) == [(each["function"]["name"], each["function"]["arguments"]) for each in calls]
+    assert reading.said == ""
+    assert not reading.unfinished
+
+
+@pytest.mark.parametrize("form", FORMS)
+@given(st.text(), st.booleans())
+def test_text_without_calls_is_said(form: FormatName, text: str, known: bool) -> None:
+    if text.strip().lstrip("`").startswith(("{", "[")):
+        text = "it is " + text
+    reading = FORMATS[form].read(text, TOOLS)
+    assert reading == Reading(text)
+    assert ToolReader(TOOLS if known else None, FORMATS[form]).new(text, finished=True) == (text, ())
+
+
+@pytest.mark.parametrize("form", MARKED)
+@pytest.mark.parametrize("calls", [[PARIS], [PARIS, SUM], [SUM, PARIS, SUM]], ids=len)
+def test_text_around_calls_is_said(form: FormatName, calls: list[dict[str, Any]]) -> None:
+    written = FORMATS[form].written(calls)
+    for text, said in (
+        (f"Let me see.\n{written}", "Let me see."),
+        (f"{written} That is it.", "That is it."),
+        (f"Let me see. {written}\nThat is it.", "Let me see. That is it."),
+    ):
+        reading = FORMATS[form].read(text, TOOLS)
+        assert called(reading) == [(each["function"]["name"], each["function"]["arguments"]) for each in calls]
+        assert reading.said.split() == said.split()
+
+
+@pytest.mark.parametrize("form", MARKED)
+def test_text_between_calls_is_said(form: FormatName) -> None:
+    write = FORMATS[form].written
+    reading = FORMATS[form].read(f"One: {write([PARIS])} two: {write([SUM])} done", TOOLS)
+    assert [name for name, _ in called(reading)] == ["get_weather", "add"]
+    assert reading.said.split() == ["One:", "two:", "done"]
+
+
+@pytest.mark.parametrize("form", BARE)
+def test_bare_calls_come_first_or_are_text(form: FormatName) -> None:
+    written = FORMATS[form].written([PARIS])
+    assert FORMATS[form].read(f"I would write {written}", TOOLS) == Reading(f"I would write {written}")
+    reading = FORMATS[form].read(f"\n{written}\nThat is it.", TOOLS)
+    assert called(reading) == [("get_weather", {"city": "Paris", "days": 3})]
+    assert reading.said == "That is it."
+
+
+# --- what is taken for a call, though it is written otherwise ---
+
+ONE = '{"name": "add", "arguments": {"a": 1}}'
+
+
+@pytest.mark.parametrize(
+    ("form", "text"),
+    [
+        ("hermes", f"<tool_call>{ONE}</tool_call>"),
+        ("hermes", f"<tool_call>\n{ONE}"),  # some leave the closing marker to the end of the sequence
+        ("hermes", f"<tool_call>[{ONE}]</tool_call>"),
+        ("hermes", '<tool_call>{"name":"add","parameters":{"a":1}}</tool_call>'),
+        ("hermes", '<tool_call>{"arguments": "{\\"a\\": 1}", "name": "add"}</tool_call>'),
+        ("hermes", f"<tool_call> \n\n {ONE} \n </tool_call>\n"),
+        ("mistral", f"[TOOL_CALLS] [{ONE}]"),
+        ("mistral", f"[TOOL_CALLS]{ONE}"),
+        ("mistral", '[TOOL_CALLS][{"name": "add", "arguments": "{\\"a\\": 1}"}]'),
+        ("mistral_named", '[TOOL_CALLS] add [ARGS] {"a":1}'),
+        ("mistral_named", '[TOOL_CALLS]add[ARGS]"{\\"a\\": 1}"'),
+        ("llama3", f"<|python_tag|>{ONE}"),
+        ("llama3", '{"type": "function", "name": "add", "parameters": {"a": 1}}'),
+        ("llama3", '{"name": "add", "parameters": "{\\"a\\": 1}"}'),
+        ("llama3", f"```json\n{ONE}\n```"),
+        ("json", f"```json\n{ONE}\n```"),
+        ("json", f"```\n{ONE}\n```\n"),
+        ("json", f"[{ONE}]"),
+        ("json", '{"name":"add","parameters":{"a":1}}'),
+    ],
+)
+def test_other_spellings_of_a_call(form: FormatName, text: str) -> None:
+    reading = FORMATS[form].read(text, TOOLS)
+    assert called(reading) == [("add", {"a": 1})]
+    assert reading.said == ""
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_list_of_calls(form: FormatName) -> None:
+    if form == "mistral_named":
+        pytest.skip("its names are outside of the JSON")
+    text = FORMATS[form].opening + f"[{ONE}, {ONE}]" + FORMATS[form].closing
+    assert called(FORMATS[form].read(text, TOOLS)) == [("add", {"a": 1})] * 2
+
+
+@pytest.mark.parametrize("form", BARE)
+@pytest.mark.parametrize("between", ["\n", "; ", ";", ", ", "\n\n", ""])
+def test_what_stands_between_bare_calls(form: FormatName, between: str) -> None:
+    assert called(FORMATS[form].read(between.join([ONE, ONE, ONE]), TOOLS)) == [("add", {"a": 1})] * 3
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "mistral_named"])
+def test_no_arguments_are_none(form: FormatName) -> None:
+    text = FORMATS[form].opening + '{"name": "now"}' + FORMATS[form].closing
+    assert called(FORMATS[form].read(text, Tools((function("now"),)))) == [("now", {})]
+
+
+# --- what should be a call, and is not ---
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "name", "error"),
+    [
+        ("hermes", '<tool_call>\n{"name": "add", "arguments": {"a": 1}\n</tool_call>', "add", "not JSON"),
+        ("hermes", "<tool_call>add(1, 2)</tool_call>", None, "not JSON"),
+        ("hermes", '<tool_call>{"arguments": {"a": 1}}</tool_call>', None, '"name"'),
+        ("hermes", '<tool_call>{"name": 3, "arguments": {}}</tool_call>', None, '"name"'),
+        ("hermes", '<tool_call>"add"</tool_call>', None, '"name"'),
+        ("hermes", '<tool_call>{"name": "add", "arguments": [1, 2]}</tool_call>', "add", "not an object"),
+        ("hermes", '<tool_call>{"name": "add", "arguments": null}</tool_call>', "add", "not an object"),
+        ("hermes", '<tool_call>{"name": "add", "arguments": "a=1"}</tool_call>', "add", "not JSON"),
+        ("hermes", '<tool_call>{"name": "add", "arguments": "[1]"}</tool_call>', "add", "not an object"),
+        ("mistral", '[TOOL_CALLS][{"name": "add", "argum', "add", "not JSON"),
+        ("mistral", "[TOOL_CALLS] I would add", None, "not JSON"),
+        ("mistral", '[TOOL_CALLS][{"arguments": {}}]', None, '"name"'),
+        ("mistral", '[TOOL_CALLS][{"name": "add", "arguments": 3}]', "add", "not an object"),
+        ("mistral_named", '[TOOL_CALLS]add[ARGS]{"a": ', "add", "not JSON"),
+        ("mistral_named", "[TOOL_CALLS]add", "add", "not JSON"),
+        ("mistral_named", "[TOOL_CALLS]add[ARGS][1]", "add", "not an object"),
+        ("mistral_named", "[TOOL_CALLS][ARGS]{", None, "not JSON"),
+        ("llama3", '{"name": "add", "parameters": {"a": 1', "add", "not JSON"),
+        ("json", '[{"name": "add", "arguments": {"a": 1}', "add", "not JSON"),
+        ("json", '```json\n{"name": "add", "arg', "add", "not JSON"),
+    ],
+)
+def test_invalid_calls_say_what_is_wrong(form: FormatName, text: str, name: str | None, error: str) -> None:
+    reading = FORMATS[form].read(text, TOOLS)
+    [found] = reading.calls
+    assert isinstance(found, InvalidToolCall)
+    assert found.name == name
+    assert error in found.error
+    assert reading.said == ""
+
+
+def test_an_invalid_call_leaves_the_others_whole() -> None:
+    text = f"<tool_call>{{bad}}</tool_call>\n<tool_call>{ONE}</tool_call>"
+    bad, good = FORMATS["hermes"].read(text, TOOLS).calls
+    assert isinstance(bad, InvalidToolCall)
+    assert isinstance(good, ToolCall)
+    bad, good = FORMATS["mistral"].read(f'[TOOL_CALLS][{{"a": 1}}, {ONE}]', TOOLS).calls
+    assert isinstance(bad, InvalidToolCall)
+    assert isinstance(good, ToolCall)
+
+
+@pytest.mark.parametrize("form", BARE)
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"temperature": 21}',
+        "[1, 2]",
+        '{"name": 3, "arguments": {}}',
+        '{"name": "add", "arguments": [1]}',
+        '{"arguments": {"a": 1}}',
+        '```json\n{"x": [{}]}\n```',
+        "[see below](http://x)",
+        "{curly",
+        '"add"',
+        "12",
+        "",
+        pytest.param(
+            "[]", marks=pytest.mark.xfail(strict=True, reason="an empty list counts as calls, and nothing is left")
+        ),
+        pytest.param(
+            '{"name": "Bob", "age": 3}',
+            marks=pytest.mark.xfail(strict=True, reason="a name alone makes it a call, of a tool that nobody gave"),
+        ),
+    ],
+)
+def test_json_that_is_no_call_is_said(form: FormatName, text: str) -> None:
+    assert FORMATS[form].read(text, TOOLS) == Reading(text)
+
+
+@pytest.mark.parametrize("form", BARE)
+def test_json_after_a_call_that_is_none_is_said(form: FormatName) -> None:
+    reading = FORMATS[form].read(f'{ONE}\n{{"x": 1}}', TOOLS)
+    assert called(reading) == [("add", {"a": 1})]
+    assert reading.said == '{"x": 1}'
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.xfail(strict=True, raises=RecursionError, reason="json gives up on deep nesting with a RecursionError")
+def test_a_model_that_repeats_a_bracket(form: FormatName) -> None:
+    own = FORMATS[form]
+    text = own.opening + own.middle + "[" * 3000
+    reading = own.read(text, TOOLS)
+    assert not any(isinstance(each, ToolCall) for each in reading.calls)
+
+
+# --- ids ---
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_ids_are_unique_and_of_nine_characters(form: FormatName) -> None:
+    tools = [Tools((ADD,)), Tools((ADD,))]
+    text = FORMATS[form].written([SUM] * 12)
+    ids = [each.id for own in tools for each in FORMATS[form].read(text, own).calls]
+    assert len(set(ids)) == 24
+    assert all(len(each) == 9 and each.isalnum() for each in ids)
+    assert ids[:12] == [each.id for each in FORMATS[form].read(text + " and", tools[0]).calls]  # they stay
+
+
+def test_ids_of_invalid_calls_count_too() -> None:
+    text = f"<tool_call>no</tool_call><tool_call>{ONE}</tool_call><tool_call>no</tool_call>"
+    assert len({each.id for each in FORMATS["hermes"].read(text, TOOLS).calls}) == 3
+
+
+# --- read as it grows ---
+
+
+def streamed(form: FormatName, text: str, cuts: Sequence[int]) -> tuple[str, list[ToolCall | InvalidToolCall]]:
+    """What is told of a text that grows by pieces."""
+    reader, said, calls = ToolReader(TOOLS, FORMATS[form]), "", list[ToolCall | InvalidToolCall]()
+    for end in sorted({cut for cut in cuts if cut < len(text)}):
+        more, new = reader.new(text[:end], finished=False)
+        said += more
+        calls += new
+    more, new = reader.new(text, finished=True)
+    return said + more, [*calls, *new]
+
+
+def check_streamed(form: FormatName, text: str, cuts: Sequence[int]) -> None:
+    whole = FORMATS[form].read(text, TOOLS)
+    said, calls = streamed(form, text, cuts)
+    assert said == whole.said
+    assert calls == list(whole.calls)
+
+
+CLOSED = [  # no string is left open, and no number stands alone: see `test_what_can_still_become_a_call_waits`
+    *(FORMATS[form].written(calls) for form in FORMS for calls in ([PARIS], [SUM, SUM])),
+    *(FORMATS[form].written([call("say", text=text)]) for form in FORMS for text in ("<tool_call>", "[ARGS]", "}")),
+    *MARKERS, *(marker[:4] for marker in MARKERS), *(marker[4:] for marker in MARKERS),
+    ONE, '{"x": 1}', '{"name": "a"}', "{bad}", "{", "}", "[", "]", "null", "[]", "the sky", "\n", "; ", " ",
+]  # fmt: skip
+WILD = [
+    *CLOSED, ONE[:20], '"', "1", "2", "-", "```json", "```", "`", "\t",
+    FORMATS["hermes"].written([call("say", text="</tool_call>")]),
+]  # fmt: skip
+CUTS = st.one_of(st.lists(st.integers(0, 300), max_size=12), st.just(list(range(600))))
+
+
+def texts(fragments: list[str]) -> st.SearchStrategy[str]:
+    letters = st.text(st.characters(codec="utf-8", exclude_categories=["Nd"], exclude_characters='"`'), max_size=3)
+    return st.lists(st.one_of(st.sampled_from(fragments), letters), max_size=7).map("".join)
+
+
+@pytest.mark.parametrize("form", MARKED)
+@given(texts(CLOSED), CUTS)
+@settings(max_examples=300)
+def test_nothing_that_is_told_is_taken_back(form: FormatName, text: str, cuts: list[int]) -> None:
+    check_streamed(form, text, cuts)
+
+
+@pytest.mark.parametrize("form", BARE)
+@given(texts([each for each in WILD if "`" not in each and "<|" not in each]), CUTS)
+@settings(max_examples=300)
+def test_nothing_that_is_told_of_bare_calls_is_taken_back(form: FormatName, text: str, cuts: list[int]) -> None:
+    check_streamed(form, text, cuts)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.xfail(strict=True, reason="numbers, </tool_call> in a string, blanks after a fence or <|python_tag|>")
+@given(texts(WILD), CUTS)
+@example('<tool_call>{"name": "say", "arguments": {"text": "</tool_call>"}}</tool_call>', list(range(99)))
+@example("[TOOL_CALLS]12", [13])
+@example("[TOOL_CALLS]add[ARGS]12", [22])
+@example(f"```json\n{ONE}\n```", [8])
+@settings(max_examples=300)
+def test_nothing_of_any_text_is_taken_back(form: FormatName, text: str, cuts: list[int]) -> None:
+    check_streamed(form, text, cuts)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("before", ["", "Let me see: "])
+def test_every_character_on_its_own(form: FormatName, before: str) -> None:
+    text = before + FORMATS[form].written([PARIS, SUM, call("say", text='<tool_call> [TOOL_CALLS] {"a": ]}')])
+    check_streamed(form, text, range(len(text)))
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "cut"),
+    [
+        ("hermes", '<tool_call>{"name": "say", "arguments": {"text": "</tool_call>"}}</tool_call>', 62),
+        ("hermes", "<tool_call>12</tool_call>", 12),
+        ("mistral", "[TOOL_CALLS]12", 13),
+        ("mistral_named", "[TOOL_CALLS]add[ARGS]12", 22),
+        ("llama3", f"<|python_tag|>\n{ONE}", 15),
+        ("llama3", f"```json\n{ONE}\n```", 8),
+        ("json", f"```json\n{ONE}\n```", 8),
+        ("json", f"```\n{ONE}\n```", 4),
+    ],
+)
+@pytest.mark.xfail(strict=True, reason="told too early")
+def test_what_can_still_become_a_call_waits(form: FormatName, text: str, cut: int) -> None:
+    check_streamed(form, text, [cut])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_calls_are_told_as_soon_as_they_are_whole(form: FormatName) -> None:
+    reader = ToolReader(TOOLS, FORMATS[form])
+    text = FORMATS[form].written([PARIS])
+    end = len(text) - len(FORMATS[form].closing)
+    assert reader.new(text[: end - 4], finished=False) == ("", ())
+    said, [found] = reader.new(text[:end], finished=False)
+    assert (said, found.name) == ("", "get_weather")
+    assert reader.new(text, finished=False) == ("", ())
+    assert reader.new(text, finished=True) == ("", ())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_words_are_told_at_once(form: FormatName) -> None:
+    reader = ToolReader(TOOLS, FORMATS[form])
+    assert reader.new("The sky", finished=False) == ("The sky", ())
+    assert reader.new("The sky is blue", finished=False) == (" is blue", ())
+    assert reader.new("The sky is blue.", finished=True) == (".", ())
+
+
+def test_half_a_marker_waits_and_then_is_said() -> None:
+    reader = ToolReader(TOOLS, FORMATS["hermes"])
+    assert reader.new("a <tool", finished=False) == ("a", ())
+    assert reader.new("a <tool is", finished=False) == (" <tool is", ())
+
+
+def test_a_call_that_is_cut_is_told_at_the_end() -> None:
+    reader = ToolReader(TOOLS, FORMATS["hermes"])
+    text = '<tool_call>\n{"name": "add", "argu'
+    assert reader.new(text, finished=False) == ("", ())
+    said, [found] = reader.new(text, finished=True)
+    assert said == ""
+    assert isinstance(found, InvalidToolCall)
+    assert found.name == "add"
+
+
+# --- grammars ---
+
+
+@pytest.fixture(scope="module")
+def plain() -> Any:
+    return tiny.byte_pairs(size=400)
+
+
+@pytest.fixture(scope="module")
+def special() -> Any:
+    """The markers are special tokens, as with Mistral and Llama."""
+    tokenizer = tiny.byte_pairs(size=400)
+    tokenizer.add_special_tokens({"additional_special_tokens": MARKERS})
+    return tokenizer
+
+
+class Judge:
+    """Says of texts whether a grammar takes them, as a tokenizer reads them."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.grammars = GrammarTokenizer(tokenizer, len(tokenizer), {1})
+
+    def lark(self, form: FormatName) -> Any:
+        return ChatTokenizer(self.tokenizer, form).lark
+
+    def begins(self, grammar: Grammar | None, text: str, read_by: Any = None) -> bool:
+        """Is it the beginning of an answer?"""
+        return self._state(grammar, text, read_by) is not None
+
+    def takes(self, grammar: Grammar | None, text: str, read_by: Any = None) -> bool:
+        """Is it a whole answer?"""
+        state = self._state(grammar, text, read_by)
+        return state is not None and bool(state.is_accepting())
+
+    def _state(self, grammar: Grammar | None, text: str, read_by: Any) -> Any:
+        assert grammar is not None
+        ids = (read_by or self.tokenizer)(text, add_special_tokens=False)["input_ids"]
+        state = self.grammars.matcher(grammar).state
+        return state if state.try_consume_tokens(ids) == len(ids) else None
+
+
+@pytest.fixture(scope="module", params=["ordinary markers", "special markers"])
+def judge(request: pytest.FixtureRequest, plain: Any, special: Any) -> Judge:
+    return Judge(plain if request.param == "ordinary markers" else special)
+
+
+WRONG = [
+    call("subtract", a=1, b=2),
+    call("add", a=1),
+    call("add", a=1, b="2"),
+    call("add", a=1, b=2, c=3),
+    call("add"),
+    call("get_weather", city=3),
+    call("get_weathers", city="Paris"),
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forced_calls_are_of_the_form(judge: Judge, form: FormatName) -> None:
+    write = FORMATS[form].written
+    grammar = FORMATS[form].grammar(Tools((WEATHER, ADD), "any"), judge.lark(form))
+    for calls in ([PARIS], [SUM], [PARIS, SUM], [SUM, SUM, SUM], [call("get_weather", city="Oslo")]):
+        assert judge.takes(grammar, write(calls)), calls
+        assert not judge.takes(grammar, write(calls)[:-1]), calls
+        assert not judge.begins(grammar, write(calls) + " Done.")
+        assert not judge.begins(grammar, "Let me see. " + write(calls))
+    for wrong in WRONG:
+        assert not judge.begins(grammar, write([wrong])), wrong
+        assert not judge.begins(grammar, write([SUM, wrong])), wrong
+    for text in ("", "Hello.", "{}", "[]", "null"):
+        assert not judge.takes(grammar, text), text
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("parallel", [True, False])
+def test_a_forced_tool_is_called_once(judge: Judge, form: FormatName, parallel: bool) -> None:
+    write = FORMATS[form].written
+    grammar = FORMATS[form].grammar(Tools((WEATHER, ADD), "add", parallel), judge.lark(form))
+    assert judge.takes(grammar, write([SUM]))
+    assert not judge.begins(grammar, write([PARIS]))
+    assert not judge.begins(grammar, write([SUM, SUM]))
+    assert not judge.begins(grammar, write([SUM, PARIS]))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_one_call_at_a_time(judge: Judge, form: FormatName) -> None:
+    write = FORMATS[form].written
+    for tools in (Tools((WEATHER, ADD), "any", False), Tools((WEATHER, ADD), "auto", False, strict=True)):
+        grammar = FORMATS[form].grammar(tools, judge.lark(form))
+        assert judge.takes(grammar, write([SUM]))
+        assert judge.takes(grammar, write([PARIS]))
+        assert not judge.begins(grammar, write([SUM, PARIS]))
+
+
+@pytest.fixture(scope="module")
+def reader(plain: Any) -> Judge:
+    return Judge(plain)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@given(TEXTS.filter(lambda text: "\x7f" not in text), st.integers(-(10**9), 10**9))  # llguidance escapes that one
+@settings(max_examples=50)
+def test_every_string_may_be_an_argument(reader: Judge, form: FormatName, city: str, days: int) -> None:
+    grammar = FORMATS[form].grammar(Tools((WEATHER, ADD), "any"), reader.lark(form))
+    assert reader.takes(grammar, FORMATS[form].written([call("get_weather", city=city, days=days)]))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_odd_names_and_no_parameters(judge: Judge, form: FormatName) -> None:
+    write = FORMATS[form].written
+    odd = {"type": "function", "function": {"name": 'say_"hällo"-\\n/x'}}
+    grammar = FORMATS[form].grammar(Tools((odd,), "any"), judge.lark(form))
+    assert judge.takes(grammar, write([call('say_"hällo"-\\n/x')]))
+    assert not judge.begins(grammar, write([call('say_"hällo"-\\n/x', more=1)]))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_free_choice_has_no_grammar(form: FormatName) -> None:
+    assert FORMATS[form].grammar(TOOLS, json.dumps) is None
+
+
+STRICT = Tools((WEATHER, ADD), strict=True)
+
+
+@pytest.mark.parametrize("form", MARKED)
+def test_strict_calls_after_any_text(judge: Judge, form: FormatName) -> None:
+    write, opening = FORMATS[form].written, FORMATS[form].opening
+    grammar = FORMATS[form].grammar(STRICT, judge.lark(form))
+    said = "Two < three, [sic] {ha}\n\n«é😀» </tool"
+    for text in ("", said, write([SUM]), write([SUM, PARIS])):
+        assert judge.takes(grammar, text), text
+    for wrong in WRONG:
+        assert not judge.begins(grammar, write([wrong])), wrong
+        assert not judge.begins(grammar, said + write([wrong])), wrong
+    assert not judge.begins(grammar, f"{said}{opening} hello")
+    assert not judge.takes(grammar, said + opening)
+    assert not judge.takes(grammar, said + write([SUM])[:-1])
+
+
+@pytest.mark.parametrize("form", MARKED)
+def test_strict_calls_may_follow_any_text(judge: Judge, form: FormatName, request: pytest.FixtureRequest) -> None:
+    if "ordinary" in request.node.name:
+        reason = "the lexer takes the marker's first characters for said, and cannot go back"
+        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+    write = FORMATS[form].written
+    grammar = FORMATS[form].grammar(STRICT, judge.lark(form))
+    for said in ("Hello. ", "\n\n", "1 < 2 ", "[sic]", "«é😀»", "</tool", "<", "[", FORMATS[form].opening[:-1]):
+        for calls in ([PARIS], [SUM, PARIS]):
+            assert judge.takes(grammar, said + write(calls)), said
+
+
+@pytest.mark.parametrize("form", BARE)
+def test_strict_bare_calls_come_first(judge: Judge, form: FormatName) -> None:
+    write = FORMATS[form].written
+    grammar = FORMATS[form].grammar(STRICT, judge.lark(form))
+    for text in ("", "Hello {there} [x].", write([SUM]), write([SUM, PARIS]), f"I say {write([WRONG[0]])}"):
+        assert judge.takes(grammar, text), text
+    for wrong in WRONG:
+        assert not judge.begins(grammar, write([wrong])), wrong
+        assert not judge.begins(grammar, "\n" + write([wrong])), wrong
+        assert not judge.begins(grammar, f"```json\n{write([wrong])}"), wrong
+    assert not judge.begins(grammar, '{"x": 1}')
+
+
+@pytest.mark.xfail(strict=True, reason="free text may begin with <|python_tag|>, and what follows is read as a call")
+def test_strict_holds_after_a_python_tag_that_is_text(plain: Any) -> None:
+    judge = Judge(plain)
+    grammar = FORMATS["llama3"].grammar(STRICT, judge.lark("llama3"))
+    text = "<|python_tag|>" + FORMATS["llama3"].written([WRONG[0]])
+    assert FORMATS["llama3"].read(text, STRICT).calls
+    assert not judge.begins(grammar, text)
+
+
+@pytest.mark.parametrize("form", MARKED)
+@pytest.mark.xfail(strict=True, reason="where a marker is a special token, free text may spell it out, and is read")
+def test_strict_holds_after_a_marker_that_is_spelled_out(plain: Any, special: Any, form: FormatName) -> None:
+    judge = Judge(special)
+    grammar = FORMATS[form].grammar(STRICT, judge.lark(form))
+    text = FORMATS[form].written([WRONG[0]])
+    assert FORMATS[form].read(text, STRICT).calls
+    assert not judge.begins(grammar, text, read_by=plain)
+
+
+ANSWER = Grammar.json_schema(
+    {"type": "object", "properties": {"mood": {"enum": ["happy", "sad"]}}, "required": ["mood"]}
+)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("strict", [True, False])
+def test_calls_or_else_no_text(judge: Judge, form: FormatName, strict: bool) -> None:
+    write, tools = FORMATS[form].written, Tools((WEATHER, ADD), strict=strict)
+    grammar = FORMATS[form].grammar(tools, judge.lark(form), ANSWER)
+    for calls in ([SUM], [PARIS, SUM]):
+        assert judge.takes(grammar, write(calls)), calls
+    for text in (
+        "",
+        "Hello.",
+        '{"mood": "so so"}',
+        '{"mood": "sad"} ' + write([SUM]),
+        write([SUM]) + '{"mood": "sad"}',
+    ):
+        assert not judge.takes(grammar, text), text
+    for wrong in WRONG:
+        assert not judge.begins(grammar, write([wrong])), wrong
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        *MARKED,
+        *(
+            pytest.param(form, marks=pytest.mark.xfail(strict=True, reason="after {, the lexer takes calls only"))
+            for form in BARE
+        ),
+    ],
+)
+def test_the_wanted_answer_instead_of_calls(judge: Judge, form: FormatName) -> None:
+    grammar = FORMATS[form].grammar(TOOLS, judge.lark(form), ANSWER)
+    for answer in ('{"mood": "sad"}', '{"mood": "happy"}'):
+        assert judge.takes(grammar, answer)
+        assert FORMATS[form].read(answer, TOOLS) == Reading(answer)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_forced_call_leaves_no_other_answer(judge: Judge, form: FormatName) -> None:
+    grammar = FORMATS[form].grammar(Tools((WEATHER, ADD), "any"), judge.lark(form), ANSWER)
+    assert judge.takes(grammar, FORMATS[form].written([SUM]))
+    assert not judge.begins(grammar, '{"mood": "sad"}')
