@@ -11,9 +11,10 @@ from typing import Protocol
 
 import numpy as np
 
+from cards_integrations.drafts import Drafts, Pending, Question
 from cards_integrations.models.base import Candidate
 from cards_integrations.models.step_times import StepTimes
-from cards_integrations.session import Drafts, Pending, Question, Session
+from cards_integrations.session import Session
 
 
 class Scheduler(Protocol):

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 from uuid import uuid4
 
 from cards_integrations.decoding.base import Draft, Scale
+from cards_integrations.drafts import Drafts, Level, Pending, Plan, Question
 from cards_integrations.errors import RewardError
-from cards_integrations.models.base import Boundary, Candidate, Context, LanguageModel
-from cards_integrations.models.randomness import Uniforms
+from cards_integrations.models.base import Boundary, Context, LanguageModel
 from cards_integrations.models.step_times import StepTimes
 from cards_integrations.models.tool_reader import ToolReader
 from cards_integrations.rewards.base import Conversation, Response, RewardModel
@@ -22,7 +20,6 @@ from cards_integrations.trace import DraftTrace, FinishReason, InvalidToolCall, 
 
 log = logging.getLogger("cards_integrations")
 FREE = StepTimes({1: 0.0, 2: 0.0})  # a reward that costs this device nothing
-LEAST = 0.02  # a candidate that is looked at with less probability is not drafted ahead
 
 
 @dataclass(frozen=True)
@@ -48,42 +45,6 @@ class Desk(Protocol):
 
     def wake(self) -> None:
         """There is something new to draft or to score."""
-
-
-@dataclass(eq=False)
-class Question:
-    """A response that waits for its score."""
-
-    session: Session
-    judge: RewardModel
-    response: Response
-    score: asyncio.Future[float]
-
-    @property
-    def blocks(self) -> bool:
-        """Is it what the method waits for?"""
-        drafting = self.session.drafting
-        return drafting is None or (bool(drafting.ahead) and drafting.ahead[0].question is self)
-
-
-@dataclass(eq=False)
-class Pending:
-    """A candidate in the making, and then its way to a draft with a reward (NaN if none is asked for)."""
-
-    candidate: Candidate
-    score: asyncio.Future[float]
-    ended: bool = False
-    question: Question | None = None
-    next: Drafts | None = None  # candidates of the next segment, if this one is kept
-    _draft: Draft | None = None
-
-    @property
-    def draft(self) -> Draft | None:
-        """The draft, once there is a score."""
-        if self._draft is None and self.score.done() and not self.score.cancelled() and not self.score.exception():
-            c = self.candidate
-            self._draft = Draft(c.index, c.text, self.score.result(), c.end, c.uniforms.verdict)
-        return self._draft
 
 
 class AcceptanceRate:
@@ -124,6 +85,8 @@ class Session:
         self.prompt_score: float | None = None
         self.looked_at: dict[Draft, Pending] = {}
         self.kept: Pending | None = None
+        self.nodes: dict[Draft, Pending] = {}  # of the tree, in the order in which they grew
+        self.levels = 2**32  # their random numbers are not those of the segments
         self.drafting: Drafts | None = None
         self.questions: list[Question] = []
         self.rate = AcceptanceRate()
@@ -172,21 +135,95 @@ class Session:
         if best is None:
             return draft
         keep, lose = (draft, best) if draft.reward > best.reward else (best, draft)
-        self.give_up(self.looked_at[lose])
+        self.release(self.looked_at[lose])
         return keep
 
     async def keep(self, draft: Draft) -> None:
         if self.error is not None:
             raise self.error
-        kept = self.looked_at[draft]
-        candidate = kept.candidate
+        if draft in self.nodes:
+            return self._keep_branch(self.nodes[draft])
+        kept, drafts = self.looked_at[draft], self.looked_at
         self._give_up_segment(but=kept)
+        self._append(kept, drafts)
+        self.rate.saw(len(drafts), draft.verdict == "accepted")
+        self.looked_at, self.kept = {}, kept
+
+    async def grow(
+        self,
+        parents: Sequence[Draft | None],
+        until: Boundary,
+        scored: bool = True,
+        ranks: Sequence[int] | None = None,
+    ) -> list[Draft]:
+        if scored:
+            self._judge()
+        plan = Plan(until, len(parents), scored, None)
+        self.drafting = level = Level(self, plan, self.levels, [self._node(parent) for parent in parents], ranks)
+        self.levels += 1
+        level.open()
+        drafts = [draft async for draft in level]
+        for draft in drafts if scored else ():
+            draft.verdict = "rejected"  # until it is kept
+        level.drafts, self.looked_at, self.drafting = self.looked_at, {}, None
+        self.nodes.update(level.drafts)
+        return drafts
+
+    def give_up(self, draft: Draft) -> None:
+        """Its columns are free again, once those that follow it are."""
+        pending: Pending | None = self.nodes[draft]
+        while pending is not None and not pending.kept:
+            pending.given_up = pending.given_up or pending.draft is draft
+            if not pending.given_up or pending.children:
+                return
+            self._forget(pending)
+            pending = pending.parent
+
+    def unkept(self, pending: Pending | None) -> list[Pending]:
+        """A branch of the tree from the kept text on, this one last."""
+        path: list[Pending] = []
+        while pending is not None and not pending.kept:
+            path.insert(0, pending)
+            pending = pending.parent
+        return path
+
+    def _node(self, parent: Draft | None) -> Pending | None:
+        if parent is None or (self.kept is not None and self.kept.draft is parent):
+            return None
+        return self.nodes[parent]
+
+    def _keep_branch(self, last: Pending) -> None:
+        path = self.unkept(last)
+        for pending in reversed(list(self.nodes.values())):  # whoever follows another comes after it
+            if pending not in path and last not in self.unkept(pending):
+                self._forget(pending)
+        for pending in path:
+            assert pending.draft is not None
+            assert pending.level is not None
+            assert last.draft is not None
+            pending.draft.verdict = last.draft.verdict
+            pending.kept = True
+            del self.nodes[pending.draft]
+            self._append(pending, pending.level.drafts)
+        self.kept = last
+
+    def _forget(self, pending: Pending) -> None:
+        self.release(pending)
+        assert pending.draft is not None
+        del self.nodes[pending.draft]
+        if pending.parent is not None:
+            pending.parent.children -= 1
+
+    def _append(self, kept: Pending, among: dict[Draft, Pending]) -> None:
+        """Make a candidate the last segment of the answer."""
+        draft, candidate = kept.draft, kept.candidate
+        assert draft is not None
         self.desk.language_model.keep(candidate)
         if kept.question is not None:
             kept.question.judge.keep(kept.question.response)
         self.log_likelihood += candidate.log_likelihood
         self.finish = candidate.finish
-        drafts = tuple(_traced(held, pending) for held, pending in self.looked_at.items())
+        drafts = tuple(_traced(held, pending) for held, pending in among.items())
         reward = draft.reward if kept.question else None
         parts = kept.question.response.parts if kept.question else {}
         segment = Segment(draft.text, tuple(candidate.ids), reward, draft.threshold, drafts, parts)
@@ -195,8 +232,6 @@ class Session:
             "request %s: segment %d, %d drafts, reward %s, %d tokens: %r", self.request_id, len(self.segments),
             len(drafts), reward, draft.end, draft.text,
         )  # fmt: skip
-        self.rate.saw(len(self.looked_at), draft.verdict == "accepted")
-        self.looked_at, self.kept = {}, kept
         self._stream(segment)
 
     def fail(self, error: Exception) -> None:
@@ -210,6 +245,8 @@ class Session:
     def close(self) -> None:
         """Free the rows; nothing of this request is computed any more."""
         self._give_up_segment()
+        for pending in reversed(list(self.nodes.values())):
+            self.release(pending)
         if self.kept is not None and self.kept.next is not None:
             self.kept.next.drop()
         for question in self.questions:
@@ -246,10 +283,11 @@ class Session:
         ahead = self.drafting.ahead if self.drafting else ()
         for pending in [*ahead, *self.looked_at.values()]:
             if pending is not but:
-                self.give_up(pending)
+                self.release(pending)
         self.drafting = None
 
-    def give_up(self, pending: Pending) -> None:
+    def release(self, pending: Pending) -> None:
+        """Free what a candidate holds."""
         if pending.next is not None:
             pending.next.drop()
             pending.next = None
@@ -257,138 +295,6 @@ class Session:
         self.desk.language_model.drop(pending.candidate)
         if pending.question is not None:
             pending.question.judge.drop(pending.question.response)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a method asked `Session.drafts` for."""
-
-    until: Boundary
-    limit: int
-    scored: bool
-    passes: Callable[[Draft], bool] | None
-
-    def drafts_like(self, other: Plan) -> bool:
-        return (self.until, self.limit, self.scored) == (other.until, other.limit, other.scored)
-
-
-class Drafts:
-    """Candidates of one segment, in index order.
-
-    They follow the kept text, or, drafted ahead of its verdict, a candidate (`parent`) of the
-    segment before; if that is kept, the method goes on with these, and only then they are scored.
-    """
-
-    def __init__(self, session: Session, plan: Plan, segment: int, parent: Pending | None) -> None:
-        self.session = session
-        self.plan = plan
-        self.segment = segment
-        self.parent = parent
-        self.begun = 0
-        self.ahead: deque[Pending] = deque()
-
-    def open(self) -> None:
-        """The method asks for these now: `parent`, if any, has been kept."""
-        self.parent = None
-        for pending in self.ahead:
-            if pending.ended:
-                self._to_verdict(pending)
-        self.session.desk.wake()
-
-    def __aiter__(self) -> Drafts:
-        return self
-
-    async def __anext__(self) -> Draft:
-        session = self.session
-        if session.error is not None:
-            raise session.error
-        if session.drafting is not self or (not self.ahead and self.begun == self.plan.limit):
-            raise StopAsyncIteration
-        if not self.ahead:
-            self.begin()
-        pending = self.ahead[0]
-        await pending.score
-        self.ahead.popleft()
-        draft = pending.draft
-        assert draft is not None
-        session.looked_at[draft] = pending
-        session.context.usage.drafts += 1
-        return draft
-
-    @property
-    def vacancies(self) -> int:
-        """How many more candidates may begin: by the limit, and by the memory. One always may."""
-        left = self.plan.limit - self.begun
-        if left <= 0 or not self.ahead:
-            return left
-        drafting = sum(not pending.ended for pending in self.ahead)
-        model = self.session.desk.language_model
-        return min(left, max(0, model.vacancies(self.session.context, self.plan.until) - drafting))
-
-    def begin(self) -> Pending:
-        """Start the next candidate."""
-        session = self.session
-        uniforms = Uniforms(session.seed, self.segment, self.begun)
-        parent = self.parent.candidate if self.parent else None
-        candidate = Candidate(session.context, self.plan.until, uniforms, self.begun, parent)
-        pending = Pending(candidate, asyncio.get_running_loop().create_future())
-        candidate.waiter = (self, pending)
-        session.desk.language_model.begin(candidate)
-        session.desk.wake()
-        self.ahead.append(pending)
-        self.begun += 1
-        return pending
-
-    def ended(self, pending: Pending) -> None:
-        pending.ended = True
-        if self.parent is None:
-            self._to_verdict(pending)
-
-    def prospects(self, reach: float, rate: float) -> Iterator[tuple[float, Drafts, Pending | None]]:
-        """What could be drafted, with the probability that the method will look at it.
-
-        A pending of None stands for a candidate that has not begun. `reach` is the probability that
-        the method gets here, `rate` that a candidate without a verdict passes.
-        """
-        everything = self.plan.passes is None
-        for pending in self.ahead:
-            passing = self._passing(pending, rate)
-            if reach < LEAST:
-                return
-            if not pending.ended:
-                yield reach, self, pending
-            elif pending.candidate.finish is None and reach * passing >= LEAST:
-                if pending.next is None:
-                    pending.next = Drafts(self.session, self.plan, self.segment + 1, pending)
-                yield from pending.next.prospects(reach * passing, rate)
-            reach *= 1 if everything else 1 - passing
-        for _ in range(self.vacancies):
-            if reach < LEAST:
-                return
-            yield reach, self, None
-            reach *= 1 if everything else 1 - rate
-
-    def drop(self) -> None:
-        for pending in self.ahead:
-            self.session.give_up(pending)
-
-    def _passing(self, pending: Pending, rate: float) -> float:
-        if self.plan.passes is None:
-            return 1 / self.plan.limit
-        return rate if pending.draft is None else float(self.plan.passes(pending.draft))
-
-    def _to_verdict(self, pending: Pending) -> None:
-        if pending.score.done():
-            return  # cancelled with the request that waits for it
-        if not self.plan.scored:
-            pending.score.set_result(math.nan)
-            return
-        session, candidate = self.session, pending.candidate
-        response = Response(session.conversation, candidate.response, finished=candidate.finish is not None)
-        if candidate.whole:
-            response.ids = candidate.before + candidate.ids
-            response.log_likelihood = session.log_likelihood + candidate.log_likelihood
-        pending.question = self.session.ask(response, pending.score)
 
 
 def _traced(draft: Draft, pending: Pending) -> DraftTrace:

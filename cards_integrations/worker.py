@@ -23,6 +23,7 @@ from pydantic import Field
 from cards_integrations.decoding.base import Decoding, Scale
 from cards_integrations.decoding.sampling import Sampling
 from cards_integrations.decoding.segmentation import Measure, uncertainty
+from cards_integrations.drafts import Question
 from cards_integrations.errors import (
     CardsError,
     CardsTimeout,
@@ -47,7 +48,7 @@ from cards_integrations.models.tools import Tools
 from cards_integrations.rewards.base import Conversation, Response, Reward, RewardLoader, RewardModel, scores
 from cards_integrations.scales import Scales
 from cards_integrations.scheduler import BestPerSecond, FixedWidth, Scheduler
-from cards_integrations.session import Chunk, Question, Session
+from cards_integrations.session import Chunk, Session
 from cards_integrations.trace import Alignment, InvalidToolCall, ToolCall, Usage
 
 T = TypeVar("T")

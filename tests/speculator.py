@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
+from cards_integrations.drafts import Question
 from cards_integrations.engine import Engine
 from cards_integrations.models.base import Candidate, Context
 from cards_integrations.models.kv_cache import TreeCache
 from cards_integrations.scheduler import Scheduler
-from cards_integrations.session import Question, Session
+from cards_integrations.session import Session
 
 
 class Eager:

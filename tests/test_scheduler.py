@@ -13,6 +13,7 @@ import pytest
 import tiny
 
 from cards_integrations.decoding import FixedLength
+from cards_integrations.drafts import LEAST, Drafts, Pending
 from cards_integrations.models.base import Context
 from cards_integrations.models.chat import ChatTokenizer
 from cards_integrations.models.loading import ModelLoader, Placement
@@ -24,7 +25,7 @@ from cards_integrations.models.tool_formats import FORMATS
 from cards_integrations.models.tool_reader import ToolReader
 from cards_integrations.rewards import Conversation, FunctionReward, RewardLoader
 from cards_integrations.scheduler import BestPerSecond
-from cards_integrations.session import LEAST, AcceptanceRate, Drafts, Pending, Session
+from cards_integrations.session import AcceptanceRate, Session
 from cards_integrations.trace import Usage
 
 # --- times ---

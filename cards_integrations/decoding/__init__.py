@@ -8,16 +8,34 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, SerializeAsAny
 
 from cards_integrations.decoding.acceptance import Acceptance, Threshold
+from cards_integrations.decoding.args import Args
 from cards_integrations.decoding.base import Decoding, Draft, Session
 from cards_integrations.decoding.best_of_n import BestOfN
 from cards_integrations.decoding.cards import Cards
+from cards_integrations.decoding.particles import Particles
+from cards_integrations.decoding.rain import Rain
+from cards_integrations.decoding.rejection import RejectionSampling
 from cards_integrations.decoding.sampling import Sampling
+from cards_integrations.decoding.segment_best_of_n import SegmentBestOfN
 from cards_integrations.decoding.segmentation import FixedLength, Punctuation, Uncertainty
+from cards_integrations.decoding.speculative_rejection import SpeculativeRejection
 from cards_integrations.decoding.stopping import OptimalStopping
+from cards_integrations.decoding.tree_bon import TreeBoN
 from cards_integrations.errors import SettingsError, unknown
 from cards_integrations.models.base import Boundary
 
-METHODS: dict[str, type[Decoding]] = {"cards": Cards, "best_of_n": BestOfN, "sampling": Sampling}
+METHODS: dict[str, type[Decoding]] = {
+    "cards": Cards,
+    "sampling": Sampling,
+    "best_of_n": BestOfN,
+    "rejection": RejectionSampling,
+    "segment_best_of_n": SegmentBestOfN,
+    "args": Args,
+    "speculative_rejection": SpeculativeRejection,
+    "tree_bon": TreeBoN,
+    "particles": Particles,
+    "rain": Rain,
+}
 
 
 def as_decoding(value: Any) -> Decoding:
@@ -40,6 +58,7 @@ __all__ = [
     "METHODS",
     "Acceptance",
     "AnyDecoding",
+    "Args",
     "BestOfN",
     "Boundary",
     "Cards",
@@ -47,10 +66,16 @@ __all__ = [
     "Draft",
     "FixedLength",
     "OptimalStopping",
+    "Particles",
     "Punctuation",
+    "Rain",
+    "RejectionSampling",
     "Sampling",
+    "SegmentBestOfN",
     "Session",
+    "SpeculativeRejection",
     "Threshold",
+    "TreeBoN",
     "Uncertainty",
     "as_decoding",
 ]

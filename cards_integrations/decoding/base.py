@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Protocol
 
@@ -28,13 +28,19 @@ class Scale(BaseModel):
 
 @dataclass(eq=False)
 class Draft:
-    """A finished candidate segment. `end` is the length of kept text plus candidate, in tokens."""
+    """A finished candidate segment.
+
+    `end` is the length of all the text up to its end, in tokens; `log_p` the sum of log p of its own
+    tokens (an end-of-sequence included) in nats; `finished` says that no text can follow.
+    """
 
     index: int
     text: str
     reward: float
     end: int
     uniform: float
+    finished: bool = False
+    log_p: float = 0.0
     threshold: float | None = None
     verdict: Verdict = "unscored"
 
@@ -64,11 +70,30 @@ class Session(Protocol):
         at all of them first). What is drafted ahead follows from it, never what is kept.
         """
 
+    async def grow(
+        self,
+        parents: Sequence[Draft | None],
+        until: Boundary,
+        scored: bool = True,
+        ranks: Sequence[int] | None = None,
+    ) -> list[Draft]:
+        """A child for each parent (None is the kept text), in order: the next segments of several branches.
+
+        They are drafted and scored together, and stay until they are given up or another branch is
+        kept. `ranks`: the first token is not drawn, but that of this rank (0: the most probable one).
+        """
+
+    def give_up(self, draft: Draft) -> None:
+        """This one of `grow` will have no more children."""
+
     def better(self, best: Draft | None, draft: Draft) -> Draft:
         """The one with the higher reward (the earlier in a tie); the other is given up."""
 
     async def keep(self, draft: Draft) -> None:
-        """Append the candidate to the answer; whatever else was drafted is given up."""
+        """Append the candidate to the answer; whatever else was drafted is given up.
+
+        One of `grow` brings its ancestors along, and its own descendants stay.
+        """
 
 
 class Decoding(BaseModel):

@@ -4,32 +4,27 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, FiniteFloat
+from pydantic import Field
 
 from cards_integrations.decoding.acceptance import Acceptance, Threshold
-from cards_integrations.decoding.base import Decoding, Draft, Session
+from cards_integrations.decoding.base import Draft, Session
+from cards_integrations.decoding.scaled import OnScale
 from cards_integrations.decoding.segmentation import AnyBoundary, Uncertainty
 from cards_integrations.decoding.stopping import OptimalStopping
 
 
-class Cards(Decoding):
+class Cards(OnScale):
     """CARDS, algorithm 1 of the paper.
 
     A candidate s is drawn from p(s | x, y) up to where uncertainty rises, and kept with probability
     min(1, exp((r(x, y + s) - tau(t)) / beta)) (`acceptance="soft"`), or when r >= tau (`"hard"`).
     After `max_rejections` rejected candidates one more is drawn and the best of them all is kept.
     `OptimalStopping(price=...)` is a search rule instead that needs neither target nor beta.
-
-    `target_reward` and `beta` follow the scale of the reward model. "auto" takes what `calibrate` has
-    chosen for this pair of models, else mean + 1.5 spreads and a fifth of a spread of the reward over
-    plain answers, which is measured at first use where the reward does not publish it.
     """
 
     method: Literal["cards"] = "cards"
-    target_reward: FiniteFloat | Literal["auto"] = "auto"
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
-    beta: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["auto"] = "auto"
-    acceptance: Literal["soft", "hard"] | OptimalStopping = "soft"
+    acceptance: Literal["soft", "hard"] | OptimalStopping = "soft"  # type: ignore[assignment]
     max_rejections: Annotated[int, Field(ge=0)] = 20
     boundary: AnyBoundary = Uncertainty()
 
@@ -40,13 +35,12 @@ class Cards(Decoding):
 
     @property
     def needs_scale(self) -> bool:
-        auto = self.target_reward == "auto" or (self.acceptance == "soft" and self.beta == "auto")
-        return auto and not isinstance(self.acceptance, OptimalStopping)
+        return super().needs_scale and not isinstance(self.acceptance, OptimalStopping)
 
     async def generate(self, session: Session) -> None:
         if isinstance(self.acceptance, OptimalStopping):
             return await self.acceptance.generate(session, self.boundary, self.max_rejections + 1)
-        target, beta = self._on_scale_of(session)
+        target, beta = self.on_scale_of(session)
         accepts = Acceptance(self.acceptance, beta)
         threshold = Threshold.rising(await session.prompt_reward(), target, self.alpha, session.max_tokens)
 
@@ -67,13 +61,3 @@ class Cards(Decoding):
             if best.verdict == "rejected":
                 best.verdict = "best"
             await session.keep(best)
-
-    def _on_scale_of(self, session: Session) -> tuple[float, float]:
-        """Target and beta, from the reward's scale where they are "auto"."""
-        target, beta, scale = self.target_reward, self.beta, session.reward_scale
-        if target == "auto":
-            assert scale is not None  # the engine knows it, if `needs_scale`
-            target = scale.mean + 1.5 * scale.spread if scale.target is None else scale.target
-        if beta == "auto":
-            beta = (scale and (scale.beta or scale.spread / 5)) or 0.7
-        return target, beta

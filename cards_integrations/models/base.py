@@ -80,7 +80,8 @@ class Candidate:
     It follows the text kept when it began and, if it was drafted ahead, `parent`, a finished
     candidate of the segment before; `before` are the ids of both. `text` and `ids` are the
     candidate's own; `response` is all the text, cut before a stop string. `whole` says that the text
-    is all of the ids (no stop string was cut off).
+    is all of the ids (no stop string was cut off). With a `rank` the first token is not drawn: it is the
+    one of that rank. `end_log_p` is log p of the end-of-sequence token that ended it.
     """
 
     context: Context
@@ -89,7 +90,9 @@ class Candidate:
     index: int
     parent: Candidate | None = None
     ids: list[int] = field(default_factory=list)
+    rank: int | None = None
     log_likelihood: float = 0.0
+    end_log_p: float = 0.0
     finish: FinishReason | None = None
     whole: bool = True
     matcher: Matcher | None = None

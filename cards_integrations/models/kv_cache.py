@@ -55,9 +55,12 @@ class Branch:
         self.tree.cache.sees[self.lane, last] = False
         self.tree.free(last)
 
-    def branch(self) -> Branch:
-        """A new branch that grows from this one's tip."""
-        return self.tree.grow(self.length, self.lane)
+    def branch(self, own: int | None = None) -> Branch:
+        """A new branch that grows from this one after its first `own` own tokens (default: at its tip)."""
+        beyond = self.columns[own:] if own is not None else []
+        branch = self.tree.grow(self.length - len(beyond), self.lane)
+        self.tree.cache.sees[branch.lane, beyond] = False
+        return branch
 
 
 class Tree:

@@ -179,6 +179,7 @@ class LocalLanguageModel:
             candidate.context.usage.drafted_tokens += 1
             if token in self.eos:
                 candidate.finish = "length" if candidate.closing else "stop"
+                candidate.end_log_p = gain
                 self._read(candidate)
                 ended.append(candidate)
                 continue
@@ -197,7 +198,7 @@ class LocalLanguageModel:
         """A token for each candidate, and which of them had no choice."""
         bound = {i: c.matcher for i, c in enumerate(group) if c.matcher is not None}
         if not bound:
-            return sampler(logits, at, uniforms), set()
+            return self._drawn(sampler, group, logits, at, uniforms), set()
         allowed = self.grammars.allowed(list(bound.values()))
         for i, row in zip(bound, allowed, strict=True):
             if group[i].closing:
@@ -207,7 +208,18 @@ class LocalLanguageModel:
         masked = logits[at[which]].masked_fill(~allowed.to(logits.device), -torch.inf)
         at = at.clone()
         at[which] = len(logits) + torch.arange(len(which), device=logits.device)
-        return sampler(torch.cat([logits, masked]), at, uniforms), forced
+        return self._drawn(sampler, group, torch.cat([logits, masked]), at, uniforms), forced
+
+    @staticmethod
+    def _drawn(
+        sampler: Sampler, group: list[Candidate], logits: torch.Tensor, at: torch.Tensor, uniforms: torch.Tensor
+    ) -> torch.Tensor:
+        """The sampler's tokens, but for those that begin with the token of a rank."""
+        tokens = sampler(logits, at, uniforms)
+        for i, candidate in enumerate(group):
+            if candidate.rank is not None and not candidate.ids:
+                tokens[i] = logits[at[i]].topk(candidate.rank + 1).indices[-1]
+        return tokens
 
     def _ends_after(self, candidate: Candidate) -> bool:
         context, boundary, matcher = candidate.context, candidate.boundary, candidate.matcher

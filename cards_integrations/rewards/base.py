@@ -47,6 +47,7 @@ class Response:
     `ids` are the language model's own tokens, and `log_likelihood` the sum of their log p in nats
     under it (full vocabulary, temperature 1); both None if the text was cut, or is not the model's.
     `finished`: no more text follows. A composite leaves the scores of its `parts` here, by name.
+    `parent` is a scored response, not kept, that this one goes on from.
     """
 
     conversation: Conversation
@@ -55,6 +56,7 @@ class Response:
     log_likelihood: float | None = None
     finished: bool = False
     parts: dict[str, float] = field(default_factory=dict)
+    parent: Response | None = None
     state: Any = None  # the reward model's own
 
 

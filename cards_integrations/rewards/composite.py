@@ -75,6 +75,8 @@ class Composite(RewardModel):
                 response.conversation.state[which], response.text, response.ids, response.log_likelihood,
                 response.finished,
             )  # fmt: skip
+            if response.parent is not None and response.parent.state:
+                own.parent = response.parent.state[which]
             response.state[which] = own
             groups.setdefault(None if model.across_requests else own.conversation, []).append(own)
         asked = list(groups.values())

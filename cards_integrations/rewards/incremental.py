@@ -39,10 +39,11 @@ class Read:
 
 @dataclass
 class Scored:
-    """A response's branch; its first `kept` own tokens go into the trunk if it is kept."""
+    """A response's branch; its first `kept` own tokens go into the trunk if it is kept, and end the `path`."""
 
     branch: Branch
     kept: int
+    path: list[int]
 
 
 class Incremental(RewardModel):
@@ -137,9 +138,14 @@ class Incremental(RewardModel):
         ids, suffix = self._fitting(*self._ids(response, read), response)
         if not read.tree.ids:
             self.transformer.memory.recall(read.tree, ids[: len(ids) - suffix])
-        shared = min(common(ids, read.tree.ids), len(ids) - max(1, suffix))  # the score is read at the last token
-        branch = read.tree.branch(shared)
-        response.state = Scored(branch, len(ids) - suffix - shared)
+        most = len(ids) - max(1, suffix)  # the score is read at the last token
+        above: Scored | None = response.parent.state if response.parent else None
+        if above is not None and common(ids, above.path) >= len(above.path) <= most:
+            shared, branch = len(above.path), above.branch.branch(above.kept)
+        else:
+            shared = min(common(ids, read.tree.ids), most)
+            branch = read.tree.branch(shared)
+        response.state = Scored(branch, len(ids) - suffix - shared, ids[: len(ids) - suffix])
         return Feed(branch, ids[shared:], response)
 
     def _fitting(self, ids: list[int], suffix: int, response: Response) -> tuple[list[int], int]:

@@ -61,7 +61,7 @@ class Likelihood(Incremental):
         known = 0 if lost else max(0, min(shared, len(ids) - 1) - prompt)
         start = min(shared, prompt + known - 1)  # its output says how probable the first unknown token is
         branch = read.tree.branch(start)
-        response.state = ScoredAnswer(branch, len(ids) - start, read.log_p[:known])
+        response.state = ScoredAnswer(branch, len(ids) - start, ids, read.log_p[:known])
         return Feed(branch, ids[start:], response, outputs=len(ids) - prompt - known + 1)
 
     def _run(self, batch: list[Feed]) -> list[float]:

@@ -1,0 +1,31 @@
+"""Best-of-n for each segment: blockwise selection, without a target."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from cards_integrations.decoding.base import Decoding, Draft, Session
+from cards_integrations.decoding.segmentation import AnyBoundary, Uncertainty
+
+
+class SegmentBestOfN(Decoding):
+    """n drafts for each segment; the one with the highest reward is kept.
+
+    With fixed lengths it is the blockwise best-of-K of Controlled Decoding (arXiv 2310.17022, section 3.2).
+    """
+
+    method: Literal["segment_best_of_n"] = "segment_best_of_n"
+    n: Annotated[int, Field(ge=1)] = 4
+    boundary: AnyBoundary = Uncertainty()
+
+    async def generate(self, session: Session) -> None:
+        while not session.finished:
+            best: Draft | None = None
+            async for draft in session.drafts(until=self.boundary, limit=self.n):
+                draft.verdict = "rejected"
+                best = session.better(best, draft)
+            assert best is not None  # a session yields at least one draft
+            best.verdict = "best"
+            await session.keep(best)

@@ -1,0 +1,40 @@
+"""Speculative rejection: many answers at once, and the least promising are given up on the way."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from cards_integrations.decoding.base import Decoding, Draft, Session
+from cards_integrations.decoding.segmentation import FixedLength
+
+
+class SpeculativeRejection(Decoding):
+    """Speculative Rejection (arXiv 2410.20290, algorithm 1): n answers are drafted together; at every checkpoint
+    the unfinished ones are scored and the worst fraction of all is given up. The best that is left is kept.
+
+    The authors start with as many answers as fit into memory and set a checkpoint where it is full
+    (`fraction` 0.5); here both are settings, so that a result does not depend on the machine.
+    """
+
+    method: Literal["speculative_rejection"] = "speculative_rejection"
+    n: Annotated[int, Field(ge=1)] = 16
+    checkpoint: Annotated[int, Field(ge=1)] = 16
+    fraction: Annotated[float, Field(ge=0, lt=1)] = 0.5
+
+    async def generate(self, session: Session) -> None:
+        alive: list[Draft | None] = [None] * self.n
+        finished: list[Draft] = []
+        until = FixedLength(length=self.checkpoint)
+        while alive:
+            drafts = await session.grow(alive, until=until)
+            ranked = sorted([*finished, *drafts], key=lambda draft: -draft.reward)
+            lost = ranked[max(1, round(len(ranked) * (1 - self.fraction))) :]
+            for draft in lost:
+                session.give_up(draft)
+            finished = [draft for draft in ranked if draft not in lost and draft.finished]
+            alive = [draft for draft in drafts if draft not in lost and not draft.finished]
+        best = max(finished, key=lambda draft: draft.reward)
+        best.verdict = "best"
+        await session.keep(best)
