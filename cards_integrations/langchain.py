@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any, Literal
 
-from langchain_core.callbacks import (
-    AsyncCallbackManager,
-    AsyncCallbackManagerForLLMRun,
-    CallbackManager,
-    CallbackManagerForLLMRun,
-)
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import BaseChatModel, LanguageModelInput
 from langchain_core.language_models.base import LangSmithParams
+from langchain_core.language_models.model_profile import ModelProfile
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 from langchain_core.messages.tool import ToolCallChunk, invalid_tool_call, tool_call, tool_call_chunk
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.config import get_config_list
-from pydantic import ConfigDict
+from langchain_core.utils.json import parse_partial_json
+from pydantic import ConfigDict, Field
 
 from cards_integrations.engine import Engine, Request
+from cards_integrations.langchain_runs import aduring, ateller, current, during, teller, with_run
 from cards_integrations.messages import as_prompt
 from cards_integrations.models.tools import as_tools
 from cards_integrations.schemas import converted, tool_schemas
@@ -33,7 +31,6 @@ from cards_integrations.structured_output import Method, structured
 from cards_integrations.trace import Alignment, InvalidToolCall, ToolCall
 
 PROVIDER = "cards"
-SEGMENT = "cards_segment"
 
 
 class LangChainFace(FromEnvironment):
@@ -88,6 +85,9 @@ class ChatCards(LangChainFace, BaseChatModel):
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
     streaming: bool = False
+    profile: ModelProfile | None = Field(
+        default=ModelProfile(tool_calling=True, tool_choice=True, structured_output=True), exclude=True
+    )
 
     # --- LangChain's contract ---
 
@@ -106,7 +106,7 @@ class ChatCards(LangChainFace, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        return _result(self._engine(kwargs).run(self._request(messages, stop, kwargs), _teller(run_manager)))
+        return _result(self._engine(kwargs).run(self._request(messages, stop, kwargs), teller(run_manager)))
 
     async def _agenerate(
         self,
@@ -115,7 +115,7 @@ class ChatCards(LangChainFace, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        return _result(await self._engine(kwargs).arun(self._request(messages, stop, kwargs), _ateller(run_manager)))
+        return _result(await self._engine(kwargs).arun(self._request(messages, stop, kwargs), ateller(run_manager)))
 
     def _stream(
         self,
@@ -124,7 +124,7 @@ class ChatCards(LangChainFace, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        chunks, tell = Chunks(), _teller(run_manager)
+        chunks, tell = Chunks(), teller(run_manager or current.get())
         for item in self._engine(kwargs).stream(self._request(messages, stop, kwargs)):
             if tell and isinstance(item, Chunk):
                 tell(item)
@@ -140,7 +140,7 @@ class ChatCards(LangChainFace, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        chunks, tell = Chunks(), _ateller(run_manager)
+        chunks, tell = Chunks(), ateller(run_manager or current.get())
         async with aclosing(self._engine(kwargs).astream(self._request(messages, stop, kwargs))) as items:
             async for item in items:
                 if tell and isinstance(item, Chunk):
@@ -149,6 +149,27 @@ class ChatCards(LangChainFace, BaseChatModel):
                     if run_manager:
                         await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
                     yield chunk
+
+    # `_stream` tells the callbacks of kept segments, and has to know in which run.
+
+    def stream(
+        self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any
+    ) -> Iterator[AIMessageChunk]:
+        config, run = with_run(config, self)
+        yield from during(run, super().stream(input, config, **kwargs))
+
+    async def astream(
+        self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any
+    ) -> AsyncIterator[AIMessageChunk]:
+        config, run = with_run(config, self)
+        async with aclosing(super().astream(input, config, **kwargs)) as items:  # type: ignore[type-var]
+            async for item in aduring(run, items):
+                yield item
+
+    def _should_stream(self, *, run_manager: Any = None, **kwargs: Any) -> bool:
+        if run_manager is not None:
+            current.set(run_manager)
+        return super()._should_stream(run_manager=run_manager, **kwargs)
 
     def batch(
         self,
@@ -216,26 +237,6 @@ class ChatCards(LangChainFace, BaseChatModel):
         return self.request(as_prompt(messages), converted({**overrides, **own}))
 
 
-def _teller(run: CallbackManagerForLLMRun | None) -> Callable[[Chunk], None] | None:
-    """Tells the callbacks of a run of each kept segment, as the custom event `cards_segment`."""
-    if run is None or not run.handlers:
-        return None
-    told = CallbackManager(run.handlers, tags=run.tags, metadata=run.metadata)
-    return lambda chunk: told.on_custom_event(SEGMENT, _event(chunk), run_id=run.run_id)
-
-
-def _ateller(run: AsyncCallbackManagerForLLMRun | None) -> Callable[[Chunk], Awaitable[None]] | None:
-    """Like `_teller`."""
-    if run is None or not run.handlers:
-        return None
-    told = AsyncCallbackManager(run.handlers, tags=run.tags, metadata=run.metadata)
-    return lambda chunk: told.on_custom_event(SEGMENT, _event(chunk), run_id=run.run_id)
-
-
-def _event(chunk: Chunk) -> dict[str, Any]:
-    return {"segment": chunk.number, **chunk.segment.summary()}
-
-
 def _result(answer: Alignment) -> ChatResult:
     message = AIMessage(
         answer.content,
@@ -268,10 +269,22 @@ class Chunks:
         return ChatGenerationChunk(message=AIMessageChunk(content=item.text, tool_call_chunks=calls))
 
     def _call(self, call: ToolCall | InvalidToolCall) -> ToolCallChunk:
-        valid = isinstance(call, ToolCall)
-        arguments = json.dumps(call.arguments, ensure_ascii=False) if valid else str(call.arguments)
+        if isinstance(call, ToolCall):
+            arguments = json.dumps(call.arguments, ensure_ascii=False)
+        else:
+            arguments = call.arguments
+            if _closable(arguments):
+                arguments = f"{call.error}: {arguments}"
         self.called += 1
         return tool_call_chunk(id=call.id, name=call.name, args=arguments, index=self.called - 1)
+
+
+def _closable(text: str) -> bool:
+    """Would LangChain close the JSON that a chunk leaves open, and take half a call for a whole one?"""
+    try:
+        return isinstance(parse_partial_json(text), dict)
+    except ValueError:
+        return False
 
 
 def _usage(answer: Alignment) -> UsageMetadata:

@@ -32,6 +32,7 @@ from llama_index.core.program.utils import process_streaming_objects
 from llama_index.core.prompts import PromptTemplate
 from llama_index.core.tools.types import BaseTool
 from llama_index_instrumentation import get_dispatcher
+from llama_index_instrumentation.span import active_span_id
 from pydantic import BaseModel, ValidationError
 
 from cards_integrations.engine import Engine, Request
@@ -290,8 +291,9 @@ class CardsSegmentEvent(BaseEvent):
         return "CardsSegmentEvent"
 
 
-def _tell(chunk: Chunk) -> None:
-    dispatcher.event(CardsSegmentEvent(segment=chunk.number, **chunk.segment.summary()))
+def _tell(chunk: Chunk, span: str | None = None) -> None:
+    where = {} if span is None else {"span_id": span}
+    dispatcher.event(CardsSegmentEvent(segment=chunk.number, **chunk.segment.summary(), **where))
 
 
 async def _atell(chunk: Chunk) -> None:
@@ -327,8 +329,9 @@ def _ended(output: Model) -> Model:
 class Growing:
     """The responses of a stream: what was said and called so far, and what is new."""
 
-    def __init__(self, respond: Callable[..., Any]) -> None:
+    def __init__(self, respond: Callable[..., Any], span: str | None) -> None:
         self.respond = respond
+        self.span = span  # a stream is read outside of the span that it was opened in
         self.text = ""
         self.calls: list[ToolCall | InvalidToolCall] = []
 
@@ -336,24 +339,29 @@ class Growing:
         """None while all of a segment is held back."""
         if isinstance(item, Alignment):
             return self.respond(item, delta="")
-        _tell(item)
+        _tell(item, self.span)
         self.text += item.text
         self.calls += item.calls
         return self.respond(item, self.text, item.text, self.calls) if item.text or item.calls else None
 
 
 def _stream(engine: Engine, request: Request, respond: Callable[..., Response]) -> Generator[Response, None, None]:
-    growing = Growing(respond)
-    for item in engine.stream(request):
-        if (response := growing.of(item)) is not None:
-            yield response
+    return _responses(engine.stream(request), Growing(respond, active_span_id.get()))
 
 
-async def _astream(
-    engine: Engine, request: Request, respond: Callable[..., Response]
-) -> AsyncGenerator[Response, None]:
-    growing = Growing(respond)
-    async with aclosing(engine.astream(request)) as items:
+def _responses(items: Generator[Chunk | Alignment, None, None], growing: Growing) -> Generator[Any, None, None]:
+    with closing(items):
+        for item in items:
+            if (response := growing.of(item)) is not None:
+                yield response
+
+
+def _astream(engine: Engine, request: Request, respond: Callable[..., Response]) -> AsyncGenerator[Response, None]:
+    return _aresponses(engine.astream(request), Growing(respond, active_span_id.get()))
+
+
+async def _aresponses(items: AsyncGenerator[Chunk | Alignment, None], growing: Growing) -> AsyncGenerator[Any, None]:
+    async with aclosing(items):
         async for item in items:
             if (response := growing.of(item)) is not None:
                 yield response

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -18,6 +18,7 @@ from cards_integrations.llama_index import LlamaIndexCards
 from cards_integrations.messages import as_prompt
 from cards_integrations.rewards import AnyReward, as_reward
 from cards_integrations.schemas import converted
+from cards_integrations.session import Chunk
 from cards_integrations.settings import CardsSettings, as_context
 from cards_integrations.trace import Alignment
 
@@ -36,6 +37,7 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
     name: str | None = None  # Runnable only annotates it
+    streaming: bool = False  # of the LangChain face: `invoke` reports each kept segment, too
     _chat_model: ChatCards | None = PrivateAttr(default=None)
 
     @classmethod
@@ -49,7 +51,8 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
     def as_langchain(self) -> ChatCards:
         """The same model as a `BaseChatModel`, for fields that ask for one."""
         if self._chat_model is None or self._chat_model.options() != self.options():
-            self._chat_model = ChatCards(**self.options())
+            streaming = {"streaming": True} if self.streaming else {}  # False would forbid `stream`
+            self._chat_model = ChatCards(**self.options(), **streaming)
         return self._chat_model
 
     # --- its own face ---
@@ -61,6 +64,14 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
     async def aalign(self, prompt: Any, **options: Any) -> Alignment:
         """Like `align`, without blocking the event loop."""
         return await self._engine(options).arun(self.request(as_prompt(prompt), converted(options)))
+
+    def align_stream(self, prompt: Any, **options: Any) -> Iterator[Chunk | Alignment]:
+        """Like `align`: a `Chunk` for each kept segment, then the `Alignment`. Closing it stops the drafting."""
+        return self._engine(options).stream(self.request(as_prompt(prompt), converted(options)))
+
+    def aalign_stream(self, prompt: Any, **options: Any) -> AsyncIterator[Chunk | Alignment]:
+        """Like `align_stream`, without blocking the event loop."""
+        return self._engine(options).astream(self.request(as_prompt(prompt), converted(options)))
 
     def align_batch(
         self,
@@ -154,8 +165,17 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
     def configurable_alternatives(self, which: ConfigurableField, **alternatives: Any) -> Any:
         return self.as_langchain().configurable_alternatives(which, **alternatives)
 
-    def bind_tools(self, tools: Sequence[Any], **kwargs: Any) -> Runnable[LanguageModelInput, AIMessage]:
-        return self.as_langchain().bind_tools(tools, **kwargs)
+    def bind_tools(
+        self, tools: Sequence[Any], *, tool_choice: Any = None, **kwargs: Any
+    ) -> Runnable[LanguageModelInput, AIMessage]:
+        return self.as_langchain().bind_tools(tools, tool_choice=tool_choice, **kwargs)
+
+    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> Any:
+        return self.as_langchain()._get_ls_params(stop, **kwargs)
+
+    @classmethod
+    def is_lc_serializable(cls) -> bool:
+        return False
 
     def with_structured_output(self, schema: Any = None, **kwargs: Any) -> Runnable[LanguageModelInput, Any]:
         return self.as_langchain().with_structured_output(schema, **kwargs)

@@ -6,7 +6,14 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from langchain_core.messages import AIMessage, BaseMessage, FunctionMessage, ToolMessage
+from langchain_core.messages import (
+    AIMessage,
+    BaseMessage,
+    BaseMessageChunk,
+    FunctionMessage,
+    ToolMessage,
+    message_chunk_to_message,
+)
 from langchain_core.messages import ChatMessage as LangChainChatMessage
 from llama_index.core.base.llms.types import ChatMessage, ContentBlock, TextBlock, ThinkingBlock, ToolCallBlock
 
@@ -55,12 +62,15 @@ def _message(item: Any) -> Message:
 
 
 def _of_langchain(item: BaseMessage) -> Message:
+    if isinstance(item, BaseMessageChunk):
+        item = message_chunk_to_message(item)
     message: Message = {
         "role": _role(item.role if isinstance(item, LangChainChatMessage) else item.type),
         "content": _text(item.content),
     }
-    if isinstance(item, AIMessage) and item.tool_calls:
-        message["tool_calls"] = [_call(call["id"], call["name"], call["args"]) for call in item.tool_calls]
+    if isinstance(item, AIMessage) and (item.tool_calls or item.invalid_tool_calls):
+        calls = [*item.tool_calls, *item.invalid_tool_calls]
+        message["tool_calls"] = [_call(call["id"], call["name"] or "tool", call["args"]) for call in calls]
     if isinstance(item, ToolMessage):
         message |= {"tool_call_id": item.tool_call_id, "name": item.name}
     if isinstance(item, FunctionMessage):
@@ -82,8 +92,10 @@ def _of_llama_index(item: ChatMessage) -> Message:
 def _of_dict(item: Mapping[str, Any]) -> Message:
     content = item.get("content")
     message: Message = {"role": _role(item["role"]), "content": "" if content is None else _text(content)}
-    if item.get("tool_calls"):
-        message["tool_calls"] = [_call_of_dict(call) for call in item["tool_calls"]]
+    if calls := item.get("tool_calls"):
+        if not isinstance(calls, (list, tuple)):
+            raise PromptError(f"Not a tool call: {calls!r}; pass a list of them.")
+        message["tool_calls"] = [_call_of_dict(call) for call in calls]
     if message["role"] == "tool":
         message |= {"tool_call_id": item.get("tool_call_id"), "name": item.get("name")}
     return message
@@ -92,31 +104,38 @@ def _of_dict(item: Mapping[str, Any]) -> Message:
 def _call_of_dict(call: Any) -> dict[str, Any]:
     try:
         function = call["function"] if "function" in call else {"name": call["name"], "arguments": call["args"]}
-        return _call(call.get("id"), function["name"], function["arguments"])
-    except (TypeError, KeyError, AttributeError):
-        raise PromptError(f"Not a tool call: {call!r}; pass OpenAI's or LangChain's form.") from None
+        name, arguments = function["name"], function["arguments"]
+    except (TypeError, KeyError):
+        name = arguments = None
+    if not isinstance(name, str) or not isinstance(call.get("id"), str | None):
+        raise PromptError(f"Not a tool call: {call!r}; pass OpenAI's or LangChain's form.")
+    return _call(call.get("id"), name, arguments)
 
 
 def _call(call_id: str | None, name: str, arguments: Any) -> dict[str, Any]:
     """A call as chat templates take it: the arguments are an object."""
+    given = arguments
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments)
-        except ValueError:
-            arguments = {"input": arguments}  # said as well as it can be
-    return {"type": "function", "id": call_id, "function": {"name": name, "arguments": arguments}}
+            arguments = json.loads(arguments or "{}")
+        except (ValueError, RecursionError):
+            arguments = given
+    if not isinstance(arguments, Mapping):
+        arguments = {} if arguments is None else {"input": given}  # said as well as it can be
+    return {"type": "function", "id": call_id, "function": {"name": name, "arguments": dict(arguments)}}
 
 
 def _name_results(chat: list[Message]) -> None:
     """Some templates ask for the name of the tool with its result; a result has only the id of the call."""
-    names = {call["id"]: call["function"]["name"] for message in chat for call in message.get("tool_calls", ())}
+    names: dict[Any, str] = {}
     for message in chat:
+        names |= {call["id"]: call["function"]["name"] for call in message.get("tool_calls", ())}
         if message["role"] == "tool" and not message.get("name"):
             message["name"] = names.get(message.get("tool_call_id"), "tool")
 
 
-def _role(role: str) -> str:
-    if role not in ROLES:
+def _role(role: Any) -> str:
+    if not isinstance(role, str) or role not in ROLES:
         raise PromptError(
             f"The message role {role!r} is not known; use one of {', '.join(sorted(set(ROLES.values())))}."
         )

@@ -21,7 +21,10 @@ def _tool_schema(tool: Any, strict: bool | None) -> dict[str, Any]:
     if isinstance(tool, LlamaIndexTool):
         tool = tool.metadata.to_openai_tool(skip_length_check=True)
     try:
-        return convert_to_openai_tool(tool, strict=strict)
+        found = convert_to_openai_tool(tool, strict=strict)
+        if strict is not None:  # what is in OpenAI's form already comes back as it was
+            found = {**found, "function": {**found["function"], "strict": strict}}
+        return found
     except Exception as error:
         raise SettingsError(f"tools: {tool!r} cannot be described as a function: {error}") from error
 

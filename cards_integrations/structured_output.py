@@ -30,7 +30,7 @@ class Whole:
     def parse_result(self, result: list[Generation], *, partial: bool = False) -> Any:
         """What the answer holds; an `OutputParserException` if `max_tokens` cut it."""
         first = result[0]
-        if not partial and isinstance(first, ChatGeneration) and _cut(first.message):
+        if isinstance(first, ChatGeneration) and _cut(first.message):  # of a stream, only the last chunk says so
             raise OutputParserException(
                 "The answer was cut at max_tokens before it was whole; use a larger max_tokens.",
                 llm_output=first.text,
@@ -62,10 +62,11 @@ def structured(
         raise SettingsError(f"with_structured_output: method={method!r} needs a schema.")
     traced = {"kwargs": {"method": method, "strict": strict}, "schema": schema}
     if schema is not None:
-        traced["schema"] = convert_to_json_schema(json_schema(schema) if _untitled(schema) else schema)
+        traced["schema"] = json_schema(schema) if _untitled(schema) else convert_to_json_schema(schema)
     parser: BaseOutputParser[Any]
     if method == "function_calling":
-        (tool,) = tool_schemas([schema], strict)
+        function = {"title": "answer", **schema} if _untitled(schema) else schema
+        (tool,) = tool_schemas([function], strict)
         name = tool["function"]["name"]
         asked = llm.bind_tools(
             [tool], tool_choice=name, parallel_tool_calls=False, ls_structured_output_format=traced, **options

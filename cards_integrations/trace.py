@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Verdict = Literal["accepted", "rejected", "best", "unscored"]
 FinishReason = Literal["stop", "length"]
@@ -80,7 +84,7 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class InvalidToolCall:
-    """What should have been one: the name if there is one, the text of its arguments, and what is wrong."""
+    """What should have been one: the name if there is one, the text of what was written, and what is wrong."""
 
     id: str
     name: str | None
@@ -129,6 +133,26 @@ class Alignment:
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers."""
         return asdict(self)
+
+    def _repr_html_(self) -> str:
+        """In a notebook: the text as blue as its rewards are high, every candidate, and the cost."""
+        from cards_integrations import picture
+
+        return picture.fragment(self)
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write what a notebook shows as a page that opens offline; the path."""
+        from cards_integrations import picture
+
+        path = Path(path)
+        path.write_text(picture.page(self), encoding="utf-8")
+        return path
+
+    def plot(self, axes: Axes | None = None) -> Axes:
+        """Rewards and thresholds over tokens with matplotlib, on these axes or on new ones."""
+        from cards_integrations import picture
+
+        return picture.draw(self, axes)
 
     def summary(self) -> dict[str, Any]:
         """What the frameworks carry in their metadata: all but the tokens and the rejected text."""

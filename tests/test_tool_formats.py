@@ -73,7 +73,7 @@ def test_what_is_written_is_read(form: FormatName, calls: list[dict[str, Any]]) 
     reading = FORMATS[form].read(FORMATS[form].written(calls), TOOLS)
     assert called(reading) == [(each["function"]["name"], each["function"]["arguments"]) for each in calls]
     assert reading.said == ""
-    assert not reading.unfinished
+    assert reading.sure == len(reading.calls)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -234,13 +234,8 @@ def test_an_invalid_call_leaves_the_others_whole() -> None:
         '"add"',
         "12",
         "",
-        pytest.param(
-            "[]", marks=pytest.mark.xfail(strict=True, reason="an empty list counts as calls, and nothing is left")
-        ),
-        pytest.param(
-            '{"name": "Bob", "age": 3}',
-            marks=pytest.mark.xfail(strict=True, reason="a name alone makes it a call, of a tool that nobody gave"),
-        ),
+        "[]",
+        '{"name": "Bob", "age": 3}',
     ],
 )
 def test_json_that_is_no_call_is_said(form: FormatName, text: str) -> None:
@@ -255,7 +250,6 @@ def test_json_after_a_call_that_is_none_is_said(form: FormatName) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.xfail(strict=True, raises=RecursionError, reason="json gives up on deep nesting with a RecursionError")
 def test_a_model_that_repeats_a_bracket(form: FormatName) -> None:
     own = FORMATS[form]
     text = own.opening + own.middle + "[" * 3000
@@ -304,13 +298,13 @@ def check_streamed(form: FormatName, text: str, cuts: Sequence[int]) -> None:
 
 CLOSED = [  # no string is left open, and no number stands alone: see `test_what_can_still_become_a_call_waits`
     *(FORMATS[form].written(calls) for form in FORMS for calls in ([PARIS], [SUM, SUM])),
-    *(FORMATS[form].written([call("say", text=text)]) for form in FORMS for text in ("<tool_call>", "[ARGS]", "}")),
+    *(FORMATS[form].written([call("say", text=text)]) for form in FORMS for text in ("[ARGS]", "}")),
     *MARKERS, *(marker[:4] for marker in MARKERS), *(marker[4:] for marker in MARKERS),
     ONE, '{"x": 1}', '{"name": "a"}', "{bad}", "{", "}", "[", "]", "null", "[]", "the sky", "\n", "; ", " ",
 ]  # fmt: skip
 WILD = [
     *CLOSED, ONE[:20], '"', "1", "2", "-", "```json", "```", "`", "\t",
-    FORMATS["hermes"].written([call("say", text="</tool_call>")]),
+    *(FORMATS[form].written([call("say", text=text)]) for form in FORMS for text in ("<tool_call>", "</tool_call>")),
 ]  # fmt: skip
 CUTS = st.one_of(st.lists(st.integers(0, 300), max_size=12), st.just(list(range(600))))
 
@@ -320,22 +314,7 @@ def texts(fragments: list[str]) -> st.SearchStrategy[str]:
     return st.lists(st.one_of(st.sampled_from(fragments), letters), max_size=7).map("".join)
 
 
-@pytest.mark.parametrize("form", MARKED)
-@given(texts(CLOSED), CUTS)
-@settings(max_examples=300)
-def test_nothing_that_is_told_is_taken_back(form: FormatName, text: str, cuts: list[int]) -> None:
-    check_streamed(form, text, cuts)
-
-
-@pytest.mark.parametrize("form", BARE)
-@given(texts([each for each in WILD if "`" not in each and "<|" not in each]), CUTS)
-@settings(max_examples=300)
-def test_nothing_that_is_told_of_bare_calls_is_taken_back(form: FormatName, text: str, cuts: list[int]) -> None:
-    check_streamed(form, text, cuts)
-
-
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.xfail(strict=True, reason="numbers, </tool_call> in a string, blanks after a fence or <|python_tag|>")
 @given(texts(WILD), CUTS)
 @example('<tool_call>{"name": "say", "arguments": {"text": "</tool_call>"}}</tool_call>', list(range(99)))
 @example("[TOOL_CALLS]12", [13])
@@ -366,7 +345,6 @@ def test_every_character_on_its_own(form: FormatName, before: str) -> None:
         ("json", f"```\n{ONE}\n```", 4),
     ],
 )
-@pytest.mark.xfail(strict=True, reason="told too early")
 def test_what_can_still_become_a_call_waits(form: FormatName, text: str, cut: int) -> None:
     check_streamed(form, text, [cut])
 
@@ -548,10 +526,7 @@ def test_strict_calls_after_any_text(judge: Judge, form: FormatName) -> None:
 
 
 @pytest.mark.parametrize("form", MARKED)
-def test_strict_calls_may_follow_any_text(judge: Judge, form: FormatName, request: pytest.FixtureRequest) -> None:
-    if "ordinary" in request.node.name:
-        reason = "the lexer takes the marker's first characters for said, and cannot go back"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+def test_strict_calls_may_follow_any_text(judge: Judge, form: FormatName) -> None:
     write = FORMATS[form].written
     grammar = FORMATS[form].grammar(STRICT, judge.lark(form))
     for said in ("Hello. ", "\n\n", "1 < 2 ", "[sic]", "«é😀»", "</tool", "<", "[", FORMATS[form].opening[:-1]):
@@ -572,7 +547,6 @@ def test_strict_bare_calls_come_first(judge: Judge, form: FormatName) -> None:
     assert not judge.begins(grammar, '{"x": 1}')
 
 
-@pytest.mark.xfail(strict=True, reason="free text may begin with <|python_tag|>, and what follows is read as a call")
 def test_strict_holds_after_a_python_tag_that_is_text(plain: Any) -> None:
     judge = Judge(plain)
     grammar = FORMATS["llama3"].grammar(STRICT, judge.lark("llama3"))
@@ -582,7 +556,6 @@ def test_strict_holds_after_a_python_tag_that_is_text(plain: Any) -> None:
 
 
 @pytest.mark.parametrize("form", MARKED)
-@pytest.mark.xfail(strict=True, reason="where a marker is a special token, free text may spell it out, and is read")
 def test_strict_holds_after_a_marker_that_is_spelled_out(plain: Any, special: Any, form: FormatName) -> None:
     judge = Judge(special)
     grammar = FORMATS[form].grammar(STRICT, judge.lark(form))
@@ -615,16 +588,7 @@ def test_calls_or_else_no_text(judge: Judge, form: FormatName, strict: bool) -> 
         assert not judge.begins(grammar, write([wrong])), wrong
 
 
-@pytest.mark.parametrize(
-    "form",
-    [
-        *MARKED,
-        *(
-            pytest.param(form, marks=pytest.mark.xfail(strict=True, reason="after {, the lexer takes calls only"))
-            for form in BARE
-        ),
-    ],
-)
+@pytest.mark.parametrize("form", FORMS)
 def test_the_wanted_answer_instead_of_calls(judge: Judge, form: FormatName) -> None:
     grammar = FORMATS[form].grammar(TOOLS, judge.lark(form), ANSWER)
     for answer in ('{"mood": "sad"}', '{"mood": "happy"}'):

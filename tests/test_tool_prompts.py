@@ -270,7 +270,6 @@ def test_half_of_what_tools_need_is_not_enough(template: str) -> None:
     assert chat.tool_format.name == "hermes"
 
 
-@pytest.mark.xfail(strict=True, reason='only a call that begins with {"name": " is taken for Hermes')
 @pytest.mark.parametrize(
     "call", ["{{ {'arguments': f.arguments, 'name': f.name} | tojson }}", '{"name":"{{ f.name }}"}']
 )
@@ -307,7 +306,6 @@ def test_the_engine_takes_the_form_of_its_model(tmp_path: Path) -> None:
         engine.close()
 
 
-@pytest.mark.xfail(strict=True, reason="a model with another tool_format counts as another model, and is loaded again")
 def test_a_reward_on_the_same_weights_shares_them_whatever_the_form(tmp_path: Path) -> None:
     tokenizer = tokenizer_of("qwen")
     folder = tiny.save(tmp_path, tiny.causal(vocab_size=len(tokenizer)), tokenizer)
@@ -441,7 +439,6 @@ def test_ids_that_a_template_refuses(call_id: str) -> None:
     assert "<tool_response>\nsunny\n</tool_response>" in text
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="only a TemplateError leads to the other way")
 def test_calls_without_ids_for_a_template_that_measures_them() -> None:
     history = [
         {"role": "user", "content": "Weather?"},
@@ -452,7 +449,6 @@ def test_calls_without_ids_for_a_template_that_measures_them() -> None:
     assert "sunny" in text
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="only a TemplateError leads to the other way")
 def test_arguments_that_are_no_object_for_a_template_that_lists_them() -> None:
     tokenizer = tokenizer_of(None)
     tokenizer.chat_template = (
@@ -543,7 +539,7 @@ def test_grammars_write_special_tokens_as_themselves() -> None:
     assert chat.lark("<|im_end|>") == '"<|im_end|>"'
     assert chat.lark('a "b" ä\n') == '"a \\"b\\" ä\\n"'
     assert chat_of("llama", "special").lark("<tool_call>") == '"<tool_call>"'  # not one of its markers
-    assert chat_of("qwen", "added").lark("<tool_call>") == '"<tool_call>"'
+    assert chat_of("qwen", "spelled").lark("<tool_call>") == '"<tool_call>"'
 
 
 # --- whole answers ---
@@ -553,6 +549,7 @@ CARDS = Cards(target_reward=2.0, beta=0.3, max_rejections=3, boundary=Uncertaint
 MODELS: list[tuple[str, str, FormatName | None]] = [
     ("qwen", "special", None),
     ("qwen", "spelled", None),
+    ("qwen", "added", None),
     ("qwen", "special", "json"),
     ("llama", "special", None),
     ("llama", "spelled", None),
@@ -664,7 +661,6 @@ def test_what_was_called_can_be_answered(engine: Engine) -> None:
     assert ("You can call functions" in text) == (not chat.knows_tools)  # its ids are those that templates take
 
 
-@pytest.mark.xfail(strict=True, reason="llguidance takes added tokens like <tool_call> for special ones, as Qwen's are")
 @pytest.mark.parametrize("choice", ["any", "note"])
 def test_markers_that_are_added_tokens_but_not_special(tmp_path: Path, start: Start, choice: str) -> None:
     tokenizer = tokenizer_of("qwen", "added")
@@ -673,7 +669,6 @@ def test_markers_that_are_added_tokens_but_not_special(tmp_path: Path, start: St
         check_calls(answer)
 
 
-@pytest.mark.xfail(strict=True, reason="forced text that is an added token is drafted as that, and then refused")
 def test_a_constant_that_is_an_added_token(tmp_path: Path, start: Start) -> None:
     tokenizer = tokenizer_of("chatml", "added")
     folder = tiny.save(tmp_path, tiny.causal(vocab_size=len(tokenizer), max_position_embeddings=4096), tokenizer)

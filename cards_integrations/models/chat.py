@@ -70,7 +70,7 @@ class ChatTokenizer:
         if tools or mentions_tools(messages):
             schemas = tools.schemas if tools else ()
             if self.knows_tools:
-                with suppress(TemplateError):  # it may insist on an order that these messages do not have
+                with suppress(Exception):  # it may insist on an order, or on ids, that these messages do not have
                     before = self._apply(messages, tools=list(schemas) or None, add_generation_prompt=True)
                     return before, self._nonempty(self.encode(before))
             messages = flattened(messages, self.tool_format, schemas)
@@ -120,9 +120,9 @@ class ChatTokenizer:
 
     def lark(self, text: str) -> str:
         """How a grammar writes a text: as a string, or as the special token that it is."""
-        for token, marker in self.markers.items():
-            if marker == text:
-                return f"<[{token}]>"
+        added = {str(token): i for i, token in self.tokenizer.added_tokens_decoder.items()}  # not all are special
+        if text in self.tool_format.markers and text in added:
+            return f"<[{added[text]}]>"
         return json.dumps(text, ensure_ascii=False)
 
     def around_answer(self, prompt: str | list[Message]) -> tuple[str, str]:

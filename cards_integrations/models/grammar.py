@@ -86,9 +86,9 @@ class GrammarTokenizer:
 
     def __init__(self, tokenizer: Any, vocabulary: int, eos: set[int]) -> None:
         try:
-            from llguidance.hf import from_tokenizer
+            from llguidance import LLTokenizer
 
-            self.tokenizer = from_tokenizer(tokenizer, n_vocab=vocabulary)
+            self.tokenizer = LLTokenizer(_without_names(tokenizer), n_vocab=vocabulary, eos_token=_end(tokenizer, eos))
         except ImportError as error:
             raise ModelError(
                 "Grammars, tools and structured output need llguidance: pip install llguidance."
@@ -141,6 +141,31 @@ class GrammarTokenizer:
         """The token of a single character; 0, a padding token as a rule, where there is none."""
         found = tokenizer.convert_tokens_to_ids(text)
         return found if found is not None and found != tokenizer.unk_token_id else 0
+
+
+def _without_names(tokenizer: Any) -> str:
+    """The tokenizer as JSON, its added tokens under names that no text has: a text is never one of them.
+
+    A grammar means them by their ids. Otherwise the text "<tool_call>", which may stand in any JSON, would
+    be forced to be the token of that name, and then refused because a special token is no text.
+    """
+    found = json.loads(tokenizer.backend_tokenizer.to_str())
+    found |= {"post_processor": None, "padding": None, "truncation": None}  # they have their names, too
+    names = {added["content"]: f"<|added {added['id']}|>" for added in found["added_tokens"]}
+    for added in found["added_tokens"]:
+        added.update(content=names[added["content"]], special=True)
+    vocabulary = found["model"].get("vocab")
+    if isinstance(vocabulary, dict):
+        found["model"]["vocab"] = {names.get(token, token): i for token, i in vocabulary.items()}
+    if isinstance(vocabulary, list):
+        found["model"]["vocab"] = [[names.get(token, token), score] for token, score in vocabulary]
+    if unknown := found["model"].get("unk_token"):
+        found["model"]["unk_token"] = names.get(unknown, unknown)
+    return json.dumps(found)
+
+
+def _end(tokenizer: Any, eos: set[int]) -> int:
+    return int(tokenizer.eos_token_id) if tokenizer.eos_token_id is not None else min(eos)
 
 
 class Matcher:

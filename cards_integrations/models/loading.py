@@ -36,6 +36,10 @@ class LocalModel(BaseModel):
     trust_remote_code: bool = False
     tool_format: FormatName | None = None
 
+    def same_weights(self, other: LocalModel) -> bool:
+        """Is it the same model, whichever way it writes calls?"""
+        return self == other.model_copy(update={"tool_format": self.tool_format})
+
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -117,7 +121,7 @@ class ModelLoader:
     def _on_language_model(self, spec: LocalModel) -> bool:
         """Is it an adapter on the language model's own weights?"""
         base = spec.model_copy(update={"adapter": None})
-        if spec.adapter is None or self.language_model is None or self.language_model[0] != base:
+        if spec.adapter is None or self.language_model is None or not self.language_model[0].same_weights(base):
             return False
         from peft import PeftConfig
 

@@ -43,9 +43,15 @@ class ToolFormat(ABC):
 
     def grammar(self, tools: Tools, lark: Lark, otherwise: Grammar | None = None) -> Grammar | None:
         """What an answer may be: calls, and where none is forced also what `otherwise` allows, or free text."""
-        each = [f"call{i}: {self._call(function, lark)}" for i, function in enumerate(tools.allowed)]
-        one = "one: " + " | ".join(f"call{i}" for i in range(len(each)))
-        rules = "\n".join([f"calls: {self._calls(tools.several, lark)}", one, *each])
+        rests = [f"rest{i}: {self._rest(function, lark)}" for i, function in enumerate(tools.allowed)]
+        opening = lark(self.opening) if isinstance(self, Marked) else ""
+        rules = "\n".join([
+            f"calls: {opening} after",
+            f"after: {self._after(tools.several)}",
+            *([f"one: {opening} rest"] if "one" in self._after(tools.several) else []),
+            "rest: " + " | ".join(f"rest{i}" for i in range(len(rests))),
+            *rests,
+        ])  # fmt: skip
         if tools.forced:
             return Grammar(f"start: calls\n{rules}")
         if otherwise is not None:
@@ -54,13 +60,15 @@ class ToolFormat(ABC):
             return Grammar(f"start: {self._free(lark)}\n{rules}")
         return None
 
-    def _calls(self, several: bool, lark: Lark) -> str:
-        return 'one ("\\n" one)*' if several else "one"
+    def _after(self, several: bool) -> str:
+        """The rule of what follows the first opening, made of `rest`, and of `one`, a whole call."""
+        return 'rest ("\\n" one)*' if several else "rest"
 
-    def _call(self, function: dict[str, Any], lark: Lark) -> str:
+    def _rest(self, function: dict[str, Any], lark: Lark) -> str:
+        """The rule of a call after its opening; each literal alone, or it would win over what begins like it."""
         name = json.dumps(function["name"], ensure_ascii=False)
-        arguments = json_rule(_parameters(function))
-        return f"""{lark(f'{{"name": {name}, "{self.key}": ')} {arguments} {lark("}")}"""
+        literals = ["{", '"name"', ": ", name, ", ", f'"{self.key}"', ": "]
+        return " ".join([*map(lark, literals), json_rule(_parameters(function)), lark("}")])
 
     @abstractmethod
     def _free(self, lark: Lark) -> str:
@@ -70,29 +78,31 @@ class ToolFormat(ABC):
 
     def read(self, text: str, tools: Tools) -> Reading:
         """What an answer, or the beginning of one, says and calls."""
-        said, pieces, unfinished = self._pieces(text)
+        said, pieces, sure = self._pieces(text, tools)
         calls: list[ToolCall | InvalidToolCall] = []
-        for piece in pieces:
+        sure_calls = 0
+        for number, piece in enumerate(pieces):
             for found in self._read(piece):
                 call_id = f"{tools.call_id}{len(calls):02}"
                 if isinstance(found, Wrong):
                     calls.append(InvalidToolCall(call_id, found.name, found.text, found.error))
-                else:
-                    calls.append(ToolCall(call_id, *found))
-        return Reading(said.rstrip() if calls else said, tuple(calls), unfinished)
+                elif tools.several or not any(isinstance(call, ToolCall) for call in calls):
+                    calls.append(ToolCall(call_id, *found))  # nothing but a grammar holds a model to one call
+            sure_calls = len(calls) if number < sure else sure_calls
+        return Reading(said.rstrip() if calls else said, tuple(calls), sure_calls)
 
     @abstractmethod
     def certain(self, text: str) -> int:
         """How many characters of an unfinished answer are said, and cannot turn out to belong to a call."""
 
     @abstractmethod
-    def _pieces(self, text: str) -> tuple[str, list[str], bool]:
-        """What is said, the text of each call, and whether the last one is unfinished."""
+    def _pieces(self, text: str, tools: Tools) -> tuple[str, list[str], int]:
+        """What is said, the text of each call, and how many of those no later text can change."""
 
     def _read(self, piece: str) -> list[Found]:
         try:
             value = json.loads(piece)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return [Wrong(_name_in(piece), piece, f"not JSON: {error}")]
         return [_call(each) for each in (value if isinstance(value, list) else [value])]
 
@@ -107,26 +117,28 @@ class Marked(ToolFormat):
         return len(text[:start].rstrip())
 
     def _free(self, lark: Lark) -> str:
-        said = "/(?s:.*)/"
-        if lark(self.opening).startswith('"'):  # a special token is no text anyway
-            said += f" & ~/(?s:.*){_escaped(self.opening)}(?s:.*)/"
-        return f"SAID calls | SAID\nSAID: {said}"
+        opening = _escaped(self.opening)
+        said = f"SAID: /(?s:.*)/ & ~/(?s:.*){opening}(?s:.*)/"
+        if not lark(self.opening).startswith('"'):
+            return f"SAID calls | SAID\n{said}"
+        to_call = f"TO_CALL: /(?s:.*){opening}/ & ~/(?s:.*){opening}(?s:.+)/"  # or the text would swallow its beginning
+        return f"TO_CALL after | SAID\n{said}\n{to_call}"
 
-    def _pieces(self, text: str) -> tuple[str, list[str], bool]:
-        said, calls, at, unfinished = list[str](), list[str](), 0, False
+    def _pieces(self, text: str, tools: Tools) -> tuple[str, list[str], int]:
+        said, calls, at, sure = list[str](), list[str](), 0, 0
         while (start := text.find(self.opening, at)) >= 0:
             said.append(text[at:start])
             start += len(self.opening)
             end = self._end(text, start)
-            unfinished = end is None
             if end is None:
                 end = text.find(self.closing, start) if self.closing else -1
-                unfinished = end < 0
-                end = len(text) if unfinished else end
+                end = len(text) if end < 0 else end
+            elif sure == len(calls):  # what comes after one that is not whole may be part of it
+                sure += 1
             calls.append(text[start:end].strip())
             rest = text[end:].lstrip()
             at = len(text) - len(rest.removeprefix(self.closing))
-        return "".join([*said, text[at:]]), calls, unfinished
+        return "".join([*said, text[at:]]), calls, sure
 
     def _end(self, text: str, start: int) -> int | None:
         """Where the JSON ends that begins here; None if there is none, or not yet."""
@@ -143,8 +155,8 @@ class Hermes(Marked):
     def _written(self, function: dict[str, Any]) -> str:
         return f"{self.opening}\n{super()._written(function)}\n{self.closing}"
 
-    def _call(self, function: dict[str, Any], lark: Lark) -> str:
-        return f'{lark(self.opening)} "\\n" {super()._call(function, lark)} "\\n" {lark(self.closing)}'
+    def _rest(self, function: dict[str, Any], lark: Lark) -> str:
+        return f'"\\n" {super()._rest(function, lark)} "\\n" {lark(self.closing)}'
 
 
 class Mistral(Marked):
@@ -156,9 +168,8 @@ class Mistral(Marked):
     def written(self, calls: Sequence[dict[str, Any]]) -> str:
         return f"{self.opening}[{', '.join(self._written(call['function']) for call in calls)}]"
 
-    def _calls(self, several: bool, lark: Lark) -> str:
-        more = '(", " one)*' if several else ""
-        return f'{lark(self.opening)} "[" one {more} "]"'
+    def _after(self, several: bool) -> str:
+        return '"[" rest (", " rest)* "]"' if several else '"[" rest "]"'
 
 
 class MistralNamed(Marked):
@@ -174,12 +185,11 @@ class MistralNamed(Marked):
     def _written(self, function: dict[str, Any]) -> str:
         return f"{self.opening}{function['name']}{self.middle}{json.dumps(function['arguments'], ensure_ascii=False)}"
 
-    def _calls(self, several: bool, lark: Lark) -> str:
-        return "one+" if several else "one"
+    def _after(self, several: bool) -> str:
+        return "rest one*" if several else "rest"
 
-    def _call(self, function: dict[str, Any], lark: Lark) -> str:
-        arguments = json_rule(_parameters(function))
-        return f"{lark(self.opening)} {lark(function['name'])} {lark(self.middle)} {arguments}"
+    def _rest(self, function: dict[str, Any], lark: Lark) -> str:
+        return f"{lark(function['name'])} {lark(self.middle)} {json_rule(_parameters(function))}"
 
     def _end(self, text: str, start: int) -> int | None:
         middle = text.find(self.middle, start)
@@ -189,7 +199,7 @@ class MistralNamed(Marked):
         name, _, arguments = piece.partition(self.middle)
         try:
             return [_call({"name": name.strip(), "arguments": json.loads(arguments)})]
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return [Wrong(name.strip() or None, arguments, f"not JSON: {error}")]
 
 
@@ -199,31 +209,54 @@ class Bare(ToolFormat):
     name: ClassVar[FormatName] = "json"
 
     def certain(self, text: str) -> int:
-        begun = self._start(text)
-        could_begin = any(prefix.startswith(text.lstrip()) for prefix in (*self.markers, "```json"))
-        return 0 if begun is not None or could_begin else len(text)
+        rest = self._unfenced(text)
+        fenced = "```" + rest if text.removesuffix(rest).endswith("```") else rest  # perhaps half of "json"
+        could_begin = not rest or any(prefix.startswith(fenced) for prefix in self._prefixes)
+        return 0 if could_begin or rest.startswith(("{", "[")) else len(text)
+
+    def _after(self, several: bool) -> str:
+        return 'rest ("\\n" rest)*' if several else "rest"
 
     def _free(self, lark: Lark) -> str:
-        return "calls | SAID\nSAID: /(?s:[^\\s{\\[`].*)?/"
+        said = "/(?s:[^\\s{\\[`].*)?/"
+        for marker in self.markers:
+            said += f" & ~/{_escaped(marker)}(?s:.*)/"
+        return f"calls | SAID\nSAID: {said}"
 
-    def _pieces(self, text: str) -> tuple[str, list[str], bool]:
-        at, calls = self._start(text), list[str]()
-        while at is not None and at < len(text):
+    def _pieces(self, text: str, tools: Tools) -> tuple[str, list[str], int]:
+        rest, calls = self._unfenced(text), list[str]()
+        at = len(text) - len(rest) if rest.startswith(("{", "[")) else len(text)
+        while at < len(text):
             end = _json_end(text, at)
             if end is None and _name_in(text[at:]) is not None:
-                return "", [*calls, text[at:].strip()], True
-            if end is None or any(isinstance(found, Wrong) for found in self._read(text[at:end])):
+                return "", [*calls, text[at:].strip()], len(calls)
+            if end is None or not self._calls_only(text[at:end], tools):
                 break  # JSON perhaps, but no call
             calls.append(text[at:end])
             at = len(text) - len(text[end:].lstrip(" \n;,`"))
-        return text[at:] if calls else text, calls, False
+        return text[at:] if calls else text, calls, len(calls)
 
-    def _start(self, text: str) -> int | None:
-        """Where JSON begins, after what may stand before it."""
+    def _calls_only(self, piece: str, tools: Tools) -> bool:
+        """Is it a call, or a list of them? An object that only has a name is one if a tool has that name."""
+        value = json.loads(piece)
+        found = value if isinstance(value, list) else [value]
+        named = [not isinstance(_call(each), Wrong) for each in found]
+        return (
+            all(named)
+            and any(named)
+            and all("arguments" in each or self.key in each or each["name"] in tools.names for each in found)
+        )
+
+    @property
+    def _prefixes(self) -> list[str]:
+        """What may stand before the JSON."""
+        return [*self.markers, "```json", "```"]
+
+    def _unfenced(self, text: str) -> str:
         rest = text.lstrip()
-        for prefix in (*self.markers, "```json", "```"):
+        for prefix in self._prefixes:
             rest = rest.removeprefix(prefix).lstrip()
-        return len(text) - len(rest) if rest.startswith(("{", "[")) else None
+        return rest
 
 
 class Llama3(Bare):
@@ -236,8 +269,8 @@ class Llama3(Bare):
     def written(self, calls: Sequence[dict[str, Any]]) -> str:
         return "; ".join(self._written(call["function"]) for call in calls)
 
-    def _calls(self, several: bool, lark: Lark) -> str:
-        return 'one ("; " one)*' if several else "one"
+    def _after(self, several: bool) -> str:
+        return 'rest ("; " rest)*' if several else "rest"
 
 
 FORMATS: dict[FormatName, ToolFormat] = {f.name: f for f in (Hermes(), Mistral(), MistralNamed(), Llama3(), Bare())}
@@ -262,7 +295,7 @@ def _call(value: Any) -> Found:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return Wrong(value["name"], arguments, f"not JSON: {error}")
     if not isinstance(arguments, dict):
         return Wrong(value["name"], json.dumps(arguments, ensure_ascii=False), "the arguments are not an object")
@@ -277,15 +310,18 @@ def _json_end(text: str, start: int) -> int | None:
     """Where the JSON value ends that begins here or after blanks; None if there is none, or not all of it."""
     start = len(text) - len(text[start:].lstrip())
     try:
-        return json.JSONDecoder().raw_decode(text, start)[1]
-    except ValueError:
+        value, end = json.JSONDecoder().raw_decode(text, start)
+    except (ValueError, RecursionError):
         return None
+    goes_on = end == len(text) and isinstance(value, (int, float)) and not isinstance(value, bool)
+    return None if goes_on else end  # there may be more digits
 
 
 def _name_in(piece: str) -> str | None:
     """The name in a call that is not JSON, or not yet."""
     before, found, rest = piece.partition('"name": "')
-    return rest.partition('"')[0] if found and not before.strip(" \n[{") else None
+    name, whole, _ = rest.partition('"')
+    return name if found and whole and not before.strip(" \n[{") else None
 
 
 def _escaped(text: str) -> str:

@@ -41,7 +41,7 @@ def format_in(rendered: str) -> FormatName:
     """The form in which a template wrote the call of `PROBE`."""
     if "[TOOL_CALLS]" in rendered:
         return "mistral_named" if "[ARGS]" in rendered else "mistral"
-    if re.search(r'<tool_call>\s*{"name": "probed_call"', rendered):
+    if re.search(r'<tool_call>\s*{\s*"(name|arguments)"', rendered):
         return "hermes"
     return "llama3" if '"parameters": {"key"' in rendered else "json"
 

@@ -26,7 +26,7 @@ class ToolReader:
         said, calls = reading.said, reading.calls
         if self.tools is not None and not finished:
             said = text[: self.form.certain(text)]
-            calls = calls[:-1] if reading.unfinished else calls
+            calls = calls[: reading.sure]
         new = said[self.said :], calls[self.called :]
         self.said, self.called = max(self.said, len(said)), len(calls)
         return new

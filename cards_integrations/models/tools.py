@@ -31,9 +31,6 @@ class Tools:
     def __post_init__(self) -> None:
         if self.choice not in ("auto", "any") and self.choice not in self.names:
             raise SettingsError(f"tool_choice={self.choice!r}: there is no such tool, only {', '.join(self.names)}.")
-        for name in self.names:
-            if self.names.count(name) > 1:
-                raise SettingsError(f"tools: two of them are called {name!r}.")
 
     @property
     def names(self) -> list[str]:
@@ -57,33 +54,38 @@ class Tools:
 
 def as_tools(schemas: Sequence[Mapping[str, Any]] | None, choice: Any = None, parallel: bool = True) -> Tools | None:
     """From what callers of either framework say; None where no tool may be called."""
-    if not schemas or choice == "none" or choice is False:
-        if not schemas and choice not in (None, "auto", "none", False):
+    chosen = _choice(choice)
+    if not schemas or chosen == "none":
+        if chosen not in ("auto", "none"):
             raise SettingsError(f"tool_choice={choice!r} needs tools=.")
         return None
-    functions = tuple(_function(schema) for schema in schemas)
-    return Tools(functions, _choice(choice), parallel, any(f["function"].get("strict") for f in functions))
+    by_name = {each["function"]["name"]: each for each in map(_function, schemas)}  # one may be there twice
+    functions = tuple(by_name.values())
+    return Tools(functions, chosen, parallel, any(f["function"].get("strict") for f in functions))
 
 
 def _function(schema: Any) -> dict[str, Any]:
-    function = schema.get("function", schema) if isinstance(schema, Mapping) else {}
-    if not isinstance(function.get("name"), str):
+    function = schema.get("function", schema) if isinstance(schema, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise SettingsError(f"tools: {schema!r} is not a function with a name, a description and parameters.")
     return {"type": "function", "function": dict(function)}
 
 
 def _choice(choice: Any) -> str:
     if isinstance(choice, Mapping):  # as OpenAI or Anthropic write it
-        choice = choice.get("function", choice).get("name") or choice.get("type")
-    if choice is None:
-        return "auto"
+        function = choice.get("function", choice)
+        if not isinstance(function, Mapping):
+            raise SettingsError(f"tool_choice={choice!r}: its function is no mapping with a name.")
+        choice = function.get("name", choice.get("type"))
+    if choice is None or choice is False:
+        return "auto" if choice is None else "none"
     return "any" if choice in (True, "any", "required") else str(choice)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What an answer says and calls; `unfinished`: its text ends within the last call."""
+    """What an answer says and calls; later text can change none of its first `sure` calls."""
 
     said: str
     calls: tuple[ToolCall | InvalidToolCall, ...] = ()
-    unfinished: bool = False
+    sure: int = 0

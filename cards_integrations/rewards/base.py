@@ -261,7 +261,7 @@ class RewardLoader:
         if self.models.language_model is None:
             raise ModelError(f"reward {name!r} needs a local language model.")
         own, model, tokenizer = self.models.language_model
-        if spec is None or spec == own:
+        if spec is None or spec.same_weights(own):
             return Causal(model, ChatTokenizer(tokenizer), own=True, same_vocabulary=True)
         other, its_tokenizer = self.models.causal(spec)
         return Causal(other, ChatTokenizer(its_tokenizer), False, same_vocabulary(its_tokenizer, tokenizer))

@@ -31,6 +31,11 @@ def register_reward(cls: type[R]) -> type[R]:
     return cls
 
 
+def known_rewards() -> list[str]:
+    """All kinds, those of installed plug-ins included."""
+    return sorted({*REWARDS, *(point.name for point in entry_points(group=GROUP))})
+
+
 def reward_class(kind: str) -> type[Reward]:
     """The class of a kind, from this package or from an installed plug-in."""
     if kind in REWARDS:
@@ -47,7 +52,7 @@ def reward_class(kind: str) -> type[Reward]:
             raise SettingsError(f"The reward plug-in {kind!r} ({plugins[kind].value}) is not a subclass of Reward.")
         REWARDS[kind] = found
     if kind not in REWARDS:
-        raise unknown("reward.kind", kind, {*REWARDS, *plugins})
+        raise unknown("reward.kind", kind, known_rewards())
     return REWARDS[kind]
 
 

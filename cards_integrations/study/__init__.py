@@ -1,5 +1,8 @@
-"""For people who evaluate: calibration."""
+"""For people who evaluate: calibration, methods side by side, and a judge of pairs."""
 
 from cards_integrations.study.calibrate import Calibration, calibrate
+from cards_integrations.study.compare import Comparison, compare
+from cards_integrations.study.judge import Judgement, judge
+from cards_integrations.study.prompts import read_prompts
 
-__all__ = ["Calibration", "calibrate"]
+__all__ = ["Calibration", "Comparison", "Judgement", "calibrate", "compare", "judge", "read_prompts"]

@@ -1,0 +1,38 @@
+"""The `cards` command; one module for each subcommand."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from rich.console import Console
+
+from cards_integrations.cli import calibrate, chat, compare, generate, judge, lists
+from cards_integrations.errors import CardsError
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+app.command()(generate.generate)
+app.command()(chat.chat)
+app.command()(compare.compare)
+app.command()(judge.judge)
+app.command()(calibrate.calibrate)
+app.command()(lists.rewards)
+app.command()(lists.models)
+
+
+@app.callback()
+def cards() -> None:
+    """Aligned text from a local model: Cascade Reward Sampling."""
+
+
+def main() -> None:
+    """Entry point: errors of ours in one line, exit code 1; Ctrl-C exits with 130."""
+    try:
+        app()
+    except CardsError as error:
+        console = Console(stderr=True)
+        console.print(f"[red]{type(error).__name__}[/red]: ", end="")
+        console.print(str(error), markup=False, highlight=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)

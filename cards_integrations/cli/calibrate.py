@@ -1,0 +1,50 @@
+"""`cards calibrate`"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cards_integrations.cli.options import AllowImports, Config, Json, MaxTokens, Model, RewardOption, llm_from
+
+
+def calibrate(
+    config: Config = None,
+    allow_imports: AllowImports = False,
+    model: Model = None,
+    reward: RewardOption = None,
+    max_tokens: MaxTokens = None,
+    prompts: Annotated[Path | None, typer.Option(help="Lines of text, or JSON lines. Default: built in.")] = None,
+    budget: Annotated[float | None, typer.Option(help="Tokens to look at, as a multiple of a plain answer's.")] = None,
+    goal: Annotated[float | None, typer.Option(help="The mean reward that answers should reach.")] = None,
+    quantile: Annotated[float | None, typer.Option(help="The target as a quantile of plain answers' rewards.")] = None,
+    segment_length: Annotated[float | None, typer.Option(help="Wanted mean length of a segment, in tokens.")] = None,
+    candidates: Annotated[int, typer.Option(min=2, help="Scored drafts for each segment.")] = 4,
+    seed: int = 0,
+    out: Annotated[Path | None, typer.Option(help="Write settings as YAML here.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write charts here: .png, .svg, .pdf or .html.")] = None,
+    remember: Annotated[bool, typer.Option(help='Make it what "auto" takes for these models.')] = True,
+    as_json: Json = False,
+) -> None:
+    """Find the target reward, beta and entropy threshold for a language model and a reward model."""
+    from cards_integrations.study.prompts import read_prompts
+
+    asked, contexts = read_prompts(prompts) if prompts else (None, None)
+    with llm_from(config, allow_imports, model=model, reward=reward, max_tokens=max_tokens) as llm:
+        found = llm.calibrate(
+            asked, contexts=contexts, budget=budget, goal=goal, quantile=quantile, segment_length=segment_length,
+            candidates=candidates, seed=seed, remember=remember, progress=not as_json,
+        )  # fmt: skip
+    if out:
+        found.to_yaml(out)
+    if report:
+        found.save(report)
+    if as_json:
+        chosen = found.decoding.model_dump(mode="json")
+        print(json.dumps({"decoding": chosen, "foreseen": asdict(found.chosen.foreseen), "warnings": found.warnings}))
+    else:
+        print(found)

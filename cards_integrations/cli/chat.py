@@ -1,0 +1,79 @@
+"""`cards chat`"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cards_integrations.cli.options import (
+    AllowImports,
+    Config,
+    MaxTokens,
+    Method,
+    Model,
+    RewardOption,
+    Temperature,
+    llm_from,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from cards_integrations.llm import CardsLLM
+    from cards_integrations.trace import Alignment
+
+
+def chat(
+    config: Config = None,
+    allow_imports: AllowImports = False,
+    model: Model = None,
+    reward: RewardOption = None,
+    decoding: Method = None,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    seed: int | None = None,
+    system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
+    rejected: Annotated[bool, typer.Option(help="Show rejected candidates, dimmed.")] = False,
+) -> None:
+    """Talk to the model; kept segments appear as they come. An empty line or Ctrl-D ends it."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    with llm_from(
+        config, allow_imports, model=model, reward=reward, decoding=decoding, max_tokens=max_tokens,
+        temperature=temperature, seed=seed,
+    ) as llm:  # fmt: skip
+        while asked := _asked(console):
+            messages.append({"role": "user", "content": asked})
+            answer = show(console, llm, messages, rejected)
+            messages.append({"role": "assistant", "content": answer.text})
+
+
+def show(console: Console, llm: CardsLLM, messages: list[dict[str, Any]], rejected: bool) -> Alignment:
+    """Write an answer while it is drafted, then what it cost."""
+    from cards_integrations.trace import Alignment
+
+    for item in llm.align_stream(messages):
+        if isinstance(item, Alignment):
+            break
+        for draft in item.segment.drafts if rejected else ():
+            if draft.verdict == "rejected":
+                console.print(draft.text, style="dim strike", markup=False, end="", soft_wrap=True)
+        console.print(item.text, markup=False, end="", soft_wrap=True)
+    assert isinstance(item, Alignment)
+    usage = item.usage
+    reward = "" if item.reward is None else f"reward {item.reward:.2f}, "
+    console.print(
+        f"\n[dim]{reward}{usage.completion_tokens} tokens kept of {usage.drafted_tokens} drafted, "
+        f"{usage.seconds:.1f} s[/dim]\n"
+    )
+    return item
+
+
+def _asked(console: Console) -> str:
+    try:
+        return console.input("[bold]> [/bold]").strip()
+    except EOFError:
+        return ""

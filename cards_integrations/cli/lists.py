@@ -1,0 +1,56 @@
+"""`cards rewards` and `cards models`"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from typing import Annotated
+
+import typer
+
+from cards_integrations.cli.options import Json
+
+
+def rewards(
+    kind: Annotated[str | None, typer.Argument(help="Show the settings of this kind, as a JSON schema.")] = None,
+    as_json: Json = False,
+) -> None:
+    """The kinds of rewards, those of plug-ins included; with a name, its settings."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from cards_integrations.rewards.registry import known_rewards, reward_class
+
+    if kind is not None:
+        print(json.dumps(reward_class(kind).model_json_schema(), indent=2))
+        return
+    kinds = {name: (inspect.getdoc(reward_class(name)) or "").partition("\n\n")[0] for name in known_rewards()}
+    if as_json:
+        print(json.dumps(kinds))
+        return
+    table = Table("kind", "what it scores", box=None)
+    for name, said in kinds.items():
+        table.add_row(name, " ".join(said.split()))
+    Console().print(table)
+
+
+def models(as_json: Json = False) -> None:
+    """What works here without a hub: embedded models, named rewards, and the device that would be used."""
+    from rich.console import Console
+
+    from cards_integrations.models.embedded import MINILM, SMOLLM2, cache_dir
+    from cards_integrations.models.loading import ModelLoader, Placement
+    from cards_integrations.rewards import NAMED
+
+    loader = ModelLoader(Placement())
+    found = {
+        "embedded": [SMOLLM2, MINILM],
+        "rewards": sorted(NAMED),
+        "device": str(loader.device),
+        "cache": str(cache_dir()),
+    }
+    if as_json:
+        print(json.dumps(found))
+        return
+    for name, value in found.items():
+        Console().print(f"[bold]{name}[/bold]: {', '.join(value) if isinstance(value, list) else value}")

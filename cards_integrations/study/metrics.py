@@ -1,0 +1,56 @@
+"""What is said of a set of answers: means with intervals, and how much they repeat each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+DRAWS = 2000
+
+
+class Mean(NamedTuple):
+    """A mean and its 95% bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
+
+
+def mean(values: Sequence[float], groups: Sequence[object] | None = None, seed: int = 0) -> Mean:
+    """Over values; those of one group (a prompt) are drawn together."""
+    data = np.asarray(values, dtype=float)
+    if groups is not None:
+        sums: dict[object, list[float]] = {}
+        for value, group in zip(data, groups, strict=True):
+            sums.setdefault(group, []).append(float(value))
+        data = np.array([np.mean(each) for each in sums.values()])
+    rng = np.random.default_rng(seed)
+    drawn = data[rng.integers(len(data), size=(DRAWS, len(data)))].mean(1)
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return Mean(float(data.mean()), float(low), float(high))
+
+
+def distinct(texts: Sequence[str], n: int) -> float:
+    """distinct-n: the share of n-grams of words that are different ones (Li et al., arXiv 1510.03055)."""
+    grams = [tuple(words[i : i + n]) for text in texts for words in [text.split()] for i in range(len(words) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def self_bleu(groups: Sequence[Sequence[str]]) -> float | None:
+    """The mean BLEU-4 of an answer against the others to the same prompt (arXiv 1802.01886); None without others."""
+    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
+
+    smooth = SmoothingFunction().method1
+    scores = []
+    for texts in groups:
+        words = [text.split() for text in texts]
+        for i, own in enumerate(words):
+            others = words[:i] + words[i + 1 :]
+            if others and own:
+                scores.append(sentence_bleu(others, own, smoothing_function=smooth))
+    return float(np.mean(scores)) if scores else None

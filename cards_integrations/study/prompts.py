@@ -1,0 +1,52 @@
+"""Prompts from files."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+from cards_integrations.errors import SettingsError
+
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+
+
+def read_prompts(file: str | Path) -> tuple[list[Any], list[Any]]:
+    """Prompts, each with its context or None, from lines of text or of JSON (perhaps gzipped).
+
+    A JSON line holds a `prompt` (a string, or messages) or `messages`, and perhaps a `context`; or it is a
+    dialogue as in HH-RLHF, of which everything up to the last answer is the prompt.
+    """
+    path = Path(file)
+    try:
+        data = path.read_bytes()
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
+        lines = [line for line in text.splitlines() if line.strip()]
+        if ".jsonl" not in path.suffixes:
+            return lines, [None] * len(lines)
+        rows = [json.loads(line) for line in lines]
+        return [_prompt(row) for row in rows], [row.get("context") for row in rows]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SettingsError(f"The prompts {str(file)!r} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _prompt(row: dict[str, Any]) -> Any:
+    for name in ("prompt", "messages"):
+        if name in row:
+            return row[name]
+    return dialogue(row["chosen"])
+
+
+def dialogue(text: str) -> list[dict[str, str]]:
+    """The messages of an HH-RLHF dialogue up to its last answer."""
+    messages = []
+    for turn in text.split(HUMAN)[1:]:
+        said, *answers = turn.split(ASSISTANT)
+        messages.append({"role": "user", "content": said.strip()})
+        messages += [{"role": "assistant", "content": answer.strip()} for answer in answers]
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    if not messages:
+        raise ValueError(f"no dialogue: {text[:60]!r}")
+    return [message for message in messages if message["content"]]

@@ -1,0 +1,663 @@
+"""What callers of both frameworks say of messages, tools and formats, and what the core makes of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Annotated, Any, TypedDict
+
+import pytest
+from langchain_core.messages import (
+    AIMessage,
+    AIMessageChunk,
+    ChatMessage,
+    FunctionMessage,
+    HumanMessage,
+    HumanMessageChunk,
+    SystemMessage,
+    ToolMessage,
+)
+from langchain_core.messages.tool import invalid_tool_call, tool_call, tool_call_chunk
+from langchain_core.tools import StructuredTool, tool
+from llama_index.core.base.llms.types import ChatMessage as LlamaIndexMessage
+from llama_index.core.base.llms.types import ImageBlock, MessageRole, TextBlock, ThinkingBlock, ToolCallBlock
+from llama_index.core.tools import FunctionTool
+from pydantic import BaseModel, Field
+from pydantic.v1 import BaseModel as OldBaseModel
+
+from cards_integrations.decoding import Sampling
+from cards_integrations.errors import PromptError, SettingsError
+from cards_integrations.langchain import ChatCards
+from cards_integrations.messages import as_prompt
+from cards_integrations.models.chat import Formatted
+from cards_integrations.models.grammar import Grammar
+from cards_integrations.models.tools import Tools, as_tools
+from cards_integrations.response_format import ResponseFormat, as_response_format
+from cards_integrations.schemas import converted, json_schema, tool_schemas
+from cards_integrations.settings import Options
+
+
+def call(call_id: str | None, name: str, arguments: Any) -> dict[str, Any]:
+    return {"type": "function", "id": call_id, "function": {"name": name, "arguments": arguments}}
+
+
+ARGUMENTS = {"city": "Köln", "days": [1, {"x": None}]}
+SAID = {"role": "assistant", "content": "One moment.", "tool_calls": [call("id1", "get_weather", ARGUMENTS)]}
+RESULT = {"role": "tool", "content": "sunny", "tool_call_id": "id1", "name": "get_weather"}
+
+# --- calls ---
+
+OPENAI = {"id": "id1", "type": "function", "function": {"name": "get_weather", "arguments": json.dumps(ARGUMENTS)}}
+LANGCHAIN = tool_call(id="id1", name="get_weather", args=ARGUMENTS)
+BLOCK = ToolCallBlock(tool_call_id="id1", tool_name="get_weather", tool_kwargs=ARGUMENTS)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        AIMessage("One moment.", tool_calls=[LANGCHAIN]),
+        AIMessage([{"type": "text", "text": "One moment."}], tool_calls=[LANGCHAIN]),
+        AIMessage(
+            ["One ", {"type": "text", "text": "moment."},
+             {"type": "tool_use", "id": "id1", "name": "get_weather", "input": ARGUMENTS}],
+            tool_calls=[LANGCHAIN],
+        ),
+        AIMessage(content_blocks=[{"type": "text", "text": "One moment."}, {**LANGCHAIN, "type": "tool_call"}]),
+        AIMessage("One moment.", additional_kwargs={"tool_calls": [OPENAI]}),
+        LlamaIndexMessage(role=MessageRole.ASSISTANT, blocks=[TextBlock(text="One moment."), BLOCK]),
+        LlamaIndexMessage(
+            role=MessageRole.ASSISTANT,
+            blocks=[ThinkingBlock(content="Hm."), TextBlock(text="One "), TextBlock(text="moment."), BLOCK],
+        ),
+        LlamaIndexMessage(
+            role=MessageRole.ASSISTANT,
+            blocks=[
+                TextBlock(text="One moment."),
+                ToolCallBlock(tool_call_id="id1", tool_name="get_weather", tool_kwargs=json.dumps(ARGUMENTS)),
+            ],
+        ),
+        {"role": "assistant", "content": "One moment.", "tool_calls": [OPENAI]},
+        {"role": "assistant", "content": [{"type": "text", "text": "One moment."}], "tool_calls": [OPENAI]},
+        {"role": "ai", "content": "One moment.", "tool_calls": [LANGCHAIN]},
+        SAID,
+    ],
+)  # fmt: skip
+def test_calls_of_every_form(message: Any) -> None:
+    [found] = as_prompt([message])
+    assert found == SAID
+    assert list(found["tool_calls"][0]["function"]["arguments"]) == ["city", "days"]  # in their order
+
+
+def test_chunks_of_a_stream_are_messages() -> None:
+    chunks = [
+        AIMessageChunk("One "),
+        AIMessageChunk("moment."),
+        AIMessageChunk("", tool_call_chunks=[tool_call_chunk(id="id1", name="get_weather", args=None, index=0)]),
+        AIMessageChunk("", tool_call_chunks=[tool_call_chunk(args=json.dumps(ARGUMENTS), index=0)]),
+    ]
+    assert as_prompt([sum(chunks[1:], chunks[0])]) == [SAID]
+    assert as_prompt([HumanMessageChunk("Hi.")]) == [{"role": "user", "content": "Hi."}]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        AIMessage("", tool_calls=[LANGCHAIN]),
+        AIMessage([], tool_calls=[LANGCHAIN]),
+        LlamaIndexMessage(role=MessageRole.ASSISTANT, content=None, blocks=[BLOCK]),
+        {"role": "assistant", "content": None, "tool_calls": [OPENAI]},
+        {"role": "assistant", "content": "", "tool_calls": [OPENAI]},
+        {"role": "assistant", "tool_calls": [OPENAI]},
+        {"role": "assistant", "tool_calls": [LANGCHAIN]},
+    ],
+)
+def test_calls_without_a_word(message: Any) -> None:
+    assert as_prompt([message]) == [{**SAID, "content": ""}]
+
+
+def test_several_calls_keep_their_order() -> None:
+    calls = [tool_call(id=f"id{i}", name=f"f{i}", args={"i": i}) for i in range(3)]
+    blocks = [ToolCallBlock(tool_call_id=f"id{i}", tool_name=f"f{i}", tool_kwargs={"i": i}) for i in range(3)]
+    expected = [call(f"id{i}", f"f{i}", {"i": i}) for i in range(3)]
+    assert as_prompt([AIMessage("", tool_calls=calls)])[0]["tool_calls"] == expected
+    assert as_prompt([LlamaIndexMessage(role="assistant", blocks=blocks)])[0]["tool_calls"] == expected
+    assert as_prompt([{"role": "assistant", "tool_calls": calls}])[0]["tool_calls"] == expected
+
+
+@pytest.mark.parametrize("message", [AIMessage("Hi."), AIMessage("Hi.", tool_calls=[]), ("ai", "Hi.")])
+def test_no_calls_are_no_key(message: Any) -> None:
+    assert as_prompt([message]) == [{"role": "assistant", "content": "Hi."}]
+    assert as_prompt([{"role": "assistant", "content": "Hi.", "tool_calls": None}]) == as_prompt([message])
+    assert as_prompt([{"role": "assistant", "content": "Hi.", "tool_calls": []}]) == as_prompt([message])
+
+
+@pytest.mark.parametrize("arguments", ["{city: Köln", "Köln", "{'city': 1}"])
+def test_arguments_that_are_no_json_are_said_as_well_as_it_can_be(arguments: str) -> None:
+    broken = {"id": "id1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    block = ToolCallBlock(tool_call_id="id1", tool_name="f", tool_kwargs=arguments)
+    expected = [call("id1", "f", {"input": arguments})]
+    assert as_prompt([{"role": "assistant", "tool_calls": [broken]}])[0]["tool_calls"] == expected
+    assert as_prompt([LlamaIndexMessage(role="assistant", blocks=[block])])[0]["tool_calls"] == expected
+
+
+def test_an_empty_string_is_no_arguments() -> None:
+    found = {"id": "id1", "type": "function", "function": {"name": "now", "arguments": ""}}
+    assert as_prompt([{"role": "assistant", "tool_calls": [found]}])[0]["tool_calls"] == [call("id1", "now", {})]
+
+
+def test_the_prompt_is_a_copy() -> None:
+    given = {"role": "tool", "content": "sunny", "tool_call_id": "id1"}
+    assert as_prompt([SAID, given])[1]["name"] == "get_weather"
+    assert "name" not in given
+
+
+def test_invalid_calls_are_part_of_the_history() -> None:
+    wrong = invalid_tool_call(id="id1", name="get_weather", args="{city", error="not JSON")
+    found = as_prompt([AIMessage("", invalid_tool_calls=[wrong]), ToolMessage("not JSON", tool_call_id="id1")])
+    assert found[0]["tool_calls"] == [call("id1", "get_weather", {"input": "{city"})]
+    assert found[1]["name"] == "get_weather"
+
+
+def test_invalid_calls_beside_valid_ones() -> None:
+    wrong = invalid_tool_call(id="id2", name="f", args="{city", error="not JSON")
+    [found] = as_prompt([AIMessage("One moment.", tool_calls=[LANGCHAIN], invalid_tool_calls=[wrong])])
+    assert found["content"] == "One moment."
+    assert found["tool_calls"][0] == SAID["tool_calls"][0]
+
+
+# --- results ---
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        ToolMessage("sunny", tool_call_id="id1"),
+        ToolMessage("sunny", tool_call_id="id1", name="get_weather"),
+        ToolMessage("sunny", tool_call_id="id1", artifact={"not": "said"}),
+        ToolMessage([{"type": "text", "text": "sun"}, "ny"], tool_call_id="id1"),
+        LlamaIndexMessage(role=MessageRole.TOOL, content="sunny", additional_kwargs={"tool_call_id": "id1"}),
+        LlamaIndexMessage(
+            role=MessageRole.TOOL,
+            blocks=[TextBlock(text="sun"), TextBlock(text="ny")],
+            additional_kwargs={"tool_call_id": "id1", "name": "get_weather"},
+        ),
+        {"role": "tool", "content": "sunny", "tool_call_id": "id1"},
+        {"role": "tool", "content": "sunny", "tool_call_id": "id1", "name": "get_weather", "more": 1},
+    ],
+)
+def test_results_of_every_form(message: Any) -> None:
+    assert as_prompt([SAID, message]) == [SAID, RESULT]
+
+
+def test_a_result_that_is_an_error_is_told() -> None:
+    message = ToolMessage("ValueError: no such city", tool_call_id="id1", status="error")
+    assert as_prompt([SAID, message])[1] == {**RESULT, "content": "ValueError: no such city"}
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        FunctionMessage("sunny", name="get_weather"),
+        {"role": "function", "name": "get_weather", "content": "sunny"},
+        LlamaIndexMessage(role=MessageRole.FUNCTION, content="sunny", additional_kwargs={"name": "get_weather"}),
+    ],
+)
+def test_results_of_functions(message: Any) -> None:
+    [_, found] = as_prompt([SAID, message])
+    assert (found["role"], found["name"], found["content"]) == ("tool", "get_weather", "sunny")
+    assert found.get("tool_call_id") is None
+
+
+def test_names_of_results_are_found_by_their_ids() -> None:
+    calls = [tool_call(id=f"id{i}", name=f"f{i}", args={}) for i in range(3)]
+    results = [ToolMessage(f"r{i}", tool_call_id=f"id{i}") for i in (2, 0, 1)]
+    own = ToolMessage("r", tool_call_id="id0", name="own")
+    found = as_prompt([HumanMessage("Go."), AIMessage("", tool_calls=calls), *results, own])
+    assert [message["name"] for message in found[2:]] == ["f2", "f0", "f1", "own"]
+
+
+@pytest.mark.parametrize("call_id", [None, "id9", ""])
+def test_results_of_no_call_have_a_name_too(call_id: str | None) -> None:
+    [_, found] = as_prompt([SAID, {"role": "tool", "content": "sunny", "tool_call_id": call_id}])
+    assert found["name"] == "tool"
+
+
+def test_an_empty_result_stays() -> None:
+    found = as_prompt([SAID, ToolMessage("", tool_call_id="id1")])
+    assert found == [SAID, {**RESULT, "content": ""}]
+
+
+def test_ids_that_are_used_again_in_a_later_turn() -> None:
+    found = as_prompt(
+        [
+            AIMessage("", tool_calls=[tool_call(id="0", name="first", args={})]),
+            ToolMessage("a", tool_call_id="0"),
+            AIMessage("", tool_calls=[tool_call(id="0", name="second", args={})]),
+            ToolMessage("b", tool_call_id="0"),
+        ]
+    )
+    assert [message["name"] for message in found[1::2]] == ["first", "second"]
+
+
+# --- other messages ---
+
+
+@pytest.mark.parametrize(
+    ("message", "role"),
+    [
+        (HumanMessage("x"), "user"),
+        (SystemMessage("x"), "system"),
+        (ChatMessage("x", role="developer"), "system"),
+        (LlamaIndexMessage(role="model", content="x"), "assistant"),
+        (LlamaIndexMessage(role="chatbot", content="x"), "assistant"),
+        (("human", "x"), "user"),
+        (("developer", [{"type": "text", "text": "x"}]), "system"),
+        ({"role": "model", "content": ["x"]}, "assistant"),
+    ],
+)
+def test_roles(message: Any, role: str) -> None:
+    assert as_prompt([message]) == [{"role": role, "content": "x"}]
+
+
+@pytest.mark.parametrize("kind", ["reasoning", "thinking", "redacted_thinking", "tool_use", "input_json_delta"])
+def test_parts_that_are_not_said(kind: str) -> None:
+    [found] = as_prompt([AIMessage([{"type": kind, "text": "y", "thinking": "y"}, {"type": "text", "text": "x"}])])
+    assert found["content"] == "x"
+
+
+@pytest.mark.parametrize(
+    ("messages", "error"),
+    [
+        ([], "empty"),
+        ("", "empty"),
+        ([HumanMessage("")], "empty"),
+        ([{"role": "assistant", "content": None}], "empty"),
+        ([{"role": "assistant", "content": "", "tool_calls": []}], "empty"),
+        ([{"role": "assistant"}], "Not a message"),
+        ([{"role": "assistant", "tool_calls": []}], "Not a message"),
+        ([{"content": "x"}], "Not a message"),
+        ([5], "Not a message: int"),
+        ([("a", "b", "c")], "Not a message"),
+        ([{"role": "robot", "content": "x"}], "'robot' is not known"),
+        ([("robot", "x")], "'robot' is not known"),
+        ([{"role": "user", "content": 5}], "not int"),
+        ([HumanMessage([{"type": "image_url", "image_url": {"url": "x"}}])], "'image_url' is not supported"),
+        ([ToolMessage([{"type": "image", "url": "x"}], tool_call_id="a")], "'image' is not supported"),
+        ([LlamaIndexMessage(role="user", blocks=[ImageBlock(image=b"x")])], "'image' is not supported"),
+        (5, "not int"),
+        ([{"role": "assistant", "tool_calls": ["get_weather"]}], "Not a tool call"),
+        ([{"role": "assistant", "tool_calls": [{"name": "f"}]}], "Not a tool call"),
+        ([{"role": "assistant", "tool_calls": [{"args": {}}]}], "Not a tool call"),
+        ([{"role": "assistant", "tool_calls": [{"function": None}]}], "Not a tool call"),
+        ([{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}], "Not a tool call"),
+        ([{"role": "assistant", "tool_calls": [{"function": {"arguments": "{}"}}]}], "Not a tool call"),
+        ([{"role": "assistant", "tool_calls": [None]}], "Not a tool call"),
+        ([{"role": "assistant", "tool_calls": {"name": "f", "args": {}}}], "Not a tool call"),
+    ],
+)
+def test_what_is_no_message(messages: Any, error: str) -> None:
+    with pytest.raises(PromptError, match=error):
+        as_prompt(messages)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "assistant", "tool_calls": 5},
+        {"role": ["user"], "content": "x"},
+        {"role": "assistant", "tool_calls": [{"id": ["a"], "name": "f", "args": {}}]},
+        {"role": "assistant", "tool_calls": [{"id": "a", "name": None, "args": {}}]},
+    ],
+)
+def test_what_is_no_message_either(message: Any) -> None:
+    with pytest.raises(PromptError):
+        as_prompt([message])
+
+
+@pytest.mark.parametrize("arguments", [None, [1], "[1]", "null", "3"])
+def test_arguments_that_are_no_object(arguments: Any) -> None:
+    """An error, or said as well as it can be."""
+    message = {"role": "assistant", "tool_calls": [{"id": "a", "name": "f", "args": arguments}]}
+    with suppress(PromptError):
+        assert isinstance(as_prompt([message])[0]["tool_calls"][0]["function"]["arguments"], dict)
+
+
+# --- tools ---
+
+
+def get_weather(city: str, days: int = 1) -> str:
+    """Tell the weather.
+
+    Args:
+        city: where
+        days: for how long
+    """
+    return f"sunny in {city}"
+
+
+class Weather(BaseModel):
+    """Tell the weather."""
+
+    city: str = Field(description="where")
+    days: int = 1
+
+
+class OldWeather(OldBaseModel):
+    """Tell the weather."""
+
+    city: str
+    days: int = 1
+
+
+class TypedWeather(TypedDict):
+    """Tell the weather."""
+
+    city: Annotated[str, ..., "where"]
+    days: int
+
+
+PARAMETERS = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+    "required": ["city"],
+}
+DESCRIBED = {"name": "get_weather", "description": "Tell the weather.", "parameters": PARAMETERS}
+FUNCTION = {"type": "function", "function": DESCRIBED}
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        (get_weather, "get_weather"),
+        (Weather, "Weather"),
+        (OldWeather, "OldWeather"),
+        (TypedWeather, "TypedWeather"),
+        (tool(get_weather), "get_weather"),
+        (StructuredTool.from_function(get_weather, name="weather"), "weather"),
+        (FunctionTool.from_defaults(get_weather), "get_weather"),
+        (FunctionTool.from_defaults(get_weather, name="weather", description="Tell the weather."), "weather"),
+        (FUNCTION, "get_weather"),
+        (DESCRIBED, "get_weather"),
+        ({"title": "get_weather", "description": "Tell the weather.", **PARAMETERS}, "get_weather"),
+        ({"name": "get_weather", "description": "Tell the weather.", "input_schema": PARAMETERS}, "get_weather"),
+    ],
+    ids=str,
+)
+def test_tools_of_every_kind(given: Any, name: str) -> None:
+    [found] = tool_schemas([given])
+    assert found["type"] == "function"
+    assert found["function"]["name"] == name
+    assert "Tell the weather" in found["function"]["description"]
+    parameters = found["function"]["parameters"]
+    assert parameters["type"] == "object"
+    assert list(parameters["properties"]) == ["city", "days"]
+    assert parameters["properties"]["city"]["type"] == "string"
+    assert parameters["properties"]["days"]["type"] == "integer"
+    assert "city" in parameters["required"]
+    json.dumps(found)
+    assert as_tools([found]).names == [name]  # type: ignore[union-attr]
+
+
+def test_no_tools() -> None:
+    assert tool_schemas(None) == tool_schemas([]) == []
+    assert as_tools(None) is None
+    assert as_tools([], "auto") is None
+    assert as_tools([], "none") is None
+
+
+@pytest.mark.parametrize("bad", [5, None, "get_weather", {"function": "x"}, {}, {"type": "object"}, object()])
+def test_what_is_no_tool(bad: Any) -> None:
+    with pytest.raises(SettingsError, match="cannot be described as a function"):
+        tool_schemas([FUNCTION, bad])
+
+
+@pytest.mark.parametrize("given", [get_weather, Weather, TypedWeather, tool(get_weather)], ids=str)
+def test_strict_tools(given: Any) -> None:
+    [found] = tool_schemas([given], strict=True)
+    assert found["function"]["strict"] is True
+    assert as_tools([found]).strict  # type: ignore[union-attr]
+    assert not as_tools(tool_schemas([given])).strict  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("given", [FUNCTION, FunctionTool.from_defaults(get_weather)], ids=["dict", "LlamaIndex"])
+def test_strict_tools_that_are_in_openai_form(given: Any) -> None:
+    assert as_tools(tool_schemas([given], strict=True)).strict  # type: ignore[union-attr]
+
+
+def test_arguments_of_a_call_are_converted() -> None:
+    given = {"tools": [get_weather], "max_tokens": 5}
+    found = converted(given)
+    assert found["max_tokens"] == 5
+    assert found["tools"][0]["function"]["name"] == "get_weather"
+    assert given["tools"] == [get_weather]
+    assert converted({"tools": []}) == {"tools": []}
+    assert converted({}) == {}
+
+
+@pytest.mark.parametrize("given", [Weather, Weather.model_json_schema(), OldWeather, TypedWeather, PARAMETERS], ids=str)
+def test_json_schemas_of_every_kind(given: Any) -> None:
+    found = json_schema(given)
+    assert found["type"] == "object"
+    assert list(found["properties"]) == ["city", "days"]
+
+
+# --- which of them may be called ---
+
+SCHEMAS = [FUNCTION, {"type": "function", "function": {"name": "add"}}]
+
+
+@pytest.mark.parametrize(
+    ("choice", "found"),
+    [
+        (None, "auto"),
+        ("auto", "auto"),
+        ("any", "any"),
+        ("required", "any"),
+        (True, "any"),
+        ("add", "add"),
+        ({"type": "function", "function": {"name": "add"}}, "add"),
+        ({"type": "function", "name": "add"}, "add"),
+        ({"type": "tool", "name": "add"}, "add"),
+        ({"name": "add"}, "add"),
+        ({"type": "any"}, "any"),
+        ({"type": "auto"}, "auto"),
+        ({"type": "required"}, "any"),
+    ],
+)
+def test_choices(choice: Any, found: str) -> None:
+    tools = as_tools(SCHEMAS, choice)
+    assert isinstance(tools, Tools)
+    assert tools.choice == found
+    assert tools.forced == (found != "auto")
+    assert [function["name"] for function in tools.allowed] == (["add"] if found == "add" else ["get_weather", "add"])
+    assert tools.several == (found != "add")
+    assert tools.names == ["get_weather", "add"]
+    one = as_tools(SCHEMAS, choice, parallel=False)
+    assert one is not None
+    assert not one.several
+
+
+@pytest.mark.parametrize("choice", ["none", False])
+def test_no_choice(choice: Any) -> None:
+    assert as_tools(SCHEMAS, choice) is None
+    assert as_tools(None, choice) is None
+
+
+@pytest.mark.parametrize(
+    ("schemas", "choice", "error"),
+    [
+        (SCHEMAS, "subtract", "'subtract': there is no such tool, only get_weather, add"),
+        (SCHEMAS, {"type": "tool", "name": "subtract"}, "no such tool"),
+        (SCHEMAS, {"type": "function"}, "no such tool"),
+        (SCHEMAS, 3, "no such tool"),
+        (SCHEMAS, ["add"], "no such tool"),
+        (SCHEMAS, "", "no such tool"),
+        (None, "any", "needs tools="),
+        ([], "add", "needs tools="),
+        ([], True, "needs tools="),
+        ([5], None, "not a function"),
+        ([{"type": "function", "function": {}}], None, "not a function"),
+        ([{"type": "function", "function": {"name": 3}}], None, "not a function"),
+        ([get_weather], None, "not a function"),
+    ],
+)
+def test_choices_that_cannot_be(schemas: Any, choice: Any, error: str) -> None:
+    with pytest.raises(SettingsError, match=error):
+        as_tools(schemas, choice)
+
+
+@pytest.mark.parametrize(
+    ("schemas", "choice"),
+    [(SCHEMAS, {"function": "add"}), ([{"function": "x"}], None), ([{"type": "function", "function": 3}], None)],
+)
+def test_functions_that_are_no_mappings(schemas: Any, choice: Any) -> None:
+    with pytest.raises(SettingsError):
+        as_tools(schemas, choice)
+
+
+@pytest.mark.parametrize(("schemas", "choice"), [(SCHEMAS, {"type": "none"}), (None, {"type": "auto"})])
+def test_no_choice_as_anthropic_writes_it(schemas: Any, choice: Any) -> None:
+    assert as_tools(schemas, choice) is None
+
+
+def test_tools_in_other_forms() -> None:
+    tools = as_tools([DESCRIBED, {"name": "add", "strict": True}])
+    assert tools is not None
+    assert tools.schemas == (FUNCTION, {"type": "function", "function": {"name": "add", "strict": True}})
+    assert tools.strict
+
+
+def test_binding_refuses_what_a_call_would_refuse() -> None:
+    llm = ChatCards(reward=None, decoding=Sampling())
+    with pytest.raises(SettingsError, match="no such tool"):
+        llm.bind_tools([get_weather], tool_choice="subtract")
+    with pytest.raises(SettingsError, match="cannot be described"):
+        llm.bind_tools([5])
+    bound = llm.bind_tools([get_weather], tool_choice="any", parallel_tool_calls=False, max_tokens=5)
+    assert bound.kwargs == {  # type: ignore[attr-defined]
+        "tools": tool_schemas([get_weather]), "tool_choice": "any", "parallel_tool_calls": False, "max_tokens": 5
+    }  # fmt: skip
+
+
+# --- answers that are JSON ---
+
+PLAIN = {"type": "object", "properties": {"mood": {"type": "string"}}}
+
+
+@pytest.mark.parametrize(
+    ("value", "schema"),
+    [
+        ({"type": "json_object"}, None),
+        ({"type": "json_schema", "json_schema": {"name": "x", "schema": PLAIN, "strict": True}}, PLAIN),
+        ({"type": "json_schema", "json_schema": {"name": "x"}}, None),
+        (PLAIN, PLAIN),
+        (Weather, Weather.model_json_schema()),
+        (ResponseFormat(PLAIN), PLAIN),
+        (ResponseFormat(), None),
+    ],
+)
+def test_formats_of_every_kind(value: Any, schema: Any) -> None:
+    found = as_response_format(value)
+    assert found == ResponseFormat(schema)
+    assert found is not None
+    assert found.grammar == Grammar.json_schema(schema or {"type": "object"})
+
+
+@pytest.mark.parametrize("value", [None, {"type": "text"}])
+def test_no_format(value: Any) -> None:
+    assert as_response_format(value) is None
+
+
+@pytest.mark.parametrize("value", ["json", "json_object", 5, ["x"], int, OldWeather, object()], ids=str)
+def test_formats_that_cannot_be(value: Any) -> None:
+    with pytest.raises(SettingsError, match="response_format="):
+        as_response_format(value)
+
+
+def test_the_model_is_told_of_the_schema() -> None:
+    wanted = ResponseFormat({"const": "Köln"})
+    told = 'Answer with a JSON object that this JSON schema describes:\n{"const": "Köln"}'
+    user = {"role": "user", "content": "Hi."}
+    assert wanted.told("Hi.") == wanted.told([user]) == [{"role": "system", "content": told}, user]
+    messages = [{"role": "system", "content": "Be kind."}, user]
+    assert wanted.told(messages) == [{"role": "system", "content": f"Be kind.\n\n{told}"}, user]
+    assert messages[0]["content"] == "Be kind."
+    assert wanted.told(Formatted("<s>Hi.")) == "<s>Hi."
+    assert ResponseFormat().told("Hi.") == "Hi."
+
+
+# --- arguments of one call ---
+
+
+@pytest.fixture
+def options() -> Options:
+    return Options(reward=None, decoding=Sampling())
+
+
+def test_tools_of_a_request(options: Options) -> None:
+    request = options.request("Hi.", {"tools": SCHEMAS})
+    assert request.prompt == "Hi."
+    assert request.grammar is None
+    assert request.tools is not None
+    assert (request.tools.choice, request.tools.parallel, request.tools.strict) == ("auto", True, False)
+    for parallel, found in ((False, False), (True, True), (None, True)):
+        request = options.request("Hi.", {"tools": SCHEMAS, "tool_choice": "any", "parallel_tool_calls": parallel})
+        assert request.tools is not None
+        assert (request.tools.choice, request.tools.parallel) == ("any", found)
+    assert options.request("Hi.", {"tools": SCHEMAS, "tool_choice": "none"}).tools is None
+    assert options.request("Hi.", {"tools": [], "tool_choice": None}).tools is None
+    assert options.request("Hi.", {}).tools is None
+
+
+def test_requests_have_ids_of_their_own(options: Options) -> None:
+    one, two = (options.request("Hi.", {"tools": SCHEMAS}).tools for _ in range(2))
+    assert one is not None
+    assert two is not None
+    assert one.call_id != two.call_id
+
+
+def test_a_format_and_tools_of_a_request(options: Options) -> None:
+    request = options.request("Hi.", {"response_format": Weather, "tools": SCHEMAS})
+    assert request.grammar == Grammar.json_schema(Weather.model_json_schema())
+    assert request.tools is not None
+    assert request.prompt[0]["role"] == "system"  # type: ignore[index]
+    assert "JSON schema" in request.prompt[0]["content"]  # type: ignore[index]
+    assert options.request("Hi.", {"response_format": {"type": "text"}}) == options.request("Hi.", {})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error"),
+    [
+        ({"toolz": SCHEMAS}, "'toolz' is not known. Did you mean 'tools'"),
+        ({"tool_choices": "any"}, "Did you mean 'tool_choice'"),
+        ({"engine": None}, "'engine' is not known"),
+        ({"grammar": Grammar.regex("a"), "tools": SCHEMAS}, "grammar= says all"),
+        ({"grammar": PLAIN, "response_format": PLAIN}, "grammar= says all"),
+        ({"grammar": PLAIN, "response_format": {"type": "json_object"}}, "grammar= says all"),
+        ({"tool_choice": "any"}, "needs tools="),
+        ({"tools": SCHEMAS, "tool_choice": "subtract"}, "no such tool"),
+        ({"tools": [5]}, "not a function"),
+        ({"response_format": "json"}, "response_format='json'"),
+        ({"grammar": 5}, "grammar=5"),
+        ({"max_tokens": 0}, "max_tokens=0"),
+    ],
+)
+def test_arguments_that_cannot_be(options: Options, overrides: dict[str, Any], error: str) -> None:
+    with pytest.raises(SettingsError, match=error):
+        options.request("Hi.", overrides)
+
+
+@pytest.mark.parametrize(
+    "nothing", [{"tools": None}, {"tools": []}, {"tools": SCHEMAS, "tool_choice": "none"}], ids=str
+)
+def test_a_grammar_goes_with_tools_that_may_not_be_called(options: Options, nothing: dict[str, Any]) -> None:
+    request = options.request("Hi.", {"grammar": Grammar.regex("a"), "response_format": {"type": "text"}, **nothing})
+    assert request.grammar == Grammar.regex("a")
+    assert request.tools is None
+
+
+@pytest.mark.parametrize("form", [as_tools, tool_schemas])
+def test_errors_name_the_setting(form: Callable[[Any], Any]) -> None:
+    with pytest.raises(SettingsError, match=r"^tools: "):
+        form([{"nonsense": 1}])
