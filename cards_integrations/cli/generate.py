@@ -60,35 +60,23 @@ def generate(
 
 
 def answer_file(llm: CardsLLM, prompts: Path, out: Path | None, at_once: int) -> None:
-    """One line for each prompt, in their order; lines that stand in `out` already are not written again."""
+    """One line for each prompt, in their order; those that stand in `out` already are not answered again."""
     from rich.console import Console
     from rich.progress import track
 
-    from cards_integrations.study.compare import rows_of
     from cards_integrations.study.prompts import read_prompts
+    from cards_integrations.study.rows import Results
 
     asked, contexts = read_prompts(prompts)
-    done = repaired(out) if out and out.exists() else 0
-    file = out.open("a", encoding="utf-8") if out else sys.stdout
-    try:
-        starts = range(done, len(asked), at_once)
-        for at in track(starts, description="answers", console=Console(stderr=True), disable=out is None):
-            here = slice(at, at + at_once)
-            for number, answer in enumerate(llm.align_batch(asked[here], contexts=contexts[here]), start=at):
-                row = {"line": number, "prompt": asked[number], **as_row(answer)}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
-    finally:
-        if out:
-            file.close()
-            assert len(rows_of(out)) <= len(asked)
-
-
-def repaired(out: Path) -> int:
-    """How many answers stand there; half a line at the end, of a run that was killed, is cut off."""
-    whole, newline, _ = out.read_text(encoding="utf-8").rpartition("\n")
-    out.write_text(whole + newline, encoding="utf-8")
-    return len(whole.splitlines())
+    results = Results(out)
+    starts = range(len(results.rows), len(asked), at_once)
+    for at in track(starts, description="answers", console=Console(stderr=True), disable=out is None):
+        here = slice(at, at + at_once)
+        answers = llm.align_batch(asked[here], contexts=contexts[here])
+        rows = [{"line": i, "prompt": asked[i], **as_row(answer)} for i, answer in enumerate(answers, start=at)]
+        results.add(rows)
+        for row in rows if out is None else ():
+            print(json.dumps(row, ensure_ascii=False))
 
 
 def as_row(answer: Alignment) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from cards_integrations.decoding import AnyDecoding, Decoding, as_decoding
 from cards_integrations.errors import SettingsError
 from cards_integrations.rewards import AnyReward, as_reward
 from cards_integrations.study.metrics import Mean, distinct, mean, self_bleu
+from cards_integrations.study.rows import Results, Row, read_rows
 from cards_integrations.trace import Alignment
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
     from cards_integrations.llm import CardsLLM
 
-Row = dict[str, Any]
 COSTS = ("drafted_tokens", "looked_at_tokens", "drafts", "lm_forwards", "lm_tokens", "rm_forwards", "rm_tokens")
 
 
@@ -67,7 +67,7 @@ class Comparison:
     @classmethod
     def load(cls, *files: str | Path) -> Comparison:
         """From the files that `compare` wrote."""
-        return cls(tuple(row for file in files for row in rows_of(Path(file))))
+        return cls(tuple(row for file in files for row in read_rows(file)))
 
     def difference(self, one: str, other: str, name: str) -> Mean:
         """The mean of one arm's number minus the other's, over the prompts that both have answered."""
@@ -143,11 +143,10 @@ def compare(
     Answers are drafted `at_once` in a batch, and each is a line of `out` as soon as its batch is done; what
     stands there already is not asked again, so that a run that was stopped goes on.
     """
-    path = Path(out) if out else None
+    results = Results(out)
     guide = llm.chosen({}).reward
     judging = as_reward(judge) if judge is not None else None
-    done = rows_of(path) if path and path.exists() else []
-    known = {_key(row) for row in done}
+    known = {_key(row): row for row in results.rows}
     asked = contexts or [None] * len(prompts)
     rows: list[Row] = []
     for name, arm in arms.items():
@@ -157,7 +156,7 @@ def compare(
         todo = [
             {**same, "prompt": i, "asked": prompt, "seed": seed} for seed in seeds for i, prompt in enumerate(prompts)
         ]
-        rows += [row for row in done if _key(row) in {_key(each) for each in todo}]
+        rows += [known[_key(row)] for row in todo if _key(row) in known]
         todo = [row for row in todo if _key(row) not in known]
         for batch in _batches(todo, at_once, name, progress):
             own = [asked[row["prompt"]] for row in batch]
@@ -170,9 +169,7 @@ def compare(
                     score = reward and llm.score(row["asked"], [answer.text], reward, context)[0]
                     row[kind] = score
             rows += batch
-            if path:
-                with path.open("a", encoding="utf-8") as file:
-                    file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in batch)
+            results.add(batch)
     return Comparison(tuple(rows))
 
 
@@ -191,19 +188,6 @@ def _plain(value: Any) -> Any:
 def _key(row: Row) -> str:
     """What makes two rows the same question."""
     return json.dumps([row[name] for name in ("arm", "settings", "max_tokens", "temperature", "asked", "seed")])
-
-
-def rows_of(path: Path) -> list[Row]:
-    """The lines of a file; an unfinished last one, of a run that was killed, is left out."""
-    rows = []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            if number < len(lines) - 1:
-                raise SettingsError(f"{str(path)!r}, line {number + 1}, is not JSON.") from None
-    return rows
 
 
 def _batches(rows: list[Row], size: int, name: str, progress: bool) -> Iterable[list[Row]]:

@@ -18,8 +18,8 @@ from llama_index.core.llms import LLM
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from cards_integrations.errors import SettingsError
-from cards_integrations.study.compare import Row, rows_of
 from cards_integrations.study.metrics import Mean, mean
+from cards_integrations.study.rows import Results, Row, read_rows
 
 Verdict = Literal["win", "tie", "loss", "unparsed"]
 POINTS = {"win": 1.0, "tie": 0.5, "loss": 0.0}
@@ -107,8 +107,8 @@ def judge(
     pairs = paired(_rows(ours), _rows(theirs))
     if not pairs:
         raise SettingsError("judge: no prompt has an answer in both files.")
-    path = Path(out) if out else None
-    done = {_key(row): row for row in (rows_of(path) if path and path.exists() else ())}
+    results = Results(out)
+    done = {_key(row): row for row in results.rows}
     ask = asker(llm, system, attempts)
     rows = [done[_key(pair)] for pair in pairs if _key(pair) in done]
     todo = [pair for pair in pairs if _key(pair) not in done]
@@ -127,9 +127,7 @@ def judge(
         found = pool.map(judged, todo)
         for row in track(found, "judging", total=len(todo), disable=not progress or not todo, transient=True):
             rows.append(row)
-            if path:
-                with path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            results.add([row])
     return Judgement(tuple(rows))
 
 
@@ -208,7 +206,7 @@ def _asked_of_langchain(llm: Runnable[Any, Any], system: str, prompt: str) -> st
 
 
 def _rows(source: Iterable[Row] | str | Path) -> list[Row]:
-    return rows_of(Path(source)) if isinstance(source, (str, Path)) else list(source)
+    return read_rows(source) if isinstance(source, (str, Path)) else list(source)
 
 
 def _key(row: Row) -> str:

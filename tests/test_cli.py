@@ -1,0 +1,159 @@
+"""The `cards` command, run as a user would."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import faces
+import pytest
+import scripted
+from typer.testing import CliRunner
+
+from cards_integrations import CardsLLM
+from cards_integrations.cli import app, main
+from cards_integrations.cli.options import decoding_from
+from cards_integrations.decoding import BestOfN, Cards, Particles
+from cards_integrations.engine import Engine
+from cards_integrations.errors import SettingsError
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Iterator[str]:
+    """Settings of a tiny model; engines end with the test."""
+    from cards_integrations.settings import CardsSettings
+
+    file = tmp_path / "cards.yaml"
+    file.write_text(CardsSettings(**faces.options(max_tokens=8)).to_yaml())
+    yield str(file)
+    for engine in list(Engine._shared.values()):
+        engine.close()
+
+
+def run(*words: str, input: str | None = None, code: int = 0) -> Any:
+    result = CliRunner().invoke(app, list(words), input=input)
+    assert result.exit_code == code, (result.output, result.exception)
+    return result
+
+
+def answers(config: str, prompts: list[str]) -> list[str]:
+    with CardsLLM.from_settings(config) as llm:
+        return [answer.text for answer in llm.align_batch(prompts)]
+
+
+def test_generate_prints_the_answer(config):
+    (expected,) = answers(config, ["Hello"])
+    assert run("generate", "Hello", "--config", config).stdout == expected + "\n"
+    assert run("generate", "-", "--config", config, input="Hello").stdout == expected + "\n"
+    found = json.loads(run("generate", "Hello", "--config", config, "--json").stdout)
+    assert found["text"] == expected
+    assert found["usage"]["completion_tokens"] == 8
+    short = json.loads(run("generate", "Hello", "--config", config, "--json", "--max-tokens", "3").stdout)
+    assert short["usage"]["completion_tokens"] == 3
+
+
+def test_generate_draws_a_picture(config, tmp_path):
+    page = tmp_path / "trace.html"
+    run("generate", "Hello", "--config", config, "--trace", str(page))
+    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+def test_generate_answers_a_file_and_goes_on_where_it_stopped(config, tmp_path):
+    prompts, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    asked = [f"Prompt {i}" for i in range(5)]
+    prompts.write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in asked))
+    words = ("generate", "--prompts", str(prompts), "--config", config, "--at-once", "2")
+    run(*words, "--out", str(out))
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(row["line"], row["prompt"]) for row in rows] == list(enumerate(asked))
+    assert [row["text"] for row in rows] == answers(config, asked)
+    lines = out.read_text().splitlines(keepends=True)
+    out.write_text("".join(lines[:3]) + '{"line": 3, "text": "half')
+    run(*words, "--out", str(out))
+    again = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(row["line"], row["text"]) for row in again] == [(row["line"], row["text"]) for row in rows]
+    printed = [json.loads(line)["text"] for line in run(*words).stdout.splitlines()]
+    assert printed == [row["text"] for row in rows]
+
+
+def test_chat_remembers_and_shows_what_was_rejected(config):
+    shown = run("chat", "--config", config, "--rejected", "--system", "Be brief.", input="Hello\nAnd?\n\n").stdout
+    with CardsLLM.from_settings(config) as llm:
+        first = llm.align([("system", "Be brief."), ("user", "Hello")])
+        said = [("system", "Be brief."), ("user", "Hello"), ("assistant", first.text), ("user", "And?")]
+        second = llm.align(said)
+    for answer in (first, second):
+        for segment in answer.segments:
+            assert segment.text in shown
+            for draft in segment.drafts:
+                assert draft.text in shown
+        assert f"{answer.usage.completion_tokens} tokens kept" in shown
+
+
+def test_compare_and_judge(config, tmp_path, monkeypatch):
+    prompts, out, report = (tmp_path / name for name in ("prompts.txt", "out.jsonl", "report.html"))
+    prompts.write_text("Hello\nWho?\nWhy?\n")
+    words = (
+        "compare", str(prompts), "--config", config, "--method", "sampling", "--method", "best_of_n:n=2",
+        "--limit", "2", "--out", str(out), "--report", str(report),
+    )  # fmt: skip
+    assert "best_of_n:n=2" in run(*words).stdout
+    assert len(out.read_text().splitlines()) == 4
+    assert "best_of_n:n=2" in report.read_text(encoding="utf-8")
+    found = json.loads(run(*words, "--json").stdout)
+    assert found["sampling"]["drafted_tokens"][0] == 8
+    assert found["best_of_n:n=2"]["drafted_tokens"][0] == 16
+    arms = ("--our-arm", "best_of_n:n=2", "--their-arm", "sampling", "--llm", f"cards:{scripted.save_model(tmp_path)}")
+    said = json.loads(run("judge", str(out), str(out), *arms, "--json").stdout)
+    assert sum(said["counts"].values()) == 2
+    assert said["counts"]["unparsed"] == 0
+    assert "2 pairs: 4 calls" in run("judge", str(out), str(out), *arms).stderr
+    with pytest.raises(SettingsError, match="several methods"):
+        CliRunner().invoke(app, ["judge", str(out), str(out)], catch_exceptions=False)
+
+
+def test_rewards_and_models():
+    assert "groundedness" in run("rewards").stdout
+    assert set(json.loads(run("rewards", "--json").stdout)) >= {"classifier", "judge", "weighted"}
+    schema = json.loads(run("rewards", "length").stdout)
+    assert {"target", "unit"} <= schema["properties"].keys()
+    assert json.loads(run("models", "--json").stdout)["embedded"] == ["smollm2", "minilm"]
+    assert "smollm2" in run("models").stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("cards", Cards()),
+        ("best_of_n:n=3", BestOfN(n=3)),
+        ("cards:target_reward=1.5,beta=0.1,acceptance=hard", Cards(target_reward=1.5, beta=0.1, acceptance="hard")),
+        ('{"method": "particles", "n": 3}', Particles(n=3)),
+        ("particles:boundary={kind: fixed_length}", Particles(boundary={"kind": "fixed_length"})),
+    ],
+)
+def test_methods_of_the_command_line(text, expected):
+    assert decoding_from(text) == expected
+
+
+def test_methods_that_cannot_be_read():
+    for text in ("card", "best_of_n:3", "best_of_n:n=x"):
+        with pytest.raises((SettingsError, ValueError)):
+            decoding_from(text)
+
+
+def test_errors_are_one_line_and_the_exit_code_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["cards", "generate"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.startswith("SettingsError: cards generate: give a prompt")
+
+
+def test_help_is_quick_to_import():
+    code = "import sys, cards_integrations.cli; print('torch' in sys.modules, 'langchain_core' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown == "False False\n"
