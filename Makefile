@@ -1,4 +1,4 @@
-.PHONY: setup demo test lint types unit clean
+.PHONY: setup demo test lint types unit cookbook clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -29,6 +29,10 @@ types: setup
 
 unit: setup
 	$(BIN)/pytest
+
+# The notebooks are made from the plain sources beside them, outputs included.
+cookbook: setup
+	$(BIN)/python cookbook/build.py
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

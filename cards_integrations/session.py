@@ -161,6 +161,9 @@ class Session:
         plan = Plan(until, len(parents), scored, None)
         self.drafting = level = Level(self, plan, self.levels, [self._node(parent) for parent in parents], ranks)
         self.levels += 1
+        for parent in level.parents:
+            if parent is not None:
+                parent.given_up = True  # it grows once, and is there as long as its children
         level.open()
         drafts = [draft async for draft in level]
         for draft in drafts if scored else ():
@@ -202,7 +205,6 @@ class Session:
             assert pending.level is not None
             assert last.draft is not None
             pending.draft.verdict = last.draft.verdict
-            pending.kept = True
             del self.nodes[pending.draft]
             self._append(pending, pending.level.drafts)
         self.kept = last
@@ -218,6 +220,7 @@ class Session:
         """Make a candidate the last segment of the answer."""
         draft, candidate = kept.draft, kept.candidate
         assert draft is not None
+        kept.kept = True
         self.desk.language_model.keep(candidate)
         if kept.question is not None:
             kept.question.judge.keep(kept.question.response)

@@ -43,11 +43,14 @@ def as_decoding(value: Any) -> Decoding:
     if isinstance(value, Decoding):
         return value
     if isinstance(value, str):
-        value = json.loads(value) if value.startswith("{") else {"method": value}
+        try:
+            value = json.loads(value) if value.startswith("{") else {"method": value}
+        except ValueError as error:
+            raise SettingsError(f"decoding is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise SettingsError(f"decoding={value!r}: pass a name, a dict with 'method', or a settings object.")
     method = value.get("method", "cards")
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise unknown("decoding", str(method), METHODS)
     return METHODS[method].model_validate(value)
 

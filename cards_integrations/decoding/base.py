@@ -79,8 +79,9 @@ class Session(Protocol):
     ) -> list[Draft]:
         """A child for each parent (None is the kept text), in order: the next segments of several branches.
 
-        They are drafted and scored together, and stay until they are given up or another branch is
-        kept. `ranks`: the first token is not drawn, but that of this rank (0: the most probable one).
+        They are drafted and scored together, and stay until they are given up or another branch is kept. A
+        draft can be a parent in one call only, and stays as long as one of its children does. `ranks`: the
+        first token is not drawn, but that of this rank (0: the most probable one).
         """
 
     def give_up(self, draft: Draft) -> None:

@@ -40,6 +40,7 @@ class Particles(Decoding):
         beta, start = beta_for(self.beta, session), await session.prompt_reward()
         particles: list[Draft | None] = [None] * self.n
         log_w = [0.0] * self.n
+        spare = 0.0  # a uniform that decided nothing
         while True:
             moving = [i for i, particle in enumerate(particles) if particle is None or not particle.finished]
             drafts = await session.grow([particles[i] for i in moving], until=self.boundary)
@@ -47,6 +48,7 @@ class Particles(Decoding):
                 before = particles[i]
                 log_w[i] += (draft.reward - (start if before is None else before.reward)) / beta
                 particles[i] = draft
+            spare = drafts[-1].uniform if len(drafts) > 1 else spare
             now = [particle for particle in particles if particle is not None]
             weights = normalised(log_w)
             if all(particle.finished for particle in now):
@@ -58,7 +60,7 @@ class Particles(Decoding):
                     if lost not in drawn_anew:
                         session.give_up(lost)
                 particles, log_w = [now[i] for i in ancestors], [0.0] * self.n
-        chosen = max(now, key=lambda p: p.reward) if self.keep == "best" else drawn(now, weights, drafts[-1].uniform)
+        chosen = max(now, key=lambda p: p.reward) if self.keep == "best" else drawn(now, weights, spare)
         chosen.verdict = "accepted" if self.keep == "drawn" else "best"
         await session.keep(chosen)
 

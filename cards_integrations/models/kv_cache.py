@@ -75,6 +75,7 @@ class Tree:
         self.columns: list[int] = []
         self.untouched = SCRATCH + 1
         self.freed: list[int] = []  # a heap
+        self.left: list[int] = []  # no longer of the trunk, but branches that left it earlier see them
 
     def branch(self, base: int | None = None) -> Branch:
         """A new branch that leaves the trunk after `base` tokens (default: at its tip)."""
@@ -93,7 +94,9 @@ class Tree:
         beyond = branch.columns[tokens:] if tokens is not None else []
         self.cache.sees[branch.lane, beyond] = False
         self.cache.sees[self.lane] = self.cache.sees[branch.lane]
-        self.free([*self.columns[branch.base :], *beyond])
+        self.free(beyond)
+        self.left += self.columns[branch.base :]
+        self._free_left()
         self.columns[branch.base :] = branch.columns[:tokens]
         self.ids[branch.base :] = branch.ids[:tokens]
         branch.base, branch.columns, branch.ids = len(self.columns), [], []
@@ -105,6 +108,14 @@ class Tree:
             self.lanes.remove(branch.lane)
             self.cache.lanes.append(branch.lane)
             branch.lane, branch.columns, branch.ids = -1, [], []
+            self._free_left()
+
+    def _free_left(self) -> None:
+        """Free what no branch sees any more."""
+        if self.left:
+            seen = np.any(self.cache.sees[sorted(self.lanes)][:, self.left], axis=0).tolist()
+            self.free([column for column, held in zip(self.left, seen, strict=True) if not held])
+            self.left = [column for column, held in zip(self.left, seen, strict=True) if held]
 
     @property
     def taken(self) -> int:

@@ -218,7 +218,8 @@ class LocalLanguageModel:
         tokens = sampler(logits, at, uniforms)
         for i, candidate in enumerate(group):
             if candidate.rank is not None and not candidate.ids:
-                tokens[i] = logits[at[i]].topk(candidate.rank + 1).indices[-1]
+                allowed = int(logits[at[i]].isfinite().sum())
+                tokens[i] = logits[at[i]].topk(min(candidate.rank + 1, allowed)).indices[-1]
         return tokens
 
     def _ends_after(self, candidate: Candidate) -> bool:

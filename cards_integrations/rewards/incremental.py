@@ -101,18 +101,19 @@ class Incremental(RewardModel):
         return [found[id(feed)] for feed in feeds]
 
     def _begin(self, responses: Sequence[Response]) -> None:
-        """Read the prompts of which several answers are new, so that not each of them reads it again."""
+        """Read the prompts of new answers, so that not each of them reads it again."""
         several = Counter(
             r.conversation for r in responses if r.conversation.state and not r.conversation.state.tree.ids
         )
+        answered = {r.conversation for r in responses if r.text}  # others may follow before anything is kept
         feeds = []
         for conversation, n in several.items():
             read: Read = conversation.state
             prompt = read.before_ids[: self.window - 1]
-            if n > 1 and len(prompt) > 1:
+            if (n > 1 or conversation in answered) and len(prompt) > 1:
                 self.transformer.memory.recall(read.tree, prompt)
-                branch = read.tree.branch()
-                feeds.append(Feed(branch, prompt[len(read.tree.ids) :], conversation))
+                if unread := prompt[len(read.tree.ids) :]:
+                    feeds.append(Feed(read.tree.branch(), unread, conversation))
         for batch in self.transformer.batches(feeds):
             self._read(batch, self.transformer.hidden(batch))
             for feed in batch:
@@ -140,8 +141,9 @@ class Incremental(RewardModel):
             self.transformer.memory.recall(read.tree, ids[: len(ids) - suffix])
         most = len(ids) - max(1, suffix)  # the score is read at the last token
         above: Scored | None = response.parent.state if response.parent else None
-        if above is not None and common(ids, above.path) >= len(above.path) <= most:
-            shared, branch = len(above.path), above.branch.branch(above.kept)
+        again = 0 if above is None else max(0, len(above.path) - most)  # nothing new, and the last is read again
+        if above is not None and again <= above.kept and common(ids, above.path) == len(above.path):
+            shared, branch = len(above.path) - again, above.branch.branch(above.kept - again)
         else:
             shared = min(common(ids, read.tree.ids), most)
             branch = read.tree.branch(shared)

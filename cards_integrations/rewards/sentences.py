@@ -63,7 +63,7 @@ class WholeSentences(Composite):
 
     def _cut(self, response: Response) -> Response:
         text = response.text if response.finished else whole_sentences(response.text)
-        cut = Response(response.conversation, text, finished=response.finished)
+        cut = Response(response.conversation, text, finished=response.finished, parent=response.parent)
         if text == response.text:
             cut.ids, cut.log_likelihood = response.ids, response.log_likelihood
         return cut

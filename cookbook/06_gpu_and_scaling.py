@@ -1,0 +1,61 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 06 · A hub model on a GPU
+#
+# The cells that need a GPU and the hub are skipped where there is none. The settings are the ones to start from; nothing in
+# this notebook has been measured on a GPU by us.
+
+# %%
+import os
+
+import torch
+
+READY = torch.cuda.is_available() and not os.environ.get("HF_HUB_OFFLINE")
+print("a GPU and the hub are here" if READY else "no GPU, or no hub: the next cells are skipped")
+
+# %% [markdown]
+# A chat model and a reward model with the same tokenizer: candidates are scored by their own tokens, without tokenizing
+# again. bf16 is chosen on a GPU; `kv_memory` is the share of the free memory that KV caches may take.
+
+# %% tags=["gpu"]
+if READY:
+    from cards_integrations import CardsLLM
+    from cards_integrations.engine import EngineSettings
+    from cards_integrations.rewards import ClassifierReward
+
+    llm = CardsLLM(
+        model="meta-llama/Llama-3.1-8B-Instruct",
+        reward=ClassifierReward(model="Skywork/Skywork-Reward-V2-Llama-3.1-8B"),
+        max_tokens=256,
+        engine=EngineSettings(kv_memory=0.8, max_rows=64),
+    )
+    print(llm.align("How do I make friends in a new city?").text)
+
+# %% [markdown]
+# An unknown reward has an unknown scale: calibrate once, on your prompts, and `Cards()` on "auto" takes it from then on.
+
+# %% tags=["gpu"]
+if READY:
+    print(llm.calibrate(budget=6))
+
+# %% [markdown]
+# Many prompts are answered in one running batch, and a file of them by the command line:
+#
+# ```bash
+# cards generate --prompts in.jsonl --out out.jsonl --config cards.yaml --at-once 64
+# ```
+#
+# Reward models may live elsewhere: `RemoteReward(url="http://...:8000", protocol="classify")` asks a vLLM server.
+
+# %% tags=["gpu"]
+if READY:
+    answers = llm.align_batch([f"Name a use of {thing}." for thing in ("a brick", "a spoon")], progress=True)
+    print([answer.reward for answer in answers])
+    llm.close()
