@@ -113,15 +113,15 @@ def test_auto_follows_the_scale_of_the_reward() -> None:
     class Scaled:
         reward_scale: Scale | None = Scale(mean=1.0, spread=0.5)
 
-    target, beta = Cards()._on_scale_of(Scaled())
+    target, beta = Cards().on_scale_of(Scaled())
     assert 1.0 < target <= 2.0
     assert 0 < beta < 0.5
-    assert Cards(target_reward=7.0, beta=0.2)._on_scale_of(Scaled()) == (7.0, 0.2)
+    assert Cards(target_reward=7.0, beta=0.2).on_scale_of(Scaled()) == (7.0, 0.2)
     Scaled.reward_scale = Scale(mean=1.0, spread=0.5, target=3.0, beta=0.25)  # a calibration has chosen
-    assert Cards()._on_scale_of(Scaled()) == (3.0, 0.25)
-    assert Cards(target_reward=7.0, beta=0.2)._on_scale_of(Scaled()) == (7.0, 0.2)
+    assert Cards().on_scale_of(Scaled()) == (3.0, 0.25)
+    assert Cards(target_reward=7.0, beta=0.2).on_scale_of(Scaled()) == (7.0, 0.2)
     Scaled.reward_scale = Scale(mean=1.0, spread=0.0)  # nothing to go by
-    assert Cards()._on_scale_of(Scaled()) == (1.0, 0.7)
+    assert Cards().on_scale_of(Scaled()) == (1.0, 0.7)
 
 
 def test_which_settings_need_the_scale() -> None:

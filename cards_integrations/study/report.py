@@ -22,6 +22,7 @@ COLUMNS = {
     "log_p_per_token": "log p / token",
     "tokens": "tokens",
     "drafted_tokens": "drafted",
+    "looked_at_tokens": "looked at",
     "rm_tokens": "RM tokens",
     "lm_forwards": "LM forwards",
     "rm_forwards": "RM forwards",
@@ -95,7 +96,7 @@ def _draw(axis: Axes, found: Comparison, kind: str, cost: str) -> None:
         )  # fmt: skip
     axis.set_xscale("log")
     axis.set(
-        xlabel=f"{COLUMNS.get(cost, cost)} per answer",
+        xlabel={"seconds": "seconds per answer"}.get(cost, f"tokens {COLUMNS.get(cost, cost)} per answer"),
         ylabel={"reward": "guiding reward", "judged": "judge that never guides"}[kind],
     )
     axis.spines[["top", "right"]].set_visible(False)
