@@ -14,9 +14,8 @@ from typing import Any, ClassVar, TypeVar
 
 from cards_integrations.decoding.segmentation import Measure
 from cards_integrations.errors import EngineClosed
-from cards_integrations.models.base import Message
-from cards_integrations.models.loading import LocalModel
-from cards_integrations.models.local import LocalLanguageModel
+from cards_integrations.models.base import LanguageModel, Message
+from cards_integrations.models.sources import ModelSource
 from cards_integrations.rewards.base import Reward
 from cards_integrations.session import Chunk
 from cards_integrations.trace import Alignment
@@ -30,10 +29,10 @@ T = TypeVar("T")
 class Engine:
     """One language model and the reward models that guide it. Use `Engine.shared`."""
 
-    _shared: ClassVar[dict[tuple[LocalModel, EngineSettings], Engine]] = {}
+    _shared: ClassVar[dict[tuple[ModelSource, EngineSettings], Engine]] = {}
     _lock: ClassVar[threading.Lock] = threading.Lock()
 
-    def __init__(self, model: LocalModel, settings: EngineSettings) -> None:
+    def __init__(self, model: ModelSource, settings: EngineSettings) -> None:
         self.model = model
         self.settings = settings
         self.owners: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
@@ -42,7 +41,7 @@ class Engine:
         self._closed = False
 
     @classmethod
-    def shared(cls, model: LocalModel, settings: EngineSettings, owner: Any = None) -> Engine:
+    def shared(cls, model: ModelSource, settings: EngineSettings, owner: Any = None) -> Engine:
         """The process's engine for these settings; nothing is loaded before the first request."""
         with cls._lock:
             engine = cls._shared.get((model, settings))
@@ -130,7 +129,7 @@ class Engine:
             future = worker.submit(worker.uncertainties(measure, answers))
         return self._wait(future)
 
-    def loaded(self) -> LocalLanguageModel:
+    def loaded(self) -> LanguageModel:
         """The language model, loaded if need be (its tokenizer may be used from any thread)."""
         with self._starting:
             future = self._running().loaded

@@ -39,7 +39,6 @@ from cards_integrations.engine import Engine, Request
 from cards_integrations.errors import AnswerCut, SettingsError
 from cards_integrations.messages import as_prompt
 from cards_integrations.models.chat import Formatted
-from cards_integrations.models.loading import context_window
 from cards_integrations.retrieval import retrieved_in
 from cards_integrations.schemas import converted, tool_schemas
 from cards_integrations.session import Chunk
@@ -109,7 +108,7 @@ class LlamaIndexCards(FromEnvironment, FunctionCallingLLM):
     def metadata(self) -> LLMMetadata:
         chosen = self.chosen({})
         return LLMMetadata(
-            context_window=context_window(chosen.model),
+            context_window=chosen.model.context_window(),
             num_output=chosen.max_tokens,
             is_chat_model=True,
             is_function_calling_model=True,

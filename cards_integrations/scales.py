@@ -16,7 +16,7 @@ from pydantic_core import PydanticSerializationError
 
 from cards_integrations.decoding.base import Scale
 from cards_integrations.models.embedded import cache_dir
-from cards_integrations.models.loading import LocalModel
+from cards_integrations.models.sources import ModelSource
 from cards_integrations.rewards.base import Reward
 
 log = logging.getLogger("cards_integrations")
@@ -25,13 +25,13 @@ log = logging.getLogger("cards_integrations")
 class ScaleStore:
     """Scales on disk, by model and reward."""
 
-    def get(self, model: LocalModel, reward: Reward) -> Scale | None:
+    def get(self, model: ModelSource, reward: Reward) -> Scale | None:
         with suppress(OSError, ValueError, PydanticSerializationError):
             if reward.lasting:
                 return Scale.model_validate_json(self._file(model, reward).read_text())
         return None
 
-    def put(self, model: LocalModel, reward: Reward, scale: Scale) -> None:
+    def put(self, model: ModelSource, reward: Reward, scale: Scale) -> None:
         with suppress(OSError, PydanticSerializationError):  # then it is measured again next time
             if not reward.lasting:
                 return
@@ -41,7 +41,7 @@ class ScaleStore:
             fresh.write_text(scale.model_dump_json())
             fresh.replace(file)
 
-    def _file(self, model: LocalModel, reward: Reward) -> Path:
+    def _file(self, model: ModelSource, reward: Reward) -> Path:
         settings = [model.model_dump(mode="json"), reward.model_dump(mode="json", exclude={"scale"})]
         key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         return cache_dir() / "scales" / f"{key[:32]}.json"
@@ -54,7 +54,7 @@ Rewarded = Callable[[Reward], Awaitable[list[float]]]
 class Scales:
     """The scales that one engine needs; each is measured once, however many requests wait for it."""
 
-    def __init__(self, model: LocalModel, measure: Rewarded) -> None:
+    def __init__(self, model: ModelSource, measure: Rewarded) -> None:
         self.model = model
         self.measure = measure
         self.store = ScaleStore()

@@ -15,8 +15,9 @@ from cards_integrations.engine import Engine, EngineSettings, Request
 from cards_integrations.errors import SettingsError, unknown
 from cards_integrations.models.base import Message
 from cards_integrations.models.grammar import as_grammar
-from cards_integrations.models.loading import AnyModel, LocalModel
+from cards_integrations.models.loading import LocalModel
 from cards_integrations.models.sampling import Sampler
+from cards_integrations.models.sources import AnyModel
 from cards_integrations.models.tools import as_tools
 from cards_integrations.response_format import as_response_format
 from cards_integrations.rewards import NAMED, AnyReward

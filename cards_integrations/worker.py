@@ -33,15 +33,14 @@ from cards_integrations.errors import (
     PromptError,
     SettingsError,
 )
-from cards_integrations.models.base import Context, Message
-from cards_integrations.models.chat import ChatTokenizer
+from cards_integrations.models.base import Context, LanguageModel, Message
 from cards_integrations.models.grammar import Grammar
 from cards_integrations.models.kv_cache import TreeCache
 from cards_integrations.models.kv_memory import KVMemory, budget
-from cards_integrations.models.loading import LocalModel, ModelLoader, Placement
-from cards_integrations.models.local import LocalLanguageModel
+from cards_integrations.models.loading import ModelLoader, Placement
 from cards_integrations.models.randomness import fresh_seed
 from cards_integrations.models.sampling import Sampler
+from cards_integrations.models.sources import ModelSource
 from cards_integrations.models.stops import StopStrings
 from cards_integrations.models.tool_reader import ToolReader
 from cards_integrations.models.tools import Tools
@@ -95,7 +94,7 @@ class Request:
 class Worker:
     """The thread, its loop, and everything that lives there. Ended by `stop`."""
 
-    def __init__(self, model: LocalModel, settings: EngineSettings) -> None:
+    def __init__(self, model: ModelSource, settings: EngineSettings) -> None:
         self.model = model
         self.settings = settings
         self.failed = False
@@ -106,8 +105,8 @@ class Worker:
         self._judging: set[asyncio.Task[None]] = set()
         self.error: CardsError | None = None
         self.loop = asyncio.new_event_loop()
-        self.language_model: LocalLanguageModel
-        self.loaded: Future[LocalLanguageModel] = Future()
+        self.language_model: LanguageModel
+        self.loaded: Future[LanguageModel] = Future()
         self._stopping = False
         self.thread = threading.Thread(target=self._main, name="cards-engine", daemon=True)
         self.thread.start()
@@ -143,13 +142,12 @@ class Worker:
     def _main(self) -> None:
         asyncio.set_event_loop(self.loop)
         try:
-            self.loader = ModelLoader(self.settings)
-            model, tokenizer = self.loader.causal(self.model)
-            self.memory = KVMemory(budget(self.settings.kv_memory, self.loader.device), self.settings.prefix_reuse)
-            self.loader.memory = self.memory
+            self.loader = ModelLoader(
+                self.settings,
+                lambda device: KVMemory(budget(self.settings.kv_memory, device), self.settings.prefix_reuse),
+            )
+            self.language_model = self.model.build(self.loader, self.wake)
             self.rewards = RewardLoader(self.loader)
-            chat = ChatTokenizer(tokenizer, self.model.tool_format)
-            self.language_model = LocalLanguageModel(model, chat, self.model.model, self.memory)
             self.scheduler = self._schedule()
         except Exception as error:
             self.failed = True  # the next request tries again
@@ -165,6 +163,13 @@ class Worker:
         self.loop.run_forever()
         self.loop.run_until_complete(self._end())
         self.loop.close()
+
+    @property
+    def memory(self) -> KVMemory:
+        """For the caches of all models."""
+        memory = self.loader.memory
+        assert memory is not None  # its budget was given
+        return memory
 
     def _schedule(self) -> Scheduler:
         if self.settings.width != "auto":
@@ -250,12 +255,12 @@ class Worker:
         if tools is not None:
             grammar = chat.tool_format.grammar(tools, chat.lark, grammar)
         if grammar is not None:
-            context.matcher = model.grammars.matcher(grammar)
+            context.matcher = model.matcher(grammar)
         reader = ToolReader(tools, chat.tool_format)
         conversation = Conversation(chat.without_tools(request.prompt), usage, request.context)
         async with self._admission:
             tokens = len(prompt_ids) + request.max_tokens + DRAFTS
-            needs = [(model.transformer.cache, 1, tokens), *(reward.needs(conversation, tokens) if reward else [])]
+            needs = [*model.needs(tokens), *(reward.needs(conversation, tokens) if reward else [])]
             await self._memory_for(needs)
             session = Session(self, context, seed, conversation, reward, scale, emit, reader)
             for cache, _, columns in needs:
@@ -362,6 +367,7 @@ class Worker:
 
     def _step(self) -> int:
         """One forward, or what has to come before it; returns for how many turns of the loop others go on."""
+        self._tell_failed()
         if self._sample():
             return 1  # the methods that asked for no reward; others may begin in place of what ended
         chosen = self.scheduler.candidates(self.live)
@@ -375,9 +381,13 @@ class Worker:
         if idle:
             return 0
         self.language_model.forward(chosen)
+        self._tell_failed()
+        return 1
+
+    def _tell_failed(self) -> None:
+        """Requests that the language model cannot go on with."""
         for session in [s for s in self.live if s.context in self.language_model.failed]:
             session.fail(self.language_model.failed.pop(session.context))
-        return 1
 
     def _sample(self) -> bool:
         """Has a candidate ended?"""

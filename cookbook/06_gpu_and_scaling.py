@@ -49,7 +49,7 @@ if READY:
 # Many prompts are answered in one running batch, and a file of them by the command line:
 #
 # ```bash
-# cards generate --prompts in.jsonl --out out.jsonl --config cards.yaml --at-once 64
+# cards generate --prompts in.jsonl --out out.jsonl --config cards.yaml --concurrency 64
 # ```
 #
 # Reward models may live elsewhere: `RemoteReward(url="http://...:8000", protocol="classify")` asks a vLLM server.

@@ -66,18 +66,30 @@ def test_generate_answers_a_file_and_goes_on_where_it_stopped(config, tmp_path):
     prompts, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     asked = [f"Prompt {i}" for i in range(5)]
     prompts.write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in asked))
-    words = ("generate", "--prompts", str(prompts), "--config", config, "--at-once", "2")
+    words = ("generate", "--prompts", str(prompts), "--config", config, "--concurrency", "2")
+
+    def rows(lines):
+        return sorted(map(json.loads, lines), key=lambda row: row["line"])
+
     run(*words, "--out", str(out))
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [(row["line"], row["prompt"]) for row in rows] == list(enumerate(asked))
-    assert [row["text"] for row in rows] == answers(config, asked)
+    found = rows(out.read_text().splitlines())
+    assert [(row["line"], row["prompt"]) for row in found] == list(enumerate(asked))
+    assert [row["text"] for row in found] == answers(config, asked)
     lines = out.read_text().splitlines(keepends=True)
     out.write_text("".join(lines[:3]) + '{"line": 3, "text": "half')
     run(*words, "--out", str(out))
-    again = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [(row["line"], row["text"]) for row in again] == [(row["line"], row["text"]) for row in rows]
-    printed = [json.loads(line)["text"] for line in run(*words).stdout.splitlines()]
-    assert printed == [row["text"] for row in rows]
+    assert out.read_text().splitlines(keepends=True)[:3] == lines[:3]  # each is answered once
+    again = rows(out.read_text().splitlines())
+    assert [(row["line"], row["text"]) for row in again] == [(row["line"], row["text"]) for row in found]
+    assert [row["text"] for row in rows(run(*words).stdout.splitlines())] == [row["text"] for row in found]
+
+
+def test_generate_leaves_out_what_fails_and_tries_it_again(config, tmp_path):
+    prompts, out = tmp_path / "in.txt", tmp_path / "out.jsonl"
+    prompts.write_text("Hello\n" + "far too long " * 5000 + "\nAnd?\n")
+    failed = run("generate", "--prompts", str(prompts), "--config", config, "--out", str(out), code=1)
+    assert "line 1: PromptError" in failed.stderr.replace("\n", " ")
+    assert sorted(json.loads(line)["line"] for line in out.read_text().splitlines()) == [0, 2]
 
 
 def test_chat_remembers_and_shows_what_was_rejected(config):

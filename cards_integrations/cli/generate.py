@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
 from pathlib import Path
@@ -20,9 +21,11 @@ from cards_integrations.cli.options import (
     Temperature,
     llm_from,
 )
-from cards_integrations.errors import SettingsError
+from cards_integrations.errors import CardsError, SettingsError
 
 if TYPE_CHECKING:
+    from rich.progress import TaskID
+
     from cards_integrations.llm import CardsLLM
     from cards_integrations.trace import Alignment
 
@@ -39,7 +42,7 @@ def generate(
     seed: int | None = None,
     prompts: Annotated[Path | None, typer.Option(help="Answer a file instead: lines of text, or JSON lines.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where the answers to a file go, as JSON lines.")] = None,
-    at_once: Annotated[int, typer.Option(min=1, help="Prompts of a file that are drafted together.")] = 32,
+    concurrency: Annotated[int, typer.Option(min=1, help="Prompts of a file that are answered at once.")] = 64,
     trace: Annotated[Path | None, typer.Option(help="Write a picture of the answer here, as a page.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -49,7 +52,8 @@ def generate(
         temperature=temperature, seed=seed,
     ) as llm:  # fmt: skip
         if prompts is not None:
-            answer_file(llm, prompts, out, at_once)
+            if failed := answer_file(llm, prompts, out, concurrency):
+                raise CardsError(f"{failed} prompts have no answer; the same command tries them again.")
             return
         if prompt is None:
             raise SettingsError("cards generate: give a prompt, or --prompts FILE.")
@@ -59,24 +63,48 @@ def generate(
         print(json.dumps(as_row(answer), ensure_ascii=False) if as_json else answer.text)
 
 
-def answer_file(llm: CardsLLM, prompts: Path, out: Path | None, at_once: int) -> None:
-    """One line for each prompt, in their order; those that stand in `out` already are not answered again."""
+def answer_file(llm: CardsLLM, prompts: Path, out: Path | None, concurrency: int) -> int:
+    """One line for each prompt, written when it is answered; what stands in `out` already is not asked again.
+
+    A prompt that fails is told of and left out. Returns how many did.
+    """
     from rich.console import Console
-    from rich.progress import track
+    from rich.progress import Progress
 
     from cards_integrations.study.prompts import read_prompts
     from cards_integrations.study.rows import Results
 
+    llm.engine = llm.engine.model_copy(update={"max_rows": max(concurrency, llm.engine.max_rows)})
     asked, contexts = read_prompts(prompts)
-    results = Results(out)
-    starts = range(len(results.rows), len(asked), at_once)
-    for at in track(starts, description="answers", console=Console(stderr=True), disable=out is None):
-        here = slice(at, at + at_once)
-        answers = llm.align_batch(asked[here], contexts=contexts[here])
-        rows = [{"line": i, "prompt": asked[i], **as_row(answer)} for i, answer in enumerate(answers, start=at)]
-        results.add(rows)
-        for row in rows if out is None else ():
-            print(json.dumps(row, ensure_ascii=False))
+    results, console = Results(out), Console(stderr=True)
+    known = {row["line"] for row in results.rows}
+    todo = iter([line for line in range(len(asked)) if line not in known])
+    failed = 0
+
+    async def answer(progress: Progress, task: TaskID) -> None:
+        nonlocal failed
+        for line in todo:
+            try:
+                found = await llm.aalign(asked[line], context=contexts[line])
+            except CardsError as error:
+                failed += 1
+                console.print(f"line {line}: {type(error).__name__}: {error}", markup=False, soft_wrap=True)
+            else:
+                row = {"line": line, "prompt": asked[line], **as_row(found)}
+                results.add([row])
+                if out is None:
+                    print(json.dumps(row, ensure_ascii=False))
+            progress.advance(task)
+
+    async def answer_all() -> None:
+        with Progress(console=console, disable=out is None) as progress:
+            task = progress.add_task("answers", total=len(asked), completed=len(known))
+            async with asyncio.TaskGroup() as group:
+                for _ in range(concurrency):
+                    group.create_task(answer(progress, task))
+
+    asyncio.run(answer_all())
+    return failed
 
 
 def as_row(answer: Alignment) -> dict[str, Any]:

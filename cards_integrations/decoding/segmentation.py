@@ -56,6 +56,10 @@ class Uncertainty(_Between):
     measure: Measure = "entropy"
     threshold: FiniteFloat = 3.0
 
+    @property
+    def served(self) -> dict[str, str | float]:
+        return {"cards_measure": self.measure, "cards_threshold": self.threshold, "cards_min_length": self.min_length}
+
     def ends_before(self, logits: torch.Tensor, log_p: torch.Tensor, rows: list[int]) -> torch.Tensor:
         return uncertainty(self.measure, logits[rows], log_p[rows]) >= self.threshold
 

@@ -1,5 +1,6 @@
 """Language models that text is drafted from."""
 
 from cards_integrations.models.loading import LocalModel
+from cards_integrations.models.vllm import VllmModel
 
-__all__ = ["LocalModel"]
+__all__ = ["LocalModel", "VllmModel"]

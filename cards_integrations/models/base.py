@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
-from cards_integrations.errors import OutOfMemory
+from cards_integrations.errors import CardsError
 from cards_integrations.models.randomness import Uniforms
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.models.stops import StopStrings
@@ -18,7 +18,10 @@ from cards_integrations.trace import FinishReason, Usage
 if TYPE_CHECKING:
     import torch
 
-    from cards_integrations.models.grammar import Matcher
+    from cards_integrations.models.chat import ChatTokenizer
+    from cards_integrations.models.grammar import Grammar, Matcher
+    from cards_integrations.models.kv_cache import TreeCache
+    from cards_integrations.models.step_times import StepTimes
 
 CLOSE_WITHIN = 32  # tokens before the limit; arguments that are still to come take some
 Message = dict[str, Any]
@@ -41,6 +44,11 @@ class Boundary(BaseModel):
     def ends_after(self, text: str) -> bool:
         """Does a segment with this text end with its last token?"""
         return False
+
+    @property
+    def served(self) -> Mapping[str, str | float] | None:
+        """What `vllm_plugin.EntropyStop` has to know to end the segment in a server; None if it does not do that."""
+        return None
 
     @property
     def reads_text(self) -> bool:
@@ -133,14 +141,21 @@ class LanguageModel(Protocol):
 
     `begin` starts a candidate; `sample` gives every candidate that has logits its next token and
     returns those that have ended; `forward` computes the next logits of those it is given, as far as
-    `unread` says that there is something to compute; contexts for which there is no memory end up
-    in `failed`. All are called from one thread.
+    `unread` says that there is something to compute; contexts that cannot go on (there is no memory, say)
+    end up in `failed`. `times` are the seconds of a step by its number of candidates, and `needs` what a
+    request of so many tokens takes in the caches of this machine. All are called from one thread.
     """
 
     name: str
+    chat: ChatTokenizer
     context_window: int
-    failed: dict[Context, OutOfMemory]
+    failed: dict[Context, CardsError]
 
+    @property
+    def times(self) -> StepTimes: ...
+    def needs(self, tokens: int) -> list[tuple[TreeCache, int, int]]: ...
+    def matcher(self, grammar: Grammar) -> Matcher: ...
+    def read(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> torch.Tensor: ...
     def open(self, context: Context) -> None: ...
     def close(self, context: Context) -> None: ...
     def vacancies(self, context: Context, boundary: Boundary) -> int: ...

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -15,6 +15,9 @@ from cards_integrations.models.embedded import MINILM, SMOLLM2, embedded_model
 from cards_integrations.models.tools import FormatName
 
 if TYPE_CHECKING:
+    import torch
+
+    from cards_integrations.models.base import LanguageModel
     from cards_integrations.models.kv_memory import KVMemory
 
 T = TypeVar("T")
@@ -39,6 +42,18 @@ class LocalModel(BaseModel):
     def same_weights(self, other: LocalModel) -> bool:
         """Is it the same model, whichever way it writes calls?"""
         return self == other.model_copy(update={"tool_format": self.tool_format})
+
+    def context_window(self) -> int:
+        """Tokens of prompt and answer together, from the model's config alone; no weights are loaded."""
+        return _context_window(self)
+
+    def build(self, loader: ModelLoader, wake: Callable[[], None]) -> LanguageModel:
+        """Load it, to draft with; called once per engine, in the engine's thread."""
+        from cards_integrations.models.chat import ChatTokenizer
+        from cards_integrations.models.local import LocalLanguageModel
+
+        model, tokenizer = loader.causal(self)
+        return LocalLanguageModel(model, ChatTokenizer(tokenizer, self.tool_format), self.model, loader.memory)
 
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -66,13 +81,16 @@ def as_local_model(value: Any) -> Any:
     return LocalModel(model=str(value)) if isinstance(value, (str, Path)) else value
 
 
-AnyModel = Annotated[LocalModel, BeforeValidator(as_local_model)]
+AnyLocalModel = Annotated[LocalModel, BeforeValidator(as_local_model)]
 
 
 class ModelLoader:
-    """Loads the models of one engine. A classifier on the language model's own weights shares them."""
+    """Loads the models of one engine. A classifier on the language model's own weights shares them.
 
-    def __init__(self, placement: Placement) -> None:
+    `budget` makes the memory for the caches of all of them, once the language model is loaded.
+    """
+
+    def __init__(self, placement: Placement, budget: Callable[[torch.device], KVMemory] | None = None) -> None:
         import torch
 
         self.placement = placement
@@ -86,9 +104,14 @@ class ModelLoader:
             raise ModelError(f"device={placement.device!r} cannot be used here: {error}") from error
         if placement.threads is not None:
             torch.set_num_threads(placement.threads)
-        self.memory: KVMemory | None = None  # for the caches of all its models
+        self.budget = budget
         self.language_model: tuple[LocalModel, Any, Any] | None = None
         self._once: dict[Hashable, Any] = {}
+
+    @cached_property
+    def memory(self) -> KVMemory | None:
+        """For the caches of all models; first asked for when the language model is there."""
+        return self.budget and self.budget(self.device)
 
     def causal(self, spec: LocalModel) -> tuple[Any, Any]:
         """(model, tokenizer) for drafting, or for reading log p. The first is the language model."""
@@ -233,8 +256,7 @@ def find(name: str) -> str:
 
 
 @lru_cache
-def context_window(spec: LocalModel) -> int:
-    """Tokens of prompt and answer together, from the model's config alone; no weights are loaded."""
+def _context_window(spec: LocalModel) -> int:
     from transformers import AutoConfig
 
     with _explained(spec):

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from cards_integrations.errors import OutOfMemory
+from cards_integrations.errors import CardsError, OutOfMemory
 from cards_integrations.models.base import Boundary, Candidate, Context
 from cards_integrations.models.chat import ChatTokenizer
-from cards_integrations.models.grammar import GrammarTokenizer
-from cards_integrations.models.kv_cache import Branch, Tree
+from cards_integrations.models.grammar import Grammar, GrammarTokenizer, Matcher
+from cards_integrations.models.kv_cache import Branch, Tree, TreeCache
 from cards_integrations.models.kv_memory import KVMemory, first_to_read
 from cards_integrations.models.loading import positions
 from cards_integrations.models.randomness import Uniforms
@@ -55,8 +55,11 @@ class LocalLanguageModel:
         self.eos = _end_of_sequence(model, chat.tokenizer)
         self.contexts: list[Context] = []
         self.ready: list[Candidate] = []  # have logits
-        self.failed: dict[Context, OutOfMemory] = {}
+        self.failed: dict[Context, CardsError] = {}
         self.steps = 0  # forwards that carried at least one candidate
+
+    def needs(self, tokens: int) -> list[tuple[TreeCache, int, int]]:
+        return [(self.transformer.cache, 1, tokens)]
 
     def open(self, context: Context) -> None:
         """Give a context a row; its prompt is read when a candidate needs it."""
@@ -74,6 +77,9 @@ class LocalLanguageModel:
     @cached_property
     def grammars(self) -> GrammarTokenizer:
         return GrammarTokenizer(self.chat.tokenizer, self.model.get_output_embeddings().weight.shape[0], self.eos)
+
+    def matcher(self, grammar: Grammar) -> Matcher:
+        return self.grammars.matcher(grammar)
 
     def begin(self, candidate: Candidate) -> None:
         origin = candidate.parent or candidate.context

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from cards_integrations.models.loading import AnyModel
+from cards_integrations.models.loading import AnyLocalModel
 from cards_integrations.rewards.base import Response, Reward, RewardLoader, RewardModel
 from cards_integrations.rewards.composite import Composite
 from cards_integrations.rewards.likelihood import Likelihood, likelihood
@@ -24,8 +24,8 @@ class ImplicitReward(Reward):
     """
 
     kind: Literal["implicit"] = "implicit"
-    tuned: AnyModel | None = None
-    base: AnyModel | None = None
+    tuned: AnyLocalModel | None = None
+    base: AnyLocalModel | None = None
     beta: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
 
     @model_validator(mode="after")

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from cards_integrations.errors import SettingsError
 from cards_integrations.models.chat import ChatTokenizer, as_text
 from cards_integrations.models.kv_memory import KVMemory
-from cards_integrations.models.loading import AnyModel
+from cards_integrations.models.loading import AnyLocalModel
 from cards_integrations.models.transformer import Feed
 from cards_integrations.rewards.base import Conversation, Reward, RewardLoader, RewardModel
 from cards_integrations.rewards.incremental import Incremental
@@ -35,7 +35,7 @@ class JudgeReward(Reward):
     """
 
     kind: Literal["judge"] = "judge"
-    model: AnyModel | None = None
+    model: AnyLocalModel | None = None
     rubric: str = RUBRIC
     words: tuple[Annotated[str, Field(min_length=1)], Annotated[str, Field(min_length=1)]] = ("Yes", "No")
 

@@ -15,7 +15,7 @@ import yaml
 from cards_integrations.decoding import Cards, Decoding, OptimalStopping, Sampling, Uncertainty
 from cards_integrations.decoding.base import Scale
 from cards_integrations.errors import SettingsError
-from cards_integrations.models.loading import LocalModel
+from cards_integrations.models.sources import ModelSource
 from cards_integrations.rewards.base import Reward
 from cards_integrations.scales import ScaleStore
 from cards_integrations.study.chains import Chains, Pilot, Prediction, Setting
@@ -52,7 +52,7 @@ class Calibration:
     that of the finished one. `curve` holds the best choice for each target.
     """
 
-    model: LocalModel
+    model: ModelSource
     reward: Reward
     max_tokens: int
     asked: Cards

@@ -1,0 +1,445 @@
+"""Drafting on a vLLM server: the methods stay here, candidates are completions there."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import httpx
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, SecretStr, ValidationError, field_validator
+
+from cards_integrations.errors import CardsError, ModelError, SettingsError
+from cards_integrations.models.base import Boundary, Candidate, Context
+from cards_integrations.models.servers import Servers, ServerUrl, usable_key
+from cards_integrations.models.tools import FormatName
+
+if TYPE_CHECKING:
+    import torch
+
+    from cards_integrations.models.chat import ChatTokenizer
+    from cards_integrations.models.grammar import Grammar, Matcher
+    from cards_integrations.models.kv_cache import TreeCache
+    from cards_integrations.models.loading import ModelLoader
+    from cards_integrations.models.step_times import StepTimes
+
+log = logging.getLogger("cards_integrations")
+KEY = "CARDS_VLLM_API_KEY"
+COMPLETIONS, MODELS, TOKENIZE = "/v1/completions", "/v1/models", "/tokenize"
+PROBE = "The café's 1,000 guests:\n\t- said «no» 👍 (twice)."  # two tokenizers that agree on it are one
+MARKS = (".", "!", "?", "\n")
+AHEAD = 64  # candidates of one request at most
+MENDS = {
+    401: f"Set model.api_key, or {KEY}.",
+    403: f"Set model.api_key, or {KEY}.",
+    404: "Check model.base_url and model.model.",
+}
+
+
+class VllmModel(BaseModel):
+    """A causal model that vLLM serves at `base_url`, or at several replicas; `model` is its served name.
+
+    `tokenizer` (embedded name, hub id or directory; by default `model`) is read here: prompts and answers
+    travel as token ids. Segments that end by uncertainty need `EntropyStop` in the server:
+    `--logits-processors cards_integrations.vllm_plugin:EntropyStop`. Where it is missing,
+    `without_plugin` says whether to refuse, or to end such segments by their length (of `fallback_length`
+    tokens), or at punctuation. `sentinel` is the id of a token that answers never hold, with which the
+    server ends a segment; by default a special token that is no end-of-sequence.
+
+    `api_key` goes out as a Bearer token (None: CARDS_VLLM_API_KEY, if that is set), and is not written
+    with the settings. `request_timeout` is in seconds, for one candidate. What may pass is tried `retries`
+    times more, at another replica if there is one; `concurrency` candidates are drafted at once.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    kind: Literal["vllm"] = "vllm"
+    base_url: ServerUrl | tuple[ServerUrl, ...]
+    model: Annotated[str, Field(min_length=1)]
+    tokenizer: Annotated[str, Field(min_length=1)] | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    tool_format: FormatName | None = None
+    without_plugin: Literal["refuse", "fixed_length", "punctuation"] = "refuse"
+    fallback_length: Annotated[int, Field(ge=1)] = 12
+    sentinel: Annotated[int, Field(ge=0)] | None = None
+    api_key: SecretStr | None = None
+    request_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 300.0
+    retries: Annotated[int, Field(ge=0)] = 3
+    concurrency: Annotated[int, Field(ge=1)] = 256
+
+    @field_validator("base_url")
+    @classmethod
+    def _without_version(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        """OpenAI's clients are given `.../v1`; the health of a server is asked beside it."""
+        if isinstance(value, tuple):
+            if not value:
+                raise ValueError("base_url is empty")
+            return tuple(each.rstrip("/").removesuffix("/v1") for each in value)
+        return value.rstrip("/").removesuffix("/v1")
+
+    @field_validator("api_key")
+    @classmethod
+    def _is_a_key(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            usable_key(value.get_secret_value(), "model.api_key", KEY)
+        return value
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """Of all replicas."""
+        return (self.base_url,) if isinstance(self.base_url, str) else self.base_url
+
+    @property
+    def key(self) -> str | None:
+        """The secret, from the settings or the environment."""
+        if self.api_key is not None:
+            return self.api_key.get_secret_value()
+        key = os.environ.get(KEY, "").strip()
+        return usable_key(key, KEY, KEY) if key else None
+
+    def same_weights(self, other: object) -> bool:
+        """No weights of a server are shared."""
+        return False
+
+    def context_window(self) -> int:
+        """Tokens of prompt and answer together, as the server says."""
+        return _context_window(self)
+
+    def build(self, loader: ModelLoader, wake: Callable[[], None]) -> VllmLanguageModel:
+        """Meet the server; called once per engine, in the engine's thread."""
+        from cards_integrations.models.chat import ChatTokenizer
+        from cards_integrations.models.loading import LocalModel
+
+        spec = LocalModel(
+            model=self.tokenizer or self.model, revision=self.revision, trust_remote_code=self.trust_remote_code
+        )
+        chat = ChatTokenizer(loader.tokenizer(spec), self.tool_format)
+        return VllmLanguageModel(self, chat, wake)
+
+
+@lru_cache
+def _context_window(spec: VllmModel) -> int:
+    return Greeting(spec).context_window()
+
+
+# --- what the server says ---
+
+
+class Tokenized(BaseModel):
+    tokens: list[int]
+
+
+class Card(BaseModel):
+    id: str
+    max_model_len: int | None = None
+
+
+class Cards(BaseModel):
+    data: list[Card]
+
+
+class LogProbs(BaseModel):
+    token_logprobs: list[FiniteFloat]
+
+
+class Choice(BaseModel):
+    finish_reason: Literal["stop", "length"]
+    stop_reason: int | str | None = None
+    token_ids: list[int]
+    logprobs: LogProbs
+
+
+class Details(BaseModel):
+    cached_tokens: int | None = None
+
+
+class Paid(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int = 0
+    prompt_tokens_details: Details | None = None
+
+
+class Completion(BaseModel):
+    choices: Annotated[list[Choice], Field(min_length=1, max_length=1)]
+    usage: Paid
+
+
+class Greeting:
+    """What has to be known of a server before it drafts; asked of the replicas that answer."""
+
+    def __init__(self, spec: VllmModel) -> None:
+        self.spec = spec
+        self.key = spec.key
+
+    def context_window(self) -> int:
+        window = 2**31
+        for url in self._replicas():
+            cards = Cards.model_validate_json(self._ask("GET", url, MODELS).content).data
+            served = {card.id: card for card in cards}
+            if self.spec.model not in served:
+                raise self._error(url, f"serves {', '.join(served)}, and not model.model={self.spec.model!r}.")
+            window = min(window, served[self.spec.model].max_model_len or window)
+        return window
+
+    def check_tokenizer(self, chat: ChatTokenizer) -> None:
+        """Its ids and ours must be the same, or answers would be read wrongly."""
+        ours = chat.encode(PROBE)
+        for url in self._replicas():
+            body = {"model": self.spec.model, "prompt": PROBE, "add_special_tokens": False}
+            theirs = Tokenized.model_validate_json(self._ask("POST", url, TOKENIZE, body).content).tokens
+            if ours != theirs:
+                named = self.spec.tokenizer or self.spec.model
+                raise self._error(url, f"and tokenizer {named!r} disagree: set model.tokenizer to the served one's.")
+
+    def has_plugin(self, prompt_ids: Sequence[int]) -> bool:
+        """A server with `EntropyStop` refuses a threshold that is no number; others do not look at it."""
+        body = {"model": self.spec.model, "prompt": list(prompt_ids), "max_tokens": 1}
+        body["vllm_xargs"] = {"cards_threshold": "is there a plug-in?"}
+        asked = [self._ask("POST", url, COMPLETIONS, body, refused=400) for url in self._replicas()]
+        return all(reply.status_code == 400 for reply in asked)
+
+    def _replicas(self) -> list[str]:
+        """Those that answer; one of them has to."""
+        up, errors = [], []
+        for url in self.spec.urls:
+            try:
+                self._ask("GET", url, MODELS)
+                up.append(url)
+            except ModelError as error:
+                errors.append(error)
+        if not up:
+            raise errors[0]
+        return up
+
+    def _ask(self, method: str, url: str, path: str, body: Any = None, refused: int | None = None) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else None
+        try:
+            reply = httpx.request(method, url + path, json=body, headers=headers, timeout=30.0)
+        except httpx.HTTPError as error:
+            told = f"cannot be reached: {type(error).__name__}: {error}. Is it running, and model.base_url right?"
+            raise self._error(url, told) from error
+        if not reply.is_success and reply.status_code != refused:
+            mend = MENDS.get(reply.status_code, "See its log.")
+            raise self._error(url, f"answered HTTP {reply.status_code} at {path}: {reply.text[:200]!r}. {mend}")
+        return reply
+
+    def _error(self, url: str, told: str) -> ModelError:
+        text = f"model {self.spec.model!r}: the server at {url} {told}"
+        return ModelError(text.replace(self.key, "**********") if self.key else text)
+
+
+# --- drafting ---
+
+
+class VllmLanguageModel:
+    """Candidates as completions behind the `LanguageModel` protocol.
+
+    Each candidate is a request of its own: the server's prefix cache shares what they have in common, and
+    giving one up aborts it there alone. Sampling, and the end of a segment by its uncertainty, are decided
+    in the server; a draft's random numbers follow from its own stream here, so a seed gives the same drafts
+    as far as the server's arithmetic does not depend on its load.
+    """
+
+    def __init__(self, spec: VllmModel, chat: ChatTokenizer, wake: Callable[[], None]) -> None:
+        self.spec = spec
+        self.name = spec.model
+        self.chat = chat
+        self.wake = wake
+        self.greeting = Greeting(spec)
+        self.context_window = self.greeting.context_window()
+        self.greeting.check_tokenizer(chat)
+        self.servers = Servers(
+            f"model {spec.model!r}", spec.urls, key=spec.key, timeout=spec.request_timeout, retries=spec.retries,
+            concurrency=spec.concurrency, error=ModelError, mends=MENDS, setting="model.base_url", health="/health",
+        )  # fmt: skip
+        self.failed: dict[Context, CardsError] = {}
+        self.ended: list[Candidate] = []
+
+    @cached_property
+    def plugin(self) -> bool:
+        """Does the server end segments by uncertainty?"""
+        found = self.greeting.has_plugin(self.chat.encode(PROBE))
+        if not found:
+            log.warning(
+                "model %r: no EntropyStop in the server; segments end by model.without_plugin=%r",
+                self.name, self.spec.without_plugin,
+            )  # fmt: skip
+        return found
+
+    @cached_property
+    def sentinel(self) -> int:
+        """A token that no answer holds."""
+        if self.spec.sentinel is not None:
+            return self.spec.sentinel
+        tokenizer = self.chat.tokenizer
+        special = sorted(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
+        named = [getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "unk", "mask", "cls", "sep", "pad")]
+        for token in [*named, *special]:
+            if token is not None and token != tokenizer.eos_token_id and token not in self.chat.markers:
+                return int(token)
+        raise ModelError(f"model {self.name!r}: its tokenizer has no special token to spare; set model.sentinel.")
+
+    @property
+    def times(self) -> StepTimes:
+        """Not seconds: a server's step hardly takes longer for more candidates, up to some tens."""
+        from cards_integrations.models.step_times import StepTimes
+
+        return StepTimes({1: 1.0, AHEAD: 2.0})
+
+    def needs(self, tokens: int) -> list[tuple[TreeCache, int, int]]:
+        return []
+
+    def matcher(self, grammar: Grammar) -> Matcher:
+        raise SettingsError(
+            "Grammars, response formats and enforced tool calls need a local model: a server does not go on with "
+            "a grammar from one segment to the next. Use LocalModel, or tool_choice='auto'."
+        )
+
+    def read(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> torch.Tensor:
+        raise ModelError("Logits of whole answers are read by a local model only: leave segment_length out.")
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.chat.decode(ids)
+
+    def open(self, context: Context) -> None:
+        context.state = hash(tuple(context.prompt_ids))  # conversations that begin alike share a replica's cache
+
+    def close(self, context: Context) -> None:
+        context.state = None
+        self.failed.pop(context, None)
+
+    def vacancies(self, context: Context, boundary: Boundary) -> int:
+        return AHEAD
+
+    def begin(self, candidate: Candidate) -> None:
+        candidate.state = asyncio.get_running_loop().create_task(self._draft(candidate))
+
+    def drop(self, candidate: Candidate) -> None:
+        """Closes its connection, and so ends it in the server."""
+        if candidate.state is not None:
+            candidate.state.cancel()
+            candidate.state = None
+
+    def keep(self, candidate: Candidate) -> None:
+        candidate.context.ids += candidate.ids
+        candidate.context.text = candidate.response
+
+    def sample(self) -> list[Candidate]:
+        ended, self.ended = self.ended, []
+        return [candidate for candidate in ended if candidate.state is not None]
+
+    def unread(self, candidates: Iterable[Candidate]) -> Mapping[Any, Context]:
+        return {}
+
+    def forward(self, candidates: Iterable[Candidate]) -> None:
+        """Nothing is computed here."""
+
+    def reset(self) -> None:
+        self.ended = []
+
+    async def _draft(self, candidate: Candidate) -> None:
+        """One completion, from the request to the candidate's end."""
+        context = candidate.context
+        try:
+            body = self._body(candidate)
+            near, calls = context.state, context.usage
+            calls.lm_forwards += 1
+            reply = await self.servers.post(COMPLETIONS, body, near=near)
+            try:
+                found = Completion.model_validate_json(reply.content)
+            except ValidationError as error:
+                told = error.errors(include_url=False)[0]
+                raise ModelError(
+                    f"model {self.name!r} answered {self.servers.excerpt(reply)}: {told['loc']}: {told['msg']}. "
+                    "Is the server a vLLM of 0.11 or later?"
+                ) from None
+            self._take(candidate, found)
+        except CardsError as error:
+            self.failed[context] = error
+        except Exception as error:
+            log.exception("a candidate could not be drafted")
+            self.failed[context] = ModelError(f"model {self.name!r}: {type(error).__name__}: {error}")
+        else:
+            self.ended.append(candidate)
+        if context.state is None:
+            self.failed.pop(context, None)  # the request has ended meanwhile
+        self.wake()
+
+    def _body(self, candidate: Candidate) -> dict[str, Any]:
+        context, boundary, sampler = candidate.context, candidate.boundary, candidate.context.sampler
+        if candidate.rank is not None:
+            raise SettingsError("Methods that choose tokens by rank (Args) need a local model.")
+        body: dict[str, Any] = {
+            "model": self.name,
+            "prompt": [*context.prompt_ids, *candidate.before],
+            "max_tokens": candidate.room,
+            "temperature": sampler.temperature,
+            "top_k": sampler.top_k,
+            "top_p": 1.0,
+            "seed": int(candidate.uniforms[0] * 2**53),
+            "logprobs": 0,
+            "return_token_ids": True,
+            "stop": list(context.stop.strings),
+        }
+        if boundary.served is None:
+            return body
+        if self.plugin:
+            body["stop_token_ids"] = [self.sentinel]
+            body["vllm_xargs"] = {**boundary.served, "cards_sentinel": self.sentinel}
+        elif self.spec.without_plugin == "refuse":
+            raise ModelError(
+                f"model {self.name!r}: the server does not end segments by uncertainty. Start it with --logits-"
+                "processors cards_integrations.vllm_plugin:EntropyStop, or set model.without_plugin, or another "
+                "boundary."
+            )
+        elif self.spec.without_plugin == "fixed_length":
+            body["max_tokens"] = min(candidate.room, self.spec.fallback_length)
+        return body
+
+    def _take(self, candidate: Candidate, found: Completion) -> None:
+        """Make the completion the candidate's: what the server did not cut is cut here."""
+        [choice], paid, usage = found.choices, found.usage, candidate.context.usage
+        ids, log_p = choice.token_ids, choice.logprobs.token_logprobs
+        cached = (paid.prompt_tokens_details and paid.prompt_tokens_details.cached_tokens) or 0
+        usage.lm_tokens += paid.prompt_tokens - cached + paid.completion_tokens
+        usage.cached_tokens = max(usage.cached_tokens, min(cached, usage.prompt_tokens))
+        by_token = choice.finish_reason == "stop" and not isinstance(choice.stop_reason, str)
+        risen = by_token and choice.stop_reason == self.sentinel and candidate.boundary.served is not None
+        usage.drafted_tokens += len(ids) - risen
+        ended = by_token and not risen
+        if by_token:
+            candidate.end_log_p = log_p[-1] if ended else 0.0
+            ids = ids[:-1]
+        length = self._cut(candidate, ids)
+        candidate.ids = ids[:length]
+        candidate.log_likelihood = sum(log_p[:length])
+        if candidate.finish is not None or length < len(ids):
+            candidate.end_log_p = 0.0
+        elif ended:
+            candidate.finish = "stop"
+        elif candidate.end >= candidate.context.max_tokens:
+            candidate.finish = "length"
+
+    def _cut(self, candidate: Candidate, ids: list[int]) -> int:
+        """How many of the tokens are the candidate's: as many as it takes to a stop string or a mark."""
+        context, boundary = candidate.context, candidate.boundary
+        candidate.response = self.decode([*candidate.before, *ids])
+        punctuated = boundary.reads_text or (
+            boundary.served is not None and not self.plugin and self.spec.without_plugin == "punctuation"
+        )
+        for length in range(1, len(ids) + 1) if punctuated or context.stop else ():
+            response = self.decode([*candidate.before, *ids[:length]])
+            at = context.stop.find(response, len(candidate.before_text))
+            if at is not None:
+                candidate.response, candidate.whole, candidate.finish = response[:at], False, "stop"
+                return length
+            text = response[len(candidate.before_text) :]
+            ends = boundary.ends_after(text) if boundary.reads_text else text.endswith(MARKS)
+            if punctuated and ends and length >= boundary.shortest:
+                candidate.response = response
+                return length
+        return len(ids)
