@@ -39,8 +39,8 @@ RESULTS = Path(__file__).parent / "results"
 FAMILY = ["best-of-4", "best-of-8", "best-of-16", "best-of-32"]
 
 
-def arms(boundary: Uncertainty) -> dict[str, Decoding]:
-    """The methods, and CARDS with one thing changed at a time."""
+def arms(boundary: Uncertainty, target: float) -> dict[str, Decoding]:
+    """The methods, and CARDS with one thing changed at a time; `target` is another one than "auto" takes."""
     return {
         "plain": Sampling(),
         **{f"best-of-{n}": BestOfN(n=n) for n in (4, 8, 16, 32)},
@@ -50,6 +50,7 @@ def arms(boundary: Uncertainty) -> dict[str, Decoding]:
         "TreeBoN 16": TreeBoN(n=16, children=4, boundary=FixedLength(length=12)),
         "particles 8": Particles(n=8, boundary=boundary),
         "CARDS": Cards(boundary=boundary),
+        f"CARDS, target {target}": Cards(target_reward=target, boundary=boundary),
         "CARDS, hard": Cards(acceptance="hard", boundary=boundary),
         "CARDS, fixed length 8": Cards(boundary=FixedLength(length=8)),
         "CARDS, punctuation": Cards(boundary=Punctuation(max_length=32)),
@@ -64,7 +65,7 @@ def tiny(models: Path) -> tuple[CardsLLM, list[Any], str, dict[str, Decoding]]:
         model=str(models / "stories260k"), reward=ClassifierReward(model=str(models / "rm-sentiment-stories260k")),
         max_tokens=96, temperature=0.9,
     )  # fmt: skip
-    return llm, [f"{who} {did}" for did in DID for who in WHO], "sentiment-minilm", arms(BOUNDARY)
+    return llm, [f"{who} {did}" for did in DID for who in WHO], "sentiment-minilm", arms(BOUNDARY, 1.2)
 
 
 def main() -> None:
@@ -78,7 +79,7 @@ def main() -> None:
     if options.which == "tiny":
         llm, prompts, judge, methods = tiny(options.models)
     else:
-        llm, judge, methods = CardsLLM(max_tokens=48), "sentiment-minilm", arms(Uncertainty())
+        llm, judge, methods = CardsLLM(max_tokens=48), "sentiment-minilm", arms(Uncertainty(), 1.1)
         prompts = [prompt for prompt in read_prompts(options.prompts)[0] if len(str(prompt)) < 600]
     chosen = {name: methods[name] for name in options.only or methods}
     name = f"methods-{options.which}"

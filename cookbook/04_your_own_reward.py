@@ -14,7 +14,7 @@
 # %%
 from cards_integrations import CardsLLM
 
-llm = CardsLLM(max_tokens=40, seed=0)
+llm = CardsLLM(max_tokens=32, seed=0)
 QUESTION = "How do I keep a tomato plant healthy?"
 print(llm.align(QUESTION, decoding="sampling").text)
 
@@ -72,8 +72,8 @@ from cards_integrations.rewards import GateReward, PatternReward, WeightedReward
 
 friendly = WeightedReward(rewards=("sentiment", short_words), weights=(1.0, 0.5))
 answer = llm.align(QUESTION, reward=friendly)
-print(answer.text)
-answer.rewards
+print(answer.rewards)
+answer  # what was rejected is folded under each segment
 
 # %%
 no_lists = GateReward(gate=PatternReward(forbidden=(r"\d\.", r"\n-", r"\*")), reward="sentiment")
@@ -97,14 +97,6 @@ with TemporaryDirectory() as folder:
     same = CardsLLM.from_settings(file)
 
 print(same.align("How was your day?").text)
-
-# %% [markdown]
-# ## What was rejected
-#
-# An answer shows how it came to be: kept segments by their reward, and every draft that was looked at.
-
-# %%
-llm.align(QUESTION, reward=friendly)
 
 # %%
 llm.close()

@@ -60,7 +60,7 @@ def show(console: Console, llm: CardsLLM, messages: list[dict[str, Any]], reject
             break
         for draft in item.segment.drafts if rejected else ():
             if draft.verdict == "rejected":
-                console.print(draft.text, style="dim strike", markup=False, end="", soft_wrap=True)
+                console.print(f"{draft.text} ✗", style="dim strike", markup=False, end="", soft_wrap=True)
         console.print(item.text, markup=False, end="", soft_wrap=True)
     assert isinstance(item, Alignment)
     usage = item.usage

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -204,14 +205,15 @@ class ModelLoader:
         with _explained(spec):
             found = find(spec.model)
             config = AutoConfig.from_pretrained(found, **where)
-            model, report = family.from_pretrained(
-                found,
-                **where,
-                **(options or {}),
-                dtype=self._dtype(config),
-                use_safetensors=True,
-                output_loading_info=True,
-            )
+            with quiet_transformers():  # what is missing is looked at below
+                model, report = family.from_pretrained(
+                    found,
+                    **where,
+                    **(options or {}),
+                    dtype=self._dtype(config),
+                    use_safetensors=True,
+                    output_loading_info=True,
+                )
         if report["missing_keys"] and not spec.adapter:  # transformers would go on with random numbers
             missing = ", ".join(sorted(report["missing_keys"])[:3])
             raise ModelError(f"model={spec.model!r} has no weights for {missing} of {type(model).__name__}.")
@@ -243,6 +245,19 @@ class ModelLoader:
         head = model.score
         model.score = torch.nn.Linear(head.in_features, head.out_features, bias=False, dtype=causal.dtype)
         return model
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without its report of missing weights, which an adapter brings."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(max(before, logging.ERROR))
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def find(name: str) -> str:

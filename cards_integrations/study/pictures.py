@@ -27,27 +27,41 @@ p {{ margin: .3rem 0; }} img {{ width: 100%; margin-top: 1rem; }}
 """
 
 
+def blank(width: float, height: float) -> Figure:
+    """A figure that also shows itself in a notebook that has not chosen a backend."""
+    from matplotlib.figure import Figure
+
+    class Shown(Figure):
+        def _repr_png_(self) -> bytes:
+            return as_png(self)
+
+    return Shown(figsize=(width, height), layout="constrained")
+
+
+def as_png(figure: Figure) -> bytes:
+    """The image."""
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=130)
+    return image.getvalue()
+
+
 def save(figure: Figure, path: str | Path, text: str) -> None:
     """As an image, or as a page with the text above it."""
     path = Path(path)
     if path.suffix != ".html":
         figure.savefig(path, dpi=150)
         return
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=150)
     paragraphs = "\n".join(f"<p>{html.escape(line)}</p>" for line in text.splitlines())
-    page = PAGE.format(text=paragraphs, image=base64.b64encode(image.getvalue()).decode())
+    page = PAGE.format(text=paragraphs, image=base64.b64encode(as_png(figure)).decode())
     path.write_text(page, encoding="utf-8")
 
 
 def draw_calibration(found: Calibration, axes: Sequence[Axes] | None = None) -> Figure:
     """Reward against tokens, how well a beginning foretells the end, and the lengths of segments."""
-    from matplotlib.figure import Figure
-
     from cards_integrations.study.calibrate import SHARES
 
     if axes is None:
-        axes = Figure(figsize=(13, 3.8), layout="constrained").subplots(1, 3)
+        axes = blank(13, 3.8).subplots(1, 3)
     frontier, foretold, lengths = axes
     plain, chosen = found.plain, found.chosen.foreseen
 

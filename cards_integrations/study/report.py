@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import math
 from typing import TYPE_CHECKING
 
 from cards_integrations.study.compare import Arm, Comparison
 from cards_integrations.study.metrics import Mean
+from cards_integrations.study.pictures import as_png, blank
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -73,10 +73,8 @@ def table(found: Comparison) -> Table:
 
 def frontier(found: Comparison, cost: str = "drafted_tokens") -> Figure:
     """Guiding reward and judge, over the cost."""
-    from matplotlib.figure import Figure
-
     kinds = [kind for kind in ("reward", "judged") if any(arm.mean(kind) for arm in found.arms.values())]
-    figure = Figure(figsize=(6.5 * len(kinds), 5), layout="constrained")
+    figure = blank(6.5 * len(kinds), 5)
     for axis, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
         _draw(axis, found, kind, cost)
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
@@ -104,8 +102,6 @@ def _draw(axis: Axes, found: Comparison, kind: str, cost: str) -> None:
 
 def page(found: Comparison, examples: int = 20) -> str:
     """HTML without scripts or anything from elsewhere; the models' text is escaped."""
-    image = io.BytesIO()
-    frontier(found).savefig(image, format="png", dpi=130)
     headings = "".join(f"<th>{html.escape(h)}</th>" for h in ["", *COLUMNS.values(), *DERIVED])
     lines = [f"<tr>{headings}</tr>"]
     for arm in found.arms.values():
@@ -115,7 +111,7 @@ def page(found: Comparison, examples: int = 20) -> str:
     return PAGE.format(
         title=f"{len(found.arms)} methods, {len(prompts)} prompts",
         table=f"<table>{''.join(lines)}</table>",
-        image=base64.b64encode(image.getvalue()).decode(),
+        image=base64.b64encode(as_png(frontier(found))).decode(),
         answers="\n".join(_answers(found, prompt) for prompt in list(prompts)[:examples]),
     )
 
@@ -146,4 +142,8 @@ def _derived(arm: Arm) -> list[str]:
 
 
 def _cell(mean: Mean | None) -> str:
-    return "" if mean is None else f"{mean.value:.4g}<br><small>{mean.low:.3g} … {mean.high:.3g}</small>"
+    return "" if mean is None else f"{_short(mean.value)}<br><small>{_short(mean.low)} … {_short(mean.high)}</small>"
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
