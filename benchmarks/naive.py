@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from cards_integrations.decoding import Cards, Threshold
-from cards_integrations.decoding.segmentation import Uncertainty, uncertainty
+from cards_integrations.decoding.segmentation import Uncertainty
 from cards_integrations.models.chat import ChatTokenizer
 from cards_integrations.models.loading import LocalModel, ModelLoader, Placement, find
 from cards_integrations.models.randomness import Uniforms
@@ -25,6 +25,7 @@ from cards_integrations.rewards import ClassifierReward
 from cards_integrations.rewards.base import Conversation
 from cards_integrations.rewards.classifier import ADAPTERS, Layout
 from cards_integrations.trace import Usage
+from cards_integrations.uncertainty import uncertainty
 
 
 @dataclass

@@ -1,9 +1,9 @@
-"""Retrieval-augmented answers over this project's own README, plain and guided by their groundedness.
+"""Retrieval-augmented answers over this project's own documentation, plain and guided by their groundedness.
 
     python benchmarks/rag.py [--seeds 5] [--frameworks langchain llama_index]
 
 Twelve questions, MiniLM embeddings, two paragraphs retrieved for each, in a LangChain chain and in a
-LlamaIndex query engine, both in one line. How many answers hold the fact that the README states, and
+LlamaIndex query engine, both in one line. How many answers hold the fact that it states, and
 what they cost. Writes results/rag.json.
 """
 
@@ -143,7 +143,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--frameworks", nargs="+", default=["langchain", "llama_index"])
     options, console = parser.parse_args(), Console()
-    embedding, texts = MiniLM(), paragraphs((HERE.parent / "README.md").read_text(encoding="utf-8"))
+    pages = [HERE.parent / "README.md", *sorted((HERE.parent / "docs").glob("*.md"))]
+    embedding, texts = MiniLM(), [text for page in pages for text in paragraphs(page.read_text(encoding="utf-8"))]
     results: dict[str, Any] = {"paragraphs": len(texts), "questions": len(ASKED), "seeds": options.seeds}
     for framework in options.frameworks:
         run = {"langchain": langchain, "llama_index": llama_index}[framework](embedding, texts)

@@ -12,13 +12,13 @@ from concurrent.futures import Future
 from contextlib import aclosing, closing, suppress
 from typing import Any, ClassVar, TypeVar
 
-from cards_integrations.decoding.segmentation import Measure
 from cards_integrations.errors import EngineClosed
 from cards_integrations.models.base import LanguageModel, Message
 from cards_integrations.models.sources import ModelSource
 from cards_integrations.rewards.base import Reward
 from cards_integrations.session import Chunk
 from cards_integrations.trace import Alignment
+from cards_integrations.uncertainty import Measure
 from cards_integrations.worker import EngineSettings, Request, Worker
 
 __all__ = ["Engine", "EngineSettings", "Request"]
@@ -194,7 +194,9 @@ class Engine:
 
 
 def _forget_after_fork() -> None:
-    """A forked child has no worker threads: it starts its own engines."""
+    """A forked child has no worker threads: its engines start afresh."""
+    for engine in Engine._shared.values():
+        engine._worker, engine._starting = None, threading.Lock()
     Engine._shared.clear()
     Engine._lock = threading.Lock()
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from reprlib import Repr
+
+_EXCERPT = Repr()
+_EXCERPT.maxlevel, _EXCERPT.maxstring, _EXCERPT.maxother = 4, 200, 200
 
 
 class CardsError(Exception):
@@ -42,9 +46,18 @@ class CardsTimeout(CardsError, TimeoutError):
     """The answer was not ready within `timeout` seconds."""
 
 
+def shown(value: object) -> str:
+    """A value as an error quotes it: never longer than a few lines, whatever it is."""
+    try:
+        return _EXCERPT.repr(value)
+    except Exception:  # nested too deeply, a number of thousands of digits, or an object's own fault
+        return f"<{type(value).__name__}>"
+
+
 def unknown(what: str, name: str, known: Iterable[str], hint: str = "") -> SettingsError:
     """The error for a name nobody registered: near matches first, then all known names."""
     known = sorted(known)
+    name = name[:200]
     near = get_close_matches(name, known, n=3, cutoff=0.5)
     guess = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
     return SettingsError(f"The {what} {name!r} is not known.{guess} Known: {', '.join(known)}.{hint}")

@@ -17,7 +17,7 @@ from langchain_core.messages import (
 from langchain_core.messages import ChatMessage as LangChainChatMessage
 from llama_index.core.base.llms.types import ChatMessage, ContentBlock, TextBlock, ThinkingBlock, ToolCallBlock
 
-from cards_integrations.errors import PromptError
+from cards_integrations.errors import PromptError, shown
 from cards_integrations.models.base import Message
 
 ROLES = {
@@ -84,8 +84,7 @@ def _of_llama_index(item: ChatMessage) -> Message:
     if calls:
         message["tool_calls"] = [_call(call.tool_call_id, call.tool_name, call.tool_kwargs) for call in calls]
     if message["role"] == "tool":
-        message["tool_call_id"] = item.additional_kwargs.get("tool_call_id")
-        message["name"] = item.additional_kwargs.get("name")
+        message |= _result(item.additional_kwargs)
     return message
 
 
@@ -94,11 +93,20 @@ def _of_dict(item: Mapping[str, Any]) -> Message:
     message: Message = {"role": _role(item["role"]), "content": "" if content is None else _text(content)}
     if calls := item.get("tool_calls"):
         if not isinstance(calls, (list, tuple)):
-            raise PromptError(f"Not a tool call: {calls!r}; pass a list of them.")
+            raise PromptError(f"Not a tool call: {shown(calls)}; pass a list of them.")
         message["tool_calls"] = [_call_of_dict(call) for call in calls]
     if message["role"] == "tool":
-        message |= {"tool_call_id": item.get("tool_call_id"), "name": item.get("name")}
+        message |= _result(item)
     return message
+
+
+def _result(said: Mapping[str, Any]) -> dict[str, str | None]:
+    """Which call a tool's message answers."""
+    found = {name: said.get(name) for name in ("tool_call_id", "name")}
+    for name, value in found.items():
+        if not isinstance(value, str | None):
+            raise PromptError(f"{name}={shown(value)} of a tool's message must be a string.")
+    return found
 
 
 def _call_of_dict(call: Any) -> dict[str, Any]:
@@ -108,7 +116,7 @@ def _call_of_dict(call: Any) -> dict[str, Any]:
     except (TypeError, KeyError):
         name = arguments = None
     if not isinstance(name, str) or not isinstance(call.get("id"), str | None):
-        raise PromptError(f"Not a tool call: {call!r}; pass OpenAI's or LangChain's form.")
+        raise PromptError(f"Not a tool call: {shown(call)}; pass OpenAI's or LangChain's form.")
     return _call(call.get("id"), name, arguments)
 
 
@@ -122,6 +130,10 @@ def _call(call_id: str | None, name: str, arguments: Any) -> dict[str, Any]:
             arguments = given
     if not isinstance(arguments, Mapping):
         arguments = {} if arguments is None else {"input": given}  # said as well as it can be
+    try:
+        json.dumps(dict(arguments))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise PromptError(f"The arguments {shown(arguments)} of a call of {name!r} are no JSON: {error}.") from None
     return {"type": "function", "id": call_id, "function": {"name": name, "arguments": dict(arguments)}}
 
 
@@ -137,7 +149,7 @@ def _name_results(chat: list[Message]) -> None:
 def _role(role: Any) -> str:
     if not isinstance(role, str) or role not in ROLES:
         raise PromptError(
-            f"The message role {role!r} is not known; use one of {', '.join(sorted(set(ROLES.values())))}."
+            f"The message role {shown(role)} is not known; use one of {', '.join(sorted(set(ROLES.values())))}."
         )
     return ROLES[role]
 
@@ -155,11 +167,11 @@ def _part(part: Any) -> str:
     if isinstance(part, str):
         return part
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-    if kind == "text":
+    if kind == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
-    if kind in NOT_SAID:
+    if isinstance(kind, str) and kind in NOT_SAID:
         return ""
-    raise _only_text(str(kind))
+    raise PromptError("Message content of type 'text' has no text.") if kind == "text" else _only_text(shown(kind))
 
 
 def _block(block: ContentBlock) -> str:
@@ -167,8 +179,8 @@ def _block(block: ContentBlock) -> str:
         return block.text
     if isinstance(block, (ThinkingBlock, ToolCallBlock)):
         return ""
-    raise _only_text(block.block_type)
+    raise _only_text(repr(block.block_type))
 
 
 def _only_text(kind: str) -> PromptError:
-    return PromptError(f"Message content of type {kind!r} is not supported: the model reads text only.")
+    return PromptError(f"Message content of type {kind} is not supported: the model reads text only.")

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from cards_integrations.errors import SettingsError
+from cards_integrations.errors import SettingsError, shown
 from cards_integrations.models.base import Message
 from cards_integrations.models.chat import Formatted, as_messages
 from cards_integrations.models.grammar import Grammar
@@ -53,4 +53,6 @@ def as_response_format(value: Any) -> ResponseFormat | None:
         if kind == "json_schema" and isinstance(value.get("json_schema"), Mapping):
             return ResponseFormat(value["json_schema"].get("schema"))
         return ResponseFormat(value)
-    raise SettingsError(f"response_format={value!r}: pass a JSON schema, a pydantic class, or what OpenAI's API takes.")
+    raise SettingsError(
+        f"response_format={shown(value)}: pass a JSON schema, a pydantic class, or what OpenAI's API takes."
+    )

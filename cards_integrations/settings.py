@@ -12,7 +12,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, Setting
 
 from cards_integrations.decoding import AnyDecoding, Cards, Decoding
 from cards_integrations.engine import Engine, EngineSettings, Request
-from cards_integrations.errors import SettingsError, unknown
+from cards_integrations.errors import SettingsError, shown, unknown
 from cards_integrations.models.base import Message
 from cards_integrations.models.grammar import as_grammar
 from cards_integrations.models.loading import LocalModel
@@ -45,7 +45,7 @@ def _text(one: Any) -> str:
     if found is None and callable(getattr(one, "get_content", None)):
         found = one.get_content()  # LlamaIndex's nodes
     if not isinstance(found, str):
-        raise SettingsError(f"context={one!r}: pass a text, a document, or a list of them.")
+        raise SettingsError(f"context={shown(one)}: pass a text, a document, or a list of them.")
     return found
 
 
@@ -55,11 +55,11 @@ def _told(error: ErrorDetails) -> str:
     if isinstance(cause, SettingsError):
         return str(cause)
     given = error["input"]
-    shown = f"={given!r}" if isinstance(given, (str, int, float)) else ""  # a mapping may hold a key
-    return f"{'.'.join(map(str, error['loc']))}{shown}: {error['msg']}"
+    said = f"={shown(given)}" if isinstance(given, (str, int, float)) else ""  # a mapping may hold a key
+    return f"{'.'.join(map(str, error['loc']))}{said}: {error['msg']}"
 
 
-class Options(BaseModel):
+class Options(BaseModel, hide_input_in_errors=True):  # the input may hold a key
     """What `CardsLLM`, `ChatCards` and a settings file have in common.
 
     `temperature=0` is greedy: every candidate of a segment would be the same one, so CARDS keeps
@@ -149,8 +149,13 @@ class CardsSettings(BaseSettings, Options):
         """
         try:
             found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
-            raise SettingsError(f"The settings file {str(path)!r} cannot be read: {error}") from error
+        except yaml.MarkedYAMLError as error:  # its own words quote the line, which may hold a key
+            mark = error.problem_mark
+            where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+            raise SettingsError(f"The settings file {str(path)!r} cannot be read: {error.problem}{where}.") from None
+        except Exception as error:  # PyYAML has errors of many types for one bad scalar
+            told = error.strerror if isinstance(error, OSError) else type(error).__name__
+            raise SettingsError(f"The settings file {str(path)!r} cannot be read: {told}.") from None
         if not isinstance(found, dict):
             raise SettingsError(f"The settings file {str(path)!r} must be a mapping of options.")
         with imports_allowed(allow_imports):
@@ -172,5 +177,8 @@ class FromEnvironment(Options):
     def _environment(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        found = EnvSettingsSource(CardsSettings)()
+        try:
+            found = EnvSettingsSource(CardsSettings)()
+        except RecursionError:
+            raise SettingsError("A variable CARDS_... is nested too deeply.") from None
         return {**{name: value for name, value in found.items() if name in Options.model_fields}, **values}

@@ -16,13 +16,13 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
 
 from cards_integrations.decoding.base import Decoding, Scale
 from cards_integrations.decoding.sampling import Sampling
-from cards_integrations.decoding.segmentation import Measure, uncertainty
 from cards_integrations.drafts import Question
 from cards_integrations.errors import (
     CardsError,
@@ -49,6 +49,7 @@ from cards_integrations.scales import Scales
 from cards_integrations.scheduler import BestPerSecond, FixedWidth, Scheduler
 from cards_integrations.session import Chunk, Session
 from cards_integrations.trace import Alignment, InvalidToolCall, ToolCall, Usage
+from cards_integrations.uncertainty import Measure, uncertainty
 
 T = TypeVar("T")
 DRAFTS = 256  # columns that candidates may take beside the kept text
@@ -160,9 +161,11 @@ class Worker:
         self._admission, self._left = asyncio.Lock(), asyncio.Event()
         if not self.failed:
             self._driver = self.loop.create_task(self._drive())
-        self.loop.run_forever()
-        self.loop.run_until_complete(self._end())
-        self.loop.close()
+        try:
+            self.loop.run_forever()
+        finally:
+            self.loop.run_until_complete(self._end())
+            self.loop.close()
 
     @property
     def memory(self) -> KVMemory:
@@ -190,6 +193,8 @@ class Worker:
 
     async def answer(self, request: Request, emit: Callable[[Chunk], None] | None) -> Alignment:
         """One request, from its prompt to its alignment."""
+        if task := asyncio.current_task():
+            task.add_done_callback(_look_at)
         try:
             with self._at_work():
                 async with asyncio.timeout(request.timeout):
@@ -207,6 +212,8 @@ class Worker:
             raise self.error
         try:
             yield
+        except (SystemExit, KeyboardInterrupt, GeneratorExit) as error:  # would end this thread
+            raise ModelError(f"The request raised {type(error).__name__}: {error}") from error
         except asyncio.CancelledError:
             if self._stopping:
                 raise EngineClosed("The engine was closed while the request ran.") from None
@@ -357,8 +364,11 @@ class Worker:
             await self._work.wait()
             try:
                 turns = self._step()
-            except Exception as error:
-                self._fail(error)
+            except BaseException as error:  # SystemExit would end this thread
+                try:
+                    self._fail(error)
+                except BaseException as again:
+                    return self._give_up(again)
                 turns = 0
             if turns == 0:
                 self._work.clear()
@@ -408,8 +418,17 @@ class Worker:
             task = self.loop.create_task(self._judge(judge, group))
             self._judging.add(task)  # the loop itself holds tasks weakly
             task.add_done_callback(self._judging.discard)
+            for question in group:
+                question.score.add_done_callback(partial(_unless_awaited, task, group))
 
-    def _fail(self, error: Exception) -> None:
+    def _give_up(self, error: BaseException) -> None:
+        """Nothing can be drafted any more: all are told, and the next request starts another worker."""
+        self.error = ModelError(f"The engine cannot go on: {type(error).__name__}: {error}")
+        self.failed = True
+        for session in self.live:
+            session.fail(self.error)
+
+    def _fail(self, error: BaseException) -> None:
         """An error in a model's forward reaches every request in it; the next one finds clean rows."""
         log.exception("the language model failed")
         wrapped = ModelError(f"The language model failed: {type(error).__name__}: {error}")
@@ -441,3 +460,15 @@ class Worker:
             if not question.score.done():
                 question.score.set_result(value)
         self.wake()
+
+
+def _look_at(task: asyncio.Task[Any]) -> None:
+    """Its caller may have gone, and then nobody else looks at its error."""
+    if not task.cancelled():
+        task.exception()
+
+
+def _unless_awaited(task: asyncio.Task[None], group: list[Question], _: asyncio.Future[float]) -> None:
+    """End the scoring of what everybody has given up."""
+    if all(question.score.done() for question in group):
+        task.cancel()

@@ -22,10 +22,10 @@ from cards_integrations.decoding import (
     Uncertainty,
 )
 from cards_integrations.decoding.base import Scale
-from cards_integrations.decoding.segmentation import uncertainty
 from cards_integrations.models.randomness import Uniforms
 from cards_integrations.models.sampling import Sampler, _largest
 from cards_integrations.models.stops import StopStrings
+from cards_integrations.uncertainty import uncertainty
 
 LOGITS = st.lists(st.floats(-30, 30, width=32), min_size=2, max_size=30)
 REWARD = st.floats(-1e3, 1e3)

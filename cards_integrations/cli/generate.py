@@ -76,7 +76,7 @@ def answer_file(llm: CardsLLM, prompts: Path, out: Path | None, concurrency: int
 
     llm.engine = llm.engine.model_copy(update={"max_rows": max(concurrency, llm.engine.max_rows)})
     asked, contexts = read_prompts(prompts)
-    results, console = Results(out), Console(stderr=True)
+    results, console = Results(out, {"line"}), Console(stderr=True)
     known = {row["line"] for row in results.rows}
     todo = iter([line for line in range(len(asked)) if line not in known])
     failed = 0

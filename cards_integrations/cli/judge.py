@@ -27,10 +27,10 @@ def judge(
     as_json: Json = False,
 ) -> None:
     """Win, tie or loss of two result files, before a language model as judge."""
-    from cards_integrations.study.judge import calls, judge, paired
+    from cards_integrations.study.judge import NEEDED, calls, judge, paired
     from cards_integrations.study.rows import read_rows
 
-    sides = [_arm(read_rows(file), arm) for file, arm in ((ours, our_arm), (theirs, their_arm))]
+    sides = [_arm(read_rows(file, NEEDED | {"arm"}), arm) for file, arm in ((ours, our_arm), (theirs, their_arm))]
     prompts = {json.dumps(row["asked"]): None for row in sides[0]}
     kept = set(list(prompts)[:limit])
     mine = [row for row in sides[0] if json.dumps(row["asked"]) in kept]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cards_integrations.errors import SettingsError
+from cards_integrations.errors import SettingsError, shown
 
 if TYPE_CHECKING:
     from cards_integrations.llm import CardsLLM
@@ -51,5 +51,8 @@ def decoding_from(text: str) -> Any:
         key, equals, value = part.partition("=")
         if not equals:
             raise SettingsError(f"--decoding {text!r}: {part!r} is not setting=value.")
-        found[key.strip()] = yaml.safe_load(value)
+        try:
+            found[key.strip()] = yaml.safe_load(value)
+        except Exception:  # PyYAML has errors of many types for one bad scalar
+            raise SettingsError(f"--decoding {text!r}: {shown(value)} is no value.") from None
     return as_decoding(found)

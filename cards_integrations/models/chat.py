@@ -41,7 +41,11 @@ class ChatTokenizer:
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Token ids; `special` adds what the tokenizer adds to a plain text (a BOS, for one)."""
-        return list(self.tokenizer(checked(text), add_special_tokens=special)["input_ids"])
+        checked(text)
+        try:
+            return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+        except Exception as error:
+            raise PromptError(f"The tokenizer cannot read the text: {type(error).__name__}: {error}") from error
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text; half a character at its end is U+FFFD, and takes none of the characters before it along."""
@@ -155,7 +159,12 @@ class ChatTokenizer:
     def _apply(self, messages: list[Message], **options: Any) -> str:
         for message in messages:
             checked(message["content"])
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options))
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options))
+        except TemplateError:
+            raise  # there may be another way to say it
+        except Exception as error:
+            raise PromptError(f"The chat template fails: {type(error).__name__}: {error}") from error
 
     @staticmethod
     def _nonempty(ids: list[int]) -> list[int]:

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,8 +31,12 @@ MINILM = "minilm"
 
 def cache_dir() -> Path:
     """Where converted models are kept: `CARDS_CACHE_DIR`, else the platform's user cache folder."""
-    default = platformdirs.user_cache_path("cards-integrations")
-    return Path(os.environ.get("CARDS_CACHE_DIR") or default)
+    if chosen := os.environ.get("CARDS_CACHE_DIR"):
+        return Path(chosen)
+    try:
+        return platformdirs.user_cache_path("cards-integrations")
+    except RuntimeError:  # a user without a home
+        return Path(tempfile.gettempdir()) / f"cards-integrations-{os.getuid()}"
 
 
 def embedded_model(name: str) -> Path | None:

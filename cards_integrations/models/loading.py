@@ -161,7 +161,7 @@ class ModelLoader:
             from peft import PeftModel
 
             with _explained(spec):
-                adapted = PeftModel.from_pretrained(model, spec.adapter, autocast_adapter_dtype=False)
+                adapted = PeftModel.from_pretrained(model, _without_pickle(spec.adapter), autocast_adapter_dtype=False)
             if shared:
                 _own_adapted_weights(adapted)
             model = adapted.merge_and_unload()
@@ -260,12 +260,20 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
+def is_directory(name: str) -> bool:
+    """Is there one? Not of a name that no file system takes."""
+    try:
+        return Path(name).is_dir()
+    except (OSError, ValueError):
+        return False
+
+
 def find(name: str) -> str:
     """The directory or hub id that transformers can load."""
     embedded = embedded_model(name)
     if embedded is not None:
         return str(embedded)
-    if Path(name).is_dir() or "/" in name:
+    if is_directory(name) or "/" in name:
         return name
     raise unknown("model", name, [SMOLLM2, MINILM], " Or pass a hub id (owner/name) or a local directory.")
 
@@ -292,6 +300,20 @@ def fast_bfloat16() -> bool:
 
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+
+
+def _without_pickle(adapter: str) -> str:
+    """peft would read `adapter_model.bin` where there is nothing else."""
+    if is_directory(adapter):
+        if not (Path(adapter) / "adapter_model.safetensors").is_file():
+            raise ModelError(
+                f"adapter={adapter!r} has no adapter_model.safetensors; weights are not read from pickles."
+            )
+        return adapter
+    from huggingface_hub import hf_hub_download
+
+    hf_hub_download(adapter, "adapter_model.safetensors")
+    return adapter
 
 
 def _labels(adapter: str | None) -> dict[str, Any]:

@@ -6,9 +6,10 @@ import asyncio
 import time
 from collections.abc import Callable, Coroutine, Hashable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
+from zlib import crc32
 
 import httpx
-from pydantic import AfterValidator
+from pydantic import AfterValidator, BaseModel, SecretStr
 from tenacity import (
     AsyncRetrying,
     RetryCallState,
@@ -49,6 +50,16 @@ def _of_a_server(value: str) -> str:
     if url.scheme not in ("http", "https") or not url.host:
         raise ValueError(f"url={value!r} must be like http://localhost:8000")
     return value
+
+
+class Keyed(BaseModel):
+    """Settings with a key, which is not pickled: where they are loaded, it comes from the environment."""
+
+    api_key: SecretStr | None = None
+
+    def __getstate__(self) -> dict[Any, Any]:
+        state = super().__getstate__()
+        return {**state, "__dict__": {**state["__dict__"], "api_key": None}}
 
 
 ServerUrl = Annotated[str, AfterValidator(_of_a_server)]
@@ -134,15 +145,6 @@ class Servers:
         except MayPass as error:
             raise self.error_type(f"{error} Tries: {tries}.") from error.__cause__
 
-    async def get(self, path: str) -> httpx.Response:
-        """The reply of the first replica that gives one."""
-        self._connect()
-        replica = await self._choose(None)
-        try:
-            return await self.client.get(replica.at(path), timeout=self.timeout)
-        except httpx.HTTPError as error:
-            raise self.error(replica, path, self._unreachable(error)) from error
-
     def error(self, replica: Replica, path: str, told: str, kind: type[Exception] | None = None) -> Exception:
         """An error that says who was asked, and where."""
         return (kind or self.error_type)(self.without_key(f"{self.who} ({replica.at(path)}) {told}"))
@@ -178,11 +180,14 @@ class Servers:
         """A replica that is up; one that was down has to be healthy first. The last resort is asked in any case."""
         self.asked += 1
         salt = self.asked if near is None else near
-        order = sorted(self.replicas, key=lambda replica: (not replica.up, hash((salt, str(replica.url)))))
-        for replica in order[:-1]:
-            if not replica.failures or (replica.up and await self._healthy(replica)):
+        # the same in all processes of a job, which hash() is not
+        up = sorted(
+            (replica for replica in self.replicas if replica.up), key=lambda r: crc32(f"{salt} {r.url}".encode())
+        )
+        for replica in up:
+            if not replica.failures or len(self.replicas) == 1 or await self._healthy(replica):
                 return replica
-        return order[-1]
+        return min(self.replicas, key=lambda replica: replica.back_at)
 
     async def _healthy(self, replica: Replica) -> bool:
         if self.health is None:
@@ -194,6 +199,8 @@ class Servers:
             return False
         if reply.is_success:
             replica.answered()
+        else:
+            replica.failed()
         return reply.is_success
 
     async def _post(self, path: str, body: Any, near: Hashable, before: Callable[[], None] | None) -> httpx.Response:
@@ -218,8 +225,7 @@ class Servers:
             return reply
         told = f"answered HTTP {reply.status_code}: {self.excerpt(reply)}."
         if reply.status_code == 429 or reply.is_server_error:
-            if reply.is_server_error:
-                replica.failed()
+            replica.failed()  # or, with 429, busy: both rest
             told = f"{told} The server is overloaded or has failed: see its log."
             raise self.error(replica, path, told, MayPass)
         mend = self.mends.get(reply.status_code, f"Check {self.setting} and the settings of the server.")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
-from cards_integrations.errors import SettingsError
+from cards_integrations.errors import SettingsError, shown
 from cards_integrations.models.loading import LocalModel, as_local_model
 from cards_integrations.models.vllm import VllmModel
 
@@ -21,14 +21,14 @@ def as_model(value: Any) -> Any:
     if isinstance(value, str) and value.startswith("{"):
         try:
             value = json.loads(value)
-        except ValueError as error:
-            raise SettingsError(f"model is not JSON: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise SettingsError(f"model is not JSON: {error}") from None
     if isinstance(value, (str, Path)):
         return as_local_model(value)
     if isinstance(value, dict):
         kind = value.get("kind", "local")
-        if kind not in KINDS:
-            raise SettingsError(f"model.kind={kind!r}: one of {', '.join(KINDS)}.")
+        if not isinstance(kind, str) or kind not in KINDS:
+            raise SettingsError(f"model.kind={shown(kind)}: one of {', '.join(KINDS)}.")
         return KINDS[kind].model_validate(value)
     return value
 

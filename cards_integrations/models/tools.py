@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 from uuid import uuid4
 
-from cards_integrations.errors import SettingsError
+from cards_integrations.errors import SettingsError, shown
 from cards_integrations.trace import InvalidToolCall, ToolCall
 
 FormatName = Literal["hermes", "mistral", "mistral_named", "llama3", "json"]
@@ -57,7 +57,7 @@ def as_tools(schemas: Sequence[Mapping[str, Any]] | None, choice: Any = None, pa
     chosen = _choice(choice)
     if not schemas or chosen == "none":
         if chosen not in ("auto", "none"):
-            raise SettingsError(f"tool_choice={choice!r} needs tools=.")
+            raise SettingsError(f"tool_choice={shown(choice)} needs tools=.")
         return None
     by_name = {each["function"]["name"]: each for each in map(_function, schemas)}  # one may be there twice
     functions = tuple(by_name.values())
@@ -67,7 +67,7 @@ def as_tools(schemas: Sequence[Mapping[str, Any]] | None, choice: Any = None, pa
 def _function(schema: Any) -> dict[str, Any]:
     function = schema.get("function", schema) if isinstance(schema, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise SettingsError(f"tools: {schema!r} is not a function with a name, a description and parameters.")
+        raise SettingsError(f"tools: {shown(schema)} is not a function with a name, a description and parameters.")
     return {"type": "function", "function": dict(function)}
 
 
@@ -75,7 +75,7 @@ def _choice(choice: Any) -> str:
     if isinstance(choice, Mapping):  # as OpenAI or Anthropic write it
         function = choice.get("function", choice)
         if not isinstance(function, Mapping):
-            raise SettingsError(f"tool_choice={choice!r}: its function is no mapping with a name.")
+            raise SettingsError(f"tool_choice={shown(choice)}: its function is no mapping with a name.")
         choice = function.get("name", choice.get("type"))
     if choice is None or choice is False:
         return "auto" if choice is None else "none"

@@ -7,14 +7,14 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import httpx
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, SecretStr, ValidationError, field_validator
 
 from cards_integrations.errors import CardsError, ModelError, SettingsError
 from cards_integrations.models.base import Boundary, Candidate, Context
-from cards_integrations.models.servers import Servers, ServerUrl, usable_key
+from cards_integrations.models.servers import HIDDEN, Keyed, Servers, ServerUrl, usable_key
 from cards_integrations.models.tools import FormatName
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("cards_integrations")
 KEY = "CARDS_VLLM_API_KEY"
+M = TypeVar("M", bound=BaseModel)
 COMPLETIONS, MODELS, TOKENIZE = "/v1/completions", "/v1/models", "/tokenize"
 PROBE = "The café's 1,000 guests:\n\t- said «no» 👍 (twice)."  # two tokenizers that agree on it are one
 MARKS = (".", "!", "?", "\n")
@@ -39,7 +40,7 @@ MENDS = {
 }
 
 
-class VllmModel(BaseModel):
+class VllmModel(Keyed):
     """A causal model that vLLM serves at `base_url`, or at several replicas; `model` is its served name.
 
     `tokenizer` (embedded name, hub id or directory; by default `model`) is read here: prompts and answers
@@ -66,8 +67,7 @@ class VllmModel(BaseModel):
     without_plugin: Literal["refuse", "fixed_length", "punctuation"] = "refuse"
     fallback_length: Annotated[int, Field(ge=1)] = 12
     sentinel: Annotated[int, Field(ge=0)] | None = None
-    api_key: SecretStr | None = None
-    request_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 300.0
+    request_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 120.0
     retries: Annotated[int, Field(ge=0)] = 3
     concurrency: Annotated[int, Field(ge=1)] = 256
 
@@ -178,7 +178,7 @@ class Greeting:
     def context_window(self) -> int:
         window = 2**31
         for url in self._replicas():
-            cards = Cards.model_validate_json(self._ask("GET", url, MODELS).content).data
+            cards = self._read(Cards, url, self._ask("GET", url, MODELS)).data
             served = {card.id: card for card in cards}
             if self.spec.model not in served:
                 raise self._error(url, f"serves {', '.join(served)}, and not model.model={self.spec.model!r}.")
@@ -190,7 +190,7 @@ class Greeting:
         ours = chat.encode(PROBE)
         for url in self._replicas():
             body = {"model": self.spec.model, "prompt": PROBE, "add_special_tokens": False}
-            theirs = Tokenized.model_validate_json(self._ask("POST", url, TOKENIZE, body).content).tokens
+            theirs = self._read(Tokenized, url, self._ask("POST", url, TOKENIZE, body)).tokens
             if ours != theirs:
                 named = self.spec.tokenizer or self.spec.model
                 raise self._error(url, f"and tokenizer {named!r} disagree: set model.tokenizer to the served one's.")
@@ -200,7 +200,7 @@ class Greeting:
         body = {"model": self.spec.model, "prompt": list(prompt_ids), "max_tokens": 1}
         body["vllm_xargs"] = {"cards_threshold": "is there a plug-in?"}
         asked = [self._ask("POST", url, COMPLETIONS, body, refused=400) for url in self._replicas()]
-        return all(reply.status_code == 400 for reply in asked)
+        return all(reply.status_code == 400 and "cards_threshold" in reply.text for reply in asked)
 
     def _replicas(self) -> list[str]:
         """Those that answer; one of them has to."""
@@ -227,9 +227,15 @@ class Greeting:
             raise self._error(url, f"answered HTTP {reply.status_code} at {path}: {reply.text[:200]!r}. {mend}")
         return reply
 
+    def _read(self, form: type[M], url: str, reply: httpx.Response) -> M:
+        try:
+            return form.model_validate_json(reply.content)
+        except ValidationError:  # it would quote a reply that may repeat the key
+            raise self._error(url, f"answered {reply.text[:200]!r}, which is not vLLM's.") from None
+
     def _error(self, url: str, told: str) -> ModelError:
         text = f"model {self.spec.model!r}: the server at {url} {told}"
-        return ModelError(text.replace(self.key, "**********") if self.key else text)
+        return ModelError(text.replace(self.key, HIDDEN) if self.key else text)
 
 
 # --- drafting ---
@@ -277,18 +283,19 @@ class VllmLanguageModel:
             return self.spec.sentinel
         tokenizer = self.chat.tokenizer
         special = sorted(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
-        named = [getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "unk", "mask", "cls", "sep", "pad")]
-        for token in [*named, *special]:
+        named = [getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "unk", "mask", "cls", "sep")]
+        padding = tokenizer.pad_token_id  # may be one of several ends
+        for token in [*named, *(i for i in special if i != padding), padding]:
             if token is not None and token != tokenizer.eos_token_id and token not in self.chat.markers:
                 return int(token)
         raise ModelError(f"model {self.name!r}: its tokenizer has no special token to spare; set model.sentinel.")
 
     @property
     def times(self) -> StepTimes:
-        """Not seconds: a server's step hardly takes longer for more candidates, up to some tens."""
+        """Not seconds: what a step of a server costs with more candidates, so that few are drafted in vain."""
         from cards_integrations.models.step_times import StepTimes
 
-        return StepTimes({1: 1.0, AHEAD: 2.0})
+        return StepTimes({1: 1.0, 16: 2.0})
 
     def needs(self, tokens: int) -> list[tuple[TreeCache, int, int]]:
         return []
@@ -306,7 +313,7 @@ class VllmLanguageModel:
         return self.chat.decode(ids)
 
     def open(self, context: Context) -> None:
-        context.state = hash(tuple(context.prompt_ids))  # conversations that begin alike share a replica's cache
+        context.state = hash(tuple(context.prompt_ids))  # all candidates of a prompt find it in one replica's cache
 
     def close(self, context: Context) -> None:
         context.state = None
@@ -380,6 +387,8 @@ class VllmLanguageModel:
             "temperature": sampler.temperature,
             "top_k": sampler.top_k,
             "top_p": 1.0,
+            "min_p": 0.0,  # or what the model's generation_config says
+            "repetition_penalty": 1.0,
             "seed": int(candidate.uniforms[0] * 2**53),
             "logprobs": 0,
             "return_token_ids": True,
@@ -387,7 +396,7 @@ class VllmLanguageModel:
         }
         if boundary.served is None:
             return body
-        if self.plugin:
+        if self._served(boundary):
             body["stop_token_ids"] = [self.sentinel]
             body["vllm_xargs"] = {**boundary.served, "cards_sentinel": self.sentinel}
         elif self.spec.without_plugin == "refuse":
@@ -406,26 +415,31 @@ class VllmLanguageModel:
         ids, log_p = choice.token_ids, choice.logprobs.token_logprobs
         cached = (paid.prompt_tokens_details and paid.prompt_tokens_details.cached_tokens) or 0
         usage.lm_tokens += paid.prompt_tokens - cached + paid.completion_tokens
-        usage.cached_tokens = max(usage.cached_tokens, min(cached, usage.prompt_tokens))
+        if not candidate.before and candidate.index == 0:  # the others find what this one has read
+            usage.cached_tokens = min(cached, usage.prompt_tokens)
         by_token = choice.finish_reason == "stop" and not isinstance(choice.stop_reason, str)
-        risen = by_token and choice.stop_reason == self.sentinel and candidate.boundary.served is not None
+        risen = by_token and self._served(candidate.boundary) and choice.stop_reason == self.sentinel
         usage.drafted_tokens += len(ids) - risen
         ended = by_token and not risen
         if by_token:
-            candidate.end_log_p = log_p[-1] if ended else 0.0
             ids = ids[:-1]
         length = self._cut(candidate, ids)
         candidate.ids = ids[:length]
-        candidate.log_likelihood = sum(log_p[:length])
-        if candidate.finish is not None or length < len(ids):
-            candidate.end_log_p = 0.0
-        elif ended:
-            candidate.finish = "stop"
-        elif candidate.end >= candidate.context.max_tokens:
+        candidate.log_likelihood = sum(log_p[: len(candidate.ids)])
+        if length is None and ended:
+            candidate.finish, candidate.end_log_p = "stop", log_p[-1]
+        elif candidate.finish is None and candidate.end >= candidate.context.max_tokens:
             candidate.finish = "length"
 
-    def _cut(self, candidate: Candidate, ids: list[int]) -> int:
-        """How many of the tokens are the candidate's: as many as it takes to a stop string or a mark."""
+    def _served(self, boundary: Boundary) -> bool:
+        """Does the server end these segments with the sentinel?"""
+        return boundary.served is not None and self.plugin
+
+    def _cut(self, candidate: Candidate, ids: list[int]) -> int | None:
+        """How many of the tokens are the candidate's if it ends before them, or with them, at a stop string or a mark.
+
+        None: all of them, and whatever ended them in the server ends the candidate.
+        """
         context, boundary = candidate.context, candidate.boundary
         candidate.response = self.decode([*candidate.before, *ids])
         punctuated = boundary.reads_text or (
@@ -442,4 +456,4 @@ class VllmLanguageModel:
             if punctuated and ends and length >= boundary.shortest:
                 candidate.response = response
                 return length
-        return len(ids)
+        return None

@@ -10,7 +10,7 @@ import asyncio
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -21,6 +21,7 @@ from cards_integrations.models.base import Message
 from cards_integrations.models.chat import ChatTokenizer, as_text, same_vocabulary
 from cards_integrations.models.loading import LocalModel, ModelLoader
 from cards_integrations.rewards.prompts import PLAIN
+from cards_integrations.rewards.threads import in_thread
 from cards_integrations.trace import Usage
 
 if TYPE_CHECKING:
@@ -101,7 +102,9 @@ async def scores(model: RewardModel, responses: Sequence[Response]) -> list[floa
             found = [float(value) for value in await model.score(responses)]
     except (RewardError, OutOfMemory):
         raise
-    except Exception as error:
+    except BaseException as error:  # a function may raise what would end the engine's thread
+        if isinstance(error, asyncio.CancelledError) and _cancelled():
+            raise
         if isinstance(error, TimeoutError) and deadline.expired():
             raise RewardError(
                 f"reward {model.name!r} gave no scores within timeout={model.timeout} seconds."
@@ -114,6 +117,11 @@ async def scores(model: RewardModel, responses: Sequence[Response]) -> list[floa
         if not math.isfinite(value):
             raise RewardError(f"reward {model.name!r} returned {value} for the text {response.text!r}.")
     return found
+
+
+def _cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def count_forward(read: Iterable[tuple[Conversation, int]]) -> None:
@@ -219,10 +227,12 @@ class Called(RewardModel):
         if inspect.iscoroutinefunction(self.function):
             found: Scores = self.function(prompt, texts)
         else:
-            found = await asyncio.to_thread(self.function, prompt, texts)
+            found = await in_thread(self.function, prompt, texts)
         if inspect.isawaitable(found):
             found = await found
         conversation.usage.rm_forwards += 1
+        if isinstance(found, (str, bytes, Mapping)):
+            raise TypeError(f"it returned {type(found).__name__}, and not a list of numbers")
         return list(found)
 
 

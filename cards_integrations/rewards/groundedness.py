@@ -29,6 +29,8 @@ JOINED = "Context: {context}\n\nQuestion: {prompt}"
 
 
 def _with_context(value: Any) -> Any:
+    if not isinstance(value, (str, list, tuple)):
+        return value  # and is refused
     for pattern in expressions(value):
         if "context" not in re.compile(pattern).groupindex:
             raise ValueError(f"{pattern!r} has no group (?P<context>...)")

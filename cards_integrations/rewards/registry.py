@@ -9,7 +9,8 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BeforeValidator, SerializeAsAny, WithJsonSchema
 
-from cards_integrations.errors import SettingsError, unknown
+from cards_integrations.errors import SettingsError, shown, unknown
+from cards_integrations.models.loading import is_directory
 from cards_integrations.rewards.base import Reward
 
 GROUP = "cards_integrations.rewards"
@@ -64,27 +65,28 @@ def as_reward(value: Any) -> Reward:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise SettingsError(f"reward is not JSON: {error}") from error
+            raise SettingsError(f"reward is not JSON: {error}") from None
     if isinstance(value, (str, Path)):
         name = str(value)
         if name in NAMED:
             return NAMED[name]
-        if "/" in name or Path(name).is_dir():
+        if "/" in name or is_directory(name):
             return REWARDS["classifier"].model_validate({"model": name})
         raise unknown("reward", name, NAMED, " Or pass a hub id, a directory, a function or a settings object.")
     if isinstance(value, dict):
         if "kind" not in value:
-            given = ", ".join(map(str, value))  # the values may hold a key
-            raise SettingsError(f"reward with {given} names no kind: one of {', '.join(sorted(REWARDS))}.")
+            given = ", ".join(map(shown, value))  # the values may hold a key
+            raise SettingsError(f"reward with {given[:200]} names no kind: one of {', '.join(sorted(REWARDS))}.")
         try:
-            return reward_class(str(value["kind"])).model_validate(value)
+            kind = value["kind"]
+            return reward_class(kind if isinstance(kind, str) else shown(kind)).model_validate(value)
         except RecursionError:
             raise SettingsError("reward contains itself, or is nested too deeply.") from None
     if isinstance(value, type):
         raise SettingsError(f"reward={value.__name__} is a class: pass an object of it, {value.__name__}(...).")
     if callable(value):
         return REWARDS["function"].model_validate({"function": value})
-    raise SettingsError(f"reward={value!r}: pass a name, a hub id, a directory, a function or a settings object.")
+    raise SettingsError(f"reward={shown(value)}: pass a name, a hub id, a directory, a function or a settings object.")
 
 
 _SCHEMA = WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object", "required": ["kind"]}], "title": "Reward"})

@@ -22,7 +22,7 @@ from pydantic import (
 from cards_integrations.errors import RewardError
 from cards_integrations.models.chat import ChatTokenizer, as_text
 from cards_integrations.models.loading import LocalModel
-from cards_integrations.models.servers import Servers, ServerUrl, gathered, usable_key
+from cards_integrations.models.servers import Keyed, Servers, ServerUrl, gathered, usable_key
 from cards_integrations.rewards.base import Response, Reward, RewardLoader, RewardModel
 from cards_integrations.rewards.layout import Layout
 from cards_integrations.rewards.registry import register_reward
@@ -40,7 +40,7 @@ MENDS = {
 
 
 @register_reward
-class RemoteReward(Reward):
+class RemoteReward(Keyed, Reward):
     """A reward model behind HTTP. `protocol` says who answers:
 
     - "classify": vLLM's POST {url}/classify; the raw score of class `label`, an index (one class: 0).
@@ -69,7 +69,6 @@ class RemoteReward(Reward):
     label: Annotated[int, Field(ge=0)] | str | None = None
     tokenizer: Annotated[str, Field(min_length=1)] | None = None
     prompt_format: str | None = None
-    api_key: SecretStr | None = None
     request_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 30.0
     retries: Annotated[int, Field(ge=0)] = 3
     concurrency: Annotated[int, Field(ge=1)] = 8

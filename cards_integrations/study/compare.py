@@ -67,7 +67,7 @@ class Comparison:
     @classmethod
     def load(cls, *files: str | Path) -> Comparison:
         """From the files that `compare` wrote."""
-        return cls(tuple(row for file in files for row in read_rows(file)))
+        return cls(tuple(row for file in files for row in read_rows(file, {"arm", "prompt", "asked", "text"})))
 
     def difference(self, one: str, other: str, name: str) -> Mean:
         """The mean of one arm's number minus the other's, over the prompts that both have answered."""

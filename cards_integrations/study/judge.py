@@ -42,6 +42,7 @@ Each assistant receives an overall score on a scale of 1 to 10, where a higher s
 performance. Please first output a single line containing only two values indicating the scores for Assistant 1 and 2, \
 respectively. The two scores are separated by a space."""
 SCORE = r"(10(?:\.0+)?|\d(?:\.\d+)?)(?:\s*/\s*10)?"
+NEEDED = {"asked", "seed", "text"}
 FORMS = (  # of a line: two numbers at its end, or each behind its name
     re.compile(rf"(?:^|.*[^\d./]){SCORE}[\s,;]+{SCORE}\W*"),
     re.compile(rf".*\b1\W+{SCORE}[\s,;]+(?:and\s+)?(?:assistant|answer)\s*2\W+{SCORE}\W*", re.IGNORECASE),
@@ -206,7 +207,7 @@ def _asked_of_langchain(llm: Runnable[Any, Any], system: str, prompt: str) -> st
 
 
 def _rows(source: Iterable[Row] | str | Path) -> list[Row]:
-    return read_rows(source) if isinstance(source, (str, Path)) else list(source)
+    return read_rows(source, NEEDED) if isinstance(source, (str, Path)) else list(source)
 
 
 def _key(row: Row) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def read_prompts(file: str | Path) -> tuple[list[Any], list[Any]]:
             return lines, [None] * len(lines)
         rows = [json.loads(line) for line in lines]
         return [_prompt(row) for row in rows], [row.get("context") for row in rows]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise SettingsError(f"The prompts {str(file)!r} cannot be read: {type(error).__name__}: {error}") from error
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ from cards_integrations.errors import SettingsError
 Row = dict[str, Any]
 
 
-def read_rows(path: str | Path) -> list[Row]:
-    """Every line of a file."""
+def read_rows(path: str | Path, needed: Set[str] = frozenset()) -> list[Row]:
+    """Every line of a file, each an object with what is `needed`."""
     path, rows = Path(path), []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -22,8 +22,11 @@ def read_rows(path: str | Path) -> list[Row]:
     for number, line in enumerate(lines, start=1):
         try:
             rows.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             raise SettingsError(f"{str(path)!r}, line {number}, is not JSON.") from None
+        if not isinstance(rows[-1], dict) or not needed <= rows[-1].keys():
+            told = f"an object with {', '.join(sorted(needed))}" if needed else "an object"
+            raise SettingsError(f"{str(path)!r}, line {number}, is not {told}.")
     return rows
 
 
@@ -33,14 +36,14 @@ class Results:
     Half a line at its end, of a run that was killed, is cut off.
     """
 
-    def __init__(self, path: str | Path | None) -> None:
+    def __init__(self, path: str | Path | None, needed: Set[str] = frozenset()) -> None:
         self.path = Path(path) if path else None
         self.rows: list[Row] = []
         if self.path is not None and self.path.exists():
-            whole, newline, half = self.path.read_text(encoding="utf-8").rpartition("\n")
+            whole, newline, half = self.path.read_bytes().rpartition(b"\n")
             if half:
-                self.path.write_text(whole + newline, encoding="utf-8")
-            self.rows = read_rows(self.path)
+                self.path.write_bytes(whole + newline)
+            self.rows = read_rows(self.path, needed)
 
     def add(self, rows: Iterable[Row]) -> None:
         """Write them, each as a line."""

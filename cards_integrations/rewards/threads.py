@@ -1,0 +1,46 @@
+"""Functions of users in threads that nobody has to wait for."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+async def in_thread(function: Callable[..., T], *args: Any) -> T:
+    """What it returns. Each call has a thread of its own, and one that hangs keeps neither others nor the interpreter.
+
+    What would end a thread (SystemExit, say), or cannot be handed on (StopIteration), comes as a RuntimeError.
+    """
+    loop, context = asyncio.get_running_loop(), contextvars.copy_context()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def settle(result: Any, error: BaseException | None) -> None:
+        if future.done():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    def run() -> None:
+        result: Any = None
+        failure: BaseException | None = None
+        try:
+            result = context.run(function, *args)
+        except BaseException as error:
+            failure = error if _can_be_handed_on(error) else RuntimeError(f"{type(error).__name__}: {error}")
+        with suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(settle, result, failure)
+
+    threading.Thread(target=run, name="cards-reward", daemon=True).start()
+    return await future
+
+
+def _can_be_handed_on(error: BaseException) -> bool:
+    return isinstance(error, Exception) and not isinstance(error, StopIteration)

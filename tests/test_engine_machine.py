@@ -1,0 +1,339 @@
+"""An engine under any order of what callers, rewards and owners may do to it."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import os
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import tiny
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from speculator import balance
+
+from cards_integrations.decoding import Args, BestOfN, Cards, Decoding, FixedLength, Particles, Sampling
+from cards_integrations.engine import Engine, EngineSettings, Request
+from cards_integrations.errors import CardsTimeout, EngineClosed, RewardError
+from cards_integrations.models.loading import LocalModel
+from cards_integrations.rewards import ClassifierReward, FunctionReward
+from cards_integrations.session import Chunk
+from cards_integrations.trace import Alignment
+
+EXAMPLES = int(os.environ.get("CARDS_MACHINE_EXAMPLES", "25"))
+WITHIN = 30.0
+SHORT = FixedLength(length=3)
+DECODINGS: list[Decoding] = [
+    Cards(target_reward=0.5, beta=0.5, max_rejections=3, boundary=SHORT),
+    Sampling(chunk=2),
+    BestOfN(n=2),
+    Particles(n=2, beta=0.5, boundary=SHORT),
+    Args(k=2),
+]
+SEEDS, MAX_ROWS = 3, 4
+COUNTS: Counter[str] = Counter()
+
+
+class Faulty:
+    """Rewards that misbehave; what hangs goes on when `gate` opens."""
+
+    gate = threading.Event()
+
+    @staticmethod
+    def fails(prompt: str, texts: list[str]) -> list[float]:
+        raise ZeroDivisionError("no idea")
+
+    @classmethod
+    async def hangs(cls, prompt: str, texts: list[str]) -> list[float]:
+        while not cls.gate.is_set():  # noqa: ASYNC110 (another thread's event)
+            await asyncio.sleep(0.005)
+        return [0.0] * len(texts)
+
+
+FAILS = FunctionReward(function=Faulty.fails)
+HANGS = FunctionReward(function=Faulty.hangs)
+HANGS_A_WHILE = FunctionReward(function=Faulty.hangs, timeout=0.03)
+
+seeds = st.integers(0, SEEDS - 1)
+methods = st.integers(0, len(DECODINGS) - 1)
+guided = st.sampled_from([i for i, decoding in enumerate(DECODINGS) if decoding.needs_reward])
+
+
+@dataclass(eq=False)
+class Asked:
+    """A request in flight, and how it may end."""
+
+    future: Future[Any]
+    expected: Any
+    may: tuple[type[BaseException], ...] = ()
+    must_fail: bool = False
+
+
+@dataclass(eq=False)
+class Opened:
+    """A stream of which some was taken."""
+
+    items: Any
+    expected: Any
+    text: list[str] = field(default_factory=list)
+
+
+class EngineMachine(RuleBasedStateMachine):
+    folder: ClassVar[str]
+    judge: ClassVar[ClassifierReward]
+    alone: ClassVar[dict[tuple[int, int], Any]] = {}
+
+    @classmethod
+    def prepare(cls, folder: Path) -> None:
+        """The models, and each request's answer by itself."""
+        cls.folder = tiny.save(folder / "model", tiny.causal(), tiny.words())
+        cls.judge = ClassifierReward(model=tiny.save(folder / "judge", tiny.classifier(), tiny.words()))
+        engine = cls.made()
+        for which in range(len(DECODINGS)):
+            for seed in range(SEEDS):
+                cls.alone[which, seed] = engine.run(cls.request(which, seed)).token_ids
+        engine.close()
+
+    @classmethod
+    def made(cls) -> Engine:
+        return Engine(LocalModel(model=cls.folder), EngineSettings(dtype="float32", width=2, max_rows=MAX_ROWS))
+
+    @classmethod
+    def request(cls, which: int, seed: int, reward: Any = None, timeout: float | None = None) -> Request:
+        own = {"seed": seed, "timeout": timeout, "max_tokens": 9}
+        return Request("w9 w20", DECODINGS[which], reward or cls.judge, **own)  # type: ignore[arg-type]
+
+    @initialize()
+    def begin(self) -> None:
+        Faulty.gate.clear()
+        self.engine = self.made()
+        self.closed = False
+        self.asked: list[Asked] = []
+        self.streams: list[Opened] = []
+        COUNTS["machines"] += 1
+
+    def ask(
+        self, submit: Callable[[], Future[Any]], expected: Any, *may: type[BaseException], must: bool = False
+    ) -> None:
+        """In flight from now on; a closed engine refuses."""
+        COUNTS["requests"] += 1
+        if self.closed:
+            with pytest.raises(EngineClosed):
+                submit()
+            COUNTS["refused"] += 1
+            return
+        self.asked.append(Asked(submit(), expected, may, must))
+
+    # --- what callers do ---
+
+    @rule(which=methods, seed=seeds)
+    def submit(self, which: int, seed: int) -> None:
+        self.ask(lambda: self.engine._submit(self.request(which, seed)), self.alone[which, seed])
+
+    @rule(several=st.lists(st.tuples(methods, seeds), min_size=1, max_size=4))
+    def submit_many(self, several: list[tuple[int, int]]) -> None:
+        requests = [self.request(which, seed) for which, seed in several]
+        self.ask(lambda: self.engine._submit_many(requests), [self.alone[key] for key in several])
+
+    @rule(several=st.lists(st.tuples(methods, seeds), min_size=1, max_size=3), which=guided)
+    def submit_many_one_of_which_fails(self, several: list[tuple[int, int]], which: int) -> None:
+        requests = [self.request(each, seed) for each, seed in several] + [self.request(which, 0, FAILS)]
+        self.ask(lambda: self.engine._submit_many(requests), None, RewardError, must=True)
+
+    @rule(which=methods, seed=seeds, timeout=st.sampled_from([0.0001, 0.003, 0.02]))
+    def submit_with_a_timeout(self, which: int, seed: int, timeout: float) -> None:
+        request = self.request(which, seed, timeout=timeout)
+        self.ask(lambda: self.engine._submit(request), self.alone[which, seed], CardsTimeout)
+
+    @rule(which=guided)
+    def submit_with_a_reward_that_fails(self, which: int) -> None:
+        self.ask(lambda: self.engine._submit(self.request(which, 0, FAILS)), None, RewardError, must=True)
+
+    @rule(which=guided)
+    def submit_with_a_reward_that_hangs(self, which: int) -> None:
+        self.ask(lambda: self.engine._submit(self.request(which, 0, HANGS)), ...)
+
+    @rule(which=guided)
+    def submit_with_a_reward_that_meets_its_timeout(self, which: int) -> None:
+        self.ask(lambda: self.engine._submit(self.request(which, 0, HANGS_A_WHILE)), ..., RewardError)
+
+    @precondition(lambda self: self.asked)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        one = data.draw(st.sampled_from(range(len(self.asked))))
+        if self.asked[one].future.cancel():
+            COUNTS["cancelled"] += 1
+            self.asked.pop(one)
+
+    @rule(which=st.sampled_from([0, 1, 3, 4]), seed=seeds)
+    def stream(self, which: int, seed: int) -> None:
+        """And take one item."""
+        COUNTS["streams"] += 1
+        items = self.engine.stream(self.request(which, seed))
+        if self.closed:
+            with pytest.raises(EngineClosed):
+                next(items)
+            return
+        first = next(items)
+        assert isinstance(first, Chunk)
+        self.streams.append(Opened(items, self.alone[which, seed], [first.text]))
+
+    @precondition(lambda self: self.streams)
+    @rule(data=st.data())
+    def take(self, data: st.DataObject) -> None:
+        self.read(self.streams.pop(data.draw(st.sampled_from(range(len(self.streams))))), items=1)
+
+    @precondition(lambda self: self.streams)
+    @rule(data=st.data())
+    def close_stream(self, data: st.DataObject) -> None:
+        self.streams.pop(data.draw(st.sampled_from(range(len(self.streams))))).items.close()
+        COUNTS["streams closed"] += 1
+
+    # --- what owners and rewards do ---
+
+    @rule()
+    def open_the_gate(self) -> None:
+        """What hangs goes on; what hangs later does not."""
+        Faulty.gate.set()
+        threading.Event().wait(0.01)
+        Faulty.gate.clear()
+
+    @rule()
+    def wait_a_little(self) -> None:
+        threading.Event().wait(0.01)
+
+    @precondition(lambda self: not self.closed)
+    @rule()
+    def close_engine(self) -> None:
+        self.engine.close()
+        self.closed = True
+        COUNTS["engines closed"] += 1
+        assert all(one.future.done() for one in self.asked)
+        self.settle()
+
+    @precondition(lambda self: self.closed)
+    @rule()
+    def start_again(self) -> None:
+        self.engine, self.closed = self.made(), False
+
+    # --- what holds at any time ---
+
+    @invariant()
+    def what_has_ended_has_ended_well(self) -> None:
+        for one in [one for one in self.asked if one.future.done()]:
+            self.asked.remove(one)
+            self.check(one)
+
+    @invariant()
+    def rows_are_those_of_live_requests(self) -> None:
+        if not self.closed:
+            self.engine.loaded()
+            future = self.engine._worker.submit(self.snapshot())  # type: ignore[union-attr]
+            future.result(WITHIN)
+
+    async def snapshot(self) -> None:
+        """In the engine's thread, between two steps."""
+        worker = self.engine._worker
+        assert worker is not None
+        model = worker.language_model
+        live = list(worker.live)
+        assert len(live) <= MAX_ROWS
+        assert [session.context for session in live] == model.contexts
+        assert len(model.transformer.cache.trees) == len(live)  # no candidate here is so long as to have its own
+        for reward in worker.rewards.built.values():
+            if hasattr(reward, "transformer"):
+                assert len(reward.transformer.cache.trees) == sum(session.reward is reward for session in live)
+        for cache in model.memory.caches:
+            balance(cache)
+
+    def check(self, one: Asked) -> None:
+        error = one.future.exception()
+        if error is not None:
+            COUNTS[type(error).__name__] += 1
+            assert isinstance(error, (*one.may, *((EngineClosed,) if self.closed else ()))), error
+            return
+        COUNTS["answered"] += 1
+        assert not one.must_fail
+        found = one.future.result()
+        ids = [answer.token_ids for answer in found] if isinstance(found, list) else found.token_ids
+        assert one.expected is ... or ids == one.expected
+
+    def read(self, stream: Opened, items: int = 1000) -> None:
+        """Take items from a stream; it stays open unless it ends."""
+        for _ in range(items):
+            try:
+                item = next(stream.items)
+            except EngineClosed:
+                assert self.closed
+                COUNTS["streams cut"] += 1
+                return
+            if isinstance(item, Alignment):
+                assert item.token_ids == stream.expected
+                assert "".join(stream.text) == item.text
+                COUNTS["streams read"] += 1
+                stream.items.close()
+                return
+            stream.text.append(item.text)
+        self.streams.append(stream)
+
+    def settle(self) -> None:
+        """Everything ends."""
+        _, late = concurrent.futures.wait([one.future for one in self.asked], WITHIN)
+        assert not late
+        self.what_has_ended_has_ended_well()
+        while self.streams:
+            self.read(self.streams.pop())
+
+    def teardown(self) -> None:
+        if not hasattr(self, "engine"):
+            return
+        Faulty.gate.set()
+        try:
+            self.settle()
+            if not self.closed:
+                self.engine._submit(self.request(0, 0)).result(WITHIN)  # what was cancelled before has ended now
+                self.engine._worker.submit(self.ended()).result(WITHIN)  # type: ignore[union-attr]
+        finally:
+            with suppress(EngineClosed):
+                self.engine.close()
+
+    async def ended(self) -> None:
+        worker = self.engine._worker
+        assert worker is not None
+        for _ in range(2000):
+            if len(asyncio.all_tasks()) == 2:  # the driver's, and this one
+                break
+            await asyncio.sleep(0.005)
+        assert len(asyncio.all_tasks()) == 2
+        assert not worker.live
+        assert not worker._judging
+        assert not worker.language_model.contexts
+        assert not any(cache.trees for cache in worker.loader.memory.caches)  # type: ignore[union-attr]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def prepared() -> Any:
+    with tempfile.TemporaryDirectory(prefix="cards-machine-") as folder:
+        EngineMachine.prepare(Path(folder))
+        yield
+    print(f"\n{dict(COUNTS)}")
+
+
+TestEngine = EngineMachine.TestCase
+TestEngine.settings = settings(
+    max_examples=EXAMPLES,
+    stateful_step_count=25,
+    deadline=None,
+    derandomize=EXAMPLES == 25,
+    suppress_health_check=list(HealthCheck),
+)

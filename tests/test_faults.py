@@ -1,0 +1,883 @@
+"""Rewards, forwards, tokenizers, disks and processes break; whoever asks is told, and what follows works."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import errno
+import itertools
+import math
+import os
+import pwd
+import random
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import safetensors.torch
+import tiny
+import torch
+from conftest import Start
+from gguf import GGUFWriter
+from speculator import balance
+from tokenizers import pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from cards_integrations.decoding import Cards, Decoding, FixedLength, Sampling
+from cards_integrations.engine import Engine, Request
+from cards_integrations.errors import CardsError, ModelError, OutOfMemory, RewardError
+from cards_integrations.models import embedded, step_times
+from cards_integrations.models.sampling import Sampler
+from cards_integrations.rewards import ClassifierReward, FunctionReward
+from cards_integrations.trace import Alignment
+
+PROMPT = "w9 w20 w31 w5"
+WITHIN = 20.0  # seconds for an answer that takes some milliseconds
+LOST = "nobody was told anything"
+DECODING = Cards(target_reward=0.5, beta=0.3, boundary=FixedLength(length=3))
+BREAKS = "w47"  # a prompt with this word breaks what a test breaks
+
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+
+
+@pytest.fixture
+def judge(models: Callable[..., str]) -> ClassifierReward:
+    return ClassifierReward(model=models("llama", classifier=True))
+
+
+def request(reward: Any, seed: int = 0, prompt: str = PROMPT, decoding: Decoding = DECODING) -> Request:
+    return Request(prompt, decoding, reward, Sampler(), 12, seed=seed)
+
+
+def outcomes(engine: Engine, *requests: Request, within: float = WITHIN) -> list[Any]:
+    """What became of each: an alignment, an error, or `LOST`."""
+    futures = [engine._submit(one) for one in requests]
+    done, _ = concurrent.futures.wait(futures, within)
+    found = [(future.exception() or future.result()) if future in done else LOST for future in futures]
+    for future in futures:
+        future.cancel()
+    return found
+
+
+def ids(answers: list[Any]) -> list[Any]:
+    return [answer.token_ids if isinstance(answer, Alignment) else answer for answer in answers]
+
+
+def judge_of(engine: Engine) -> Any:
+    assert engine._worker is not None
+    return next(model for model in engine._worker.rewards.built.values() if hasattr(model, "transformer"))
+
+
+def assert_idle(engine: Engine) -> None:
+    assert engine._worker is not None
+    assert not engine._worker.live
+    assert not engine.loaded().contexts
+    for cache in engine.loaded().memory.caches:
+        assert not cache.trees
+        balance(cache)
+
+
+# --- rewards ---
+
+
+class Nth:
+    """Does something wrong at its n-th call, and scores by length before that."""
+
+    def __init__(self, wrong: Callable[[list[str]], Any], at: int) -> None:
+        self.wrong, self.at, self.calls = wrong, at, 0
+
+    def __call__(self, prompt: str, texts: list[str]) -> Any:
+        self.calls += 1
+        return self.wrong(texts) if self.calls == self.at else [len(text) / 10 for text in texts]
+
+    async def later(self, prompt: str, texts: list[str]) -> Any:
+        await asyncio.sleep(0)
+        return self(prompt, texts)
+
+
+def raising(error: BaseException) -> Callable[[list[str]], Any]:
+    def wrong(texts: list[str]) -> Any:
+        raise error
+
+    return wrong
+
+
+WRONG: dict[str, Callable[[list[str]], Any]] = {
+    "raises": raising(ZeroDivisionError("no idea")),
+    "time-out of its own": raising(TimeoutError("no server")),
+    "memory": raising(MemoryError()),
+    "not a number": lambda texts: [math.nan] * len(texts),
+    "infinite": lambda texts: [-math.inf] * len(texts),
+    "too few": lambda texts: [],
+    "too many": lambda texts: [0.0] * (len(texts) + 1),
+    "nothing": lambda texts: None,
+    "one number": lambda texts: 0.5,
+    "a list in a list": lambda texts: [[0.5] * len(texts)],
+    "words": lambda texts: "good",
+    "no numbers": lambda texts: [None] * len(texts),
+    "complex": lambda texts: [1j] * len(texts),
+}
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("at", [1, 2, 4], ids=["for the prompt", "first", "third"])
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_reward_ends_its_own_request(
+    models: Callable[..., str], start: Start, judge: ClassifierReward, wrong: str, at: int, is_async: bool
+) -> None:
+    engine = start(models("llama"), width=2)
+    expected = ids(outcomes(engine, request(judge, 1), request(judge, 2)))
+    reward = Nth(WRONG[wrong], at)
+    bad = FunctionReward(function=reward.later if is_async else reward)
+    first, error, second = outcomes(engine, request(judge, 1), request(bad), request(judge, 2))
+    assert isinstance(error, RewardError)
+    assert reward.calls == at
+    assert ids([first, second]) == expected
+    assert_idle(engine)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [pytest.param(value, id=type(value).__name__) for value in ("1", b"1", {1: 0.5})],
+)
+def test_what_is_no_list_of_scores_is_refused(models: Callable[..., str], start: Start, value: Any) -> None:
+    """Even where it has as many items as there are texts, and each of them can be read as a number."""
+    engine = start(models("llama"), width=1)
+    [error] = outcomes(engine, request(FunctionReward(function=lambda prompt, texts: value)))
+    assert isinstance(error, RewardError)
+
+
+ESCAPES = {
+    "SystemExit": SystemExit(3),
+    "KeyboardInterrupt": KeyboardInterrupt(),
+    "CancelledError": asyncio.CancelledError(),
+    "a future's CancelledError": concurrent.futures.CancelledError(),
+    "GeneratorExit": GeneratorExit(),
+    "StopIteration": StopIteration(),
+}
+
+
+@pytest.mark.parametrize(
+    ("error", "is_async"),
+    [
+        pytest.param(
+            name, is_async, id=f"{name}, {'async' if is_async else 'sync'}",
+        )
+        for name in ESCAPES
+        for is_async in (False, True)
+    ],
+)  # fmt: skip
+def test_a_reward_that_ends_its_thread_or_task_is_a_failed_reward(
+    models: Callable[..., str], start: Start, judge: ClassifierReward, error: str, is_async: bool
+) -> None:
+    engine = start(models("llama"), width=2)
+    expected = ids(outcomes(engine, request(judge, 1)))
+    reward = Nth(raising(ESCAPES[error]), 2)
+    bad = FunctionReward(function=reward.later if is_async else reward)
+    told, other = outcomes(engine, request(bad), request(judge, 1), within=3)
+    assert isinstance(told, RewardError)
+    assert ids([other, *outcomes(engine, request(judge, 1), within=3)]) == expected * 2
+    assert_idle(engine)
+
+
+@pytest.fixture
+def gate() -> Iterator[threading.Event]:
+    opened = threading.Event()
+    yield opened
+    opened.set()
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+def test_a_reward_that_hangs_meets_its_own_timeout(
+    models: Callable[..., str], start: Start, judge: ClassifierReward, gate: threading.Event, is_async: bool
+) -> None:
+    def hangs(prompt: str, texts: list[str]) -> list[float]:
+        gate.wait()
+        return [0.0] * len(texts)
+
+    async def hangs_async(prompt: str, texts: list[str]) -> list[float]:
+        await asyncio.Event().wait()
+        return []
+
+    engine = start(models("llama"), width=2)
+    expected = ids(outcomes(engine, request(judge, 1)))
+    bad = FunctionReward(function=hangs_async if is_async else hangs, timeout=0.05)
+    errors = outcomes(engine, request(bad), request(judge, 1), request(bad))
+    assert ids(errors[1:2]) == expected
+    for error in errors[::2]:
+        with pytest.raises(RewardError, match=r"hangs.*no scores within timeout=0\.05"):
+            raise error
+    assert_idle(engine)
+    assert engine._worker is not None
+    assert not engine._worker._judging
+
+
+def test_rewards_that_hang_do_not_keep_others_from_being_asked(
+    models: Callable[..., str], start: Start, gate: threading.Event
+) -> None:
+    def hangs(prompt: str, texts: list[str]) -> list[float]:
+        gate.wait()
+        return [0.0] * len(texts)
+
+    engine, many = start(models("llama"), width=1), min(32, (os.cpu_count() or 1) + 4)
+    bad = FunctionReward(function=hangs, timeout=0.05)
+    errors = outcomes(engine, *[request(bad, seed) for seed in range(many)])
+    assert [type(error) for error in errors] == [RewardError] * many
+    good = FunctionReward(function=lambda prompt, texts: [1.0] * len(texts))
+    [answer] = outcomes(engine, request(good), within=3)
+    assert isinstance(answer, Alignment)
+
+
+def test_a_reward_that_nobody_waits_for_is_cancelled(models: Callable[..., str], start: Start) -> None:
+    asked, ended = threading.Event(), threading.Event()
+
+    async def hangs(prompt: str, texts: list[str]) -> list[float]:
+        asked.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+        return []
+
+    engine = start(models("llama"), width=1)
+    future = engine._submit(request(FunctionReward(function=hangs)))
+    assert asked.wait(WITHIN)
+    future.cancel()
+    assert ended.wait(2)
+
+
+@pytest.mark.xfail(strict=True, reason="each is kept as long as the engine")
+def test_rewards_of_single_requests_are_given_up_with_them(models: Callable[..., str], start: Start) -> None:
+    def made(weight: float) -> FunctionReward:
+        return FunctionReward(function=lambda prompt, texts: [weight * len(text) for text in texts])
+
+    engine, sizes = start(models("llama"), width=1), []
+    for _ in range(2):
+        assert all(isinstance(a, Alignment) for a in outcomes(engine, *[request(made(w / 9)) for w in range(20)]))
+        assert engine._worker is not None
+        sizes.append((len(engine._worker.rewards.built), len(engine._worker.scales.complete)))
+    assert sizes[0] == sizes[1]
+
+
+# --- forwards ---
+
+
+class Forwards:
+    """Let some forwards of a module fail, at their very end."""
+
+    def __init__(self, body: Any, error: Exception, fails: Callable[[int], bool]) -> None:
+        self.body, self.error, self.fails = body, error, fails
+        self.forward, self.calls, self.failed = body.forward, 0, 0
+        body.forward = self
+
+    def __call__(self, *args: Any, **inputs: Any) -> Any:
+        found = self.forward(*args, **inputs)
+        self.calls += 1
+        if self.fails(self.calls):
+            self.failed += 1
+            raise self.error
+        return found
+
+    def mend(self) -> None:
+        self.body.forward = self.forward
+
+
+FAILURES = {
+    "MemoryError": MemoryError("no room"),
+    "OutOfMemoryError": torch.OutOfMemoryError("CUDA out of memory."),
+    "RuntimeError": RuntimeError("boom"),
+}
+
+
+@pytest.mark.parametrize("in_reward", [False, True], ids=["drafting", "scoring"])
+@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize("seed", range(4))
+def test_forwards_that_fail_at_random(
+    models: Callable[..., str], start: Start, judge: ClassifierReward, failure: str, in_reward: bool, seed: int
+) -> None:
+    """Each caller has its answer, the same as ever, or an error of its own; afterwards all is as before."""
+    requests = [request(judge, each, PROMPT + " w7" * each) for each in range(8)]
+    engine = start(models("llama"), width=2, max_rows=5)
+    expected = ids(outcomes(engine, *requests))
+    dice = random.Random(seed)
+    body = judge_of(engine).model.base_model if in_reward else engine.loaded().model
+    forwards = Forwards(body, FAILURES[failure], lambda call: dice.random() < 0.1)
+    found = [answer for _ in range(4) for answer in outcomes(engine, *requests)]
+    forwards.mend()
+    assert forwards.failed
+    kinds = {type(answer) for answer in found} - {Alignment}
+    assert kinds <= ({RewardError, OutOfMemory} if in_reward else {ModelError, OutOfMemory})
+    assert all(answer == right for answer, right in zip(ids(found), expected * 4, strict=True) if type(answer) is tuple)
+    assert_idle(engine)
+    assert ids(outcomes(engine, *requests)) == expected
+    assert_idle(engine)
+
+
+@pytest.mark.parametrize("at", [1, 2, 5, 9])
+def test_one_forward_without_memory_changes_nothing(
+    models: Callable[..., str], start: Start, judge: ClassifierReward, at: int
+) -> None:
+    """Neither in drafting nor in scoring, of several at once: the same is tried in halves."""
+    requests = [request(judge, each) for each in range(6)]
+    engine = start(models("llama"), width=2)
+    expected = ids(list(engine.run_many(requests)))
+    bodies = judge_of(engine).model.base_model, engine.loaded().model
+    once = [Forwards(body, FAILURES["OutOfMemoryError"], lambda call: call == at) for body in bodies]
+    assert ids(list(engine.run_many(requests))) == expected
+    assert [forwards.failed for forwards in once] == [1, 1]
+    assert_idle(engine)
+
+
+# --- the engine's own thread ---
+
+
+class Leaves(Decoding):
+    """Its author meant to end a script."""
+
+    method: str = "leaves"
+    needs_reward: ClassVar[bool] = False
+
+    async def generate(self, session: Any) -> None:
+        sys.exit(3)
+
+
+def leaves_in_a_forward(engine: Engine) -> Request:
+    model = engine.loaded().model
+    Forwards(model, SystemExit(3), lambda call: call == 1)
+    return request(None, decoding=Sampling())
+
+
+def leaves_in_a_method(engine: Engine) -> Request:
+    return request(None, decoding=Leaves())
+
+
+def cannot_begin_afresh(engine: Engine) -> Request:
+    """The driver's own task ends with an error."""
+    model = engine.loaded()
+    model.reset = raising(MemoryError())  # type: ignore[attr-defined]
+    Forwards(model.model, RuntimeError("boom"), lambda call: call == 1)
+    return request(None, decoding=Sampling())
+
+
+@pytest.mark.parametrize("breaks", [leaves_in_a_forward, leaves_in_a_method, cannot_begin_afresh])
+def test_an_engine_whose_thread_ends_says_so_and_starts_again(
+    models: Callable[..., str], start: Start, judge: ClassifierReward, breaks: Callable[[Engine], Request]
+) -> None:
+    engine = start(models("llama"), width=2)
+    expected = ids(outcomes(engine, request(judge)))
+    first, other = outcomes(engine, breaks(engine), request(judge, 1), within=2)
+    assert isinstance(first, CardsError)
+    assert isinstance(other, CardsError | Alignment)
+    assert ids(outcomes(engine, request(judge), within=3)) == expected
+
+
+# --- tokenizers ---
+
+
+class Brittle:
+    """A tokenizer that breaks where it is told to."""
+
+    def __init__(self, tokenizer: Any, where: str, error: Exception) -> None:
+        self.tokenizer, self.where, self.error = tokenizer, where, error
+        self.broke = 0
+
+    def _try(self, where: str, breaks: bool) -> None:
+        if where == self.where and breaks:
+            self.broke += 1
+            raise self.error
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        self._try("encode", BREAKS in text)
+        return self.tokenizer(text, **options)
+
+    def decode(self, ids: Any, **options: Any) -> str:
+        self._try("decode", not self.broke)
+        return str(self.tokenizer.decode(ids, **options))
+
+    def apply_chat_template(self, messages: Any, **options: Any) -> str:
+        self._try("template", BREAKS in messages[0]["content"])
+        return str(self.tokenizer.apply_chat_template(messages, **options))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
+
+
+@pytest.mark.parametrize("of_reward", [False, True], ids=["drafting", "scoring"])
+@pytest.mark.parametrize("where", ["encode", "template"])
+@pytest.mark.parametrize("error", [TypeError("can only concatenate str"), OverflowError("int too big")])
+def test_a_tokenizer_that_breaks_over_one_prompt(
+    models: Callable[..., str], start: Start, where: str, of_reward: bool, error: Exception
+) -> None:
+    """The error is one of this package, and reaches no other request."""
+    judge = ClassifierReward(model=models("llama", classifier=True, chat_template=tiny.CHAT))
+    engine = start(models("llama", chat_template=tiny.CHAT), width=2)
+    expected = ids(outcomes(engine, request(judge, 1), request(judge, 2)))
+    chat = judge_of(engine).layout.chat if of_reward else engine.loaded().chat
+    chat.tokenizer = Brittle(chat.tokenizer, where, error)
+    first, told, second = outcomes(engine, request(judge, 1), request(judge, 0, BREAKS), request(judge, 2))
+    assert chat.tokenizer.broke
+    assert ids([first, second]) == expected
+    assert_idle(engine)
+    assert isinstance(told, CardsError)
+
+
+def test_a_tokenizer_that_cannot_decode_once(models: Callable[..., str], start: Start, judge: ClassifierReward) -> None:
+    engine = start(models("llama"), width=2)
+    requests = [request(judge, seed) for seed in range(3)]
+    expected = ids(outcomes(engine, *requests))
+    chat = engine.loaded().chat
+    chat.tokenizer = Brittle(chat.tokenizer, "decode", UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid"))
+    found = outcomes(engine, *requests)
+    assert chat.tokenizer.broke == 1
+    assert [type(error) for error in found] == [ModelError] * 3
+    assert all("UnicodeDecodeError" in str(error) for error in found)
+    assert ids(outcomes(engine, *requests)) == expected
+    assert_idle(engine)
+
+
+# --- the conversion of the embedded model ---
+
+
+@pytest.fixture(scope="module")
+def wheel() -> Iterator[Path]:
+    """A folder that everybody may read, with a small GGUF file in place of the embedded one."""
+    with tempfile.TemporaryDirectory(prefix="cards-wheel-") as folder:
+        Path(folder).chmod(0o755)
+        write_gguf(Path(folder) / "SmolLM2-135M-Instruct.Q4_1.gguf")
+        yield Path(folder)
+
+
+def write_gguf(file: Path) -> None:
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokens = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet()), "th"]
+    writer = GGUFWriter(file, "llama")
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(64)
+    writer.add_block_count(1)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_context_length(128)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10_000.0)
+    writer.add_vocab_size(len(tokens))
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] * len(special) + [1] * (len(tokens) - len(special)))
+    writer.add_token_merges(["t h"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_pad_token_id(2)
+    writer.add_chat_template(tiny.CHAT)
+    normal = np.random.default_rng(0).normal
+    shapes = {"token_embd": (len(tokens), 32), "blk.0.attn_q": (32, 32), "blk.0.attn_output": (32, 32)}
+    shapes |= {"blk.0.attn_k": (16, 32), "blk.0.attn_v": (16, 32), "blk.0.ffn_down": (32, 64)}
+    shapes |= {"blk.0.ffn_gate": (64, 32), "blk.0.ffn_up": (64, 32)}
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", normal(0, 0.3, shape).astype(np.float32))
+    for name in ("blk.0.attn_norm", "blk.0.ffn_norm", "output_norm"):
+        writer.add_tensor(f"{name}.weight", np.ones(32, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture
+def cache(tmp_path: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("CARDS_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(embedded, "_wheel_folder", lambda *names: wheel)
+    return tmp_path / "cache"
+
+
+def full(*args: Any, **options: Any) -> Any:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+PLAIN = Request("Hello", Sampling(), max_tokens=4, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("where", "name"),
+    [
+        (Path, "mkdir"),
+        (safetensors.torch, "save_file"),
+        (Path, "write_text"),
+        (PreTrainedTokenizerFast, "save_pretrained"),
+        (Path, "rename"),
+    ],
+    ids=["folder", "weights", "config", "tokenizer", "rename"],
+)
+def test_a_full_disk_at_any_point_of_the_conversion(cache: Path, start: Start, where: Any, name: str) -> None:
+    engine = start("smollm2", width=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(where, name, full)
+        with pytest.raises(ModelError, match=r"'smollm2'.*No space left"):
+            engine.run(PLAIN)
+    assert not cache.is_dir() or not [path for path in cache.iterdir() if path.is_dir()]
+    assert len(engine.run(PLAIN).token_ids) > 0
+    assert [path.name for path in cache.iterdir() if path.is_dir()] == ["smollm2-135m-instruct-1"]
+
+
+COMMON = """
+import os, signal, sys
+signal.alarm(100)
+from pathlib import Path
+import transformers.models.llama.modeling_llama, gguf.quants, peft, psutil, safetensors.torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from cards_integrations.decoding import Cards, Sampling
+from cards_integrations.engine import Engine, EngineSettings, Request
+from cards_integrations.errors import CardsError
+from cards_integrations.models import embedded
+from cards_integrations.models.loading import LocalModel
+from cards_integrations.rewards import FunctionReward
+
+def engine(model):
+    return Engine.shared(LocalModel(model=model), EngineSettings(dtype="float32", width=2))
+
+def attempt(asked, request):
+    try:
+        print(*asked.run(request).token_ids, flush=True)
+    except CardsError as error:
+        print(type(error).__name__, error, flush=True)
+"""
+CONVERTING = (
+    COMMON
+    + """
+import ctypes, resource
+room, wheel, way = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+embedded._wheel_folder = lambda *names: wheel
+os.environ["CARDS_CACHE_DIR"] = str(room)
+request = Request("Hello", Sampling(), max_tokens=4, seed=1)
+
+def mount(source, target, kind, flags, data):
+    libc = ctypes.CDLL(None, use_errno=True)
+    return libc.mount(source, target and os.fsencode(target), kind, flags, data)
+
+if way == "full":
+    if ctypes.CDLL(None).unshare(0x20000) or mount(b"none", "/", None, 0x44000, None):
+        sys.exit(77)
+    if mount(b"tmpfs", room, b"tmpfs", 0, b"size=32k"):
+        sys.exit(77)
+elif way == "quota":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+else:
+    room.chmod(0o555)
+    if os.getuid() == 0:
+        os.seteuid(65534)
+attempt(engine("smollm2"), request)
+print(*sorted(path.name for path in room.iterdir() if path.is_dir()), flush=True)
+if way == "full":
+    mount(None, room, None, 32, b"size=64m")
+elif way == "quota":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+else:
+    os.seteuid(os.getuid())
+    room.chmod(0o755)
+attempt(engine("smollm2"), request)
+print(*sorted(path.name for path in room.iterdir() if path.is_dir()), flush=True)
+"""
+)
+
+
+def script(source: str, *arguments: object, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", source, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+
+
+def said(process: subprocess.Popen[str]) -> tuple[int, list[str], str]:
+    """Return code, lines, and errors of a process that ends by itself."""
+    try:
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    return process.returncode, out.splitlines(), err
+
+
+@pytest.mark.parametrize(
+    ("way", "message"),
+    [("full", "No space left on device"), ("quota", "File too large"), ("forbidden", "Permission denied")],
+)
+def test_a_file_system_that_refuses_is_named_and_the_next_request_tries_again(
+    wheel: Path, way: str, message: str
+) -> None:
+    """A real tiny disk, a real limit, a real folder without permission."""
+    with tempfile.TemporaryDirectory(prefix="cards-cache-") as room:
+        Path(room).chmod(0o755)
+        code, lines, err = said(script(CONVERTING, room, wheel, way))
+    if code == 77:
+        pytest.skip("this user may not mount a disk")
+    assert (code, len(lines)) == (0, 4), err
+    refused, before, answer, after = lines
+    assert refused.startswith("ModelError model='smollm2' cannot be loaded")
+    assert message in refused
+    assert before == ""
+    assert 0 < len(answer.split()) <= 4
+    assert after == "smollm2-135m-instruct-1"
+
+
+AT_ONCE = (
+    COMMON
+    + """
+room, wheel = Path(sys.argv[1]), Path(sys.argv[2])
+embedded._wheel_folder = lambda *names: wheel
+os.environ["CARDS_CACHE_DIR"] = str(room)
+convert = embedded.dequantize
+
+def counted(source, target):
+    with (room / "log").open("a") as lines:
+        print("converted", file=lines)
+    convert(source, target)
+
+embedded.dequantize = counted
+print("ready", flush=True)
+sys.stdin.readline()
+attempt(engine("smollm2"), Request("Hello", Sampling(), max_tokens=4, seed=1))
+"""
+)
+
+
+def test_two_processes_that_load_at_once_convert_once_and_answer_alike(tmp_path: Path, wheel: Path) -> None:
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", AT_ONCE, str(tmp_path), str(wheel)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    for process in both:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in both:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    one, other = (process.communicate(timeout=120)[0] for process in both)
+    assert one == other
+    assert all(word.isdigit() for word in one.split())
+    assert (tmp_path / "log").read_text() == "converted\n"
+
+
+# --- where there is nothing to remember in ---
+
+
+def test_a_cache_that_cannot_be_written_keeps_nobody_from_an_answer(
+    models: Callable[..., str], start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step times and scales are measured, and not remembered."""
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv("CARDS_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(step_times, "cache_dir", embedded.cache_dir)
+    engine = start(models("llama"), width="auto")
+    judge = ClassifierReward(model=models("llama", classifier=True))
+    assert engine.run(request(judge, decoding=Cards(boundary=FixedLength(length=3)))).token_ids
+    assert (tmp_path / "file").read_text() == "not a folder"
+    with pytest.raises(ModelError, match=r"'smollm2'.*Not a directory"):
+        start("smollm2").run(PLAIN)
+
+
+@pytest.mark.parametrize(
+    "known",
+    [
+        True,
+        False,
+    ],
+    ids=["a user with an entry", "a user without one"],
+)
+def test_without_a_home_the_cache_is_not_in_the_working_folder(monkeypatch: pytest.MonkeyPatch, known: bool) -> None:
+    for name in ("HOME", "XDG_CACHE_HOME", "CARDS_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    if not known:
+        monkeypatch.setattr(pwd, "getpwuid", raising(KeyError("uid not found")))
+    assert embedded.cache_dir().is_absolute()
+
+
+# --- processes ---
+
+FORKED = (
+    COMMON
+    + """
+import threading
+model, way = sys.argv[1:3]
+request = Request("w9 w20", Sampling(), max_tokens=8, seed=1)
+first = engine(model)
+attempt(first, request)
+if way == "busy":
+    long = Request("w9 w20", Sampling(chunk=1), max_tokens=200, seed=2)
+    def keep_busy():
+        try:
+            while True:
+                list(first.stream(long))
+        except CardsError:
+            pass  # closed at the end
+    threading.Thread(target=keep_busy, daemon=True).start()
+child = os.fork()
+if child == 0:
+    signal.alarm(8)
+    attempt(first if way == "held" else engine(model), request)
+    sys.exit(0)
+print("child", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+attempt(first, request)
+"""
+)
+
+
+@pytest.mark.parametrize("way", ["idle", "busy"])
+def test_a_forked_child_answers_and_so_does_its_parent(models: Callable[..., str], way: str) -> None:
+    code, lines, err = said(script(FORKED, models("llama"), way))
+    assert (code, len(lines)) == (0, 4), err
+    assert lines[2] == "child 0"
+    assert lines[0] == lines[1] == lines[3]
+    assert "Traceback" not in err
+
+
+def test_an_engine_held_over_a_fork_answers_or_says_why_not(models: Callable[..., str]) -> None:
+    code, lines, err = said(script(FORKED, models("llama"), "held"))
+    assert code == 0, err
+    assert lines[-2] == "child 0"
+    assert lines[-1] == lines[0]
+
+
+LEAVING = (
+    COMMON
+    + """
+import asyncio, faulthandler, threading, time
+model, way = sys.argv[1:3]
+
+def slow(prompt, texts):
+    time.sleep(0.01)
+    return [0.0] * len(texts)
+
+def hangs(prompt, texts):
+    threading.Event().wait()
+
+hard = Cards(target_reward=5.0, beta=0.1, max_rejections=3)
+busy = Request("w9 w20", hard, FunctionReward(function=slow), max_tokens=200, seed=1)
+never = Request("w9 w20", hard, FunctionReward(function=hangs, timeout=0.1), max_tokens=200, seed=1)
+asked = engine(model)
+if way != "loading":
+    asked.loaded()
+request = never if way == "a reward hangs" else busy
+
+def quietly():
+    try:
+        asked.run(request)
+    except CardsError:
+        pass
+
+if way == "tasks":
+    async def leave():
+        tasks = [asyncio.create_task(asked.arun(request)) for _ in range(20)]
+        await asyncio.sleep(0.2)
+    asyncio.run(leave())
+else:
+    for _ in range(20 if way == "threads" else 1):
+        threading.Thread(target=quietly, daemon=True).start()
+    time.sleep(0 if way == "loading" else 0.3)
+print("leaving", flush=True)
+faulthandler.dump_traceback_later(8, exit=True)
+"""
+)
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        "threads",
+        "tasks",
+        "loading",
+        "a reward hangs",
+    ],
+)
+def test_leaving_the_interpreter_ends_it(models: Callable[..., str], way: str) -> None:
+    code, lines, err = said(script(LEAVING, models("llama"), way))
+    assert (code, lines) == (0, ["leaving"]), err
+    assert "Traceback" not in err
+    assert "Fatal" not in err
+
+
+INTERRUPTED = """
+import asyncio, faulthandler, os, signal, sys, threading
+faulthandler.dump_traceback_later(100, exit=True)
+from cards_integrations import CardsLLM
+from cards_integrations.decoding import Sampling
+from cards_integrations.engine import EngineSettings
+
+llm = CardsLLM(
+    model=sys.argv[1], reward=None, decoding=Sampling(chunk=4), max_tokens=8, seed=1,
+    engine=EngineSettings(dtype="float32", width=2),
+)
+expected = llm.align("w9 w20").token_ids
+engine = llm._engine({})
+model = engine.loaded()
+long = {"max_tokens": 4000}
+
+
+def when_busy(before):
+    while model.steps < before + 20:
+        threading.Event().wait(0.002)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+async def aalign():
+    await llm.aalign("w9 w20", **long)
+
+
+async def several():
+    await asyncio.gather(*(llm.ainvoke("w9 w20", **long) for _ in range(5)))
+
+
+async def astream():
+    async for _ in llm.aalign_stream("w9 w20", **long):
+        pass
+
+
+ways = {
+    "align": lambda: llm.align("w9 w20", **long),
+    "align_batch": lambda: llm.align_batch(["w9 w20", "w7"] * 3, **long),
+    "stream": lambda: list(llm.align_stream("w9 w20", **long)),
+    "langchain stream": lambda: list(llm.stream("w9 w20", **long)),
+    "llama_index stream": lambda: list(llm.stream_complete("w9 w20", **long)),
+    "complete": lambda: llm.complete("w9 w20", **long),
+    "batch": lambda: llm.batch(["w9 w20", "w7"] * 3, **long),
+    "aalign": lambda: asyncio.run(aalign()),
+    "ainvoke": lambda: asyncio.run(several()),
+    "astream": lambda: asyncio.run(astream()),
+}
+for name in sys.argv[2:]:
+    threading.Thread(target=when_busy, args=[model.steps]).start()
+    try:
+        ways[name]()
+    except KeyboardInterrupt:
+        same = llm.align("w9 w20").token_ids == expected
+        print(name, same, len(engine._worker.live), len(model.contexts), model.steps < 3000, flush=True)
+"""
+
+
+def test_an_interrupt_of_any_call_leaves_the_engine_usable(tmp_path: Path) -> None:
+    model = tiny.causal(max_position_embeddings=8192, eos_token_id=None)
+    folder = tiny.save(tmp_path / "endless", model, tiny.words(eos_token=None))
+    ways = ["align", "align_batch", "stream", "langchain stream", "llama_index stream", "complete"]
+    ways += ["aalign", "ainvoke", "astream"]
+    code, lines, err = said(script(INTERRUPTED, folder, *ways, CARDS_CACHE_DIR=str(tmp_path)))
+    assert code == 0, err
+    assert lines == [f"{way} True 0 0 True" for way in ways]
+
+
+def test_every_fault_has_been_asked_for() -> None:
+    """The lists above name each kind once."""
+    assert len(WRONG) == 13
+    assert len({*itertools.product(ESCAPES, (False, True))}) == 12
