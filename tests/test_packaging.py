@@ -106,11 +106,12 @@ LAYERS = [  # from the top; who stands in one line is of one layer
     ["settings"],
     ["engine"],
     ["worker", "scales"],
+    ["scheduler"],
     ["session", "response_format"],
-    ["drafts", "scheduler"],
+    ["drafts"],
     ["decoding", "rewards"],
     ["models", "vllm_plugin", "picture"],
-    ["trace", "errors"],
+    ["trace", "errors", "uncertainty"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 KNOWN_UPWARD = {("trace", "picture")}  # drawn on demand, inside its methods
@@ -153,6 +154,12 @@ def test_imports_run_downward_only() -> None:
 
 
 def test_decoding_knows_neither_tensors_nor_rewards() -> None:
-    assert {whom for who, whom in edges() if who == "decoding"} <= {"decoding", "models", "trace", "errors"}
+    assert {whom for who, whom in edges() if who == "decoding"} <= {
+        "decoding",
+        "models",
+        "trace",
+        "errors",
+        "uncertainty",
+    }
     assert {whom for who, whom in edges() if who == "rewards"} <= {"rewards", "models", "trace", "errors"}
     assert {whom for who, whom in edges() if who == "models"} <= {"models", "trace", "errors"}

@@ -250,4 +250,5 @@ async def _close_at_the_end(client: httpx.AsyncClient) -> None:
     try:
         await asyncio.get_running_loop().create_future()  # for ever
     finally:
+        await asyncio.sleep(0.01)  # requests that are cancelled at the same moment close their connections first
         await client.aclose()
