@@ -15,8 +15,8 @@ import pytest
 import tiny
 import torch
 
-from cards_integrations import worker
 from cards_integrations.engine import EngineSettings
+from cards_integrations.models import local
 from cards_integrations.models.base import Candidate, Message
 from cards_integrations.models.local import LocalLanguageModel
 
@@ -69,5 +69,5 @@ def scripted(folder: Path, script: Script, **options: Any) -> Iterator[dict[str,
     model = save_model(folder)
     with pytest.MonkeyPatch.context() as patch:
         kind = type("Scripted", (ScriptedLanguageModel,), {"script": staticmethod(script)})
-        patch.setattr(worker, "LocalLanguageModel", kind)
+        patch.setattr(local, "LocalLanguageModel", kind)
         yield {"model": model, "engine": EngineSettings(dtype="float32"), "max_tokens": 400, **options}

@@ -30,7 +30,7 @@ from cards_integrations.rewards import ClassifierReward, FunctionReward
 from cards_integrations.session import Chunk
 from cards_integrations.trace import Alignment
 
-EXAMPLES = int(os.environ.get("CARDS_MACHINE_EXAMPLES", "25"))
+EXAMPLES = int(os.environ.get("CARDS_MACHINE_EXAMPLES", "50"))
 WITHIN = 30.0
 SHORT = FixedLength(length=3)
 DECODINGS: list[Decoding] = [
@@ -212,17 +212,22 @@ class EngineMachine(RuleBasedStateMachine):
     def wait_a_little(self) -> None:
         threading.Event().wait(0.01)
 
-    @precondition(lambda self: not self.closed)
-    @rule()
-    def close_engine(self) -> None:
+    @precondition(lambda self: not self.closed and len(self.asked) + len(self.streams) > 1)
+    @rule(stays_closed=st.sampled_from([False, False, True]))
+    def close_engine(self, stays_closed: bool) -> None:
         self.engine.close()
         self.closed = True
         COUNTS["engines closed"] += 1
         assert all(one.future.done() for one in self.asked)
         self.settle()
+        if not stays_closed:
+            self.start_again()
 
     @precondition(lambda self: self.closed)
     @rule()
+    def start(self) -> None:
+        self.start_again()
+
     def start_again(self) -> None:
         self.engine, self.closed = self.made(), False
 
@@ -334,6 +339,6 @@ TestEngine.settings = settings(
     max_examples=EXAMPLES,
     stateful_step_count=25,
     deadline=None,
-    derandomize=EXAMPLES == 25,
+    derandomize=EXAMPLES == 50,
     suppress_health_check=list(HealthCheck),
 )

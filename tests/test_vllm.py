@@ -585,7 +585,7 @@ def slow(server: VllmServer) -> VllmServer:
 
 def long(**more: Any) -> dict[str, Any]:
     """An answer that nobody waits for to the end."""
-    return {"decoding": Sampling(chunk=100), "max_tokens": 200, **more}
+    return {"decoding": Sampling(chunk=100), "max_tokens": 200, "seed": 1, "top_k": 2, **more}
 
 
 async def assert_stopped(server: VllmServer, aborted: int) -> None:
