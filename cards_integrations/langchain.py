@@ -23,7 +23,6 @@ from pydantic import ConfigDict, Field
 from cards_integrations.engine import Engine, Request
 from cards_integrations.langchain_runs import aduring, ateller, current, during, teller, with_run
 from cards_integrations.messages import as_prompt
-from cards_integrations.models.sources import as_model
 from cards_integrations.models.tools import as_tools
 from cards_integrations.schemas import converted, tool_schemas
 from cards_integrations.session import Chunk
@@ -59,11 +58,12 @@ class LangChainFace(FromEnvironment):
         self, kind: Literal["chat", "llm"], stop: list[str] | None, overrides: dict[str, Any]
     ) -> LangSmithParams:
         """What LangSmith is told of a call."""
-        model = as_model(overrides.get("model", self.model))  # its settings may hold a key
+        # as settings, for a mapping may hold a key
+        model = self.chosen({"model": overrides["model"]}).model if "model" in overrides else self.model
         params = LangSmithParams(
             ls_provider=PROVIDER,
             ls_model_type=kind,
-            ls_model_name=model.model,
+            ls_model_name=str(getattr(model, "model", model)),
             ls_temperature=overrides.get("temperature", self.temperature),
             ls_max_tokens=overrides.get("max_tokens", self.max_tokens),
         )
