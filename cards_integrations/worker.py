@@ -110,8 +110,8 @@ class Worker:
         self.loaded: Future[LanguageModel] = Future()
         self._stopping = False
         self.thread = threading.Thread(target=self._main, name="cards-engine", daemon=True)
-        self.thread.start()
         atexit.register(self.stop)
+        self.thread.start()
 
     # --- from any thread ---
 
@@ -125,7 +125,8 @@ class Worker:
             for task in tasks:
                 task.add_done_callback(lambda _: done())
         try:
-            return await asyncio.gather(*tasks)
+            with self._at_work():
+                return await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
@@ -135,7 +136,7 @@ class Worker:
         atexit.unregister(self.stop)
         with suppress(RuntimeError):
             self.loop.call_soon_threadsafe(self._halt)
-        if threading.current_thread() is not self.thread:
+        if threading.current_thread() is not self.thread and self.thread.ident is not None:
             self.thread.join()
 
     # --- in the worker's thread ---

@@ -16,7 +16,6 @@ import torch
 from hypothesis import settings
 
 from cards_integrations.engine import Engine, EngineSettings
-from cards_integrations.models import step_times
 from cards_integrations.models.loading import LocalModel
 
 torch.set_num_threads(1)  # the models here are too small to share among threads
@@ -28,11 +27,10 @@ Start = Callable[..., Engine]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def step_times_of_these_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Models that lie in folders of this run are not remembered on this machine."""
-    folder = tmp_path_factory.mktemp("cache")
+def cache_of_these_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing of earlier runs is known, nothing of this one is remembered."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step_times, "cache_dir", lambda: folder)
+        patch.setenv("CARDS_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         yield
 
 

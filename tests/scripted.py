@@ -48,7 +48,7 @@ class ScriptedLanguageModel(LocalLanguageModel):
         found = self.script(candidate.context.prompt)
         several = [found] if isinstance(found, str) else found
         rests = [whole[len(said) :] for whole in several if whole.startswith(said)] or [""]
-        tokens = [self.chat.encode(rest[:40])[begun] if rest else min(self.eos) for rest in rests]
+        tokens = [self.chat.encode(rest[:40])[begun] if rest else min(self.eos, default=0) for rest in rests]
         if candidate.matcher is None or len(tokens) == 1:
             return tokens[0]
         allowed = self.grammars.allowed([candidate.matcher])[0]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import errno
-import gc
 import itertools
 import math
 import os
@@ -16,6 +15,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -32,7 +32,7 @@ from transformers import PreTrainedTokenizerFast
 
 from cards_integrations.decoding import Cards, Decoding, FixedLength, Sampling
 from cards_integrations.engine import Engine, Request
-from cards_integrations.errors import CardsError, ModelError, OutOfMemory, RewardError
+from cards_integrations.errors import CardsError, EngineClosed, ModelError, OutOfMemory, RewardError
 from cards_integrations.models import embedded, step_times
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import ClassifierReward, FunctionReward
@@ -47,15 +47,6 @@ BREAKS = "w47"  # a prompt with this word breaks what a test breaks
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 
 
-@pytest.fixture(autouse=True)
-def collected_afterwards() -> Iterator[None]:
-    """Tasks that an engine leaves behind end in here: Python 3.11 cannot show a traceback within a traceback."""
-    gc.disable()
-    yield
-    gc.enable()
-    gc.collect()
-
-
 @pytest.fixture
 def judge(models: Callable[..., str]) -> ClassifierReward:
     return ClassifierReward(model=models("llama", classifier=True))
@@ -65,9 +56,24 @@ def request(reward: Any, seed: int = 0, prompt: str = PROMPT, decoding: Decoding
     return Request(prompt, decoding, reward, Sampler(), 12, seed=seed)
 
 
+@contextmanager
+def held(engine: Engine) -> Iterator[None]:
+    """The engine's thread does nothing meanwhile."""
+    engine.loaded()
+    assert engine._worker is not None
+    go_on = threading.Event()
+    with suppress(RuntimeError):  # its loop may be gone
+        engine._worker.loop.call_soon_threadsafe(go_on.wait, WITHIN)
+    try:
+        yield
+    finally:
+        go_on.set()
+
+
 def outcomes(engine: Engine, *requests: Request, within: float = WITHIN) -> list[Any]:
-    """What became of each: an alignment, an error, or `LOST`."""
-    futures = [engine._submit(one) for one in requests]
+    """What became of each, submitted at the same moment: an alignment, an error, or `LOST`."""
+    with held(engine):
+        futures = [engine._submit(one) for one in requests]
     done, _ = concurrent.futures.wait(futures, within)
     found = [(future.exception() or future.result()) if future in done else LOST for future in futures]
     for future in futures:
@@ -385,6 +391,24 @@ def test_an_engine_whose_thread_ends_says_so_and_starts_again(
     assert isinstance(first, CardsError)
     assert isinstance(other, CardsError | Alignment)
     assert ids(outcomes(engine, request(judge), within=3)) == expected
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
+def test_closing_in_the_very_moment_of_a_call_says_that_it_was_closed(
+    models: Callable[..., str], start: Start, several: bool
+) -> None:
+    engine, plain = start(models("llama"), width=1), request(None, decoding=Sampling())
+    with held(engine):
+        asked: Any = engine._submit_many([plain] * 3) if several else engine._submit(plain)
+        closing = threading.Thread(target=engine.close)
+        closing.start()
+        while not engine._closed:
+            threading.Event().wait(0.001)
+        threading.Event().wait(0.05)  # it has asked the thread to stop
+    closing.join()
+    concurrent.futures.wait([asked], WITHIN)
+    assert not asked.cancelled()
+    assert isinstance(asked.exception(), EngineClosed)
 
 
 # --- tokenizers ---
@@ -796,6 +820,8 @@ if way == "tasks":
 else:
     for _ in range(20 if way == "threads" else 1):
         threading.Thread(target=quietly, daemon=True).start()
+    while asked._worker is None:
+        time.sleep(0.001)
     time.sleep(0 if way == "loading" else 0.3)
 print("leaving", flush=True)
 faulthandler.dump_traceback_later(8, exit=True)

@@ -286,11 +286,11 @@ def engine_of(llm: CardsLLM) -> Engine:
 
 def settled(engine: Engine, before: State) -> State:
     """The state once what was given up last has ended."""
-    for _ in range(500):
+    for _ in range(50):
         now = State.of(engine)
         if now == before:
             break
-        threading.Event().wait(0.01)
+        threading.Event().wait(0.05)
     return now
 
 
