@@ -19,6 +19,7 @@ from cards_integrations.models.embedded import cache_dir
 from cards_integrations.models.sources import ModelSource
 from cards_integrations.rewards.base import Reward
 
+MOST = 128  # rewards whose scales are remembered
 log = logging.getLogger("cards_integrations")
 
 
@@ -58,8 +59,7 @@ class Scales:
         self.model = model
         self.measure = measure
         self.store = ScaleStore()
-        self.measuring: dict[Reward, asyncio.Task[Scale]] = {}
-        self.complete: dict[Reward, Reward] = {}
+        self.measuring: dict[Reward, asyncio.Task[Scale]] = {}  # and what was measured
 
     async def of(self, reward: Reward) -> Scale:
         """What a calibration has remembered, else what the reward publishes, else what is measured now."""
@@ -71,22 +71,24 @@ class Scales:
                 mean, spread = known.scale
                 return Scale(mean=mean, spread=spread)
         if known not in self.measuring:
+            for old in [reward for reward, task in self.measuring.items() if task.done()][: -MOST + 1]:
+                del self.measuring[old]  # there may be a reward for each request
             self.measuring[known] = task = asyncio.create_task(self._measure(known))
             task.add_done_callback(lambda task: self._measured(known, task))
         return await asyncio.shield(self.measuring[known])  # whoever gives up does not stop it for the others
 
     def _measured(self, reward: Reward, task: asyncio.Task[Scale]) -> None:
         if task.cancelled() or task.exception() is not None:
-            del self.measuring[reward]  # the next request tries again
+            self.measuring.pop(reward, None)  # the next request tries again
 
     async def standardised(self, reward: Reward) -> Reward:
         """The reward with the scales of its parts, as far as it needs them."""
-        if reward not in self.complete:
-            parts = [await self.standardised(part) for part in reward.parts]
-            if reward.standardises:
-                parts = [part if part.scale else await self._scaled(part) for part in parts]
-            self.complete[reward] = reward.with_parts(parts)
-        return self.complete[reward]
+        if not reward.parts:
+            return reward
+        parts = [await self.standardised(part) for part in reward.parts]
+        if reward.standardises:
+            parts = [part if part.scale else await self._scaled(part) for part in parts]
+        return reward.with_parts(parts)
 
     async def _scaled(self, part: Reward) -> Reward:
         scale = await self.of(part)

@@ -80,20 +80,14 @@ sys.meta_path.insert(0, Forbids())
 CORE = [
     *("engine", "worker", "session", "scheduler", "drafts", "decoding", "rewards", "models", "trace", "settings"),
     *("models.local", "models.vllm", "models.grammar", "models.transformer", "rewards.incremental", "rewards.remote"),
-    *("picture", "response_format", "study.prompts", "study.rows"),
+    *("picture", "response_format", "study"),
 ]
 
 
 @pytest.mark.parametrize("name", CORE)
 def test_the_core_needs_neither_framework(name: str) -> None:
-    if name.startswith("study."):
-        pytest.xfail("study/__init__.py imports judge.py, which imports both frameworks") if _study_needs() else None
     code = FORBIDDING.replace("FRAMEWORKS", repr(FRAMEWORKS)) + f"import cards_integrations.{name}"
     assert f"cards_integrations.{name}".partition(".")[0] in imported(code)
-
-
-def _study_needs() -> bool:
-    return "judge" in (PACKAGE / "study" / "__init__.py").read_text(encoding="utf-8")
 
 
 # --- which way imports run ---

@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from weakref import WeakValueDictionary
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
@@ -189,6 +190,11 @@ class Reward(BaseModel):
         return type(self).__module__ != "__main__" and all(part.lasting for part in self.parts)
 
     @property
+    def stays_loaded(self) -> bool:
+        """As long as the engine, or only while a request needs it, as what is as good as free to build."""
+        return not self.parts
+
+    @property
     def prompts(self) -> Sequence[tuple[str, tuple[str, ...]]]:
         """Prompts, each with its context, on whose plain answers it can be measured."""
         return [(prompt, ()) for prompt in PLAIN]
@@ -264,7 +270,8 @@ class RewardLoader:
 
     def __init__(self, models: ModelLoader) -> None:
         self.models = models
-        self.built: dict[Reward, RewardModel] = {}
+        self.built: WeakValueDictionary[Reward, RewardModel] = WeakValueDictionary()
+        self._loaded: list[RewardModel] = []
 
     def causal(self, spec: LocalModel | None, name: str) -> Causal:
         """The language model itself (None), or another causal model, for the reward of this name."""
@@ -278,12 +285,15 @@ class RewardLoader:
 
     def __getitem__(self, settings: Reward) -> RewardModel:
         key = settings if settings.parts else settings.model_copy(update={"scale": None})
-        if key not in self.built:
-            model = settings.build(self)
-            if settings.sentencewise:
-                from cards_integrations.rewards.sentences import WholeSentences
+        if (known := self.built.get(key)) is not None:
+            return known
+        model = settings.build(self)
+        if settings.sentencewise:
+            from cards_integrations.rewards.sentences import WholeSentences
 
-                model = WholeSentences(model)
-            model.timeout = settings.timeout
-            self.built[key] = model
-        return self.built[key]
+            model = WholeSentences(model)
+        model.timeout = settings.timeout
+        self.built[key] = model
+        if settings.stays_loaded:
+            self._loaded.append(model)
+        return model

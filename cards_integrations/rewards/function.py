@@ -70,5 +70,9 @@ class FunctionReward(Reward):
     def lasting(self) -> bool:
         return False
 
+    @property
+    def stays_loaded(self) -> bool:
+        return False  # there may be one for each request
+
     def build(self, loader: RewardLoader) -> RewardModel:
         return Called(self.name, self.function)

@@ -9,17 +9,17 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from langchain_core.language_models import BaseLanguageModel
-from langchain_core.runnables import Runnable
-from llama_index.core.base.llms.types import ChatMessage
-from llama_index.core.llms import LLM
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from cards_integrations.errors import SettingsError
 from cards_integrations.study.metrics import Mean, mean
 from cards_integrations.study.rows import Results, Row, read_rows
+
+if TYPE_CHECKING:
+    from langchain_core.runnables import Runnable
+    from llama_index.core.llms import LLM
 
 Verdict = Literal["win", "tie", "loss", "unparsed"]
 POINTS = {"win": 1.0, "tie": 0.5, "loss": 0.0}
@@ -189,6 +189,10 @@ def asker(llm: Any, system: str, attempts: int) -> Callable[[str], str]:
         stop=stop_after_attempt(attempts), wait=wait_random_exponential(max=20), reraise=True,
         retry=retry_if_exception_type(Exception),
     )  # fmt: skip
+    from langchain_core.language_models import BaseLanguageModel  # here: the rest of a study needs neither framework
+    from langchain_core.runnables import Runnable
+    from llama_index.core.llms import LLM
+
     if isinstance(llm, LLM):
         return lambda prompt: retrying(_asked_of_llama_index, llm, system, prompt)
     if isinstance(llm, (BaseLanguageModel, Runnable)):
@@ -197,6 +201,8 @@ def asker(llm: Any, system: str, attempts: int) -> Callable[[str], str]:
 
 
 def _asked_of_llama_index(llm: LLM, system: str, prompt: str) -> str:
+    from llama_index.core.base.llms.types import ChatMessage
+
     messages = [ChatMessage(role="system", content=system), ChatMessage(role="user", content=prompt)]
     return str(llm.chat(messages).message.content or "")
 
