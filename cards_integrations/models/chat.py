@@ -136,8 +136,7 @@ class ChatTokenizer:
         messages = as_messages(self.without_tools(prompt))
         before = self._render(messages, add_generation_prompt=True)
         whole = self._render([*messages, {"role": "assistant", "content": _MARK}])
-        after = whole.partition(_MARK)[2]
-        return before, after.rstrip("\n")
+        return before, whole.partition(_MARK)[2]
 
     def around_part(self, before: str, after: str) -> tuple[str, str]:
         """A prompt of one user message, `before` + some part + `after`: its text before and after the part."""

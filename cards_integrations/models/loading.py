@@ -46,7 +46,7 @@ class LocalModel(BaseModel):
 
     def context_window(self) -> int:
         """Tokens of prompt and answer together, from the model's config alone; no weights are loaded."""
-        return _context_window(self)
+        return positions(_config(self))
 
     def build(self, loader: ModelLoader, wake: Callable[[], None]) -> LanguageModel:
         """Load it, to draft with; called once per engine, in the engine's thread."""
@@ -198,6 +198,10 @@ class ModelLoader:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
         return tokenizer
 
+    def padding(self, spec: LocalModel) -> int | None:
+        """The token that the model's config calls padding."""
+        return getattr(_config(spec), "pad_token_id", None)
+
     def _load(self, spec: LocalModel, family: Any, options: dict[str, Any] | None = None) -> Any:
         from transformers import AutoConfig
 
@@ -279,14 +283,13 @@ def find(name: str) -> str:
 
 
 @lru_cache
-def _context_window(spec: LocalModel) -> int:
+def _config(spec: LocalModel) -> Any:
     from transformers import AutoConfig
 
     with _explained(spec):
-        config = AutoConfig.from_pretrained(
+        return AutoConfig.from_pretrained(
             find(spec.model), revision=spec.revision, trust_remote_code=spec.trust_remote_code
         )
-    return positions(config)
 
 
 def positions(config: Any) -> int:

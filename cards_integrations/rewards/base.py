@@ -200,7 +200,9 @@ class Reward(BaseModel):
         return [(prompt, ()) for prompt in PLAIN]
 
     def score(self, prompt: str, responses: list[str]) -> Scores:
-        """One float for each answer to the prompt, higher is better; sync (run in a thread) or async.
+        """One float for each answer to the prompt, higher is better.
+
+        Sync (run in a thread) or async (run in the engine's loop, which all requests share: it must not block).
 
         `prompt` is the user's text, or the whole conversation with roles if it has several messages.
         The reward of the prompt alone is asked for as `responses=[""]`.

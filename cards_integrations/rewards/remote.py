@@ -125,8 +125,9 @@ class RemoteReward(Keyed, Reward):
             key = os.environ.get(KEY, "").strip() or None
         model = PROTOCOLS[self.protocol](self, key and usable_key(key, KEY, KEY))
         if self.tokenizer is not None:
-            tokenizer = loader.models.tokenizer(LocalModel(model=self.tokenizer))
-            model.layout = Layout(ChatTokenizer(tokenizer), self.prompt_format)
+            spec = LocalModel(model=self.tokenizer)
+            model.layout = Layout(ChatTokenizer(loader.models.tokenizer(spec)), self.prompt_format)
+            model.padding = loader.models.padding(spec)
         return model
 
 
@@ -134,6 +135,7 @@ class Remote(RewardModel):
     """The client. A protocol is a path, what is sent there, and how the scores are read."""
 
     layout: Layout | None = None
+    padding: int | None = None
     path: ClassVar[str]
     health: ClassVar[str | None] = "/health"
 
@@ -256,7 +258,13 @@ class Classify(OneText):
             return self.texts(responses)
         around = [self.layout.around(response.conversation) for response in responses]
         texts = [before + response.text + after for (before, after), response in zip(around, responses, strict=True)]
-        return [self.layout.chat.encode(text, special=self.layout.special) for text in texts]
+        return [self._unpadded(self.layout.chat.encode(text, special=self.layout.special)) for text in texts]
+
+    def _unpadded(self, ids: list[int]) -> list[int]:
+        """Up to where transformers reads the score: a turn may end with the token that also pads."""
+        while len(ids) > 1 and ids[-1] == self.padding:
+            ids = ids[:-1]
+        return ids
 
     def read(self, content: bytes) -> list[float]:
         data = Classifications.model_validate_json(content, strict=True).data
