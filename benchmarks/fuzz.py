@@ -36,8 +36,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests")]
 
-import faces
 import pydantic_settings
+import scripted
 import torch
 from langchain_core.documents import Document
 from langchain_core.messages import AIMessage, ChatMessage, HumanMessage, SystemMessage, ToolMessage
@@ -61,7 +61,7 @@ from cards_integrations.rewards.base import Conversation
 from cards_integrations.rewards.remote import PROTOCOLS
 from cards_integrations.settings import Options, as_context
 from cards_integrations.study.compare import Comparison
-from cards_integrations.study.judge import paired, scores_in
+from cards_integrations.study.judge import calls, scores_in
 from cards_integrations.study.prompts import read_prompts
 from cards_integrations.study.report import page
 from cards_integrations.study.rows import Results, read_rows
@@ -98,12 +98,13 @@ class World:
     def __init__(self) -> None:
         self.home = tempfile.TemporaryDirectory(prefix="cards-fuzz-")
         self.folder = Path(self.home.name)
+        self.model = scripted.save_model(self.folder / "model")
         self.begin()
 
     def begin(self) -> None:
         """Engines of their own: one that hangs is left behind."""
         options = {
-            "model": faces.chat_model(),
+            "model": self.model,
             "reward": LengthReward(target=3),
             "decoding": Sampling(chunk=2),
             "max_tokens": TOKENS,
@@ -849,8 +850,7 @@ def _take_rows(case: Case, world: World) -> object:
         prompts = world.file("one.txt", b"Hello\n")
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             return answer_file(world.llm, prompts, path, 2)
-    rows = read_rows(path)
-    return paired(rows, rows)
+    return calls(path, path)
 
 
 def _option(random: Random) -> Case:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ from pydantic import BaseModel
 from cards_integrations.errors import SettingsError, shown
 from cards_integrations.models.base import Message
 from cards_integrations.models.chat import Formatted, as_messages
-from cards_integrations.models.grammar import Grammar
+from cards_integrations.models.grammar import Grammar, as_json
 from cards_integrations.models.tool_prompts import told
 
 TOLD = "Answer with a JSON object that this JSON schema describes:\n{schema}"
@@ -27,15 +26,18 @@ class ResponseFormat:
 
     schema: Mapping[str, Any] | None = None
 
+    def __post_init__(self) -> None:
+        _ = self.grammar  # refuses what is no schema
+
     @property
     def grammar(self) -> Grammar:
-        return Grammar.json_schema(self.schema or {"type": "object"})
+        return Grammar.json_schema({"type": "object"} if self.schema in (None, {}) else self.schema)
 
     def told(self, prompt: str | list[Message]) -> str | list[Message]:
         """The prompt with the schema in its system message, unless it is formatted already."""
         if self.schema is None or isinstance(prompt, Formatted):
             return prompt
-        return told(as_messages(prompt), TOLD.format(schema=json.dumps(self.schema, ensure_ascii=False)))
+        return told(as_messages(prompt), TOLD.format(schema=as_json(self.schema, "response_format")))
 
 
 def as_response_format(value: Any) -> ResponseFormat | None:

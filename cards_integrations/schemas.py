@@ -28,7 +28,7 @@ def _tool_schema(tool: Any, strict: bool | None) -> dict[str, Any]:
             found = {**found, "function": {**found["function"], "strict": strict}}
         return found
     except Exception as error:
-        raise SettingsError(f"tools: {shown(tool)} cannot be described as a function: {error}") from error
+        raise SettingsError(f"tools: {shown(tool)} cannot be described as a function: {str(error)[:500]}") from error
 
 
 def json_schema(schema: Any) -> dict[str, Any]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
 import torch
 from pydantic import BaseModel
 
-from cards_integrations.errors import ModelError, SettingsError
+from cards_integrations.errors import ModelError, SettingsError, shown
 
+MULTIPLES = 10**5  # of a number with more remainders the automaton takes seconds, or hours
 COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # as models were taught
 BY_NAME = ("properties", "$defs", "definitions", "dependentSchemas")  # mappings of names to schemas
 AS_IT_IS = ("enum", "const", "default", "examples", "required", "allOf")  # no schemas, or only together one
@@ -55,13 +57,51 @@ def as_grammar(value: Any) -> Grammar | None:
     if isinstance(value, Mapping):
         return Grammar.json_schema(value)
     raise SettingsError(
-        f"grammar={value!r}: pass Grammar.regex(...), Grammar.choice(...), a JSON schema or a pydantic class."
+        f"grammar={shown(value)}: pass Grammar.regex(...), Grammar.choice(...), a JSON schema or a pydantic class."
     )
 
 
 def json_rule(schema: Mapping[str, Any]) -> str:
     """A JSON value as part of a rule."""
-    return "%json " + json.dumps({**_closed(schema), "x-guidance": COMPACT})
+    if not isinstance(schema, Mapping):
+        raise SettingsError(f"{shown(schema)} is no JSON schema: pass a mapping.")
+    try:
+        for multiple in _multiples(schema):
+            if _digits(multiple) > MULTIPLES:
+                raise SettingsError(f"multipleOf={shown(multiple)} has too many digits for a grammar.")
+        closed = _closed(schema)
+    except RecursionError:
+        raise SettingsError(f"The JSON schema {shown(schema)} is nested too deeply.") from None
+    return "%json " + as_json({**closed, "x-guidance": COMPACT}, "JSON schema", ensure_ascii=True)
+
+
+def as_json(value: Any, what: str, ensure_ascii: bool = False) -> str:
+    """As text; a `SettingsError` for what JSON cannot say."""
+    try:
+        return json.dumps(value, ensure_ascii=ensure_ascii)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise SettingsError(f"{what} {shown(value)} cannot be written as JSON: {error}") from None
+
+
+def _multiples(schema: Any) -> Iterator[int | float]:
+    if isinstance(schema, Mapping):
+        for key, value in schema.items():
+            if key == "multipleOf" and isinstance(value, (int, float)):
+                yield value
+            else:
+                yield from _multiples(value)
+    elif isinstance(schema, list):
+        for each in schema:
+            yield from _multiples(each)
+
+
+def _digits(number: int | float) -> int:
+    """1 of 1,000,000 and of 0.01, 25 of 2.5; 0 of what is no number."""
+    try:
+        digits = Decimal(str(number)).normalize().as_tuple().digits
+    except ValueError:  # thousands of digits
+        return MULTIPLES + 1
+    return int("".join(map(str, digits)) or 0)
 
 
 def _closed(schema: Any) -> Any:

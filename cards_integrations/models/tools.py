@@ -8,6 +8,7 @@ from typing import Any, Literal
 from uuid import uuid4
 
 from cards_integrations.errors import SettingsError, shown
+from cards_integrations.models.grammar import as_json, json_rule
 from cards_integrations.trace import InvalidToolCall, ToolCall
 
 FormatName = Literal["hermes", "mistral", "mistral_named", "llama3", "json"]
@@ -30,7 +31,9 @@ class Tools:
 
     def __post_init__(self) -> None:
         if self.choice not in ("auto", "any") and self.choice not in self.names:
-            raise SettingsError(f"tool_choice={self.choice!r}: there is no such tool, only {', '.join(self.names)}.")
+            raise SettingsError(
+                f"tool_choice={shown(self.choice)}: there is no such tool, only {', '.join(self.names)}."
+            )
 
     @property
     def names(self) -> list[str]:
@@ -68,6 +71,8 @@ def _function(schema: Any) -> dict[str, Any]:
     function = schema.get("function", schema) if isinstance(schema, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise SettingsError(f"tools: {shown(schema)} is not a function with a name, a description and parameters.")
+    as_json(dict(function), f"tool {shown(function['name'])}:")
+    json_rule(function.get("parameters") or {})  # refuses what is no schema
     return {"type": "function", "function": dict(function)}
 
 
@@ -79,7 +84,11 @@ def _choice(choice: Any) -> str:
         choice = function.get("name", choice.get("type"))
     if choice is None or choice is False:
         return "auto" if choice is None else "none"
-    return "any" if choice in (True, "any", "required") else str(choice)
+    if choice is True:
+        return "any"
+    if not isinstance(choice, str):
+        raise SettingsError(f"tool_choice={shown(choice)}: pass the name of a tool, 'auto', 'any' or 'none'.")
+    return "any" if choice == "required" else choice
 
 
 @dataclass(frozen=True)

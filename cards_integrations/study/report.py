@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import base64
-import html
 import math
 from typing import TYPE_CHECKING
 
+from cards_integrations.picture import escaped
 from cards_integrations.study.compare import Arm, Comparison
 from cards_integrations.study.metrics import Mean
 from cards_integrations.study.pictures import as_png, blank
@@ -77,7 +77,9 @@ def frontier(found: Comparison, cost: str = "drafted_tokens") -> Figure:
     figure = blank(6.5 * len(kinds), 5)
     for axis, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
         _draw(axis, found, kind, cost)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    legend = figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    for name in legend.get_texts():
+        name.set_parse_math(False)
     return figure
 
 
@@ -86,11 +88,12 @@ def _draw(axis: Axes, found: Comparison, kind: str, cost: str) -> None:
         reached, paid = arm.mean(kind), arm.mean(cost)
         if reached is None or paid is None:
             continue
+        name = arm.name.encode(errors="replace").decode()
         axis.errorbar(
             paid.value, reached.value,
             xerr=[[paid.value - paid.low], [paid.high - paid.value]],
             yerr=[[reached.value - reached.low], [reached.high - reached.value]],
-            fmt=MARKS[number % len(MARKS)], color=COLOURS[number % len(COLOURS)], capsize=2, label=arm.name,
+            fmt=MARKS[number % len(MARKS)], color=COLOURS[number % len(COLOURS)], capsize=2, label=name,
         )  # fmt: skip
     axis.set_xscale("log")
     axis.set(
@@ -102,10 +105,10 @@ def _draw(axis: Axes, found: Comparison, kind: str, cost: str) -> None:
 
 def page(found: Comparison, examples: int = 20) -> str:
     """HTML without scripts or anything from elsewhere; the models' text is escaped."""
-    headings = "".join(f"<th>{html.escape(h)}</th>" for h in ["", *COLUMNS.values(), *DERIVED])
+    headings = "".join(f"<th>{escaped(h)}</th>" for h in ["", *COLUMNS.values(), *DERIVED])
     lines = [f"<tr>{headings}</tr>"]
     for arm in found.arms.values():
-        cells = [html.escape(arm.name), *(_cell(arm.mean(name)) for name in COLUMNS), *_derived(arm)]
+        cells = [escaped(arm.name), *(_cell(arm.mean(name)) for name in COLUMNS), *_derived(arm)]
         lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     prompts = dict.fromkeys(row["prompt"] for row in found.rows)
     return PAGE.format(
@@ -121,10 +124,9 @@ def _answers(found: Comparison, prompt: int) -> str:
     asked = own[0]["asked"]
     said = asked if isinstance(asked, str) else asked[-1].get("content", "") if asked else ""
     entries = "".join(
-        f"<dt>{html.escape(row['arm'])} <small>{_score(row)}</small></dt><dd>{html.escape(row['text'])}</dd>"
-        for row in own
+        f"<dt>{escaped(row['arm'])} <small>{_score(row)}</small></dt><dd>{escaped(row['text'])}</dd>" for row in own
     )
-    return f"<details><summary>{html.escape(str(said)[:200])}</summary><dl>{entries}</dl></details>"
+    return f"<details><summary>{escaped(str(said)[:200])}</summary><dl>{entries}</dl></details>"
 
 
 def _score(row: dict[str, object]) -> str:

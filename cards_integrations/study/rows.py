@@ -7,9 +7,25 @@ from collections.abc import Iterable, Set
 from pathlib import Path
 from typing import Any
 
-from cards_integrations.errors import SettingsError
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict
+
+from cards_integrations.errors import SettingsError, shown
 
 Row = dict[str, Any]
+
+
+@with_config(ConfigDict(extra="allow"))
+class Turn(TypedDict):
+    role: str
+    content: str
+
+
+FORMS: dict[str, TypeAdapter[Any]] = {
+    **{name: TypeAdapter(int) for name in ("line", "prompt", "seed")},
+    **{name: TypeAdapter(str) for name in ("arm", "text")},
+    "asked": TypeAdapter(str | list[Turn]),
+}
 
 
 def read_rows(path: str | Path, needed: Set[str] = frozenset()) -> list[Row]:
@@ -27,6 +43,12 @@ def read_rows(path: str | Path, needed: Set[str] = frozenset()) -> list[Row]:
         if not isinstance(rows[-1], dict) or not needed <= rows[-1].keys():
             told = f"an object with {', '.join(sorted(needed))}" if needed else "an object"
             raise SettingsError(f"{str(path)!r}, line {number}, is not {told}.")
+        for name in sorted(needed):
+            try:
+                FORMS[name].validate_python(rows[-1][name], strict=True)
+            except ValidationError:
+                value = shown(rows[-1][name])
+                raise SettingsError(f"{str(path)!r}, line {number}: {value} is not of the form of {name!r}.") from None
     return rows
 
 
