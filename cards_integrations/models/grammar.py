@@ -86,7 +86,7 @@ def as_json(value: Any, what: str, ensure_ascii: bool = False) -> str:
 def _multiples(schema: Any) -> Iterator[int | float]:
     if isinstance(schema, Mapping):
         for key, value in schema.items():
-            if key == "multipleOf" and isinstance(value, (int, float)):
+            if key == "multipleOf" and type(value) in (int, float):
                 yield value
             else:
                 yield from _multiples(value)
@@ -143,7 +143,10 @@ class GrammarTokenizer:
         """Where an answer begins."""
         from llguidance import LLMatcher
 
-        matcher = LLMatcher(self.tokenizer, LLMatcher.grammar_from_lark(grammar.lark))
+        try:
+            matcher = LLMatcher(self.tokenizer, LLMatcher.grammar_from_lark(grammar.lark))
+        except UnicodeEncodeError as error:
+            raise SettingsError(f"The grammar cannot be used: {error}") from None
         if matcher.is_error():
             raise SettingsError(f"The grammar cannot be used: {matcher.get_error().strip()}")
         return Matcher(matcher)
