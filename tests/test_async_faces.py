@@ -161,7 +161,7 @@ async def test_a_timeout_stops_the_drafting(llm, method):
 # --- errors reach whoever listens ---
 
 
-@pytest.mark.parametrize("forwards", [0, 25], ids=["at once", "in the middle"])
+@pytest.mark.parametrize("forwards", [0, 5], ids=["at once", "in the middle"])
 @pytest.mark.parametrize("method", METHODS)
 async def test_an_error_of_the_model_reaches_the_caller(llm, method, forwards, monkeypatch):
     model = worker(llm).language_model.model

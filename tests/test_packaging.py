@@ -28,8 +28,8 @@ HEAVY = ("torch", "transformers", "numpy", "pydantic", *FRAMEWORKS)
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The names in the wheel, built from the tree without a network."""
-    if importlib.util.find_spec("hatchling") is None:
-        pytest.skip("the build backend (hatchling) is not installed here")
+    if not all(map(importlib.util.find_spec, ("hatchling", "pip"))):
+        pytest.skip("pip or the build backend (hatchling) is not installed here")
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--quiet"]
     built = subprocess.run([*command, "--wheel-dir", str(folder), str(ROOT)], capture_output=True, text=True)

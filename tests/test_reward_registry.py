@@ -39,6 +39,7 @@ def as_before() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The example, installed by pip into a folder of its own, without a network."""
+    pytest.importorskip("pip")
     source, target = tmp_path_factory.mktemp("source") / "plugin", tmp_path_factory.mktemp("site")
     shutil.copytree(EXAMPLE, source)  # setuptools builds in place
     command = [sys.executable, "-m", "pip", "install", "--no-index", "--no-build-isolation", "--no-deps"]

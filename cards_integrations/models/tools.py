@@ -87,7 +87,9 @@ def _choice(choice: Any) -> str:
     if choice is True:
         return "any"
     if not isinstance(choice, str):
-        raise SettingsError(f"tool_choice={shown(choice)}: pass the name of a tool, 'auto', 'any' or 'none'.")
+        raise SettingsError(
+            f"tool_choice={shown(choice)}: there is no such tool; pass a name, 'auto', 'any' or 'none'."
+        )
     return "any" if choice == "required" else choice
 
 
