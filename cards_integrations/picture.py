@@ -131,10 +131,14 @@ def fragment(alignment: Alignment) -> str:
     ])  # fmt: skip
 
 
+def printable(text: str) -> str:
+    """Halves of surrogate pairs, which no file can carry, are replaced."""
+    return text.encode(errors="replace").decode()
+
+
 def escaped(text: str) -> str:
     """Text as HTML; what HTML cannot carry (NUL, halves of surrogate pairs) is replaced."""
-    text = text.encode(errors="replace").decode()
-    return html.escape(text).replace("\r", "&#13;").replace("\0", "\ufffd")
+    return html.escape(printable(text)).replace("\r", "&#13;").replace("\0", "\ufffd")
 
 
 def number(value: float | None) -> str:

@@ -20,7 +20,7 @@ from cards_integrations.models.step_times import StepTimes, step_times
 from cards_integrations.models.transformer import Feed, Row, Transformer
 from cards_integrations.rewards.base import Conversation, Response, RewardModel, count_forward
 from cards_integrations.rewards.classifier import Head
-from cards_integrations.rewards.layout import Layout
+from cards_integrations.rewards.layout import Layout, scored
 
 log = logging.getLogger("cards_integrations")
 
@@ -200,14 +200,12 @@ class IncrementalClassifier(Incremental):
         super().__init__(name, model, layout, same_vocabulary, memory)
         self.head = head
         self.to_logits = model.score.float()  # the last step in full precision: bf16 has three digits
-        self.pad = self.transformer.config.pad_token_id  # transformers reads the score at the last other token
+        self.pad = self.transformer.config.pad_token_id
 
     def _ids(self, response: Response, read: Read) -> tuple[list[int], int]:
         whole, suffix = super()._ids(response, read)
-        end = len(whole)
-        while end > 1 and whole[end - 1] == self.pad:
-            end -= 1
-        return whole[:end], max(0, suffix - (len(whole) - end))
+        read_ids = scored(whole, self.pad)
+        return read_ids, max(0, suffix - (len(whole) - len(read_ids)))
 
     def _run(self, batch: list[Feed]) -> list[float]:
         hidden = self._read(batch, self.transformer.hidden(batch))

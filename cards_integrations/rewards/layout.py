@@ -27,3 +27,11 @@ class Layout:
     def special(self) -> bool:
         """Does the tokenizer add its BOS? A chat template brings its own."""
         return self.format != "chat"
+
+
+def scored(ids: list[int], padding: int | None) -> list[int]:
+    """Up to where transformers reads the score: the last token that does not pad, as the end of a turn may."""
+    end = len(ids)
+    while end > 1 and ids[end - 1] == padding:
+        end -= 1
+    return ids[:end]

@@ -24,7 +24,7 @@ from cards_integrations.models.chat import ChatTokenizer, as_text
 from cards_integrations.models.loading import LocalModel
 from cards_integrations.models.servers import Keyed, Servers, ServerUrl, gathered, usable_key
 from cards_integrations.rewards.base import Response, Reward, RewardLoader, RewardModel
-from cards_integrations.rewards.layout import Layout
+from cards_integrations.rewards.layout import Layout, scored
 from cards_integrations.rewards.registry import register_reward
 
 KEY = "CARDS_REWARD_API_KEY"
@@ -258,13 +258,8 @@ class Classify(OneText):
             return self.texts(responses)
         around = [self.layout.around(response.conversation) for response in responses]
         texts = [before + response.text + after for (before, after), response in zip(around, responses, strict=True)]
-        return [self._unpadded(self.layout.chat.encode(text, special=self.layout.special)) for text in texts]
-
-    def _unpadded(self, ids: list[int]) -> list[int]:
-        """Up to where transformers reads the score: a turn may end with the token that also pads."""
-        while len(ids) > 1 and ids[-1] == self.padding:
-            ids = ids[:-1]
-        return ids
+        encoded = [self.layout.chat.encode(text, special=self.layout.special) for text in texts]
+        return [scored(ids, self.padding) for ids in encoded]
 
     def read(self, content: bytes) -> list[float]:
         data = Classifications.model_validate_json(content, strict=True).data

@@ -6,7 +6,7 @@ import base64
 import math
 from typing import TYPE_CHECKING
 
-from cards_integrations.picture import escaped
+from cards_integrations.picture import escaped, printable
 from cards_integrations.study.compare import Arm, Comparison
 from cards_integrations.study.metrics import Mean
 from cards_integrations.study.pictures import as_png, blank
@@ -88,12 +88,11 @@ def _draw(axis: Axes, found: Comparison, kind: str, cost: str) -> None:
         reached, paid = arm.mean(kind), arm.mean(cost)
         if reached is None or paid is None:
             continue
-        name = arm.name.encode(errors="replace").decode()
         axis.errorbar(
             paid.value, reached.value,
             xerr=[[paid.value - paid.low], [paid.high - paid.value]],
             yerr=[[reached.value - reached.low], [reached.high - reached.value]],
-            fmt=MARKS[number % len(MARKS)], color=COLOURS[number % len(COLOURS)], capsize=2, label=name,
+            fmt=MARKS[number % len(MARKS)], color=COLOURS[number % len(COLOURS)], capsize=2, label=printable(arm.name),
         )  # fmt: skip
     axis.set_xscale("log")
     axis.set(
