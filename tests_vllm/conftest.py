@@ -21,7 +21,7 @@ import tiny_served
 import torch
 
 from cards_integrations.engine import Engine, EngineSettings
-from cards_integrations.models import LocalModel, VllmModel, step_times
+from cards_integrations.models import LocalModel, VllmModel
 from cards_integrations.rewards import RemoteReward
 
 torch.set_num_threads(1)
@@ -83,10 +83,10 @@ class Server:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def step_times_of_these_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    folder = tmp_path_factory.mktemp("cache")
+def cache_of_these_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing of earlier runs is known, nothing of this one is remembered."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step_times, "cache_dir", lambda: folder)
+        patch.setenv("CARDS_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         yield
 
 
