@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from langchain_core.utils.json import parse_partial_json
 from pydantic import ConfigDict, Field
 
 from cards_integrations.engine import Engine, Request
-from cards_integrations.langchain_runs import aduring, ateller, current, during, teller, with_run
+from cards_integrations.langchain_runs import aduring, ateller, current, during, taken, teller, with_run
 from cards_integrations.messages import as_prompt
 from cards_integrations.models.tools import as_tools
 from cards_integrations.schemas import converted, tool_schemas
@@ -49,6 +49,9 @@ class LangChainFace(FromEnvironment):
         return False
 
     def get_token_ids(self, text: str) -> list[int]:
+        own: Callable[[str], list[int]] | None = getattr(self, "custom_get_token_ids", None)  # LangChain's field
+        if own is not None:
+            return own(text)
         return self._engine({}).loaded().chat.encode(text)
 
     def get_num_tokens(self, text: str) -> int:
@@ -100,6 +103,10 @@ class ChatCards(LangChainFace, BaseChatModel):
         """For traces and the cache's key: the stop strings that hold, not only those of the call."""
         return super()._get_invocation_params(list(self.stop) if stop is None else stop, **kwargs)
 
+    def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
+        """For the cache's key: schemas, for two classes of one name may differ."""
+        return super()._get_llm_string(stop, **converted(kwargs))
+
     def _generate(
         self,
         messages: list[BaseMessage],
@@ -125,7 +132,7 @@ class ChatCards(LangChainFace, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        chunks, tell = Chunks(), teller(run_manager or current.get())
+        chunks, tell = Chunks(), teller(run_manager or taken())
         for item in self._engine(kwargs).stream(self._request(messages, stop, kwargs)):
             if tell and isinstance(item, Chunk):
                 tell(item)
@@ -141,7 +148,7 @@ class ChatCards(LangChainFace, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        chunks, tell = Chunks(), ateller(run_manager or current.get())
+        chunks, tell = Chunks(), ateller(run_manager or taken())
         async with aclosing(self._engine(kwargs).astream(self._request(messages, stop, kwargs))) as items:
             async for item in items:
                 if tell and isinstance(item, Chunk):
@@ -168,9 +175,10 @@ class ChatCards(LangChainFace, BaseChatModel):
                 yield item
 
     def _should_stream(self, *, run_manager: Any = None, **kwargs: Any) -> bool:
-        if run_manager is not None:
+        streams = super()._should_stream(run_manager=run_manager, **kwargs)
+        if streams and run_manager is not None:
             current.set(run_manager)
-        return super()._should_stream(run_manager=run_manager, **kwargs)
+        return streams
 
     def batch(
         self,
@@ -178,10 +186,10 @@ class ChatCards(LangChainFace, BaseChatModel):
         config: RunnableConfig | list[RunnableConfig] | None = None,
         **kwargs: Any,
     ) -> list[AIMessage]:
-        """All inputs at once (the engine drafts them in one batch), unless `max_concurrency` says less."""
+        """As many inputs at once as the engine drafts in one batch, unless `max_concurrency` says otherwise."""
         configs = get_config_list(config, len(inputs))
         for one in configs:
-            one["max_concurrency"] = one.get("max_concurrency") or max(1, len(inputs))
+            one["max_concurrency"] = one.get("max_concurrency") or max(1, min(len(inputs), self.engine.max_rows))
         return super().batch(inputs, configs, **kwargs)
 
     def bind_tools(
@@ -235,7 +243,8 @@ class ChatCards(LangChainFace, BaseChatModel):
 
     def _request(self, messages: list[BaseMessage], stop: list[str] | None, overrides: dict[str, Any]) -> Request:
         own = {} if stop is None else {"stop": stop}
-        return self.request(as_prompt(messages), converted({**overrides, **own}))
+        said = {name: value for name, value in overrides.items() if name != "stream"}  # LangChain's: which way to ask
+        return self.request(as_prompt(messages), converted({**said, **own}))
 
 
 def _result(answer: Alignment) -> ChatResult:

@@ -19,6 +19,13 @@ current: ContextVar[Any] = ContextVar("current_run", default=None)
 """The manager of the run that is about to call `_stream`."""
 
 
+def taken() -> Any:
+    """That manager, which is not kept longer than it is needed."""
+    run = current.get()
+    current.set(None)
+    return run
+
+
 def with_run(config: RunnableConfig | None, model: Any) -> tuple[RunnableConfig, RunManager]:
     """A config that says which id the run will have, and a manager that speaks in its name."""
     config = ensure_config(config)

@@ -9,6 +9,7 @@ from functools import wraps
 from inspect import iscoroutinefunction
 from typing import Any, TypeVar
 
+from llama_index.core.base.llms.generic_utils import messages_to_prompt
 from llama_index.core.base.llms.types import (
     ChatMessage,
     ChatResponse,
@@ -27,7 +28,7 @@ from llama_index.core.instrumentation.events import BaseEvent
 from llama_index.core.instrumentation.events.llm import LLMStructuredPredictEndEvent, LLMStructuredPredictStartEvent
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.function_calling import FunctionCallingLLM
-from llama_index.core.llms.llm import ToolSelection
+from llama_index.core.llms.llm import ToolSelection, default_completion_to_prompt
 from llama_index.core.program.utils import process_streaming_objects
 from llama_index.core.prompts import PromptTemplate
 from llama_index.core.tools.types import BaseTool
@@ -97,7 +98,8 @@ class LlamaIndexCards(FromEnvironment, FunctionCallingLLM):
     """The LlamaIndex face. `raw["usage"]` has the token counts, `raw["cards"]` rewards and costs.
 
     Per-call keyword arguments are options of the same names. The system prompt is used by `complete`
-    and by `chat`, unless the messages bring a system message of their own.
+    and by `chat`, unless the messages bring a system message of their own. `completion_to_prompt` and
+    `messages_to_prompt` take the place of the tokenizer's chat template.
     """
 
     @classmethod
@@ -262,8 +264,11 @@ class LlamaIndexCards(FromEnvironment, FunctionCallingLLM):
 
     def _completion_request(self, prompt: str, formatted: bool, overrides: dict[str, Any]) -> Request:
         as_prompt(prompt)  # refuses an empty one
+        own = self.completion_to_prompt
+        if not formatted and own not in (None, default_completion_to_prompt):
+            prompt, formatted = own(prompt), True
         if formatted:
-            return self.request(Formatted(prompt), overrides)
+            return self.request(Formatted(as_prompt(prompt)), overrides)
         return self._chat_request([ChatMessage(role=MessageRole.USER, content=prompt)], overrides)
 
     def _chat_request(self, messages: Sequence[ChatMessage], overrides: dict[str, Any]) -> Request:
@@ -273,7 +278,13 @@ class LlamaIndexCards(FromEnvironment, FunctionCallingLLM):
         own = converted(overrides)
         if "context" not in own:
             own["context"] = retrieved_in([message.content or "" for message in messages])
+        if self.messages_to_prompt not in (None, messages_to_prompt):
+            return self.request(Formatted(as_prompt(self.messages_to_prompt(messages))), own)
         return self.request(as_prompt(messages), own)
+
+    def to_json(self, **kwargs: Any) -> str:
+        """Without keys. A reward that is code has no JSON."""
+        return super().to_json(mode="json", **kwargs)
 
 
 class CardsSegmentEvent(BaseEvent):

@@ -50,10 +50,11 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
 
     def as_langchain(self) -> ChatCards:
         """The same model as a `BaseChatModel`, for fields that ask for one."""
-        if self._chat_model is None or self._chat_model.options() != self.options():
+        chat = self._chat_model
+        if chat is None or (chat.options(), chat.streaming) != (self.options(), self.streaming):
             streaming = {"streaming": True} if self.streaming else {}  # False would forbid `stream`
-            self._chat_model = ChatCards(**self.options(), **streaming)
-        return self._chat_model
+            self._chat_model = chat = ChatCards(**self.options(), **streaming)
+        return chat
 
     # --- its own face ---
 
@@ -87,8 +88,8 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
         """
         each = [dict(options) for _ in prompts]
         for name, own in (("seed", seeds), ("context", contexts)):
-            for mine, value in zip(each, own, strict=True) if own is not None else ():
-                mine[name] = value
+            if own is not None:
+                each = [{**mine, name: value} for mine, value in zip(each, own, strict=True)]
         requests = [self.request(as_prompt(p), converted(own)) for p, own in zip(prompts, each, strict=True)]
         engine = self._engine(options)
         if not progress:
@@ -192,12 +193,17 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
     # `stream` and `astream` are the two names that both frameworks use: a LlamaIndex prompt template
     # as first argument is LlamaIndex's call, everything else is LangChain's.
 
-    def stream(self, input: Any, config: Any = None, **kwargs: Any) -> Any:
-        if isinstance(input, BasePromptTemplate):
-            return super().stream(input, **kwargs)
-        return self.as_langchain().stream(input, config, **kwargs)
+    def stream(self, *args: Any, **kwargs: Any) -> Any:
+        if _of_llama_index(*args, **kwargs):
+            return super().stream(*args, **kwargs)
+        return self.as_langchain().stream(*args, **kwargs)
 
-    def astream(self, input: Any, config: Any = None, **kwargs: Any) -> Any:
-        if isinstance(input, BasePromptTemplate):
-            return super().astream(input, **kwargs)
-        return self.as_langchain().astream(input, config, **kwargs)
+    def astream(self, *args: Any, **kwargs: Any) -> Any:
+        if _of_llama_index(*args, **kwargs):
+            return super().astream(*args, **kwargs)
+        return self.as_langchain().astream(*args, **kwargs)
+
+
+def _of_llama_index(prompt: Any = None, *_: Any, **__: Any) -> bool:
+    """A call with a template, whose variables may have any name."""
+    return isinstance(prompt, BasePromptTemplate)

@@ -15,7 +15,15 @@ from langchain_core.messages import (
     message_chunk_to_message,
 )
 from langchain_core.messages import ChatMessage as LangChainChatMessage
-from llama_index.core.base.llms.types import ChatMessage, ContentBlock, TextBlock, ThinkingBlock, ToolCallBlock
+from llama_index.core.base.llms.types import (
+    CachePoint,
+    ChatMessage,
+    ContentBlock,
+    TextBlock,
+    ThinkingBlock,
+    ToolCallBlock,
+)
+from pydantic import BaseModel
 
 from cards_integrations.errors import PromptError, shown
 from cards_integrations.models.base import Message
@@ -83,6 +91,8 @@ def _of_llama_index(item: ChatMessage) -> Message:
     calls = [block for block in item.blocks if isinstance(block, ToolCallBlock)]
     if calls:
         message["tool_calls"] = [_call(call.tool_call_id, call.tool_name, call.tool_kwargs) for call in calls]
+    elif stored := item.additional_kwargs.get("tool_calls"):  # of a history that older integrations wrote
+        message["tool_calls"] = _calls(stored)
     if message["role"] == "tool":
         message |= _result(item.additional_kwargs)
     return message
@@ -92,9 +102,7 @@ def _of_dict(item: Mapping[str, Any]) -> Message:
     content = item.get("content")
     message: Message = {"role": _role(item["role"]), "content": "" if content is None else _text(content)}
     if calls := item.get("tool_calls"):
-        if not isinstance(calls, (list, tuple)):
-            raise PromptError(f"Not a tool call: {shown(calls)}; pass a list of them.")
-        message["tool_calls"] = [_call_of_dict(call) for call in calls]
+        message["tool_calls"] = _calls(calls)
     if message["role"] == "tool":
         message |= _result(item)
     return message
@@ -107,6 +115,12 @@ def _result(said: Mapping[str, Any]) -> dict[str, str | None]:
         if not isinstance(value, str | None):
             raise PromptError(f"{name}={shown(value)} of a tool's message must be a string.")
     return found
+
+
+def _calls(several: Any) -> list[dict[str, Any]]:
+    if not isinstance(several, (list, tuple)):
+        raise PromptError(f"Not a tool call: {shown(several)}; pass a list of them.")
+    return [_call_of_dict(call.model_dump() if isinstance(call, BaseModel) else call) for call in several]
 
 
 def _call_of_dict(call: Any) -> dict[str, Any]:
@@ -177,7 +191,7 @@ def _part(part: Any) -> str:
 def _block(block: ContentBlock) -> str:
     if isinstance(block, TextBlock):
         return block.text
-    if isinstance(block, (ThinkingBlock, ToolCallBlock)):
+    if isinstance(block, (ThinkingBlock, ToolCallBlock, CachePoint)):
         return ""
     raise _only_text(repr(block.block_type))
 

@@ -41,8 +41,11 @@ def json_schema(schema: Any) -> dict[str, Any]:
 
 
 def converted(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a call, with its tools as the core knows them."""
+    """Arguments of a call, with its tools and classes as the core knows them: schemas."""
     found = dict(overrides)
     if found.get("tools"):
         found["tools"] = tool_schemas(found["tools"])
+    for name in ("response_format", "grammar"):
+        if isinstance(found.get(name), type) and issubclass(found[name], BaseModel):
+            found[name] = json_schema(found[name])
     return found

@@ -8,7 +8,14 @@ from typing import Annotated, Any, Self
 import yaml
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticSerializationError
-from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    InitSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 from cards_integrations.decoding import AnyDecoding, Cards, Decoding
 from cards_integrations.engine import Engine, EngineSettings, Request
@@ -57,6 +64,11 @@ def _told(error: ErrorDetails) -> str:
     given = error["input"]
     said = f"={shown(given)}" if isinstance(given, (str, int, float)) else ""  # a mapping may hold a key
     return f"{'.'.join(map(str, error['loc']))}{said}: {error['msg']}"
+
+
+def in_words(error: ValidationError) -> str:
+    """All that is wrong, in one line."""
+    return "; ".join(map(_told, error.errors()))
 
 
 class Options(BaseModel, hide_input_in_errors=True):  # the input may hold a key
@@ -122,7 +134,7 @@ class Options(BaseModel, hide_input_in_errors=True):  # the input may hold a key
         try:
             return Options.model_validate({**self.options(), **overrides})
         except ValidationError as error:
-            raise SettingsError("; ".join(map(_told, error.errors()))) from error
+            raise SettingsError(in_words(error)) from error
 
     @model_validator(mode="before")
     @classmethod
@@ -130,6 +142,13 @@ class Options(BaseModel, hide_input_in_errors=True):  # the input may hold a key
         for name in values.keys() - cls.model_fields.keys() if isinstance(values, dict) else ():
             raise unknown("setting", str(name), Options.model_fields)
         return values
+
+
+def _read(source: PydanticBaseSettingsSource) -> dict[str, Any]:
+    try:
+        return source()
+    except RecursionError:
+        raise SettingsError("A variable CARDS_... is nested too deeply.") from None
 
 
 class CardsSettings(BaseSettings, Options):
@@ -140,6 +159,21 @@ class CardsSettings(BaseSettings, Options):
     """
 
     model_config = SettingsConfigDict(env_prefix="CARDS_", env_nested_delimiter="__", extra="forbid", frozen=True)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Whole options: a reward that is given replaces the environment's, and is not merged with it."""
+        found: dict[str, Any] = {}
+        for source in (file_secret_settings, dotenv_settings, env_settings, init_settings):
+            found |= _read(source)
+        return (InitSettingsSource(settings_cls, found),)
 
     @classmethod
     def from_yaml(cls, path: str | Path, *, allow_imports: bool = False) -> Self:
@@ -177,8 +211,5 @@ class FromEnvironment(Options):
     def _environment(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        try:
-            found = EnvSettingsSource(CardsSettings)()
-        except RecursionError:
-            raise SettingsError("A variable CARDS_... is nested too deeply.") from None
+        found = _read(EnvSettingsSource(CardsSettings))
         return {**{name: value for name, value in found.items() if name in Options.model_fields}, **values}

@@ -15,10 +15,12 @@ from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.rate_limiters import InMemoryRateLimiter
 from langchain_core.runnables import RunnableLambda, RunnableParallel
+from pydantic import create_model
 
 from cards_integrations.decoding import Cards, FixedLength, Sampling
 from cards_integrations.engine import EngineSettings
 from cards_integrations.errors import SettingsError
+from cards_integrations.langchain_runs import current
 from cards_integrations.rewards import ClassifierReward, FunctionReward
 
 PROMPTS = [f"Say number {i}" for i in range(16)]
@@ -172,6 +174,21 @@ async def test_a_batch_shares_decode_steps(llm, way):
     assert steps(llm) - between < (between - before) / 3
 
 
+def test_a_batch_takes_no_more_threads_than_the_engine_has_rows():
+    llm, live, most = faces.chat_cards(engine=EngineSettings(device="cpu", max_rows=3), max_tokens=5), [], []
+
+    class Counting(BaseCallbackHandler):
+        def on_chat_model_start(self, *args, run_id, **kwargs):
+            live.append(run_id)
+            most.append(len(live))
+
+        def on_llm_end(self, *args, run_id, **kwargs):
+            live.remove(run_id)
+
+    assert len(llm.batch(PROMPTS, {"callbacks": [Counting()]})) == len(PROMPTS)
+    assert max(most) <= 3
+
+
 def test_a_batch_takes_configs_and_exceptions(llm):
     good, bad = llm.batch(["Hello", ""], {"max_concurrency": 1, "tags": ["x"]}, return_exceptions=True)
     assert good.content
@@ -236,6 +253,26 @@ async def test_streaming_true_reports_segments_of_an_invoke():
     assert (await llm.ainvoke("Hello", {"callbacks": [heard_async]})).content == answer.content
     assert heard.tokens == heard_async.tokens == [chunk.content for chunk in llm.stream("Hello")]
     assert answer.content == faces.chat_cards().invoke("Hello").content
+
+
+async def test_streaming_may_be_assigned_later():
+    llm, counts = faces.cards_llm(), []
+    for streaming in (False, True, False):
+        llm.streaming = streaming
+        heard = Heard()
+        llm.invoke("Hello", {"callbacks": [heard]})
+        counts.append(len(heard.tokens))
+    assert counts[0] == counts[2] == 0
+    assert counts[1] > 0
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_one_call_may_ask_for_a_stream(llm, stream):
+    heard = Heard()
+    assert llm.invoke("Hello", {"callbacks": [heard]}, stream=stream).content == llm.invoke("Hello").content
+    assert bool(heard.tokens) == stream
+    assert (await llm.ainvoke("Hello", stream=stream)).content == llm.invoke("Hello").content
+    assert current.get() is None  # no run is kept
 
 
 def test_callbacks_hear_an_error(llm):
@@ -303,6 +340,14 @@ def test_the_cache_key_has_every_option(name):
     assert faces.chat_cards(**{name: OTHER[name]})._get_llm_string() != key
     assert faces.chat_cards()._get_llm_string(**{name: OTHER[name]}) != key
     assert faces.chat_cards()._get_llm_string() == key
+
+
+@pytest.mark.parametrize("name", ["response_format", "grammar"])
+def test_the_cache_key_tells_classes_of_one_name_apart(name):
+    llm = faces.chat_cards()
+    one, other = (create_model("Answer", **{field: (bool, ...)}) for field in "ab")
+    assert llm._get_llm_string(**{name: one}) == llm._get_llm_string(**{name: one.model_json_schema()})
+    assert llm._get_llm_string(**{name: one}) != llm._get_llm_string(**{name: other})
 
 
 def test_the_cache_key_has_only_what_changes_the_answer():
@@ -386,6 +431,11 @@ def test_token_counts_are_the_models_own(llm):
     assert llm.get_num_tokens("Hello") == 5
     messages = [SystemMessage("Be brief."), HumanMessage("Hello")]
     assert llm.get_num_tokens_from_messages(messages) == llm.invoke(messages).usage_metadata["input_tokens"]
+
+
+def test_token_counts_may_be_ones_own():
+    llm = faces.chat_cards(custom_get_token_ids=lambda text: [len(text)])
+    assert (llm.get_token_ids("Hello"), llm.get_num_tokens("Hello")) == ([5], 1)
 
 
 def test_construction_and_traces_load_nothing():

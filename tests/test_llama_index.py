@@ -11,6 +11,7 @@ import pytest
 import torch
 from llama_index.core import Document, PromptTemplate, Settings, VectorStoreIndex
 from llama_index.core.base.embeddings.base import BaseEmbedding
+from llama_index.core.base.llms.types import CacheControl, CachePoint, ToolCallBlock
 from llama_index.core.callbacks import CallbackManager, CBEventType, LlamaDebugHandler, TokenCountingHandler
 from llama_index.core.chat_engine import SimpleChatEngine
 from llama_index.core.instrumentation import get_dispatcher
@@ -24,7 +25,8 @@ from pydantic import Field, PrivateAttr
 from cards_integrations import CardsLLM
 from cards_integrations.engine import EngineSettings
 from cards_integrations.errors import SettingsError
-from cards_integrations.rewards import FunctionReward
+from cards_integrations.messages import as_prompt
+from cards_integrations.rewards import FunctionReward, RemoteReward
 
 
 def capitals(prompt: str, responses: list[str]) -> list[float]:
@@ -347,3 +349,48 @@ def test_json_gives_back_every_option():
 def test_tokens_are_counted_by_the_model(llm):
     assert llm.get_num_tokens("Hello") == 5
     assert llm.complete("Hello").raw["usage"]["prompt_tokens"] == len(llm.align("Hello").prompt_ids)
+
+
+# --- prompts and forms of LlamaIndex's own ---
+
+
+@pytest.mark.parametrize("name", ["config", "input", "word"])
+async def test_a_template_may_name_its_variables_as_it_likes(llm, name):
+    template = PromptTemplate(f"Say {{{name}}}")
+    expected = llm.predict(template, **{name: "hi"})
+    assert "".join(llm.stream(template, **{name: "hi"})) == expected
+    assert "".join(llm.stream(prompt=template, **{name: "hi"})) == expected
+    assert "".join([text async for text in await llm.astream(template, **{name: "hi"})]) == expected
+
+
+async def test_prompts_may_be_formatted_by_the_user():
+    own = faces.cards_llm(
+        completion_to_prompt=lambda text: f"Q: {text} A:",
+        messages_to_prompt=lambda messages: "".join(f"{m.role.value}> {m.content} " for m in messages),
+    )
+    for name, response in (await answers(own, "Hello")).items():
+        prompt = "Q: Hello A:" if "complete" in name else "user> Hello "
+        assert response.raw["usage"]["prompt_tokens"] == len(own.tokenizer(prompt)), name
+    assert own.complete("Hello").text == own.complete("Q: Hello A:", formatted=True).text
+
+
+def test_json_holds_no_key(llm):
+    url = "http://localhost:1"
+    keyed = faces.cards_llm(reward=RemoteReward(url=url, protocol="json", api_key="sesame-4711"))
+    assert "sesame" not in keyed.to_json()
+    back = CardsLLM.from_json(llm.to_json())
+    assert back.options() == llm.options()
+
+
+def test_a_stored_history_keeps_its_calls(llm):
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    stored = ChatMessage(role="assistant", content="", additional_kwargs={"tool_calls": [call]})
+    blocks = [ToolCallBlock(tool_call_id="1", tool_name="add", tool_kwargs={"a": 1})]
+    now = ChatMessage(role="assistant", blocks=blocks)
+    result = ChatMessage(role="tool", content="1", additional_kwargs={"tool_call_id": "1"})
+    assert as_prompt([stored, result]) == as_prompt([now, result])
+
+
+def test_cache_points_are_not_said():
+    blocks = [TextBlock(text="Hello"), CachePoint(cache_control=CacheControl(type="ephemeral"))]
+    assert as_prompt([ChatMessage(blocks=blocks)]) == [{"role": "user", "content": "Hello"}]

@@ -266,6 +266,9 @@ def test_a_replica_is_left_alone_longer_each_time(monkeypatch: pytest.MonkeyPatc
         replica.failed()
         rests.append(replica.back_at - 100.0)
     assert (rests, replica.up) == ([0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0], False)
+    replica.failures = 10_000  # a long outage under load
+    replica.failed()
+    assert replica.back_at == 130.0
     replica.answered()
     assert (replica.up, replica.failures) == (True, 0)
 

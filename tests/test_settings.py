@@ -181,3 +181,22 @@ def test_imports_are_light_and_run_downward(code, absent):
     loaded = set(json.loads(ran.stdout))
     assert "cards_integrations" in loaded
     assert not loaded & set(absent)
+
+
+def test_what_is_given_replaces_what_the_environment_says(monkeypatch, tmp_path):
+    monkeypatch.setenv("CARDS_REWARD__KIND", "length")
+    monkeypatch.setenv("CARDS_REWARD__TARGET", "40")
+    monkeypatch.setenv("CARDS_MAX_TOKENS", "9")
+    assert CardsSettings().reward.kind == "length"
+    file = tmp_path / "cards.yaml"
+    file.write_text("reward: {kind: classifier, model: some/reward}")
+    given = {"kind": "classifier", "model": "some/reward"}
+    for settings in (CardsSettings(reward=given), CardsSettings.from_yaml(file), CardsLLM(reward=given)):
+        assert (settings.reward, settings.max_tokens) == (ClassifierReward(model="some/reward"), 9)
+
+
+@pytest.mark.parametrize("measure", ["max_probability", "evidential"])
+def test_a_threshold_that_is_never_reached_is_refused(measure):
+    with pytest.raises(ValidationError, match="never reached"):
+        Uncertainty(measure=measure)
+    assert Uncertainty(measure=measure, threshold=0.7).threshold == 0.7

@@ -33,11 +33,20 @@ class _Between(Boundary):
 
 
 class Uncertainty(_Between):
-    """End *before* the first token whose uncertainty reaches `threshold`."""
+    """End *before* the first token whose uncertainty reaches `threshold`.
+
+    The default is the paper's, for entropy in nats; the other measures are at most 1, and need one of their own.
+    """
 
     kind: Literal["uncertainty"] = "uncertainty"
     measure: Measure = "entropy"
     threshold: FiniteFloat = 3.0
+
+    @model_validator(mode="after")
+    def _reachable(self) -> Self:
+        if self.measure != "entropy" and self.threshold > 1:
+            raise ValueError(f"threshold={self.threshold} is never reached: {self.measure!r} is at most 1")
+        return self
 
     @property
     def served(self) -> dict[str, str | float]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable, Coroutine, Hashable, Iterable, Mapping, Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 from zlib import crc32
 
 import httpx
-from pydantic import AfterValidator, BaseModel, SecretStr
+from pydantic import AfterValidator, BaseModel, SecretStr, field_validator
 from tenacity import (
     AsyncRetrying,
     RetryCallState,
@@ -53,9 +54,29 @@ def _of_a_server(value: str) -> str:
 
 
 class Keyed(BaseModel):
-    """Settings with a key, which is not pickled: where they are loaded, it comes from the environment."""
+    """Settings with a key, which is not pickled: where they are loaded, it comes from the environment.
 
+    `key_setting` and `key_variable` are what errors call it, and the variable.
+    """
+
+    key_setting: ClassVar[str]
+    key_variable: ClassVar[str]
     api_key: SecretStr | None = None
+
+    @field_validator("api_key")
+    @classmethod
+    def _is_a_key(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            usable_key(value.get_secret_value(), cls.key_setting, cls.key_variable)
+        return value
+
+    @property
+    def key(self) -> str | None:
+        """The secret, from the settings or the environment."""
+        if self.api_key is not None:
+            return self.api_key.get_secret_value()
+        key = os.environ.get(self.key_variable, "").strip()
+        return usable_key(key, self.key_variable, self.key_variable) if key else None
 
     def __getstate__(self) -> dict[Any, Any]:
         state = super().__getstate__()
@@ -87,7 +108,7 @@ class Replica:
 
     def failed(self) -> None:
         self.failures += 1
-        self.back_at = time.monotonic() + min(30.0, 0.25 * 2**self.failures)
+        self.back_at = time.monotonic() + min(30.0, 0.25 * 2 ** min(self.failures, 7))
 
     def answered(self) -> None:
         self.failures, self.back_at = 0, 0.0

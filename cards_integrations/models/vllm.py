@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic import ConfigDict, Field, ValidationError, field_validator
 
 from cards_integrations.errors import CardsError, ModelError, SettingsError
 from cards_integrations.models.base import Boundary, Candidate, Context
-from cards_integrations.models.servers import Keyed, Servers, ServerUrl, usable_key
+from cards_integrations.models.servers import Keyed, Servers, ServerUrl
 from cards_integrations.models.tools import FormatName
 from cards_integrations.models.vllm_replies import COMPLETIONS, KEY, MENDS, PROBE, Completion, Greeting
 
@@ -48,6 +47,8 @@ class VllmModel(Keyed):
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
+    key_setting: ClassVar[str] = "model.api_key"
+    key_variable: ClassVar[str] = KEY
     kind: Literal["vllm"] = "vllm"
     base_url: ServerUrl | tuple[ServerUrl, ...]
     model: Annotated[str, Field(min_length=1)]
@@ -72,25 +73,10 @@ class VllmModel(Keyed):
             return tuple(each.rstrip("/").removesuffix("/v1") for each in value)
         return value.rstrip("/").removesuffix("/v1")
 
-    @field_validator("api_key")
-    @classmethod
-    def _is_a_key(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is not None:
-            usable_key(value.get_secret_value(), "model.api_key", KEY)
-        return value
-
     @property
     def urls(self) -> tuple[str, ...]:
         """Of all replicas."""
         return (self.base_url,) if isinstance(self.base_url, str) else self.base_url
-
-    @property
-    def key(self) -> str | None:
-        """The secret, from the settings or the environment."""
-        if self.api_key is not None:
-            return self.api_key.get_secret_value()
-        key = os.environ.get(KEY, "").strip()
-        return usable_key(key, KEY, KEY) if key else None
 
     def same_weights(self, other: object) -> bool:
         """No weights of a server are shared."""
@@ -131,9 +117,10 @@ class VllmLanguageModel:
         self.name = spec.model
         self.chat = chat
         self.wake = wake
-        self.greeting = Greeting(spec)
-        self.context_window = self.greeting.context_window()
-        self.greeting.check_tokenizer(chat)
+        greeting = Greeting(spec)
+        self.context_window = greeting.context_window()
+        greeting.check_tokenizer(chat)
+        self.plugin = greeting.has_plugin(chat.encode(PROBE))
         self.servers = Servers(
             f"model {spec.model!r}", spec.urls, key=spec.key, timeout=spec.request_timeout, retries=spec.retries,
             concurrency=spec.concurrency, error=ModelError, mends=MENDS, setting="model.base_url", health="/health",
@@ -142,15 +129,13 @@ class VllmLanguageModel:
         self.ended: list[Candidate] = []
 
     @cached_property
-    def plugin(self) -> bool:
-        """Does the server end segments by uncertainty?"""
-        found = self.greeting.has_plugin(self.chat.encode(PROBE))
-        if not found:
-            log.warning(
-                "model %r: no EntropyStop in the server; segments end by model.without_plugin=%r",
-                self.name, self.spec.without_plugin,
-            )  # fmt: skip
-        return found
+    def fallback(self) -> str:
+        """How segments that a server without the plug-in cannot end are ended; a warning says so, once."""
+        log.warning(
+            "model %r: no EntropyStop in the server; segments end by model.without_plugin=%r",
+            self.name, self.spec.without_plugin,
+        )  # fmt: skip
+        return self.spec.without_plugin
 
     @cached_property
     def sentinel(self) -> int:
@@ -275,13 +260,13 @@ class VllmLanguageModel:
         if self._served(boundary):
             body["stop_token_ids"] = [self.sentinel]
             body["vllm_xargs"] = {**boundary.served, "cards_sentinel": self.sentinel}
-        elif self.spec.without_plugin == "refuse":
+        elif self.fallback == "refuse":
             raise ModelError(
                 f"model {self.name!r}: the server does not end segments by uncertainty. Start it with --logits-"
                 "processors cards_integrations.vllm_plugin:EntropyStop, or set model.without_plugin, or another "
                 "boundary."
             )
-        elif self.spec.without_plugin == "fixed_length":
+        elif self.fallback == "fixed_length":
             body["max_tokens"] = min(candidate.room, self.spec.fallback_length)
         return body
 

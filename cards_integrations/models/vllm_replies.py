@@ -66,17 +66,25 @@ class Completion(BaseModel):
 
 
 class Greeting:
-    """What has to be known of a server before it drafts; asked of the replicas that answer."""
+    """What has to be known of a server before it drafts; asked of the replicas that answer, one of which has to."""
 
     def __init__(self, spec: VllmModel) -> None:
         self.spec = spec
         self.key = spec.key
+        self.replicas: dict[str, Cards] = {}
+        errors = []
+        for url in spec.urls:
+            try:
+                self.replicas[url] = self._read(Cards, url, self._ask("GET", url, MODELS))
+            except ModelError as error:
+                errors.append(error)
+        if not self.replicas:
+            raise errors[0]
 
     def context_window(self) -> int:
         window = 2**31
-        for url in self._replicas():
-            cards = self._read(Cards, url, self._ask("GET", url, MODELS)).data
-            served = {card.id: card for card in cards}
+        for url, cards in self.replicas.items():
+            served = {card.id: card for card in cards.data}
             if self.spec.model not in served:
                 raise self._error(url, f"serves {', '.join(served)}, and not model.model={self.spec.model!r}.")
             window = min(window, served[self.spec.model].max_model_len or window)
@@ -85,7 +93,7 @@ class Greeting:
     def check_tokenizer(self, chat: ChatTokenizer) -> None:
         """Its ids and ours must be the same, or answers would be read wrongly."""
         ours = chat.encode(PROBE)
-        for url in self._replicas():
+        for url in self.replicas:
             body = {"model": self.spec.model, "prompt": PROBE, "add_special_tokens": False}
             theirs = self._read(Tokenized, url, self._ask("POST", url, TOKENIZE, body)).tokens
             if ours != theirs:
@@ -96,21 +104,8 @@ class Greeting:
         """A server with `EntropyStop` refuses a threshold that is no number; others do not look at it."""
         body = {"model": self.spec.model, "prompt": list(prompt_ids), "max_tokens": 1}
         body["vllm_xargs"] = {"cards_threshold": "is there a plug-in?"}
-        asked = [self._ask("POST", url, COMPLETIONS, body, refused=400) for url in self._replicas()]
+        asked = [self._ask("POST", url, COMPLETIONS, body, refused=400) for url in self.replicas]
         return all(reply.status_code == 400 and "cards_threshold" in reply.text for reply in asked)
-
-    def _replicas(self) -> list[str]:
-        """Those that answer; one of them has to."""
-        up, errors = [], []
-        for url in self.spec.urls:
-            try:
-                self._ask("GET", url, MODELS)
-                up.append(url)
-            except ModelError as error:
-                errors.append(error)
-        if not up:
-            raise errors[0]
-        return up
 
     def _ask(self, method: str, url: str, path: str, body: Any = None, refused: int | None = None) -> httpx.Response:
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
@@ -12,7 +11,6 @@ from pydantic import (
     ConfigDict,
     Field,
     FiniteFloat,
-    SecretStr,
     TypeAdapter,
     ValidationError,
     field_validator,
@@ -22,7 +20,7 @@ from pydantic import (
 from cards_integrations.errors import RewardError
 from cards_integrations.models.chat import ChatTokenizer, as_text
 from cards_integrations.models.loading import LocalModel
-from cards_integrations.models.servers import Keyed, Servers, ServerUrl, gathered, usable_key
+from cards_integrations.models.servers import Keyed, Servers, ServerUrl, gathered
 from cards_integrations.rewards.base import Response, Reward, RewardLoader, RewardModel
 from cards_integrations.rewards.layout import Layout, scored
 from cards_integrations.rewards.registry import register_reward
@@ -62,6 +60,8 @@ class RemoteReward(Keyed, Reward):
 
     model_config = ConfigDict(hide_input_in_errors=True)  # it may hold the key
 
+    key_setting: ClassVar[str] = "reward.api_key"
+    key_variable: ClassVar[str] = KEY
     kind: Literal["remote"] = "remote"
     url: ServerUrl | tuple[ServerUrl, ...]
     protocol: Literal["classify", "score", "predict", "json"]
@@ -79,13 +79,6 @@ class RemoteReward(Keyed, Reward):
     def _has_response(cls, value: str | None) -> str | None:
         if value not in (None, "chat") and "{response}" not in str(value):
             raise ValueError("prompt_format must contain {response}")
-        return value
-
-    @field_validator("api_key")
-    @classmethod
-    def _is_a_key(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is not None:
-            usable_key(value.get_secret_value(), "reward.api_key", KEY)
         return value
 
     @model_validator(mode="after")
@@ -119,11 +112,7 @@ class RemoteReward(Keyed, Reward):
         return self.model is not None and super().lasting
 
     def build(self, loader: RewardLoader) -> RewardModel:
-        if self.api_key is not None:
-            key: str | None = self.api_key.get_secret_value()
-        else:
-            key = os.environ.get(KEY, "").strip() or None
-        model = PROTOCOLS[self.protocol](self, key and usable_key(key, KEY, KEY))
+        model = PROTOCOLS[self.protocol](self, self.key)
         if self.tokenizer is not None:
             spec = LocalModel(model=self.tokenizer)
             model.layout = Layout(ChatTokenizer(loader.models.tokenizer(spec)), self.prompt_format)
