@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from cards_integrations.cli.options import decoding_from
 from cards_integrations.decoding import BestOfN, Cards, Particles
 from cards_integrations.engine import Engine
 from cards_integrations.errors import SettingsError
+from cards_integrations.rewards import registry
 
 
 @pytest.fixture
@@ -32,6 +36,20 @@ def config(tmp_path: Path) -> Iterator[str]:
     yield str(file)
     for engine in list(Engine._shared.values()):
         engine.close()
+
+
+@pytest.fixture
+def failed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """What the command leaves on standard output and error when it ends with 1."""
+
+    def failed(*words: str) -> Any:
+        monkeypatch.setattr(sys, "argv", ["cards", *words])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 1
+        return capsys.readouterr()
+
+    return failed
 
 
 def run(*words: str, input: str | None = None, code: int = 0) -> Any:
@@ -48,7 +66,8 @@ def answers(config: str, prompts: list[str]) -> list[str]:
 def test_generate_prints_the_answer(config):
     (expected,) = answers(config, ["Hello"])
     assert run("generate", "Hello", "--config", config).stdout == expected + "\n"
-    assert run("generate", "-", "--config", config, input="Hello").stdout == expected + "\n"
+    for piped in ("Hello", "Hello\n"):  # as printf and as echo give it
+        assert run("generate", "-", "--config", config, input=piped).stdout == expected + "\n"
     found = json.loads(run("generate", "Hello", "--config", config, "--json").stdout)
     assert found["text"] == expected
     assert found["usage"]["completion_tokens"] == 8
@@ -82,6 +101,47 @@ def test_generate_answers_a_file_and_goes_on_where_it_stopped(config, tmp_path):
     again = rows(out.read_text().splitlines())
     assert [(row["line"], row["text"]) for row in again] == [(row["line"], row["text"]) for row in found]
     assert [row["text"] for row in rows(run(*words).stdout.splitlines())] == [row["text"] for row in found]
+
+
+def test_generate_does_not_go_on_with_a_file_that_was_edited(config, tmp_path, failed):
+    prompts, out = tmp_path / "in.txt", tmp_path / "out.jsonl"
+    out.write_text("".join(json.dumps({"line": i, "prompt": p, "text": "."}) + "\n" for i, p in enumerate(("A", "B"))))
+    words = ("generate", "--prompts", str(prompts), "--config", config, "--out", str(out))
+    for edited in ("A\nC\n", "A\n"):
+        prompts.write_text(edited)
+        told = failed(*words).err
+        assert told.startswith("SettingsError: Line 1 of ")
+        assert told.count("\n") == 1
+    assert len(out.read_text().splitlines()) == 2
+    prompts.write_text("A\nB\n")
+    run(*words)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["Hi", "--out", "out.jsonl"], "--out is for"),
+        (["--prompts", "in.txt", "--trace", "trace.html"], "--trace draws"),
+        (["Hi", "--prompts", "in.txt"], "one of the two"),
+    ],
+)
+def test_generate_ignores_nothing(failed, words, told):
+    assert told in failed("generate", *words).err
+
+
+class Closed(io.StringIO):
+    """A pipe whose reader has gone, as the first flush finds out."""
+
+    def flush(self) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+
+def test_generate_is_quiet_when_nobody_reads_on(config, tmp_path, monkeypatch, failed):
+    prompts = tmp_path / "in.txt"
+    prompts.write_text("Hello\nWho?\nWhy?\n")
+    monkeypatch.setattr(sys, "stdout", Closed())
+    monkeypatch.setattr(sys, "stderr", sys.stderr)  # typer puts another in its place
+    assert failed("generate", "--prompts", str(prompts), "--config", config).err == ""
 
 
 def test_generate_leaves_out_what_fails_and_tries_it_again(config, tmp_path):
@@ -137,6 +197,13 @@ def test_rewards_and_models():
     assert "smollm2" in run("models").stdout
 
 
+def test_a_broken_plugin_is_a_line_of_the_list(monkeypatch):
+    broken = EntryPoint("broken", "nowhere.at_all:Mine", registry.GROUP)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [broken])
+    assert "groundedness" in run("rewards").stdout
+    assert "does not load: No module named 'nowhere'" in json.loads(run("rewards", "--json").stdout)["broken"]
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -157,12 +224,51 @@ def test_methods_that_cannot_be_read():
             decoding_from(text)
 
 
-def test_errors_are_one_line_and_the_exit_code_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["cards", "generate"])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 1
-    assert capsys.readouterr().err.startswith("SettingsError: cards generate: give a prompt")
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "cards generate: give a prompt"),
+        (["Hi", "--temperature", "-1"], "temperature=-1.0: Input should be greater"),
+        (["Hi", "--max-tokens", "0"], "max_tokens=0: Input should be greater"),
+        (["Hi", "--decoding", "cards:beta=-1"], "beta"),
+        (["Hi", "--reward", "nosuch"], "The reward 'nosuch' is not known."),  # longer than a terminal is wide
+        (["Hi", "--config", "bad.yaml"], "max_tokens='x': Input should be a valid integer"),
+    ],
+)
+def test_errors_are_one_line_and_the_exit_code_says_so(tmp_path, monkeypatch, failed, words, told):
+    monkeypatch.chdir(tmp_path)
+    Path("bad.yaml").write_text("max_tokens: x")
+    said = failed("generate", *words).err
+    assert said.startswith(f"SettingsError: {told}")
+    assert said.count("\n") == 1
+
+
+def test_a_bad_variable_is_one_line(monkeypatch, failed):
+    monkeypatch.setenv("CARDS_MAX_TOKENS", "x")
+    assert failed("generate", "Hi").err.startswith("SettingsError: max_tokens='x': Input should be a valid integer")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is full is needed")
+def test_a_full_disk_is_one_line_and_the_answer_is_not_lost(config, failed):
+    (expected,) = answers(config, ["Hello"])
+    shown = failed("generate", "Hello", "--config", config, "--trace", "/dev/full")
+    assert shown.out == expected + "\n"
+    assert shown.err == "OSError: [Errno 28] No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(["generate", "Hi", "--trace"], ["generate", "--prompts", "in.txt", "--out"]),
+        *(["compare", "in.txt", "--out"], ["compare", "in.txt", "--report"], ["judge", "a.jsonl", "b.jsonl", "--out"]),
+        *(["calibrate", "--out"], ["calibrate", "--report"]),
+    ],
+    ids=" ".join,
+)
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(words, tmp_path, monkeypatch):
+    monkeypatch.setattr(CardsLLM, "__init__", None)
+    assert "There is no folder '/nowhere'" in run(*words, "/nowhere/file", code=2).stderr
+    assert "is a directory" in run(*words, "/", code=2).stderr
 
 
 def test_help_is_quick_to_import():

@@ -18,8 +18,10 @@ from cards_integrations import CardsLLM
 from cards_integrations.decoding import BestOfN, Sampling, SegmentBestOfN
 from cards_integrations.engine import EngineSettings
 from cards_integrations.errors import SettingsError
+from cards_integrations.rewards import LengthReward
 from cards_integrations.study import Comparison, compare, read_prompts
 from cards_integrations.study.metrics import distinct, mean, self_bleu
+from cards_integrations.study.rows import Results, read_rows
 
 PROMPTS = ["Hello", "Once upon a time", "Who <b>are</b> you?"]
 ARMS = {"plain": Sampling(), "best of 4": BestOfN(n=4), "segments": SegmentBestOfN(n=2)}
@@ -90,6 +92,58 @@ def test_an_interrupted_run_goes_on(llm, found, tmp_path, monkeypatch):
     assert sum(calls) - 4 == 3 * 6
     compare(llm, {"plain": Sampling(chunk=3)}, PROMPTS[:1], **again)  # other settings are another question
     assert sum(calls) - 4 == 3 * 6 + 2
+
+
+def test_only_answers_to_the_same_question_are_taken_over(llm, tmp_path):
+    out, arms = tmp_path / "answers.jsonl", {"plain": Sampling()}
+
+    def asked(llm: CardsLLM = llm, prompts: Any = ("Hello",), **more: Any) -> tuple[int, Comparison]:
+        """How many answers were not in the file, and what was found."""
+        before = len(out.read_text().splitlines()) if out.exists() else 0
+        found = compare(llm, arms, prompts, out=out, progress=False, **more)
+        return len(out.read_text().splitlines()) - before, found
+
+    def lasting(**options: Any) -> CardsLLM:
+        return llm.model_copy(update=options)
+
+    assert asked()[0] == 1
+    assert asked()[0] == 0
+    judged = {"judge": lambda prompt, texts: [1.0 for _ in texts]}  # code has no settings but a name
+    assert [asked(**judged)[0], asked(**judged)[0]] == [1, 0]
+    assert asked(**judged)[1].rows[0]["judged"] == 1.0
+    for other in ({"reward": LengthReward(target=4)}, {"top_k": 3}, {"stop": ("e",)}, {"temperature": 0.1}):
+        assert asked(lasting(**other))[0] == 1
+        assert asked(lasting(**other))[0] == 0
+    with faces.cards_llm(model=faces.chat_model(1), max_tokens=12) as another:
+        new, found = asked(another)
+        assert new == 1
+        assert found.rows[0]["text"] == another.align("Hello", decoding="sampling", seed=0).text
+    twice = {"prompts": ("Hello", "Hello"), "contexts": (["Tom"], "Lily")}
+    assert asked(**twice)[0] == 2
+    new, found = asked(**twice)
+    assert new == 0
+    assert [(row["prompt"], row["context"]) for row in found.rows] == [(0, ["Tom"]), (1, ["Lily"])]
+    new, found = asked(prompts=("Who?", "Hello"))
+    assert new == 1
+    assert sorted((row["prompt"], row["asked"]) for row in found.rows) == [(0, "Who?"), (1, "Hello")]
+
+
+def test_a_file_of_something_else_is_not_gone_on_with(llm, tmp_path):
+    out = tmp_path / "answers.jsonl"
+    out.write_text('{"line": 0, "prompt": "Hello", "text": "Hi"}\n')
+    with pytest.raises(SettingsError, match="line 1, is not an object with arm"):
+        compare(llm, ARMS, PROMPTS, out=out, progress=False)
+
+
+def test_files_of_earlier_versions_load_and_are_asked_anew(llm, tmp_path):
+    for file in sorted((Path(__file__).parents[1] / "benchmarks" / "results").glob("methods-*.jsonl")):
+        assert len(Comparison.load(file).arms) > 10
+    out = tmp_path / "answers.jsonl"
+    compare(llm, {"plain": Sampling()}, PROMPTS[:1], out=out, progress=False)
+    (row,) = read_rows(out)
+    out.write_text(json.dumps({name: value for name, value in row.items() if name not in ("model", "guide")}) + "\n")
+    compare(llm, {"plain": Sampling()}, PROMPTS[:1], out=out, progress=False)
+    assert [read["text"] for read in read_rows(out)] == [row["text"]] * 2
 
 
 def test_arms_may_differ_in_anything_that_a_call_takes(llm):
@@ -173,7 +227,21 @@ def test_the_table_and_the_chart(found):
     assert {text.get_text() for text in figure.legends[0].get_texts()} == set(ARMS)
 
 
-# --- prompts ---
+# --- files ---
+
+ODD = "one\u2028two\u2029three\x85four\x0cfive"  # all of them end a line for str.splitlines
+
+
+def test_only_newlines_end_a_line(tmp_path):
+    out, again = tmp_path / "rows.jsonl", {"arm": "a", "text": ODD}
+    Results(out).add([again])
+    assert Results(out).rows == read_rows(out) == [again]
+    line = json.dumps({"prompt": ODD}, ensure_ascii=False)
+    for file, data in (("p.txt", ODD), ("p.jsonl", line)):
+        (tmp_path / file).write_text(f"{data}\n{data}", encoding="utf-8")
+        (tmp_path / f"{file}.gz").write_bytes(gzip.compress((tmp_path / file).read_bytes()))
+        for name in (file, f"{file}.gz"):
+            assert read_prompts(tmp_path / name)[0] == [ODD, ODD]
 
 
 def test_prompts_from_files(tmp_path):

@@ -131,6 +131,13 @@ def test_an_interrupted_judgement_goes_on(tmp_path):
     )
 
 
+def test_a_file_of_something_else_is_not_gone_on_with(tmp_path):
+    out = tmp_path / "answers.jsonl"
+    out.write_text(json.dumps(OURS[0]) + "\n")
+    with pytest.raises(SettingsError, match="line 1, is not an object with ours"):
+        judge(OURS, THEIRS, asked(by_length), out=out, progress=False)
+
+
 class Judge(CustomLLM):
     @property
     def metadata(self) -> LLMMetadata:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 
 import typer
+from pydantic_core import ValidationError
 from rich.console import Console
 
 from cards_integrations.cli import calibrate, chat, compare, generate, judge, lists
-from cards_integrations.errors import CardsError
+from cards_integrations.errors import CardsError, SettingsError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 app.command()(generate.generate)
@@ -26,13 +27,17 @@ def cards() -> None:
 
 
 def main() -> None:
-    """Entry point: errors of ours in one line, exit code 1; Ctrl-C exits with 130."""
+    """Entry point: errors of ours, and of the disk, in one line, exit code 1; Ctrl-C exits with 130."""
     try:
         app()
-    except CardsError as error:
+    except (CardsError, ValidationError, OSError) as error:
+        if isinstance(error, ValidationError):
+            from cards_integrations.settings import in_words  # here: `--help` need not wait for torch
+
+            error = SettingsError(in_words(error))
         console = Console(stderr=True)
         console.print(f"[red]{type(error).__name__}[/red]: ", end="")
-        console.print(str(error), markup=False, highlight=False)
+        console.print(" ".join(str(error).splitlines()), markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

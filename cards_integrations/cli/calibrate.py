@@ -9,7 +9,16 @@ from typing import Annotated
 
 import typer
 
-from cards_integrations.cli.options import AllowImports, Config, Json, MaxTokens, Model, RewardOption, llm_from
+from cards_integrations.cli.options import (
+    AllowImports,
+    Config,
+    Json,
+    MaxTokens,
+    Model,
+    RewardOption,
+    file_to_write,
+    llm_from,
+)
 
 
 def calibrate(
@@ -25,8 +34,8 @@ def calibrate(
     segment_length: Annotated[float | None, typer.Option(help="Wanted mean length of a segment, in tokens.")] = None,
     candidates: Annotated[int, typer.Option(min=2, help="Scored drafts for each segment.")] = 4,
     seed: int = 0,
-    out: Annotated[Path | None, typer.Option(help="Write settings as YAML here.")] = None,
-    report: Annotated[Path | None, typer.Option(help="Write charts here: .png, .svg, .pdf or .html.")] = None,
+    out: Annotated[Path | None, file_to_write("Write settings as YAML here.")] = None,
+    report: Annotated[Path | None, file_to_write("Write charts here: .png, .svg, .pdf or .html.")] = None,
     remember: Annotated[bool, typer.Option(help='Make it what "auto" takes for these models.')] = True,
     as_json: Json = False,
 ) -> None:
@@ -39,12 +48,12 @@ def calibrate(
             asked, contexts=contexts, budget=budget, goal=goal, quantile=quantile, segment_length=segment_length,
             candidates=candidates, seed=seed, remember=remember, progress=not as_json,
         )  # fmt: skip
-    if out:
-        found.to_yaml(out)
-    if report:
-        found.save(report)
     if as_json:
         chosen = found.decoding.model_dump(mode="json")
         print(json.dumps({"decoding": chosen, "foreseen": asdict(found.chosen.foreseen), "warnings": found.warnings}))
     else:
         print(found)
+    if out:
+        found.to_yaml(out)
+    if report:
+        found.save(report)

@@ -17,6 +17,7 @@ from cards_integrations.cli.options import (
     RewardOption,
     Temperature,
     decoding_from,
+    file_to_write,
     llm_from,
 )
 
@@ -36,8 +37,8 @@ def compare(
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first prompts.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Answers to each prompt.")] = 1,
     at_once: Annotated[int, typer.Option(min=1, help="Prompts that are drafted together.")] = 16,
-    out: Annotated[Path | None, typer.Option(help="Every answer as a JSON line; an interrupted run goes on.")] = None,
-    report: Annotated[Path | None, typer.Option(help="A page with table, charts and answers.")] = None,
+    out: Annotated[Path | None, file_to_write("Every answer as a JSON line; an interrupted run goes on.")] = None,
+    report: Annotated[Path | None, file_to_write("A page with table, charts and answers.")] = None,
     as_json: Json = False,
 ) -> None:
     """Answer the same prompts with several methods, and see what each buys and costs."""
@@ -55,9 +56,9 @@ def compare(
             llm, arms, asked[:limit], contexts=contexts[:limit], judge=judge, seeds=range(seeds), at_once=at_once,
             out=out, progress=not as_json,
         )  # fmt: skip
-    if report:
-        found.to_html(report)
     if as_json:
         print(json.dumps(found.summary()))
     else:
         Console().print(found.table())
+    if report:
+        found.to_html(report)

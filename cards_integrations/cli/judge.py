@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cards_integrations.cli.options import Json
+from cards_integrations.cli.options import Json, file_to_write
 from cards_integrations.errors import SettingsError
 
 
@@ -22,7 +22,7 @@ def judge(
     their_arm: Annotated[str | None, typer.Option(help="Only this method of the second file.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first pairs.")] = None,
     at_once: Annotated[int, typer.Option(min=1, help="Calls at the same time.")] = 8,
-    out: Annotated[Path | None, typer.Option(help="Every pair as a JSON line; an interrupted run goes on.")] = None,
+    out: Annotated[Path | None, file_to_write("Every pair as a JSON line; an interrupted run goes on.")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before the calls begin.")] = False,
     as_json: Json = False,
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from cards_integrations.cli.options import Json
+from cards_integrations.errors import SettingsError
 
 
 def rewards(
@@ -24,14 +25,25 @@ def rewards(
     if kind is not None:
         print(json.dumps(reward_class(kind).model_json_schema(), indent=2))
         return
-    kinds = {name: (inspect.getdoc(reward_class(name)) or "").partition("\n\n")[0] for name in known_rewards()}
+    kinds = {name: _said_of(name) for name in known_rewards()}
     if as_json:
         print(json.dumps(kinds))
         return
     table = Table("kind", "what it scores", box=None)
     for name, said in kinds.items():
-        table.add_row(name, " ".join(said.split()))
+        table.add_row(name, said)
     Console().print(table)
+
+
+def _said_of(kind: str) -> str:
+    """The first lines of its own documentation; of a plug-in that does not load, why not."""
+    from cards_integrations.rewards.registry import reward_class
+
+    try:
+        said = (inspect.getdoc(reward_class(kind)) or "").partition("\n\n")[0]
+    except SettingsError as error:
+        said = str(error)
+    return " ".join(said.split())
 
 
 def models(as_json: Json = False) -> None:

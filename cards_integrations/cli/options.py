@@ -22,6 +22,17 @@ Temperature = Annotated[float | None, typer.Option(help="Of the language model."
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
+def file_to_write(help: str) -> Any:
+    """An option for a file to write: refused before anything is loaded, and not after the work."""
+    return typer.Option(help=help, dir_okay=False, writable=True, callback=_in_a_folder)
+
+
+def _in_a_folder(path: Path | None) -> Path | None:
+    if path is not None and not path.parent.is_dir():
+        raise typer.BadParameter(f"There is no folder '{path.parent}'.")
+    return path
+
+
 def llm_from(config: Path | None, allow_imports: bool, **options: Any) -> CardsLLM:
     """An LLM from a settings file and the options of the command line."""
     import transformers

@@ -10,9 +10,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel
+from pydantic_core import PydanticSerializationError
+
 from cards_integrations.decoding import AnyDecoding, Decoding, as_decoding
 from cards_integrations.errors import SettingsError
 from cards_integrations.rewards import AnyReward, as_reward
+from cards_integrations.settings import as_context
 from cards_integrations.study.metrics import Mean, distinct, mean, self_bleu
 from cards_integrations.study.rows import Results, Row, read_rows
 from cards_integrations.trace import Alignment
@@ -24,6 +28,9 @@ if TYPE_CHECKING:
     from cards_integrations.llm import CardsLLM
 
 COSTS = ("drafted_tokens", "looked_at_tokens", "drafts", "lm_forwards", "lm_tokens", "rm_forwards", "rm_tokens")
+OWN = ("model", "max_tokens", "temperature", "top_k", "stop")  # settings of the LLM on which an answer depends
+QUESTION = ("arm", "settings", *OWN, "guide", "judge", "asked", "context", "seed")
+NEEDED = {"arm", "prompt", "asked", "text"}
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,7 @@ class Comparison:
     @classmethod
     def load(cls, *files: str | Path) -> Comparison:
         """From the files that `compare` wrote."""
-        return cls(tuple(row for file in files for row in read_rows(file, {"arm", "prompt", "asked", "text"})))
+        return cls(tuple(row for file in files for row in read_rows(file, NEEDED)))
 
     def difference(self, one: str, other: str, name: str) -> Mean:
         """The mean of one arm's number minus the other's, over the prompts that both have answered."""
@@ -143,30 +150,32 @@ def compare(
     Answers are drafted `at_once` in a batch, and each is a line of `out` as soon as its batch is done; what
     stands there already is not asked again, so that a run that was stopped goes on.
     """
-    results = Results(out)
-    guide = llm.chosen({}).reward
-    judging = as_reward(judge) if judge is not None else None
+    results = Results(out, NEEDED)
+    chosen = llm.chosen({})
+    guide, judging = chosen.reward, as_reward(judge) if judge is not None else None
+    own = _plain({**{name: getattr(chosen, name) for name in OWN}, "guide": guide, "judge": judging})
     known = {_key(row): row for row in results.rows}
     asked = contexts or [None] * len(prompts)
     rows: list[Row] = []
     for name, arm in arms.items():
         options = _options(name, arm)
-        settings = json.loads(json.dumps({key: _plain(value) for key, value in options.items()}, default=repr))
-        same = {"arm": name, "settings": settings, "max_tokens": llm.max_tokens, "temperature": llm.temperature}
+        same = {"arm": name, "settings": _plain(options), **own}
         todo = [
-            {**same, "prompt": i, "asked": prompt, "seed": seed} for seed in seeds for i, prompt in enumerate(prompts)
+            {**same, "prompt": i, "asked": prompt, "context": list(as_context(asked[i])), "seed": seed}
+            for seed in seeds
+            for i, prompt in enumerate(prompts)
         ]
-        rows += [known[_key(row)] for row in todo if _key(row) in known]
+        rows += [known[_key(row)] | row for row in todo if _key(row) in known]
         todo = [row for row in todo if _key(row) not in known]
         for batch in _batches(todo, at_once, name, progress):
-            own = [asked[row["prompt"]] for row in batch]
+            contexts = [row["context"] for row in batch]
             began = time.perf_counter()
-            answers = llm.align_batch([row["asked"] for row in batch], [r["seed"] for r in batch], own, **options)
+            answers = llm.align_batch([row["asked"] for row in batch], [r["seed"] for r in batch], contexts, **options)
             seconds = (time.perf_counter() - began) / len(batch)
-            for row, answer, context in zip(batch, answers, own, strict=True):
+            for row, answer in zip(batch, answers, strict=True):
                 row |= _measured(answer) | {"seconds": seconds}
                 for kind, reward in (("reward", guide), ("judged", judging)):
-                    score = reward and llm.score(row["asked"], [answer.text], reward, context)[0]
+                    score = reward and llm.score(row["asked"], [answer.text], reward, row["context"])[0]
                     row[kind] = score
             rows += batch
             results.add(batch)
@@ -182,12 +191,22 @@ def _options(name: str, arm: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    return value.model_dump(mode="json") if hasattr(value, "model_dump") else value
+    """As JSON, the same in another process; of code there is only the name."""
+    return json.loads(json.dumps(value, default=_part))
+
+
+def _part(value: Any) -> Any:
+    if not isinstance(value, BaseModel):
+        return getattr(value, "__qualname__", None) or repr(value)
+    try:
+        return value.model_dump(mode="json")
+    except PydanticSerializationError:  # a function in it cannot be imported by name
+        return dict(value)
 
 
 def _key(row: Row) -> str:
-    """What makes two rows the same question."""
-    return json.dumps([row[name] for name in ("arm", "settings", "max_tokens", "temperature", "asked", "seed")])
+    """What makes two rows the same question; a file of an earlier version says less, and is asked anew."""
+    return json.dumps([row.get(name) for name in QUESTION])
 
 
 def _batches(rows: list[Row], size: int, name: str, progress: bool) -> Iterable[list[Row]]:

@@ -108,7 +108,7 @@ def judge(
     pairs = paired(_rows(ours), _rows(theirs))
     if not pairs:
         raise SettingsError("judge: no prompt has an answer in both files.")
-    results = Results(out)
+    results = Results(out, {"question", "seed", "ours", "theirs", "verdict"})
     done = {_key(row): row for row in results.rows}
     ask = asker(llm, system, attempts)
     rows = [done[_key(pair)] for pair in pairs if _key(pair) in done]

@@ -21,9 +21,9 @@ def read_prompts(file: str | Path) -> tuple[list[Any], list[Any]]:
     """
     path = Path(file)
     try:
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
-        lines = [line for line in text.splitlines() if line.strip()]
+        packed = path.suffix == ".gz"
+        with gzip.open(path, "rt", encoding="utf-8") if packed else path.open(encoding="utf-8") as text:
+            lines = [line.rstrip("\n") for line in text if line.strip()]
         if ".jsonl" not in path.suffixes:
             return lines, [None] * len(lines)
         rows = [json.loads(line) for line in lines]

@@ -23,7 +23,7 @@ class Turn(TypedDict):
 
 FORMS: dict[str, TypeAdapter[Any]] = {
     **{name: TypeAdapter(int) for name in ("line", "prompt", "seed")},
-    **{name: TypeAdapter(str) for name in ("arm", "text")},
+    **{name: TypeAdapter(str) for name in ("arm", "text", "question", "ours", "theirs", "verdict")},
     "asked": TypeAdapter(str | list[Turn]),
 }
 
@@ -32,7 +32,8 @@ def read_rows(path: str | Path, needed: Set[str] = frozenset()) -> list[Row]:
     """Every line of a file, each an object with what is `needed`."""
     path, rows = Path(path), []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with path.open(encoding="utf-8") as file:
+            lines = list(file)  # str.splitlines would end lines within an answer, at U+2028 for one
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"The results {str(path)!r} cannot be read: {error}") from error
     for number, line in enumerate(lines, start=1):
