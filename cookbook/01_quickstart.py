@@ -42,7 +42,7 @@ print(f"\nreward {reward:.2f}")
 # %% [markdown]
 # ## How the answer came to be
 #
-# An answer draws itself: kept segments coloured by their reward, the threshold that drafts had to meet (it rises from near
+# An answer renders itself: kept segments coloured by their reward, the threshold that drafts had to meet (it rises from near
 # the prompt's own reward to the target), and, folded, every draft that was looked at.
 
 # %%
@@ -58,7 +58,7 @@ for segment in answer.segments[:3]:
     print()
 
 # %% [markdown]
-# What it cost, in tokens and forwards of both models:
+# What it cost, in tokens and forward passes of both models:
 
 # %%
 answer.usage
@@ -66,8 +66,8 @@ answer.usage
 # %% [markdown]
 # ## A reward of your own
 #
-# Any function of the prompt and a list of (partial) answers. Its target is yours to give, since nobody knows the scale
-# of your function but you.
+# Any function of the prompt and a list of (partial) answers. Its scale is measured at first use; here the best score is known,
+# 0 for no comma at all, so it is given as the target.
 
 # %%
 from cards_integrations.decoding import Cards, FixedLength

@@ -9,8 +9,8 @@
 # %% [markdown]
 # # 02 · Aligned answers in LangChain: chains, tools, agents
 #
-# `CardsLLM` is a Runnable, so it stands wherever a chat model stands. What is new is that every answer is guided by a
-# reward while it is written, and says what it is worth.
+# `CardsLLM` is a Runnable, so it can be used wherever a chat model can. What is new is that every answer is guided by a
+# reward while it is written, and comes with that reward.
 
 # %%
 from cards_integrations import CardsLLM
@@ -29,7 +29,7 @@ for topic, text in zip(topics := ["rain", "Mondays"], chain.batch([{"topic": top
     print(f"{topic}: {text}")
 
 # %% [markdown]
-# The message itself carries what it cost and what it is worth:
+# The message itself carries its cost and its reward:
 
 # %%
 message = llm.invoke("How was the concert?")

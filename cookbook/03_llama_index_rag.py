@@ -31,7 +31,8 @@ FACTS = [
 ]
 
 # %% [markdown]
-# MiniLM, which comes in a wheel, embeds. In your own work take any embedding of LlamaIndex.
+# MiniLM, which comes in a wheel, embeds (by sentence-transformers, the extra `embeddings`). In your own work take any
+# embedding of LlamaIndex.
 
 # %%
 minilm = SentenceTransformer(find("minilm"), device="cpu")
@@ -88,7 +89,7 @@ response.raw["cards"]["rewards"]
 # %% [markdown]
 # ## A chat engine
 #
-# It also asks the model to rephrase questions, without a context: `without_context="plain"` lets those calls pass.
+# It also asks the model to rephrase questions, without a context: `without_context="plain"` lets those calls through.
 
 # %%
 from llama_index.core.memory import ChatMemoryBuffer

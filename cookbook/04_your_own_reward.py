@@ -33,13 +33,13 @@ answer = llm.align(QUESTION, reward=short_words)
 print(answer.text, f"\n\nmean word length {-answer.reward:.2f}")
 
 # %% [markdown]
-# Nobody told CARDS which word length is good. On "auto" it measures the reward on plain answers once, aims at their mean
-# plus one and a half spreads, and remembers both.
+# Nobody told CARDS which word length is good. On "auto" it measures the reward on plain answers once, and aims at their mean
+# plus one and a half standard deviations.
 #
 # ## Settings, so that it can go into a file
 #
-# A class with a `kind` is known by name from then on: in YAML, in `CARDS_REWARD`, on the command line. Installed packages
-# bring theirs through the entry point group `cards_integrations.rewards`.
+# A class with a `kind` can go into YAML, JSON and `CARDS_REWARD`, in a process that has imported it. The `cards` command finds
+# those of installed packages, through the entry point group `cards_integrations.rewards`.
 
 # %%
 from typing import Literal

@@ -9,8 +9,8 @@
 # %% [markdown]
 # # 05 · What does it buy? Calibrate, and compare
 #
-# Before you believe a picture of ours, draw your own: on your model, your reward and your prompts. Here in small, so that it
-# runs in three minutes on a laptop; the same with a hundred prompts lies in `benchmarks/`.
+# Before you believe our charts, draw your own: on your model, your reward and your prompts. Here on a small scale, so that it
+# runs in three minutes on a laptop; the same with a hundred prompts is in `benchmarks/`.
 
 # %%
 from cards_integrations import CardsLLM
@@ -39,8 +39,8 @@ found.plot()
 # %% [markdown]
 # ## Compare
 #
-# The same prompts and seeds for every method, on one engine. `judge` is a second reward that guides nothing: what is
-# searched for in one reward is overestimated by that reward.
+# The same prompts and seeds for every method, on one engine. `judge` is a held-out reward, which guides nothing: the reward
+# that is searched for is overestimated. (This one learned from the same ratings as the guide.)
 
 # %%
 arms = {
@@ -64,9 +64,9 @@ result.plot()
 print(result.difference("CARDS", "best-of-8", "judged"))
 
 # %% [markdown]
-# On the command line: `cards compare prompts.txt --method cards --method best_of_n:n=8 --judge sentiment-minilm --report
-# report.html`, which also goes on where it was interrupted; and `cards judge a.jsonl b.jsonl --llm provider:model` asks a
-# model which of two answers is better, in both orders.
+# On the command line: `cards compare prompts.txt --method cards --method best_of_n:n=8 --judge sentiment-minilm --out
+# answers.jsonl --report report.html`, which goes on where it was interrupted, because of `--out`; and `cards judge a.jsonl
+# b.jsonl --llm provider:model` asks a model which of two answers is better, in both orders.
 
 # %%
 llm.close()

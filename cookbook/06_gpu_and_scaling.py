@@ -9,8 +9,8 @@
 # %% [markdown]
 # # 06 · A hub model on a GPU
 #
-# The cells that need a GPU and the hub are skipped where there is none. The settings are the ones to start from; nothing in
-# this notebook has been measured on a GPU by us.
+# The cells that need a GPU and the hub are skipped where there is none. The settings are the ones to start from; we have not
+# run this notebook on a GPU.
 
 # %%
 import os
@@ -39,7 +39,8 @@ if READY:
     print(llm.align("How do I make friends in a new city?").text)
 
 # %% [markdown]
-# An unknown reward has an unknown scale: calibrate once, on your prompts, and `Cards()` on "auto" takes it from then on.
+# An unknown reward has an unknown scale: calibrate once, on your prompts, and `Cards()` on "auto" takes it from then on, in
+# every process.
 
 # %% tags=["gpu"]
 if READY:

@@ -1,4 +1,4 @@
-"""What README and docs/ show runs as it stands, top to bottom, and what they link to is there."""
+"""What the pages show runs as it stands, what they link to is there, and the settings are those of the code."""
 
 from __future__ import annotations
 
@@ -7,11 +7,18 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import pytest
+from pydantic import BaseModel, Field, TypeAdapter
+
+from cards_integrations import decoding, rewards
+from cards_integrations.engine import EngineSettings
+from cards_integrations.models import LocalModel, VllmModel
+from cards_integrations.settings import Options
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^(?P<off><!-- not run: .+ -->\n)?```python\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\((?!https?:)([^)]+)\)")
 
@@ -41,3 +48,62 @@ def test_its_links_lead_somewhere(page: Path) -> None:
         target = page.parent / path if path else page
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
+
+
+# --- docs/settings.md ---
+
+HEADING = re.compile(r"^\| (?:`(?P<owner>\w+)`|setting) \| default \|")
+VARIABLE = re.compile(r"\bCARDS_[A-Z]+(?:_[A-Z]+)*")
+WRITTEN = re.compile(r"`([^`]+)`|(required|built in)")
+
+
+def documented() -> dict[str, dict[str, str]]:
+    """The default of each setting as the page writes it, by class and name."""
+    found: dict[str, dict[str, str]] = {}
+    owner: str | None = None
+    for line in (ROOT / "docs" / "settings.md").read_text(encoding="utf-8").splitlines():
+        if heading := HEADING.match(line):
+            owner = heading["owner"] or ""
+        elif not line.startswith("|"):
+            owner = None
+        elif owner is not None and "`" in line:
+            names, defaults = ([a or b for a, b in WRITTEN.findall(cell)] for cell in line.split(" | ")[:2])
+            for name, default in zip(names, defaults * len(names) if len(defaults) == 1 else defaults, strict=True):
+                of, field = (owner, name) if owner else name.split(".")
+                assert field not in found.setdefault(of, {}), line
+                found[of][field] = default
+    return found
+
+
+def classes() -> dict[str, type[BaseModel]]:
+    """All settings of this package; other tests may have registered rewards of their own."""
+    own = [reward for reward in rewards.REWARDS.values() if reward.__module__.startswith("cards_integrations.")]
+    ends = [decoding.OptimalStopping, decoding.Uncertainty, decoding.Punctuation, decoding.FixedLength]
+    found = [Options, EngineSettings, LocalModel, VllmModel, *decoding.METHODS.values(), *ends, rewards.Reward, *own]
+    return {each.__name__: each for each in found}
+
+
+def test_the_settings_are_all_documented() -> None:
+    fields = {name: set(each.model_fields) - {"kind", "method"} for name, each in classes().items()}
+    for name, each in classes().items():
+        if issubclass(each, rewards.Reward) and each is not rewards.Reward:
+            fields[name] -= fields["Reward"]
+    assert {name: set(found) for name, found in documented().items()} == fields
+
+
+@pytest.mark.parametrize("owner", sorted(classes()))
+def test_the_defaults_are_as_documented(owner: str) -> None:
+    for name, written in documented()[owner].items():
+        field = classes()[owner].model_fields[name]
+        assert (written == "required") == field.is_required(), name
+        if written not in ("required", "built in"):
+            value = eval(written, {**vars(decoding), "EngineSettings": EngineSettings})
+            adapter = TypeAdapter(Annotated[field.annotation, Field(), *field.metadata])
+            assert adapter.validate_python(value) == field.default, name
+
+
+def test_the_environment_is_documented() -> None:
+    read = {name for file in (ROOT / "cards_integrations").rglob("*.py") for name in VARIABLE.findall(file.read_text())}
+    options = {f"CARDS_{name.upper()}" for name in Options.model_fields}
+    page = set(VARIABLE.findall((ROOT / "docs" / "settings.md").read_text(encoding="utf-8")))
+    assert page - options == read - options
