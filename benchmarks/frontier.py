@@ -2,7 +2,7 @@
 
     python benchmarks/frontier.py [--models ../shared/models]
 
-stories260k drafts, its sentiment classifier guides, MiniLM (which never guides) judges. Targets and
+stories260k drafts, its sentiment classifier guides, MiniLM (held out) judges. Targets and
 betas of CARDS are swept; its time at the reward that best-of-N reaches is interpolated along the
 curve of each beta, and the best beta counts.
 """

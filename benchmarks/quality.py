@@ -1,4 +1,4 @@
-"""What CARDS buys on the embedded models: guiding reward, a judge that never guides, likelihood, cost.
+"""What CARDS buys on the embedded models: guiding reward, a held-out judge, likelihood, cost.
 
     python benchmarks/quality.py [--prompts 32] [--max-tokens 64]
 

@@ -5,7 +5,7 @@
     guide        every kind of reward guides SmolLM2: its mean for plain and for CARDS answers, same
                  prompts, seeds and length limit, 95% bootstrap intervals of the paired difference
     grounded     twenty questions with a context: how many answers hold the context's fact
-    calibration  foreseen against measured acceptance, tokens and reward, on other prompts
+    calibration  predicted against measured acceptance, tokens and reward, on other prompts
     stopping     optimal stopping against calibrated CARDS: rewards at equal tokens looked at
 
 Writes results/rewards.json.
@@ -240,7 +240,7 @@ def calibration(options: argparse.Namespace) -> dict[str, Any]:
         answers = llm.align_batch(
             tried_on * 3, range(1000, 1000 + 3 * len(tried_on)), reward=reward, decoding=calibrated.decoding
         )
-        rows = {"foreseen": asdict(calibrated.chosen.foreseen), "measured": measured(answers)}
+        rows = {"predicted": asdict(calibrated.chosen.predicted), "measured": measured(answers)}
         found[name] = {**rows, "target": calibrated.chosen.target, "beta": calibrated.chosen.beta, "seconds": seconds}
         for what, row in rows.items():
             table.add_row(name, what, *(f"{row[key]:.3g}" for key in

@@ -54,7 +54,7 @@ def main() -> None:
     llm = CardsLLM(max_tokens=64)
     methods: dict[str, Decoding] = {"plain": Sampling(), "CARDS": llm.decoding}
     outcomes: dict[str, list[Outcome]] = {name: [] for name in methods}
-    console.print("[bold]SmolLM2-135M, guided by a sentiment reward; judged by a MiniLM that never guides.[/bold]\n")
+    console.print("[bold]SmolLM2-135M, guided by a sentiment reward; judged by a held-out MiniLM.[/bold]\n")
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
     )

@@ -64,15 +64,15 @@ def measured(answers: list[Alignment]) -> Prediction:
 
 
 @pytest.mark.parametrize("budget", [2.0, 4.0])
-def test_what_is_foreseen_is_what_happens_on_other_prompts(stories: CardsLLM, budget: float) -> None:
+def test_what_is_predicted_is_what_happens_on_other_prompts(stories: CardsLLM, budget: float) -> None:
     found = stories.calibrate(LEARNT_ON, budget=budget, progress=False)
-    assert found.chosen.foreseen.drafted_tokens <= budget * found.plain.kept_tokens
+    assert found.chosen.predicted.drafted_tokens <= budget * found.plain.kept_tokens
     answers = stories.align_batch(TRIED_ON * 4, range(1000, 1000 + 4 * len(TRIED_ON)), decoding=found.decoding)
-    happened, foreseen = measured(answers), found.chosen.foreseen
-    assert happened.acceptance == pytest.approx(foreseen.acceptance, rel=0.25)
-    assert happened.drafted_tokens == pytest.approx(foreseen.drafted_tokens, rel=0.25)
-    assert happened.rm_calls == pytest.approx(foreseen.rm_calls, rel=0.25)
-    assert happened.reward == pytest.approx(foreseen.reward, abs=0.4 * found.scale.spread)
+    happened, predicted = measured(answers), found.chosen.predicted
+    assert happened.acceptance == pytest.approx(predicted.acceptance, rel=0.25)
+    assert happened.drafted_tokens == pytest.approx(predicted.drafted_tokens, rel=0.25)
+    assert happened.rm_calls == pytest.approx(predicted.rm_calls, rel=0.25)
+    assert happened.reward == pytest.approx(predicted.reward, abs=0.4 * found.scale.spread)
     assert happened.reward > found.scale.mean
 
 
@@ -86,14 +86,14 @@ def test_another_scale_gives_the_same_answers(stories: CardsLLM) -> None:
     assert two.scale.mean == pytest.approx(100 * one.scale.mean + 7, rel=1e-3)
     assert two.chosen.target == pytest.approx(100 * one.chosen.target + 7, rel=1e-3)
     assert two.chosen.beta == pytest.approx(100 * one.chosen.beta, rel=1e-3)
-    assert two.chosen.foreseen.acceptance == pytest.approx(one.chosen.foreseen.acceptance, abs=0.02)
+    assert two.chosen.predicted.acceptance == pytest.approx(one.chosen.predicted.acceptance, abs=0.02)
 
 
 def test_a_wanted_reward_costs_more_the_higher_it_is(stories: CardsLLM) -> None:
     low, high = (stories.calibrate(LEARNT_ON, goal=wanted, progress=False, remember=False) for wanted in (0.1, 0.5))
-    assert low.chosen.foreseen.reward >= 0.1
-    assert high.chosen.foreseen.reward >= 0.5
-    assert low.chosen.foreseen.drafted_tokens < high.chosen.foreseen.drafted_tokens
+    assert low.chosen.predicted.reward >= 0.1
+    assert high.chosen.predicted.reward >= 0.5
+    assert low.chosen.predicted.drafted_tokens < high.chosen.predicted.drafted_tokens
     unreachable = stories.calibrate(LEARNT_ON, goal=99.0, progress=False, remember=False)
     assert any("99" in warning for warning in unreachable.warnings)
 
@@ -136,7 +136,7 @@ def test_settings_that_were_found_can_be_read(stories: CardsLLM, tmp_path: Path)
     assert (read.model, read.reward, read.decoding, read.max_tokens) == (
         stories.model, stories.reward, found.decoding, 48,
     )  # fmt: skip
-    assert "# Foreseen" in (tmp_path / "cards.yaml").read_text()
+    assert "# Predicted" in (tmp_path / "cards.yaml").read_text()
     for name in ("report.png", "report.html"):
         found.save(tmp_path / name)
         assert (tmp_path / name).stat().st_size > 10_000

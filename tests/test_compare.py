@@ -223,7 +223,7 @@ def test_the_table_and_the_chart(found):
         assert name in shown
         assert f"{arm.mean('reward').value:.3g}" in shown
     figure = found.plot("looked_at_tokens")
-    assert [axis.get_ylabel() for axis in figure.axes] == ["guiding reward", "judge that never guides"]
+    assert [axis.get_ylabel() for axis in figure.axes] == ["guiding reward", "held-out reward"]
     assert {text.get_text() for text in figure.legends[0].get_texts()} == set(ARMS)
 
 

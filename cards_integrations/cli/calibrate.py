@@ -50,7 +50,7 @@ def calibrate(
         )  # fmt: skip
     if as_json:
         chosen = found.decoding.model_dump(mode="json")
-        print(json.dumps({"decoding": chosen, "foreseen": asdict(found.chosen.foreseen), "warnings": found.warnings}))
+        print(json.dumps({"decoding": chosen, "predicted": asdict(found.chosen.predicted), "warnings": found.warnings}))
     else:
         print(found)
     if out:

@@ -24,7 +24,7 @@ class Embedder:
         except ImportError as error:
             raise ModelError(
                 f"model={spec.model!r} is read by sentence-transformers: "
-                f"run `pip install cards-integrations[embeddings]` ({error})."
+                f"install the extra `embeddings` of cards-integrations ({error})."
             ) from error
         try:
             self.model: Any = SentenceTransformer(

@@ -37,16 +37,16 @@ FORESEEN = 2.0  # spreads above the mean, beyond which too few plain answers hav
 
 @dataclass(frozen=True)
 class Choice:
-    """A target and a beta, and what they are foreseen to give."""
+    """A target and a beta, and what they are predicted to give."""
 
     target: float
     beta: float
-    foreseen: Prediction
+    predicted: Prediction
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was measured on plain answers, what was chosen, and what it is foreseen to give.
+    """What was measured on plain answers, what was chosen, and what it is predicted to give.
 
     `correlations` are those of the reward of the first 25, 50, 75 and 100 percent of an answer with
     that of the finished one. `curve` holds the best choice for each target.
@@ -72,16 +72,16 @@ class Calibration:
         return self.asked.model_copy(update=chosen)
 
     def __str__(self) -> str:
-        foreseen, plain = self.chosen.foreseen, self.plain
+        predicted, plain = self.chosen.predicted, self.plain
         lines = [
             f"{self.reward.name} on {self.model.model}: plain answers have {self.scale.mean:.3g} "
             f"(spread {self.scale.spread:.2g}) in {plain.kept_tokens:.0f} tokens.",
             f"Chosen: target_reward={self.chosen.target:.4g}, beta={self.chosen.beta:.3g}, "
             f"entropy threshold {self.boundary.threshold:.2f} "
             f"(segments of {statistics.fmean(self.segment_lengths):.1f} tokens).",
-            f"Foreseen: reward {foreseen.reward:.3g}, one of {1 / max(foreseen.acceptance, 1e-9):.1f} drafts accepted, "
-            f"{foreseen.drafted_tokens:.0f} tokens looked at ({foreseen.drafted_tokens / plain.kept_tokens:.1f} times "
-            f"plain), {foreseen.rm_calls:.0f} scores an answer.",
+            f"Predicted: reward {predicted.reward:.3g}, one of {1 / max(predicted.acceptance, 1e-9):.1f} drafts accepted, "
+            f"{predicted.drafted_tokens:.0f} tokens looked at ({predicted.drafted_tokens / plain.kept_tokens:.1f} times "
+            f"plain), {predicted.rm_calls:.0f} scores an answer.",
             "Reward of the first 25/50/75% of an answer against the whole: "
             + "/".join(f"{c:.2f}" for c in self.correlations[:3]) + ".",
             *(f"Warning: {warning}" for warning in self.warnings),
@@ -234,11 +234,11 @@ def _curve(chains: Chains, setting: Setting, scale: Scale) -> tuple[Choice, ...]
         for share in BETAS:
             asked = replace(setting, target=float(target), beta=share * scale.spread or 1.0)
             choices.setdefault(target, []).append(Choice(asked.target, asked.beta, chains.simulate(asked)))
-    everything = [choice.foreseen for several in choices.values() for choice in several]
+    everything = [choice.predicted for several in choices.values() for choice in several]
 
     def price(choice: Choice) -> float:
         """Tokens over those of the cheapest choice with at least its reward."""
-        own = choice.foreseen
+        own = choice.predicted
         return own.drafted_tokens / min(other.drafted_tokens for other in everything if other.reward >= own.reward)
 
     return tuple(min(several, key=price) for several in choices.values())
@@ -249,11 +249,11 @@ def _choose(
     budget: float | None, goal: float | None, quantile: float | None,
 ) -> Choice:  # fmt: skip
     if budget is not None:
-        affordable = [c for c in curve if c.foreseen.drafted_tokens <= budget * plain_tokens]
-        return max(affordable or curve[:1], key=lambda c: c.foreseen.reward)
+        affordable = [c for c in curve if c.predicted.drafted_tokens <= budget * plain_tokens]
+        return max(affordable or curve[:1], key=lambda c: c.predicted.reward)
     if goal is not None:
-        enough = [c for c in curve if c.foreseen.reward >= goal]
-        return min(enough or curve[-1:], key=lambda c: c.foreseen.drafted_tokens)
+        enough = [c for c in curve if c.predicted.reward >= goal]
+        return min(enough or curve[-1:], key=lambda c: c.predicted.drafted_tokens)
     target = scale.mean + 1.5 * scale.spread if quantile is None else float(np.quantile(finals, quantile))
     return min(curve, key=lambda c: abs(c.target - target))
 
@@ -280,13 +280,13 @@ def _warnings(found: Calibration, budget: float | None, goal: float | None) -> t
             f"the reward of half an answer says little of the whole ({found.correlations[1]:.2f}): "
             "CARDS decides by beginnings; best-of-N may do better with this reward."
         )
-    foreseen = found.chosen.foreseen
-    if budget is not None and foreseen.drafted_tokens > 1.05 * budget * found.plain.kept_tokens:
+    predicted = found.chosen.predicted
+    if budget is not None and predicted.drafted_tokens > 1.05 * budget * found.plain.kept_tokens:
         said.append(f"the budget of {budget:g} times plain is below what the lowest target takes.")
-    if goal is not None and foreseen.reward < goal:
-        said.append(f"no target is foreseen to reach a mean reward of {goal:g}.")
+    if goal is not None and predicted.reward < goal:
+        said.append(f"no target is predicted to reach a mean reward of {goal:g}.")
     if found.chosen.target > found.scale.mean + FORESEEN * found.scale.spread:
-        said.append("the target lies where few plain answers do: what is foreseen is uncertain.")
+        said.append("the target lies where few plain answers do: the prediction is uncertain.")
     for warning in said:
         log.warning("calibrate: %s", warning)
     return tuple(said)

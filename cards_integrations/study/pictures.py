@@ -63,11 +63,11 @@ def draw_calibration(found: Calibration, axes: Sequence[Axes] | None = None) -> 
     if axes is None:
         axes = blank(13, 3.8).subplots(1, 3)
     frontier, foretold, lengths = axes
-    plain, chosen = found.plain, found.chosen.foreseen
+    plain, chosen = found.plain, found.chosen.predicted
 
     frontier.plot(
-        [c.foreseen.drafted_tokens for c in found.curve], [c.foreseen.reward for c in found.curve],
-        color="tab:blue", label="CARDS, foreseen",
+        [c.predicted.drafted_tokens for c in found.curve], [c.predicted.reward for c in found.curve],
+        color="tab:blue", label="CARDS, predicted",
     )  # fmt: skip
     frontier.plot(plain.drafted_tokens, plain.reward, "o", color="tab:gray", label="plain, measured")
     frontier.plot(chosen.drafted_tokens, chosen.reward, "o", color="tab:red", label="chosen")

@@ -36,7 +36,7 @@ PAGE = """<!doctype html>
 <title>Comparison</title>
 <style>
 :root {{ color-scheme: light dark; }}
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 90rem; margin: 2rem auto; padding: 0 1rem; }}
 table {{ border-collapse: collapse; width: 100%; font-size: .85rem; font-variant-numeric: tabular-nums; }}
 th, td {{ padding: .3rem .5rem; text-align: right; border-bottom: 1px solid #8884; }}
 th:first-child, td:first-child {{ text-align: left; }}
@@ -48,7 +48,7 @@ dl {{ margin: .4rem 0 .4rem 1rem; }} dt {{ font-weight: 600; }}
 dd {{ margin: 0 0 .5rem; white-space: pre-wrap; overflow-wrap: anywhere; }}
 </style></head><body>
 <h1>{title}</h1>
-<p>Means over prompts with 95% bootstrap intervals. The judge guides nothing.</p>
+<p>Means over prompts with 95% bootstrap intervals. The judge is a held-out reward: it guides nothing.</p>
 <div class="wide">{table}</div>
 <p><img alt="reward against cost" src="data:image/png;base64,{image}"></p>
 <h2>Answers</h2>
@@ -97,7 +97,7 @@ def _draw(axis: Axes, found: Comparison, kind: str, cost: str) -> None:
     axis.set_xscale("log")
     axis.set(
         xlabel={"seconds": "seconds per answer"}.get(cost, f"tokens {COLUMNS.get(cost, cost)} per answer"),
-        ylabel={"reward": "guiding reward", "judged": "judge that never guides"}[kind],
+        ylabel={"reward": "guiding reward", "judged": "held-out reward"}[kind],
     )
     axis.spines[["top", "right"]].set_visible(False)
 
