@@ -59,15 +59,15 @@ class Pending:
     def draft(self) -> Draft | None:
         """The draft, once there is a score."""
         if self._draft is None and self.score.done() and not self.score.cancelled() and not self.score.exception():
-            c = self.candidate
+            c, reward = self.candidate, self.score.result()
             finished, log_p = c.finish is not None, c.log_likelihood + c.end_log_p
-            self._draft = Draft(c.index, c.text, self.score.result(), c.end, c.uniforms.verdict, finished, log_p)
+            self._draft = Draft(c.index, c.text, reward, c.end, c.uniforms.verdict, finished, log_p, c.rank)
         return self._draft
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a method asked `Session.drafts` for."""
+    """What a method asked `Session.drafts` for; `limit` is that of the segment, with those of earlier calls."""
 
     until: Boundary
     limit: int
@@ -83,14 +83,15 @@ class Drafts:
 
     They follow the kept text, or, drafted ahead of its verdict, a candidate (`parent`) of the
     segment before; if that is kept, the method goes on with these, and only then they are scored.
+    The index of the first is `begun`.
     """
 
-    def __init__(self, session: Session, plan: Plan, segment: int, parent: Pending | None) -> None:
+    def __init__(self, session: Session, plan: Plan, segment: int, parent: Pending | None, begun: int = 0) -> None:
         self.session = session
         self.plan = plan
         self.segment = segment
         self.parent = parent
-        self.begun = 0
+        self.begun = begun
         self.ahead: deque[Pending] = deque()
 
     def open(self) -> None:

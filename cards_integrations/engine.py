@@ -36,20 +36,33 @@ class Engine:
         self.model = model
         self.settings = settings
         self.owners: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+        self.owned = False
+        self.asked: set[Future[Any]] = set()  # and not answered yet
         self._worker: Worker | None = None
         self._starting = threading.Lock()
         self._closed = False
 
     @classmethod
     def shared(cls, model: ModelSource, settings: EngineSettings, owner: Any = None) -> Engine:
-        """The process's engine for these settings; nothing is loaded before the first request."""
+        """The process's engine for these settings; nothing is loaded before the first request.
+
+        A new one takes the place of those of the same model whose owners are all gone, so that a model is not
+        held twice where an object is made anew with other settings.
+        """
         with cls._lock:
             engine = cls._shared.get((model, settings))
+            left = []
             if engine is None or engine._closed:
+                left = [other for other in cls._shared.values() if other.model == model and other._left()]
+                for other in left:
+                    other._retire()
                 engine = cls._shared[model, settings] = Engine(model, settings)
             if owner is not None:
+                engine.owned = True
                 engine.owners[id(owner)] = owner
-            return engine
+        for other in left:
+            other._stop()
+        return engine
 
     def run(self, request: Request, tell: Callable[[Chunk], None] | None = None) -> Alignment:
         """Block until the answer is written. Interrupting the wait cancels the request.
@@ -145,13 +158,8 @@ class Engine:
                 self.owners.pop(id(owner), None)
                 if self.owners:
                     return
-            self._closed = True
-            if self._shared.get((self.model, self.settings)) is self:
-                del self._shared[self.model, self.settings]
-        with self._starting:
-            if self._worker is not None:
-                self._worker.stop()
-                self._worker = None
+            self._retire()
+        self._stop()
 
     @classmethod
     def release(cls, owner: Any) -> None:
@@ -161,17 +169,38 @@ class Engine:
         for engine in used:
             engine.close(owner)
 
+    def _left(self) -> bool:
+        """Has everybody gone who used it?"""
+        return self.owned and not self.owners and not self.asked
+
+    def _retire(self) -> None:
+        """No request comes any more; under the lock."""
+        self._closed = True
+        if self._shared.get((self.model, self.settings)) is self:
+            del self._shared[self.model, self.settings]
+
+    def _stop(self) -> None:
+        with self._starting:
+            if self._worker is not None:
+                self._worker.stop()
+                self._worker = None
+
     def _submit(self, request: Request, emit: Callable[[Chunk], None] | None = None) -> Future[Alignment]:
         with self._starting:
             worker = self._running()
-            return worker.submit(worker.answer(request, emit))
+            return self._asked(worker.submit(worker.answer(request, emit)))
 
     def _submit_many(
         self, requests: Sequence[Request], done: Callable[[], None] | None = None
     ) -> Future[list[Alignment]]:
         with self._starting:
             worker = self._running()
-            return worker.submit(worker.answer_all(requests, done))
+            return self._asked(worker.submit(worker.answer_all(requests, done)))
+
+    def _asked(self, future: Future[T]) -> Future[T]:
+        self.asked.add(future)
+        future.add_done_callback(self.asked.discard)
+        return future
 
     def _running(self) -> Worker:
         """The worker, started if need be; under the lock, so that no request meets a loop that has ended."""

@@ -175,7 +175,7 @@ def answer(alignment: Alignment, rewards: Sequence[float]) -> str:
 
 
 def _pieces(alignment: Alignment) -> Iterator[tuple[Segment, str]]:
-    """Cut from the text by length: a stop string, or half a character, may reach across segments."""
+    """Cut from the text by length: a stop string may reach across segments."""
     begin, last = 0, len(alignment.segments) - 1
     for i, segment in enumerate(alignment.segments):
         end = len(alignment.text) if i == last else begin + len(segment.text)

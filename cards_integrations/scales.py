@@ -63,19 +63,20 @@ class Scales:
 
     async def of(self, reward: Reward) -> Scale:
         """What a calibration has remembered, else what the reward publishes, else what is measured now."""
-        for known in (reward, reward.scaled_like):
+        alike = reward.scaled_like
+        for known in (reward, alike):
             stored = self.store.get(self.model, known)
             if stored is not None:
                 return stored
             if known.scale is not None:
                 mean, spread = known.scale
                 return Scale(mean=mean, spread=spread)
-        if known not in self.measuring:
-            for old in [reward for reward, task in self.measuring.items() if task.done()][: -MOST + 1]:
+        if alike not in self.measuring:
+            for old in [measured for measured, task in self.measuring.items() if task.done()][: -MOST + 1]:
                 del self.measuring[old]  # there may be a reward for each request
-            self.measuring[known] = task = asyncio.create_task(self._measure(known))
-            task.add_done_callback(lambda task: self._measured(known, task))
-        return await asyncio.shield(self.measuring[known])  # whoever gives up does not stop it for the others
+            self.measuring[alike] = task = asyncio.create_task(self._measure(alike))
+            task.add_done_callback(lambda task: self._measured(alike, task))
+        return await asyncio.shield(self.measuring[alike])  # whoever gives up does not stop it for the others
 
     def _measured(self, reward: Reward, task: asyncio.Task[Scale]) -> None:
         if task.cancelled() or task.exception() is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from contextvars import copy_context
 from dataclasses import dataclass
 from typing import Protocol
 from uuid import uuid4
@@ -12,13 +13,14 @@ from uuid import uuid4
 from cards_integrations.decoding.base import Draft, Scale
 from cards_integrations.drafts import Drafts, Level, Pending, Plan, Question
 from cards_integrations.errors import RewardError
-from cards_integrations.models.base import Boundary, Context, LanguageModel
+from cards_integrations.models.base import HALF, Boundary, Context, LanguageModel
 from cards_integrations.models.step_times import StepTimes
 from cards_integrations.models.tool_reader import ToolReader
 from cards_integrations.rewards.base import Conversation, Response, RewardModel
 from cards_integrations.trace import DraftTrace, FinishReason, InvalidToolCall, Segment, ToolCall
 
 log = logging.getLogger("cards_integrations")
+FIRST_LEVEL = 2**32  # levels of a tree are numbered from here, segments from 0: each has its own random numbers
 FREE = StepTimes({1: 0.0, 2: 0.0})  # a reward that costs this device nothing
 
 
@@ -70,6 +72,7 @@ class Session:
         reward: RewardModel | None, scale: Scale | None, emit: Callable[[Chunk], None] | None, reader: ToolReader,
     ) -> None:  # fmt: skip
         self.request_id = uuid4().hex[:8]
+        self.caller = copy_context()
         self.desk = desk
         self.context = context
         self.seed = seed
@@ -86,7 +89,7 @@ class Session:
         self.looked_at: dict[Draft, Pending] = {}
         self.kept: Pending | None = None
         self.nodes: dict[Draft, Pending] = {}  # of the tree, in the order in which they grew
-        self.levels = 2**32  # their random numbers are not those of the segments
+        self.next_level = FIRST_LEVEL
         self.drafting: Drafts | None = None
         self.questions: list[Question] = []
         self.rate = AcceptanceRate()
@@ -114,12 +117,13 @@ class Session:
     def drafts(
         self, until: Boundary, limit: int, scored: bool = True, passes: Callable[[Draft], bool] | None = None
     ) -> Drafts:
-        self._give_up_segment()
+        self._give_up_ahead()
         if scored:
             self._judge()
         if self.context.sampler.greedy:
             limit = 1  # every candidate would be the same one
-        plan = Plan(until, limit, scored, passes)
+        begun = len(self.looked_at)  # by an earlier call for this segment
+        plan = Plan(until, begun + limit, scored, passes)
         ahead = self.kept.next if self.kept is not None else None
         self.kept = None
         if ahead is not None and ahead.plan.drafts_like(plan):
@@ -127,7 +131,7 @@ class Session:
         else:
             if ahead is not None:
                 ahead.drop()
-            self.drafting = Drafts(self, plan, len(self.segments), None)
+            self.drafting = Drafts(self, plan, len(self.segments), None, begun)
         self.drafting.open()
         return self.drafting
 
@@ -159,8 +163,8 @@ class Session:
         if scored:
             self._judge()
         plan = Plan(until, len(parents), scored, None)
-        self.drafting = level = Level(self, plan, self.levels, [self._node(parent) for parent in parents], ranks)
-        self.levels += 1
+        self.drafting = level = Level(self, plan, self.next_level, [self._node(parent) for parent in parents], ranks)
+        self.next_level += 1
         for parent in level.parents:
             if parent is not None:
                 parent.given_up = True  # it grows once, and is there as long as its children
@@ -276,17 +280,22 @@ class Session:
             return
         text = self.context.text
         if not self.finished:
-            text = text.rstrip("\ufffd")
+            text = text.rstrip(HALF)
             text = text[: len(text) - self.context.stop.held_back(text)]
         said, calls = self.reader.new(text, self.finished)
         self.emit(Chunk(said, segment, len(self.segments) - 1, calls))
 
     def _give_up_segment(self, but: Pending | None = None) -> None:
         """Drop all that was drafted for the open segment, looked at or not."""
-        ahead = self.drafting.ahead if self.drafting else ()
-        for pending in [*ahead, *self.looked_at.values()]:
+        self._give_up_ahead()
+        for pending in self.looked_at.values():
             if pending is not but:
                 self.release(pending)
+
+    def _give_up_ahead(self) -> None:
+        """Drop what was drafted for the open segment and not looked at."""
+        if self.drafting is not None:
+            self.drafting.drop()
         self.drafting = None
 
     def release(self, pending: Pending) -> None:

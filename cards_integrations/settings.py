@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Self
 
+import pydantic_settings
 import yaml
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticSerializationError
@@ -149,6 +150,8 @@ def _read(source: PydanticBaseSettingsSource) -> dict[str, Any]:
         return source()
     except RecursionError:
         raise SettingsError("A variable CARDS_... is nested too deeply.") from None
+    except pydantic_settings.SettingsError as error:
+        raise SettingsError(f"The environment's CARDS_... variables cannot be read: {error}.") from None
 
 
 class CardsSettings(BaseSettings, Options):

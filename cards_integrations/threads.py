@@ -1,12 +1,12 @@
-"""Functions of users in threads that nobody has to wait for."""
+"""What may take long, in threads that nobody has to wait for: functions of users, the loading of models."""
 
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from contextvars import copy_context
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -17,7 +17,7 @@ async def in_thread(function: Callable[..., T], *args: Any) -> T:
 
     What would end a thread (SystemExit, say), or cannot be handed on (StopIteration), comes as a RuntimeError.
     """
-    loop, context = asyncio.get_running_loop(), contextvars.copy_context()
+    loop, context = asyncio.get_running_loop(), copy_context()
     future: asyncio.Future[T] = loop.create_future()
 
     def settle(result: Any, error: BaseException | None) -> None:
@@ -38,7 +38,7 @@ async def in_thread(function: Callable[..., T], *args: Any) -> T:
         with suppress(RuntimeError):  # the loop has ended
             loop.call_soon_threadsafe(settle, result, failure)
 
-    threading.Thread(target=run, name="cards-reward", daemon=True).start()
+    threading.Thread(target=run, name="cards-thread", daemon=True).start()
     return await future
 
 

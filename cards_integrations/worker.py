@@ -12,9 +12,9 @@ import atexit
 import logging
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, Any, Literal, TypeVar
@@ -44,14 +44,24 @@ from cards_integrations.models.sources import ModelSource
 from cards_integrations.models.stops import StopStrings
 from cards_integrations.models.tool_reader import ToolReader
 from cards_integrations.models.tools import Tools
-from cards_integrations.rewards.base import Conversation, Response, Reward, RewardLoader, RewardModel, scores
+from cards_integrations.rewards.base import (
+    Conversation,
+    Response,
+    Reward,
+    RewardLoader,
+    RewardModel,
+    scores,
+    scoring,
+)
 from cards_integrations.scales import Scales
 from cards_integrations.scheduler import BestPerSecond, FixedWidth, Scheduler
 from cards_integrations.session import Chunk, Session
+from cards_integrations.threads import in_thread
 from cards_integrations.trace import Alignment, InvalidToolCall, ToolCall, Usage
 from cards_integrations.uncertainty import Measure, uncertainty
 
 T = TypeVar("T")
+LAST = 10.0  # seconds that the end of the interpreter waits for a model that is being loaded
 DRAFTS = 256  # columns that candidates may take beside the kept text
 log = logging.getLogger("cards_integrations")
 
@@ -99,7 +109,9 @@ class Worker:
         self.model = model
         self.settings = settings
         self.failed = False
+        self.loader: ModelLoader
         self.rewards: RewardLoader
+        self.scheduler: Scheduler
         self.scales = Scales(model, self._plain_rewards)
         self._plain: dict[tuple[Any, ...], list[Alignment]] = {}
         self.live: dict[Session, None] = {}  # in order of arrival
@@ -125,7 +137,7 @@ class Worker:
             for task in tasks:
                 task.add_done_callback(lambda _: done())
         try:
-            with self._at_work():
+            async with self._at_work():
                 return await asyncio.gather(*tasks)
         finally:
             for task in tasks:
@@ -143,6 +155,35 @@ class Worker:
 
     def _main(self) -> None:
         asyncio.set_event_loop(self.loop)
+        self._work = asyncio.Event()
+        self._rows = asyncio.Semaphore(self.settings.max_rows)
+        self._admission, self._left = asyncio.Lock(), asyncio.Event()
+        self._loading = self.loop.create_task(self._load())
+        try:
+            self.loop.run_forever()
+        finally:
+            self.loop.run_until_complete(self._end())
+            self.loop.close()
+            if self.loaded.done() and not self.failed:
+                self.loader.release()
+            if not self.loaded.done():
+                self.loaded.set_exception(EngineClosed("The engine was closed while the model was loaded."))
+
+    async def _load(self) -> None:
+        """In a thread of its own, so that time limits hold, and the interpreter can exit meanwhile."""
+        try:
+            await in_thread(self._build)
+        except Exception as error:
+            self.failed = True  # the next request tries again
+            self.error = error if isinstance(error, CardsError) else ModelError(f"{type(error).__name__}: {error}")
+            self.loaded.set_exception(self.error)
+        else:
+            self.loaded.set_result(self.language_model)
+            self._driver = self.loop.create_task(self._drive())
+
+    def _build(self) -> None:
+        finish = partial(threading.current_thread().join, LAST)  # an interpreter that ends amid torch's code aborts
+        atexit.register(finish)
         try:
             self.loader = ModelLoader(
                 self.settings,
@@ -151,22 +192,8 @@ class Worker:
             self.language_model = self.model.build(self.loader, self.wake)
             self.rewards = RewardLoader(self.loader)
             self.scheduler = self._schedule()
-        except Exception as error:
-            self.failed = True  # the next request tries again
-            self.error = error if isinstance(error, CardsError) else ModelError(f"{type(error).__name__}: {error}")
-            self.loaded.set_exception(self.error)
-        else:
-            self.loaded.set_result(self.language_model)
-        self._work = asyncio.Event()
-        self._rows = asyncio.Semaphore(self.settings.max_rows)
-        self._admission, self._left = asyncio.Lock(), asyncio.Event()
-        if not self.failed:
-            self._driver = self.loop.create_task(self._drive())
-        try:
-            self.loop.run_forever()
         finally:
-            self.loop.run_until_complete(self._end())
-            self.loop.close()
+            atexit.unregister(finish)
 
     @property
     def memory(self) -> KVMemory:
@@ -196,22 +223,25 @@ class Worker:
         """One request, from its prompt to its alignment."""
         if task := asyncio.current_task():
             task.add_done_callback(_look_at)
+        limit = asyncio.timeout(request.timeout)
         try:
-            with self._at_work():
-                async with asyncio.timeout(request.timeout):
-                    request = self._plain_if_unguided(request)
-                    reward, scale = await self._guide(request)
-                    async with self._rows:
-                        return await self._answer(request, reward, scale, emit)
+            async with limit, self._at_work():
+                request = self._plain_if_unguided(request)
+                reward, scale = await self._guide(request)
+                async with nullcontext() if scoring.get() else self._rows:
+                    return await self._answer(request, reward, scale, emit)
         except TimeoutError:
+            if not limit.expired():
+                raise
             raise CardsTimeout(f"No answer within timeout={request.timeout} seconds.") from None
 
-    @contextmanager
-    def _at_work(self) -> Iterator[None]:
-        """What a caller is told where the model did not load, or the engine is closed meanwhile."""
-        if self.error is not None:
-            raise self.error
+    @asynccontextmanager
+    async def _at_work(self) -> AsyncIterator[None]:
+        """Once the model is loaded; what a caller is told where it is not, or the engine is closed meanwhile."""
         try:
+            await asyncio.shield(self._loading)
+            if self.error is not None:
+                raise self.error
             yield
         except (SystemExit, KeyboardInterrupt, GeneratorExit) as error:  # would end this thread
             raise ModelError(f"The request raised {type(error).__name__}: {error}") from error
@@ -266,10 +296,12 @@ class Worker:
             context.matcher = model.matcher(grammar)
         reader = ToolReader(tools, chat.tool_format)
         conversation = Conversation(chat.without_tools(request.prompt), usage, request.context)
-        async with self._admission:
+        async with nullcontext() if scoring.get() else self._admission:
             tokens = len(prompt_ids) + request.max_tokens + DRAFTS
             needs = [*model.needs(tokens), *(reward.needs(conversation, tokens) if reward else [])]
             await self._memory_for(needs)
+            if self.error is not None:
+                raise self.error  # while it waited
             session = Session(self, context, seed, conversation, reward, scale, emit, reader)
             for cache, _, columns in needs:
                 cache.reserve(columns)
@@ -313,9 +345,12 @@ class Worker:
         )
 
     async def _memory_for(self, needs: list[tuple[TreeCache, int, int]]) -> None:
-        """Wait, first come first served, until the caches have room for one more request."""
+        """Wait, first come first served, until the caches have room for one more request.
+
+        One that a reward makes cannot wait: those that hold the room wait for the reward.
+        """
         while not self.memory.admits(needs):
-            if not self.live:
+            if not self.live or scoring.get():
                 raise OutOfMemory(
                     f"A request of {needs[0][2]} tokens needs more than the {self.memory.limit / 2**20:,.1f} MiB of "
                     "EngineSettings.kv_memory: use a shorter prompt, a smaller max_tokens, or more kv_memory."
@@ -337,7 +372,7 @@ class Worker:
         self, reward: Reward, prompt: str | list[Message], texts: list[str], context: tuple[str, ...] = ()
     ) -> list[float]:
         """Rewards of finished answers to one prompt."""
-        with self._at_work():
+        async with self._at_work():
             model = self.rewards[await self.scales.standardised(reward)]
             conversation = Conversation(self.language_model.chat.without_tools(prompt), Usage(), context)
             model.open(conversation)
@@ -348,7 +383,7 @@ class Worker:
                 self._left.set()
 
     async def uncertainties(self, measure: Measure, answers: Sequence[Alignment]) -> list[list[float]]:
-        with self._at_work():
+        async with self._at_work():
             found = []
             for answer in answers:
                 logits = self.language_model.read(answer.prompt_ids, answer.token_ids)
@@ -412,11 +447,12 @@ class Worker:
         """Put questions to their reward models; to one that can take them, those of all requests at once."""
         groups: dict[tuple[RewardModel, Session | None], list[Question]] = {}
         for question in questions:
-            judge, session = question.judge, question.session
-            groups.setdefault((judge, None if judge.across_requests else session), []).append(question)
-            session.questions = []
-        for (judge, _), group in groups.items():
-            task = self.loop.create_task(self._judge(judge, group))
+            judge, asking = question.judge, question.session
+            groups.setdefault((judge, None if judge.across_requests else asking), []).append(question)
+            asking.questions = []
+        for (judge, session), group in groups.items():
+            context = None if session is None else session.caller.copy()  # functions see what whoever asked has set
+            task = self.loop.create_task(self._judge(judge, group), context=context)
             self._judging.add(task)  # the loop itself holds tasks weakly
             task.add_done_callback(self._judging.discard)
             for question in group:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import accumulate, pairwise
 from pathlib import Path
+from string import ascii_letters
 from typing import Any
 
 import pytest
 import tiny
 from conftest import Start
+from transformers import AutoTokenizer
 
 from cards_integrations.decoding import Cards, FixedLength, Sampling
 from cards_integrations.engine import Engine, Request
@@ -21,6 +23,7 @@ from cards_integrations.trace import Alignment
 
 CONTEXT = tiny.SIZES["max_position_embeddings"]
 PLAIN = Sampling(chunk=3)
+KINDS = ["byte fallback", "byte pairs"]
 
 
 @pytest.fixture(scope="module")
@@ -227,22 +230,44 @@ def test_stop_strings_that_span_tokens_and_segments(models: Callable[..., str], 
     assert spans > 5
 
 
-def test_streamed_text_is_the_text(readable: str, start: Start) -> None:
-    """Whatever the bytes: characters come whole, and nothing is taken back."""
-    engine, halves = start(readable), 0
+@pytest.mark.parametrize("tokenizer", [tiny.fallback(ascii_letters), tiny.byte_pairs()], ids=KINDS)
+def test_streamed_text_is_the_text(tmp_path: Path, tokenizer: Any, start: Start) -> None:
+    """Whatever the bytes: characters come whole, and nothing is taken back. So do segments, which make the text."""
+    engine, halves = start(tiny.save(tmp_path, tiny.causal(vocab_size=len(tokenizer)), tokenizer)), 0
     for seed in range(10):
         chunks, answer = streamed(
             engine, Request("the", Sampling(chunk=1), None, Sampler(temperature=1.5, top_k=0), 40, seed=seed)
         )
         assert "".join(chunks) == answer.text == engine.loaded().decode(answer.token_ids)
+        assert [segment.text for segment in answer.segments] == chunks
         halves += "\ufffd" in answer.text
     assert halves
 
 
-@pytest.mark.parametrize("tokenizer", [tiny.fallback(), tiny.byte_pairs()], ids=["byte fallback", "byte pairs"])
+@pytest.mark.parametrize("tokenizer", [tiny.fallback(), tiny.byte_pairs()], ids=KINDS)
 def test_half_a_character_spoils_no_other(tokenizer: Any) -> None:
     chat, text = ChatTokenizer(tokenizer), "\u00e9\U0001f600\u65e5\u672c\U0001f600"
     ids = chat.encode(text)
     shown = [chat.decode(ids[:n]) for n in range(len(ids) + 1)]
     assert shown[-1] == text
     assert all(after.startswith(before.rstrip("\ufffd")) for before, after in pairwise(shown))
+
+
+def test_a_byte_alone_spoils_no_other() -> None:
+    """Sentencepiece's byte fallback decodes a whole run of bytes to U+FFFD for one that is wrong."""
+    tokenizer = tiny.fallback("ab")
+    chat, [a, b] = ChatTokenizer(tokenizer), tokenizer.convert_tokens_to_ids(["a", "b"])
+    emoji, alone = chat.encode("\U0001f600"), tokenizer.convert_tokens_to_ids("<0xF0>")
+    ids = [a, *emoji, alone, a, *emoji[:3], b, alone, *emoji]
+    assert chat.decode(ids) == "a\U0001f600\ufffda\ufffdb\ufffd\U0001f600"
+    shown = [chat.decode(ids[:n]) for n in range(len(ids) + 1)]
+    assert all(after.startswith(before.rstrip("\ufffd")) for before, after in pairwise(shown))
+
+
+@pytest.mark.parametrize("text", ["The cat sat.", " two  spaces ", "\u00e9 \U0001f600\u65e5", "\ufffd!", "\n\n", ""])
+def test_a_whole_text_is_decoded_as_the_tokenizer_does(shared_models: Path, text: str) -> None:
+    told = AutoTokenizer.from_pretrained(shared_models / "stories260k")
+    for tokenizer in (told, tiny.fallback("Theca "), tiny.byte_pairs()):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert ChatTokenizer(tokenizer).decode(ids) == tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    assert ChatTokenizer(told)._byte_tokens

@@ -17,8 +17,10 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pytest
@@ -33,10 +35,11 @@ from transformers import PreTrainedTokenizerFast
 
 from cards_integrations.decoding import Cards, Decoding, FixedLength, Sampling
 from cards_integrations.engine import Engine, Request
-from cards_integrations.errors import CardsError, EngineClosed, ModelError, OutOfMemory, RewardError
+from cards_integrations.errors import CardsError, CardsTimeout, EngineClosed, ModelError, OutOfMemory, RewardError
 from cards_integrations.models import embedded, step_times
+from cards_integrations.models.loading import LocalModel
 from cards_integrations.models.sampling import Sampler
-from cards_integrations.rewards import ClassifierReward, FunctionReward
+from cards_integrations.rewards import ClassifierReward, FunctionReward, Reward
 from cards_integrations.trace import Alignment
 
 PROMPT = "w9 w20 w31 w5"
@@ -394,6 +397,12 @@ def test_an_engine_whose_thread_ends_says_so_and_starts_again(
     assert ids(outcomes(engine, request(judge), within=3)) == expected
 
 
+def test_those_that_wait_for_a_row_are_told_when_the_thread_ends(models: Callable[..., str], start: Start) -> None:
+    engine = start(models("llama"), max_rows=1)
+    found = outcomes(engine, cannot_begin_afresh(engine), *(request(None, decoding=Sampling()) for _ in range(3)))
+    assert [type(one) for one in found] == [ModelError] * 4
+
+
 @pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
 def test_closing_in_the_very_moment_of_a_call_says_that_it_was_closed(
     models: Callable[..., str], start: Start, several: bool
@@ -410,6 +419,132 @@ def test_closing_in_the_very_moment_of_a_call_says_that_it_was_closed(
     concurrent.futures.wait([asked], WITHIN)
     assert not asked.cancelled()
     assert isinstance(asked.exception(), EngineClosed)
+
+
+# --- loading ---
+
+
+@pytest.fixture
+def slow_to_load(gate: threading.Event, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """A model is there only once this is set."""
+    build = LocalModel.build
+
+    def slow(*args: Any) -> Any:
+        gate.wait(WITHIN)
+        return build(*args)
+
+    monkeypatch.setattr(LocalModel, "build", slow)
+    return gate
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), MemoryError(), TypeError("no")])
+def test_a_load_that_fails_is_told_and_tried_again(
+    models: Callable[..., str], start: Start, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    engine = start(models("llama"))
+
+    def fails(*args: Any) -> Any:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalModel, "build", fails)
+        for told in outcomes_of_loading(engine, 2):
+            assert isinstance(told, ModelError)
+            assert type(error).__name__ in str(told)
+    assert isinstance(outcomes(engine, request(None, decoding=Sampling()))[0], Alignment)
+
+
+def outcomes_of_loading(engine: Engine, several: int) -> list[BaseException | None]:
+    plain = request(None, decoding=Sampling())
+    futures = [engine._submit(plain) for _ in range(several)]
+    concurrent.futures.wait(futures, WITHIN)
+    return [future.exception(0) for future in futures]
+
+
+def test_a_time_limit_holds_while_the_model_is_loaded(
+    models: Callable[..., str], start: Start, slow_to_load: threading.Event
+) -> None:
+    engine, plain = start(models("llama")), request(None, decoding=Sampling())
+    with pytest.raises(CardsTimeout, match=r"timeout=0\.1 "):
+        engine.run(replace(plain, timeout=0.1))
+    assert not slow_to_load.is_set()
+    slow_to_load.set()
+    assert engine.run(replace(plain, timeout=WITHIN)).text
+
+
+def test_closing_does_not_wait_for_a_load(
+    models: Callable[..., str], start: Start, slow_to_load: threading.Event
+) -> None:
+    engine = start(models("llama"))
+    asked = [engine._submit(request(None, decoding=Sampling())), engine._running().loaded]
+    engine.close()
+    assert not slow_to_load.is_set()
+    for future in asked:
+        assert isinstance(future.exception(WITHIN), EngineClosed)
+
+
+class Unbuilt(Reward):
+    kind: Literal["unbuilt"] = "unbuilt"
+
+    def build(self, loader: Any) -> Any:
+        raise TimeoutError("the hub does not answer")
+
+
+def test_a_reward_that_cannot_be_built_is_named(models: Callable[..., str], start: Start) -> None:
+    engine = start(models("llama"))
+    (told,) = outcomes(engine, replace(request(Unbuilt()), timeout=WITHIN))
+    assert isinstance(told, RewardError)
+    assert "unbuilt" in str(told)
+    assert "the hub does not answer" in str(told)
+
+
+def test_closing_gives_the_weights_back(models: Callable[..., str], start: Start, judge: ClassifierReward) -> None:
+    engine = start(models("llama"))
+    engine.run(request(judge))
+    model, reward = engine.loaded(), judge_of(engine)
+    held = [model.model, reward.transformer.model]
+    engine.close()
+    assert [sum(tensor.numel() for tensor in one.state_dict().values()) for one in held] == [0, 0]
+    assert not any(cache.layers for cache in model.memory.caches)
+
+
+# --- requests within rewards ---
+
+
+@pytest.mark.parametrize("kv_memory", [0.5, 200_000], ids=["plenty", "little memory"])
+def test_a_reward_may_ask_the_engine_that_waits_for_it(
+    models: Callable[..., str], start: Start, kv_memory: float
+) -> None:
+    engine = start(models("llama"), max_rows=2, kv_memory=kv_memory)
+
+    def asks(prompt: str, texts: list[str]) -> list[float]:
+        return [float(len(engine.run(request(None, decoding=Sampling())).text)) for _ in texts]
+
+    found = outcomes(engine, *(request(FunctionReward(function=asks), seed) for seed in range(4)))
+    if kv_memory == 0.5:
+        assert all(isinstance(one, Alignment) for one in found)
+    for one in found:
+        assert isinstance(one, Alignment | CardsError), one
+    assert_idle(engine)
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+def test_a_reward_sees_what_its_caller_has_set(models: Callable[..., str], start: Start, is_async: bool) -> None:
+    engine, mine, seen = start(models("llama"), width=1), ContextVar("mine", default="nobody's"), set()
+
+    def sync(prompt: str, texts: list[str]) -> list[float]:
+        seen.add(mine.get())
+        return [0.0] * len(texts)
+
+    async def function(prompt: str, texts: list[str]) -> list[float]:
+        return sync(prompt, texts)
+
+    reward = FunctionReward(function=function if is_async else sync)
+    engine.run(request(None, decoding=Sampling()))  # the engine's own context is another one
+    mine.set("mine")
+    engine.run(request(reward))
+    engine.score(reward, PROMPT, ["w7"])
+    assert seen == {"mine"}
 
 
 # --- tokenizers ---

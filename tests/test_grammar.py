@@ -99,6 +99,20 @@ def test_what_is_open_at_the_limit_is_closed(engine: Engine) -> None:
     assert sum(answer.finish_reason == "length" for answer in answers) > 6
 
 
+@pytest.mark.parametrize("max_tokens", [3, 4, 5, 60])
+def test_an_end_near_the_limit_is_natural_where_nothing_was_forced(engine: Engine, max_tokens: int) -> None:
+    whole = engine.run(asked(Grammar.choice(["aaa", "bbb"]), 1, max_tokens=max_tokens))
+    assert (len(whole.token_ids), whole.finish_reason) == (3, "stop")
+
+
+def test_what_was_closed_in_an_earlier_segment_is_cut(engine: Engine) -> None:
+    by_ones = CARDS.model_copy(update={"boundary": FixedLength(length=1)})
+    answer = engine.run(asked(_object(["a"], [{"type": "string"}]), 1, by_ones, max_tokens=40))
+    assert answer.text.endswith('"}')
+    assert len(answer.segments[-1].token_ids) == 1
+    assert answer.finish_reason == "length"
+
+
 def test_free_text_is_not_closed(engine: Engine) -> None:
     free = Grammar.regex(r"(?s:.*)")
     answers = engine.run_many([asked(free, seed, max_tokens=40) for seed in range(8)])

@@ -937,6 +937,60 @@ async def test_more_ranks_than_tokens_harm_no_other_request(llama: Models, start
     assert isinstance(answer, Alignment)
 
 
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+def test_ranks_that_are_not_there_have_no_weight(tmp_path: Path, start: Start, temperature: float) -> None:
+    """A grammar allows two tokens."""
+    engine = start(tiny.save(tmp_path, tiny.causal(vocab_size=280), tiny.byte_pairs()))
+    reward, grammar = FunctionReward(function=of_texts), Grammar.choice(["aaa", "bbb"])
+
+    def written(k: int) -> list[str]:
+        method = Args(k=k, weight=0.0, stochastic=True, temperature=temperature)
+        requests = [Request("the", method, reward, SAMPLER, 9, seed=seed, grammar=grammar) for seed in range(24)]
+        return [answer.text for answer in engine.run_many(requests)]
+
+    assert set(written(2)) == {"aaa", "bbb"}
+    assert written(10) == written(2)
+
+
+class InTwoCalls(Decoding):
+    """Segment-level best-of-4 that looks at `first` drafts, and then asks for the others."""
+
+    method: str = "segment_best_of_n"
+    first: int
+    limit: int
+    boundary: Uncertainty = UNCERTAIN
+
+    async def generate(self, session: Any) -> None:
+        while not session.finished:
+            drafts: list[Draft] = []
+            async for draft in session.drafts(until=self.boundary, limit=self.limit):
+                drafts.append(draft)
+                if len(drafts) == self.first:
+                    break
+            drafts += [draft async for draft in session.drafts(until=self.boundary, limit=4 - self.first)]
+            for draft in drafts:
+                draft.verdict = "rejected"
+            best = max(drafts, key=lambda draft: draft.reward)
+            best.verdict = "best"
+            await session.keep(best)
+
+
+@pytest.mark.parametrize(("first", "limit"), [(2, 2), (1, 3), (3, 9)])
+def test_a_segment_may_ask_for_more_drafts(llama: Models, start: Start, first: int, limit: int) -> None:
+    """Those of an earlier call are not drawn again, and can be kept, whatever was drafted ahead."""
+    engine, reward = start(llama.folder), llama.judges["decoder"].reward
+
+    def drafts(method: Decoding) -> list[tuple[int, Sequence[int], str]]:
+        answers = engine.run_many([Request(PROMPT, method, reward, SAMPLER, ROOM, seed=seed) for seed in range(6)])
+        segments = [segment for answer in answers for segment in answer.segments]
+        return [(draft.index, draft.token_ids, draft.verdict) for segment in segments for draft in segment.drafts]
+
+    found = drafts(InTwoCalls(first=first, limit=limit))
+    assert found == drafts(SegmentBestOfN(n=4, boundary=UNCERTAIN))
+    assert {index for index, _, verdict in found if verdict == "best"} == {0, 1, 2, 3}
+    assert idle(engine)
+
+
 @pytest.mark.parametrize("nonsense", ["{", "{'method': 'args'}", {"method": ["args"]}, {"method": {}}])
 def test_what_is_no_method_is_refused(nonsense: Any) -> None:
     with pytest.raises(SettingsError):

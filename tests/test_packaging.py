@@ -136,7 +136,7 @@ LAYERS = [  # from the top; who stands in one line is of one layer
     ["drafts"],
     ["decoding", "rewards"],
     ["models", "vllm_plugin", "picture"],
-    ["trace", "errors", "uncertainty"],
+    ["trace", "errors", "uncertainty", "threads"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 KNOWN_UPWARD = {("trace", "picture")}  # drawn on demand, inside its methods
@@ -186,5 +186,5 @@ def test_decoding_knows_neither_tensors_nor_rewards() -> None:
         "errors",
         "uncertainty",
     }
-    assert {whom for who, whom in edges() if who == "rewards"} <= {"rewards", "models", "trace", "errors"}
+    assert {whom for who, whom in edges() if who == "rewards"} <= {"rewards", "models", "trace", "errors", "threads"}
     assert {whom for who, whom in edges() if who == "models"} <= {"models", "trace", "errors"}

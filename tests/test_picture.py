@@ -149,7 +149,7 @@ def test_hostile_text_stays_text(pieces: list[str], name: str) -> None:
 
 @given(st.text(), st.lists(st.integers(0, 9), min_size=1), st.integers(0, 9))
 def test_segments_that_do_not_add_up_show_the_text_once(text: str, lengths: list[int], longer: int) -> None:
-    """A stop string takes back what an earlier segment had, half a character is counted before it is whole."""
+    """A stop string takes back what an earlier segment had."""
     answer = alignment(*[segment("x" * length) for length in lengths])
     answer = Alignment(**{**vars(answer), "text": text})
     assert Read(answer._repr_html_()).found.get("answer", [""]) == [shown(text)]

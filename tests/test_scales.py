@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import math
 import statistics
@@ -515,6 +516,15 @@ def test_optimal_stopping_measures_nothing(start: Start, models: Callable[..., s
     assert not Cards(acceptance=OptimalStopping(price=0.1)).needs_scale
 
 
+def test_as_long_as_no_spread_is_known_there_is_no_threshold(
+    start: Start, models: Callable[..., str], judge: ClassifierReward
+) -> None:
+    answer = start(models("llama")).run(searching(judge, 0.01, rejections=0))
+    assert {segment.threshold for segment in answer.segments} == {None}
+    assert json.dumps(answer.to_dict(), allow_nan=False)
+    assert answer.text.split()[0] in answer._repr_html_()
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 def test_where_a_token_costs_a_fortune_one_batch_is_drafted(
     start: Start, models: Callable[..., str], judge: ClassifierReward, batch: int
@@ -566,7 +576,7 @@ def by_the_book(answer: Alignment, price: float, batch: int, limit: int) -> None
                 spread = math.sqrt(sum(statistics.variance(each) * (len(each) - 1) for each in several) / freedom)
                 mean = statistics.fmean([before, *rewards[:n]])
                 value = OptimalStopping(price=price, batch=batch).reservation(mean, spread, tokens / n)
-            assert draft.threshold == pytest.approx(value)
+            assert draft.threshold == (None if value == math.inf else pytest.approx(value))
             stops = n % batch == 0 and max(rewards[:n]) >= value
             assert stops == (n == len(rewards) and "accepted" in {d.verdict for d in segment.drafts})
         assert stops or len(rewards) == limit

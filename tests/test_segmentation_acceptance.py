@@ -47,8 +47,8 @@ def test_uncertainty_is_read_from_the_raw_logits(values: list[float]) -> None:
 
 
 def test_a_segment_ends_at_the_threshold_itself() -> None:
-    uniform = torch.zeros(2, 8)
-    uniform[1, 0] = 5.0
+    uniform = torch.ones(2, 8)
+    uniform[1, 0] = 6.0
     for measure in ("entropy", "max_probability", "evidential"):
         reached = float(uncertainty(measure, uniform, uniform.log_softmax(-1))[0])
         assert Uncertainty(measure=measure, threshold=reached).ends_before(
@@ -131,6 +131,15 @@ def test_which_settings_need_the_scale() -> None:
     assert not Cards(target_reward=1.0, beta=1.0).needs_scale
     assert not Cards(target_reward=1.0, acceptance="hard").needs_scale
     assert not Cards(acceptance=OptimalStopping(price=0.1)).needs_scale
+
+
+def test_a_search_rule_takes_no_settings_of_quasi_rejection() -> None:
+    rule = OptimalStopping(price=0.1)
+    for unused in ({"target_reward": 2.0}, {"alpha": 0.1}, {"beta": 0.3}):
+        with pytest.raises(ValidationError, match=f"OptimalStopping.* no use of {min(unused)}: leave"):
+            Cards(acceptance=rule, **unused)
+    saved = Cards(acceptance=rule).model_dump()
+    assert Cards(**saved) == Cards(acceptance=rule)  # its defaults are no choice
 
 
 # --- tokens ---

@@ -200,3 +200,11 @@ def test_a_threshold_that_is_never_reached_is_refused(measure):
     with pytest.raises(ValidationError, match="never reached"):
         Uncertainty(measure=measure)
     assert Uncertainty(measure=measure, threshold=0.7).threshold == 0.7
+
+
+def test_a_variable_that_is_no_json_is_named(monkeypatch):
+    monkeypatch.setenv("CARDS_ENGINE", "x")
+    with pytest.raises(SettingsError, match=r'cannot be read: .*"engine"'):
+        CardsSettings()
+    with pytest.raises(ValidationError, match=r'cannot be read: .*"engine"'):
+        CardsLLM()

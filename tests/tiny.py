@@ -80,9 +80,9 @@ def byte_pairs(merged: str = "the cat sat on the mat and the dog ran away. ", si
     return PreTrainedTokenizerFast(tokenizer_object=fast, pad_token="<pad>", eos_token="</s>", model_max_length=256)
 
 
-def fallback() -> PreTrainedTokenizerFast:
+def fallback(known: str = "") -> PreTrainedTokenizerFast:
     """One token for each byte, as sentencepiece models have for characters that they do not know."""
-    names = ["<pad>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    names = ["<pad>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *known]
     fast = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, [], byte_fallback=True))
     fast.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     return PreTrainedTokenizerFast(tokenizer_object=fast, pad_token="<pad>", eos_token="</s>")

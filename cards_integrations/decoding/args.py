@@ -29,7 +29,8 @@ class Args(Decoding):
 
     async def generate(self, session: Session) -> None:
         while not session.finished:
-            drafts = await session.grow([None] * self.k, until=TOKEN, ranks=range(self.k))
+            grown = await session.grow([None] * self.k, until=TOKEN, ranks=range(self.k))
+            drafts = list({draft.rank: draft for draft in grown}.values())  # fewer than k tokens may be allowed
             scores = [draft.log_p + self.weight * draft.reward for draft in drafts]
             chosen = self._drawn(drafts, scores) if self.stochastic else drafts[scores.index(max(scores))]
             chosen.verdict = "accepted"

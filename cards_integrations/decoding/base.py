@@ -31,7 +31,8 @@ class Draft:
     """A finished candidate segment.
 
     `end` is the length of all the text up to its end, in tokens; `log_p` the sum of log p of its own
-    tokens (an end-of-sequence included) in nats; `finished` says that no text can follow.
+    tokens (an end-of-sequence included) in nats; `finished` says that no text can follow; `rank` is that
+    of its first token (0: the most probable one) where `Session.grow` was told `ranks`.
     """
 
     index: int
@@ -41,6 +42,7 @@ class Draft:
     uniform: float
     finished: bool = False
     log_p: float = 0.0
+    rank: int | None = None
     threshold: float | None = None
     verdict: Verdict = "unscored"
 
@@ -67,7 +69,8 @@ class Session(Protocol):
         """At most `limit` i.i.d. candidates for the next segment, in index order.
 
         `passes` says whether the method will keep a draft if it comes to look at it (None: it looks
-        at all of them first). What is drafted ahead follows from it, never what is kept.
+        at all of them first). What is drafted ahead follows from it, never what is kept. Another call for
+        the same segment goes on with further candidates; those looked at before can still be kept.
         """
 
     async def grow(
@@ -81,7 +84,8 @@ class Session(Protocol):
 
         They are drafted and scored together, and stay until they are given up or another branch is kept. A
         draft can be a parent in one call only, and stays as long as one of its children does. `ranks`: the
-        first token is not drawn, but that of this rank (0: the most probable one).
+        first token is not drawn, but that of this rank (0: the most probable one), or the last one that is
+        allowed where there are fewer.
         """
 
     def give_up(self, draft: Draft) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cards_integrations.decoding.acceptance import Acceptance, Threshold
 from cards_integrations.decoding.base import Draft, Session
 from cards_integrations.decoding.scaled import OnScale
 from cards_integrations.decoding.segmentation import AnyBoundary, Uncertainty
 from cards_integrations.decoding.stopping import OptimalStopping
+
+REJECTION = ("target_reward", "alpha", "beta")  # what only quasi-rejection goes by
 
 
 class Cards(OnScale):
@@ -36,6 +38,14 @@ class Cards(OnScale):
     @property
     def needs_scale(self) -> bool:
         return super().needs_scale and not isinstance(self.acceptance, OptimalStopping)
+
+    @model_validator(mode="after")
+    def _has_one_rule(self) -> Cards:
+        if isinstance(self.acceptance, OptimalStopping):
+            unused = [name for name in REJECTION if getattr(self, name) != Cards.model_fields[name].default]
+            if unused:  # the defaults come with every saved setting
+                raise ValueError(f"acceptance=OptimalStopping(...) makes no use of {', '.join(unused)}: leave that out")
+        return self
 
     async def generate(self, session: Session) -> None:
         if isinstance(self.acceptance, OptimalStopping):

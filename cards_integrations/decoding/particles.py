@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from cards_integrations.decoding.args import drawn
-from cards_integrations.decoding.base import Decoding, Draft, Session
+from cards_integrations.decoding.base import Decoding, Session
 from cards_integrations.decoding.scaled import Beta, beta_for
 from cards_integrations.decoding.segmentation import AnyBoundary, Uncertainty
 
@@ -38,29 +38,27 @@ class Particles(Decoding):
 
     async def generate(self, session: Session) -> None:
         beta, start = beta_for(self.beta, session), await session.prompt_reward()
-        particles: list[Draft | None] = [None] * self.n
-        log_w = [0.0] * self.n
-        spare = 0.0  # a uniform that decided nothing
-        while True:
-            moving = [i for i, particle in enumerate(particles) if particle is None or not particle.finished]
-            drafts = await session.grow([particles[i] for i in moving], until=self.boundary)
-            for i, draft in zip(moving, drafts, strict=True):
-                before = particles[i]
-                log_w[i] += (draft.reward - (start if before is None else before.reward)) / beta
-                particles[i] = draft
-            spare = drafts[-1].uniform if len(drafts) > 1 else spare
-            now = [particle for particle in particles if particle is not None]
+        drafts = await session.grow([None] * self.n, until=self.boundary)
+        particles = list(drafts)
+        log_w = [(draft.reward - start) / beta for draft in drafts]
+        spare = drafts[-1].uniform if self.n > 1 else 0.0  # a uniform that decided nothing
+        while not all(particle.finished for particle in particles):
             weights = normalised(log_w)
-            if all(particle.finished for particle in now):
-                break
             if effective(weights) < self.threshold * self.n:
                 ancestors = systematic(weights, drafts[0].uniform)
-                drawn_anew = {now[i] for i in ancestors}
-                for lost in dict.fromkeys(now):
+                drawn_anew = [particles[i] for i in ancestors]
+                for lost in dict.fromkeys(particles):
                     if lost not in drawn_anew:
                         session.give_up(lost)
-                particles, log_w = [now[i] for i in ancestors], [0.0] * self.n
-        chosen = max(now, key=lambda p: p.reward) if self.keep == "best" else drawn(now, weights, spare)
+                particles, log_w = drawn_anew, [0.0] * self.n
+            moving = [i for i, particle in enumerate(particles) if not particle.finished]
+            drafts = await session.grow([particles[i] for i in moving], until=self.boundary)
+            for i, draft in zip(moving, drafts, strict=True):
+                log_w[i] += (draft.reward - particles[i].reward) / beta
+                particles[i] = draft
+            spare = drafts[-1].uniform if len(drafts) > 1 else spare
+        best = max(particles, key=lambda particle: particle.reward)
+        chosen = best if self.keep == "best" else drawn(particles, normalised(log_w), spare)
         chosen.verdict = "accepted" if self.keep == "drawn" else "best"
         await session.keep(chosen)
 

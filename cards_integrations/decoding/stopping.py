@@ -52,7 +52,8 @@ class OptimalStopping(BaseModel):
                 draft.verdict = "rejected"
                 best = session.better(best, draft)
                 mean = (reward + sum(rewards)) / (1 + len(rewards))
-                value = draft.threshold = self.reservation(mean, pooled_spread(segments), tokens / len(rewards))
+                value = self.reservation(mean, pooled_spread(segments), tokens / len(rewards))
+                draft.threshold = value if math.isfinite(value) else None
                 if len(rewards) % self.batch == 0 and reaches(best):
                     best.verdict = "accepted"
                     break

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from cards_integrations.models.kv_cache import TreeCache
     from cards_integrations.models.step_times import StepTimes
 
+HALF = "\ufffd"  # where a text ends within a character
 CLOSE_WITHIN = 32  # tokens before the limit; arguments that are still to come take some
 Message = dict[str, Any]
 """`role` (system, user, assistant, tool) and `content`, a text; with tools also `tool_calls`, `tool_call_id` and
@@ -86,10 +87,12 @@ class Candidate:
     """One candidate segment, from its first token to its end.
 
     It follows the text kept when it began and, if it was drafted ahead, `parent`, a finished
-    candidate of the segment before; `before` are the ids of both. `text` and `ids` are the
-    candidate's own; `response` is all the text, cut before a stop string. `whole` says that the text
+    candidate of the segment before; `before` are the ids of both, `before_text` what they say. `text` and
+    `ids` are the candidate's own: a character whose bytes are split between segments is the text of the one
+    that completes it. `response` is all the text, cut before a stop string. `whole` says that the text
     is all of the ids (no stop string was cut off). With a `rank` the first token is not drawn: it is the
-    one of that rank. `end_log_p` is log p of the end-of-sequence token that ended it.
+    one of that rank, or of the last one that is allowed. `end_log_p` is log p of the end-of-sequence token
+    that ended it.
     """
 
     context: Context
@@ -113,11 +116,13 @@ class Candidate:
     def __post_init__(self) -> None:
         parent = self.parent
         self.before = self.context.ids.copy() if parent is None else parent.before + parent.ids
-        self.before_text = self.response = self.context.text if parent is None else parent.response
+        self.response = self.context.text if parent is None else parent.response
+        self.before_text = self.response.rstrip(HALF)
 
     @property
     def text(self) -> str:
-        return self.response[len(self.before_text) :]
+        text = self.response[len(self.before_text) :]
+        return text if self.finish else text.rstrip(HALF)
 
     @property
     def room(self) -> int:

@@ -6,12 +6,13 @@ import json
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 from jinja2.exceptions import TemplateError
 
 from cards_integrations.errors import PromptError
-from cards_integrations.models.base import Message
+from cards_integrations.models.base import HALF, Message
 from cards_integrations.models.tool_formats import FORMATS, ToolFormat
 from cards_integrations.models.tool_prompts import (
     PROBE,
@@ -24,7 +25,6 @@ from cards_integrations.models.tool_prompts import (
 from cards_integrations.models.tools import FormatName, Tools
 
 _MARK = "\u2063answer\u2063"  # stands for the answer while a template is split around it
-_HALF = "\ufffd"
 
 
 class Formatted(str):
@@ -48,13 +48,22 @@ class ChatTokenizer:
             raise PromptError(f"The tokenizer cannot read the text: {type(error).__name__}: {error}") from error
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text; half a character at its end is U+FFFD, and takes none of the characters before it along."""
+        """The text. Half a character is U+FFFD and takes no other along: more ids take back nothing but that."""
         text = self._decode(ids)
-        for cut in (1, 2, 3) if text.endswith(_HALF) else ():
-            whole = self._decode(ids[:-cut])
-            if not whole.endswith(_HALF):
-                return text if text.startswith(whole) else whole + _HALF  # byte fallback spoils a run of bytes
+        if HALF in text and self._bytes:
+            text = self._decode(self._whole(ids))
         return text
+
+    def _whole(self, ids: Sequence[int]) -> list[int]:
+        """With whole characters only: for half of one, byte fallback decodes all the bytes around it to U+FFFD."""
+        whole: list[int] = []
+        for is_byte, run in groupby(ids, self._bytes.__contains__):
+            if is_byte:
+                text = bytes(self._bytes[token] for token in run).decode(errors="replace")
+                whole += [self._byte_tokens[byte] for byte in text.encode()]
+            else:
+                whole += run
+        return whole
 
     def _decode(self, ids: Sequence[int]) -> str:
         hides = not self.markers
@@ -112,6 +121,17 @@ class ChatTokenizer:
         except Exception:  # whatever a template makes of roles that it does not know
             return None
         return format_in(shown) if shows_tools(shown) else None
+
+    @cached_property
+    def _byte_tokens(self) -> list[int]:
+        """The tokens of bytes 0 to 255 (sentencepiece's byte fallback); none of them where one is missing."""
+        found = self.tokenizer.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in range(256)])
+        known = set(found) - {None, self.tokenizer.unk_token_id}
+        return found if len(known) == 256 and self._decode(found[0x41:0x42]) == "A" else []
+
+    @cached_property
+    def _bytes(self) -> dict[int, int]:
+        return {token: byte for byte, token in enumerate(self._byte_tokens)}
 
     @cached_property
     def _special(self) -> dict[int, str]:

@@ -164,20 +164,22 @@ class GrammarTokenizer:
         allowed[:, self.eos] = allowed[:, [self.tokenizer.eos_token]]
         return allowed
 
-    def close(self, allowed: torch.Tensor) -> None:
+    def close(self, allowed: torch.Tensor) -> bool:
         """Of the tokens that may come next, (vocabulary,) bool, leave only one that closes what is open.
 
         JSON ends so within a few tokens, whatever the model would have liked to say. Free text is left
         alone where it may end, and ended by a quotation mark where it may not, as that is what a string of
-        JSON ends with.
+        JSON ends with. True if tokens were taken away.
         """
         free = bool(allowed[self.letter])
         may_end = bool(allowed[self.eos[0]])
         closers = self.eos if may_end else [self.closers[2]] if free else self.closers
         found = [token for token in closers if allowed[token]][:1]
-        if found and not (free and may_end):
-            allowed[:] = False
-            allowed[found] = True
+        if not found or (free and may_end) or int(allowed.sum()) == 1:
+            return False
+        allowed[:] = False
+        allowed[found] = True
+        return True
 
     @staticmethod
     def _single(tokenizer: Any, text: str) -> int:
@@ -212,14 +214,15 @@ def _end(tokenizer: Any, eos: set[int]) -> int:
 
 
 class Matcher:
-    """A text so far, and what its grammar lets follow."""
+    """A text so far, and what its grammar lets follow; `closed` if it was made to end what was open."""
 
-    def __init__(self, state: Any) -> None:
+    def __init__(self, state: Any, closed: bool = False) -> None:
         self.state = state
+        self.closed = closed
 
     def fork(self) -> Matcher:
         """For a candidate; what it takes does not touch the text that it follows."""
-        return Matcher(self.state.deep_copy())
+        return Matcher(self.state.deep_copy(), self.closed)
 
     def take(self, token: int) -> None:
         self.state.consume_token(token)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from functools import cached_property, lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -49,7 +51,7 @@ class LocalModel(BaseModel):
         return positions(_config(self))
 
     def build(self, loader: ModelLoader, wake: Callable[[], None]) -> LanguageModel:
-        """Load it, to draft with; called once per engine, in the engine's thread."""
+        """Load it, to draft with; called once per engine, in a thread of its own."""
         from cards_integrations.models.chat import ChatTokenizer
         from cards_integrations.models.local import LocalLanguageModel
 
@@ -160,7 +162,9 @@ class ModelLoader:
         if spec.adapter:
             from peft import PeftModel
 
-            with _explained(spec):
+            with _explained(spec), warnings.catch_warnings():
+                # peft asks for what transformers calls otherwise by now
+                warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
                 adapted = PeftModel.from_pretrained(model, _without_pickle(spec.adapter), autocast_adapter_dtype=False)
             if shared:
                 _own_adapted_weights(adapted)
@@ -186,6 +190,22 @@ class ModelLoader:
             self._once[key] = build()
         made: T = self._once[key]
         return made
+
+    def release(self) -> None:
+        """Give back the memory of weights and caches, which cycles would keep until some garbage collection."""
+        import torch
+
+        for cache in self.memory.caches if self.memory is not None else ():
+            cache.layers.clear()
+        for made in self._once.values():
+            if isinstance(made, ModelLoader):
+                made.release()
+            for part in made if isinstance(made, tuple) else (made,):
+                if isinstance(part, torch.nn.Module):
+                    for tensor in chain(part.parameters(), part.buffers()):
+                        tensor.data = tensor.data.new_empty(0)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def tokenizer(self, spec: LocalModel) -> Any:
         from transformers import AutoTokenizer

@@ -184,7 +184,7 @@ class LocalLanguageModel:
                 continue
             candidate.context.usage.drafted_tokens += 1
             if token in self.eos:
-                candidate.finish = "length" if candidate.closing else "stop"
+                candidate.finish = "length" if candidate.matcher is not None and candidate.matcher.closed else "stop"
                 candidate.end_log_p = gain
                 self._read(candidate)
                 ended.append(candidate)
@@ -206,9 +206,9 @@ class LocalLanguageModel:
         if not bound:
             return self._drawn(sampler, group, logits, at, uniforms), set()
         allowed = self.grammars.allowed(list(bound.values()))
-        for i, row in zip(bound, allowed, strict=True):
-            if group[i].closing:
-                self.grammars.close(row)
+        for (i, matcher), row in zip(bound.items(), allowed, strict=True):
+            if group[i].closing and self.grammars.close(row):
+                matcher.closed = True
         forced = {i for i, n in zip(bound, allowed.sum(-1).tolist(), strict=True) if n == 1}
         which = torch.tensor(list(bound), device=logits.device)
         masked = logits[at[which]].masked_fill(~allowed.to(logits.device), -torch.inf)
@@ -225,7 +225,8 @@ class LocalLanguageModel:
         for i, candidate in enumerate(group):
             if candidate.rank is not None and not candidate.ids:
                 allowed = int(logits[at[i]].isfinite().sum())
-                tokens[i] = logits[at[i]].topk(min(candidate.rank + 1, allowed)).indices[-1]
+                candidate.rank = min(candidate.rank, allowed - 1)
+                tokens[i] = logits[at[i]].topk(candidate.rank + 1).indices[-1]
         return tokens
 
     def _ends_after(self, candidate: Candidate) -> bool:
@@ -233,7 +234,7 @@ class LocalLanguageModel:
         if matcher is not None:
             matcher.take(candidate.ids[-1])
             if matcher.complete:
-                candidate.finish = "length" if candidate.closing else "stop"
+                candidate.finish = "length" if matcher.closed else "stop"
                 self._read(candidate)
                 return True
         full = candidate.room <= 0
@@ -247,7 +248,8 @@ class LocalLanguageModel:
         if full and candidate.end >= context.max_tokens:
             candidate.finish = "length"
         asked = boundary.reads_text and len(candidate.ids) >= boundary.shortest
-        return full or (asked and boundary.ends_after(candidate.text))
+        own = candidate.response[len(candidate.before_text) :]  # with half a character at its end, unlike its text
+        return full or (asked and boundary.ends_after(own))
 
     def _read(self, candidate: Candidate) -> None:
         candidate.response = self.decode([*candidate.before, *candidate.ids])

@@ -87,7 +87,7 @@ class VllmModel(Keyed):
         return _context_window(self)
 
     def build(self, loader: ModelLoader, wake: Callable[[], None]) -> VllmLanguageModel:
-        """Meet the server; called once per engine, in the engine's thread."""
+        """Meet the server; called once per engine, in a thread of its own."""
         from cards_integrations.models.chat import ChatTokenizer
         from cards_integrations.models.loading import LocalModel
 

@@ -11,18 +11,19 @@ import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from weakref import WeakValueDictionary
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
-from cards_integrations.errors import ModelError, OutOfMemory, RewardError
+from cards_integrations.errors import CardsError, ModelError, OutOfMemory, RewardError
 from cards_integrations.models.base import Message
 from cards_integrations.models.chat import ChatTokenizer, as_text, same_vocabulary
 from cards_integrations.models.loading import LocalModel, ModelLoader
 from cards_integrations.rewards.prompts import PLAIN
-from cards_integrations.rewards.threads import in_thread
+from cards_integrations.threads import in_thread
 from cards_integrations.trace import Usage
 
 if TYPE_CHECKING:
@@ -96,8 +97,13 @@ class RewardModel(ABC):
         """The request has ended."""
 
 
+scoring: ContextVar[bool] = ContextVar("scoring", default=False)
+"""Is this part of a reward, for which requests wait?"""
+
+
 async def scores(model: RewardModel, responses: Sequence[Response]) -> list[float]:
     """The scores, or a `RewardError` that names the reward and the text that caused it."""
+    outer = scoring.set(True)
     try:
         async with asyncio.timeout(model.timeout) as deadline:
             found = [float(value) for value in await model.score(responses)]
@@ -112,6 +118,8 @@ async def scores(model: RewardModel, responses: Sequence[Response]) -> list[floa
             ) from error
         texts = ", ".join(repr(response.text) for response in responses)
         raise RewardError(f"reward {model.name!r} failed for {texts}: {type(error).__name__}: {error}") from error
+    finally:
+        scoring.reset(outer)
     if len(found) != len(responses):
         raise RewardError(f"reward {model.name!r} returned {len(found)} scores for {len(responses)} texts.")
     for value, response in zip(found, responses, strict=True):
@@ -289,7 +297,12 @@ class RewardLoader:
         key = settings if settings.parts else settings.model_copy(update={"scale": None})
         if (known := self.built.get(key)) is not None:
             return known
-        model = settings.build(self)
+        try:
+            model = settings.build(self)
+        except CardsError:
+            raise
+        except Exception as error:
+            raise RewardError(f"reward {settings.name!r} cannot be loaded: {type(error).__name__}: {error}") from error
         if settings.sentencewise:
             from cards_integrations.rewards.sentences import WholeSentences
 

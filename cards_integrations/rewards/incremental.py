@@ -187,8 +187,13 @@ class Incremental(RewardModel):
             if isinstance(row, OutOfMemory):
                 raise row
             found.append(row)
-        count_forward((getattr(feed.owner, "conversation", feed.owner), len(feed.ids)) for feed in batch)
+        count_forward((_conversation(feed.owner), len(feed.ids)) for feed in batch)
         return found
+
+
+def _conversation(owner: Response | Conversation) -> Conversation:
+    """Whose feed it is: a response's, or that of a prompt which many responses follow."""
+    return owner.conversation if isinstance(owner, Response) else owner
 
 
 class IncrementalClassifier(Incremental):
