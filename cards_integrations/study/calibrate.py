@@ -79,9 +79,9 @@ class Calibration:
             f"Chosen: target_reward={self.chosen.target:.4g}, beta={self.chosen.beta:.3g}, "
             f"entropy threshold {self.boundary.threshold:.2f} "
             f"(segments of {statistics.fmean(self.segment_lengths):.1f} tokens).",
-            f"Predicted: reward {predicted.reward:.3g}, one of {1 / max(predicted.acceptance, 1e-9):.1f} drafts accepted, "
-            f"{predicted.drafted_tokens:.0f} tokens looked at ({predicted.drafted_tokens / plain.kept_tokens:.1f} times "
-            f"plain), {predicted.rm_calls:.0f} scores an answer.",
+            f"Predicted: reward {predicted.reward:.3g}, one of {1 / max(predicted.acceptance, 1e-9):.1f} drafts "
+            f"accepted, {predicted.drafted_tokens:.0f} tokens looked at "
+            f"({predicted.drafted_tokens / plain.kept_tokens:.1f} times plain), {predicted.rm_calls:.0f} scores an answer.",
             "Reward of the first 25/50/75% of an answer against the whole: "
             + "/".join(f"{c:.2f}" for c in self.correlations[:3]) + ".",
             *(f"Warning: {warning}" for warning in self.warnings),
