@@ -81,7 +81,8 @@ class Calibration:
             f"(segments of {statistics.fmean(self.segment_lengths):.1f} tokens).",
             f"Predicted: reward {predicted.reward:.3g}, one of {1 / max(predicted.acceptance, 1e-9):.1f} drafts "
             f"accepted, {predicted.drafted_tokens:.0f} tokens looked at "
-            f"({predicted.drafted_tokens / plain.kept_tokens:.1f} times plain), {predicted.rm_calls:.0f} scores an answer.",
+            f"({predicted.drafted_tokens / plain.kept_tokens:.1f} times plain), "
+            f"{predicted.rm_calls:.0f} scores an answer.",
             "Reward of the first 25/50/75% of an answer against the whole: "
             + "/".join(f"{c:.2f}" for c in self.correlations[:3]) + ".",
             *(f"Warning: {warning}" for warning in self.warnings),
