@@ -219,7 +219,7 @@ def test_half_precision_weights_are_read_as_float32(loader: RewardLoader, bert: 
 
 def test_no_library(loader: RewardLoader, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    with pytest.raises(ModelError, match=r"pip install cards-integrations\[embeddings\]"):
+    with pytest.raises(ModelError, match=r"extra `embeddings`"):
         loader[RelevanceReward(model="owner/name")]
 
 
