@@ -31,7 +31,7 @@ from conftest import Start
 from gguf import GGUFWriter
 from speculator import balance
 from tokenizers import pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from cards_integrations.decoding import Cards, Decoding, FixedLength, Sampling
 from cards_integrations.engine import Engine, Request
@@ -481,6 +481,34 @@ def test_closing_does_not_wait_for_a_load(
     assert not slow_to_load.is_set()
     for future in asked:
         assert isinstance(future.exception(WITHIN), EngineClosed)
+
+
+def test_engines_load_one_after_another(
+    models: Callable[..., str], start: Start, judge: ClassifierReward, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two loads at once would leave methods of transformers replaced, and every later load without tied weights."""
+    load, tie, most = PreTrainedModel.from_pretrained.__func__, PreTrainedModel.tie_weights, []
+    loads: list[int] = []
+
+    def slow(cls: Any, *args: Any, **options: Any) -> Any:
+        loads.append(1)
+        most.append(len(loads))
+        try:
+            threading.Event().wait(0.02)
+            return load(cls, *args, **options)
+        finally:
+            loads.pop()
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(slow))
+    engines = [start(models("llama"), width=width) for width in range(1, 7)]
+    threads = [threading.Thread(target=engine.run, args=(request(judge),)) for engine in engines]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WITHIN)
+    assert len(most) >= 12
+    assert max(most) == 1
+    assert PreTrainedModel.tie_weights is tie
 
 
 class Unbuilt(Reward):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from itertools import chain
 from pathlib import Path
+from threading import RLock
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -262,7 +264,7 @@ class ModelLoader:
         causal = self.language_model[1]
         config = copy.deepcopy(causal.config)
         config.num_labels = _labels(spec.adapter)["num_labels"]
-        with torch.device("meta"):
+        with Turn(), torch.device("meta"):
             model = AutoModelForSequenceClassification.from_config(config, dtype=causal.dtype)
         body = causal.base_model
         setattr(model, model.base_model_prefix, copy.deepcopy(body, _same(body)))
@@ -370,14 +372,35 @@ def _own_adapted_weights(adapted: Any) -> None:
                 setattr(base, name, torch.nn.Parameter(weight.detach().clone(), requires_grad=False))
 
 
-class _explained:
-    """Turns what transformers raises while loading into a `ModelError` that names the model."""
+class Turn:
+    """One load at a time: transformers replaces methods of its classes meanwhile, and two would leave them so."""
+
+    lock = RLock()
+
+    def __enter__(self) -> None:
+        self.held = Turn.lock
+        self.held.acquire()
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self.held.release()
+
+    @classmethod
+    def after_fork(cls) -> None:
+        """Whoever had the turn is not in the child."""
+        cls.lock = RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=Turn.after_fork)
+
+
+class _explained(Turn):
+    """A turn that makes what transformers raises into a `ModelError` that names the model."""
 
     def __init__(self, spec: LocalModel) -> None:
         self.spec = spec
 
-    def __enter__(self) -> None: ...
-
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        super().__exit__(kind, error, trace)
         if isinstance(error, Exception) and not isinstance(error, CardsError):
             raise ModelError(f"model={self.spec.model!r} cannot be loaded: {error}") from error

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from cards_integrations.errors import CardsError, ModelError
-from cards_integrations.models.loading import LocalModel, ModelLoader, find
+from cards_integrations.models.loading import LocalModel, ModelLoader, Turn, find
 
 
 class Embedder:
@@ -27,13 +27,14 @@ class Embedder:
                 f"install the extra `embeddings` of cards-integrations ({error})."
             ) from error
         try:
-            self.model: Any = SentenceTransformer(
-                find(spec.model),
-                device=str(device),
-                revision=spec.revision,
-                trust_remote_code=spec.trust_remote_code,
-                model_kwargs={"dtype": torch.float32, "use_safetensors": True},
-            )
+            with Turn():
+                self.model: Any = SentenceTransformer(
+                    find(spec.model),
+                    device=str(device),
+                    revision=spec.revision,
+                    trust_remote_code=spec.trust_remote_code,
+                    model_kwargs={"dtype": torch.float32, "use_safetensors": True},
+                )
         except CardsError:
             raise
         except Exception as error:
