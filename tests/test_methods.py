@@ -65,6 +65,7 @@ from cards_integrations.session import Chunk
 from cards_integrations.settings import CardsSettings
 from cards_integrations.trace import Alignment
 
+EAGER = {"attn_implementation": "eager"}  # what transformers 5.17 takes for Gemma 2 has no soft cap
 PROMPT = "w9 w20 w31 w5"
 PROMPT_TOKENS = 4
 ROOM = 17  # max_tokens; no multiple of any length of a segment here
@@ -133,7 +134,7 @@ def full(classifier: Any, ids: Ids) -> float:
 def read_by(folder: str, before: str = PROMPT, after: str = "", own_ids: bool = True) -> Judge:
     """By a classifier that reads the model's ids, where they say all, or the text; `before` and `after` are around."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    classifier = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    classifier = AutoModelForSequenceClassification.from_pretrained(folder, **EAGER).eval()
 
     def ids(text: str) -> Ids:
         return list(tokenizer(text)["input_ids"]) if text else []
@@ -155,7 +156,7 @@ class Models:
 
     def __post_init__(self) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
-        self.plain = AutoModelForCausalLM.from_pretrained(self.folder).eval()
+        self.plain = AutoModelForCausalLM.from_pretrained(self.folder, **EAGER).eval()
         self.prompt: Ids = self.tokenizer(PROMPT)["input_ids"]
 
     @torch.inference_mode()
