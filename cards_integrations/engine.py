@@ -7,7 +7,7 @@ import os
 import queue
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing, closing, suppress
 from typing import Any, ClassVar, TypeVar
@@ -130,17 +130,11 @@ class Engine:
         self, reward: Reward, prompt: str | list[Message], texts: Sequence[str], context: tuple[str, ...] = ()
     ) -> list[float]:
         """Rewards of whole answers to a prompt."""
-        with self._starting:
-            worker = self._running()
-            future = worker.submit(worker.score_texts(reward, prompt, list(texts), context))
-        return self._wait(future)
+        return self._wait(self._ask(lambda worker: worker.score_texts(reward, prompt, list(texts), context)))
 
     def uncertainties(self, measure: Measure, answers: Sequence[Alignment]) -> list[list[float]]:
         """The language model's predictive uncertainty before each token of these answers."""
-        with self._starting:
-            worker = self._running()
-            future = worker.submit(worker.uncertainties(measure, answers))
-        return self._wait(future)
+        return self._wait(self._ask(lambda worker: worker.uncertainties(measure, answers)))
 
     def loaded(self) -> LanguageModel:
         """The language model, loaded if need be (its tokenizer may be used from any thread)."""
@@ -186,19 +180,19 @@ class Engine:
                 self._worker = None
 
     def _submit(self, request: Request, emit: Callable[[Chunk], None] | None = None) -> Future[Alignment]:
-        with self._starting:
-            worker = self._running()
-            return self._asked(worker.submit(worker.answer(request, emit)))
+        return self._ask(lambda worker: worker.answer(request, emit))
 
     def _submit_many(
         self, requests: Sequence[Request], done: Callable[[], None] | None = None
     ) -> Future[list[Alignment]]:
+        return self._ask(lambda worker: worker.answer_all(requests, done))
+
+    def _ask(self, work: Callable[[Worker], Coroutine[Any, Any, T]]) -> Future[T]:
+        """Have it done in the worker; nobody has left the engine before it is."""
         with self._starting:
             worker = self._running()
-            return self._asked(worker.submit(worker.answer_all(requests, done)))
-
-    def _asked(self, future: Future[T]) -> Future[T]:
-        self.asked.add(future)
+            future = worker.submit(work(worker))
+            self.asked.add(future)
         future.add_done_callback(self.asked.discard)
         return future
 

@@ -164,10 +164,10 @@ class Worker:
         finally:
             self.loop.run_until_complete(self._end())
             self.loop.close()
-            if self.loaded.done() and not self.failed:
-                self.loader.release()
             if not self.loaded.done():
                 self.loaded.set_exception(EngineClosed("The engine was closed while the model was loaded."))
+            elif not self.failed:
+                self.loader.release()
 
     async def _load(self) -> None:
         """In a thread of its own, so that time limits hold, and the interpreter can exit meanwhile."""
