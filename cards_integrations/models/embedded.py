@@ -90,7 +90,7 @@ def dequantize(gguf_file: Path, target: Path) -> None:
             array = _unpermute(array, heads)
         elif tensor.name.endswith("attn_k.weight"):
             array = _unpermute(array, kv_heads)
-        weights[_weight_name(tensor.name)] = torch.from_numpy(array).to(torch.bfloat16).contiguous()
+        weights[_weight_name(tensor.name)] = torch.tensor(array, dtype=torch.bfloat16)
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
     (target / "config.json").write_text(json.dumps(config, indent=2))
     _tokenizer(reader).save_pretrained(target)
