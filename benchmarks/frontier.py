@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from cards_integrations.cli.demo import JUDGE
 from cards_integrations.decoding import BestOfN, Cards, Decoding, Uncertainty
-from cards_integrations.demo import JUDGE
 from cards_integrations.engine import Engine, EngineSettings, Request
-from cards_integrations.models.loading import LocalModel
+from cards_integrations.models.local.loading import LocalModel
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import NAMED, ClassifierReward
 

@@ -47,15 +47,15 @@ from llama_index.core.schema import ImageNode, NodeWithScore, TextNode
 from pydantic import ValidationError
 
 from cards_integrations import CardsLLM, CardsSettings, ChatCards, Grammar
+from cards_integrations.chat.tool_formats import FORMATS
+from cards_integrations.chat.tool_reader import ToolReader
+from cards_integrations.chat.tools import as_tools
 from cards_integrations.cli.generate import answer_file
 from cards_integrations.cli.options import decoding_from
 from cards_integrations.decoding import METHODS, Sampling
 from cards_integrations.engine import EngineSettings
 from cards_integrations.errors import CardsError
-from cards_integrations.models.loading import LocalModel
-from cards_integrations.models.tool_formats import FORMATS
-from cards_integrations.models.tool_reader import ToolReader
-from cards_integrations.models.tools import as_tools
+from cards_integrations.models.local.loading import LocalModel
 from cards_integrations.rewards import REWARDS, GroundednessReward, LengthReward, RemoteReward
 from cards_integrations.rewards.base import Conversation
 from cards_integrations.rewards.remote import PROTOCOLS

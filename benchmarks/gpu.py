@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from cards_integrations.decoding import BestOfN, Cards, Decoding, Sampling, Uncertainty
 from cards_integrations.engine import Engine, EngineSettings, Request
-from cards_integrations.models.loading import LocalModel, ModelLoader
+from cards_integrations.models.local.loading import LocalModel, ModelLoader
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import ClassifierReward
 from cards_integrations.trace import Alignment
@@ -78,7 +78,7 @@ class RandomWeights(ModelLoader):
 
 
 def engine(lm: str, device: str, dtype: torch.dtype, **settings: Any) -> Engine:
-    import cards_integrations.worker as worker
+    import cards_integrations.engine.worker as worker
 
     RandomWeights.dtype = dtype
     worker.ModelLoader = RandomWeights  # type: ignore[misc]

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from cards_integrations.chat.template import ChatTokenizer
 from cards_integrations.decoding import Cards, Threshold
 from cards_integrations.decoding.segmentation import Uncertainty
-from cards_integrations.models.chat import ChatTokenizer
-from cards_integrations.models.loading import LocalModel, ModelLoader, Placement, find
+from cards_integrations.models.local.loading import LocalModel, ModelLoader, Placement, find
 from cards_integrations.models.randomness import Uniforms
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import ClassifierReward

@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cards_integrations import CardsLLM
+from cards_integrations.cli.demo import JUDGE
 from cards_integrations.decoding import Decoding, Sampling
-from cards_integrations.demo import JUDGE
 
 PROMPTS = [
     "How was your day at work?", "Describe the weather this week.", "Tell me about your new neighbours.",

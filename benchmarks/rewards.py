@@ -35,9 +35,9 @@ from rich.console import Console
 from rich.table import Table
 
 from cards_integrations import CardsLLM
+from cards_integrations.cli.demo import JUDGE
 from cards_integrations.decoding import BestOfN, Cards, Decoding, OptimalStopping, Sampling
-from cards_integrations.demo import JUDGE
-from cards_integrations.models.loading import LocalModel
+from cards_integrations.models.local.loading import LocalModel
 from cards_integrations.rewards import (
     NAMED,
     ClassifierReward,
@@ -102,7 +102,7 @@ def distilled(llm: CardsLLM, folder: Path, n: int = 8, epochs: int = 2) -> Local
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from cards_integrations.models.loading import find
+    from cards_integrations.models.local.loading import find
 
     best = llm.align_batch(PLAIN, range(len(PLAIN)), decoding=BestOfN(n=n), max_tokens=48)
     model = AutoModelForCausalLM.from_pretrained(find("smollm2"), dtype=torch.float32)

@@ -7,11 +7,11 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cards_integrations.completion import CardsCompletion
-    from cards_integrations.langchain import ChatCards
+    from cards_integrations.chat.grammar import Grammar
+    from cards_integrations.langchain.chat_model import ChatCards
+    from cards_integrations.langchain.completion import CardsCompletion
+    from cards_integrations.langchain.retrieval import RetrievedContext, documents_chain
     from cards_integrations.llm import CardsLLM
-    from cards_integrations.models.grammar import Grammar
-    from cards_integrations.retrieval import RetrievedContext, documents_chain
     from cards_integrations.settings import CardsSettings
     from cards_integrations.trace import Alignment
 
@@ -30,13 +30,13 @@ __all__ = [
 
 _HOMES = {
     "CardsLLM": "llm",
-    "ChatCards": "langchain",
-    "CardsCompletion": "completion",
+    "ChatCards": "langchain.chat_model",
+    "CardsCompletion": "langchain.completion",
     "CardsSettings": "settings",
-    "RetrievedContext": "retrieval",
-    "documents_chain": "retrieval",
+    "RetrievedContext": "langchain.retrieval",
+    "documents_chain": "langchain.retrieval",
     "Alignment": "trace",
-    "Grammar": "models.grammar",
+    "Grammar": "chat.grammar",
 }
 
 

@@ -12,13 +12,13 @@ from langchain_core.runnables import ConfigurableField, Runnable, RunnableConfig
 from llama_index.core.prompts import BasePromptTemplate
 from pydantic import ConfigDict, PrivateAttr
 
-from cards_integrations.engine import Engine
-from cards_integrations.langchain import ChatCards
-from cards_integrations.llama_index import LlamaIndexCards
-from cards_integrations.messages import as_prompt
+from cards_integrations.engine.engine import Engine
+from cards_integrations.engine.session import Chunk
+from cards_integrations.langchain.chat_model import ChatCards
+from cards_integrations.langchain.convert import as_prompt
+from cards_integrations.langchain.schemas import converted
+from cards_integrations.llama_index.llm import LlamaIndexCards
 from cards_integrations.rewards import AnyReward, as_reward
-from cards_integrations.schemas import converted
-from cards_integrations.session import Chunk
 from cards_integrations.settings import CardsSettings, as_context
 from cards_integrations.trace import Alignment
 

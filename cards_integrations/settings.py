@@ -18,16 +18,16 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from cards_integrations.chat.grammar import as_grammar
+from cards_integrations.chat.response_format import as_response_format
+from cards_integrations.chat.tools import as_tools
 from cards_integrations.decoding import AnyDecoding, Cards, Decoding
-from cards_integrations.engine import Engine, EngineSettings, Request
+from cards_integrations.engine.engine import Engine, EngineSettings, Request
 from cards_integrations.errors import SettingsError, shown, unknown
 from cards_integrations.models.base import Message
-from cards_integrations.models.grammar import as_grammar
-from cards_integrations.models.loading import LocalModel
+from cards_integrations.models.local.loading import LocalModel
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.models.sources import AnyModel
-from cards_integrations.models.tools import as_tools
-from cards_integrations.response_format import as_response_format
 from cards_integrations.rewards import NAMED, AnyReward
 from cards_integrations.rewards.function import imports_allowed
 

@@ -16,9 +16,9 @@ import tiny
 import torch
 
 from cards_integrations.engine import EngineSettings
-from cards_integrations.models import local
 from cards_integrations.models.base import Candidate, Message
-from cards_integrations.models.local import LocalLanguageModel
+from cards_integrations.models.local import language_model as local
+from cards_integrations.models.local.language_model import LocalLanguageModel
 
 Script = Callable[[str | list[Message]], str | list[str]]
 LEARNT = '<tool_call>\n{"name": "get_weather", "arguments": {"input": 3, "city": "Paris"}}\n</tool_call> the answer is '

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from cards_integrations.drafts import Question
 from cards_integrations.engine import Engine
+from cards_integrations.engine.draft_pool import Question
+from cards_integrations.engine.scheduler import Scheduler
+from cards_integrations.engine.session import Session
 from cards_integrations.models.base import Candidate, Context
-from cards_integrations.models.kv_cache import TreeCache
-from cards_integrations.scheduler import Scheduler
-from cards_integrations.session import Session
+from cards_integrations.transformer.kv_cache import TreeCache
 
 
 class Eager:

@@ -13,10 +13,10 @@ import tiny
 from conftest import Start
 from transformers import AutoTokenizer
 
+from cards_integrations.chat.template import ChatTokenizer
 from cards_integrations.decoding import Cards, FixedLength, Sampling
 from cards_integrations.engine import Engine, Request
 from cards_integrations.errors import ModelError, PromptError, SettingsError
-from cards_integrations.models.chat import ChatTokenizer
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import ClassifierReward, as_reward
 from cards_integrations.trace import Alignment

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from cards_integrations.decoding import BestOfN, FixedLength
 from cards_integrations.engine import Request
-from cards_integrations.models.local import LONG
+from cards_integrations.models.local.language_model import LONG
 from cards_integrations.models.randomness import Uniforms
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import ClassifierReward, FunctionReward

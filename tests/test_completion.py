@@ -14,9 +14,9 @@ from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import PromptTemplate
 
 from cards_integrations import CardsCompletion, CardsLLM
+from cards_integrations.chat.template import Formatted
 from cards_integrations.engine import EngineSettings
 from cards_integrations.errors import PromptError, SettingsError
-from cards_integrations.models.chat import Formatted
 
 PROMPTS = ["Once upon", "The end", "A cat"]
 

@@ -27,7 +27,7 @@ from cards_integrations.rewards import (
     Reward,
     WeightedReward,
 )
-from cards_integrations.rewards.sentences import END, whole_sentences
+from cards_integrations.rewards.scorers.sentences import END, whole_sentences
 from cards_integrations.trace import Alignment, DraftTrace
 
 PROMPT = "w9 w20 w31 w5"

@@ -14,13 +14,13 @@ import torch
 from safetensors import safe_open
 
 from cards_integrations.errors import ModelError
-from cards_integrations.models.embedded import convert_once, embedded_model
-from cards_integrations.models.loading import LocalModel, ModelLoader, Placement
+from cards_integrations.models.local.embedded import convert_once, embedded_model
+from cards_integrations.models.local.loading import LocalModel, ModelLoader, Placement
 
 SLOW = """
 import sys, time
 from pathlib import Path
-from cards_integrations.models.embedded import convert_once
+from cards_integrations.models.local.embedded import convert_once
 
 target, log = map(Path, sys.argv[1:])
 

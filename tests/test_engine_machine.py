@@ -24,10 +24,10 @@ from speculator import balance
 
 from cards_integrations.decoding import Args, BestOfN, Cards, Decoding, FixedLength, Particles, Sampling
 from cards_integrations.engine import Engine, EngineSettings, Request
+from cards_integrations.engine.session import Chunk
 from cards_integrations.errors import CardsTimeout, EngineClosed, RewardError
-from cards_integrations.models.loading import LocalModel
+from cards_integrations.models.local.loading import LocalModel
 from cards_integrations.rewards import ClassifierReward, FunctionReward
-from cards_integrations.session import Chunk
 from cards_integrations.trace import Alignment
 
 EXAMPLES = int(os.environ.get("CARDS_MACHINE_EXAMPLES", "50"))

@@ -17,9 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from cards_integrations.decoding import Sampling
 from cards_integrations.engine import Request
 from cards_integrations.errors import ModelError
-from cards_integrations.models.kv_cache import Branch, Tree
 from cards_integrations.models.sampling import Sampler
-from cards_integrations.models.transformer import Feed, Transformer
+from cards_integrations.transformer.forward import Feed, Transformer
+from cards_integrations.transformer.kv_cache import Branch, Tree
 
 TOKENS = range(2, tiny.SIZES["vocab_size"])
 

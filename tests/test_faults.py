@@ -36,11 +36,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from cards_integrations.decoding import Cards, Decoding, FixedLength, Sampling
 from cards_integrations.engine import Engine, Request
 from cards_integrations.errors import CardsError, CardsTimeout, EngineClosed, ModelError, OutOfMemory, RewardError
-from cards_integrations.models import embedded, step_times
-from cards_integrations.models.loading import LocalModel
+from cards_integrations.models.local import embedded
+from cards_integrations.models.local.loading import LocalModel
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import ClassifierReward, FunctionReward, Reward
 from cards_integrations.trace import Alignment
+from cards_integrations.transformer import step_times
 
 PROMPT = "w9 w20 w31 w5"
 WITHIN = 20.0  # seconds for an answer that takes some milliseconds
@@ -731,8 +732,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from cards_integrations.decoding import Cards, Sampling
 from cards_integrations.engine import Engine, EngineSettings, Request
 from cards_integrations.errors import CardsError
-from cards_integrations.models import embedded
-from cards_integrations.models.loading import LocalModel
+from cards_integrations.models.local import embedded
+from cards_integrations.models.local.loading import LocalModel
 from cards_integrations.rewards import FunctionReward
 
 def engine(model):

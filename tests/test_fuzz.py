@@ -16,11 +16,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import fuzz
 
 from cards_integrations import picture
+from cards_integrations.chat.tool_formats import FORMATS
+from cards_integrations.chat.tool_reader import ToolReader
+from cards_integrations.chat.tools import as_tools
 from cards_integrations.errors import CardsError
-from cards_integrations.messages import as_prompt
-from cards_integrations.models.tool_formats import FORMATS
-from cards_integrations.models.tool_reader import ToolReader
-from cards_integrations.models.tools import as_tools
+from cards_integrations.langchain.convert import as_prompt
 
 CORPUS = sorted((Path(__file__).parent / "fuzz_corpus").glob("*.json"))
 GOOD = ("answered", "refused", "framework")

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 from transformers import AutoModelForCausalLM
 
+from cards_integrations.chat.grammar import Grammar, as_grammar
 from cards_integrations.decoding import BestOfN, Cards, Decoding, FixedLength, Sampling, Uncertainty
 from cards_integrations.engine import Engine, Request
 from cards_integrations.errors import SettingsError
 from cards_integrations.models.base import CLOSE_WITHIN
-from cards_integrations.models.grammar import Grammar, as_grammar
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import FunctionReward
 
@@ -43,7 +43,7 @@ def readable(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def engine(readable: str) -> Any:
     from cards_integrations.engine import EngineSettings
-    from cards_integrations.models.loading import LocalModel
+    from cards_integrations.models.local.loading import LocalModel
 
     engine = Engine(LocalModel(model=readable), EngineSettings(dtype="float32"))
     yield engine

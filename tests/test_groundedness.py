@@ -19,11 +19,11 @@ from naive import Freed, drafts, idle, log_p, said
 from pydantic import ValidationError
 
 from cards_integrations import CardsLLM
+from cards_integrations.chat.template import Formatted
 from cards_integrations.decoding import Cards, Uncertainty
 from cards_integrations.engine import Request
 from cards_integrations.errors import RewardError, SettingsError
-from cards_integrations.messages import as_prompt
-from cards_integrations.models.chat import Formatted
+from cards_integrations.langchain.convert import as_prompt
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import Conversation, GroundednessReward
 from cards_integrations.trace import Usage

@@ -14,18 +14,18 @@ from conftest import Start
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from cards_integrations.chat.template import ChatTokenizer
 from cards_integrations.decoding import Cards, Uncertainty
 from cards_integrations.engine import Request
 from cards_integrations.errors import RewardError
-from cards_integrations.models.chat import ChatTokenizer
-from cards_integrations.models.loading import LocalModel, ModelLoader, Placement
+from cards_integrations.models.local.loading import LocalModel, ModelLoader, Placement
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import ClassifierReward, Conversation, RemoteReward, Response
 from cards_integrations.rewards.base import RewardLoader, scores
 from cards_integrations.rewards.classifier import Head
-from cards_integrations.rewards.incremental import IncrementalClassifier
-from cards_integrations.rewards.layout import Layout
-from cards_integrations.rewards.rescoring import RescoringClassifier
+from cards_integrations.rewards.scorers.incremental import IncrementalClassifier
+from cards_integrations.rewards.scorers.layout import Layout
+from cards_integrations.rewards.scorers.rescoring import RescoringClassifier
 from cards_integrations.trace import Usage
 
 WORDS = range(6, 48)

@@ -18,18 +18,18 @@ import torch
 from conftest import Start
 from speculator import Watch, balance, until
 
+from cards_integrations.chat.stop_strings import StopStrings
 from cards_integrations.decoding import Cards, FixedLength, Sampling, Uncertainty
 from cards_integrations.engine import Engine, Request
+from cards_integrations.engine.session import Session
 from cards_integrations.errors import OutOfMemory
 from cards_integrations.models.base import Candidate, Context
-from cards_integrations.models.kv_cache import Branch, Tree
-from cards_integrations.models.kv_memory import LEAST, KVMemory
 from cards_integrations.models.sampling import Sampler
-from cards_integrations.models.stops import StopStrings
-from cards_integrations.models.transformer import Feed, Row, Transformer
 from cards_integrations.rewards import ClassifierReward, Conversation
-from cards_integrations.session import Session
 from cards_integrations.trace import Alignment, Usage
+from cards_integrations.transformer.forward import Feed, Row, Transformer
+from cards_integrations.transformer.kv_cache import Branch, Tree
+from cards_integrations.transformer.kv_memory import LEAST, KVMemory
 
 SAMPLER = Sampler(temperature=1.0)
 LENGTH, ROOM = 5, 20

@@ -20,7 +20,7 @@ from pydantic import create_model
 from cards_integrations.decoding import Cards, FixedLength, Sampling
 from cards_integrations.engine import EngineSettings
 from cards_integrations.errors import SettingsError
-from cards_integrations.langchain_runs import current
+from cards_integrations.langchain.callbacks import current
 from cards_integrations.rewards import ClassifierReward, FunctionReward
 
 PROMPTS = [f"Say number {i}" for i in range(16)]

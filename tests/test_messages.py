@@ -26,15 +26,15 @@ from llama_index.core.tools import FunctionTool
 from pydantic import BaseModel, Field
 from pydantic.v1 import BaseModel as OldBaseModel
 
+from cards_integrations.chat.grammar import Grammar
+from cards_integrations.chat.response_format import ResponseFormat, as_response_format
+from cards_integrations.chat.template import Formatted
+from cards_integrations.chat.tools import Tools, as_tools
 from cards_integrations.decoding import Sampling
 from cards_integrations.errors import PromptError, SettingsError
-from cards_integrations.langchain import ChatCards
-from cards_integrations.messages import as_prompt
-from cards_integrations.models.chat import Formatted
-from cards_integrations.models.grammar import Grammar
-from cards_integrations.models.tools import Tools, as_tools
-from cards_integrations.response_format import ResponseFormat, as_response_format
-from cards_integrations.schemas import converted, json_schema, tool_schemas
+from cards_integrations.langchain.chat_model import ChatCards
+from cards_integrations.langchain.convert import as_prompt
+from cards_integrations.langchain.schemas import converted, json_schema, tool_schemas
 from cards_integrations.settings import Options
 
 

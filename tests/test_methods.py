@@ -34,6 +34,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from cards_integrations.chat.grammar import Grammar
 from cards_integrations.decoding import (
     METHODS,
     Args,
@@ -55,13 +56,12 @@ from cards_integrations.decoding.args import drawn
 from cards_integrations.decoding.base import Draft
 from cards_integrations.decoding.particles import effective, normalised, systematic
 from cards_integrations.engine import Request
+from cards_integrations.engine.session import Chunk
 from cards_integrations.errors import EngineClosed, RewardError, SettingsError
-from cards_integrations.models.grammar import Grammar
-from cards_integrations.models.local import LONG
+from cards_integrations.models.local.language_model import LONG
 from cards_integrations.models.randomness import Uniforms
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import ClassifierReward, FunctionReward, Reward, WeightedReward
-from cards_integrations.session import Chunk
 from cards_integrations.settings import CardsSettings
 from cards_integrations.trace import Alignment
 

@@ -19,12 +19,12 @@ from cards_integrations.decoding import BestOfN
 from cards_integrations.engine import Request
 from cards_integrations.errors import ModelError
 from cards_integrations.models.base import Message
-from cards_integrations.models.embedded import embedded_model
-from cards_integrations.models.loading import LocalModel, ModelLoader, Placement
+from cards_integrations.models.local.embedded import embedded_model
+from cards_integrations.models.local.loading import LocalModel, ModelLoader, Placement
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import Conversation, RelevanceReward, Response, RewardLoader, as_reward
-from cards_integrations.rewards.embedding import Embedder
 from cards_integrations.rewards.relevance import Relevance, question
+from cards_integrations.rewards.scorers.embedding import Embedder
 from cards_integrations.trace import Usage
 
 pytestmark = pytest.mark.skipif(

@@ -21,10 +21,10 @@ import yaml
 from conftest import Start
 from pydantic import ValidationError
 
+from cards_integrations import http_client as servers
 from cards_integrations.decoding import Cards, FixedLength, Sampling
 from cards_integrations.engine import Request
 from cards_integrations.errors import RewardError, SettingsError
-from cards_integrations.models import servers
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import FunctionReward, RemoteReward, as_reward, remote
 from cards_integrations.rewards.base import Conversation, Response, scores

@@ -19,11 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import integrate, optimize, stats
 
-from cards_integrations import scales
 from cards_integrations.decoding import Cards, FixedLength, OptimalStopping
 from cards_integrations.decoding.base import Scale
 from cards_integrations.decoding.stopping import pooled_spread
-from cards_integrations.engine import Engine, Request
+from cards_integrations.engine import Engine, Request, scales
 from cards_integrations.errors import CardsTimeout, EngineClosed, RewardError
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import (

@@ -12,21 +12,21 @@ import numpy as np
 import pytest
 import tiny
 
+from cards_integrations.chat.stop_strings import StopStrings
+from cards_integrations.chat.template import ChatTokenizer
+from cards_integrations.chat.tool_formats import FORMATS
+from cards_integrations.chat.tool_reader import ToolReader
 from cards_integrations.decoding import FixedLength
-from cards_integrations.drafts import LEAST, Drafts, Pending
+from cards_integrations.engine.draft_pool import LEAST, Drafts, Pending
+from cards_integrations.engine.scheduler import BestPerSecond
+from cards_integrations.engine.session import AcceptanceRate, Session
 from cards_integrations.models.base import Context
-from cards_integrations.models.chat import ChatTokenizer
-from cards_integrations.models.loading import ModelLoader, Placement
-from cards_integrations.models.local import LocalLanguageModel
+from cards_integrations.models.local.language_model import LocalLanguageModel
+from cards_integrations.models.local.loading import ModelLoader, Placement
 from cards_integrations.models.sampling import Sampler
-from cards_integrations.models.step_times import POINTS, StepTimes, step_times
-from cards_integrations.models.stops import StopStrings
-from cards_integrations.models.tool_formats import FORMATS
-from cards_integrations.models.tool_reader import ToolReader
 from cards_integrations.rewards import Conversation, FunctionReward, RewardLoader
-from cards_integrations.scheduler import BestPerSecond
-from cards_integrations.session import AcceptanceRate, Session
 from cards_integrations.trace import Usage
+from cards_integrations.transformer.step_times import POINTS, StepTimes, step_times
 
 # --- times ---
 
@@ -44,7 +44,7 @@ def test_a_larger_step_is_never_held_to_be_shorter() -> None:
 
 
 def test_step_times_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cards_integrations.models.step_times.cache_dir", lambda: tmp_path / "new")
+    monkeypatch.setattr("cards_integrations.transformer.step_times.cache_dir", lambda: tmp_path / "new")
     model, asked = tiny.causal(), []
 
     def measure(tokens: int) -> float:

@@ -33,7 +33,7 @@ from cards_integrations.decoding import Cards, FixedLength, Sampling
 from cards_integrations.engine import Request
 from cards_integrations.errors import CardsError, ModelError, RewardError, SettingsError
 from cards_integrations.models import VllmModel
-from cards_integrations.models.loading import LocalModel, ModelLoader, Placement
+from cards_integrations.models.local.loading import LocalModel, ModelLoader, Placement
 from cards_integrations.rewards import ClassifierReward, GroundednessReward, LengthReward, RemoteReward, as_reward
 
 PACKAGE = Path(__file__).parents[1] / "cards_integrations"
@@ -667,9 +667,9 @@ sys.addaudithook(hook)
 from cards_integrations.engine import Engine, EngineSettings, Request
 from cards_integrations.decoding import Cards, Sampling
 from cards_integrations.decoding.base import Scale
-from cards_integrations.models.loading import LocalModel
+from cards_integrations.models.local.loading import LocalModel
 from cards_integrations.rewards import ClassifierReward, LengthReward
-from cards_integrations.scales import ScaleStore
+from cards_integrations.engine.scales import ScaleStore
 
 names, good = json.loads(sys.argv[1]), sys.argv[2]
 settings, outcomes, store = EngineSettings(device="cpu", dtype="float32"), [], ScaleStore()
@@ -729,7 +729,7 @@ def test_a_link_in_the_place_of_a_scale_is_replaced_and_not_followed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from cards_integrations.decoding.base import Scale
-    from cards_integrations.scales import ScaleStore
+    from cards_integrations.engine.scales import ScaleStore
 
     monkeypatch.setenv("CARDS_CACHE_DIR", str(tmp_path / "cache"))
     store, model, reward = ScaleStore(), LocalModel(model="m/m"), LengthReward(target=3)

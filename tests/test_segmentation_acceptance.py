@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from scipy.stats import entropy, kstest
 
+from cards_integrations.chat.stop_strings import StopStrings
 from cards_integrations.decoding import (
     Acceptance,
     Cards,
@@ -24,7 +25,6 @@ from cards_integrations.decoding import (
 from cards_integrations.decoding.base import Scale
 from cards_integrations.models.randomness import Uniforms
 from cards_integrations.models.sampling import Sampler, _largest
-from cards_integrations.models.stops import StopStrings
 from cards_integrations.uncertainty import uncertainty
 
 LOGITS = st.lists(st.floats(-30, 30, width=32), min_size=2, max_size=30)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from cards_integrations import CardsLLM
-from cards_integrations.demo import JUDGE
+from cards_integrations.cli.demo import JUDGE
 from cards_integrations.rewards import NAMED
 from cards_integrations.rewards.classifier import ADAPTERS
 

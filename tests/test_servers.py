@@ -15,9 +15,9 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 from vllm_server import TOKENIZE, VllmServer
 
+from cards_integrations import http_client as module
 from cards_integrations.errors import ModelError, SettingsError
-from cards_integrations.models import servers as module
-from cards_integrations.models.servers import MayPass, Replica, Servers, ServerUrl, gathered, usable_key
+from cards_integrations.http_client import MayPass, Replica, Servers, ServerUrl, gathered, usable_key
 
 pytestmark = [
     pytest.mark.filterwarnings("error::ResourceWarning"),
@@ -134,7 +134,7 @@ async def test_what_is_near_nothing_is_spread(replicas: list[VllmServer]) -> Non
 
 CHOICE = """
 import asyncio
-from cards_integrations.models.servers import Servers
+from cards_integrations.http_client import Servers
 
 async def main():
     servers = Servers("it", ["http://a", "http://b", "http://c"])

@@ -38,15 +38,15 @@ from cards_integrations.decoding import (
     TreeBoN,
     Uncertainty,
 )
-from cards_integrations.drafts import Drafts, Pending, Question
 from cards_integrations.engine import Engine, EngineSettings
+from cards_integrations.engine.draft_pool import Drafts, Pending, Question
+from cards_integrations.engine.session import Session
 from cards_integrations.errors import CardsError, CardsTimeout, RewardError
 from cards_integrations.models.base import Candidate, Context
-from cards_integrations.models.kv_cache import Branch, Tree
 from cards_integrations.rewards import ClassifierReward, FunctionReward, Reward
 from cards_integrations.rewards.base import Conversation, Response
-from cards_integrations.session import Session
 from cards_integrations.trace import Alignment
+from cards_integrations.transformer.kv_cache import Branch, Tree
 
 REQUESTS, LOOPS, WITHIN = 1000, 3, 80
 SHORT = FixedLength(length=3)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cards_integrations.decoding import Cards, FixedLength, Uncertainty
 from cards_integrations.engine import Request
-from cards_integrations.models.local import LONG
+from cards_integrations.models.local.language_model import LONG
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import ClassifierReward, FunctionReward
 

@@ -11,11 +11,11 @@ import tiny
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from cards_integrations.models.chat import ChatTokenizer
-from cards_integrations.models.grammar import Grammar, GrammarTokenizer
-from cards_integrations.models.tool_formats import FORMATS
-from cards_integrations.models.tool_reader import ToolReader
-from cards_integrations.models.tools import FormatName, Reading, Tools
+from cards_integrations.chat.grammar import Grammar, GrammarTokenizer
+from cards_integrations.chat.template import ChatTokenizer
+from cards_integrations.chat.tool_formats import FORMATS
+from cards_integrations.chat.tool_reader import ToolReader
+from cards_integrations.chat.tools import FormatName, Reading, Tools
 from cards_integrations.trace import InvalidToolCall, ToolCall
 
 FORMS: list[FormatName] = list(FORMATS)

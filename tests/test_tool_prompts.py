@@ -13,17 +13,17 @@ from conftest import Start
 from pydantic import ValidationError
 
 from cards_integrations import CardsLLM
+from cards_integrations.chat.grammar import Grammar
+from cards_integrations.chat.template import ChatTokenizer, as_text
+from cards_integrations.chat.tools import FormatName, as_tools
 from cards_integrations.decoding import Cards, Sampling, Uncertainty
 from cards_integrations.engine import Engine, EngineSettings, Request
+from cards_integrations.engine.session import Chunk
 from cards_integrations.models.base import Message
-from cards_integrations.models.chat import ChatTokenizer, as_text
-from cards_integrations.models.grammar import Grammar
-from cards_integrations.models.loading import LocalModel, ModelLoader, Placement
+from cards_integrations.models.local.loading import LocalModel, ModelLoader, Placement
 from cards_integrations.models.sampling import Sampler
-from cards_integrations.models.tools import FormatName, as_tools
 from cards_integrations.rewards import FunctionReward
 from cards_integrations.rewards.base import RewardLoader
-from cards_integrations.session import Chunk
 from cards_integrations.trace import Alignment, ToolCall
 
 QWEN = """

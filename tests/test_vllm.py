@@ -23,6 +23,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from vllm_server import CLASSIFY, COMPLETIONS, MODELS, TOKENIZE, VllmServer
 
 from cards_integrations import CardsLLM
+from cards_integrations import http_client as servers_module
+from cards_integrations.chat.grammar import Grammar
 from cards_integrations.decoding import (
     Args,
     BestOfN,
@@ -40,6 +42,7 @@ from cards_integrations.decoding import (
     Uncertainty,
 )
 from cards_integrations.engine import EngineSettings
+from cards_integrations.engine.session import Chunk
 from cards_integrations.errors import (
     CardsTimeout,
     EngineClosed,
@@ -49,11 +52,8 @@ from cards_integrations.errors import (
     SettingsError,
 )
 from cards_integrations.models import LocalModel, VllmModel
-from cards_integrations.models import servers as servers_module
-from cards_integrations.models import vllm as vllm_module
-from cards_integrations.models.grammar import Grammar
+from cards_integrations.models.vllm import language_model as vllm_module
 from cards_integrations.rewards import ClassifierReward, FunctionReward, RemoteReward
-from cards_integrations.session import Chunk
 from cards_integrations.settings import CardsSettings
 from cards_integrations.trace import Alignment
 

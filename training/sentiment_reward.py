@@ -35,7 +35,7 @@ import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from cards_integrations.models.embedded import embedded_model
+from cards_integrations.models.local.embedded import embedded_model
 
 ADAPTERS = Path(__file__).parent.parent / "cards_integrations" / "rewards" / "adapters"
 QUESTIONS = [

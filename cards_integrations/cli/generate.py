@@ -76,7 +76,7 @@ def answer_file(llm: CardsLLM, prompts: Path, out: Path | None, concurrency: int
     from rich.console import Console
     from rich.progress import Progress
 
-    from cards_integrations.models.servers import gathered
+    from cards_integrations.http_client import gathered
     from cards_integrations.study.prompts import read_prompts
     from cards_integrations.study.rows import Results
 

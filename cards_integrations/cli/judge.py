@@ -60,8 +60,8 @@ def _arm(rows: list[dict[str, Any]], name: str | None) -> list[dict[str, Any]]:
 def _judge(name: str) -> Any:
     provider, _, model = name.partition(":")
     if provider == "cards":
-        from cards_integrations.langchain import ChatCards
-        from cards_integrations.models.grammar import Grammar
+        from cards_integrations.chat.grammar import Grammar
+        from cards_integrations.langchain.chat_model import ChatCards
 
         llm = ChatCards(model=model or "smollm2", decoding="sampling", reward=None, temperature=0.0, max_tokens=16)
         return llm.bind(grammar=Grammar.regex("(10|[1-9]) (10|[1-9])"))  # a small one would say anything else

@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
+from cards_integrations.chat.stop_strings import StopStrings
 from cards_integrations.errors import CardsError
 from cards_integrations.models.randomness import Uniforms
 from cards_integrations.models.sampling import Sampler
-from cards_integrations.models.stops import StopStrings
 from cards_integrations.trace import FinishReason, Usage
 
 if TYPE_CHECKING:
     import torch
 
-    from cards_integrations.models.chat import ChatTokenizer
-    from cards_integrations.models.grammar import Grammar, Matcher
-    from cards_integrations.models.kv_cache import TreeCache
-    from cards_integrations.models.step_times import StepTimes
+    from cards_integrations.chat.grammar import Grammar, Matcher
+    from cards_integrations.chat.template import ChatTokenizer
+    from cards_integrations.transformer.kv_cache import TreeCache
+    from cards_integrations.transformer.step_times import StepTimes
 
 HALF = "\ufffd"  # where a text ends within a character
 CLOSE_WITHIN = 32  # tokens before the limit; arguments that are still to come take some

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator
 
 from cards_integrations.errors import SettingsError, shown
-from cards_integrations.models.loading import LocalModel, as_local_model
-from cards_integrations.models.vllm import VllmModel
+from cards_integrations.models.local.loading import LocalModel, as_local_model
+from cards_integrations.models.vllm.language_model import VllmModel
 
 ModelSource = LocalModel | VllmModel
 KINDS: dict[str, type[LocalModel] | type[VllmModel]] = {"local": LocalModel, "vllm": VllmModel}

@@ -18,17 +18,17 @@ from weakref import WeakValueDictionary
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
+from cards_integrations.chat.template import ChatTokenizer, as_text, same_vocabulary
 from cards_integrations.errors import CardsError, ModelError, OutOfMemory, RewardError
 from cards_integrations.models.base import Message
-from cards_integrations.models.chat import ChatTokenizer, as_text, same_vocabulary
-from cards_integrations.models.loading import LocalModel, ModelLoader
+from cards_integrations.models.local.loading import LocalModel, ModelLoader
 from cards_integrations.rewards.prompts import PLAIN
 from cards_integrations.threads import in_thread
 from cards_integrations.trace import Usage
 
 if TYPE_CHECKING:
-    from cards_integrations.models.kv_cache import TreeCache
-    from cards_integrations.models.step_times import StepTimes
+    from cards_integrations.transformer.kv_cache import TreeCache
+    from cards_integrations.transformer.step_times import StepTimes
 
 Scores = Sequence[float] | Awaitable[Sequence[float]]
 
@@ -304,7 +304,7 @@ class RewardLoader:
         except Exception as error:
             raise RewardError(f"reward {settings.name!r} cannot be loaded: {type(error).__name__}: {error}") from error
         if settings.sentencewise:
-            from cards_integrations.rewards.sentences import WholeSentences
+            from cards_integrations.rewards.scorers.sentences import WholeSentences
 
             model = WholeSentences(model)
         model.timeout = settings.timeout

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, field_validator
 
+from cards_integrations.chat.template import ChatTokenizer, same_vocabulary
 from cards_integrations.errors import ModelError, SettingsError
-from cards_integrations.models.chat import ChatTokenizer, same_vocabulary
-from cards_integrations.models.loading import DType, LocalModel
-from cards_integrations.models.transformer import Transformer
+from cards_integrations.models.local.loading import DType, LocalModel
 from cards_integrations.rewards.base import Reward, RewardLoader, RewardModel
-from cards_integrations.rewards.layout import Layout
 from cards_integrations.rewards.registry import register_reward
+from cards_integrations.rewards.scorers.layout import Layout
+from cards_integrations.transformer.forward import Transformer
 
 if TYPE_CHECKING:
     import torch
@@ -57,8 +57,8 @@ class ClassifierReward(Reward):
         return f"classifier {self.model}" + (f" + {Path(self.adapter).name}" if self.adapter else "")
 
     def build(self, loader: RewardLoader) -> RewardModel:
-        from cards_integrations.rewards.incremental import IncrementalClassifier
-        from cards_integrations.rewards.rescoring import RescoringClassifier
+        from cards_integrations.rewards.scorers.incremental import IncrementalClassifier
+        from cards_integrations.rewards.scorers.rescoring import RescoringClassifier
 
         adapter = self.adapter
         if adapter is not None and (ADAPTERS / adapter).is_dir():

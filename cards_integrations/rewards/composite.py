@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from annotated_types import Len
 
-from cards_integrations.models.step_times import StepTimes
 from cards_integrations.rewards.base import Conversation, Response, Reward, RewardLoader, RewardModel, scores
 from cards_integrations.rewards.registry import AnyReward
+from cards_integrations.transformer.step_times import StepTimes
 
 if TYPE_CHECKING:
-    from cards_integrations.models.kv_cache import TreeCache
+    from cards_integrations.transformer.kv_cache import TreeCache
 
 
 class Composite(RewardModel):

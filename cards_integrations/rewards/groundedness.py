@@ -10,15 +10,15 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from cards_integrations.errors import RewardError
 from cards_integrations.models.base import Message
-from cards_integrations.models.loading import LocalModel
+from cards_integrations.models.local.loading import LocalModel
 from cards_integrations.rewards.base import Conversation, Reward, RewardLoader, RewardModel
-from cards_integrations.rewards.embedding import Embedder
-from cards_integrations.rewards.entailment import Entailment
-from cards_integrations.rewards.likelihood import MutualInformation
-from cards_integrations.rewards.nearest import Nearest
 from cards_integrations.rewards.pattern import expressions
 from cards_integrations.rewards.prompts import WITH_CONTEXT
 from cards_integrations.rewards.registry import register_reward
+from cards_integrations.rewards.scorers.embedding import Embedder
+from cards_integrations.rewards.scorers.entailment import Entailment
+from cards_integrations.rewards.scorers.likelihood import MutualInformation
+from cards_integrations.rewards.scorers.nearest import Nearest
 
 PATTERNS = (
     r"-{5,}\n(?P<context>.+?)\n-{5,}",  # LlamaIndex

@@ -7,11 +7,11 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from cards_integrations.models.loading import AnyLocalModel
+from cards_integrations.models.local.loading import AnyLocalModel
 from cards_integrations.rewards.base import Response, Reward, RewardLoader, RewardModel
 from cards_integrations.rewards.composite import Composite
-from cards_integrations.rewards.likelihood import Likelihood, likelihood
 from cards_integrations.rewards.registry import register_reward
+from cards_integrations.rewards.scorers.likelihood import Likelihood, likelihood
 
 
 @register_reward

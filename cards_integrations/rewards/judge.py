@@ -7,15 +7,15 @@ from typing import Annotated, Any, Literal, Self
 import torch
 from pydantic import Field, model_validator
 
+from cards_integrations.chat.template import ChatTokenizer, as_text
 from cards_integrations.errors import SettingsError
-from cards_integrations.models.chat import ChatTokenizer, as_text
-from cards_integrations.models.kv_memory import KVMemory
-from cards_integrations.models.loading import AnyLocalModel
-from cards_integrations.models.transformer import Feed
+from cards_integrations.models.local.loading import AnyLocalModel
 from cards_integrations.rewards.base import Conversation, Reward, RewardLoader, RewardModel
-from cards_integrations.rewards.incremental import Incremental
-from cards_integrations.rewards.layout import Layout
 from cards_integrations.rewards.registry import register_reward
+from cards_integrations.rewards.scorers.incremental import Incremental
+from cards_integrations.rewards.scorers.layout import Layout
+from cards_integrations.transformer.forward import Feed
+from cards_integrations.transformer.kv_memory import KVMemory
 
 RUBRIC = """Here is a message, and the beginning of an answer to it.
 

@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
+from cards_integrations.chat.template import as_messages, as_text
 from cards_integrations.models.base import Message
-from cards_integrations.models.chat import as_messages, as_text
-from cards_integrations.models.embedded import MINILM
-from cards_integrations.models.loading import LocalModel
+from cards_integrations.models.local.embedded import MINILM
+from cards_integrations.models.local.loading import LocalModel
 from cards_integrations.rewards.base import Conversation, Response, Reward, RewardLoader, RewardModel, count_forward
 from cards_integrations.rewards.registry import register_reward
 
 if TYPE_CHECKING:
     import torch
 
-    from cards_integrations.rewards.embedding import Embedder
+    from cards_integrations.rewards.scorers.embedding import Embedder
 
 
 @register_reward
@@ -39,7 +39,7 @@ class RelevanceReward(Reward):
         return f"relevance {self.model}"
 
     def build(self, loader: RewardLoader) -> RewardModel:
-        from cards_integrations.rewards.embedding import Embedder
+        from cards_integrations.rewards.scorers.embedding import Embedder
 
         spec = LocalModel(model=self.model, revision=self.revision, trust_remote_code=self.trust_remote_code)
         return Relevance(self.name, Embedder.of(loader.models, spec))
@@ -57,7 +57,7 @@ class Relevance(RewardModel):
     async def score(self, responses: Sequence[Response]) -> list[float]:
         import torch
 
-        from cards_integrations.rewards.embedding import similarity
+        from cards_integrations.rewards.scorers.embedding import similarity
 
         conversations = [response.conversation for response in responses]
         new = [conversation for conversation in dict.fromkeys(conversations) if conversation.state is None]

@@ -14,10 +14,10 @@ import yaml
 
 from cards_integrations.decoding import Cards, Decoding, OptimalStopping, Sampling, Uncertainty
 from cards_integrations.decoding.base import Scale
+from cards_integrations.engine.scales import ScaleStore
 from cards_integrations.errors import SettingsError
 from cards_integrations.models.sources import ModelSource
 from cards_integrations.rewards.base import Reward
-from cards_integrations.scales import ScaleStore
 from cards_integrations.study.chains import Chains, Pilot, Prediction, Setting
 from cards_integrations.trace import Alignment
 

@@ -1,0 +1,236 @@
+"""Prompts to token ids and back: chat templates, one BOS, and text that is really text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import cached_property
+from itertools import groupby
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+
+from cards_integrations.chat.tool_formats import FORMATS, ToolFormat
+from cards_integrations.chat.tool_prompts import (
+    PROBE,
+    PROBED_TOOLS,
+    flattened,
+    format_in,
+    mentions_tools,
+    shows_tools,
+)
+from cards_integrations.chat.tools import FormatName, Tools
+from cards_integrations.errors import PromptError
+from cards_integrations.models.base import HALF, Message
+
+_MARK = "\u2063answer\u2063"  # stands for the answer while a template is split around it
+
+
+class Formatted(str):
+    """A prompt that is already in the model's own format, special tokens included."""
+
+
+class ChatTokenizer:
+    """A tokenizer and its chat template, if it has one."""
+
+    def __init__(self, tokenizer: Any, tool_format: FormatName | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.has_template = bool(getattr(tokenizer, "chat_template", None))
+        self._tool_format = tool_format
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Token ids; `special` adds what the tokenizer adds to a plain text (a BOS, for one)."""
+        checked(text)
+        try:
+            return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+        except Exception as error:
+            raise PromptError(f"The tokenizer cannot read the text: {type(error).__name__}: {error}") from error
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text. Half a character is U+FFFD and takes no other along: more ids take back nothing but that."""
+        text = self._decode(ids)
+        if HALF in text and self._bytes:
+            text = self._decode(self._whole(ids))
+        return text
+
+    def _whole(self, ids: Sequence[int]) -> list[int]:
+        """With whole characters only: for half of one, byte fallback decodes all the bytes around it to U+FFFD."""
+        whole: list[int] = []
+        for is_byte, run in groupby(ids, self._bytes.__contains__):
+            if is_byte:
+                text = bytes(self._bytes[token] for token in run).decode(errors="replace")
+                whole += [self._byte_tokens[byte] for byte in text.encode()]
+            else:
+                whole += run
+        return whole
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        hides = not self.markers
+        shown = list(ids) if hides else [token for token in ids if token not in self._special or token in self.markers]
+        return str(self.tokenizer.decode(shown, skip_special_tokens=hides, clean_up_tokenization_spaces=False))
+
+    def prompt(self, prompt: str | list[Message], tools: Tools | None = None) -> tuple[str, list[int]]:
+        """The text and the ids up to where the answer begins.
+
+        A string is one user message; a model without a template gets plain text. The BOS comes from
+        the template, or from the tokenizer if there is no template, never from both. A template that
+        knows no tools is told of them by a system message.
+        """
+        if isinstance(prompt, Formatted):
+            return self._plain(str(prompt))
+        messages = as_messages(prompt)
+        if tools or mentions_tools(messages):
+            schemas = tools.schemas if tools else ()
+            if self.knows_tools:
+                with suppress(Exception):  # it may insist on an order, or on ids, that these messages do not have
+                    before = self._apply(messages, tools=list(schemas) or None, add_generation_prompt=True)
+                    return before, self._nonempty(self.encode(before))
+            messages = flattened(messages, self.tool_format, schemas)
+        if not self.has_template:
+            return self._plain(as_text(messages))
+        before = self._render(messages, add_generation_prompt=True)
+        return before, self._nonempty(self.encode(before))
+
+    def _plain(self, text: str) -> tuple[str, list[int]]:
+        bos = self.tokenizer.bos_token
+        return text, self._nonempty(self.encode(text, special=not (bos and text.startswith(bos))))
+
+    def without_tools(self, prompt: str | list[Message]) -> str | list[Message]:
+        """The conversation for those who know no tools, a reward model for one."""
+        if isinstance(prompt, str) or not mentions_tools(prompt):
+            return prompt
+        return flattened(prompt, self.tool_format)
+
+    @property
+    def knows_tools(self) -> bool:
+        """Does the template show tools, calls and results?"""
+        return self._probed is not None
+
+    @property
+    def tool_format(self) -> ToolFormat:
+        """How this model writes a call: as its template does."""
+        return FORMATS[self._tool_format or self._probed or "hermes"]
+
+    @cached_property
+    def _probed(self) -> FormatName | None:
+        if not self.has_template:
+            return None
+        try:
+            shown = self._apply(PROBE, tools=PROBED_TOOLS)
+        except Exception:  # whatever a template makes of roles that it does not know
+            return None
+        return format_in(shown) if shows_tools(shown) else None
+
+    @cached_property
+    def _byte_tokens(self) -> list[int]:
+        """The tokens of bytes 0 to 255 (sentencepiece's byte fallback); none of them where one is missing."""
+        found = self.tokenizer.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in range(256)])
+        known = set(found) - {None, self.tokenizer.unk_token_id}
+        return found if len(known) == 256 and self._decode(found[0x41:0x42]) == "A" else []
+
+    @cached_property
+    def _bytes(self) -> dict[int, int]:
+        return {token: byte for byte, token in enumerate(self._byte_tokens)}
+
+    @cached_property
+    def _special(self) -> dict[int, str]:
+        return {i: str(token) for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+
+    @cached_property
+    def markers(self) -> dict[int, str]:
+        """Special tokens that are part of a call, and so of an answer's text."""
+        return {i: text for i, text in self._special.items() if text in self.tool_format.markers}
+
+    def lark(self, text: str) -> str:
+        """How a grammar writes a text: as a string, or as the special token that it is."""
+        added = {str(token): i for i, token in self.tokenizer.added_tokens_decoder.items()}  # not all are special
+        if text in self.tool_format.markers and text in added:
+            return f"<[{added[text]}]>"
+        return json.dumps(text, ensure_ascii=False)
+
+    def around_answer(self, prompt: str | list[Message]) -> tuple[str, str]:
+        """The template's text before the assistant's answer and after it."""
+        if isinstance(prompt, Formatted):
+            return str(prompt), ""
+        messages = as_messages(self.without_tools(prompt))
+        before = self._render(messages, add_generation_prompt=True)
+        whole = self._render([*messages, {"role": "assistant", "content": _MARK}])
+        return before, whole.partition(_MARK)[2]
+
+    def around_part(self, before: str, after: str) -> tuple[str, str]:
+        """A prompt of one user message, `before` + some part + `after`: its text before and after the part."""
+        if not self.has_template:
+            return before, after
+        whole = self._render([{"role": "user", "content": before + _MARK + after}], add_generation_prompt=True)
+        return whole.partition(_MARK)[::2]
+
+    def _render(self, messages: list[Message], **options: Any) -> str:
+        try:
+            return self._apply(messages, **options)
+        except TemplateError:
+            merged = alternating(messages)  # the template may insist on strict turns
+        try:
+            return self._apply(merged, **options)
+        except TemplateError as error:
+            raise PromptError(f"The model's chat template does not take these messages: {error}") from error
+
+    def _apply(self, messages: list[Message], **options: Any) -> str:
+        for message in messages:
+            checked(message["content"])
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options))
+        except TemplateError:
+            raise  # there may be another way to say it
+        except Exception as error:
+            raise PromptError(f"The chat template fails: {type(error).__name__}: {error}") from error
+
+    @staticmethod
+    def _nonempty(ids: list[int]) -> list[int]:
+        if not ids:
+            raise PromptError("The prompt is empty: there is no token to start from.")
+        return ids
+
+
+def as_messages(prompt: str | list[Message]) -> list[Message]:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def as_text(prompt: str | list[Message]) -> str:
+    """A plain text for those who read no chat: one message as it is, several with their roles."""
+    messages = as_messages(prompt)
+    if len(messages) == 1:
+        return str(messages[0]["content"])
+    return "".join(f"{m['role'].capitalize()}: {m['content']}\n" for m in messages) + "Assistant:"
+
+
+def alternating(messages: list[Message]) -> list[Message]:
+    """System text folded into the first user turn, and consecutive turns of one role merged."""
+    merged: list[Message] = []
+    for message in messages:
+        role = "user" if message["role"] == "system" else message["role"]
+        if merged and merged[-1]["role"] == role:
+            merged[-1] = {"role": role, "content": merged[-1]["content"] + "\n\n" + message["content"]}
+        else:
+            merged.append({"role": role, "content": message["content"]})
+    return merged
+
+
+def checked(text: str) -> str:
+    """The text, or an error that says where it is not valid Unicode."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"The text has a lone surrogate at position {error.start}, which no tokenizer can read; "
+            "clean it with text.encode('utf-8', 'replace').decode()."
+        ) from None
+    return text
+
+
+def same_vocabulary(one: object, other: object) -> bool:
+    """Do two tokenizers give every text the same ids?"""
+    if one is other:
+        return True
+    backends = [getattr(t, "backend_tokenizer", None) for t in (one, other)]
+    return None not in backends and backends[0].to_str() == backends[1].to_str()  # type: ignore[union-attr]

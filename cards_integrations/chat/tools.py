@@ -1,0 +1,102 @@
+"""Tools that an answer may call, and what was read of its calls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+from uuid import uuid4
+
+from cards_integrations.chat.grammar import as_json, json_rule
+from cards_integrations.errors import SettingsError, shown
+from cards_integrations.trace import InvalidToolCall, ToolCall
+
+FormatName = Literal["hermes", "mistral", "mistral_named", "llama3", "json"]
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What an answer may call.
+
+    `schemas` are functions as OpenAI describes them: `{"type": "function", "function": {"name", ...}}`.
+    `choice` is "auto" (the model decides), "any" (it calls at least one), or the name of a tool, which
+    it calls once. `strict`: under "auto" a call is held to its schema, too.
+    """
+
+    schemas: tuple[dict[str, Any], ...]
+    choice: str = "auto"
+    parallel: bool = True
+    strict: bool = False
+    call_id: str = field(default_factory=lambda: uuid4().hex[:7])
+
+    def __post_init__(self) -> None:
+        if self.choice not in ("auto", "any") and self.choice not in self.names:
+            raise SettingsError(
+                f"tool_choice={shown(self.choice)}: there is no such tool, only {', '.join(self.names)}."
+            )
+
+    @property
+    def names(self) -> list[str]:
+        return [schema["function"]["name"] for schema in self.schemas]
+
+    @property
+    def forced(self) -> bool:
+        return self.choice != "auto"
+
+    @property
+    def allowed(self) -> list[dict[str, Any]]:
+        """The functions that may be called."""
+        functions = [schema["function"] for schema in self.schemas]
+        return [f for f in functions if self.choice in ("auto", "any", f["name"])]
+
+    @property
+    def several(self) -> bool:
+        """May one answer call more than once?"""
+        return self.parallel and self.choice in ("auto", "any")
+
+
+def as_tools(schemas: Sequence[Mapping[str, Any]] | None, choice: Any = None, parallel: bool = True) -> Tools | None:
+    """From what callers of either framework say; None where no tool may be called."""
+    chosen = _choice(choice)
+    if not schemas or chosen == "none":
+        if chosen not in ("auto", "none"):
+            raise SettingsError(f"tool_choice={shown(choice)} needs tools=.")
+        return None
+    by_name = {each["function"]["name"]: each for each in map(_function, schemas)}  # one may be there twice
+    functions = tuple(by_name.values())
+    return Tools(functions, chosen, parallel, any(f["function"].get("strict") for f in functions))
+
+
+def _function(schema: Any) -> dict[str, Any]:
+    function = schema.get("function", schema) if isinstance(schema, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise SettingsError(f"tools: {shown(schema)} is not a function with a name, a description and parameters.")
+    as_json(dict(function), f"tool {shown(function['name'])}:")
+    json_rule(function.get("parameters") or {})  # refuses what is no schema
+    return {"type": "function", "function": dict(function)}
+
+
+def _choice(choice: Any) -> str:
+    if isinstance(choice, Mapping):  # as OpenAI or Anthropic write it
+        function = choice.get("function", choice)
+        if not isinstance(function, Mapping):
+            raise SettingsError(f"tool_choice={shown(choice)}: its function is no mapping with a name.")
+        choice = function.get("name", choice.get("type"))
+    if choice is None or choice is False:
+        return "auto" if choice is None else "none"
+    if choice is True:
+        return "any"
+    if not isinstance(choice, str):
+        raise SettingsError(
+            f"tool_choice={shown(choice)}: there is no such tool; pass a name, 'auto', 'any' or 'none'."
+        )
+    return "any" if choice == "required" else choice
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What an answer says and calls; later text can change none of its first `sure` calls."""
+
+    said: str
+    calls: tuple[ToolCall | InvalidToolCall, ...] = ()
+    sure: int = 0

@@ -1,0 +1,228 @@
+"""The engine: what faces call, from any thread and any event loop. Loads once, streams kept segments."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import queue
+import threading
+import weakref
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Sequence
+from concurrent.futures import Future
+from contextlib import aclosing, closing, suppress
+from typing import Any, ClassVar, TypeVar
+
+from cards_integrations.engine.session import Chunk
+from cards_integrations.engine.worker import EngineSettings, Request, Worker
+from cards_integrations.errors import EngineClosed
+from cards_integrations.models.base import LanguageModel, Message
+from cards_integrations.models.sources import ModelSource
+from cards_integrations.rewards.base import Reward
+from cards_integrations.trace import Alignment
+from cards_integrations.uncertainty import Measure
+
+__all__ = ["Engine", "EngineSettings", "Request"]
+
+T = TypeVar("T")
+
+
+class Engine:
+    """One language model and the reward models that guide it. Use `Engine.shared`."""
+
+    _shared: ClassVar[dict[tuple[ModelSource, EngineSettings], Engine]] = {}
+    _lock: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(self, model: ModelSource, settings: EngineSettings) -> None:
+        self.model = model
+        self.settings = settings
+        self.owners: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+        self.owned = False
+        self.asked: set[Future[Any]] = set()  # and not answered yet
+        self._worker: Worker | None = None
+        self._starting = threading.Lock()
+        self._closed = False
+
+    @classmethod
+    def shared(cls, model: ModelSource, settings: EngineSettings, owner: Any = None) -> Engine:
+        """The process's engine for these settings; nothing is loaded before the first request.
+
+        A new one takes the place of those of the same model whose owners are all gone, so that a model is not
+        held twice where an object is made anew with other settings.
+        """
+        with cls._lock:
+            engine = cls._shared.get((model, settings))
+            left = []
+            if engine is None or engine._closed:
+                left = [other for other in cls._shared.values() if other.model == model and other._left()]
+                for other in left:
+                    other._retire()
+                engine = cls._shared[model, settings] = Engine(model, settings)
+            if owner is not None:
+                engine.owned = True
+                engine.owners[id(owner)] = owner
+        for other in left:
+            other._stop()
+        return engine
+
+    def run(self, request: Request, tell: Callable[[Chunk], None] | None = None) -> Alignment:
+        """Block until the answer is written. Interrupting the wait cancels the request.
+
+        `tell` is called in the caller's thread with each segment, when it has been kept.
+        """
+        if tell is None:
+            return self._wait(self._submit(request))
+        with closing(self.stream(request)) as items:
+            while isinstance(item := next(items), Chunk):
+                tell(item)
+            return item
+
+    def run_many(self, requests: Sequence[Request], done: Callable[[], None] | None = None) -> list[Alignment]:
+        """Answers to all requests, drafted together; the first error cancels the rest.
+
+        `done` is called in the engine's thread when one of them ends.
+        """
+        return self._wait(self._submit_many(requests, done))
+
+    async def arun_many(self, requests: Sequence[Request]) -> list[Alignment]:
+        """Like `run_many`, without blocking the event loop."""
+        return await asyncio.wrap_future(self._submit_many(requests))
+
+    async def arun(self, request: Request, tell: Callable[[Chunk], Awaitable[None]] | None = None) -> Alignment:
+        """Like `run`, without blocking the event loop; cancelling the task cancels the request."""
+        if tell is None:
+            return await asyncio.wrap_future(self._submit(request))
+        async with aclosing(self.astream(request)) as items:
+            while isinstance(item := await anext(items), Chunk):
+                await tell(item)
+            return item
+
+    def stream(self, request: Request) -> Generator[Chunk | Alignment, None, None]:
+        """A `Chunk` per kept segment, then the `Alignment`; closing the iterator stops the drafting."""
+        inbox: queue.SimpleQueue[Chunk | Future[Alignment]] = queue.SimpleQueue()
+        future = self._submit(request, inbox.put)
+        future.add_done_callback(inbox.put)
+        try:
+            while not isinstance(item := inbox.get(), Future):
+                yield item
+            yield item.result()
+        finally:
+            future.cancel()
+
+    async def astream(self, request: Request) -> AsyncGenerator[Chunk | Alignment, None]:
+        """Like `stream`, without blocking the event loop."""
+        loop = asyncio.get_running_loop()
+        inbox: asyncio.Queue[Chunk | Future[Alignment]] = asyncio.Queue()
+
+        def put(item: Chunk | Future[Alignment]) -> None:
+            with suppress(RuntimeError):  # the caller's loop is gone, and nobody waits
+                loop.call_soon_threadsafe(inbox.put_nowait, item)
+
+        future = self._submit(request, put)
+        future.add_done_callback(put)
+        try:
+            while not isinstance(item := await inbox.get(), Future):
+                yield item
+            yield item.result()
+        finally:
+            future.cancel()
+
+    def score(
+        self, reward: Reward, prompt: str | list[Message], texts: Sequence[str], context: tuple[str, ...] = ()
+    ) -> list[float]:
+        """Rewards of whole answers to a prompt."""
+        return self._wait(self._ask(lambda worker: worker.score_texts(reward, prompt, list(texts), context)))
+
+    def uncertainties(self, measure: Measure, answers: Sequence[Alignment]) -> list[list[float]]:
+        """The language model's predictive uncertainty before each token of these answers."""
+        return self._wait(self._ask(lambda worker: worker.uncertainties(measure, answers)))
+
+    def loaded(self) -> LanguageModel:
+        """The language model, loaded if need be (its tokenizer may be used from any thread)."""
+        with self._starting:
+            future = self._running().loaded
+        return future.result()
+
+    def close(self, owner: Any = None) -> None:
+        """Stop and free the models, unless another owner still uses them.
+
+        Requests that wait or run end with `EngineClosed`. The next use of an owner starts afresh.
+        """
+        with self._lock:
+            if owner is not None:
+                self.owners.pop(id(owner), None)
+                if self.owners:
+                    return
+            self._retire()
+        self._stop()
+
+    @classmethod
+    def release(cls, owner: Any) -> None:
+        """Close every engine that the owner used."""
+        with cls._lock:
+            used = [engine for engine in cls._shared.values() if id(owner) in engine.owners]
+        for engine in used:
+            engine.close(owner)
+
+    def _left(self) -> bool:
+        """Has everybody gone who used it?"""
+        return self.owned and not self.owners and not self.asked
+
+    def _retire(self) -> None:
+        """No request comes any more; under the lock."""
+        self._closed = True
+        if self._shared.get((self.model, self.settings)) is self:
+            del self._shared[self.model, self.settings]
+
+    def _stop(self) -> None:
+        with self._starting:
+            if self._worker is not None:
+                self._worker.stop()
+                self._worker = None
+
+    def _submit(self, request: Request, emit: Callable[[Chunk], None] | None = None) -> Future[Alignment]:
+        return self._ask(lambda worker: worker.answer(request, emit))
+
+    def _submit_many(
+        self, requests: Sequence[Request], done: Callable[[], None] | None = None
+    ) -> Future[list[Alignment]]:
+        return self._ask(lambda worker: worker.answer_all(requests, done))
+
+    def _ask(self, work: Callable[[Worker], Coroutine[Any, Any, T]]) -> Future[T]:
+        """Have it done in the worker; nobody has left the engine before it is."""
+        with self._starting:
+            worker = self._running()
+            future = worker.submit(work(worker))
+            self.asked.add(future)
+        future.add_done_callback(self.asked.discard)
+        return future
+
+    def _running(self) -> Worker:
+        """The worker, started if need be; under the lock, so that no request meets a loop that has ended."""
+        if self._closed:
+            raise EngineClosed("The engine was closed.")
+        if self._worker is not None and self._worker.failed:
+            self._worker.stop()
+            self._worker = None
+        if self._worker is None:
+            self._worker = Worker(self.model, self.settings)
+        return self._worker
+
+    @staticmethod
+    def _wait(future: Future[T]) -> T:
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+
+def _forget_after_fork() -> None:
+    """A forked child has no worker threads: its engines start afresh."""
+    for engine in Engine._shared.values():
+        engine._worker, engine._starting = None, threading.Lock()
+    Engine._shared.clear()
+    Engine._lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_after_fork)

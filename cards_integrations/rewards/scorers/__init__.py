@@ -1,0 +1,1 @@
+"""How rewards read answers: incrementally, anew, as embeddings, by entailment, by likelihood."""

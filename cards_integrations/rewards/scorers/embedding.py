@@ -1,0 +1,67 @@
+"""Texts as unit vectors, by sentence-transformers (the extra `embeddings`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from cards_integrations.errors import CardsError, ModelError
+from cards_integrations.models.local.loading import LocalModel, ModelLoader, Turn, find
+
+
+class Embedder:
+    """A sentence-transformers model in float32; its directory says how it pools, and its prompts.
+
+    A text longer than the model's window loses its beginning. The library would cut the end, where
+    an answer grows: from there on all candidates would be one vector, and their scores the same.
+    """
+
+    def __init__(self, spec: LocalModel, device: torch.device) -> None:
+        try:
+            from sentence_transformers import SentenceTransformer
+        except ImportError as error:
+            raise ModelError(
+                f"model={spec.model!r} is read by sentence-transformers: "
+                f"install the extra `embeddings` of cards-integrations ({error})."
+            ) from error
+        try:
+            with Turn():
+                self.model: Any = SentenceTransformer(
+                    find(spec.model),
+                    device=str(device),
+                    revision=spec.revision,
+                    trust_remote_code=spec.trust_remote_code,
+                    model_kwargs={"dtype": torch.float32, "use_safetensors": True},
+                )
+        except CardsError:
+            raise
+        except Exception as error:
+            raise ModelError(f"model={spec.model!r} cannot be loaded for embeddings: {error}") from error
+        if hasattr(self.model.tokenizer, "truncation_side"):  # that of static embeddings cuts nothing
+            self.model.tokenizer.truncation_side = "left"
+
+    @classmethod
+    def of(cls, models: ModelLoader, spec: LocalModel) -> Embedder:
+        """The engine's only one of this model, whichever rewards ask for it."""
+        return models.once((cls, spec), lambda: cls(spec, models.device))
+
+    def __call__(self, texts: Sequence[str], query: bool = False) -> tuple[torch.Tensor, list[int]]:
+        """n texts -> unit vectors (n, size), and how many tokens were read of each.
+
+        A blank text is the zero vector, similar to nothing: what a model makes of no word is arbitrary.
+        Some models have one prompt for queries and another for the documents that answer them.
+        """
+        encode = self.model.encode_query if query else self.model.encode_document
+        found = encode(list(texts), output_value=None, show_progress_bar=False)
+        vectors = torch.stack([each["sentence_embedding"] for each in found]).float()
+        said = torch.tensor([bool(text.strip()) for text in texts], device=vectors.device)
+        tokens = [int(each["attention_mask"].sum()) if "attention_mask" in each else 0 for each in found]
+        return torch.nn.functional.normalize(vectors, dim=-1) * said[:, None], tokens
+
+
+def similarity(ones: torch.Tensor, others: torch.Tensor) -> list[float]:
+    """Cosines of the rows of two matrices of unit vectors (n, size), each in [-1, 1]."""
+    cosines: list[float] = (ones * others).sum(-1).clamp(-1, 1).tolist()  # rounding goes past 1
+    return cosines

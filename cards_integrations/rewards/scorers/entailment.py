@@ -1,0 +1,68 @@
+"""Does a context entail a sentence? By a classifier of pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from cards_integrations.errors import SettingsError
+from cards_integrations.rewards.base import Conversation, Response, RewardModel, count_forward
+from cards_integrations.rewards.scorers.sentences import sentences
+from cards_integrations.rewards.scorers.support import support
+
+
+class Entailment(RewardModel):
+    """The mean over an answer's sentences of the highest probability of `label` over its contexts.
+
+    The classifier reads pairs (context, sentence); of a context that is too long it reads the beginning.
+    """
+
+    across_requests = True
+
+    def __init__(
+        self,
+        name: str,
+        model: Any,
+        tokenizer: Any,
+        label: int | str,
+        context: Callable[[Conversation], Sequence[str]],
+    ) -> None:
+        self.name = name
+        self.context = context
+        self.model, self.tokenizer = model, tokenizer
+        self.index = self._index(label, self.model.config.id2label)
+
+    def _index(self, label: int | str, labels: dict[int, str]) -> int:
+        """The class that means support; a cross-encoder has only one."""
+        found = [index for index, name in labels.items() if label == index or str(label).lower() == name.lower()]
+        if not found and len(labels) > 1:
+            raise SettingsError(f"reward.label={label!r}: choose one of {labels} for the reward {self.name!r}.")
+        return found[0] if found else 0
+
+    def open(self, conversation: Conversation) -> None:
+        conversation.state = self.context(conversation)
+
+    async def score(self, responses: Sequence[Response]) -> list[float]:
+        asked = [(response.conversation, sentence) for response in responses for sentence in sentences(response.text)]
+        pairs = [(context, sentence) for conversation, sentence in asked for context in conversation.state]
+        read = iter(self._probabilities(pairs) if pairs else ())
+        by_sentence, counted = [], []
+        for conversation, _ in asked:
+            own = [next(read) for _ in conversation.state]
+            by_sentence.append([p for p, _ in own])
+            counted.append((conversation, sum(tokens for _, tokens in own)))
+        count_forward(counted)
+        rows = iter(by_sentence)
+        return [support(response, [next(rows) for _ in sentences(response.text)]) for response in responses]
+
+    def _probabilities(self, pairs: list[tuple[str, str]]) -> list[tuple[float, int]]:
+        """Of each pair, and how many tokens it has."""
+        contexts, texts = map(list, zip(*pairs, strict=True))
+        inputs = self.tokenizer(contexts, texts, padding=True, truncation="only_first", return_tensors="pt")
+        with torch.inference_mode():
+            logits = self.model(**inputs.to(self.model.device)).logits.float()
+        single = logits.shape[-1] == 1
+        p = logits[:, 0].sigmoid() if single else logits.softmax(-1)[:, self.index]
+        return list(zip(p.tolist(), inputs["attention_mask"].sum(-1).tolist(), strict=True))

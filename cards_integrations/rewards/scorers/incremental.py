@@ -1,0 +1,218 @@
+"""Decoders that score a candidate by its new tokens only: the kept answer stays in a KV cache."""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from cards_integrations.errors import OutOfMemory, RewardError
+from cards_integrations.models.local.loading import positions
+from cards_integrations.rewards.base import Conversation, Response, RewardModel, count_forward
+from cards_integrations.rewards.classifier import Head
+from cards_integrations.rewards.scorers.layout import Layout, scored
+from cards_integrations.transformer.forward import Feed, Row, Transformer
+from cards_integrations.transformer.kv_cache import Branch, Tree, TreeCache
+from cards_integrations.transformer.kv_memory import KVMemory, common
+from cards_integrations.transformer.step_times import StepTimes, step_times
+
+log = logging.getLogger("cards_integrations")
+
+
+@dataclass
+class Read:
+    """A conversation's row in the cache, and the text and ids around the answer."""
+
+    tree: Tree
+    before: str
+    after: str
+    before_ids: list[int]
+    after_ids: list[int]
+    told: bool = False  # that the window is full
+
+
+@dataclass
+class Scored:
+    """A response's branch; its first `kept` own tokens go into the trunk if it is kept, and end the `path`."""
+
+    branch: Branch
+    kept: int
+    path: list[int]
+
+
+class Incremental(RewardModel):
+    """A decoder that reads an answer in its layout; a candidate costs its own tokens and the layout's suffix.
+
+    With the language model's own vocabulary the candidate's ids are read as they are. Otherwise its
+    text is tokenized again, and what it shares with the kept tokens is not read again, even where
+    the last of them has merged with the first of the candidate. What is longer than the window
+    loses the beginning of the prompt.
+    """
+
+    across_requests = True
+
+    def __init__(
+        self, name: str, model: Any, layout: Layout, same_vocabulary: bool, memory: KVMemory | None = None
+    ) -> None:
+        self.name = name
+        self.model = model
+        self.layout = layout
+        self.same_vocabulary = same_vocabulary
+        self.transformer = Transformer(model, memory)
+        self.window = positions(model.config)
+
+    @cached_property
+    def times(self) -> StepTimes:
+        return step_times(self.name, self.model, self.transformer.time)
+
+    def needs(self, conversation: Conversation, tokens: int) -> list[tuple[TreeCache, int, int]]:
+        return [(self.transformer.cache, 1, tokens)]
+
+    def open(self, conversation: Conversation) -> None:
+        chat = self.layout.chat
+        before, after = self.layout.around(conversation)
+        before_ids, after_ids = chat.encode(before, special=self.layout.special), chat.encode(after)
+        conversation.state = Read(self.transformer.cache.open(), before, after, before_ids, after_ids)
+
+    def close(self, conversation: Conversation) -> None:
+        if conversation.state is not None:
+            self.transformer.memory.keep(conversation.state.tree)
+            self.transformer.cache.close(conversation.state.tree)
+            conversation.state = None
+
+    async def score(self, responses: Sequence[Response]) -> list[float]:
+        self._begin(responses)
+        feeds = [self._feed(response) for response in responses]
+        found: dict[int, float] = {}
+        try:
+            for batch in self.transformer.batches(feeds):
+                for feed, score in zip(batch, self._run(batch), strict=True):
+                    found[id(feed)] = score
+        except Exception:
+            for response, feed in zip(responses, feeds, strict=True):
+                response.conversation.state.tree.drop(feed.branch)
+            raise
+        return [found[id(feed)] for feed in feeds]
+
+    def _begin(self, responses: Sequence[Response]) -> None:
+        """Read the prompts of new answers, so that not each of them reads it again."""
+        several = Counter(
+            r.conversation for r in responses if r.conversation.state and not r.conversation.state.tree.ids
+        )
+        answered = {r.conversation for r in responses if r.text}  # others may follow before anything is kept
+        feeds = []
+        for conversation, n in several.items():
+            read: Read = conversation.state
+            prompt = read.before_ids[: self.window - 1]
+            if (n > 1 or conversation in answered) and len(prompt) > 1:
+                self.transformer.memory.recall(read.tree, prompt)
+                if unread := prompt[len(read.tree.ids) :]:
+                    feeds.append(Feed(read.tree.branch(), unread, conversation))
+        for batch in self.transformer.batches(feeds):
+            self._read(batch, self.transformer.hidden(batch))
+            for feed in batch:
+                feed.branch.tree.keep(feed.branch, len(feed.ids))
+                feed.branch.tree.drop(feed.branch)
+
+    def keep(self, response: Response) -> None:
+        if response.state is None:
+            return
+        scored: Scored = response.state
+        tree = scored.branch.tree
+        tree.keep(scored.branch, scored.kept)
+        tree.drop(scored.branch)
+        response.state = None
+
+    def drop(self, response: Response) -> None:
+        if response.state is not None and response.conversation.state is not None:
+            response.conversation.state.tree.drop(response.state.branch)
+        response.state = None
+
+    def _feed(self, response: Response) -> Feed:
+        read: Read = response.conversation.state
+        ids, suffix = self._fitting(*self._ids(response, read), response)
+        if not read.tree.ids:
+            self.transformer.memory.recall(read.tree, ids[: len(ids) - suffix])
+        most = len(ids) - max(1, suffix)  # the score is read at the last token
+        above: Scored | None = response.parent.state if response.parent else None
+        again = 0 if above is None else max(0, len(above.path) - most)  # nothing new, and the last is read again
+        if above is not None and again <= above.kept and common(ids, above.path) == len(above.path):
+            shared, branch = len(above.path) - again, above.branch.branch(above.kept - again)
+        else:
+            shared = min(common(ids, read.tree.ids), most)
+            branch = read.tree.branch(shared)
+        response.state = Scored(branch, len(ids) - suffix - shared, ids[: len(ids) - suffix])
+        return Feed(branch, ids[shared:], response)
+
+    def _fitting(self, ids: list[int], suffix: int, response: Response) -> tuple[list[int], int]:
+        """As much of the end as the window holds: of the prompt's beginning nothing, of the answer all."""
+        surplus = len(ids) - self.window
+        if surplus <= 0:
+            return ids, suffix
+        prompt = len(response.conversation.state.before_ids)
+        if surplus >= prompt:
+            raise RewardError(
+                f"reward {self.name!r}: the answer takes {len(ids) - prompt} tokens, more than the {self.window} of "
+                "its window; use a smaller max_tokens."
+            )
+        if not response.conversation.state.told:
+            log.warning("reward %r does not read the first tokens of a prompt: its window is full", self.name)
+            response.conversation.state.told = True
+        return ids[surplus:], suffix
+
+    def _ids(self, response: Response, read: Read) -> tuple[list[int], int]:
+        """All ids of the conversation with this answer, and how many of them come after the answer."""
+        chat = self.layout.chat
+        if self.same_vocabulary and response.ids is not None:
+            ids = [*read.before_ids, *response.ids]
+        else:
+            ids = chat.encode(read.before + response.text, special=self.layout.special)
+        whole = [*ids, *read.after_ids] or [chat.tokenizer.pad_token_id]  # something must be read
+        return whole, len(whole) - len(ids)
+
+    @abstractmethod
+    def _run(self, batch: list[Feed]) -> list[float]:
+        """One forward, and the scores of the feeds' owners."""
+
+    def _read(self, batch: list[Feed], rows: list[Row | OutOfMemory]) -> list[Row]:
+        """What a forward gave, counted."""
+        found = []
+        for row in rows:
+            if isinstance(row, OutOfMemory):
+                raise row
+            found.append(row)
+        count_forward((_conversation(feed.owner), len(feed.ids)) for feed in batch)
+        return found
+
+
+def _conversation(owner: Response | Conversation) -> Conversation:
+    """Whose feed it is: a response's, or that of a prompt which many responses follow."""
+    return owner.conversation if isinstance(owner, Response) else owner
+
+
+class IncrementalClassifier(Incremental):
+    """A decoder with a classification head, read at the last token."""
+
+    def __init__(
+        self, name: str, model: Any, layout: Layout, head: Head, same_vocabulary: bool, memory: KVMemory | None = None
+    ) -> None:
+        super().__init__(name, model, layout, same_vocabulary, memory)
+        self.head = head
+        self.to_logits = model.score.float()  # the last step in full precision: bf16 has three digits
+        self.pad = self.transformer.config.pad_token_id
+
+    def _ids(self, response: Response, read: Read) -> tuple[list[int], int]:
+        whole, suffix = super()._ids(response, read)
+        read_ids = scored(whole, self.pad)
+        return read_ids, max(0, suffix - (len(whole) - len(read_ids)))
+
+    def _run(self, batch: list[Feed]) -> list[float]:
+        hidden = self._read(batch, self.transformer.hidden(batch))
+        with torch.inference_mode():
+            return self.head(self.to_logits(torch.stack([row.value for row in hidden]).float()))

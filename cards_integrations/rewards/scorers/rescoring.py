@@ -1,0 +1,49 @@
+"""A classifier without a KV cache (an encoder): whole texts, batched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from cards_integrations.models.local.loading import positions
+from cards_integrations.rewards.base import Conversation, Response, RewardModel, count_forward
+from cards_integrations.rewards.classifier import Head
+from cards_integrations.rewards.scorers.layout import Layout
+
+
+class RescoringClassifier(RewardModel):
+    """Reads the whole text of every answer; a text that is too long loses its beginning."""
+
+    across_requests = True
+
+    def __init__(self, name: str, model: Any, layout: Layout, head: Head) -> None:
+        self.name = name
+        self.model = model
+        self.layout = layout
+        self.head = head
+        self.tokenizer = layout.chat.tokenizer
+        self.window = min(positions(model.config), self.tokenizer.model_max_length)
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = self.tokenizer.pad_token_id
+
+    def open(self, conversation: Conversation) -> None:
+        conversation.state = self.layout.around(conversation)
+
+    async def score(self, responses: Sequence[Response]) -> list[float]:
+        texts = [r.conversation.state[0] + r.text + r.conversation.state[1] for r in responses]
+        self.tokenizer.truncation_side = "left"
+        inputs = self.tokenizer(
+            texts,
+            add_special_tokens=self.layout.special,
+            padding=True,
+            truncation=True,
+            max_length=self.window,
+            return_tensors="pt",
+        ).to(self.model.device)
+        with torch.inference_mode():
+            logits = self.model(**inputs).logits
+        read = inputs["attention_mask"].sum(-1).tolist()
+        count_forward((response.conversation, tokens) for response, tokens in zip(responses, read, strict=True))
+        return self.head(logits)
