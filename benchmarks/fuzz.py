@@ -760,7 +760,10 @@ def _take_context(case: Case, world: World) -> object:
         return as_context(built(case["whole"]))
     texts = as_context(given)
     reward = GroundednessReward(without_context="plain")
-    reward.applies(Conversation(case["prompt"], Usage(), texts)), reward.applies(Conversation(case["prompt"], Usage()))
+    (
+        reward.has_signal_for(Conversation(case["prompt"], Usage(), texts)),
+        reward.has_signal_for(Conversation(case["prompt"], Usage())),
+    )
     return world.llm.align(case["prompt"], context=given)
 
 

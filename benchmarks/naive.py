@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from cards_integrations.chat.template import ChatTokenizer
 from cards_integrations.decoding import Cards, Threshold
 from cards_integrations.decoding.segmentation import Uncertainty
-from cards_integrations.models.local.loading import LocalModel, ModelLoader, Placement, find
+from cards_integrations.models.local.loading import LocalModel, ModelLoader, Placement, resolve_model
 from cards_integrations.models.randomness import Uniforms
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import ClassifierReward
@@ -44,7 +44,9 @@ class Plain:
         loader = ModelLoader(placement)
         adapter = str(ADAPTERS / reward.adapter) if reward.adapter else None
         judge, tokenizer = loader.classifier(LocalModel(model=reward.model, adapter=adapter))
-        model = AutoModelForCausalLM.from_pretrained(find(spec.model), dtype=judge.dtype).to(loader.device).eval()
+        model = (
+            AutoModelForCausalLM.from_pretrained(resolve_model(spec.model), dtype=judge.dtype).to(loader.device).eval()
+        )
         model.generation_config.pad_token_id = tokenizer.pad_token_id
         chat = ChatTokenizer(tokenizer)
         return cls(model, judge, chat, Layout(reward, chat), tokenizer.eos_token_id)

@@ -33,7 +33,7 @@ from sentence_transformers import SentenceTransformer
 
 from cards_integrations import CardsLLM, RetrievedContext, documents_chain
 from cards_integrations.decoding import Cards, Sampling
-from cards_integrations.models.local.loading import find
+from cards_integrations.models.local.loading import resolve_model
 from cards_integrations.rewards import GroundednessReward
 
 HERE = Path(__file__).parent
@@ -70,7 +70,7 @@ class MiniLM(Embeddings):
     """all-MiniLM-L6-v2, which comes in a wheel."""
 
     def __init__(self) -> None:
-        self.model = SentenceTransformer(find("minilm"), device="cpu")
+        self.model = SentenceTransformer(resolve_model("minilm"), device="cpu")
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
         return np.asarray(self.model.encode(texts, normalize_embeddings=True)).tolist()

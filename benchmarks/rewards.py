@@ -102,10 +102,10 @@ def distilled(llm: CardsLLM, folder: Path, n: int = 8, epochs: int = 2) -> Local
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from cards_integrations.models.local.loading import find
+    from cards_integrations.models.local.loading import resolve_model
 
     best = llm.align_batch(PLAIN, range(len(PLAIN)), decoding=BestOfN(n=n), max_tokens=48)
-    model = AutoModelForCausalLM.from_pretrained(find("smollm2"), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(resolve_model("smollm2"), dtype=torch.float32)
     tuned = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
     optimizer = torch.optim.AdamW((p for p in tuned.parameters() if p.requires_grad), lr=1e-3)
     torch.manual_seed(0)

@@ -46,7 +46,7 @@ class CardsTimeout(CardsError, TimeoutError):
     """The answer was not ready within `timeout` seconds."""
 
 
-def shown(value: object) -> str:
+def short_repr(value: object) -> str:
     """A value as an error quotes it: never longer than a few lines, whatever it is."""
     try:
         return _EXCERPT.repr(value)
@@ -54,7 +54,7 @@ def shown(value: object) -> str:
         return f"<{type(value).__name__}>"
 
 
-def unknown(what: str, name: str, known: Iterable[str], hint: str = "") -> SettingsError:
+def unknown_name(what: str, name: str, known: Iterable[str], hint: str = "") -> SettingsError:
     """The error for a name nobody registered: near matches first, then all known names."""
     known = sorted(known)
     name = name[:200]

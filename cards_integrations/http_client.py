@@ -118,7 +118,7 @@ class Servers:
     """Replicas of one service. What may pass (no connection, no answer in time, 429, 5xx) is tried again,
     at another replica if there is one, else after a while; so only what is safe to ask twice may be asked.
 
-    `who` begins every error, of the type `error`; `mends` says for a status what to do about it.
+    `who` begins every error, of the type `error`; `hints` says for a status what to do about it.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class Servers:
         retries: int = 3,
         concurrency: int = 8,
         error: type[CardsError] = CardsError,
-        mends: Mapping[int, str] | None = None,
+        hints: Mapping[int, str] | None = None,
         setting: str = "url",
         health: str | None = None,
     ) -> None:
@@ -142,7 +142,7 @@ class Servers:
         self.retries = retries
         self.concurrency = concurrency
         self.error_type = error
-        self.mends = mends or {}
+        self.hints = hints or {}
         self.setting = setting
         self.health = health
         self.asked = 0
@@ -249,7 +249,7 @@ class Servers:
             replica.failed()  # or, with 429, busy: both rest
             told = f"{told} The server is overloaded or has failed: see its log."
             raise self.error(replica, path, told, MayPass)
-        mend = self.mends.get(reply.status_code, f"Check {self.setting} and the settings of the server.")
+        mend = self.hints.get(reply.status_code, f"Check {self.setting} and the settings of the server.")
         raise self.error(replica, path, f"{told} {mend}")
 
     def _unreachable(self, error: httpx.HTTPError) -> str:

@@ -19,12 +19,12 @@ from pydantic_settings import (
 )
 
 from cards_integrations.chat.grammar import as_grammar
+from cards_integrations.chat.message import Message
 from cards_integrations.chat.response_format import as_response_format
 from cards_integrations.chat.tools import as_tools
 from cards_integrations.decoding import AnyDecoding, Cards, Decoding
 from cards_integrations.engine.engine import Engine, EngineSettings, Request
-from cards_integrations.errors import SettingsError, shown, unknown
-from cards_integrations.models.base import Message
+from cards_integrations.errors import SettingsError, short_repr, unknown_name
 from cards_integrations.models.local.loading import LocalModel
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.models.sources import AnyModel
@@ -53,7 +53,7 @@ def _text(one: Any) -> str:
     if found is None and callable(getattr(one, "get_content", None)):
         found = one.get_content()  # LlamaIndex's nodes
     if not isinstance(found, str):
-        raise SettingsError(f"context={shown(one)}: pass a text, a document, or a list of them.")
+        raise SettingsError(f"context={short_repr(one)}: pass a text, a document, or a list of them.")
     return found
 
 
@@ -63,7 +63,7 @@ def _told(error: ErrorDetails) -> str:
     if isinstance(cause, SettingsError):
         return str(cause)
     given = error["input"]
-    said = f"={shown(given)}" if isinstance(given, (str, int, float)) else ""  # a mapping may hold a key
+    said = f"={short_repr(given)}" if isinstance(given, (str, int, float)) else ""  # a mapping may hold a key
     return f"{'.'.join(map(str, error['loc']))}{said}: {error['msg']}"
 
 
@@ -99,7 +99,7 @@ class Options(BaseModel, hide_input_in_errors=True):  # the input may hold a key
         """One request; `overrides` are the call's own arguments: those of `PER_CALL`, or options."""
         for name in overrides:
             if name not in Options.model_fields.keys() - {"engine"} | PER_CALL:
-                raise unknown("call argument", name, Options.model_fields.keys() - {"engine"} | PER_CALL)
+                raise unknown_name("call argument", name, Options.model_fields.keys() - {"engine"} | PER_CALL)
         own = {name: overrides.get(name) for name in PER_CALL}
         chosen = self.chosen({name: value for name, value in overrides.items() if name not in PER_CALL})
         tools = as_tools(own["tools"], own["tool_choice"], own["parallel_tool_calls"] is not False)
@@ -141,7 +141,7 @@ class Options(BaseModel, hide_input_in_errors=True):  # the input may hold a key
     @classmethod
     def _known(cls, values: Any) -> Any:
         for name in values.keys() - cls.model_fields.keys() if isinstance(values, dict) else ():
-            raise unknown("setting", str(name), Options.model_fields)
+            raise unknown_name("setting", str(name), Options.model_fields)
         return values
 
 

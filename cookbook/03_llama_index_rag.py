@@ -19,7 +19,7 @@ from llama_index.core.schema import TextNode
 from sentence_transformers import SentenceTransformer
 
 from cards_integrations import CardsLLM, RetrievedContext
-from cards_integrations.models.local.loading import find
+from cards_integrations.models.local.loading import resolve_model
 from cards_integrations.rewards import GroundednessReward
 
 FACTS = [
@@ -35,7 +35,7 @@ FACTS = [
 # embedding of LlamaIndex.
 
 # %%
-minilm = SentenceTransformer(find("minilm"), device="cpu")
+minilm = SentenceTransformer(resolve_model("minilm"), device="cpu")
 
 
 class MiniLM(BaseEmbedding):

@@ -81,7 +81,7 @@ class Reference:
             ids.append(token)
             if any(stop in self.decode(answer + ids) for stop in self.stop):
                 return Draft(ids, "stop")
-            longest = boundary.length if isinstance(boundary, FixedLength) else boundary.longest
+            longest = boundary.length if isinstance(boundary, FixedLength) else boundary.max_tokens
             if len(ids) == min(longest, max_tokens - len(answer)):
                 return Draft(ids, "length")
             if isinstance(boundary, Punctuation) and len(ids) >= boundary.min_length:

@@ -15,8 +15,9 @@ import pytest
 import tiny
 import torch
 
+from cards_integrations.chat.message import Message
 from cards_integrations.engine import EngineSettings
-from cards_integrations.models.base import Candidate, Message
+from cards_integrations.models.base import Candidate
 from cards_integrations.models.local import language_model as local
 from cards_integrations.models.local.language_model import LocalLanguageModel
 

@@ -72,7 +72,7 @@ def test_what_is_predicted_is_what_happens_on_other_prompts(stories: CardsLLM, b
     assert happened.acceptance == pytest.approx(predicted.acceptance, rel=0.25)
     assert happened.drafted_tokens == pytest.approx(predicted.drafted_tokens, rel=0.25)
     assert happened.rm_calls == pytest.approx(predicted.rm_calls, rel=0.25)
-    assert happened.reward == pytest.approx(predicted.reward, abs=0.4 * found.scale.spread)
+    assert happened.reward == pytest.approx(predicted.reward, abs=0.4 * found.scale.std)
     assert happened.reward > found.scale.mean
 
 
@@ -113,7 +113,7 @@ def test_auto_takes_what_was_remembered(stories: CardsLLM) -> None:
     assert auto.token_ids == stories.align(TRIED_ON[0], seed=3, decoding=found.decoding).token_ids
     assert auto.segments[-1].threshold is not None
     assert auto.segments[-1].threshold <= found.chosen.target
-    assert found.chosen.target == pytest.approx(found.scale.mean, abs=found.scale.spread)
+    assert found.chosen.target == pytest.approx(found.scale.mean, abs=found.scale.std)
 
 
 def test_a_beginning_that_says_nothing_is_warned_of(words: CardsLLM) -> None:

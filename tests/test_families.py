@@ -18,7 +18,7 @@ from cards_integrations.decoding import Sampling
 from cards_integrations.engine import Request
 from cards_integrations.errors import ModelError
 from cards_integrations.models.sampling import Sampler
-from cards_integrations.transformer.forward import Feed, Transformer
+from cards_integrations.transformer.forward import ForwardInput, Transformer
 from cards_integrations.transformer.kv_cache import Branch, Tree
 
 TOKENS = range(2, tiny.SIZES["vocab_size"])
@@ -44,14 +44,14 @@ class Walk:
         tree = self.transformer.cache.open()
         self.trees[tree] = []
         trunk = tree.branch()
-        self.forward([Feed(trunk, self.ids(3, 9))])
+        self.forward([ForwardInput(trunk, self.ids(3, 9))])
         tree.keep(trunk)
 
     def grow(self) -> None:
         feeds = []
         for tree, branches in self.trees.items():
             branches += [tree.branch() for _ in range(2)]
-            feeds += [Feed(branch, self.ids(1, 2)) for branch in branches if self.dice.random() < 0.7]
+            feeds += [ForwardInput(branch, self.ids(1, 2)) for branch in branches if self.dice.random() < 0.7]
         self.dice.shuffle(feeds)
         self.forward(feeds)
 
@@ -69,7 +69,7 @@ class Walk:
                 del self.trees[tree]
 
     @torch.inference_mode()
-    def forward(self, feeds: list[Feed]) -> None:
+    def forward(self, feeds: list[ForwardInput]) -> None:
         logits = self.transformer.logits(feeds)
         for feed, row in zip(feeds, logits, strict=True):
             path = feed.branch.tree.ids[: feed.branch.base] + feed.branch.ids

@@ -25,7 +25,7 @@ from cards_integrations.langchain.convert import as_prompt
 CORPUS = sorted((Path(__file__).parent / "fuzz_corpus").glob("*.json"))
 GOOD = ("answered", "refused", "framework")
 OPEN = [entry for file in CORPUS if (entry := json.loads(file.read_text(encoding="utf-8"))).get("open")]
-"""Those that still fail; whoever mends one takes `open` out of its file."""
+"""Those that still fail; whoever hints one takes `open` out of its file."""
 QUICK = {
     "messages as dicts": 30, "LangChain messages": 20, "LlamaIndex messages": 30, "settings": 60, "environment": 20,
     "numbers that answers are made with": 20, "stop strings": 30, "contexts": 20, "replies of reward servers": 60,

@@ -27,7 +27,7 @@ from cards_integrations.models.base import Candidate, Context
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import ClassifierReward, Conversation
 from cards_integrations.trace import Alignment, Usage
-from cards_integrations.transformer.forward import Feed, Row, Transformer
+from cards_integrations.transformer.forward import ForwardInput, Row, Transformer
 from cards_integrations.transformer.kv_cache import Branch, Tree
 from cards_integrations.transformer.kv_memory import LEAST, KVMemory
 
@@ -187,12 +187,12 @@ class Texts:
 
     def append(self, tree: Tree, ids: list[int]) -> torch.Tensor:
         branch = tree.branch()
-        logits = self.logits([Feed(branch, ids)])
+        logits = self.logits([ForwardInput(branch, ids)])
         tree.keep(branch)
         tree.drop(branch)
         return logits[0]
 
-    def logits(self, feeds: list[Feed]) -> list[torch.Tensor]:
+    def logits(self, feeds: list[ForwardInput]) -> list[torch.Tensor]:
         return [row.value for row in self.transformer.logits(feeds) if isinstance(row, Row)]
 
     @torch.inference_mode()
@@ -216,7 +216,7 @@ def test_a_copied_row_gives_the_plain_logits(family: str) -> None:
     for _ in range(6):  # each time one of two branches is kept, and the columns of the other are taken again
         branches = [source.branch(), source.branch()]
         new = [dice.choices(range(2, 48), k=dice.randint(2, 5)) for _ in branches]
-        texts.logits([Feed(branch, part) for branch, part in zip(branches, new, strict=True)])
+        texts.logits([ForwardInput(branch, part) for branch, part in zip(branches, new, strict=True)])
         chosen = dice.randrange(2)
         source.keep(branches[chosen])
         for branch in branches:

@@ -812,7 +812,7 @@ def test_the_language_model_reads_each_token_once(llama: Models, start: Start) -
 def longest(method: Any) -> int:
     if isinstance(method, Args):
         return 1
-    return int(method.checkpoint if isinstance(method, SpeculativeRejection) else method.boundary.longest)
+    return int(method.checkpoint if isinstance(method, SpeculativeRejection) else method.boundary.max_tokens)
 
 
 # --- what is not as it should be ---

@@ -22,13 +22,13 @@ def rows(texts: list[str], **more: Any) -> list[dict[str, Any]]:
 OURS, THEIRS = rows(["long answer", "so", "equal", "}{"]), rows(["no", "long answer", "Equal", "{question}"])
 
 
-def shown(prompt: str) -> tuple[str, str]:
+def short_repr(prompt: str) -> tuple[str, str]:
     first, _, rest = prompt.partition("[The Start of Assistant 1's Answer]\n")[2].partition("\n[The End")
     return first, rest.partition("[The Start of Assistant 2's Answer]\n")[2].partition("\n[The End")[0]
 
 
 def by_length(prompt: str, bias: float = 0.0) -> str:
-    one, two = shown(prompt)
+    one, two = short_repr(prompt)
     return f"{min(10, len(one) / 2 + bias):g} {min(10, len(two) / 2):g}\nBecause."
 
 
@@ -58,7 +58,7 @@ def test_a_preference_for_a_place_cancels(bias):
 
 def test_what_cannot_be_read_is_no_tie():
     def sulks(prompt: str) -> str:
-        return "I would rather not." if shown(prompt)[0] == "equal" else by_length(prompt)
+        return "I would rather not." if short_repr(prompt)[0] == "equal" else by_length(prompt)
 
     found = judge(OURS, THEIRS, asked(sulks), progress=False)
     assert [row["verdict"] for row in found.rows] == ["win", "loss", "unparsed", "loss"]
@@ -91,7 +91,7 @@ def test_only_equal_prompts_with_equal_seeds_are_paired():
 def test_the_prompts_hold_answers_as_they_are():
     prompts = calls(OURS, THEIRS)
     assert len(prompts) == 8
-    assert [shown(prompt) for prompt in prompts[-2:]] == [("}{", "{question}"), ("{question}", "}{")]
+    assert [short_repr(prompt) for prompt in prompts[-2:]] == [("}{", "{question}"), ("{question}", "}{")]
 
 
 def test_calls_that_fail_are_tried_again(monkeypatch):

@@ -108,7 +108,7 @@ SHAPES = {
 }
 
 
-def shown(text: str) -> str:
+def short_repr(text: str) -> str:
     """NUL is the one character that HTML has no way to write."""
     return text.replace("\0", "\ufffd")
 
@@ -140,10 +140,10 @@ def test_hostile_text_stays_text(pieces: list[str], name: str) -> None:
     drawn = answer._repr_html_()
     assert "\r" not in drawn  # browsers make a line break of it
     read = Read(drawn).found
-    assert read.get("answer", [""]) == [shown(answer.text)]
-    assert read["draft"] == [shown(text) for piece in pieces for text in (pieces[0], piece)]
-    assert f"{shown(name)} 0.250" in read["note"]
-    assert read["call"][1] == f"invalid call {shown(f'{name}({name})')}: {shown(name)}"
+    assert read.get("answer", [""]) == [short_repr(answer.text)]
+    assert read["draft"] == [short_repr(text) for piece in pieces for text in (pieces[0], piece)]
+    assert f"{short_repr(name)} 0.250" in read["note"]
+    assert read["call"][1] == f"invalid call {short_repr(f'{name}({name})')}: {short_repr(name)}"
     assert "a <model>" in read["note cost"][0]
 
 
@@ -152,7 +152,7 @@ def test_segments_that_do_not_add_up_show_the_text_once(text: str, lengths: list
     """A stop string takes back what an earlier segment had."""
     answer = alignment(*[segment("x" * length) for length in lengths])
     answer = Alignment(**{**vars(answer), "text": text})
-    assert Read(answer._repr_html_()).found.get("answer", [""]) == [shown(text)]
+    assert Read(answer._repr_html_()).found.get("answer", [""]) == [short_repr(text)]
 
 
 def test_halves_of_surrogate_pairs_can_be_written(tmp_path: Path) -> None:

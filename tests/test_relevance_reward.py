@@ -15,10 +15,10 @@ import torch
 from conftest import Start
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BertModel
 
+from cards_integrations.chat.message import Message
 from cards_integrations.decoding import BestOfN
 from cards_integrations.engine import Request
 from cards_integrations.errors import ModelError
-from cards_integrations.models.base import Message
 from cards_integrations.models.local.embedded import embedded_model
 from cards_integrations.models.local.loading import LocalModel, ModelLoader, Placement
 from cards_integrations.models.sampling import Sampler

@@ -371,7 +371,7 @@ async def test_the_key_is_sent(site: Site, given: str, monkeypatch: pytest.Monke
     assert site.seen["asked"][0]["key"] == f"Bearer {SECRET}"
 
 
-def shown(reward: RemoteReward) -> str:
+def short_repr(reward: RemoteReward) -> str:
     options, model = CardsSettings(reward=reward), reward.build(None)  # type: ignore[arg-type]
     written = reward.model_dump_json() + str(reward.model_dump()) + options.to_yaml()
     return f"{reward!r} {reward} {reward.name} {written} {options!r} {model!r}"
@@ -381,7 +381,7 @@ def shown(reward: RemoteReward) -> str:
 async def test_the_key_is_not_shown(site: Site, pad: int) -> None:
     """Not even by a server that repeats it, nor half of it where an excerpt ends."""
     reward = site.reward(options=f"key=other/pad={pad}", api_key=SECRET)
-    assert SECRET not in shown(reward)
+    assert SECRET not in short_repr(reward)
     with pytest.raises(RewardError, match=r"HTTP 401.*no such key.*CARDS_REWARD_API_KEY") as caught:
         await asked(reward, "4")
     assert SECRET[:4] not in str(caught.value)

@@ -101,9 +101,9 @@ def test_a_reward_without_a_scale_is_measured_once(start: Start, models: Callabl
     assert len(set(words.found)) > 1
     scale = scale_of(engine, reward)
     assert scale.mean == pytest.approx(statistics.fmean(words.found))
-    assert scale.spread == pytest.approx(statistics.stdev(words.found))
-    target = scale.mean + 1.5 * scale.spread
-    by_hand = Cards(target_reward=target, beta=scale.spread / 5, max_rejections=3, boundary=SEGMENTS)
+    assert scale.std == pytest.approx(statistics.stdev(words.found))
+    target = scale.mean + 1.5 * scale.std
+    by_hand = Cards(target_reward=target, beta=scale.std / 5, max_rejections=3, boundary=SEGMENTS)
     for seed, answer in enumerate(answers):
         told = engine.run(Request(PROMPT, by_hand, reward, Sampler(temperature=1.2), 12, seed=seed))
         assert told.token_ids == answer.token_ids
@@ -173,7 +173,7 @@ def test_a_composite_on_auto_is_measured_with_its_standardised_parts(start: Star
     assert len(words.measured) == 2 * len(PLAIN)  # the part, and then the whole
     whole = scale_of(engine, reward)
     assert len(words.measured) == 2 * len(PLAIN)
-    assert (whole.mean, whole.spread) == pytest.approx((0.0, 3.0), abs=1e-6)
+    assert (whole.mean, whole.std) == pytest.approx((0.0, 3.0), abs=1e-6)
 
 
 def test_the_scale_of_a_gate_is_that_of_its_inner_reward(start: Start, models: Callable[..., str]) -> None:
@@ -186,7 +186,7 @@ def test_the_scale_of_a_gate_is_that_of_its_inner_reward(start: Start, models: C
     assert scale_of(engine, gate) == scale_of(engine, inner)
     assert scale_of(engine, gate).mean > 0
     published = GateReward(gate=closed, reward=inner.model_copy(update={"scale": (1.5, 2.5)}))
-    assert scale_of(engine, published) == Scale(mean=1.5, spread=2.5)
+    assert scale_of(engine, published) == Scale(mean=1.5, std=2.5)
 
 
 def test_a_gate_may_publish_a_scale_of_its_own(start: Start, models: Callable[..., str]) -> None:
@@ -194,7 +194,7 @@ def test_a_gate_may_publish_a_scale_of_its_own(start: Start, models: Callable[..
     gate = GateReward(gate=LengthReward(target=3), reward=FunctionReward(function=words), scale=(4.0, 2.0))
     engine.run(request(gate))
     assert words.measured == []
-    assert scale_of(engine, gate) == Scale(mean=4.0, spread=2.0)
+    assert scale_of(engine, gate) == Scale(mean=4.0, std=2.0)
 
 
 @pytest.mark.parametrize("kind", [WeightedReward, MinReward])
@@ -205,7 +205,7 @@ def test_what_a_gate_closes_is_no_measure_inside_a_composite(
     gate = GateReward(gate=PatternReward(forbidden=r"\bw1\d\b"), reward=LengthReward(target=20, scale=(-1.0, 1.0)))
     reward = kind(rewards=[gate])
     engine.run(request(reward))
-    assert scale_of(engine, reward).spread < 100
+    assert scale_of(engine, reward).std < 100
 
 
 def test_a_reward_is_measured_on_the_prompts_that_suit_it(start: Start, models: Callable[..., str]) -> None:
@@ -236,7 +236,7 @@ def test_a_constant_reward_works_and_warns(
         with caplog.at_level(logging.WARNING, "cards_integrations"):
             answer = engine.run(request(whole))
         assert "gives every plain answer 2.5: it cannot guide" in caplog.text
-        assert scale_of(engine, reward) == Scale(mean=2.5, spread=0.0)
+        assert scale_of(engine, reward) == Scale(mean=2.5, std=0.0)
         if not isinstance(whole, MinReward):
             assert {draft.verdict for segment in answer.segments for draft in segment.drafts} == {"accepted"}
 
@@ -279,7 +279,7 @@ def test_a_remembered_target_and_beta_are_used(
     engine = start(models("llama"))
     engine.run(request(judge))
     [file] = cache.iterdir()
-    file.write_text(Scale(mean=0, spread=1, target=-90.0, beta=0.25).model_dump_json())
+    file.write_text(Scale(mean=0, std=1, target=-90.0, beta=0.25).model_dump_json())
     answer = engine.run(request(judge))
     assert answer.segments[-1].threshold == pytest.approx(-90 if len(answer.token_ids) == 12 else -45, abs=45)
     assert {d.verdict for segment in answer.segments for d in segment.drafts} == {"accepted"}

@@ -689,7 +689,7 @@ for name in names:
         except Exception as error:
             outcomes.append(f"{type(error).__name__}: {error}")
         engine.close()
-    store.put(LocalModel(model=name), LengthReward(target=3), Scale(mean=0.0, spread=1.0))
+    store.put(LocalModel(model=name), LengthReward(target=3), Scale(mean=0.0, std=1.0))
     assert store.get(LocalModel(model=name), LengthReward(target=3)) is not None
 print(json.dumps({"outcomes": outcomes, "written": sorted(set(written))}))
 """
@@ -733,12 +733,12 @@ def test_a_link_in_the_place_of_a_scale_is_replaced_and_not_followed(
 
     monkeypatch.setenv("CARDS_CACHE_DIR", str(tmp_path / "cache"))
     store, model, reward = ScaleStore(), LocalModel(model="m/m"), LengthReward(target=3)
-    store.put(model, reward, Scale(mean=1.0, spread=1.0))
+    store.put(model, reward, Scale(mean=1.0, std=1.0))
     (file,) = (tmp_path / "cache" / "scales").iterdir()
     other = tmp_path / "other.json"
     other.write_text("mine")
     file.unlink()
     file.symlink_to(other)
-    store.put(model, reward, Scale(mean=2.0, spread=1.0))
+    store.put(model, reward, Scale(mean=2.0, std=1.0))
     assert other.read_text() == "mine"
-    assert store.get(model, reward) == Scale(mean=2.0, spread=1.0)
+    assert store.get(model, reward) == Scale(mean=2.0, std=1.0)

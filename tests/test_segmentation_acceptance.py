@@ -111,16 +111,16 @@ def test_the_paper_s_settings() -> None:
 
 def test_auto_follows_the_scale_of_the_reward() -> None:
     class Scaled:
-        reward_scale: Scale | None = Scale(mean=1.0, spread=0.5)
+        reward_scale: Scale | None = Scale(mean=1.0, std=0.5)
 
     target, beta = Cards().on_scale_of(Scaled())
     assert 1.0 < target <= 2.0
     assert 0 < beta < 0.5
     assert Cards(target_reward=7.0, beta=0.2).on_scale_of(Scaled()) == (7.0, 0.2)
-    Scaled.reward_scale = Scale(mean=1.0, spread=0.5, target=3.0, beta=0.25)  # a calibration has chosen
+    Scaled.reward_scale = Scale(mean=1.0, std=0.5, target=3.0, beta=0.25)  # a calibration has chosen
     assert Cards().on_scale_of(Scaled()) == (3.0, 0.25)
     assert Cards(target_reward=7.0, beta=0.2).on_scale_of(Scaled()) == (7.0, 0.2)
-    Scaled.reward_scale = Scale(mean=1.0, spread=0.0)  # nothing to go by
+    Scaled.reward_scale = Scale(mean=1.0, std=0.0)  # nothing to go by
     assert Cards().on_scale_of(Scaled()) == (1.0, 0.7)
 
 

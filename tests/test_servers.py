@@ -60,7 +60,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def of(*replicas: VllmServer | str, **settings: Any) -> Servers:
     urls = [each if isinstance(each, str) else each.url for each in replicas]
-    given = {"error": ModelError, "setting": "model.base_url", "health": "/health", "mends": {404: "Mend it."}}
+    given = {"error": ModelError, "setting": "model.base_url", "health": "/health", "hints": {404: "Mend it."}}
     return Servers("model 'served'", urls, **{**given, **settings})
 
 

@@ -14,12 +14,12 @@ from pydantic import ValidationError
 
 from cards_integrations import CardsLLM
 from cards_integrations.chat.grammar import Grammar
+from cards_integrations.chat.message import Message
 from cards_integrations.chat.template import ChatTokenizer, as_text
 from cards_integrations.chat.tools import FormatName, as_tools
 from cards_integrations.decoding import Cards, Sampling, Uncertainty
 from cards_integrations.engine import Engine, EngineSettings, Request
 from cards_integrations.engine.session import Chunk
-from cards_integrations.models.base import Message
 from cards_integrations.models.local.loading import LocalModel, ModelLoader, Placement
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import FunctionReward

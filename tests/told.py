@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from cards_integrations.models.base import Message
+from cards_integrations.chat.message import Message
 
 THEN, OR = "\n=== then ===\n", "\n=== or ===\n"
 OBSERVED = "Observation: "  # how a ReAct agent tells a result, as the user

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel
 
-from cards_integrations.errors import ModelError, SettingsError, shown
+from cards_integrations.errors import ModelError, SettingsError, short_repr
 
 MULTIPLES = 10**5  # of a number with more remainders the automaton takes seconds, or hours
 COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # as models were taught
@@ -57,21 +57,21 @@ def as_grammar(value: Any) -> Grammar | None:
     if isinstance(value, Mapping):
         return Grammar.json_schema(value)
     raise SettingsError(
-        f"grammar={shown(value)}: pass Grammar.regex(...), Grammar.choice(...), a JSON schema or a pydantic class."
+        f"grammar={short_repr(value)}: pass Grammar.regex(...), Grammar.choice(...), a JSON schema or a pydantic class."
     )
 
 
 def json_rule(schema: Mapping[str, Any]) -> str:
     """A JSON value as part of a rule."""
     if not isinstance(schema, Mapping):
-        raise SettingsError(f"{shown(schema)} is no JSON schema: pass a mapping.")
+        raise SettingsError(f"{short_repr(schema)} is no JSON schema: pass a mapping.")
     try:
         for multiple in _multiples(schema):
             if _digits(multiple) > MULTIPLES:
-                raise SettingsError(f"multipleOf={shown(multiple)} has too many digits for a grammar.")
+                raise SettingsError(f"multipleOf={short_repr(multiple)} has too many digits for a grammar.")
         closed = _closed(schema)
     except RecursionError:
-        raise SettingsError(f"The JSON schema {shown(schema)} is nested too deeply.") from None
+        raise SettingsError(f"The JSON schema {short_repr(schema)} is nested too deeply.") from None
     return "%json " + as_json({**closed, "x-guidance": COMPACT}, "JSON schema", ensure_ascii=True)
 
 
@@ -80,7 +80,7 @@ def as_json(value: Any, what: str, ensure_ascii: bool = False) -> str:
     try:
         return json.dumps(value, ensure_ascii=ensure_ascii)
     except (TypeError, ValueError, RecursionError) as error:
-        raise SettingsError(f"{what} {shown(value)} cannot be written as JSON: {error}") from None
+        raise SettingsError(f"{what} {short_repr(value)} cannot be written as JSON: {error}") from None
 
 
 def _multiples(schema: Any) -> Iterator[int | float]:

@@ -9,10 +9,10 @@ from typing import Any
 from pydantic import BaseModel
 
 from cards_integrations.chat.grammar import Grammar, as_json
+from cards_integrations.chat.message import Message
 from cards_integrations.chat.template import Formatted, as_messages
 from cards_integrations.chat.tool_prompts import told
-from cards_integrations.errors import SettingsError, shown
-from cards_integrations.models.base import Message
+from cards_integrations.errors import SettingsError, short_repr
 
 TOLD = "Answer with a JSON object that this JSON schema describes:\n{schema}"
 
@@ -56,5 +56,5 @@ def as_response_format(value: Any) -> ResponseFormat | None:
             return ResponseFormat(value["json_schema"].get("schema"))
         return ResponseFormat(value)
     raise SettingsError(
-        f"response_format={shown(value)}: pass a JSON schema, a pydantic class, or what OpenAI's API takes."
+        f"response_format={short_repr(value)}: pass a JSON schema, a pydantic class, or what OpenAI's API takes."
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError
 
+from cards_integrations.chat.message import PARTIAL_CHARACTER, Message
 from cards_integrations.chat.tool_formats import FORMATS, ToolFormat
 from cards_integrations.chat.tool_prompts import (
     PROBE,
@@ -22,7 +23,6 @@ from cards_integrations.chat.tool_prompts import (
 )
 from cards_integrations.chat.tools import FormatName, Tools
 from cards_integrations.errors import PromptError
-from cards_integrations.models.base import HALF, Message
 
 _MARK = "\u2063answer\u2063"  # stands for the answer while a template is split around it
 
@@ -50,7 +50,7 @@ class ChatTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text. Half a character is U+FFFD and takes no other along: more ids take back nothing but that."""
         text = self._decode(ids)
-        if HALF in text and self._bytes:
+        if PARTIAL_CHARACTER in text and self._bytes:
             text = self._decode(self._whole(ids))
         return text
 

@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from cards_integrations.chat.message import Message
 from cards_integrations.chat.tool_formats import ToolFormat
 from cards_integrations.chat.tools import FormatName
-from cards_integrations.models.base import Message
 
 TOLD = """You can call functions to help with the user's request. Their signatures are:
 <tools>

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from uuid import uuid4
 
 from cards_integrations.chat.grammar import as_json, json_rule
-from cards_integrations.errors import SettingsError, shown
+from cards_integrations.errors import SettingsError, short_repr
 from cards_integrations.trace import InvalidToolCall, ToolCall
 
 FormatName = Literal["hermes", "mistral", "mistral_named", "llama3", "json"]
@@ -32,7 +32,7 @@ class Tools:
     def __post_init__(self) -> None:
         if self.choice not in ("auto", "any") and self.choice not in self.names:
             raise SettingsError(
-                f"tool_choice={shown(self.choice)}: there is no such tool, only {', '.join(self.names)}."
+                f"tool_choice={short_repr(self.choice)}: there is no such tool, only {', '.join(self.names)}."
             )
 
     @property
@@ -60,7 +60,7 @@ def as_tools(schemas: Sequence[Mapping[str, Any]] | None, choice: Any = None, pa
     chosen = _choice(choice)
     if not schemas or chosen == "none":
         if chosen not in ("auto", "none"):
-            raise SettingsError(f"tool_choice={shown(choice)} needs tools=.")
+            raise SettingsError(f"tool_choice={short_repr(choice)} needs tools=.")
         return None
     by_name = {each["function"]["name"]: each for each in map(_function, schemas)}  # one may be there twice
     functions = tuple(by_name.values())
@@ -70,8 +70,8 @@ def as_tools(schemas: Sequence[Mapping[str, Any]] | None, choice: Any = None, pa
 def _function(schema: Any) -> dict[str, Any]:
     function = schema.get("function", schema) if isinstance(schema, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise SettingsError(f"tools: {shown(schema)} is not a function with a name, a description and parameters.")
-    as_json(dict(function), f"tool {shown(function['name'])}:")
+        raise SettingsError(f"tools: {short_repr(schema)} is not a function with a name, a description and parameters.")
+    as_json(dict(function), f"tool {short_repr(function['name'])}:")
     json_rule(function.get("parameters") or {})  # refuses what is no schema
     return {"type": "function", "function": dict(function)}
 
@@ -80,7 +80,7 @@ def _choice(choice: Any) -> str:
     if isinstance(choice, Mapping):  # as OpenAI or Anthropic write it
         function = choice.get("function", choice)
         if not isinstance(function, Mapping):
-            raise SettingsError(f"tool_choice={shown(choice)}: its function is no mapping with a name.")
+            raise SettingsError(f"tool_choice={short_repr(choice)}: its function is no mapping with a name.")
         choice = function.get("name", choice.get("type"))
     if choice is None or choice is False:
         return "auto" if choice is None else "none"
@@ -88,7 +88,7 @@ def _choice(choice: Any) -> str:
         return "any"
     if not isinstance(choice, str):
         raise SettingsError(
-            f"tool_choice={shown(choice)}: there is no such tool; pass a name, 'auto', 'any' or 'none'."
+            f"tool_choice={short_repr(choice)}: there is no such tool; pass a name, 'auto', 'any' or 'none'."
         )
     return "any" if choice == "required" else choice
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cards_integrations.errors import SettingsError, shown
+from cards_integrations.errors import SettingsError, short_repr
 
 if TYPE_CHECKING:
     from cards_integrations.llm import CardsLLM
@@ -65,5 +65,5 @@ def decoding_from(text: str) -> Any:
         try:
             found[key.strip()] = yaml.safe_load(value)
         except Exception:  # PyYAML has errors of many types for one bad scalar
-            raise SettingsError(f"--decoding {text!r}: {shown(value)} is no value.") from None
+            raise SettingsError(f"--decoding {text!r}: {short_repr(value)} is no value.") from None
     return as_decoding(found)

@@ -21,7 +21,7 @@ from cards_integrations.decoding.segmentation import FixedLength, Punctuation, U
 from cards_integrations.decoding.speculative_rejection import SpeculativeRejection
 from cards_integrations.decoding.stopping import OptimalStopping
 from cards_integrations.decoding.tree_bon import TreeBoN
-from cards_integrations.errors import SettingsError, shown, unknown
+from cards_integrations.errors import SettingsError, short_repr, unknown_name
 from cards_integrations.models.base import Boundary
 
 METHODS: dict[str, type[Decoding]] = {
@@ -48,10 +48,10 @@ def as_decoding(value: Any) -> Decoding:
         except (ValueError, RecursionError) as error:
             raise SettingsError(f"decoding is not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise SettingsError(f"decoding={shown(value)}: pass a name, a dict with 'method', or a settings object.")
+        raise SettingsError(f"decoding={short_repr(value)}: pass a name, a dict with 'method', or a settings object.")
     method = value.get("method", "cards")
     if not isinstance(method, str) or method not in METHODS:
-        raise unknown("decoding", method if isinstance(method, str) else shown(method), METHODS)
+        raise unknown_name("decoding", method if isinstance(method, str) else short_repr(method), METHODS)
     return METHODS[method].model_validate(value)
 
 

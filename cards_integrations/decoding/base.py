@@ -21,7 +21,7 @@ class Scale(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     mean: FiniteFloat
-    spread: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    std: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     target: FiniteFloat | None = None
     beta: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 

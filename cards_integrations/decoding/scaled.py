@@ -16,7 +16,7 @@ def beta_for(beta: float | Literal["auto"], session: Session) -> float:
     scale = session.reward_scale
     if beta != "auto":
         return beta
-    return (scale and (scale.beta or scale.spread / 5)) or 0.7
+    return (scale and (scale.beta or scale.std / 5)) or 0.7
 
 
 class OnScale(Decoding):
@@ -41,5 +41,5 @@ class OnScale(Decoding):
         target, scale = self.target_reward, session.reward_scale
         if target == "auto":
             assert scale is not None  # the engine knows it, if `needs_scale`
-            target = scale.mean + 1.5 * scale.spread if scale.target is None else scale.target
+            target = scale.mean + 1.5 * scale.std if scale.target is None else scale.target
         return target, beta_for(self.beta, session)

@@ -24,11 +24,11 @@ class _Between(Boundary):
         return self
 
     @property
-    def shortest(self) -> int:
+    def min_tokens(self) -> int:
         return self.min_length
 
     @property
-    def longest(self) -> int:
+    def max_tokens(self) -> int:
         return self.max_length
 
 
@@ -73,11 +73,11 @@ class FixedLength(Boundary):
     length: Annotated[int, Field(ge=1)] = 16
 
     @property
-    def shortest(self) -> int:
+    def min_tokens(self) -> int:
         return self.length
 
     @property
-    def longest(self) -> int:
+    def max_tokens(self) -> int:
         return self.length
 
 

@@ -63,12 +63,12 @@ class OptimalStopping(BaseModel):
             reward, written = best.reward, best.end
             await session.keep(best)
 
-    def reservation(self, mean: float, spread: float | None, length: float) -> float:
-        """xi with E[max(M - xi, 0)] = price * batch * length; infinite as long as no spread is known."""
-        if not spread:
-            return math.inf if spread is None else mean
-        cost = self.price * self.batch * length / spread
-        return mean + spread * _excess_quantile(cost, self.batch)
+    def reservation(self, mean: float, std: float | None, length: float) -> float:
+        """xi with E[max(M - xi, 0)] = price * batch * length; infinite as long as no std is known."""
+        if not std:
+            return math.inf if std is None else mean
+        cost = self.price * self.batch * length / std
+        return mean + std * _excess_quantile(cost, self.batch)
 
 
 def pooled_spread(segments: Sequence[Sequence[float]]) -> float | None:

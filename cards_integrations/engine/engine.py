@@ -12,10 +12,11 @@ from concurrent.futures import Future
 from contextlib import aclosing, closing, suppress
 from typing import Any, ClassVar, TypeVar
 
+from cards_integrations.chat.message import Message
 from cards_integrations.engine.session import Chunk
 from cards_integrations.engine.worker import EngineSettings, Request, Worker
 from cards_integrations.errors import EngineClosed
-from cards_integrations.models.base import LanguageModel, Message
+from cards_integrations.models.base import LanguageModel
 from cards_integrations.models.sources import ModelSource
 from cards_integrations.rewards.base import Reward
 from cards_integrations.trace import Alignment

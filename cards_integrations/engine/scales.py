@@ -70,7 +70,7 @@ class Scales:
                 return stored
             if known.scale is not None:
                 mean, spread = known.scale
-                return Scale(mean=mean, spread=spread)
+                return Scale(mean=mean, std=spread)
         if alike not in self.measuring:
             for old in [measured for measured, task in self.measuring.items() if task.done()][: -MOST + 1]:
                 del self.measuring[old]  # there may be a reward for each request
@@ -93,7 +93,7 @@ class Scales:
 
     async def _scaled(self, part: Reward) -> Reward:
         scale = await self.of(part)
-        return part.model_copy(update={"scale": (scale.mean, scale.spread)})
+        return part.model_copy(update={"scale": (scale.mean, scale.std)})
 
     async def _measure(self, reward: Reward) -> Scale:
         log.warning(
@@ -103,9 +103,9 @@ class Scales:
             self.model.model,
         )
         found = await self.measure(reward)
-        scale = Scale(mean=statistics.fmean(found), spread=statistics.stdev(found) if len(found) > 1 else 0.0)
-        log.warning("reward %r: mean %.3g, spread %.3g", reward.name, scale.mean, scale.spread)
-        if scale.spread == 0:
+        scale = Scale(mean=statistics.fmean(found), std=statistics.stdev(found) if len(found) > 1 else 0.0)
+        log.warning("reward %r: mean %.3g, spread %.3g", reward.name, scale.mean, scale.std)
+        if scale.std == 0:
             log.warning("reward %r gives every plain answer %.3g: it cannot guide", reward.name, scale.mean)
         self.store.put(self.model, reward, scale)
         return scale

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Protocol
 from uuid import uuid4
 
+from cards_integrations.chat.message import PARTIAL_CHARACTER
 from cards_integrations.chat.tool_reader import ToolReader
 from cards_integrations.decoding.base import Draft, Scale
 from cards_integrations.engine.draft_pool import Drafts, Level, Pending, Plan, Question
 from cards_integrations.errors import RewardError
-from cards_integrations.models.base import HALF, Boundary, Context, LanguageModel
+from cards_integrations.models.base import Boundary, Context, LanguageModel
 from cards_integrations.rewards.base import Conversation, Response, RewardModel
 from cards_integrations.trace import DraftTrace, FinishReason, InvalidToolCall, Segment, ToolCall
 from cards_integrations.transformer.step_times import StepTimes
@@ -280,7 +281,7 @@ class Session:
             return
         text = self.context.text
         if not self.finished:
-            text = text.rstrip(HALF)
+            text = text.rstrip(PARTIAL_CHARACTER)
             text = text[: len(text) - self.context.stop.held_back(text)]
         said, calls = self.reader.new(text, self.finished)
         self.emit(Chunk(said, segment, len(self.segments) - 1, calls))

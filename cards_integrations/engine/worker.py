@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field
 
 from cards_integrations.chat.grammar import Grammar
+from cards_integrations.chat.message import Message
 from cards_integrations.chat.stop_strings import StopStrings
 from cards_integrations.chat.tool_reader import ToolReader
 from cards_integrations.chat.tools import Tools
@@ -40,7 +41,7 @@ from cards_integrations.errors import (
     PromptError,
     SettingsError,
 )
-from cards_integrations.models.base import Context, LanguageModel, Message
+from cards_integrations.models.base import Context, LanguageModel
 from cards_integrations.models.local.loading import ModelLoader, Placement
 from cards_integrations.models.randomness import fresh_seed
 from cards_integrations.models.sampling import Sampler
@@ -253,7 +254,7 @@ class Worker:
     def _plain_if_unguided(self, request: Request) -> Request:
         """As it is, or without a reward that has nothing to say about it."""
         prompt = self.language_model.chat.without_tools(request.prompt)
-        if request.reward is None or request.reward.applies(Conversation(prompt, Usage(), request.context)):
+        if request.reward is None or request.reward.has_signal_for(Conversation(prompt, Usage(), request.context)):
             return request
         log.info("reward %r does not apply: a plain answer", request.reward.name)
         return replace(request, decoding=Sampling(), reward=None)

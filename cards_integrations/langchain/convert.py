@@ -25,8 +25,8 @@ from llama_index.core.base.llms.types import (
 )
 from pydantic import BaseModel
 
-from cards_integrations.errors import PromptError, shown
-from cards_integrations.models.base import Message
+from cards_integrations.chat.message import Message
+from cards_integrations.errors import PromptError, short_repr
 
 ROLES = {
     "human": "user", "user": "user",
@@ -113,13 +113,13 @@ def _result(said: Mapping[str, Any]) -> dict[str, str | None]:
     found = {name: said.get(name) for name in ("tool_call_id", "name")}
     for name, value in found.items():
         if not isinstance(value, str | None):
-            raise PromptError(f"{name}={shown(value)} of a tool's message must be a string.")
+            raise PromptError(f"{name}={short_repr(value)} of a tool's message must be a string.")
     return found
 
 
 def _calls(several: Any) -> list[dict[str, Any]]:
     if not isinstance(several, (list, tuple)):
-        raise PromptError(f"Not a tool call: {shown(several)}; pass a list of them.")
+        raise PromptError(f"Not a tool call: {short_repr(several)}; pass a list of them.")
     return [_call_of_dict(call.model_dump() if isinstance(call, BaseModel) else call) for call in several]
 
 
@@ -130,7 +130,7 @@ def _call_of_dict(call: Any) -> dict[str, Any]:
     except (TypeError, KeyError):
         name = arguments = None
     if not isinstance(name, str) or not isinstance(call.get("id"), str | None):
-        raise PromptError(f"Not a tool call: {shown(call)}; pass OpenAI's or LangChain's form.")
+        raise PromptError(f"Not a tool call: {short_repr(call)}; pass OpenAI's or LangChain's form.")
     return _call(call.get("id"), name, arguments)
 
 
@@ -147,7 +147,9 @@ def _call(call_id: str | None, name: str, arguments: Any) -> dict[str, Any]:
     try:
         json.dumps(dict(arguments))
     except (TypeError, ValueError, RecursionError) as error:
-        raise PromptError(f"The arguments {shown(arguments)} of a call of {name!r} are no JSON: {error}.") from None
+        raise PromptError(
+            f"The arguments {short_repr(arguments)} of a call of {name!r} are no JSON: {error}."
+        ) from None
     return {"type": "function", "id": call_id, "function": {"name": name, "arguments": dict(arguments)}}
 
 
@@ -163,7 +165,7 @@ def _name_results(chat: list[Message]) -> None:
 def _role(role: Any) -> str:
     if not isinstance(role, str) or role not in ROLES:
         raise PromptError(
-            f"The message role {shown(role)} is not known; use one of {', '.join(sorted(set(ROLES.values())))}."
+            f"The message role {short_repr(role)} is not known; use one of {', '.join(sorted(set(ROLES.values())))}."
         )
     return ROLES[role]
 
@@ -185,7 +187,7 @@ def _part(part: Any) -> str:
         return str(part["text"])
     if isinstance(kind, str) and kind in NOT_SAID:
         return ""
-    raise PromptError("Message content of type 'text' has no text.") if kind == "text" else _only_text(shown(kind))
+    raise PromptError("Message content of type 'text' has no text.") if kind == "text" else _only_text(short_repr(kind))
 
 
 def _block(block: ContentBlock) -> str:

@@ -9,13 +9,13 @@ from langchain_core.utils.function_calling import convert_to_json_schema, conver
 from llama_index.core.tools.types import BaseTool as LlamaIndexTool
 from pydantic import BaseModel
 
-from cards_integrations.errors import SettingsError, shown
+from cards_integrations.errors import SettingsError, short_repr
 
 
 def tool_schemas(tools: Sequence[Any] | None, strict: bool | None = None) -> list[dict[str, Any]]:
     """Of LangChain's and LlamaIndex's tools, functions, pydantic classes, typed dicts and schemas."""
     if isinstance(tools, (str, bytes, Mapping)) or not isinstance(tools or (), Sequence):
-        raise SettingsError(f"tools={shown(tools)}: pass a list of them.")
+        raise SettingsError(f"tools={short_repr(tools)}: pass a list of them.")
     return [_tool_schema(tool, strict) for tool in tools or ()]
 
 
@@ -28,7 +28,9 @@ def _tool_schema(tool: Any, strict: bool | None) -> dict[str, Any]:
             found = {**found, "function": {**found["function"], "strict": strict}}
         return found
     except Exception as error:
-        raise SettingsError(f"tools: {shown(tool)} cannot be described as a function: {str(error)[:500]}") from error
+        raise SettingsError(
+            f"tools: {short_repr(tool)} cannot be described as a function: {str(error)[:500]}"
+        ) from error
 
 
 def json_schema(schema: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
+from cards_integrations.chat.message import PARTIAL_CHARACTER, Message
 from cards_integrations.chat.stop_strings import StopStrings
 from cards_integrations.errors import CardsError
 from cards_integrations.models.randomness import Uniforms
@@ -23,11 +24,7 @@ if TYPE_CHECKING:
     from cards_integrations.transformer.kv_cache import TreeCache
     from cards_integrations.transformer.step_times import StepTimes
 
-HALF = "\ufffd"  # where a text ends within a character
 CLOSE_WITHIN = 32  # tokens before the limit; arguments that are still to come take some
-Message = dict[str, Any]
-"""`role` (system, user, assistant, tool) and `content`, a text; with tools also `tool_calls`, `tool_call_id` and
-`name`, as chat templates take them."""
 
 
 class Boundary(BaseModel):
@@ -57,12 +54,12 @@ class Boundary(BaseModel):
 
     @property
     @abstractmethod
-    def shortest(self) -> int:
+    def min_tokens(self) -> int:
         """Tokens before which `ends_before` and `ends_after` are not asked."""
 
     @property
     @abstractmethod
-    def longest(self) -> int:
+    def max_tokens(self) -> int:
         """Tokens at which the segment ends at the latest."""
 
 
@@ -117,17 +114,17 @@ class Candidate:
         parent = self.parent
         self.before = self.context.ids.copy() if parent is None else parent.before + parent.ids
         self.response = self.context.text if parent is None else parent.response
-        self.before_text = self.response.rstrip(HALF)
+        self.before_text = self.response.rstrip(PARTIAL_CHARACTER)
 
     @property
     def text(self) -> str:
         text = self.response[len(self.before_text) :]
-        return text if self.finish else text.rstrip(HALF)
+        return text if self.finish else text.rstrip(PARTIAL_CHARACTER)
 
     @property
-    def room(self) -> int:
+    def remaining_tokens(self) -> int:
         """Tokens that this candidate may still take."""
-        return min(self.boundary.longest, self.context.max_tokens - len(self.before)) - len(self.ids)
+        return min(self.boundary.max_tokens, self.context.max_tokens - len(self.before)) - len(self.ids)
 
     @property
     def end(self) -> int:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
-from cards_integrations.errors import SettingsError, shown
+from cards_integrations.errors import SettingsError, short_repr
 from cards_integrations.models.local.loading import LocalModel, as_local_model
 from cards_integrations.models.vllm.language_model import VllmModel
 
@@ -28,7 +28,7 @@ def as_model(value: Any) -> Any:
     if isinstance(value, dict):
         kind = value.get("kind", "local")
         if not isinstance(kind, str) or kind not in KINDS:
-            raise SettingsError(f"model.kind={shown(kind)}: one of {', '.join(KINDS)}.")
+            raise SettingsError(f"model.kind={short_repr(kind)}: one of {', '.join(KINDS)}.")
         return KINDS[kind].model_validate(value)
     return value
 

@@ -18,9 +18,9 @@ from weakref import WeakValueDictionary
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
+from cards_integrations.chat.message import Message
 from cards_integrations.chat.template import ChatTokenizer, as_text, same_vocabulary
 from cards_integrations.errors import CardsError, ModelError, OutOfMemory, RewardError
-from cards_integrations.models.base import Message
 from cards_integrations.models.local.loading import LocalModel, ModelLoader
 from cards_integrations.rewards.prompts import PLAIN
 from cards_integrations.threads import in_thread
@@ -64,7 +64,7 @@ class Response:
 
 
 class RewardModel(ABC):
-    """A loaded reward model. Called from the engine's thread; higher scores are better."""
+    """A loaded reward model. CallableModel from the engine's thread; higher scores are better."""
 
     name: str
     timeout: float | None = None
@@ -183,9 +183,9 @@ class Reward(BaseModel):
         """The reward whose scale is this one's, too."""
         return self.with_parts([part.scaled_like for part in self.parts])
 
-    def applies(self, conversation: Conversation) -> bool:
+    def has_signal_for(self, conversation: Conversation) -> bool:
         """Has it anything to say here? Where it has not, the answer is a plain one."""
-        return all(part.applies(conversation) for part in self.parts)
+        return all(part.has_signal_for(conversation) for part in self.parts)
 
     @property
     def sentencewise(self) -> bool:
@@ -219,7 +219,7 @@ class Reward(BaseModel):
 
     def build(self, loader: RewardLoader) -> RewardModel:
         """Load it; called once per engine, in the engine's thread."""
-        return Called(self.name, self.score)
+        return CallableModel(self.name, self.score)
 
 
 def _hash(value: Any) -> int:
@@ -230,7 +230,7 @@ def _hash(value: Any) -> int:
         return 0
 
 
-class Called(RewardModel):
+class CallableModel(RewardModel):
     """A Python callable, `function(prompt, responses)`, asked for one request at a time."""
 
     def __init__(self, name: str, function: Callable[[str, list[str]], Scores]) -> None:

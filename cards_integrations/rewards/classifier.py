@@ -67,7 +67,7 @@ class ClassifierReward(Reward):
             model=self.model, revision=self.revision, adapter=adapter, trust_remote_code=self.trust_remote_code
         )
         models = loader.models
-        model, tokenizer = models.at(self.device, self.dtype).classifier(spec)
+        model, tokenizer = models.on_device(self.device, self.dtype).classifier(spec)
         layout = Layout(ChatTokenizer(tokenizer), self.prompt_format, self.end_of_turn)
         head = Head(self, model.config)
         same = models.language_model is not None and same_vocabulary(tokenizer, models.language_model[2])

@@ -113,7 +113,7 @@ def _distinct(names: list[str]) -> list[str]:
 Parts = Annotated[tuple[AnyReward, ...], Len(1)]
 
 
-class OfRewards(Reward):
+class CompositeReward(Reward):
     """Settings with `rewards`, each of which is standardised: (reward - mean) / spread of plain answers."""
 
     standardises: ClassVar[bool] = True
@@ -142,7 +142,7 @@ class OfRewards(Reward):
 class Combined(Composite):
     """All parts are asked, and the settings say what comes of it."""
 
-    def __init__(self, settings: OfRewards, models: Sequence[RewardModel]) -> None:
+    def __init__(self, settings: CompositeReward, models: Sequence[RewardModel]) -> None:
         super().__init__(settings.name, models)
         self.settings = settings
         self.scales = [reward.scale or (0.0, 1.0) for reward in settings.rewards]

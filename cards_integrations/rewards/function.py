@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BeforeValidator, ImportString, PlainSerializer, TypeAdapter, ValidationError
 
 from cards_integrations.errors import SettingsError
-from cards_integrations.rewards.base import Called, Reward, RewardLoader, RewardModel
+from cards_integrations.rewards.base import CallableModel, Reward, RewardLoader, RewardModel
 from cards_integrations.rewards.registry import register_reward
 
 if TYPE_CHECKING:
@@ -75,4 +75,4 @@ class FunctionReward(Reward):
         return False  # there may be one for each request
 
     def build(self, loader: RewardLoader) -> RewardModel:
-        return Called(self.name, self.function)
+        return CallableModel(self.name, self.function)

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from cards_integrations.chat.message import Message
 from cards_integrations.errors import RewardError
-from cards_integrations.models.base import Message
 from cards_integrations.models.local.loading import LocalModel
 from cards_integrations.rewards.base import Conversation, Reward, RewardLoader, RewardModel
 from cards_integrations.rewards.pattern import expressions
@@ -93,7 +93,7 @@ class GroundednessReward(Reward):
             return Nearest(self.name, Embedder.of(loader.models, spec), self.context)
         return Entailment(self.name, *loader.models.classifier(spec), self.label, self.context)
 
-    def applies(self, conversation: Conversation) -> bool:
+    def has_signal_for(self, conversation: Conversation) -> bool:
         return self.without_context == "error" or bool(conversation.context or self._cut_out(conversation)[1])
 
     def context(self, conversation: Conversation) -> tuple[str, ...]:

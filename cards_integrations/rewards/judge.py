@@ -14,7 +14,7 @@ from cards_integrations.rewards.base import Conversation, Reward, RewardLoader, 
 from cards_integrations.rewards.registry import register_reward
 from cards_integrations.rewards.scorers.incremental import Incremental
 from cards_integrations.rewards.scorers.layout import Layout
-from cards_integrations.transformer.forward import Feed
+from cards_integrations.transformer.forward import ForwardInput
 from cards_integrations.transformer.kv_memory import KVMemory
 
 RUBRIC = """Here is a message, and the beginning of an answer to it.
@@ -80,7 +80,7 @@ class IncrementalJudge(Incremental):
         super().__init__(name, model, layout, same_vocabulary, memory)
         self.words = words
 
-    def _run(self, batch: list[Feed]) -> list[float]:
+    def _run(self, batch: list[ForwardInput]) -> list[float]:
         yes, no = self.words
         rows = self._read(batch, self.transformer.logits(batch))
         with torch.inference_mode():

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from cards_integrations.rewards.composite import OfRewards
+from cards_integrations.rewards.composite import CompositeReward
 from cards_integrations.rewards.registry import register_reward
 
 
 @register_reward
-class MinReward(OfRewards):
+class MinReward(CompositeReward):
     """min_i (r_i - mean_i) / spread_i: an answer is as good as its weakest side.
 
     Mean and spread are those of part i over plain answers, as in `WeightedReward`.

@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BeforeValidator, SerializeAsAny, WithJsonSchema
 
-from cards_integrations.errors import SettingsError, shown, unknown
+from cards_integrations.errors import SettingsError, short_repr, unknown_name
 from cards_integrations.models.local.loading import is_directory
 from cards_integrations.rewards.base import Reward
 
@@ -53,7 +53,7 @@ def reward_class(kind: str) -> type[Reward]:
             raise SettingsError(f"The reward plug-in {kind!r} ({plugins[kind].value}) is not a subclass of Reward.")
         REWARDS[kind] = found
     if kind not in REWARDS:
-        raise unknown("reward.kind", kind, known_rewards())
+        raise unknown_name("reward.kind", kind, known_rewards())
     return REWARDS[kind]
 
 
@@ -72,21 +72,23 @@ def as_reward(value: Any) -> Reward:
             return NAMED[name]
         if "/" in name or is_directory(name):
             return REWARDS["classifier"].model_validate({"model": name})
-        raise unknown("reward", name, NAMED, " Or pass a hub id, a directory, a function or a settings object.")
+        raise unknown_name("reward", name, NAMED, " Or pass a hub id, a directory, a function or a settings object.")
     if isinstance(value, dict):
         if "kind" not in value:
-            given = ", ".join(map(shown, value))  # the values may hold a key
+            given = ", ".join(map(short_repr, value))  # the values may hold a key
             raise SettingsError(f"reward with {given[:200]} names no kind: one of {', '.join(sorted(REWARDS))}.")
         try:
             kind = value["kind"]
-            return reward_class(kind if isinstance(kind, str) else shown(kind)).model_validate(value)
+            return reward_class(kind if isinstance(kind, str) else short_repr(kind)).model_validate(value)
         except RecursionError:
             raise SettingsError("reward contains itself, or is nested too deeply.") from None
     if isinstance(value, type):
         raise SettingsError(f"reward={value.__name__} is a class: pass an object of it, {value.__name__}(...).")
     if callable(value):
         return REWARDS["function"].model_validate({"function": value})
-    raise SettingsError(f"reward={shown(value)}: pass a name, a hub id, a directory, a function or a settings object.")
+    raise SettingsError(
+        f"reward={short_repr(value)}: pass a name, a hub id, a directory, a function or a settings object."
+    )
 
 
 _SCHEMA = WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object", "required": ["kind"]}], "title": "Reward"})

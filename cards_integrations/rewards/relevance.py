@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
+from cards_integrations.chat.message import Message
 from cards_integrations.chat.template import as_messages, as_text
-from cards_integrations.models.base import Message
 from cards_integrations.models.local.embedded import MINILM
 from cards_integrations.models.local.loading import LocalModel
 from cards_integrations.rewards.base import Conversation, Response, Reward, RewardLoader, RewardModel, count_forward

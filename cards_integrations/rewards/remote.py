@@ -26,7 +26,7 @@ from cards_integrations.rewards.registry import register_reward
 from cards_integrations.rewards.scorers.layout import Layout, scored
 
 KEY = "CARDS_REWARD_API_KEY"
-MENDS = {
+HINTS = {
     400: "Check reward.url, reward.protocol and reward.model.",
     401: f"Set reward.api_key, or {KEY}.",
     403: f"Set reward.api_key, or {KEY}.",
@@ -133,7 +133,7 @@ class Remote(RewardModel):
         self.settings = settings
         self.servers = Servers(
             f"reward {settings.name!r}", settings.urls, key=key, timeout=settings.request_timeout,
-            retries=settings.retries, concurrency=settings.concurrency, error=RewardError, mends=MENDS,
+            retries=settings.retries, concurrency=settings.concurrency, error=RewardError, hints=HINTS,
             setting="reward.url", health=self.health,
         )  # fmt: skip
 

@@ -7,12 +7,12 @@ from typing import Literal, Self
 
 from pydantic import FiniteFloat, model_validator
 
-from cards_integrations.rewards.composite import OfRewards
+from cards_integrations.rewards.composite import CompositeReward
 from cards_integrations.rewards.registry import register_reward
 
 
 @register_reward
-class WeightedReward(OfRewards):
+class WeightedReward(CompositeReward):
     """sum_i w_i (r_i - mean_i) / spread_i, with mean and spread of part i over plain answers.
 
     Those come from the part's `scale`; where it is None they are measured at first use. Equal weights

@@ -75,7 +75,7 @@ class Calibration:
         predicted, plain = self.chosen.predicted, self.plain
         lines = [
             f"{self.reward.name} on {self.model.model}: plain answers have {self.scale.mean:.3g} "
-            f"(spread {self.scale.spread:.2g}) in {plain.kept_tokens:.0f} tokens.",
+            f"(spread {self.scale.std:.2g}) in {plain.kept_tokens:.0f} tokens.",
             f"Chosen: target_reward={self.chosen.target:.4g}, beta={self.chosen.beta:.3g}, "
             f"entropy threshold {self.boundary.threshold:.2f} "
             f"(segments of {statistics.fmean(self.segment_lengths):.1f} tokens).",
@@ -167,7 +167,7 @@ def calibrate(
     answers = asked.answers(pilot, "plain answers with scored drafts")
     upwards = asked.answers(pilot.model_copy(update={"keep": "best"}), "answers of the best drafts")
     finals = [answer.reward or 0.0 for answer in answers]
-    scale = Scale(mean=statistics.fmean(finals), spread=statistics.stdev(finals))
+    scale = Scale(mean=statistics.fmean(finals), std=statistics.stdev(finals))
     chains = Chains([*answers, *upwards], chosen.max_tokens)
     setting = Setting(scale.mean, 1.0, decoding.alpha, decoding.acceptance == "hard", decoding.max_rejections)
     curve = _curve(chains, setting, scale)
@@ -231,9 +231,9 @@ def _mean_length(uncertainties: list[list[float]], threshold: float, boundary: U
 def _curve(chains: Chains, setting: Setting, scale: Scale) -> tuple[Choice, ...]:
     """For each target the beta that pays most: its reward costs the fewest tokens."""
     choices: dict[float, list[Choice]] = {}
-    for target in scale.mean + SPREADS * scale.spread:
+    for target in scale.mean + SPREADS * scale.std:
         for share in BETAS:
-            asked = replace(setting, target=float(target), beta=share * scale.spread or 1.0)
+            asked = replace(setting, target=float(target), beta=share * scale.std or 1.0)
             choices.setdefault(target, []).append(Choice(asked.target, asked.beta, chains.simulate(asked)))
     everything = [choice.predicted for several in choices.values() for choice in several]
 
@@ -255,7 +255,7 @@ def _choose(
     if goal is not None:
         enough = [c for c in curve if c.predicted.reward >= goal]
         return min(enough or curve[-1:], key=lambda c: c.predicted.drafted_tokens)
-    target = scale.mean + 1.5 * scale.spread if quantile is None else float(np.quantile(finals, quantile))
+    target = scale.mean + 1.5 * scale.std if quantile is None else float(np.quantile(finals, quantile))
     return min(curve, key=lambda c: abs(c.target - target))
 
 
@@ -274,7 +274,7 @@ def _correlations(answers: Sequence[Alignment]) -> tuple[float, ...]:
 
 def _warnings(found: Calibration, budget: float | None, goal: float | None) -> tuple[str, ...]:
     said = []
-    if found.scale.spread == 0:
+    if found.scale.std == 0:
         said.append("the reward gives every plain answer the same score, so it cannot guide.")
     elif found.correlations[1] < WEAK:
         said.append(
@@ -286,7 +286,7 @@ def _warnings(found: Calibration, budget: float | None, goal: float | None) -> t
         said.append(f"the budget of {budget:g} times plain is below what the lowest target takes.")
     if goal is not None and predicted.reward < goal:
         said.append(f"no target is predicted to reach a mean reward of {goal:g}.")
-    if found.chosen.target > found.scale.mean + FORESEEN * found.scale.spread:
+    if found.chosen.target > found.scale.mean + FORESEEN * found.scale.std:
         said.append("the target lies where few plain answers do: the prediction is uncertain.")
     for warning in said:
         log.warning("calibrate: %s", warning)

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
 
-from cards_integrations.errors import SettingsError, shown
+from cards_integrations.errors import SettingsError, short_repr
 
 Row = dict[str, Any]
 
@@ -48,7 +48,7 @@ def read_rows(path: str | Path, needed: Set[str] = frozenset()) -> list[Row]:
             try:
                 FORMS[name].validate_python(rows[-1][name], strict=True)
             except ValidationError:
-                value = shown(rows[-1][name])
+                value = short_repr(rows[-1][name])
                 raise SettingsError(f"{str(path)!r}, line {number}: {value} is not of the form of {name!r}.") from None
     return rows
 

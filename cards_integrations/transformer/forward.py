@@ -28,7 +28,7 @@ SHORT = 32  # rows with at most so many tokens attend together, padded to the lo
 
 
 @dataclass
-class Feed:
+class ForwardInput:
     """Tokens to append to a branch in the next forward, and how many of the last give an output.
 
     `owner` is for whoever asked.
@@ -85,15 +85,15 @@ class Transformer:
             what = NO_TREES.get(config.model_type) or ", ".join(strange) or "attention of its own"
             raise ModelError(f"model type {config.model_type!r} uses {what}, which has no exact tree mask here.")
 
-    def logits(self, feeds: Sequence[Feed]) -> list[Row | OutOfMemory]:
+    def logits(self, feeds: Sequence[ForwardInput]) -> list[Row | OutOfMemory]:
         """Forward a causal model: logits (vocabulary,) after each feed's last token, or (outputs, vocabulary)."""
         return self._forward(feeds, self._logits)
 
-    def hidden(self, feeds: Sequence[Feed]) -> list[Row | OutOfMemory]:
+    def hidden(self, feeds: Sequence[ForwardInput]) -> list[Row | OutOfMemory]:
         """Forward the body: hidden state (hidden size,) of each feed's last token."""
         return self._forward(feeds, self._hidden)
 
-    def _forward(self, feeds: Sequence[Feed], run: StaticSteps) -> list[Row | OutOfMemory]:
+    def _forward(self, feeds: Sequence[ForwardInput], run: StaticSteps) -> list[Row | OutOfMemory]:
         """One forward; where memory runs out, in halves, down to the feed that does not fit."""
         before = [len(feed.branch.columns) for feed in feeds]
         try:
@@ -119,8 +119,8 @@ class Transformer:
         """Seconds of a forward of the body with so many tokens, after a short text."""
         aside = Transformer(self.model)
         trunk = aside.cache.open().branch()
-        aside.hidden([Feed(trunk, [0] * 32)])
-        return least_seconds(lambda: aside.hidden([Feed(trunk.branch(), [0] * tokens)]), self.model.device)
+        aside.hidden([ForwardInput(trunk, [0] * 32)])
+        return least_seconds(lambda: aside.hidden([ForwardInput(trunk.branch(), [0] * tokens)]), self.model.device)
 
     def _run_model(self, inputs: dict[str, torch.Tensor], layout: Layout) -> torch.Tensor:
         logits: torch.Tensor = self._run(self.model, inputs, layout, logits_to_keep=inputs["ends"]).logits[0]
@@ -147,9 +147,9 @@ class Transformer:
         finally:
             LAYOUT.reset(token)
 
-    def batches(self, feeds: Sequence[Feed]) -> Iterator[list[Feed]]:
+    def batches(self, feeds: Sequence[ForwardInput]) -> Iterator[list[ForwardInput]]:
         """Split feeds into forwards of at most `PIECE` tokens (or of one feed)."""
-        batch: list[Feed] = []
+        batch: list[ForwardInput] = []
         for feed in feeds:
             if batch and sum(len(f.ids) for f in batch) + len(feed.ids) > PIECE:
                 yield batch
@@ -158,7 +158,7 @@ class Transformer:
         if batch:
             yield batch
 
-    def _lay_out(self, feeds: Sequence[Feed]) -> tuple[dict[str, torch.Tensor], Layout]:
+    def _lay_out(self, feeds: Sequence[ForwardInput]) -> tuple[dict[str, torch.Tensor], Layout]:
         """Who attends to what, and the inputs.
 
         Those are the ids, positions and places in the cache of all tokens (tokens,), and the index
@@ -230,7 +230,7 @@ class _Tokens:
         self.lanes: list[int] = []
         self.runs: list[tuple[int, list[int]]] = []  # where feeds of several tokens begin, and their columns
 
-    def add(self, feed: Feed) -> None:
+    def add(self, feed: ForwardInput) -> None:
         branch, n = feed.branch, len(feed.ids)
         self.positions += range(branch.length, branch.length + n)
         columns = branch.extend(feed.ids)
@@ -252,7 +252,7 @@ class _Tokens:
 class _Room:
     """Feeds that attend together: rows of the cache from the first to the last, or one long feed `alone`."""
 
-    def __init__(self, feeds: dict[Tree, list[tuple[int, Feed]]], alone: bool = False) -> None:
+    def __init__(self, feeds: dict[Tree, list[tuple[int, ForwardInput]]], alone: bool = False) -> None:
         slots = [tree.slot for tree in feeds]
         self.feeds = feeds
         self.alone = alone  # reads the columns of its own path only
@@ -270,10 +270,10 @@ class _Room:
         return torch.tensor([tree.slot for tree in self.feeds], device=device)
 
 
-def _rooms(feeds: Sequence[Feed]) -> list[_Room]:
+def _rooms(feeds: Sequence[ForwardInput]) -> list[_Room]:
     """Short rows in one; a row of many short feeds, and a long feed, each in one of its own."""
     long: list[_Room] = []
-    by_tree: dict[Tree, list[tuple[int, Feed]]] = {}
+    by_tree: dict[Tree, list[tuple[int, ForwardInput]]] = {}
     for which, feed in enumerate(feeds):
         if len(feed.ids) > SHORT:
             long.append(_Room({feed.branch.tree: [(which, feed)]}, alone=True))

@@ -24,7 +24,7 @@ from langchain_core.messages import AIMessage
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 
 from cards_integrations import CardsLLM
-from cards_integrations.models.base import Message
+from cards_integrations.chat.message import Message
 
 JOKE = {"setup": "Why do cats win video games?", "punchline": "They have nine lives."}
 CALLS = {

@@ -14,11 +14,11 @@ from cards_integrations.chat.stop_strings import StopStrings
 from cards_integrations.chat.template import ChatTokenizer
 from cards_integrations.errors import CardsError, OutOfMemory
 from cards_integrations.models.base import Boundary, Candidate, Context
-from cards_integrations.models.local.loading import positions
+from cards_integrations.models.local.loading import max_positions
 from cards_integrations.models.randomness import Uniforms
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.trace import Usage
-from cards_integrations.transformer.forward import PIECE, Feed, Row, Transformer
+from cards_integrations.transformer.forward import PIECE, ForwardInput, Row, Transformer
 from cards_integrations.transformer.kv_cache import Branch, Tree, TreeCache
 from cards_integrations.transformer.kv_memory import KVMemory, first_to_read
 from cards_integrations.transformer.step_times import StepTimes, least_seconds, step_times
@@ -51,7 +51,7 @@ class LocalLanguageModel:
         self.chat = chat
         self.transformer = Transformer(model, memory)
         self.memory = self.transformer.memory
-        self.context_window = positions(model.config)
+        self.context_window = max_positions(model.config)
         self.eos = _end_of_sequence(model, chat.tokenizer)
         self.contexts: list[Context] = []
         self.ready: list[Candidate] = []  # have logits
@@ -101,8 +101,8 @@ class LocalLanguageModel:
 
     def _branch(self, origin: Branch, candidate: Candidate) -> Branch:
         """A long candidate gets a row of its own: in a shared one it would read its siblings' columns, masked."""
-        cache, columns = self.transformer.cache, origin.length + candidate.room
-        short = candidate.room <= LONG or candidate.index == 0 or candidate.parent is not None
+        cache, columns = self.transformer.cache, origin.length + candidate.remaining_tokens
+        short = candidate.remaining_tokens <= LONG or candidate.index == 0 or candidate.parent is not None
         if short or not self.memory.admits([(cache, 1, columns)]):
             return origin.branch()
         row = cache.open()
@@ -113,7 +113,7 @@ class LocalLanguageModel:
         """For how many more candidates there is memory."""
         tree: Tree = context.state.branch.tree
         cache = self.transformer.cache
-        longest = min(boundary.longest, context.max_tokens)
+        longest = min(boundary.max_tokens, context.max_tokens)
         if longest > LONG:
             row = cache.bytes_with(0, len(tree.ids) + longest) // cache.rows
             return self.memory.spare // max(1, row)
@@ -168,7 +168,7 @@ class LocalLanguageModel:
         at = torch.tensor(rows, device=logits.device)
         tokens, forced = self._tokens(sampler, group, logits, at, uniforms)
         log_p = logits.float().log_softmax(-1)
-        asked = [i for i, c in enumerate(group) if len(c.ids) >= boundary.shortest and i not in forced]
+        asked = [i for i, c in enumerate(group) if len(c.ids) >= boundary.min_tokens and i not in forced]
         which = [rows[i] for i in asked]
         rises = boundary.ends_before(logits, log_p, which) if asked else None
         log_p = log_p[at, tokens]
@@ -237,7 +237,7 @@ class LocalLanguageModel:
                 candidate.finish = "length" if matcher.closed else "stop"
                 self._read(candidate)
                 return True
-        full = candidate.room <= 0
+        full = candidate.remaining_tokens <= 0
         if full or context.stop or boundary.reads_text:
             self._read(candidate)
         if context.stop:
@@ -247,7 +247,7 @@ class LocalLanguageModel:
                 return True
         if full and candidate.end >= context.max_tokens:
             candidate.finish = "length"
-        asked = boundary.reads_text and len(candidate.ids) >= boundary.shortest
+        asked = boundary.reads_text and len(candidate.ids) >= boundary.min_tokens
         own = candidate.response[len(candidate.before_text) :]  # with half a character at its end, unlike its text
         return full or (asked and boundary.ends_after(own))
 
@@ -265,7 +265,7 @@ class LocalLanguageModel:
     def forward(self, candidates: Iterable[Candidate]) -> None:
         """Read it; of long prompts a piece, so that the others take a step between the pieces."""
         unread = self._recalled(self.unread(candidates))
-        feeds = [Feed(tip.branch, tip.unread[:PIECE], (tip, context)) for tip, context in unread.items()]
+        feeds = [ForwardInput(tip.branch, tip.unread[:PIECE], (tip, context)) for tip, context in unread.items()]
         step = [feed for feed in feeds if len(feed.ids) == 1]
         for batch in self.transformer.batches([feed for feed in feeds if len(feed.ids) > 1]):
             self._run(batch)
@@ -288,7 +288,7 @@ class LocalLanguageModel:
         first = {unknown[index] for index in first_to_read([tip.unread for tip in unknown])}
         return {tip: context for tip, context in unread.items() if tip in first or tip not in unknown}
 
-    def _run(self, feeds: Sequence[Feed]) -> None:
+    def _run(self, feeds: Sequence[ForwardInput]) -> None:
         """One forward; tips that have nothing unread any more get their logits."""
         served = {}
         for feed, logits in zip(feeds, self.transformer.logits(feeds), strict=True):
@@ -313,7 +313,7 @@ class LocalLanguageModel:
         """The logits before each token of an answer, (tokens, vocabulary)."""
         tree = self.transformer.cache.open()
         try:
-            [row] = self.transformer.logits([Feed(tree.branch(), [*prompt_ids, *ids], outputs=len(ids) + 1)])
+            [row] = self.transformer.logits([ForwardInput(tree.branch(), [*prompt_ids, *ids], outputs=len(ids) + 1)])
         finally:
             self.transformer.cache.close(tree)
         if isinstance(row, OutOfMemory):
@@ -365,11 +365,11 @@ def _stacked(logits: list[Row]) -> tuple[torch.Tensor, list[int]]:
 
 class _Long(Boundary):
     @property
-    def shortest(self) -> int:
+    def min_tokens(self) -> int:
         return 64
 
     @property
-    def longest(self) -> int:
+    def max_tokens(self) -> int:
         return 64
 
 

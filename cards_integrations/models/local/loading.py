@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from cards_integrations.chat.tools import FormatName
-from cards_integrations.errors import CardsError, ModelError, unknown
+from cards_integrations.errors import CardsError, ModelError, unknown_name
 from cards_integrations.models.local.embedded import MINILM, SMOLLM2, embedded_model
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class LocalModel(BaseModel):
 
     def context_window(self) -> int:
         """Tokens of prompt and answer together, from the model's config alone; no weights are loaded."""
-        return positions(_config(self))
+        return max_positions(_config(self))
 
     def build(self, loader: ModelLoader, wake: Callable[[], None]) -> LanguageModel:
         """Load it, to draft with; called once per engine, in a thread of its own."""
@@ -111,7 +111,7 @@ class ModelLoader:
             torch.set_num_threads(placement.threads)
         self.budget = budget
         self.language_model: tuple[LocalModel, Any, Any] | None = None
-        self._once: dict[Hashable, Any] = {}
+        self._cached: dict[Hashable, Any] = {}
 
     @cached_property
     def memory(self) -> KVMemory | None:
@@ -120,7 +120,7 @@ class ModelLoader:
 
     def causal(self, spec: LocalModel) -> tuple[Any, Any]:
         """(model, tokenizer) for drafting, or for reading log p. The first is the language model."""
-        return self.once(("causal", spec), lambda: self._causal(spec))
+        return self.cached(("causal", spec), lambda: self._causal(spec))
 
     def _causal(self, spec: LocalModel) -> tuple[Any, Any]:
         from transformers import AutoModelForCausalLM
@@ -134,7 +134,7 @@ class ModelLoader:
 
     def classifier(self, spec: LocalModel) -> tuple[Any, Any]:
         """(model, tokenizer) for scoring; `adapter` may bring the head that the checkpoint lacks."""
-        return self.once(("classifier", spec), lambda: self._classifier(spec))
+        return self.cached(("classifier", spec), lambda: self._classifier(spec))
 
     def _classifier(self, spec: LocalModel) -> tuple[Any, Any]:
         from transformers import AutoModelForSequenceClassification
@@ -173,7 +173,7 @@ class ModelLoader:
             model = adapted.merge_and_unload()
         return model.to(self.device).eval()
 
-    def at(self, device: str | None, dtype: DType | None) -> ModelLoader:
+    def on_device(self, device: str | None, dtype: DType | None) -> ModelLoader:
         """A loader for another device or dtype, with the same budget for caches; itself if both are None."""
         if device is None and dtype is None:
             return self
@@ -184,13 +184,13 @@ class ModelLoader:
             other.memory = self.memory
             return other
 
-        return self.once(("at", placement), build)
+        return self.cached(("at", placement), build)
 
-    def once(self, key: Hashable, build: Callable[[], T]) -> T:
+    def cached(self, key: Hashable, build: Callable[[], T]) -> T:
         """What `build` makes, the same for all who ask with this key."""
-        if key not in self._once:
-            self._once[key] = build()
-        made: T = self._once[key]
+        if key not in self._cached:
+            self._cached[key] = build()
+        made: T = self._cached[key]
         return made
 
     def release(self) -> None:
@@ -199,7 +199,7 @@ class ModelLoader:
 
         for cache in self.memory.caches if self.memory is not None else ():
             cache.layers.clear()
-        for made in self._once.values():
+        for made in self._cached.values():
             if isinstance(made, ModelLoader):
                 made.release()
             for part in made if isinstance(made, tuple) else (made,):
@@ -214,7 +214,7 @@ class ModelLoader:
 
         with _explained(spec):
             tokenizer = AutoTokenizer.from_pretrained(
-                find(spec.model), revision=spec.revision, trust_remote_code=spec.trust_remote_code
+                resolve_model(spec.model), revision=spec.revision, trust_remote_code=spec.trust_remote_code
             )
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -229,7 +229,7 @@ class ModelLoader:
 
         where = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
         with _explained(spec):
-            found = find(spec.model)
+            found = resolve_model(spec.model)
             config = AutoConfig.from_pretrained(found, **where)
             with quiet_transformers():  # what is missing is looked at below
                 model, report = family.from_pretrained(
@@ -264,7 +264,7 @@ class ModelLoader:
         causal = self.language_model[1]
         config = copy.deepcopy(causal.config)
         config.num_labels = _labels(spec.adapter)["num_labels"]
-        with Turn(), torch.device("meta"):
+        with LoadLock(), torch.device("meta"):
             model = AutoModelForSequenceClassification.from_config(config, dtype=causal.dtype)
         body = causal.base_model
         setattr(model, model.base_model_prefix, copy.deepcopy(body, _same(body)))
@@ -294,14 +294,14 @@ def is_directory(name: str) -> bool:
         return False
 
 
-def find(name: str) -> str:
+def resolve_model(name: str) -> str:
     """The directory or hub id that transformers can load."""
     embedded = embedded_model(name)
     if embedded is not None:
         return str(embedded)
     if is_directory(name) or "/" in name:
         return name
-    raise unknown("model", name, [SMOLLM2, MINILM], " Or pass a hub id (owner/name) or a local directory.")
+    raise unknown_name("model", name, [SMOLLM2, MINILM], " Or pass a hub id (owner/name) or a local directory.")
 
 
 @lru_cache
@@ -310,11 +310,11 @@ def _config(spec: LocalModel) -> Any:
 
     with _explained(spec):
         return AutoConfig.from_pretrained(
-            find(spec.model), revision=spec.revision, trust_remote_code=spec.trust_remote_code
+            resolve_model(spec.model), revision=spec.revision, trust_remote_code=spec.trust_remote_code
         )
 
 
-def positions(config: Any) -> int:
+def max_positions(config: Any) -> int:
     """Positions that a model's config allows; practically unlimited where it names no number."""
     return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31)
 
@@ -372,13 +372,13 @@ def _own_adapted_weights(adapted: Any) -> None:
                 setattr(base, name, torch.nn.Parameter(weight.detach().clone(), requires_grad=False))
 
 
-class Turn:
+class LoadLock:
     """One load at a time: transformers replaces methods of its classes meanwhile, and two would leave them so."""
 
     lock = RLock()
 
     def __enter__(self) -> None:
-        self.held = Turn.lock
+        self.held = LoadLock.lock
         self.held.acquire()
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
@@ -391,10 +391,10 @@ class Turn:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=Turn.after_fork)
+    os.register_at_fork(after_in_child=LoadLock.after_fork)
 
 
-class _explained(Turn):
+class _explained(LoadLock):
     """A turn that makes what transformers raises into a `ModelError` that names the model."""
 
     def __init__(self, spec: LocalModel) -> None:

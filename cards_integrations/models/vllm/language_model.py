@@ -14,7 +14,7 @@ from cards_integrations.chat.tools import FormatName
 from cards_integrations.errors import CardsError, ModelError, SettingsError
 from cards_integrations.http_client import Keyed, Servers, ServerUrl
 from cards_integrations.models.base import Boundary, Candidate, Context
-from cards_integrations.models.vllm.replies import COMPLETIONS, KEY, MENDS, PROBE, Completion, Greeting
+from cards_integrations.models.vllm.replies import COMPLETIONS, HINTS, KEY, PROBE, Completion, ServerHandshake
 
 if TYPE_CHECKING:
     import torch
@@ -100,7 +100,7 @@ class VllmModel(Keyed):
 
 @lru_cache
 def _context_window(spec: VllmModel) -> int:
-    return Greeting(spec).context_window()
+    return ServerHandshake(spec).context_window()
 
 
 class VllmLanguageModel:
@@ -117,13 +117,13 @@ class VllmLanguageModel:
         self.name = spec.model
         self.chat = chat
         self.wake = wake
-        greeting = Greeting(spec)
+        greeting = ServerHandshake(spec)
         self.context_window = greeting.context_window()
         greeting.check_tokenizer(chat)
         self.plugin = greeting.has_plugin(chat.encode(PROBE))
         self.servers = Servers(
             f"model {spec.model!r}", spec.urls, key=spec.key, timeout=spec.request_timeout, retries=spec.retries,
-            concurrency=spec.concurrency, error=ModelError, mends=MENDS, setting="model.base_url", health="/health",
+            concurrency=spec.concurrency, error=ModelError, hints=HINTS, setting="model.base_url", health="/health",
         )  # fmt: skip
         self.failed: dict[Context, CardsError] = {}
         self.ended: list[Candidate] = []
@@ -244,7 +244,7 @@ class VllmLanguageModel:
         body: dict[str, Any] = {
             "model": self.name,
             "prompt": [*context.prompt_ids, *candidate.before],
-            "max_tokens": candidate.room,
+            "max_tokens": candidate.remaining_tokens,
             "temperature": sampler.temperature,
             "top_k": sampler.top_k,
             "top_p": 1.0,
@@ -267,7 +267,7 @@ class VllmLanguageModel:
                 "boundary."
             )
         elif self.fallback == "fixed_length":
-            body["max_tokens"] = min(candidate.room, self.spec.fallback_length)
+            body["max_tokens"] = min(candidate.remaining_tokens, self.spec.fallback_length)
         return body
 
     def _take(self, candidate: Candidate, found: Completion) -> None:
@@ -314,7 +314,7 @@ class VllmLanguageModel:
                 return length
             text = response[len(candidate.before_text) :]
             ends = boundary.ends_after(text) if boundary.reads_text else text.endswith(MARKS)
-            if punctuated and ends and length >= boundary.shortest:
+            if punctuated and ends and length >= boundary.min_tokens:
                 candidate.response = response
                 return length
         return None

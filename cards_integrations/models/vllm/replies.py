@@ -19,7 +19,7 @@ KEY = "CARDS_VLLM_API_KEY"
 COMPLETIONS, MODELS, TOKENIZE = "/v1/completions", "/v1/models", "/tokenize"
 PROBE = "The café's 1,000 guests:\n\t- said «no» 👍 (twice)."  # two tokenizers that agree on it are one
 M = TypeVar("M", bound=BaseModel)
-MENDS = {
+HINTS = {
     401: f"Set model.api_key, or {KEY}.",
     403: f"Set model.api_key, or {KEY}.",
     404: "Check model.base_url and model.model.",
@@ -65,7 +65,7 @@ class Completion(BaseModel):
     usage: Paid
 
 
-class Greeting:
+class ServerHandshake:
     """What has to be known of a server before it drafts; asked of the replicas that answer, one of which has to."""
 
     def __init__(self, spec: VllmModel) -> None:
@@ -115,7 +115,7 @@ class Greeting:
             told = f"cannot be reached: {type(error).__name__}: {error}. Is it running, and model.base_url right?"
             raise self._error(url, told) from error
         if not reply.is_success and reply.status_code != refused:
-            mend = MENDS.get(reply.status_code, "See its log.")
+            mend = HINTS.get(reply.status_code, "See its log.")
             raise self._error(url, f"answered HTTP {reply.status_code} at {path}: {reply.text[:200]!r}. {mend}")
         return reply
 

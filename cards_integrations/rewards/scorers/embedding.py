@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from cards_integrations.errors import CardsError, ModelError
-from cards_integrations.models.local.loading import LocalModel, ModelLoader, Turn, find
+from cards_integrations.models.local.loading import LoadLock, LocalModel, ModelLoader, resolve_model
 
 
 class Embedder:
@@ -27,9 +27,9 @@ class Embedder:
                 f"install the extra `embeddings` of cards-integrations ({error})."
             ) from error
         try:
-            with Turn():
+            with LoadLock():
                 self.model: Any = SentenceTransformer(
-                    find(spec.model),
+                    resolve_model(spec.model),
                     device=str(device),
                     revision=spec.revision,
                     trust_remote_code=spec.trust_remote_code,
@@ -45,7 +45,7 @@ class Embedder:
     @classmethod
     def of(cls, models: ModelLoader, spec: LocalModel) -> Embedder:
         """The engine's only one of this model, whichever rewards ask for it."""
-        return models.once((cls, spec), lambda: cls(spec, models.device))
+        return models.cached((cls, spec), lambda: cls(spec, models.device))
 
     def __call__(self, texts: Sequence[str], query: bool = False) -> tuple[torch.Tensor, list[int]]:
         """n texts -> unit vectors (n, size), and how many tokens were read of each.

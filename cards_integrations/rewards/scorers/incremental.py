@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from cards_integrations.errors import OutOfMemory, RewardError
-from cards_integrations.models.local.loading import positions
+from cards_integrations.models.local.loading import max_positions
 from cards_integrations.rewards.base import Conversation, Response, RewardModel, count_forward
 from cards_integrations.rewards.classifier import Head
 from cards_integrations.rewards.scorers.layout import Layout, scored
-from cards_integrations.transformer.forward import Feed, Row, Transformer
+from cards_integrations.transformer.forward import ForwardInput, Row, Transformer
 from cards_integrations.transformer.kv_cache import Branch, Tree, TreeCache
 from cards_integrations.transformer.kv_memory import KVMemory, common
 from cards_integrations.transformer.step_times import StepTimes, step_times
@@ -65,7 +65,7 @@ class Incremental(RewardModel):
         self.layout = layout
         self.same_vocabulary = same_vocabulary
         self.transformer = Transformer(model, memory)
-        self.window = positions(model.config)
+        self.window = max_positions(model.config)
 
     @cached_property
     def times(self) -> StepTimes:
@@ -113,7 +113,7 @@ class Incremental(RewardModel):
             if (n > 1 or conversation in answered) and len(prompt) > 1:
                 self.transformer.memory.recall(read.tree, prompt)
                 if unread := prompt[len(read.tree.ids) :]:
-                    feeds.append(Feed(read.tree.branch(), unread, conversation))
+                    feeds.append(ForwardInput(read.tree.branch(), unread, conversation))
         for batch in self.transformer.batches(feeds):
             self._read(batch, self.transformer.hidden(batch))
             for feed in batch:
@@ -134,7 +134,7 @@ class Incremental(RewardModel):
             response.conversation.state.tree.drop(response.state.branch)
         response.state = None
 
-    def _feed(self, response: Response) -> Feed:
+    def _feed(self, response: Response) -> ForwardInput:
         read: Read = response.conversation.state
         ids, suffix = self._fitting(*self._ids(response, read), response)
         if not read.tree.ids:
@@ -148,7 +148,7 @@ class Incremental(RewardModel):
             shared = min(common(ids, read.tree.ids), most)
             branch = read.tree.branch(shared)
         response.state = Scored(branch, len(ids) - suffix - shared, ids[: len(ids) - suffix])
-        return Feed(branch, ids[shared:], response)
+        return ForwardInput(branch, ids[shared:], response)
 
     def _fitting(self, ids: list[int], suffix: int, response: Response) -> tuple[list[int], int]:
         """As much of the end as the window holds: of the prompt's beginning nothing, of the answer all."""
@@ -177,10 +177,10 @@ class Incremental(RewardModel):
         return whole, len(whole) - len(ids)
 
     @abstractmethod
-    def _run(self, batch: list[Feed]) -> list[float]:
+    def _run(self, batch: list[ForwardInput]) -> list[float]:
         """One forward, and the scores of the feeds' owners."""
 
-    def _read(self, batch: list[Feed], rows: list[Row | OutOfMemory]) -> list[Row]:
+    def _read(self, batch: list[ForwardInput], rows: list[Row | OutOfMemory]) -> list[Row]:
         """What a forward gave, counted."""
         found = []
         for row in rows:
@@ -212,7 +212,7 @@ class IncrementalClassifier(Incremental):
         read_ids = scored(whole, self.pad)
         return read_ids, max(0, suffix - (len(whole) - len(read_ids)))
 
-    def _run(self, batch: list[Feed]) -> list[float]:
+    def _run(self, batch: list[ForwardInput]) -> list[float]:
         hidden = self._read(batch, self.transformer.hidden(batch))
         with torch.inference_mode():
             return self.head(self.to_logits(torch.stack([row.value for row in hidden]).float()))

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from cards_integrations.models.base import Message
+from cards_integrations.chat.message import Message
 from cards_integrations.models.local.loading import LocalModel
 from cards_integrations.rewards.base import Conversation, Response, RewardLoader
 from cards_integrations.rewards.composite import Composite
 from cards_integrations.rewards.scorers.incremental import Incremental, Read, Scored
 from cards_integrations.rewards.scorers.layout import Layout
-from cards_integrations.transformer.forward import Feed
+from cards_integrations.transformer.forward import ForwardInput
 from cards_integrations.transformer.kv_cache import TreeCache
 from cards_integrations.transformer.kv_memory import common
 
@@ -49,7 +49,7 @@ class Likelihood(Incremental):
             return response.ids
         return self.layout.chat.encode(response.text)
 
-    def _feed(self, response: Response) -> Feed:
+    def _feed(self, response: Response) -> ForwardInput:
         read: ReadAnswer = response.conversation.state
         whole = [*read.before_ids, *self.tokens(response)]
         ids, _ = self._fitting(whole, 0, response)
@@ -62,9 +62,9 @@ class Likelihood(Incremental):
         start = min(shared, prompt + known - 1)  # its output says how probable the first unknown token is
         branch = read.tree.branch(start)
         response.state = ScoredAnswer(branch, len(ids) - start, ids, read.log_p[:known])
-        return Feed(branch, ids[start:], response, outputs=len(ids) - prompt - known + 1)
+        return ForwardInput(branch, ids[start:], response, outputs=len(ids) - prompt - known + 1)
 
-    def _run(self, batch: list[Feed]) -> list[float]:
+    def _run(self, batch: list[ForwardInput]) -> list[float]:
         found = []
         with torch.inference_mode():
             for feed, row in zip(batch, self._read(batch, self.transformer.logits(batch)), strict=True):

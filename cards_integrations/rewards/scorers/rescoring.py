@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from cards_integrations.models.local.loading import positions
+from cards_integrations.models.local.loading import max_positions
 from cards_integrations.rewards.base import Conversation, Response, RewardModel, count_forward
 from cards_integrations.rewards.classifier import Head
 from cards_integrations.rewards.scorers.layout import Layout
@@ -24,7 +24,7 @@ class RescoringClassifier(RewardModel):
         self.layout = layout
         self.head = head
         self.tokenizer = layout.chat.tokenizer
-        self.window = min(positions(model.config), self.tokenizer.model_max_length)
+        self.window = min(max_positions(model.config), self.tokenizer.model_max_length)
         if model.config.pad_token_id is None:
             model.config.pad_token_id = self.tokenizer.pad_token_id
 
