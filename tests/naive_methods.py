@@ -323,7 +323,7 @@ class Table:
 
     def _offer(self, parent: Offered | None, until: Boundary, index: int) -> Offered:
         text, written, ended = self.texts[parent], 0, False
-        while not ended and written < until.longest and len(text) < self.max_tokens:
+        while not ended and written < until.max_tokens and len(text) < self.max_tokens:
             at, upto = self.dice.random(), accumulate(self.law[text].values())
             letter = next(letter for letter, below in zip(self.law[text], upto, strict=True) if at < below + 1e-12)
             ended, written, text = letter == "", written + 1, text + letter

@@ -63,7 +63,7 @@ def test_other_boundaries() -> None:
     assert Punctuation().ends_after("The end.")
     assert not Punctuation().ends_after("The end. ")
     assert Punctuation(marks=("\n\n",)).ends_after("a\n\n")
-    assert FixedLength(length=5).shortest == FixedLength(length=5).longest == 5
+    assert FixedLength(length=5).min_tokens == FixedLength(length=5).max_tokens == 5
     assert FixedLength(length=5).ends_before(torch.zeros(1, 8), torch.zeros(1, 8), [0]) is None
 
 
