@@ -101,7 +101,7 @@ class Session:
 
     @property
     def seconds_to_score(self) -> StepTimes:
-        return FREE if self.reward is None else self.reward.times or FREE
+        return FREE if self.reward is None else self.reward.step_times or FREE
 
     @property
     def finished(self) -> bool:

@@ -57,8 +57,7 @@ from cards_integrations.rewards.base import (
 )
 from cards_integrations.threads import in_thread
 from cards_integrations.trace import Alignment, InvalidToolCall, ToolCall, Usage
-from cards_integrations.transformer.kv_cache import TreeCache
-from cards_integrations.transformer.kv_memory import KVMemory, budget
+from cards_integrations.transformer.kv_memory import CacheNeed, KVMemory, budget
 from cards_integrations.uncertainty import Measure, uncertainty
 
 T = TypeVar("T")
@@ -299,7 +298,7 @@ class Worker:
         conversation = Conversation(chat.without_tools(request.prompt), usage, request.context)
         async with nullcontext() if scoring.get() else self._admission:
             tokens = len(prompt_ids) + request.max_tokens + DRAFTS
-            needs = [*model.needs(tokens), *(reward.needs(conversation, tokens) if reward else [])]
+            needs = [*model.cache_needs(tokens), *(reward.cache_needs(conversation, tokens) if reward else [])]
             await self._memory_for(needs)
             if self.error is not None:
                 raise self.error  # while it waited
@@ -345,7 +344,7 @@ class Worker:
             invalid_tool_calls=tuple(call for call in reading.calls if isinstance(call, InvalidToolCall)),
         )
 
-    async def _memory_for(self, needs: list[tuple[TreeCache, int, int]]) -> None:
+    async def _memory_for(self, needs: list[CacheNeed]) -> None:
         """Wait, first come first served, until the caches have room for one more request.
 
         One that a reward makes cannot wait: those that hold the room wait for the reward.

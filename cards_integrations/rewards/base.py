@@ -27,7 +27,7 @@ from cards_integrations.threads import in_thread
 from cards_integrations.trace import Usage
 
 if TYPE_CHECKING:
-    from cards_integrations.transformer.kv_cache import TreeCache
+    from cards_integrations.transformer.kv_memory import CacheNeed
     from cards_integrations.transformer.step_times import StepTimes
 
 Scores = Sequence[float] | Awaitable[Sequence[float]]
@@ -72,11 +72,11 @@ class RewardModel(ABC):
     """May one call of `score` take the answers of several requests?"""
 
     @property
-    def times(self) -> StepTimes | None:
+    def step_times(self) -> StepTimes | None:
         """Seconds of a call by its number of tokens, if it keeps the language model's device busy."""
         return None
 
-    def needs(self, conversation: Conversation, tokens: int) -> list[tuple[TreeCache, int, int]]:
+    def cache_needs(self, conversation: Conversation, tokens: int) -> list[CacheNeed]:
         """Rows and columns that a request of so many tokens takes in the caches of this model."""
         return []
 

@@ -13,7 +13,7 @@ from cards_integrations.rewards.registry import AnyReward
 from cards_integrations.transformer.step_times import StepTimes
 
 if TYPE_CHECKING:
-    from cards_integrations.transformer.kv_cache import TreeCache
+    from cards_integrations.transformer.kv_memory import CacheNeed
 
 
 class Composite(RewardModel):
@@ -27,12 +27,12 @@ class Composite(RewardModel):
         self.labels = _distinct([model.name for model in models])
 
     @property
-    def times(self) -> StepTimes | None:
-        known = [model.times for model in self.models if model.times is not None]
+    def step_times(self) -> StepTimes | None:
+        known = [model.step_times for model in self.models if model.step_times is not None]
         return StepTimes.together(known) if known else None
 
-    def needs(self, conversation: Conversation, tokens: int) -> list[tuple[TreeCache, int, int]]:
-        return [need for model in self.models for need in model.needs(conversation, tokens)]
+    def cache_needs(self, conversation: Conversation, tokens: int) -> list[CacheNeed]:
+        return [need for model in self.models for need in model.cache_needs(conversation, tokens)]
 
     def view(self, which: int, conversation: Conversation) -> Conversation:
         """The conversation as a part sees it."""

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from cards_integrations.transformer.kv_cache import States, Tree, TreeCache
 
 LEAST = 64  # shorter prefixes are read again: it takes but a step
+
+
+class CacheNeed(NamedTuple):
+    """Rows and columns that a request takes in a cache."""
+
+    cache: TreeCache
+    rows: int
+    columns: int
 
 
 @dataclass(eq=False)
@@ -53,7 +62,7 @@ class KVMemory:
         """Columns that all caches may still grow by."""
         return self.spare // max(1, sum(cache.rows * cache.bytes_per_token for cache in self.caches))
 
-    def admits(self, needs: Sequence[tuple[TreeCache, int, int]]) -> bool:
+    def admits(self, needs: Sequence[CacheNeed]) -> bool:
         """Is there room for (rows, columns) more in these caches? Finished texts are given up for it."""
         more = sum(cache.bytes_with(rows, columns) - cache.bytes for cache, rows, columns in needs)
         return self.make_room(more)

@@ -19,8 +19,8 @@ from cards_integrations.models.randomness import Uniforms
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.trace import Usage
 from cards_integrations.transformer.forward import PIECE, ForwardInput, Row, Transformer
-from cards_integrations.transformer.kv_cache import Branch, Tree, TreeCache
-from cards_integrations.transformer.kv_memory import KVMemory, first_to_read
+from cards_integrations.transformer.kv_cache import Branch, Tree
+from cards_integrations.transformer.kv_memory import CacheNeed, KVMemory, first_to_read
 from cards_integrations.transformer.step_times import StepTimes, least_seconds, step_times
 
 LONG = 96  # tokens from which on a candidate does not share a row
@@ -58,8 +58,8 @@ class LocalLanguageModel:
         self.failed: dict[Context, CardsError] = {}
         self.steps = 0  # forwards that carried at least one candidate
 
-    def needs(self, tokens: int) -> list[tuple[TreeCache, int, int]]:
-        return [(self.transformer.cache, 1, tokens)]
+    def cache_needs(self, tokens: int) -> list[CacheNeed]:
+        return [CacheNeed(self.transformer.cache, 1, tokens)]
 
     def open(self, context: Context) -> None:
         """Give a context a row; its prompt is read when a candidate needs it."""
@@ -103,7 +103,7 @@ class LocalLanguageModel:
         """A long candidate gets a row of its own: in a shared one it would read its siblings' columns, masked."""
         cache, columns = self.transformer.cache, origin.length + candidate.remaining_tokens
         short = candidate.remaining_tokens <= LONG or candidate.index == 0 or candidate.parent is not None
-        if short or not self.memory.admits([(cache, 1, columns)]):
+        if short or not self.memory.admits([CacheNeed(cache, 1, columns)]):
             return origin.branch()
         row = cache.open()
         cache.copy(origin.tree, row)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from cards_integrations.chat.grammar import Grammar, Matcher
     from cards_integrations.chat.template import ChatTokenizer
     from cards_integrations.models.local.loading import ModelLoader
-    from cards_integrations.transformer.kv_cache import TreeCache
+    from cards_integrations.transformer.kv_memory import CacheNeed
     from cards_integrations.transformer.step_times import StepTimes
 
 log = logging.getLogger("cards_integrations")
@@ -158,7 +158,7 @@ class VllmLanguageModel:
 
         return StepTimes({1: 1.0, 16: 2.0})
 
-    def needs(self, tokens: int) -> list[tuple[TreeCache, int, int]]:
+    def cache_needs(self, tokens: int) -> list[CacheNeed]:
         return []
 
     def matcher(self, grammar: Grammar) -> Matcher:

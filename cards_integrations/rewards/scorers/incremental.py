@@ -18,8 +18,8 @@ from cards_integrations.rewards.base import Conversation, Response, RewardModel,
 from cards_integrations.rewards.classifier import Head
 from cards_integrations.rewards.scorers.layout import Layout, scored
 from cards_integrations.transformer.forward import ForwardInput, Row, Transformer
-from cards_integrations.transformer.kv_cache import Branch, Tree, TreeCache
-from cards_integrations.transformer.kv_memory import KVMemory, common
+from cards_integrations.transformer.kv_cache import Branch, Tree
+from cards_integrations.transformer.kv_memory import CacheNeed, KVMemory, common
 from cards_integrations.transformer.step_times import StepTimes, step_times
 
 log = logging.getLogger("cards_integrations")
@@ -68,11 +68,11 @@ class Incremental(RewardModel):
         self.window = max_positions(model.config)
 
     @cached_property
-    def times(self) -> StepTimes:
+    def step_times(self) -> StepTimes:
         return step_times(self.name, self.model, self.transformer.time)
 
-    def needs(self, conversation: Conversation, tokens: int) -> list[tuple[TreeCache, int, int]]:
-        return [(self.transformer.cache, 1, tokens)]
+    def cache_needs(self, conversation: Conversation, tokens: int) -> list[CacheNeed]:
+        return [CacheNeed(self.transformer.cache, 1, tokens)]
 
     def open(self, conversation: Conversation) -> None:
         chat = self.layout.chat

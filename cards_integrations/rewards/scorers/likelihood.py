@@ -14,8 +14,7 @@ from cards_integrations.rewards.composite import Composite
 from cards_integrations.rewards.scorers.incremental import Incremental, Read, Scored
 from cards_integrations.rewards.scorers.layout import Layout
 from cards_integrations.transformer.forward import ForwardInput
-from cards_integrations.transformer.kv_cache import TreeCache
-from cards_integrations.transformer.kv_memory import common
+from cards_integrations.transformer.kv_memory import CacheNeed, common
 
 UNREAD = object()  # the state of a conversation of which nothing has been read
 OtherPrompt = Callable[[Conversation], tuple[str | list[Message], bool]]
@@ -79,7 +78,7 @@ class Likelihood(Incremental):
 class OwnLikelihood(Likelihood):
     """That of the language model which drafts: it is known from the drafting, and read only for other texts."""
 
-    def needs(self, conversation: Conversation, tokens: int) -> list[tuple[TreeCache, int, int]]:
+    def cache_needs(self, conversation: Conversation, tokens: int) -> list[CacheNeed]:
         return []
 
     def open(self, conversation: Conversation) -> None:
@@ -92,7 +91,7 @@ class OwnLikelihood(Likelihood):
         super().close(conversation)
 
     @property
-    def times(self) -> None:  # type: ignore[override]
+    def step_times(self) -> None:  # type: ignore[override]
         return None
 
     async def score(self, responses: Sequence[Response]) -> list[float]:
