@@ -61,6 +61,11 @@ class Scales:
         self.store = ScaleStore()
         self.measuring: dict[Reward, asyncio.Task[Scale]] = {}  # and what was measured
 
+    @property
+    def measured(self) -> int:
+        """Rewards whose scale was measured here, or is being measured."""
+        return len(self.measuring)
+
     async def of(self, reward: Reward) -> Scale:
         """What a calibration has remembered, else what the reward publishes, else what is measured now."""
         alike = reward.scaled_like

@@ -1,19 +1,22 @@
-"""Where the language model is: on this machine, or behind a server."""
+"""Where the language model is: the one place that goes from settings to a backend."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, SerializeAsAny
 
 from cards_integrations.errors import SettingsError, short_repr
-from cards_integrations.models.local.loading import LocalModel, as_local_model
-from cards_integrations.models.vllm.language_model import VllmModel
+from cards_integrations.models.base import CustomModel, LanguageModel
+from cards_integrations.models.local.loading import LocalModel, ModelLoader, as_local_model, local_context_window
+from cards_integrations.models.vllm.settings import VllmModel
 
-ModelSource = LocalModel | VllmModel
-KINDS: dict[str, type[LocalModel] | type[VllmModel]] = {"local": LocalModel, "vllm": VllmModel}
+ModelSource = LocalModel | VllmModel | CustomModel
+MODELS: dict[str, type[ModelSource]] = {"local": LocalModel, "vllm": VllmModel}
 
 
 def as_model(value: Any) -> Any:
@@ -27,10 +30,62 @@ def as_model(value: Any) -> Any:
         return as_local_model(value)
     if isinstance(value, dict):
         kind = value.get("kind", "local")
-        if not isinstance(kind, str) or kind not in KINDS:
-            raise SettingsError(f"model.kind={short_repr(kind)}: one of {', '.join(KINDS)}.")
-        return KINDS[kind].model_validate(value)
+        if not isinstance(kind, str) or kind not in MODELS:
+            raise SettingsError(f"model.kind={short_repr(kind)}: one of {', '.join(MODELS)}.")
+        return MODELS[kind].model_validate(value)
     return value
 
 
-AnyModel = Annotated[ModelSource, BeforeValidator(as_model)]
+AnyModel = Annotated[LocalModel | VllmModel | SerializeAsAny[CustomModel], BeforeValidator(as_model)]
+
+
+def build_model(source: ModelSource, loader: ModelLoader, wake: Callable[[], None]) -> LanguageModel:
+    """Load a language model, or meet its server; called once per engine, in a thread of its own.
+
+    Args:
+        source: The settings.
+        loader: Loads the weights and the tokenizers of the engine.
+        wake: Called, from the engine's thread, when `LanguageModel.sample` has something new although nothing was
+            begun since.
+
+    Raises:
+        ModelError: It cannot be loaded, or its server does not answer as it should.
+    """
+    from cards_integrations.chat.template import ChatTokenizer
+    from cards_integrations.models.local.language_model import LocalLanguageModel
+    from cards_integrations.models.vllm.language_model import VllmLanguageModel
+
+    match source:
+        case LocalModel():
+            model, tokenizer = loader.causal(source)
+            chat = ChatTokenizer(tokenizer, source.tool_format)
+            return LocalLanguageModel(model, chat, source.model, loader.memory)
+        case VllmModel():
+            chat = ChatTokenizer(loader.tokenizer(_tokenizer_of(source)), source.tool_format)
+            return VllmLanguageModel(source, chat, wake)
+        case _:
+            return source.build(wake)
+
+
+def context_window(source: ModelSource) -> int:
+    """Most tokens of prompt and answer together, from a config alone or from the server; no weights are loaded."""
+    match source:
+        case LocalModel():
+            return local_context_window(source)
+        case VllmModel():
+            return _served_context_window(source)
+        case _:
+            return source.context_window()
+
+
+@lru_cache
+def _served_context_window(source: VllmModel) -> int:
+    from cards_integrations.models.vllm.replies import ServerHandshake
+
+    return ServerHandshake(source).context_window()
+
+
+def _tokenizer_of(source: VllmModel) -> LocalModel:
+    return LocalModel(
+        model=source.tokenizer or source.model, revision=source.revision, trust_remote_code=source.trust_remote_code
+    )

@@ -22,7 +22,6 @@ from cards_integrations.models.local.embedded import MINILM, SMOLLM2, embedded_m
 if TYPE_CHECKING:
     import torch
 
-    from cards_integrations.models.base import LanguageModel
     from cards_integrations.transformer.kv_memory import KVMemory
 
 T = TypeVar("T")
@@ -47,18 +46,6 @@ class LocalModel(BaseModel):
     def same_weights(self, other: LocalModel) -> bool:
         """Is it the same model, whichever way it writes calls?"""
         return self == other.model_copy(update={"tool_format": self.tool_format})
-
-    def context_window(self) -> int:
-        """Tokens of prompt and answer together, from the model's config alone; no weights are loaded."""
-        return max_positions(_config(self))
-
-    def build(self, loader: ModelLoader, wake: Callable[[], None]) -> LanguageModel:
-        """Load it, to draft with; called once per engine, in a thread of its own."""
-        from cards_integrations.chat.template import ChatTokenizer
-        from cards_integrations.models.local.language_model import LocalLanguageModel
-
-        model, tokenizer = loader.causal(self)
-        return LocalLanguageModel(model, ChatTokenizer(tokenizer, self.tool_format), self.model, loader.memory)
 
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -312,6 +299,11 @@ def _config(spec: LocalModel) -> Any:
         return AutoConfig.from_pretrained(
             resolve_model(spec.model), revision=spec.revision, trust_remote_code=spec.trust_remote_code
         )
+
+
+def local_context_window(spec: LocalModel) -> int:
+    """Tokens of prompt and answer together, from the model's config alone; no weights are loaded."""
+    return max_positions(_config(spec))
 
 
 def max_positions(config: Any) -> int:

@@ -10,12 +10,11 @@ from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
 from cards_integrations.errors import ModelError
 from cards_integrations.http_client import HIDDEN
+from cards_integrations.models.vllm.settings import KEY, VllmModel
 
 if TYPE_CHECKING:
     from cards_integrations.chat.template import ChatTokenizer
-    from cards_integrations.models.vllm.language_model import VllmModel
 
-KEY = "CARDS_VLLM_API_KEY"
 COMPLETIONS, MODELS, TOKENIZE = "/v1/completions", "/v1/models", "/tokenize"
 PROBE = "The café's 1,000 guests:\n\t- said «no» 👍 (twice)."  # two tokenizers that agree on it are one
 M = TypeVar("M", bound=BaseModel)
