@@ -33,11 +33,12 @@ ROOT = Path(__file__).resolve().parent.parent
 WHO = ("Tom", "Lily", "The big dog", "Mom")
 DID = ("went to the park", "found a box", "was very sad", "saw a cat")
 STORIES = [f"{who} {did}" for did in DID for who in WHO]
-QUESTIONS = [f"Write one sentence about {what}." for what in (
-    "rainy days", "the sea", "a good friend", "an old house", "a long flight", "a dog", "the city at night", "breakfast",
+SUBJECTS = (
+    "rainy days", "the sea", "a good friend", "an old house", "a long flight", "a dog", "the city at night", "bread",
     "the first snow", "a train", "your favourite book", "the garden", "a neighbour", "learning to cook", "a lost key",
     "the moon",
-)]  # fmt: skip
+)  # fmt: skip
+QUESTIONS = [f"Write one sentence about {subject}." for subject in SUBJECTS]
 MEAN, SPREAD = -0.15, 0.48  # of the tiny pair's reward over plain answers
 LIMITS = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 

@@ -108,6 +108,7 @@ WRITTEN = (
     "Answer with a JSON object that this JSON schema describes: the type of each of the properties, please.\n"
 )
 OTHERWISE = "Reward models may read other words than those that write: longer pieces, or shorter ones, of their own. "
+ENDS = [f"<end{number}>" for number in range(6)]  # special tokens, with which some models end an answer
 CHAT = (
     "{% for m in messages %}<{{ m.role }}> {{ m.content }} </{{ m.role }}>\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant> {% endif %}"
@@ -144,7 +145,7 @@ def words_of(text: str, size: int, template: str | None = CHAT) -> PreTrainedTok
     fast.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=["<pad>", "</s>"], initial_alphabet=alphabet, show_progress=False
+        vocab_size=size, special_tokens=["<pad>", "</s>", *ENDS], initial_alphabet=alphabet, show_progress=False
     )
     fast.train_from_iterator([text] * 8, trainer)
     tokenizer = PreTrainedTokenizerFast(
@@ -288,7 +289,7 @@ class Bench:
         self.rows: list[Row] = []
         self.open: list[CardsLLM] = []
         self.llama = writer(folder, "llama", 0)
-        self.gemma = writer(folder, "gemma3_text", 1, ends=(1, *range(280, 390, 12)))
+        self.gemma = writer(folder, "gemma3_text", 1, ends=range(1, 2 + len(ENDS)))
         self.gpt2 = writer(folder, "gpt2", 2)
         self.judge = scorer(folder, "llama", words_of(WRITTEN, 400), 3)
         self.other = scorer(folder, "gpt2", words_of(OTHERWISE, 330, template=None), 4)
@@ -314,7 +315,7 @@ class Bench:
             found = work(*args, **options)
         except Exception as error:
             self.rows.append({"name": name, "error": type(error).__name__})
-            print(f"{name}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
+            print(f"{name}: {type(error).__name__}: {str(error).splitlines()[0][:160]}", file=sys.stderr)
             return None
         several = found if isinstance(found, list) else [found]
         for number, answer in enumerate(several):
