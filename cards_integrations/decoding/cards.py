@@ -59,15 +59,12 @@ class Cards(OnScale):
             return not last and accepts(draft.reward, threshold.at(draft.end), draft.uniform)
 
         while not session.finished:
-            best: Draft | None = None
             async for draft in session.drafts(until=self.boundary, limit=self.max_rejections + 1, passes=passes):
                 draft.threshold = threshold.at(draft.end)
                 if passes(draft):
-                    draft.verdict, best = "accepted", draft
+                    draft.verdict = "accepted"
+                    await session.keep(draft)
                     break
-                draft.verdict = "rejected"
-                best = session.better(best, draft)
-            assert best is not None  # a session yields at least one draft
-            if best.verdict == "rejected":
-                best.verdict = "best"
-            await session.keep(best)
+                session.reject(draft)
+            else:
+                await session.keep_best()

@@ -30,16 +30,13 @@ class RejectionSampling(OnScale):
         def passes(draft: Draft) -> bool:
             return draft.index < self.max_rejections and accepts(draft.reward, target, draft.uniform)
 
-        best: Draft | None = None
         whole = FixedLength(length=session.max_tokens)
         async for draft in session.drafts(until=whole, limit=self.max_rejections + 1, passes=passes):
             draft.threshold = target
             if passes(draft):
-                draft.verdict, best = "accepted", draft
+                draft.verdict = "accepted"
+                await session.keep(draft)
                 break
-            draft.verdict = "rejected"
-            best = session.better(best, draft)
-        assert best is not None  # a session yields at least one draft
-        if best.verdict == "rejected":
-            best.verdict = "best"
-        await session.keep(best)
+            session.reject(draft)
+        else:
+            await session.keep_best()

@@ -14,7 +14,7 @@ from cards_integrations.chat.message import PARTIAL_CHARACTER
 from cards_integrations.chat.tool_reader import ToolReader
 from cards_integrations.decoding.base import Draft, Scale
 from cards_integrations.engine.draft_pool import Drafts, Level, Pending, Plan, Question
-from cards_integrations.errors import RewardError
+from cards_integrations.errors import CardsError, RewardError
 from cards_integrations.models.base import Boundary, Context, LanguageModel
 from cards_integrations.rewards.base import Conversation, Response, RewardModel
 from cards_integrations.trace import DraftTrace, FinishReason, InvalidToolCall, Segment, ToolCall
@@ -88,6 +88,7 @@ class Session:
         self.log_likelihood = 0.0
         self.prompt_score: float | None = None
         self.looked_at: dict[Draft, Pending] = {}
+        self._best: Draft | None = None  # of the open segment's rejected drafts
         self.kept: Pending | None = None
         self.nodes: dict[Draft, Pending] = {}  # of the tree, in the order in which they grew
         self.next_level = FIRST_LEVEL
@@ -136,14 +137,25 @@ class Session:
         self.drafting.open()
         return self.drafting
 
-    def better(self, best: Draft | None, draft: Draft) -> Draft:
+    def reject(self, draft: Draft) -> Draft:
+        draft.verdict = "rejected"
+        best = self._best or draft
+        if draft is not best:
+            best, worse = (draft, best) if draft.reward > best.reward else (best, draft)
+            self.release(self.looked_at[worse])
+        self._best = best
+        return best
+
+    async def keep_best(self) -> Draft:
+        best = self._best
         if best is None:
-            return draft
-        keep, lose = (draft, best) if draft.reward > best.reward else (best, draft)
-        self.release(self.looked_at[lose])
-        return keep
+            raise CardsError("keep_best() has nothing to keep: reject() a draft of this segment first.")
+        best.verdict = "best"
+        await self.keep(best)
+        return best
 
     async def keep(self, draft: Draft) -> None:
+        self._best = None
         if self.error is not None:
             raise self.error
         if draft in self.nodes:
