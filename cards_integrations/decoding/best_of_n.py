@@ -7,9 +7,11 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from cards_integrations.decoding.base import Decoding, Session
+from cards_integrations.decoding.registry import register_method
 from cards_integrations.decoding.segmentation import FixedLength
 
 
+@register_method
 class BestOfN(Decoding):
     """N answers from p(y | x), drafted together; the one with the highest r(x, y) is kept.
 

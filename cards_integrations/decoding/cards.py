@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from cards_integrations.decoding.acceptance import Acceptance, Threshold
 from cards_integrations.decoding.base import Draft, Session
+from cards_integrations.decoding.registry import register_method
 from cards_integrations.decoding.scaled import OnScale
 from cards_integrations.decoding.segmentation import AnyBoundary, Uncertainty
 from cards_integrations.decoding.stopping import OptimalStopping
@@ -15,6 +16,7 @@ from cards_integrations.decoding.stopping import OptimalStopping
 REJECTION = ("target_reward", "alpha", "beta")  # what only quasi-rejection goes by
 
 
+@register_method
 class Cards(OnScale):
     """CARDS, algorithm 1 of the paper.
 

@@ -8,10 +8,12 @@ from pydantic import Field
 
 from cards_integrations.decoding.acceptance import Acceptance
 from cards_integrations.decoding.base import Draft, Session
+from cards_integrations.decoding.registry import register_method
 from cards_integrations.decoding.scaled import OnScale
 from cards_integrations.decoding.segmentation import FixedLength
 
 
+@register_method
 class RejectionSampling(OnScale):
     """Answers from p(y | x) until one is accepted, with probability min(1, exp((r(x, y) - r*) / beta)).
 

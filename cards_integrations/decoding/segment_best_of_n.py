@@ -7,9 +7,11 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from cards_integrations.decoding.base import Decoding, Session
+from cards_integrations.decoding.registry import register_method
 from cards_integrations.decoding.segmentation import AnyBoundary, Uncertainty
 
 
+@register_method
 class SegmentBestOfN(Decoding):
     """n drafts for each segment; the one with the highest reward is kept.
 
