@@ -305,6 +305,7 @@ class Table:
     dice: np.random.Generator
     max_tokens: int
     kept: Offered | None = None
+    best: Offered | None = None
     reward_scale: Any = None
 
     def __post_init__(self) -> None:
@@ -342,8 +343,15 @@ class Table:
     def give_up(self, draft: Offered) -> None:
         pass
 
-    def better(self, best: Offered | None, draft: Offered) -> Offered:
-        return draft if best is None or draft.reward > best.reward else best
+    def reject(self, draft: Offered) -> Offered:
+        self.best = draft if self.best is None or draft.reward > self.best.reward else self.best
+        return self.best
+
+    async def keep_best(self) -> Offered:
+        best = self.best
+        assert best is not None
+        await self.keep(best)
+        return best
 
     async def keep(self, draft: Offered) -> None:
-        self.kept = draft
+        self.kept, self.best = draft, None

@@ -34,6 +34,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from cards_integrations.decoding import Cards, Decoding, FixedLength, Sampling
 from cards_integrations.engine import Engine, Request
+from cards_integrations.engine import worker as worker_module
 from cards_integrations.errors import CardsError, CardsTimeout, EngineClosed, ModelError, OutOfMemory, RewardError
 from cards_integrations.models.local import embedded
 from cards_integrations.models.local.loading import LocalModel
@@ -397,13 +398,13 @@ def test_closing_in_the_very_moment_of_a_call_says_that_it_was_closed(
 @pytest.fixture
 def slow_to_load(gate: threading.Event, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """A model is there only once this is set."""
-    build = LocalModel.build
+    build = worker_module.build_model
 
     def slow(*args: Any) -> Any:
         gate.wait(WITHIN)
         return build(*args)
 
-    monkeypatch.setattr(LocalModel, "build", slow)
+    monkeypatch.setattr(worker_module, "build_model", slow)
     return gate
 
 
@@ -700,7 +701,6 @@ import transformers.models.llama.modeling_llama, gguf.quants, peft, psutil, safe
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from cards_integrations.decoding import Cards, Sampling
 from cards_integrations.engine import Engine, EngineSettings, Request
-from cards_integrations.engine import worker as worker_module
 from cards_integrations.errors import CardsError
 from cards_integrations.models.local import embedded
 from cards_integrations.models.local.loading import LocalModel

@@ -57,7 +57,7 @@ from cards_integrations.decoding.base import Draft
 from cards_integrations.decoding.particles import effective, normalised, systematic
 from cards_integrations.engine import Request
 from cards_integrations.engine.session import Chunk
-from cards_integrations.errors import EngineClosed, RewardError, SettingsError
+from cards_integrations.errors import CardsError, EngineClosed, RewardError, SettingsError
 from cards_integrations.models.local.language_model import LONG
 from cards_integrations.models.randomness import Uniforms
 from cards_integrations.models.sampling import Sampler
@@ -959,25 +959,27 @@ class InTwoCalls(Decoding):
     method: str = "segment_best_of_n"
     first: int
     limit: int
+    by_hand: bool = False
     boundary: Uncertainty = UNCERTAIN
 
     async def generate(self, session: Any) -> None:
         while not session.finished:
-            drafts: list[Draft] = []
             async for draft in session.drafts(until=self.boundary, limit=self.limit):
-                drafts.append(draft)
-                if len(drafts) == self.first:
+                best = session.reject(draft)
+                if draft.index + 1 == self.first:
                     break
-            drafts += [draft async for draft in session.drafts(until=self.boundary, limit=4 - self.first)]
-            for draft in drafts:
-                draft.verdict = "rejected"
-            best = max(drafts, key=lambda draft: draft.reward)
-            best.verdict = "best"
-            await session.keep(best)
+            async for draft in session.drafts(until=self.boundary, limit=4 - self.first):
+                best = session.reject(draft)
+            if self.by_hand:
+                best.verdict = "best"
+                await session.keep(best)
+            else:
+                assert await session.keep_best() is best
 
 
+@pytest.mark.parametrize("by_hand", [False, True])
 @pytest.mark.parametrize(("first", "limit"), [(2, 2), (1, 3), (3, 9)])
-def test_a_segment_may_ask_for_more_drafts(llama: Models, start: Start, first: int, limit: int) -> None:
+def test_a_segment_may_ask_for_more_drafts(llama: Models, start: Start, first: int, limit: int, by_hand: bool) -> None:
     """Those of an earlier call are not drawn again, and can be kept, whatever was drafted ahead."""
     engine, reward = start(llama.folder), llama.judges["decoder"].reward
 
@@ -986,9 +988,29 @@ def test_a_segment_may_ask_for_more_drafts(llama: Models, start: Start, first: i
         segments = [segment for answer in answers for segment in answer.segments]
         return [(draft.index, draft.token_ids, draft.verdict) for segment in segments for draft in segment.drafts]
 
-    found = drafts(InTwoCalls(first=first, limit=limit))
+    found = drafts(InTwoCalls(first=first, limit=limit, by_hand=by_hand))
     assert found == drafts(SegmentBestOfN(n=4, boundary=UNCERTAIN))
     assert {index for index, _, verdict in found if verdict == "best"} == {0, 1, 2, 3}
+    assert idle(engine)
+
+
+class KeepsNothing(Decoding):
+    """Rejects one draft and keeps the best twice: the second time there is none."""
+
+    method: str = "keeps_nothing"
+
+    async def generate(self, session: Any) -> None:
+        async for draft in session.drafts(until=UNCERTAIN, limit=1):
+            session.reject(draft)
+        await session.keep_best()
+        await session.keep_best()
+
+
+def test_the_best_of_none_is_an_error_of_its_own_request(llama: Models, start: Start) -> None:
+    engine, reward = start(llama.folder), llama.judges["decoder"].reward
+    with pytest.raises(CardsError, match=r"reject\(\) a draft"):
+        engine.run(Request(PROMPT, KeepsNothing(), reward, SAMPLER, ROOM, seed=1))
+    assert engine.run(Request(PROMPT, SegmentBestOfN(n=2), reward, SAMPLER, ROOM, seed=1)).text
     assert idle(engine)
 
 

@@ -1,11 +1,6 @@
-"""Decoding methods and where a segment ends."""
+"""Decoding methods, and where a segment ends. To add one, write one file and import it here."""
 
 from __future__ import annotations
-
-import json
-from typing import Annotated, Any
-
-from pydantic import BeforeValidator, SerializeAsAny
 
 from cards_integrations.decoding.acceptance import Acceptance, Threshold
 from cards_integrations.decoding.args import Args
@@ -14,6 +9,7 @@ from cards_integrations.decoding.best_of_n import BestOfN
 from cards_integrations.decoding.cards import Cards
 from cards_integrations.decoding.particles import Particles
 from cards_integrations.decoding.rain import Rain
+from cards_integrations.decoding.registry import METHODS, AnyDecoding, as_decoding, known_methods, register_method
 from cards_integrations.decoding.rejection import RejectionSampling
 from cards_integrations.decoding.sampling import Sampling
 from cards_integrations.decoding.segment_best_of_n import SegmentBestOfN
@@ -21,41 +17,7 @@ from cards_integrations.decoding.segmentation import FixedLength, Punctuation, U
 from cards_integrations.decoding.speculative_rejection import SpeculativeRejection
 from cards_integrations.decoding.stopping import OptimalStopping
 from cards_integrations.decoding.tree_bon import TreeBoN
-from cards_integrations.errors import SettingsError, short_repr, unknown_name
 from cards_integrations.models.base import Boundary
-
-METHODS: dict[str, type[Decoding]] = {
-    "cards": Cards,
-    "sampling": Sampling,
-    "best_of_n": BestOfN,
-    "rejection": RejectionSampling,
-    "segment_best_of_n": SegmentBestOfN,
-    "args": Args,
-    "speculative_rejection": SpeculativeRejection,
-    "tree_bon": TreeBoN,
-    "particles": Particles,
-    "rain": Rain,
-}
-
-
-def as_decoding(value: Any) -> Decoding:
-    """A decoding method from its name, its settings as a dict, or itself."""
-    if isinstance(value, Decoding):
-        return value
-    if isinstance(value, str):
-        try:
-            value = json.loads(value) if value.startswith("{") else {"method": value}
-        except (ValueError, RecursionError) as error:
-            raise SettingsError(f"decoding is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise SettingsError(f"decoding={short_repr(value)}: pass a name, a dict with 'method', or a settings object.")
-    method = value.get("method", "cards")
-    if not isinstance(method, str) or method not in METHODS:
-        raise unknown_name("decoding", method if isinstance(method, str) else short_repr(method), METHODS)
-    return METHODS[method].model_validate(value)
-
-
-AnyDecoding = Annotated[SerializeAsAny[Decoding], BeforeValidator(as_decoding)]
 
 __all__ = [
     "METHODS",
@@ -81,4 +43,6 @@ __all__ = [
     "TreeBoN",
     "Uncertainty",
     "as_decoding",
+    "known_methods",
+    "register_method",
 ]

@@ -8,11 +8,13 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from cards_integrations.decoding.base import Decoding, Draft, Session
+from cards_integrations.decoding.registry import register_method
 from cards_integrations.decoding.segmentation import FixedLength
 
 TOKEN = FixedLength(length=1)
 
 
+@register_method
 class Args(Decoding):
     """Alignment as Reward-Guided Search (arXiv 2402.01694, algorithm 1): each of the k most probable tokens v
     is scored as log p(v | x, y) + weight * r(x, y + v).

@@ -91,8 +91,21 @@ class Session(Protocol):
     def give_up(self, draft: Draft) -> None:
         """This one of `grow` will have no more children."""
 
-    def better(self, best: Draft | None, draft: Draft) -> Draft:
-        """The one with the higher reward (the earlier in a tie); the other is given up."""
+    def reject(self, draft: Draft) -> Draft:
+        """Mark a draft of `drafts` as rejected, and free what cannot be kept any more.
+
+        The best of a segment's rejected drafts stays, for `keep_best` or `keep`; what the others hold is freed.
+
+        Returns:
+            The best of the segment's rejected drafts: the one with the highest reward, the earliest in a tie.
+        """
+
+    async def keep_best(self) -> Draft:
+        """Keep the best of the segment's rejected drafts, with the verdict "best".
+
+        Returns:
+            That draft.
+        """
 
     async def keep(self, draft: Draft) -> None:
         """Append the candidate to the answer; whatever else was drafted is given up.

@@ -6,10 +6,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from cards_integrations.decoding.base import Decoding, Draft, Session
+from cards_integrations.decoding.base import Decoding, Session
+from cards_integrations.decoding.registry import register_method
 from cards_integrations.decoding.segmentation import FixedLength
 
 
+@register_method
 class BestOfN(Decoding):
     """N answers from p(y | x), drafted together; the one with the highest r(x, y) is kept.
 
@@ -20,10 +22,6 @@ class BestOfN(Decoding):
     n: Annotated[int, Field(ge=1)] = 16
 
     async def generate(self, session: Session) -> None:
-        best: Draft | None = None
         async for draft in session.drafts(until=FixedLength(length=session.max_tokens), limit=self.n):
-            draft.verdict = "rejected"
-            best = session.better(best, draft)
-        assert best is not None  # a session yields at least one draft
-        best.verdict = "best"
-        await session.keep(best)
+            session.reject(draft)
+        await session.keep_best()

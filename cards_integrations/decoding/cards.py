@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from cards_integrations.decoding.acceptance import Acceptance, Threshold
 from cards_integrations.decoding.base import Draft, Session
+from cards_integrations.decoding.registry import register_method
 from cards_integrations.decoding.scaled import OnScale
 from cards_integrations.decoding.segmentation import AnyBoundary, Uncertainty
 from cards_integrations.decoding.stopping import OptimalStopping
@@ -15,6 +16,7 @@ from cards_integrations.decoding.stopping import OptimalStopping
 REJECTION = ("target_reward", "alpha", "beta")  # what only quasi-rejection goes by
 
 
+@register_method
 class Cards(OnScale):
     """CARDS, algorithm 1 of the paper.
 
@@ -59,15 +61,12 @@ class Cards(OnScale):
             return not last and accepts(draft.reward, threshold.at(draft.end), draft.uniform)
 
         while not session.finished:
-            best: Draft | None = None
             async for draft in session.drafts(until=self.boundary, limit=self.max_rejections + 1, passes=passes):
                 draft.threshold = threshold.at(draft.end)
                 if passes(draft):
-                    draft.verdict, best = "accepted", draft
+                    draft.verdict = "accepted"
+                    await session.keep(draft)
                     break
-                draft.verdict = "rejected"
-                best = session.better(best, draft)
-            assert best is not None  # a session yields at least one draft
-            if best.verdict == "rejected":
-                best.verdict = "best"
-            await session.keep(best)
+                session.reject(draft)
+            else:
+                await session.keep_best()

@@ -10,10 +10,12 @@ from pydantic import Field
 
 from cards_integrations.decoding.args import drawn
 from cards_integrations.decoding.base import Decoding, Session
+from cards_integrations.decoding.registry import register_method
 from cards_integrations.decoding.scaled import Beta, beta_for
 from cards_integrations.decoding.segmentation import AnyBoundary, Uncertainty
 
 
+@register_method
 class Particles(Decoding):
     """n particles approximate p(y | x) exp(r(x, y) / beta); they advance a segment at a time, in one batch.
 

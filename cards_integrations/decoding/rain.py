@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, FiniteFloat
 
 from cards_integrations.decoding.base import Decoding, Draft, Session
+from cards_integrations.decoding.registry import register_method
 from cards_integrations.decoding.segmentation import AnyBoundary, FixedLength
 
 
@@ -33,6 +34,7 @@ class Node:
             node = node.parent
 
 
+@register_method
 class Rain(Decoding):
     """Rewindable Auto-regressive INference (arXiv 2309.07124, section 3.2): before a segment is kept, the tree
     of what could follow is searched, from the root again and again (rewind).

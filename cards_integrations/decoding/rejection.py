@@ -8,10 +8,12 @@ from pydantic import Field
 
 from cards_integrations.decoding.acceptance import Acceptance
 from cards_integrations.decoding.base import Draft, Session
+from cards_integrations.decoding.registry import register_method
 from cards_integrations.decoding.scaled import OnScale
 from cards_integrations.decoding.segmentation import FixedLength
 
 
+@register_method
 class RejectionSampling(OnScale):
     """Answers from p(y | x) until one is accepted, with probability min(1, exp((r(x, y) - r*) / beta)).
 
@@ -30,16 +32,13 @@ class RejectionSampling(OnScale):
         def passes(draft: Draft) -> bool:
             return draft.index < self.max_rejections and accepts(draft.reward, target, draft.uniform)
 
-        best: Draft | None = None
         whole = FixedLength(length=session.max_tokens)
         async for draft in session.drafts(until=whole, limit=self.max_rejections + 1, passes=passes):
             draft.threshold = target
             if passes(draft):
-                draft.verdict, best = "accepted", draft
+                draft.verdict = "accepted"
+                await session.keep(draft)
                 break
-            draft.verdict = "rejected"
-            best = session.better(best, draft)
-        assert best is not None  # a session yields at least one draft
-        if best.verdict == "rejected":
-            best.verdict = "best"
-        await session.keep(best)
+            session.reject(draft)
+        else:
+            await session.keep_best()

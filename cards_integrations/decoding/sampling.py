@@ -7,9 +7,11 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from cards_integrations.decoding.base import Decoding, Session
+from cards_integrations.decoding.registry import register_method
 from cards_integrations.decoding.segmentation import FixedLength
 
 
+@register_method
 class Sampling(Decoding):
     """Ancestral sampling; `chunk` is how many tokens are streamed at a time."""
 

@@ -6,10 +6,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from cards_integrations.decoding.base import Decoding, Draft, Session
+from cards_integrations.decoding.base import Decoding, Session
+from cards_integrations.decoding.registry import register_method
 from cards_integrations.decoding.segmentation import AnyBoundary, Uncertainty
 
 
+@register_method
 class SegmentBestOfN(Decoding):
     """n drafts for each segment; the one with the highest reward is kept.
 
@@ -22,10 +24,6 @@ class SegmentBestOfN(Decoding):
 
     async def generate(self, session: Session) -> None:
         while not session.finished:
-            best: Draft | None = None
             async for draft in session.drafts(until=self.boundary, limit=self.n):
-                draft.verdict = "rejected"
-                best = session.better(best, draft)
-            assert best is not None  # a session yields at least one draft
-            best.verdict = "best"
-            await session.keep(best)
+                session.reject(draft)
+            await session.keep_best()

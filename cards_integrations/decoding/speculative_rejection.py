@@ -7,9 +7,11 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from cards_integrations.decoding.base import Decoding, Draft, Session
+from cards_integrations.decoding.registry import register_method
 from cards_integrations.decoding.segmentation import FixedLength
 
 
+@register_method
 class SpeculativeRejection(Decoding):
     """Speculative Rejection (arXiv 2410.20290, algorithm 1): n answers are drafted together; at every checkpoint
     the unfinished ones are scored and the worst fraction of all is given up. The best that is left is kept.

@@ -40,7 +40,6 @@ class OptimalStopping(BaseModel):
         while not session.finished:
             rewards: list[float] = []
             segments.append(rewards)
-            best: Draft | None = None
             tokens, value = 0, math.inf
 
             def reaches(draft: Draft) -> bool:
@@ -49,19 +48,17 @@ class OptimalStopping(BaseModel):
             async for draft in session.drafts(until=boundary, limit=limit, passes=reaches):
                 rewards.append(draft.reward)
                 tokens += draft.end - written
-                draft.verdict = "rejected"
-                best = session.better(best, draft)
+                best = session.reject(draft)
                 mean = (reward + sum(rewards)) / (1 + len(rewards))
                 value = self.reservation(mean, pooled_spread(segments), tokens / len(rewards))
                 draft.threshold = value if math.isfinite(value) else None
                 if len(rewards) % self.batch == 0 and reaches(best):
                     best.verdict = "accepted"
+                    await session.keep(best)
                     break
-            assert best is not None  # a session yields at least one draft
-            if best.verdict == "rejected":
-                best.verdict = "best"
+            else:
+                best = await session.keep_best()
             reward, written = best.reward, best.end
-            await session.keep(best)
 
     def reservation(self, mean: float, std: float | None, length: float) -> float:
         """xi with E[max(M - xi, 0)] = price * batch * length; infinite as long as no std is known."""

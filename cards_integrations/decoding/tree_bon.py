@@ -7,9 +7,11 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from cards_integrations.decoding.base import Decoding, Draft, Session
+from cards_integrations.decoding.registry import register_method
 from cards_integrations.decoding.segmentation import AnyBoundary, FixedLength
 
 
+@register_method
 class TreeBoN(Decoding):
     """TreeBoN (arXiv 2410.16033, algorithm 1): layers of n drafts; the n / children best of a layer have `children`
     each in the next one. The best of the last layer is kept.

@@ -99,13 +99,6 @@ class Session:
             limit = 1  # every candidate would be the same one
         return self.pool.open_segment(until, limit, scored, passes)
 
-    def better(self, best: Draft | None, draft: Draft) -> Draft:  # TEMP
-        if best is None:
-            return draft
-        keep, lose = (draft, best) if draft.reward > best.reward else (best, draft)
-        self.pool.release(self.pool.examined[lose])
-        return keep
-
     def reject(self, draft: Draft) -> Draft:
         return self.pool.reject(draft)
 

@@ -1,0 +1,52 @@
+"""Which decoding methods there are: by name, and those that other distributions bring."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BeforeValidator, SerializeAsAny
+
+from cards_integrations.decoding.base import Decoding
+from cards_integrations.errors import SettingsError, short_repr
+from cards_integrations.registry import Registry, from_json
+
+GROUP = "cards_integrations.decoding"
+D = TypeVar("D", bound=Decoding)
+
+_registry = Registry(Decoding, "decoding", "method", GROUP)
+METHODS: dict[str, type[Decoding]] = _registry.classes
+
+
+def register_method(cls: type[D]) -> type[D]:
+    """Make a subclass of `Decoding` known by its `method`, for settings files and names. A decorator.
+
+    Raises:
+        SettingsError: If it has no `method: Literal["my-method"] = "my-method"`, or that of another class.
+    """
+    _registry.register(cls)
+    return cls
+
+
+def known_methods() -> list[str]:
+    """The names of all methods, those of installed plug-ins included."""
+    return _registry.known()
+
+
+def as_decoding(value: Any) -> Decoding:
+    """Make a decoding method from its name, its settings as a dict or as JSON, or itself.
+
+    Raises:
+        SettingsError: If there is no such method, or the value is of no such form.
+    """
+    if isinstance(value, Decoding):
+        return value
+    value = from_json("decoding", value)
+    if isinstance(value, str):
+        value = {"method": value}
+    if not isinstance(value, dict):
+        raise SettingsError(f"decoding={short_repr(value)}: pass a name, a dict with 'method', or a settings object.")
+    method = value.get("method", "cards")
+    return _registry[method if isinstance(method, str) else short_repr(method)].model_validate(value)
+
+
+AnyDecoding = Annotated[SerializeAsAny[Decoding], BeforeValidator(as_decoding)]
