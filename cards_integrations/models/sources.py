@@ -2,37 +2,45 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BeforeValidator, SerializeAsAny
+from pydantic import BaseModel, BeforeValidator, SerializeAsAny
 
-from cards_integrations.errors import SettingsError, short_repr
+from cards_integrations.errors import short_repr
 from cards_integrations.models.base import CustomModel, LanguageModel
 from cards_integrations.models.local.loading import LocalModel, ModelLoader, as_local_model, local_context_window
 from cards_integrations.models.vllm.settings import VllmModel
+from cards_integrations.registry import Registry, from_json
 
 ModelSource = LocalModel | VllmModel | CustomModel
-MODELS: dict[str, type[ModelSource]] = {"local": LocalModel, "vllm": VllmModel}
+C = TypeVar("C", bound=type[CustomModel])
+MODELS: Registry[BaseModel] = Registry(
+    base=CustomModel, setting="model", discriminator="kind", group="cards_integrations.models"
+)
+MODELS.register(LocalModel)
+MODELS.register(VllmModel)
+
+
+def register_model(cls: C) -> C:
+    """Make a backend of another package known by its `kind`, for settings files. A decorator.
+
+    An installed package can name the class as an entry point of the group `cards_integrations.models` instead.
+    """
+    MODELS.register(cls)
+    return cls
 
 
 def as_model(value: Any) -> Any:
     """A model from a name, a path, JSON, its settings as a dict (local, if they name no kind), or itself."""
-    if isinstance(value, str) and value.startswith("{"):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise SettingsError(f"model is not JSON: {error}") from None
+    value = from_json("model", value)
     if isinstance(value, (str, Path)):
         return as_local_model(value)
     if isinstance(value, dict):
         kind = value.get("kind", "local")
-        if not isinstance(kind, str) or kind not in MODELS:
-            raise SettingsError(f"model.kind={short_repr(kind)}: one of {', '.join(MODELS)}.")
-        return MODELS[kind].model_validate(value)
+        return MODELS[kind if isinstance(kind, str) else short_repr(kind)].model_validate(value)
     return value
 
 
