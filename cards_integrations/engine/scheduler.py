@@ -66,7 +66,7 @@ class BestPerSecond:
         for session in sessions:
             if session.drafting is not None:
                 found += session.drafting.prospects(1.0, session.rate.value)
-                scoring = max(scoring, session.seconds_to_score.each)
+                scoring = max(scoring, session.seconds_to_score.per_token)
         if not found:
             return []
         found.sort(key=lambda prospect: -prospect[0])
