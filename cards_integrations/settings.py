@@ -25,7 +25,7 @@ from cards_integrations.chat.tools import as_tools
 from cards_integrations.decoding import AnyDecoding, Cards, Decoding
 from cards_integrations.engine.engine import Engine, EngineSettings, Request
 from cards_integrations.errors import SettingsError, short_repr, unknown_name
-from cards_integrations.models.local.loading import LocalModel
+from cards_integrations.models.local.settings import LocalModel
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.models.sources import AnyModel
 from cards_integrations.rewards import NAMED, AnyReward

@@ -82,7 +82,7 @@ def lora(folder: Path, base: str, targets: Iterable[str], **options: Any) -> str
 def parameters(engine: Engine) -> int:
     """How many numbers the weights of all loaded models have, shared ones counted once."""
     assert engine._worker is not None
-    loaded = [engine._worker.loader._once[key][0] for key in engine._worker.loader._once if key[0] in KINDS]
+    loaded = [engine._worker.loader._cached[key][0] for key in engine._worker.loader._cached if key[0] in KINDS]
     return sum({w.data_ptr(): w.numel() for model in loaded for w in model.parameters()}.values())
 
 

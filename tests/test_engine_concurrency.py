@@ -21,7 +21,8 @@ from conftest import Start
 from cards_integrations.decoding import Cards, FixedLength, Sampling, Uncertainty
 from cards_integrations.engine import Engine, EngineSettings, Request
 from cards_integrations.errors import CardsTimeout, EngineClosed, ModelError, RewardError
-from cards_integrations.models.local.loading import LocalModel, ModelLoader
+from cards_integrations.models.local.loader import ModelLoader
+from cards_integrations.models.local.settings import LocalModel
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import ClassifierReward, FunctionReward
 from cards_integrations.trace import Alignment
@@ -388,7 +389,7 @@ LEAVING = """
 import sys, threading, time
 from cards_integrations.decoding import Sampling
 from cards_integrations.engine import Engine, EngineSettings, Request
-from cards_integrations.models.local.loading import LocalModel
+from cards_integrations.models.local.settings import LocalModel
 
 engine = Engine.shared(LocalModel(model=sys.argv[1]), EngineSettings())
 request = Request("w9 w20", Sampling(chunk=1), max_tokens=8000)

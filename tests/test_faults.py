@@ -38,7 +38,7 @@ from cards_integrations.decoding import Cards, Decoding, FixedLength, Sampling
 from cards_integrations.engine import Engine, Request
 from cards_integrations.errors import CardsError, CardsTimeout, EngineClosed, ModelError, OutOfMemory, RewardError
 from cards_integrations.models.local import embedded
-from cards_integrations.models.local.loading import LocalModel
+from cards_integrations.models.local.settings import LocalModel
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import ClassifierReward, FunctionReward, Reward
 from cards_integrations.trace import Alignment
@@ -733,7 +733,7 @@ from cards_integrations.decoding import Cards, Sampling
 from cards_integrations.engine import Engine, EngineSettings, Request
 from cards_integrations.errors import CardsError
 from cards_integrations.models.local import embedded
-from cards_integrations.models.local.loading import LocalModel
+from cards_integrations.models.local.settings import LocalModel
 from cards_integrations.rewards import FunctionReward
 
 def engine(model):

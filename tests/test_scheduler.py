@@ -24,7 +24,8 @@ from cards_integrations.engine.scheduler import BestPerSecond
 from cards_integrations.engine.session import AcceptanceRate, Session
 from cards_integrations.models.base import Context
 from cards_integrations.models.local.language_model import LocalLanguageModel
-from cards_integrations.models.local.loading import ModelLoader, Placement
+from cards_integrations.models.local.loader import ModelLoader
+from cards_integrations.models.local.settings import Placement
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import Conversation, FunctionReward, RewardLoader
 from cards_integrations.trace import Usage

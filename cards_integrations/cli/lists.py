@@ -51,7 +51,8 @@ def models(as_json: Json = False) -> None:
     from rich.console import Console
 
     from cards_integrations.models.local.embedded import MINILM, SMOLLM2
-    from cards_integrations.models.local.loading import ModelLoader, Placement
+    from cards_integrations.models.local.loader import ModelLoader
+    from cards_integrations.models.local.settings import Placement
     from cards_integrations.paths import cache_dir
     from cards_integrations.rewards import NAMED
 

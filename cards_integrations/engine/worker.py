@@ -42,7 +42,8 @@ from cards_integrations.errors import (
     SettingsError,
 )
 from cards_integrations.models.base import Context, LanguageModel
-from cards_integrations.models.local.loading import ModelLoader, Placement
+from cards_integrations.models.local.loader import ModelLoader
+from cards_integrations.models.local.settings import Placement
 from cards_integrations.models.randomness import fresh_seed
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.models.sources import ModelSource

@@ -1,6 +1,6 @@
 """Language models that text is drafted from."""
 
-from cards_integrations.models.local.loading import LocalModel
+from cards_integrations.models.local.settings import LocalModel
 from cards_integrations.models.vllm.language_model import VllmModel
 
 __all__ = ["LocalModel", "VllmModel"]

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator
 
 from cards_integrations.errors import SettingsError, short_repr
-from cards_integrations.models.local.loading import LocalModel, as_local_model
+from cards_integrations.models.local.settings import LocalModel, as_local_model
 from cards_integrations.models.vllm.language_model import VllmModel
 
 ModelSource = LocalModel | VllmModel

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from cards_integrations.chat.template import ChatTokenizer, as_text
 from cards_integrations.errors import SettingsError
-from cards_integrations.models.local.loading import AnyLocalModel
+from cards_integrations.models.local.settings import AnyLocalModel
 from cards_integrations.rewards.base import Conversation, Reward, RewardLoader, RewardModel
 from cards_integrations.rewards.registry import register_reward
 from cards_integrations.rewards.scorers.incremental import Incremental

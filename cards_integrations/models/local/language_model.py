@@ -14,7 +14,7 @@ from cards_integrations.chat.stop_strings import StopStrings
 from cards_integrations.chat.template import ChatTokenizer
 from cards_integrations.errors import CardsError, OutOfMemory
 from cards_integrations.models.base import Boundary, Candidate, Context
-from cards_integrations.models.local.loading import max_positions
+from cards_integrations.models.local.resolve import max_positions
 from cards_integrations.models.randomness import Uniforms
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.trace import Usage

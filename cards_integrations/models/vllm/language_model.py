@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from cards_integrations.chat.grammar import Grammar, Matcher
     from cards_integrations.chat.template import ChatTokenizer
-    from cards_integrations.models.local.loading import ModelLoader
+    from cards_integrations.models.local.loader import ModelLoader
     from cards_integrations.transformer.kv_memory import CacheNeed
     from cards_integrations.transformer.step_times import StepTimes
 
@@ -89,7 +89,7 @@ class VllmModel(Keyed):
     def build(self, loader: ModelLoader, wake: Callable[[], None]) -> VllmLanguageModel:
         """Meet the server; called once per engine, in a thread of its own."""
         from cards_integrations.chat.template import ChatTokenizer
-        from cards_integrations.models.local.loading import LocalModel
+        from cards_integrations.models.local.settings import LocalModel
 
         spec = LocalModel(
             model=self.tokenizer or self.model, revision=self.revision, trust_remote_code=self.trust_remote_code

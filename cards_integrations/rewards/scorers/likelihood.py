@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from cards_integrations.chat.message import Message
-from cards_integrations.models.local.loading import LocalModel
+from cards_integrations.models.local.settings import LocalModel
 from cards_integrations.rewards.base import Conversation, Response, RewardLoader
 from cards_integrations.rewards.composite import Composite
 from cards_integrations.rewards.scorers.incremental import Incremental, Read, Scored
