@@ -57,9 +57,9 @@ def caches(engine: Engine) -> list[Any]:
 
 
 def idle(engine: Engine) -> bool:
-    """Nothing is live, and no row or lane of any cache is taken."""
+    """Nothing is live, and no row or mask row of any cache is taken."""
     assert engine._worker is not None
-    taken = [cache for cache in caches(engine) if cache.trees or len(cache.lanes) != len(cache.sees)]
+    taken = [cache for cache in caches(engine) if cache.trees or len(cache.free_mask_rows) != len(cache.visible)]
     return not (engine._worker.live or engine.loaded().contexts or taken)
 
 
@@ -107,7 +107,7 @@ class Freed:
             if idle(self.engine):
                 return
             await asyncio.sleep(0.002)
-        raise AssertionError([(len(cache.trees), len(cache.lanes), len(cache.sees)) for cache in caches(self.engine)])
+        raise AssertionError([(len(c.trees), len(c.free_mask_rows), len(c.visible)) for c in caches(self.engine)])
 
     def _step(self, number: int) -> None:
         model = self.engine.loaded()

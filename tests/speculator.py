@@ -70,7 +70,7 @@ class Watch:
         live = list(sessions)
         self.live = max(self.live, len(live))
         self.rows = max(self.rows, len(self.model.transformer.cache.trees))
-        self.kept = max(self.kept, len(self.memory.kept))
+        self.kept = max(self.kept, len(self.memory.prefixes))
         self.bytes = max(self.bytes, self.memory.used)
         for cache in self.memory.caches:
             balance(cache)
@@ -89,10 +89,10 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def balance(cache: TreeCache) -> None:
-    """Every lane is a tree's or free; every column that a row has taken is on a path or free, never both."""
-    lanes = [*cache.lanes, *(lane for tree in cache.trees for lane in tree.lanes)]
-    assert sorted(lanes) == list(range(len(cache.sees)))
-    for slot, tree in enumerate(cache.trees):
-        assert tree.slot == slot
-        seen = np.flatnonzero(cache.sees[sorted(tree.lanes)].any(0)).tolist()
+    """Every mask row is a tree's or free; every column that a row has taken is on a path or free, never both."""
+    mask_rows = [*cache.free_mask_rows, *(mask_row for tree in cache.trees for mask_row in tree.mask_rows)]
+    assert sorted(mask_rows) == list(range(len(cache.visible)))
+    for row, tree in enumerate(cache.trees):
+        assert tree.row == row
+        seen = np.flatnonzero(cache.visible[sorted(tree.mask_rows)].any(0)).tolist()
         assert sorted([*seen, *tree.freed]) == list(range(1, tree.untouched))

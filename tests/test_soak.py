@@ -245,7 +245,7 @@ class State:
         assert worker is not None
         for cache in model.memory.caches:
             balance(cache)
-        model.memory.forget()
+        model.memory.evict_all()
         gc.collect()
         objects = Counter(type(thing) for thing in gc.get_objects())
         return cls(

@@ -14,7 +14,7 @@ from cards_integrations.rewards.base import Conversation, Reward, RewardLoader, 
 from cards_integrations.rewards.registry import register_reward
 from cards_integrations.rewards.scorers.incremental import Incremental
 from cards_integrations.rewards.scorers.layout import Layout
-from cards_integrations.transformer.forward import ForwardInput
+from cards_integrations.transformer.flat_batch import ForwardInput
 from cards_integrations.transformer.kv_memory import KVMemory
 
 RUBRIC = """Here is a message, and the beginning of an answer to it.

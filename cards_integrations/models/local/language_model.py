@@ -18,7 +18,8 @@ from cards_integrations.models.local.resolve import max_positions
 from cards_integrations.models.randomness import Uniforms
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.trace import Usage
-from cards_integrations.transformer.forward import PIECE, ForwardInput, Row, Transformer
+from cards_integrations.transformer.flat_batch import ForwardInput
+from cards_integrations.transformer.forward import PREFILL_CHUNK, Output, Transformer
 from cards_integrations.transformer.kv_cache import Branch, Tree
 from cards_integrations.transformer.kv_memory import CacheNeed, KVMemory, first_to_read
 from cards_integrations.transformer.step_times import StepTimes, least_seconds, step_times
@@ -38,7 +39,7 @@ class _Tip:
     owner: Candidate | None = None
     own_row: bool = False
     unread: list[int] = field(default_factory=list)
-    logits: Row | None = None
+    logits: Output | None = None
     waiting: list[Candidate] = field(default_factory=list)
 
 
@@ -142,7 +143,7 @@ class LocalLanguageModel:
         context, old, tip = candidate.context, candidate.context.state, candidate.state
         tip.branch.tree.keep(tip.branch)
         if tip.logits is not None:
-            tip.logits = Row(tip.logits.value[None].clone(), 0)  # or those of its whole batch stay as long
+            tip.logits = Output(tip.logits.value[None].clone(), 0)  # or those of its whole batch stay as long
         context.state, tip.own_row = tip, False
         self._free(old, row=old.branch.tree is not tip.branch.tree)
         context.matcher = candidate.matcher
@@ -265,7 +266,9 @@ class LocalLanguageModel:
     def forward(self, candidates: Iterable[Candidate]) -> None:
         """Read it; of long prompts a piece, so that the others take a step between the pieces."""
         unread = self._recalled(self.unread(candidates))
-        feeds = [ForwardInput(tip.branch, tip.unread[:PIECE], (tip, context)) for tip, context in unread.items()]
+        feeds = [
+            ForwardInput(tip.branch, tip.unread[:PREFILL_CHUNK], (tip, context)) for tip, context in unread.items()
+        ]
         step = [feed for feed in feeds if len(feed.ids) == 1]
         for batch in self.transformer.batches([feed for feed in feeds if len(feed.ids) > 1]):
             self._run(batch)
@@ -353,14 +356,14 @@ class LocalLanguageModel:
         return self.chat.decode(ids)
 
 
-def _stacked(logits: list[Row]) -> tuple[torch.Tensor, list[int]]:
+def _stacked(logits: list[Output]) -> tuple[torch.Tensor, list[int]]:
     """Distinct logits (n, vocabulary), and where each of the given ones is among them."""
-    places = {(id(row.batch), row.at): row.value for row in logits}  # siblings begin from the same ones
+    places = {(id(row.batch), row.last): row.value for row in logits}  # siblings begin from the same ones
     batch = logits[0].batch
     if len({source for source, _ in places}) == 1 and 4 * len(places) >= 3 * len(batch):
-        return batch, [row.at for row in logits]  # a few rows too many cost less than a copy of the others
+        return batch, [row.last for row in logits]  # a few rows too many cost less than a copy of the others
     index = {place: i for i, place in enumerate(places)}
-    return torch.stack(list(places.values())), [index[id(row.batch), row.at] for row in logits]
+    return torch.stack(list(places.values())), [index[id(row.batch), row.last] for row in logits]
 
 
 class _Long(Boundary):
