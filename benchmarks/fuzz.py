@@ -55,7 +55,7 @@ from cards_integrations.cli.options import decoding_from
 from cards_integrations.decoding import METHODS, Sampling
 from cards_integrations.engine import EngineSettings
 from cards_integrations.errors import CardsError
-from cards_integrations.models.local.loading import LocalModel
+from cards_integrations.models.local.settings import LocalModel
 from cards_integrations.rewards import REWARDS, GroundednessReward, LengthReward, RemoteReward
 from cards_integrations.rewards.base import Conversation
 from cards_integrations.rewards.remote import PROTOCOLS

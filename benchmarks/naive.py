@@ -18,7 +18,9 @@ from transformers import AutoModelForCausalLM
 from cards_integrations.chat.template import ChatTokenizer
 from cards_integrations.decoding import Cards, Threshold
 from cards_integrations.decoding.segmentation import Uncertainty
-from cards_integrations.models.local.loading import LocalModel, ModelLoader, Placement, resolve_model
+from cards_integrations.models.local.loader import ModelLoader
+from cards_integrations.models.local.resolve import resolve_model
+from cards_integrations.models.local.settings import LocalModel, Placement
 from cards_integrations.models.randomness import Uniforms
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import ClassifierReward

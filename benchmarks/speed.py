@@ -37,7 +37,7 @@ from rich.table import Table
 from cards_integrations import CardsLLM
 from cards_integrations.decoding import BestOfN, Cards, Decoding, Sampling
 from cards_integrations.engine.worker import Worker
-from cards_integrations.models.local.loading import LocalModel, Placement
+from cards_integrations.models.local.settings import LocalModel, Placement
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import NAMED
 from cards_integrations.trace import Alignment

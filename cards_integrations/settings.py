@@ -26,7 +26,7 @@ from cards_integrations.decoding import AnyDecoding, Cards, Decoding
 from cards_integrations.engine.engine import Engine
 from cards_integrations.engine.request import EngineSettings, Request
 from cards_integrations.errors import SettingsError, short_repr, unknown_name
-from cards_integrations.models.local.loading import LocalModel
+from cards_integrations.models.local.settings import LocalModel
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.models.sources import AnyModel
 from cards_integrations.rewards import NAMED, AnyReward

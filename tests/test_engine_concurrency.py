@@ -22,7 +22,8 @@ from internals import is_closed, is_idle, language_model, wait_until
 from cards_integrations.decoding import Cards, FixedLength, Sampling, Uncertainty
 from cards_integrations.engine import Engine, EngineSettings, Request
 from cards_integrations.errors import CardsTimeout, EngineClosed, ModelError, RewardError
-from cards_integrations.models.local.loading import LocalModel, ModelLoader
+from cards_integrations.models.local.loader import ModelLoader
+from cards_integrations.models.local.settings import LocalModel
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import ClassifierReward, FunctionReward
 from cards_integrations.trace import Alignment
@@ -371,7 +372,7 @@ LEAVING = """
 import sys, threading, time
 from cards_integrations.decoding import Sampling
 from cards_integrations.engine import Engine, EngineSettings, Request
-from cards_integrations.models.local.loading import LocalModel
+from cards_integrations.models.local.settings import LocalModel
 
 engine = Engine.shared(LocalModel(model=sys.argv[1]), EngineSettings())
 request = Request("w9 w20", Sampling(chunk=1), max_tokens=8000)

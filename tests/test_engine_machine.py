@@ -26,7 +26,7 @@ from cards_integrations.decoding import Args, BestOfN, Cards, Decoding, FixedLen
 from cards_integrations.engine import Engine, EngineSettings, Request
 from cards_integrations.engine.session import Chunk
 from cards_integrations.errors import CardsTimeout, EngineClosed, RewardError
-from cards_integrations.models.local.loading import LocalModel
+from cards_integrations.models.local.settings import LocalModel
 from cards_integrations.rewards import ClassifierReward, FunctionReward
 from cards_integrations.trace import Alignment
 

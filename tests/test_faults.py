@@ -32,16 +32,15 @@ from internals import assert_idle, held, is_closed, language_model, reward_model
 from tokenizers import pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from cards_integrations import paths
 from cards_integrations.decoding import Cards, Decoding, FixedLength, Sampling
 from cards_integrations.engine import Engine, Request
 from cards_integrations.engine import worker as worker_module
 from cards_integrations.errors import CardsError, CardsTimeout, EngineClosed, ModelError, OutOfMemory, RewardError
 from cards_integrations.models.local import embedded
-from cards_integrations.models.local.loading import LocalModel
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import ClassifierReward, FunctionReward, Reward
 from cards_integrations.trace import Alignment
-from cards_integrations.transformer import step_times
 
 PROMPT = "w9 w20 w31 w5"
 WITHIN = 20.0  # seconds for an answer that takes some milliseconds
@@ -703,7 +702,7 @@ from cards_integrations.decoding import Cards, Sampling
 from cards_integrations.engine import Engine, EngineSettings, Request
 from cards_integrations.errors import CardsError
 from cards_integrations.models.local import embedded
-from cards_integrations.models.local.loading import LocalModel
+from cards_integrations.models.local.settings import LocalModel
 from cards_integrations.rewards import FunctionReward
 
 def engine(model):
@@ -849,7 +848,6 @@ def test_a_cache_that_cannot_be_written_keeps_nobody_from_an_answer(
     """Step times and scales are measured, and not remembered."""
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("CARDS_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    monkeypatch.setattr(step_times, "cache_dir", embedded.cache_dir)
     engine = start(models("llama"), width="auto")
     judge = ClassifierReward(model=models("llama", classifier=True))
     assert engine.run(request(judge, decoding=Cards(boundary=FixedLength(length=3)))).token_ids
@@ -871,7 +869,7 @@ def test_without_a_home_the_cache_is_not_in_the_working_folder(monkeypatch: pyte
         monkeypatch.delenv(name, raising=False)
     if not known:
         monkeypatch.setattr(pwd, "getpwuid", raising(KeyError("uid not found")))
-    assert embedded.cache_dir().is_absolute()
+    assert paths.cache_dir().is_absolute()
 
 
 # --- processes ---

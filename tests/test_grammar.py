@@ -43,7 +43,7 @@ def readable(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def engine(readable: str) -> Any:
     from cards_integrations.engine import EngineSettings
-    from cards_integrations.models.local.loading import LocalModel
+    from cards_integrations.models.local.settings import LocalModel
 
     engine = Engine(LocalModel(model=readable), EngineSettings(dtype="float32"))
     yield engine

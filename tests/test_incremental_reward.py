@@ -18,7 +18,8 @@ from cards_integrations.chat.template import ChatTokenizer
 from cards_integrations.decoding import Cards, Uncertainty
 from cards_integrations.engine import Request
 from cards_integrations.errors import RewardError
-from cards_integrations.models.local.loading import LocalModel, ModelLoader, Placement
+from cards_integrations.models.local.loader import ModelLoader
+from cards_integrations.models.local.settings import LocalModel, Placement
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import ClassifierReward, Conversation, RemoteReward, Response
 from cards_integrations.rewards.base import RewardLoader, scores

@@ -27,13 +27,14 @@ from cards_integrations.models.base import Candidate, Context
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import ClassifierReward, Conversation
 from cards_integrations.trace import Alignment, Usage
-from cards_integrations.transformer.forward import ForwardInput, Row, Transformer
+from cards_integrations.transformer.flat_batch import ForwardInput
+from cards_integrations.transformer.forward import Output, Transformer
 from cards_integrations.transformer.kv_cache import Branch, Tree
-from cards_integrations.transformer.kv_memory import LEAST, KVMemory
+from cards_integrations.transformer.kv_memory import MIN_PREFIX, KVMemory
 
 SAMPLER = Sampler(temperature=1.0)
 LENGTH, ROOM = 5, 20
-LONG = 2 * LEAST  # a text that is worth keeping
+LONG = 2 * MIN_PREFIX  # a text that is worth keeping
 EVERY_FIRST = Cards(target_reward=-50.0, beta=0.7, boundary=FixedLength(length=LENGTH))
 CHOOSY = Cards(target_reward=0.5, beta=0.3, boundary=Uncertainty(threshold=2.95, min_length=2, max_length=6))
 
@@ -128,7 +129,7 @@ def test_the_same_prompt_again_reads_its_last_token(llamas: Pair, start: Start) 
 
 def test_a_short_prompt_is_read_again(llamas: Pair, start: Start) -> None:
     engine = start(llamas.model)
-    for length, cached in ((LEAST, 0), (LEAST + 1, LEAST)):
+    for length, cached in ((MIN_PREFIX, 0), (MIN_PREFIX + 1, MIN_PREFIX)):
         for _ in range(2):
             again = engine.run(plain(words(length, length), room=1))
         assert again.usage.cached_tokens == cached
@@ -159,7 +160,7 @@ def test_without_reuse_nothing_is_kept(llamas: Pair, start: Start) -> None:
     for _ in range(2):
         again = engine.run(guided(words(LONG, 0), llamas.reward, EVERY_FIRST))
         assert again.usage.cached_tokens == 0
-        assert engine.loaded().memory.kept == []
+        assert engine.loaded().memory.prefixes == []
 
 
 # --- one transformer ---
@@ -193,7 +194,7 @@ class Texts:
         return logits[0]
 
     def logits(self, feeds: list[ForwardInput]) -> list[torch.Tensor]:
-        return [row.value for row in self.transformer.logits(feeds) if isinstance(row, Row)]
+        return [row.value for row in self.transformer.logits(feeds) if isinstance(row, Output)]
 
     @torch.inference_mode()
     def error(self, ids: list[int], logits: torch.Tensor) -> float:
@@ -246,15 +247,19 @@ def test_the_least_recently_used_goes_first() -> None:
     texts.memory.recall(tree, a)
     texts.cache.close(tree)
     assert texts.read(c) == 0
-    assert [kept.ids for kept in texts.memory.kept] == [a, c]
+    assert [kept.ids for kept in texts.memory.prefixes] == [a, c]
     assert [texts.read(ids) for ids in (a, c, b)] == [LONG - 1, LONG - 1, 0]
 
 
 def test_a_text_takes_the_place_of_its_own_beginning() -> None:
     texts, ids = Texts(tiny.causal()), text(0, LONG)
-    assert [texts.read(ids[:length]) for length in (LEAST, LONG, LEAST + 9)] == [0, LEAST, LEAST + 8]
-    assert ids in [kept.ids for kept in texts.memory.kept]
-    assert ids[:LEAST] not in [kept.ids for kept in texts.memory.kept]
+    assert [texts.read(ids[:length]) for length in (MIN_PREFIX, LONG, MIN_PREFIX + 9)] == [
+        0,
+        MIN_PREFIX,
+        MIN_PREFIX + 8,
+    ]
+    assert ids in [kept.ids for kept in texts.memory.prefixes]
+    assert ids[:MIN_PREFIX] not in [kept.ids for kept in texts.memory.prefixes]
 
 
 def test_a_text_larger_than_the_budget_is_not_kept() -> None:
@@ -369,9 +374,9 @@ def test_memory_is_flat(llamas: Pair, start: Start) -> None:
     sizes, objects = [], []
     for batch in range(5):
         seeds = range(100 * batch, 100 * batch + 100)
-        engine.run_many([guided(words(LEAST + seed % 14, seed), llamas.reward, CHOOSY, seed, 6) for seed in seeds])
+        engine.run_many([guided(words(MIN_PREFIX + seed % 14, seed), llamas.reward, CHOOSY, seed, 6) for seed in seeds])
         assert [len(cache.trees) for cache in memory.caches] == [1, 1]
-        sizes.append([(c.rows, c.columns, c.sees.shape, tensors(c.layers)) for c in memory.caches])
+        sizes.append([(c.rows, c.columns, c.visible.shape, tensors(c.layers)) for c in memory.caches])
         gc.collect()
         kinds = Counter(map(type, gc.get_objects()))
         objects.append([kinds[kind] for kind in (Tree, Branch, Candidate, Session)])

@@ -17,7 +17,8 @@ from transformers import AutoTokenizer
 from cards_integrations.decoding import Cards, Uncertainty
 from cards_integrations.engine import Request
 from cards_integrations.errors import RewardError
-from cards_integrations.models.local.loading import LocalModel, ModelLoader, Placement
+from cards_integrations.models.local.loader import ModelLoader
+from cards_integrations.models.local.settings import LocalModel, Placement
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import Conversation, ImplicitReward, Response, RewardLoader
 from cards_integrations.trace import Alignment, Usage

@@ -749,7 +749,7 @@ async def test_nothing_is_held_after_the_engine_is_closed(endless: tuple[str, st
     await asyncio.to_thread(engine.close)
     assert [type(e) for e in await asyncio.gather(*tasks, return_exceptions=True)] == [EngineClosed] * len(SEVEN)
     assert len(held) == 2
-    assert all(not cache.trees and len(cache.lanes) == len(cache.sees) for cache in held)
+    assert all(not cache.trees and len(cache.free_mask_rows) == len(cache.visible) for cache in held)
 
 
 def in_step(llama: Models, judge: str, method: Decoding) -> Case:

@@ -20,7 +20,8 @@ from cards_integrations.decoding import BestOfN
 from cards_integrations.engine import Request
 from cards_integrations.errors import ModelError
 from cards_integrations.models.local.embedded import embedded_model
-from cards_integrations.models.local.loading import LocalModel, ModelLoader, Placement
+from cards_integrations.models.local.loader import ModelLoader
+from cards_integrations.models.local.settings import LocalModel, Placement
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import Conversation, RelevanceReward, Response, RewardLoader, as_reward
 from cards_integrations.rewards.relevance import Relevance, question

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +24,8 @@ from cards_integrations.engine.scheduler import BestPerSecond
 from cards_integrations.engine.session import AcceptanceRate, Session
 from cards_integrations.models.base import Context
 from cards_integrations.models.local.language_model import LocalLanguageModel
-from cards_integrations.models.local.loading import ModelLoader, Placement
+from cards_integrations.models.local.loader import ModelLoader
+from cards_integrations.models.local.settings import Placement
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import Conversation, FunctionReward, RewardLoader
 from cards_integrations.trace import Usage
@@ -57,6 +60,26 @@ def test_step_times_are_measured_once(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "new" / "step_times.json").write_text("{ half a fi")
     assert step_times("drafting", model, measure).upto(70).tolist() == found[0]
     assert asked == [*POINTS, *POINTS, *POINTS]
+
+
+@pytest.mark.parametrize("damage", ["list", "no times", "no numbers", "not a number", "other points", "no seconds"])
+def test_damaged_step_times_are_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
+    monkeypatch.setenv("CARDS_CACHE_DIR", str(tmp_path))
+    model, file = tiny.causal(), tmp_path / "step_times.json"
+    expected = step_times("drafting", model, float).upto(70).tolist()
+    whole = file.read_text()
+    [key] = json.loads(whole)
+    damaged: dict[str, Any] = {
+        "list": [key],
+        "no times": {key: None},
+        "no numbers": {key: {"1": "long", "16": [], "64": {}}},
+        "not a number": {key: {"1": math.nan, "16": 16.0, "64": 64.0}},
+        "other points": {key: {"1": 1.0}},
+        "no seconds": {key: dict.fromkeys(map(str, POINTS), 0.0)},
+    }
+    file.write_text(json.dumps(damaged[damage]))
+    assert step_times("drafting", model, float).upto(70).tolist() == expected
+    assert file.read_text() == whole
 
 
 # --- the choice ---

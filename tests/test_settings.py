@@ -14,7 +14,7 @@ from cards_integrations import CardsLLM, CardsSettings, ChatCards
 from cards_integrations.decoding import Cards, FixedLength, Punctuation, Sampling, Uncertainty
 from cards_integrations.engine import EngineSettings
 from cards_integrations.errors import SettingsError
-from cards_integrations.models.local.loading import LocalModel
+from cards_integrations.models.local.settings import LocalModel
 from cards_integrations.rewards import NAMED, ClassifierReward, FunctionReward
 
 CLASSIFIER = ClassifierReward(

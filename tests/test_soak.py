@@ -247,7 +247,7 @@ class State:
     def of(cls, engine: Engine) -> State:
         for cache in internals.caches(engine):
             internals.balance(cache)
-        internals.memory(engine).forget()
+        internals.memory(engine).evict_all()
         gc.collect()
         objects = Counter(type(thing) for thing in gc.get_objects())
         now = engine.inspect()
@@ -256,7 +256,7 @@ class State:
             tasks=now.tasks,
             scoring=now.scoring,
             rows=[cache.rows for cache in now.caches],
-            bytes=now.cache_bytes + now.kept_bytes,
+            bytes=now.cache_bytes + now.prefix_bytes,
             threads=sum(not thread.name.startswith("asyncio_") for thread in threading.enumerate()),
             files=len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0,  # noqa: PTH208, PTH112
             objects={kind.__name__: objects[kind] for kind in OWN},

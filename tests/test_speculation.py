@@ -100,7 +100,7 @@ async def test_cancelling_in_the_middle(endless: tuple[str, ClassifierReward], s
     for cache in caches:
         balance(cache)
         assert not cache.trees
-        assert len(cache.lanes) == len(cache.sees)
+        assert len(cache.free_mask_rows) == len(cache.visible)
 
 
 def test_ahead_of_a_candidate_in_a_row_of_its_own(endless: tuple[str, ClassifierReward], start: Start) -> None:

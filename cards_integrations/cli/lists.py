@@ -50,8 +50,10 @@ def models(as_json: Json = False) -> None:
     """What works here without a hub: embedded models, named rewards, and the device that would be used."""
     from rich.console import Console
 
-    from cards_integrations.models.local.embedded import MINILM, SMOLLM2, cache_dir
-    from cards_integrations.models.local.loading import ModelLoader, Placement
+    from cards_integrations.models.local.embedded import MINILM, SMOLLM2
+    from cards_integrations.models.local.loader import ModelLoader
+    from cards_integrations.models.local.settings import Placement
+    from cards_integrations.paths import cache_dir
     from cards_integrations.rewards import NAMED
 
     loader = ModelLoader(Placement())

@@ -44,9 +44,9 @@ class EngineState:
         scoring: Calls of reward models that are under way.
         tasks: Tasks in the engine's event loop, its own two included.
         caches: The KV caches; the language model's is the first.
-        memory_limit: Bytes that caches and kept texts may take together.
-        kept_texts: Tokens of each finished text that is kept for its prefix, the least recently used first.
-        kept_bytes: Memory that these take.
+        memory_limit: Bytes that caches and cached prefixes may take together.
+        cached_prefixes: Tokens of each finished text that is kept for reuse, the least recently used first.
+        prefix_bytes: Memory that these take.
         rewards: Names of the reward models that are loaded.
         measured_scales: How many rewards' scales were measured here.
         steps: Decode steps of the language model so far, each with one candidate at least.
@@ -61,8 +61,8 @@ class EngineState:
     tasks: int = 0
     caches: tuple[CacheState, ...] = ()
     memory_limit: int = 0
-    kept_texts: tuple[int, ...] = ()
-    kept_bytes: int = 0
+    cached_prefixes: tuple[int, ...] = ()
+    prefix_bytes: int = 0
     rewards: tuple[str, ...] = ()
     measured_scales: int = 0
     steps: int = 0
@@ -86,5 +86,5 @@ class EngineState:
 
     @property
     def idle(self) -> bool:
-        """True if nothing runs, and nothing is left of what has run but finished texts."""
+        """True if nothing runs, and nothing is left of what has run but cached prefixes."""
         return not (self.requests or self.waiting or self.scoring or self.rows)

@@ -11,7 +11,7 @@ from cards_integrations.chat.grammar import Grammar
 from cards_integrations.chat.message import Message
 from cards_integrations.chat.tools import Tools
 from cards_integrations.decoding.base import Decoding
-from cards_integrations.models.local.loading import Placement
+from cards_integrations.models.local.settings import Placement
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards.base import Reward
 from cards_integrations.trace import InvalidToolCall, Segment, ToolCall

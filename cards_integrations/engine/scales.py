@@ -15,8 +15,8 @@ from pathlib import Path
 from pydantic_core import PydanticSerializationError
 
 from cards_integrations.decoding.base import Scale
-from cards_integrations.models.local.embedded import cache_dir
 from cards_integrations.models.sources import ModelSource
+from cards_integrations.paths import cache_dir
 from cards_integrations.rewards.base import Reward
 
 MOST = 128  # rewards whose scales are remembered

@@ -71,7 +71,7 @@ class BestPerSecond:
         for session in sessions:
             if session.pool.current is not None:
                 found += session.pool.current.ranked_candidates(1.0, session.acceptance_rate.value)
-                scoring = max(scoring, session.seconds_to_score.each)
+                scoring = max(scoring, session.seconds_to_score.per_token)
         if not found:
             return []
         found.sort(key=lambda candidate: -candidate[0])

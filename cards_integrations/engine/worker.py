@@ -32,7 +32,7 @@ from cards_integrations.engine.session import Session
 from cards_integrations.engine.step_loop import StepLoop
 from cards_integrations.errors import CardsError, EngineClosed, ModelError, SettingsError
 from cards_integrations.models.base import ConstrainedModel, Context, LanguageModel, LogitsReader
-from cards_integrations.models.local.loading import ModelLoader
+from cards_integrations.models.local.loader import ModelLoader
 from cards_integrations.models.randomness import fresh_seed
 from cards_integrations.models.sources import ModelSource, build_model
 from cards_integrations.rewards.base import Conversation, Response, Reward, RewardLoader, RewardModel, scores
@@ -230,8 +230,8 @@ class Worker:
             tasks=tasks,
             caches=tuple(map(CacheState.of, memory.caches)),
             memory_limit=memory.limit,
-            kept_texts=tuple(len(kept.ids) for kept in memory.kept),
-            kept_bytes=sum(kept.bytes for kept in memory.kept),
+            cached_prefixes=tuple(len(prefix.ids) for prefix in memory.prefixes),
+            prefix_bytes=sum(prefix.bytes for prefix in memory.prefixes),
             rewards=tuple(model.name for model in self.rewards.built.values()),
             measured_scales=self.scales.measured,
             steps=stepwise.steps if stepwise else 0,

@@ -11,7 +11,9 @@ from pydantic import BaseModel, BeforeValidator, SerializeAsAny
 
 from cards_integrations.errors import short_repr
 from cards_integrations.models.base import CustomModel, LanguageModel
-from cards_integrations.models.local.loading import LocalModel, ModelLoader, as_local_model, local_context_window
+from cards_integrations.models.local.loader import ModelLoader
+from cards_integrations.models.local.resolve import max_positions, read_config
+from cards_integrations.models.local.settings import LocalModel, as_local_model
 from cards_integrations.models.vllm.settings import VllmModel
 from cards_integrations.registry import Registry, from_json
 
@@ -79,7 +81,7 @@ def context_window(source: ModelSource) -> int:
     """Most tokens of prompt and answer together, from a config alone or from the server; no weights are loaded."""
     match source:
         case LocalModel():
-            return local_context_window(source)
+            return max_positions(read_config(source))
         case VllmModel():
             return _served_context_window(source)
         case _:

@@ -21,7 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 from cards_integrations.chat.message import Message
 from cards_integrations.chat.template import ChatTokenizer, as_text, same_vocabulary
 from cards_integrations.errors import CardsError, ModelError, OutOfMemory, RewardError
-from cards_integrations.models.local.loading import LocalModel, ModelLoader
+from cards_integrations.models.local.loader import ModelLoader
+from cards_integrations.models.local.settings import LocalModel
 from cards_integrations.rewards.prompts import PLAIN
 from cards_integrations.threads import in_thread
 from cards_integrations.trace import Usage

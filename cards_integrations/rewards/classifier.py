@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 
 from cards_integrations.chat.template import ChatTokenizer, same_vocabulary
 from cards_integrations.errors import ModelError, SettingsError
-from cards_integrations.models.local.loading import DType, LocalModel
+from cards_integrations.models.local.settings import DType, LocalModel
 from cards_integrations.rewards.base import Reward, RewardLoader, RewardModel
 from cards_integrations.rewards.registry import register_reward
 from cards_integrations.rewards.scorers.layout import Layout

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from cards_integrations.chat.message import Message
 from cards_integrations.errors import RewardError
-from cards_integrations.models.local.loading import LocalModel
+from cards_integrations.models.local.settings import LocalModel
 from cards_integrations.rewards.base import Conversation, Reward, RewardLoader, RewardModel
 from cards_integrations.rewards.pattern import expressions
 from cards_integrations.rewards.prompts import WITH_CONTEXT

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from cards_integrations.models.local.loading import AnyLocalModel
+from cards_integrations.models.local.settings import AnyLocalModel
 from cards_integrations.rewards.base import Response, Reward, RewardLoader, RewardModel
 from cards_integrations.rewards.composite import Composite
 from cards_integrations.rewards.registry import register_reward

@@ -9,12 +9,12 @@ from pydantic import Field, model_validator
 
 from cards_integrations.chat.template import ChatTokenizer, as_text
 from cards_integrations.errors import SettingsError
-from cards_integrations.models.local.loading import AnyLocalModel
+from cards_integrations.models.local.settings import AnyLocalModel
 from cards_integrations.rewards.base import Conversation, Reward, RewardLoader, RewardModel
 from cards_integrations.rewards.registry import register_reward
 from cards_integrations.rewards.scorers.incremental import Incremental
 from cards_integrations.rewards.scorers.layout import Layout
-from cards_integrations.transformer.forward import ForwardInput
+from cards_integrations.transformer.flat_batch import ForwardInput
 from cards_integrations.transformer.kv_memory import KVMemory
 
 RUBRIC = """Here is a message, and the beginning of an answer to it.

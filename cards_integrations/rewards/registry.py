@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BeforeValidator, SerializeAsAny, WithJsonSchema
 
 from cards_integrations.errors import SettingsError, short_repr, unknown_name
-from cards_integrations.models.local.loading import is_directory
+from cards_integrations.paths import is_directory
 from cards_integrations.rewards.base import Reward
 
 GROUP = "cards_integrations.rewards"

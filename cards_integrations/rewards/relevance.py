@@ -10,7 +10,7 @@ from pydantic import Field
 from cards_integrations.chat.message import Message
 from cards_integrations.chat.template import as_messages, as_text
 from cards_integrations.models.local.embedded import MINILM
-from cards_integrations.models.local.loading import LocalModel
+from cards_integrations.models.local.settings import LocalModel
 from cards_integrations.rewards.base import Conversation, Response, Reward, RewardLoader, RewardModel, count_forward
 from cards_integrations.rewards.registry import register_reward
 

@@ -20,7 +20,7 @@ from pydantic import (
 from cards_integrations.chat.template import ChatTokenizer, as_text
 from cards_integrations.errors import RewardError
 from cards_integrations.http_client import Keyed, Servers, ServerUrl, gathered
-from cards_integrations.models.local.loading import LocalModel
+from cards_integrations.models.local.settings import LocalModel
 from cards_integrations.rewards.base import Response, Reward, RewardLoader, RewardModel
 from cards_integrations.rewards.registry import register_reward
 from cards_integrations.rewards.scorers.layout import Layout, scored

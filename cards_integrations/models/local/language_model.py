@@ -14,11 +14,12 @@ from cards_integrations.chat.stop_strings import StopStrings
 from cards_integrations.chat.template import ChatTokenizer
 from cards_integrations.errors import CardsError, OutOfMemory
 from cards_integrations.models.base import Boundary, Candidate, Context
-from cards_integrations.models.local.loading import max_positions
+from cards_integrations.models.local.resolve import max_positions
 from cards_integrations.models.randomness import Uniforms
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.trace import Usage
-from cards_integrations.transformer.forward import PIECE, ForwardInput, Row, Transformer
+from cards_integrations.transformer.flat_batch import ForwardInput
+from cards_integrations.transformer.forward import PREFILL_CHUNK, Output, Transformer
 from cards_integrations.transformer.kv_cache import Branch
 from cards_integrations.transformer.kv_memory import CacheNeed, KVMemory, first_to_read
 from cards_integrations.transformer.step_times import StepTimes, least_seconds, step_times
@@ -43,7 +44,7 @@ class Frontier:
     owner: Candidate | None = None
     own_row: bool = False
     unread: list[int] = field(default_factory=list)
-    logits: Row | None = None
+    logits: Output | None = None
     waiting: list[Candidate] = field(default_factory=list)
 
 
@@ -186,7 +187,7 @@ class LocalLanguageModel:
         old, new = request.kept, request.candidates.pop(candidate)
         new.branch.tree.keep(new.branch)
         if new.logits is not None:
-            new.logits = Row(new.logits.value[None].clone(), 0)  # or those of its whole batch stay as long
+            new.logits = Output(new.logits.value[None].clone(), 0)  # or those of its whole batch stay as long
         request.kept, new.own_row = new, False
         self._free(old, row=old.branch.tree is not new.branch.tree)
         context.matcher = candidate.matcher
@@ -324,7 +325,7 @@ class LocalLanguageModel:
         """Read what these candidates wait for; of long prompts a piece, so that the others take a step in between."""
         unread = self._recalled(self._unread(candidates))
         inputs = [
-            ForwardInput(frontier.branch, frontier.unread[:PIECE], (frontier, context))
+            ForwardInput(frontier.branch, frontier.unread[:PREFILL_CHUNK], (frontier, context))
             for frontier, context in unread.items()
         ]
         step = [each for each in inputs if len(each.ids) == 1]
@@ -419,14 +420,14 @@ class LocalLanguageModel:
         self.memory.replace(old, self.transformer.cache)
 
 
-def _stacked(logits: list[Row]) -> tuple[torch.Tensor, list[int]]:
+def _stacked(logits: list[Output]) -> tuple[torch.Tensor, list[int]]:
     """Distinct logits (n, vocabulary), and where each of the given ones is among them."""
-    places = {(id(row.batch), row.at): row.value for row in logits}  # siblings begin from the same ones
+    places = {(id(row.batch), row.last): row.value for row in logits}  # siblings begin from the same ones
     batch = logits[0].batch
     if len({source for source, _ in places}) == 1 and 4 * len(places) >= 3 * len(batch):
-        return batch, [row.at for row in logits]  # a few rows too many cost less than a copy of the others
+        return batch, [row.last for row in logits]  # a few rows too many cost less than a copy of the others
     index = {place: i for i, place in enumerate(places)}
-    return torch.stack(list(places.values())), [index[id(row.batch), row.at] for row in logits]
+    return torch.stack(list(places.values())), [index[id(row.batch), row.last] for row in logits]
 
 
 class _Long(Boundary):

@@ -8,7 +8,10 @@ from typing import Any
 import torch
 
 from cards_integrations.errors import CardsError, ModelError
-from cards_integrations.models.local.loading import LoadLock, LocalModel, ModelLoader, resolve_model
+from cards_integrations.models.local.load_lock import load_lock
+from cards_integrations.models.local.loader import ModelLoader
+from cards_integrations.models.local.resolve import resolve_model
+from cards_integrations.models.local.settings import LocalModel
 
 
 class Embedder:
@@ -27,7 +30,7 @@ class Embedder:
                 f"install the extra `embeddings` of cards-integrations ({error})."
             ) from error
         try:
-            with LoadLock():
+            with load_lock():
                 self.model: Any = SentenceTransformer(
                     resolve_model(spec.model),
                     device=str(device),

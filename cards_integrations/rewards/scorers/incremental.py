@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from cards_integrations.errors import OutOfMemory, RewardError
-from cards_integrations.models.local.loading import max_positions
+from cards_integrations.models.local.resolve import max_positions
 from cards_integrations.rewards.base import Conversation, Response, RewardModel, count_forward
 from cards_integrations.rewards.classifier import Head
 from cards_integrations.rewards.scorers.layout import Layout, scored
-from cards_integrations.transformer.forward import ForwardInput, Row, Transformer
+from cards_integrations.transformer.flat_batch import ForwardInput
+from cards_integrations.transformer.forward import Output, Transformer
 from cards_integrations.transformer.kv_cache import Branch, Tree
 from cards_integrations.transformer.kv_memory import CacheNeed, KVMemory, common
 from cards_integrations.transformer.step_times import StepTimes, step_times
@@ -180,7 +181,7 @@ class Incremental(RewardModel):
     def _run(self, batch: list[ForwardInput]) -> list[float]:
         """One forward, and the scores of the feeds' owners."""
 
-    def _read(self, batch: list[ForwardInput], rows: list[Row | OutOfMemory]) -> list[Row]:
+    def _read(self, batch: list[ForwardInput], rows: list[Output | OutOfMemory]) -> list[Output]:
         """What a forward gave, counted."""
         found = []
         for row in rows:

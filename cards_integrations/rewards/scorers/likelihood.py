@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 import torch
 
 from cards_integrations.chat.message import Message
-from cards_integrations.models.local.loading import LocalModel
+from cards_integrations.models.local.settings import LocalModel
 from cards_integrations.rewards.base import Conversation, Response, RewardLoader
 from cards_integrations.rewards.composite import Composite
 from cards_integrations.rewards.scorers.incremental import Incremental, Read, Scored
 from cards_integrations.rewards.scorers.layout import Layout
-from cards_integrations.transformer.forward import ForwardInput
+from cards_integrations.transformer.flat_batch import ForwardInput
 from cards_integrations.transformer.kv_memory import CacheNeed, common
 
 UNREAD = object()  # the state of a conversation of which nothing has been read

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from cards_integrations.models.local.loading import max_positions
+from cards_integrations.models.local.resolve import max_positions
 from cards_integrations.rewards.base import Conversation, Response, RewardModel, count_forward
 from cards_integrations.rewards.classifier import Head
 from cards_integrations.rewards.scorers.layout import Layout
