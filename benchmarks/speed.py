@@ -294,7 +294,7 @@ class Profile:
         self.rm_tokens = self.new_tokens = 0
 
     def of(self, run: Callable[[], list[Alignment]]) -> list[Alignment]:
-        judge: Any = next(iter(self.worker.rewards.values()))
+        judge: Any = next(iter(self.worker.rewards.built.values()))
         lm, rm = self.worker.language_model.model, judge.transformer.model.base_model
         lm_forward, rm_forward, feed = lm.forward, rm.forward, judge._feed
 
@@ -308,11 +308,11 @@ class Profile:
             return run
 
         def counted_feed(response: Any) -> Any:
-            kept = len(response.conversation.state.tree.ids)
+            read = judge.rows[response.conversation]
+            kept = len(read.tree.ids)
             made = feed(response)
             if kept:  # else it reads the prompt
                 self.rm_tokens += len(made.ids)
-                read = response.conversation.state
                 self.new_tokens += len(read.before_ids) + len(response.ids or []) - kept or 1
             return made
 

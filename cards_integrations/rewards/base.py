@@ -41,7 +41,6 @@ class Conversation:
     prompt: str | list[Message]
     usage: Usage
     context: tuple[str, ...] = ()
-    state: Any = None  # the reward model's own
 
 
 @dataclass(eq=False)
@@ -61,11 +60,15 @@ class Response:
     finished: bool = False
     parts: dict[str, float] = field(default_factory=dict)
     parent: Response | None = None
-    state: Any = None  # the reward model's own
 
 
 class RewardModel(ABC):
-    """A loaded reward model. CallableModel from the engine's thread; higher scores are better."""
+    """A loaded reward model, called in the engine's thread; higher scores are better.
+
+    A model that remembers something about conversations (from `open` to `close`) or responses (from
+    `score` to `keep` or `drop`) does so in dicts of its own: both hash by identity. At `close`
+    everything of the conversation goes, its responses included.
+    """
 
     name: str
     timeout: float | None = None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from annotated_types import Len
@@ -16,8 +18,16 @@ if TYPE_CHECKING:
     from cards_integrations.transformer.kv_memory import CacheNeed
 
 
+@dataclass
+class PartViews:
+    """A conversation as each part sees it, and of each scored response as well (None where a part was not asked)."""
+
+    conversations: list[Conversation] = field(default_factory=list)
+    responses: dict[Response, list[Response | None]] = field(default_factory=dict)
+
+
 class Composite(RewardModel):
-    """A model over `models`; `responses.state` are the parts' responses (None where one was not asked)."""
+    """A model over `models`, each with its own view of the conversation and of the answers."""
 
     across_requests = True
 
@@ -25,6 +35,7 @@ class Composite(RewardModel):
         self.name = name
         self.models = models
         self.labels = _distinct([model.name for model in models])
+        self.views: dict[Conversation, PartViews] = {}
 
     @property
     def step_times(self) -> StepTimes | None:
@@ -39,62 +50,75 @@ class Composite(RewardModel):
         return Conversation(conversation.prompt, conversation.usage, conversation.context)
 
     def open(self, conversation: Conversation) -> None:
-        conversation.state = []
+        views = self.views[conversation] = PartViews()
         try:
             for which, model in enumerate(self.models):
                 own = self.view(which, conversation)
                 model.open(own)
-                conversation.state.append(own)
+                views.conversations.append(own)
         except Exception:
             self.close(conversation)
             raise
 
     def close(self, conversation: Conversation) -> None:
-        for model, own in zip(self.models, conversation.state or (), strict=False):
-            model.close(own)
-        conversation.state = None
+        if (views := self.views.pop(conversation, None)) is not None:
+            for model, own in zip(self.models, views.conversations, strict=False):  # fewer if one refused the prompt
+                model.close(own)
 
     def keep(self, response: Response) -> None:
-        for model, own in zip(self.models, response.state or (), strict=False):
-            if own is not None:
-                model.keep(own)
+        for model, own in self._forget(response):
+            model.keep(own)
 
     def drop(self, response: Response) -> None:
-        for model, own in zip(self.models, response.state or (), strict=False):
-            if own is not None:
-                model.drop(own)
-        response.state = None
+        for model, own in self._forget(response):
+            model.drop(own)
+
+    def _forget(self, response: Response) -> list[tuple[RewardModel, Response]]:
+        """The models that scored a response, each with its view of it."""
+        views = self.views.get(response.conversation)
+        owns = views.responses.pop(response, None) if views else None
+        return [(model, own) for model, own in zip(self.models, owns or (), strict=False) if own is not None]
+
+    def response_view(self, which: int, response: Response) -> Response:
+        """The response as a part sees it."""
+        views = self.views[response.conversation]
+        above = views.responses.get(response.parent) if response.parent is not None else None
+        return Response(
+            views.conversations[which],
+            response.text,
+            response.ids,
+            response.log_likelihood,
+            response.finished,
+            parent=above[which] if above else None,
+        )
 
     async def part(self, which: int, responses: Sequence[Response]) -> list[float]:
         """Scores of one part; also left in `parts` of each response."""
-        model = self.models[which]
-        groups: dict[Any, list[Response]] = {}
-        for response in responses:
-            response.state = response.state or [None] * len(self.models)
-            own = Response(
-                response.conversation.state[which], response.text, response.ids, response.log_likelihood,
-                response.finished,
-            )  # fmt: skip
-            if response.parent is not None and response.parent.state:
-                own.parent = response.parent.state[which]
-            response.state[which] = own
-            groups.setdefault(None if model.across_requests else own.conversation, []).append(own)
-        asked = list(groups.values())
-        found = await _all(scores(model, group) for group in asked)
-        score_of = {
-            id(r): s for group, values in zip(asked, found, strict=True) for r, s in zip(group, values, strict=True)
-        }
-        values = []
-        for response in responses:
-            own = response.state[which]
-            values.append(score_of[id(own)])
-            response.parts[self.labels[which]] = score_of[id(own)]
-            response.parts.update({f"{self.labels[which]} / {name}": value for name, value in own.parts.items()})
-        return values
+        label, owns = self.labels[which], [self._remembered_view(which, response) for response in responses]
+        score_of = await _scores_by_response(self.models[which], owns)
+        for response, own in zip(responses, owns, strict=True):
+            response.parts[label] = score_of[own]
+            response.parts.update({f"{label} / {name}": value for name, value in own.parts.items()})
+        return [score_of[own] for own in owns]
+
+    def _remembered_view(self, which: int, response: Response) -> Response:
+        own = self.response_view(which, response)
+        owns = self.views[response.conversation].responses.setdefault(response, [None] * len(self.models))
+        owns[which] = own
+        return own
 
     async def every_part(self, responses: Sequence[Response]) -> list[list[float]]:
         """Scores of all parts, asked at the same time: a list for each part."""
         return await _all(self.part(which, responses) for which in range(len(self.models)))
+
+
+async def _scores_by_response(model: RewardModel, responses: Sequence[Response]) -> dict[Response, float]:
+    """The score of each response, in one call or in one for each conversation."""
+    groups: dict[Conversation | None, list[Response]] = {}
+    for response in responses:
+        groups.setdefault(None if model.across_requests else response.conversation, []).append(response)
+    found = await _all(scores(model, group) for group in groups.values())
+    return dict(zip(chain(*groups.values()), chain(*found), strict=True))
 
 
 async def _all(work: Any) -> list[Any]:

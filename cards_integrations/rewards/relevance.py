@@ -46,13 +46,20 @@ class RelevanceReward(Reward):
 
 
 class Relevance(RewardModel):
-    """The state of a conversation is its question's vector (size,), made at the first score."""
+    """The cosine of the vectors of question and answer; the question's is made at the first score."""
 
     across_requests = True
 
     def __init__(self, name: str, embedder: Embedder) -> None:
         self.name = name
         self.embedder = embedder
+        self.questions: dict[Conversation, torch.Tensor | None] = {}  # vectors (size,) of open conversations
+
+    def open(self, conversation: Conversation) -> None:
+        self.questions[conversation] = None
+
+    def close(self, conversation: Conversation) -> None:
+        self.questions.pop(conversation, None)
 
     async def score(self, responses: Sequence[Response]) -> list[float]:
         import torch
@@ -60,13 +67,19 @@ class Relevance(RewardModel):
         from cards_integrations.rewards.scorers.embedding import similarity
 
         conversations = [response.conversation for response in responses]
-        new = [conversation for conversation in dict.fromkeys(conversations) if conversation.state is None]
-        if new:
-            questions = self._embed([question(conversation.prompt) for conversation in new], new, query=True)
-            for conversation, vector in zip(new, questions, strict=True):
-                conversation.state = vector
+        known = self._question_vectors(list(dict.fromkeys(conversations)))
         answers = self._embed([response.text for response in responses], conversations)
-        return similarity(answers, torch.stack([conversation.state for conversation in conversations]))
+        return similarity(answers, torch.stack([known[conversation] for conversation in conversations]))
+
+    def _question_vectors(self, conversations: list[Conversation]) -> dict[Conversation, torch.Tensor]:
+        """The vector (size,) of each conversation's question, remembered while the conversation is open."""
+        known = {c: vector for c in conversations if (vector := self.questions.get(c)) is not None}
+        new = [conversation for conversation in conversations if conversation not in known]
+        if new:
+            vectors = self._embed([question(conversation.prompt) for conversation in new], new, query=True)
+            known.update(zip(new, vectors, strict=True))
+            self.questions.update({c: known[c] for c in new if c in self.questions})
+        return known
 
     def _embed(self, texts: list[str], conversations: list[Conversation], query: bool = False) -> torch.Tensor:
         """Vectors (n, size), on the account of the conversations."""

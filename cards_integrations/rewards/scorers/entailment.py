@@ -33,6 +33,7 @@ class Entailment(RewardModel):
         self.context = context
         self.model, self.tokenizer = model, tokenizer
         self.index = self._index(label, self.model.config.id2label)
+        self.contexts: dict[Conversation, Sequence[str]] = {}  # of open conversations
 
     def _index(self, label: int | str, labels: dict[int, str]) -> int:
         """The class that means support; a cross-encoder has only one."""
@@ -42,20 +43,28 @@ class Entailment(RewardModel):
         return found[0] if found else 0
 
     def open(self, conversation: Conversation) -> None:
-        conversation.state = self.context(conversation)
+        self.contexts[conversation] = self.context(conversation)
+
+    def close(self, conversation: Conversation) -> None:
+        self.contexts.pop(conversation, None)
 
     async def score(self, responses: Sequence[Response]) -> list[float]:
+        contexts = {r.conversation: self._contexts(r.conversation) for r in responses}
         asked = [(response.conversation, sentence) for response in responses for sentence in sentences(response.text)]
-        pairs = [(context, sentence) for conversation, sentence in asked for context in conversation.state]
+        pairs = [(context, sentence) for conversation, sentence in asked for context in contexts[conversation]]
         read = iter(self._probabilities(pairs) if pairs else ())
         by_sentence, counted = [], []
         for conversation, _ in asked:
-            own = [next(read) for _ in conversation.state]
+            own = [next(read) for _ in contexts[conversation]]
             by_sentence.append([p for p, _ in own])
             counted.append((conversation, sum(tokens for _, tokens in own)))
         count_forward(counted)
         rows = iter(by_sentence)
         return [support(response, [next(rows) for _ in sentences(response.text)]) for response in responses]
+
+    def _contexts(self, conversation: Conversation) -> Sequence[str]:
+        known = self.contexts.get(conversation)
+        return self.context(conversation) if known is None else known  # it may have been closed meanwhile
 
     def _probabilities(self, pairs: list[tuple[str, str]]) -> list[tuple[float, int]]:
         """Of each pair, and how many tokens it has."""

@@ -6,7 +6,7 @@ import logging
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -27,24 +27,27 @@ log = logging.getLogger("cards_integrations")
 
 
 @dataclass
-class Read:
-    """A conversation's row in the cache, and the text and ids around the answer."""
+class ScoredBranch:
+    """A scored response in the cache."""
+
+    branch: Branch
+    kept: int  # of the branch's own tokens; so many of the first go into the trunk if the response is kept
+    path: list[int]  # all tokens up to the end of those
+    log_p: list[float] = field(default_factory=list)  # of each of the answer's tokens, where a likelihood is read
+
+
+@dataclass
+class ConversationRow:
+    """An open conversation in the cache, and the text and ids around its answer."""
 
     tree: Tree
     before: str
     after: str
     before_ids: list[int]
     after_ids: list[int]
-    told: bool = False  # that the window is full
-
-
-@dataclass
-class Scored:
-    """A response's branch; its first `kept` own tokens go into the trunk if it is kept, and end the `path`."""
-
-    branch: Branch
-    kept: int
-    path: list[int]
+    log_p: list[float] = field(default_factory=list)  # of each token of the kept answer, where a likelihood is read
+    branches: dict[Response, ScoredBranch] = field(default_factory=dict)
+    warned_about_window: bool = False
 
 
 class Incremental(RewardModel):
@@ -67,6 +70,7 @@ class Incremental(RewardModel):
         self.same_vocabulary = same_vocabulary
         self.transformer = Transformer(model, memory)
         self.window = max_positions(model.config)
+        self.rows: dict[Conversation, ConversationRow] = {}
 
     @cached_property
     def step_times(self) -> StepTimes:
@@ -79,13 +83,12 @@ class Incremental(RewardModel):
         chat = self.layout.chat
         before, after = self.layout.around(conversation)
         before_ids, after_ids = chat.encode(before, special=self.layout.special), chat.encode(after)
-        conversation.state = Read(self.transformer.cache.open(), before, after, before_ids, after_ids)
+        self.rows[conversation] = ConversationRow(self.transformer.cache.open(), before, after, before_ids, after_ids)
 
     def close(self, conversation: Conversation) -> None:
-        if conversation.state is not None:
-            self.transformer.memory.keep(conversation.state.tree)
-            self.transformer.cache.close(conversation.state.tree)
-            conversation.state = None
+        if (row := self.rows.pop(conversation, None)) is not None:
+            self.transformer.memory.keep(row.tree)
+            self.transformer.cache.close(row.tree)
 
     async def score(self, responses: Sequence[Response]) -> list[float]:
         self._begin(responses)
@@ -96,20 +99,18 @@ class Incremental(RewardModel):
                 for feed, score in zip(batch, self._run(batch), strict=True):
                     found[id(feed)] = score
         except Exception:
-            for response, feed in zip(responses, feeds, strict=True):
-                response.conversation.state.tree.drop(feed.branch)
+            for feed in feeds:
+                feed.branch.tree.drop(feed.branch)
             raise
         return [found[id(feed)] for feed in feeds]
 
     def _begin(self, responses: Sequence[Response]) -> None:
         """Read the prompts of new answers, so that not each of them reads it again."""
-        several = Counter(
-            r.conversation for r in responses if r.conversation.state and not r.conversation.state.tree.ids
-        )
+        several = Counter(r.conversation for r in responses if not self.rows[r.conversation].tree.ids)
         answered = {r.conversation for r in responses if r.text}  # others may follow before anything is kept
         feeds = []
         for conversation, n in several.items():
-            read: Read = conversation.state
+            read = self.rows[conversation]
             prompt = read.before_ids[: self.window - 1]
             if (n > 1 or conversation in answered) and len(prompt) > 1:
                 self.transformer.memory.recall(read.tree, prompt)
@@ -122,33 +123,33 @@ class Incremental(RewardModel):
                 feed.branch.tree.drop(feed.branch)
 
     def keep(self, response: Response) -> None:
-        if response.state is None:
-            return
-        scored: Scored = response.state
-        tree = scored.branch.tree
-        tree.keep(scored.branch, scored.kept)
-        tree.drop(scored.branch)
-        response.state = None
+        if (scored := self._forget(response)) is not None:
+            tree = scored.branch.tree
+            tree.keep(scored.branch, scored.kept)
+            tree.drop(scored.branch)
 
     def drop(self, response: Response) -> None:
-        if response.state is not None and response.conversation.state is not None:
-            response.conversation.state.tree.drop(response.state.branch)
-        response.state = None
+        if (scored := self._forget(response)) is not None:
+            scored.branch.tree.drop(scored.branch)
+
+    def _forget(self, response: Response) -> ScoredBranch | None:
+        row = self.rows.get(response.conversation)
+        return row.branches.pop(response, None) if row else None
 
     def _feed(self, response: Response) -> ForwardInput:
-        read: Read = response.conversation.state
+        read = self.rows[response.conversation]
         ids, suffix = self._fitting(*self._ids(response, read), response)
         if not read.tree.ids:
             self.transformer.memory.recall(read.tree, ids[: len(ids) - suffix])
         most = len(ids) - max(1, suffix)  # the score is read at the last token
-        above: Scored | None = response.parent.state if response.parent else None
+        above = read.branches.get(response.parent) if response.parent else None
         again = 0 if above is None else max(0, len(above.path) - most)  # nothing new, and the last is read again
         if above is not None and again <= above.kept and common(ids, above.path) == len(above.path):
             shared, branch = len(above.path) - again, above.branch.branch(above.kept - again)
         else:
             shared = min(common(ids, read.tree.ids), most)
             branch = read.tree.branch(shared)
-        response.state = Scored(branch, len(ids) - suffix - shared, ids[: len(ids) - suffix])
+        read.branches[response] = ScoredBranch(branch, len(ids) - suffix - shared, ids[: len(ids) - suffix])
         return ForwardInput(branch, ids[shared:], response)
 
     def _fitting(self, ids: list[int], suffix: int, response: Response) -> tuple[list[int], int]:
@@ -156,18 +157,19 @@ class Incremental(RewardModel):
         surplus = len(ids) - self.window
         if surplus <= 0:
             return ids, suffix
-        prompt = len(response.conversation.state.before_ids)
+        row = self.rows[response.conversation]
+        prompt = len(row.before_ids)
         if surplus >= prompt:
             raise RewardError(
                 f"reward {self.name!r}: the answer takes {len(ids) - prompt} tokens, more than the {self.window} of "
                 "its window; use a smaller max_tokens."
             )
-        if not response.conversation.state.told:
+        if not row.warned_about_window:
             log.warning("reward %r does not read the first tokens of a prompt: its window is full", self.name)
-            response.conversation.state.told = True
+            row.warned_about_window = True
         return ids[surplus:], suffix
 
-    def _ids(self, response: Response, read: Read) -> tuple[list[int], int]:
+    def _ids(self, response: Response, read: ConversationRow) -> tuple[list[int], int]:
         """All ids of the conversation with this answer, and how many of them come after the answer."""
         chat = self.layout.chat
         if self.same_vocabulary and response.ids is not None:
@@ -208,7 +210,7 @@ class IncrementalClassifier(Incremental):
         self.to_logits = model.score.float()  # the last step in full precision: bf16 has three digits
         self.pad = self.transformer.config.pad_token_id
 
-    def _ids(self, response: Response, read: Read) -> tuple[list[int], int]:
+    def _ids(self, response: Response, read: ConversationRow) -> tuple[list[int], int]:
         whole, suffix = super()._ids(response, read)
         read_ids = scored(whole, self.pad)
         return read_ids, max(0, suffix - (len(whole) - len(read_ids)))

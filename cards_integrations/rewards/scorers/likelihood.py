@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -11,23 +11,12 @@ from cards_integrations.chat.message import Message
 from cards_integrations.models.local.settings import LocalModel
 from cards_integrations.rewards.base import Conversation, Response, RewardLoader
 from cards_integrations.rewards.composite import Composite
-from cards_integrations.rewards.scorers.incremental import Incremental, Read, Scored
+from cards_integrations.rewards.scorers.incremental import ConversationRow, Incremental, ScoredBranch
 from cards_integrations.rewards.scorers.layout import Layout
 from cards_integrations.transformer.flat_batch import ForwardInput
 from cards_integrations.transformer.kv_memory import CacheNeed, common
 
-UNREAD = object()  # the state of a conversation of which nothing has been read
 OtherPrompt = Callable[[Conversation], tuple[str | list[Message], bool]]
-
-
-@dataclass
-class ReadAnswer(Read):
-    log_p: list[float] = field(default_factory=list)  # of each token of the kept answer
-
-
-@dataclass
-class ScoredAnswer(Scored):
-    log_p: list[float]  # of each token of the answer that is known already
 
 
 class Likelihood(Incremental):
@@ -35,11 +24,12 @@ class Likelihood(Incremental):
 
     def open(self, conversation: Conversation) -> None:
         text, ids = self.layout.chat.prompt(conversation.prompt)
-        conversation.state = ReadAnswer(self.transformer.cache.open(), text, "", ids, [])
+        self.rows[conversation] = ConversationRow(self.transformer.cache.open(), text, "", ids, [])
 
     def keep(self, response: Response) -> None:
-        if response.state is not None:
-            response.conversation.state.log_p = response.state.log_p
+        row = self.rows.get(response.conversation)
+        if row is not None and (branch := row.branches.get(response)) is not None:
+            row.log_p = branch.log_p
         super().keep(response)
 
     def tokens(self, response: Response) -> list[int]:
@@ -49,7 +39,7 @@ class Likelihood(Incremental):
         return self.layout.chat.encode(response.text)
 
     def _feed(self, response: Response) -> ForwardInput:
-        read: ReadAnswer = response.conversation.state
+        read = self.rows[response.conversation]
         whole = [*read.before_ids, *self.tokens(response)]
         ids, _ = self._fitting(whole, 0, response)
         lost = len(whole) - len(ids)
@@ -60,7 +50,7 @@ class Likelihood(Incremental):
         known = 0 if lost else max(0, min(shared, len(ids) - 1) - prompt)
         start = min(shared, prompt + known - 1)  # its output says how probable the first unknown token is
         branch = read.tree.branch(start)
-        response.state = ScoredAnswer(branch, len(ids) - start, ids, read.log_p[:known])
+        read.branches[response] = ScoredBranch(branch, len(ids) - start, ids, read.log_p[:known])
         return ForwardInput(branch, ids[start:], response, outputs=len(ids) - prompt - known + 1)
 
     def _run(self, batch: list[ForwardInput]) -> list[float]:
@@ -69,7 +59,7 @@ class Likelihood(Incremental):
             for feed, row in zip(batch, self._read(batch, self.transformer.logits(batch)), strict=True):
                 new = torch.tensor(feed.ids[len(feed.ids) + 1 - feed.outputs :], device=row.batch.device)
                 log_p = row.values[:-1].float().log_softmax(-1).gather(-1, new[:, None])[:, 0]
-                scored: ScoredAnswer = feed.owner.state
+                scored = self.rows[feed.owner.conversation].branches[feed.owner]
                 scored.log_p = scored.log_p + log_p.tolist()
                 found.append(sum(scored.log_p))
         return found
@@ -81,13 +71,16 @@ class OwnLikelihood(Likelihood):
     def cache_needs(self, conversation: Conversation, tokens: int) -> list[CacheNeed]:
         return []
 
+    def __init__(self, *settings: Any) -> None:
+        super().__init__(*settings)
+        self.unread: set[Conversation] = set()
+
     def open(self, conversation: Conversation) -> None:
         """Nothing is read yet, and perhaps never."""
-        conversation.state = UNREAD
+        self.unread.add(conversation)
 
     def close(self, conversation: Conversation) -> None:
-        if conversation.state is UNREAD:
-            conversation.state = None
+        self.unread.discard(conversation)
         super().close(conversation)
 
     @property
@@ -95,13 +88,17 @@ class OwnLikelihood(Likelihood):
         return None
 
     async def score(self, responses: Sequence[Response]) -> list[float]:
-        others = [r for r in responses if r.log_likelihood is None and r.conversation.state is not None]
-        for response in others:
-            if response.conversation.state is UNREAD:
-                super().open(response.conversation)
+        others = [r for r in responses if r.log_likelihood is None and self._is_open(r.conversation)]
+        for conversation in [response.conversation for response in others]:
+            if conversation in self.unread:
+                self.unread.remove(conversation)
+                super().open(conversation)
         read = iter(await super().score(others))
         found = {id(response): next(read) for response in others}
         return [found.get(id(r), r.log_likelihood or 0.0) for r in responses]
+
+    def _is_open(self, conversation: Conversation) -> bool:
+        return conversation in self.unread or conversation in self.rows
 
 
 def likelihood(loader: RewardLoader, spec: LocalModel | None, name: str, anew: bool = False) -> Likelihood:
@@ -134,6 +131,6 @@ class MutualInformation(Composite):
     async def score(self, responses: Sequence[Response]) -> list[float]:
         found = []
         for response, own, other in zip(responses, *await self.every_part(responses), strict=True):
-            gain = other - own if response.conversation.state[1].context else own - other
+            gain = other - own if self.views[response.conversation].conversations[1].context else own - other
             found.append(gain / max(1, len(self.own.tokens(response))))
         return found

@@ -27,12 +27,22 @@ class RescoringClassifier(RewardModel):
         self.window = min(max_positions(model.config), self.tokenizer.model_max_length)
         if model.config.pad_token_id is None:
             model.config.pad_token_id = self.tokenizer.pad_token_id
+        self.surroundings: dict[Conversation, tuple[str, str]] = {}  # of open conversations
 
     def open(self, conversation: Conversation) -> None:
-        conversation.state = self.layout.around(conversation)
+        self.surroundings[conversation] = self.layout.around(conversation)
+
+    def close(self, conversation: Conversation) -> None:
+        self.surroundings.pop(conversation, None)
+
+    def _text(self, response: Response) -> str:
+        """All that is read: the answer and what is around it."""
+        known = self.surroundings.get(response.conversation)
+        before, after = known or self.layout.around(response.conversation)  # it may have been closed meanwhile
+        return before + response.text + after
 
     async def score(self, responses: Sequence[Response]) -> list[float]:
-        texts = [r.conversation.state[0] + r.text + r.conversation.state[1] for r in responses]
+        texts = [self._text(response) for response in responses]
         self.tokenizer.truncation_side = "left"
         inputs = self.tokenizer(
             texts,

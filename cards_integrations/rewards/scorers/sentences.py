@@ -25,7 +25,10 @@ def sentences(text: str) -> list[str]:
     return [sentence for sentence in found if sentence]
 
 
-Text = tuple[Conversation, str, bool]  # and whether it is finished
+Text = tuple[str, bool]
+"""A text, and whether it is finished."""
+Known = tuple[float, dict[str, float]]
+"""A score, and the scores of its parts."""
 
 
 class WholeSentences(Composite):
@@ -33,7 +36,7 @@ class WholeSentences(Composite):
 
     def __init__(self, model: RewardModel) -> None:
         super().__init__(model.name, [model])
-        self.known: dict[Conversation, dict[Text, tuple[float, dict[str, float]]]] = {}
+        self.known: dict[Conversation, dict[Text, Known]] = {}
 
     def open(self, conversation: Conversation) -> None:
         super().open(conversation)
@@ -44,26 +47,28 @@ class WholeSentences(Composite):
         super().close(conversation)
 
     async def score(self, responses: Sequence[Response]) -> list[float]:
-        cuts = [self._cut(response) for response in responses]
-        new: dict[Text, Response] = {}
-        for response, cut in zip(responses, cuts, strict=True):
-            text = (cut.conversation, cut.text, cut.finished)
-            if text not in self.known[cut.conversation] and text not in new:
-                response.state = cut.state = [None]  # the first to ask holds what is read for it
-                new[text] = cut
+        texts = [(response.conversation, self._text(response)) for response in responses]
+        new: dict[tuple[Conversation, Text], Response] = {}
+        for (conversation, text), response in zip(texts, responses, strict=True):
+            if text not in self.known[conversation]:
+                new.setdefault((conversation, text), response)  # the first to ask holds what is read for it
         found = await self.part(0, list(new.values())) if new else []
-        for (text, cut), value in zip(new.items(), found, strict=True):
-            self.known[cut.conversation][text] = value, cut.parts
-        scores = []
-        for response, cut in zip(responses, cuts, strict=True):
-            value, parts = self.known[cut.conversation][cut.conversation, cut.text, cut.finished]
-            response.parts.update(parts)
-            scores.append(value)
-        return scores
+        for ((conversation, text), response), value in zip(new.items(), found, strict=True):
+            self.known[conversation][text] = value, dict(response.parts)
+        return [self._known(response, text) for response, (_, text) in zip(responses, texts, strict=True)]
 
-    def _cut(self, response: Response) -> Response:
-        text = response.text if response.finished else whole_sentences(response.text)
-        cut = Response(response.conversation, text, finished=response.finished, parent=response.parent)
-        if text == response.text:
-            cut.ids, cut.log_likelihood = response.ids, response.log_likelihood
-        return cut
+    def response_view(self, which: int, response: Response) -> Response:
+        own = super().response_view(which, response)
+        own.text, _ = self._text(response)
+        if own.text != response.text:
+            own.ids = own.log_likelihood = None
+        return own
+
+    def _known(self, response: Response, text: Text) -> float:
+        value, parts = self.known[response.conversation][text]
+        response.parts.update(parts)
+        return value
+
+    def _text(self, response: Response) -> Text:
+        """What is scored of a response."""
+        return response.text if response.finished else whole_sentences(response.text), response.finished
