@@ -58,6 +58,12 @@ def test_the_wheel_brings_the_adapters(wheel: list[str]) -> None:
     assert not [name for name in wheel if name.endswith((".bin", ".pt", ".pkl"))]
 
 
+def test_the_wheel_brings_the_templates(wheel: list[str]) -> None:
+    templates = {file.relative_to(ROOT).as_posix() for file in (PACKAGE / "templates").glob("*.*") if file.is_file()}
+    assert "cards_integrations/templates/page.html.j2" in templates
+    assert templates <= set(wheel)
+
+
 # --- what is installed ---
 
 
