@@ -63,7 +63,7 @@ class Bench:
     def worker(self) -> Worker:
         engine = self.llm._engine({})
         engine.loaded()
-        assert engine._worker is not None
+        assert engine._worker is not None  # it times what happens inside
         return engine._worker
 
     def alone(self, work: Callable[[], T]) -> T:

@@ -14,7 +14,7 @@ import pytest
 from conftest import Start
 
 from cards_integrations.decoding import BestOfN, Cards, FixedLength
-from cards_integrations.engine import Engine, Request
+from cards_integrations.engine import Request
 from cards_integrations.errors import PromptError, RewardError
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import (
@@ -69,15 +69,6 @@ def looks(answer: Alignment, room: int = 16, hidden: bool = False) -> list[tuple
                 found.append((before + draft.text, draft, ended))
         before, tokens = before + segment.text, tokens + len(segment.token_ids)
     return found
-
-
-def assert_idle(engine: Engine) -> None:
-    """Nothing is live, and no row is taken in any cache."""
-    worker, model = engine._worker, engine.loaded()
-    assert worker is not None
-    assert not worker.live
-    assert not model.contexts
-    assert not any(cache.trees for cache in model.memory.caches)
 
 
 def length_of(text: str, finished: bool, target: int) -> float:
@@ -257,8 +248,7 @@ def test_a_classifier_in_two_composites_is_loaded_once(
         judge,
     ]
     engine.run_many([request(reward) for reward in rewards])
-    assert engine._worker is not None
-    built = engine._worker.rewards.built
+    built = worker(engine).rewards.built
     assert Counter(settings.kind for settings in built) == {
         "classifier": 1,
         "length": 1,

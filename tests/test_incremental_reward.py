@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 from conftest import Start
+from internals import worker
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -240,7 +241,7 @@ def test_a_classifier_without_a_tree_cache_rescores(tmp_path: Path, start: Start
     for output, expected in [("logit", logits[:, 1]), ("probability", log_odds.sigmoid()), ("log_odds", log_odds)]:
         reward = ClassifierReward(model=folder, label="LABEL_1", output=output, prompt_format="{prompt} {response}")
         assert engine.score(reward, "w7 w8", texts) == pytest.approx(expected.tolist(), abs=1e-4)
-        assert isinstance(engine._worker.rewards.built[reward], RescoringClassifier)
+        assert isinstance(worker(engine).rewards.built[reward], RescoringClassifier)
 
 
 @pytest.fixture(scope="module")

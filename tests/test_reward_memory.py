@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import tiny
-
 from cards_integrations.models.local.loading import LocalModel, ModelLoader, Placement
+
 from cards_integrations.rewards import (
     ClassifierReward,
     Conversation,
