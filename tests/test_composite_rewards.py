@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import Start
+from internals import assert_idle, worker
 
 from cards_integrations.decoding import BestOfN, Cards, FixedLength
 from cards_integrations.engine import Request
