@@ -165,7 +165,7 @@ def test_equal_settings_are_equal_and_hashable():
     assert len({Cards(), Cards(), CLASSIFIER, CLASSIFIER.model_copy(), EngineSettings(), EngineSettings()}) == 3
 
 
-CORE = ["settings", "engine", "decoding", "rewards", "rewards.incremental", "models.local", "session", "trace"]
+CORE = ["settings", "engine.engine", "decoding", "rewards", "models.local.language_model", "trace"]
 
 
 @pytest.mark.parametrize(
