@@ -1113,7 +1113,7 @@ def tried(name: str, case: Case, world: World, limit: float = LIMIT) -> Outcome:
             return Outcome("framework", str(error))
         except one.refusals as error:
             told = str(error)
-            if len(told) > 1_000_000:
+            if len(told) > 20_000:
                 return Outcome("failed", f"an error of {len(told)} characters", type(error).__name__)
             return Outcome("refused", f"{type(error).__name__}: {told}")
         except Hang as error:
