@@ -50,11 +50,11 @@ from cards_integrations.rewards.base import (
     Conversation,
     Response,
     Reward,
-    RewardLoader,
     RewardModel,
     scores,
     scoring,
 )
+from cards_integrations.rewards.loader import RewardLoader
 from cards_integrations.threads import in_thread
 from cards_integrations.trace import Alignment, InvalidToolCall, ToolCall, Usage
 from cards_integrations.transformer.kv_memory import CacheNeed, KVMemory, budget
