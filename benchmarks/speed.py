@@ -296,7 +296,7 @@ class Profile:
     def of(self, run: Callable[[], list[Alignment]]) -> list[Alignment]:
         judge: Any = next(iter(self.worker.rewards.built.values()))
         lm, rm = self.worker.language_model.model, judge.transformer.model.base_model
-        lm_forward, rm_forward, feed = lm.forward, rm.forward, judge._feed
+        lm_forward, rm_forward, feed = lm.forward, rm.forward, judge._forward_input
 
         def timed(forward: Callable[..., Any], attribute: str) -> Callable[..., Any]:
             def run(*args: Any, **kwargs: Any) -> Any:
@@ -316,13 +316,13 @@ class Profile:
                 self.new_tokens += len(read.before_ids) + len(response.ids or []) - kept or 1
             return made
 
-        lm.forward, rm.forward, judge._feed = timed(lm_forward, "lm"), timed(rm_forward, "rm"), counted_feed
+        lm.forward, rm.forward, judge._forward_input = timed(lm_forward, "lm"), timed(rm_forward, "rm"), counted_feed
         began = time.perf_counter()
         try:
             return run()
         finally:
             self.seconds = time.perf_counter() - began
-            lm.forward, rm.forward, judge._feed = lm_forward, rm_forward, feed
+            lm.forward, rm.forward, judge._forward_input = lm_forward, rm_forward, feed
 
     @property
     def outside(self) -> float:

@@ -35,7 +35,8 @@ from cards_integrations.models.base import ConstrainedModel, Context, LanguageMo
 from cards_integrations.models.local.loader import ModelLoader
 from cards_integrations.models.randomness import fresh_seed
 from cards_integrations.models.sources import ModelSource, build_model
-from cards_integrations.rewards.base import Conversation, Response, Reward, RewardLoader, RewardModel, scores
+from cards_integrations.rewards.base import Conversation, Response, Reward, RewardModel, scores
+from cards_integrations.rewards.loader import RewardLoader
 from cards_integrations.threads import in_thread
 from cards_integrations.trace import Alignment, Usage
 from cards_integrations.transformer.kv_memory import CacheNeed, KVMemory, budget

@@ -1,4 +1,4 @@
-"""Which rewards there are: by kind, by name, and those that other distributions bring."""
+"""All rewards: by kind, by name, and those that installed plug-ins bring."""
 
 from __future__ import annotations
 
@@ -33,12 +33,16 @@ def register_reward(cls: type[R]) -> type[R]:
 
 
 def known_rewards() -> list[str]:
-    """All kinds, those of installed plug-ins included."""
+    """Return all kinds, including those of installed plug-ins."""
     return sorted({*REWARDS, *(point.name for point in entry_points(group=GROUP))})
 
 
 def reward_class(kind: str) -> type[Reward]:
-    """The class of a kind, from this package or from an installed plug-in."""
+    """Return the class of a kind, from this package or from an installed plug-in.
+
+    Raises:
+        SettingsError: There is none, or the plug-in does not load.
+    """
     if kind in REWARDS:
         return REWARDS[kind]
     plugins = {point.name: point for point in entry_points(group=GROUP)}
@@ -58,7 +62,14 @@ def reward_class(kind: str) -> type[Reward]:
 
 
 def as_reward(value: Any) -> Reward:
-    """A reward from a name, a hub id, a directory, a callable, its settings as a dict, or itself."""
+    """Make a reward from whatever `reward=` takes.
+
+    Args:
+        value: A name, a hub id, a directory, a callable, settings as a dict or as JSON, or a reward itself.
+
+    Raises:
+        SettingsError: It is none of these.
+    """
     if isinstance(value, Reward):
         return value
     if isinstance(value, str) and value.startswith("{"):

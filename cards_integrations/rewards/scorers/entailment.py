@@ -1,4 +1,4 @@
-"""Does a context entail a sentence? By a classifier of pairs."""
+"""Whether a context entails a sentence, by a classifier of pairs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from cards_integrations.errors import SettingsError
 from cards_integrations.rewards.base import Conversation, Response, RewardModel, count_forward
-from cards_integrations.rewards.scorers.sentences import sentences
+from cards_integrations.rewards.scorers.sentences import split_sentences
 from cards_integrations.rewards.scorers.support import support
 
 
@@ -17,6 +17,13 @@ class Entailment(RewardModel):
     """The mean over an answer's sentences of the highest probability of `label` over its contexts.
 
     The classifier reads pairs (context, sentence); of a context that is too long it reads the beginning.
+
+    Args:
+        name: What errors call the reward.
+        model: An `AutoModelForSequenceClassification`.
+        tokenizer: Its tokenizer.
+        label: Index or name of the label that means support.
+        context: Finds the contexts of a conversation.
     """
 
     across_requests = True
@@ -36,7 +43,7 @@ class Entailment(RewardModel):
         self.contexts: dict[Conversation, Sequence[str]] = {}  # of open conversations
 
     def _index(self, label: int | str, labels: dict[int, str]) -> int:
-        """The class that means support; a cross-encoder has only one."""
+        """The label that means support; a cross-encoder has only one."""
         found = [index for index, name in labels.items() if label == index or str(label).lower() == name.lower()]
         if not found and len(labels) > 1:
             raise SettingsError(f"reward.label={label!r}: choose one of {labels} for the reward {self.name!r}.")
@@ -50,7 +57,9 @@ class Entailment(RewardModel):
 
     async def score(self, responses: Sequence[Response]) -> list[float]:
         contexts = {r.conversation: self._contexts(r.conversation) for r in responses}
-        asked = [(response.conversation, sentence) for response in responses for sentence in sentences(response.text)]
+        asked = [
+            (response.conversation, sentence) for response in responses for sentence in split_sentences(response.text)
+        ]
         pairs = [(context, sentence) for conversation, sentence in asked for context in contexts[conversation]]
         read = iter(self._probabilities(pairs) if pairs else ())
         by_sentence, counted = [], []
@@ -60,14 +69,14 @@ class Entailment(RewardModel):
             counted.append((conversation, sum(tokens for _, tokens in own)))
         count_forward(counted)
         rows = iter(by_sentence)
-        return [support(response, [next(rows) for _ in sentences(response.text)]) for response in responses]
+        return [support(response, [next(rows) for _ in split_sentences(response.text)]) for response in responses]
 
     def _contexts(self, conversation: Conversation) -> Sequence[str]:
         known = self.contexts.get(conversation)
         return self.context(conversation) if known is None else known  # it may have been closed meanwhile
 
     def _probabilities(self, pairs: list[tuple[str, str]]) -> list[tuple[float, int]]:
-        """Of each pair, and how many tokens it has."""
+        """The probability of support for each pair, and how many tokens it has."""
         contexts, texts = map(list, zip(*pairs, strict=True))
         inputs = self.tokenizer(contexts, texts, padding=True, truncation="only_first", return_tensors="pt")
         with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""How near each sentence of an answer is to what a context says."""
+"""How close each sentence of an answer is to what a context says."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from cards_integrations.rewards.base import Conversation, Response, RewardModel, count_forward
 from cards_integrations.rewards.scorers.embedding import Embedder
-from cards_integrations.rewards.scorers.sentences import sentences
+from cards_integrations.rewards.scorers.sentences import split_sentences
 from cards_integrations.rewards.scorers.support import support
 
 
@@ -16,6 +16,11 @@ class Nearest(RewardModel):
     """The mean over an answer's sentences of the highest cosine with a sentence of its contexts.
 
     The vectors of those sentences, (n, size) for each context, are made at the first score.
+
+    Args:
+        name: What errors call the reward.
+        embedder: Makes the vectors.
+        context: Finds the contexts of a conversation.
     """
 
     across_requests = True
@@ -40,15 +45,15 @@ class Nearest(RewardModel):
         """The vectors (n, size) of each context's sentences, remembered while the conversation is open."""
         if known := self.sources.get(conversation):
             return known
-        said = [sentences(context) or [""] for context in self.context(conversation)] or [[""]]
-        vectors = self._embed([sentence for own in said for sentence in own], conversation)
-        found = torch.split(vectors, [len(own) for own in said])
+        contexts = [split_sentences(context) or [""] for context in self.context(conversation)] or [[""]]
+        vectors = self._embed([sentence for context in contexts for sentence in context], conversation)
+        found = torch.split(vectors, [len(context) for context in contexts])
         if conversation in self.sources:
             self.sources[conversation] = found
         return found
 
     def _nearness(self, response: Response, sources: Sequence[torch.Tensor]) -> float:
-        own = sentences(response.text)
+        own = split_sentences(response.text)
         if not own:
             return 0.0
         vectors = self._embed(own, response.conversation)
