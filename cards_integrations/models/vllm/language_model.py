@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Field, ValidationError, field_validator
 
 from cards_integrations.chat.tools import FormatName
 from cards_integrations.errors import CardsError, ModelError, SettingsError
-from cards_integrations.http_client import Keyed, Servers, ServerUrl
+from cards_integrations.http_client import Keyed, ServerUrl, ServiceClient
 from cards_integrations.models.base import Boundary, Candidate, Context
 from cards_integrations.models.vllm.replies import COMPLETIONS, HINTS, KEY, PROBE, Completion, ServerHandshake
 
@@ -121,7 +121,7 @@ class VllmLanguageModel:
         self.context_window = greeting.context_window()
         greeting.check_tokenizer(chat)
         self.plugin = greeting.has_plugin(chat.encode(PROBE))
-        self.servers = Servers(
+        self.servers = ServiceClient(
             f"model {spec.model!r}", spec.urls, key=spec.key, timeout=spec.request_timeout, retries=spec.retries,
             concurrency=spec.concurrency, error=ModelError, hints=HINTS, setting="model.base_url", health="/health",
         )  # fmt: skip
@@ -216,7 +216,7 @@ class VllmLanguageModel:
             body = self._body(candidate)
             near, calls = context.state, context.usage
             calls.lm_forwards += 1
-            reply = await self.servers.post(COMPLETIONS, body, near=near)
+            reply = await self.servers.post(COMPLETIONS, body, affinity=near)
             try:
                 found = Completion.model_validate_json(reply.content)
             except ValidationError as error:
