@@ -19,7 +19,7 @@ from pydantic import (
 
 from cards_integrations.chat.template import ChatTokenizer, as_text
 from cards_integrations.errors import RewardError
-from cards_integrations.http_client import Keyed, Servers, ServerUrl, gathered
+from cards_integrations.http_client import Keyed, ServerUrl, ServiceClient, gathered
 from cards_integrations.models.local.settings import LocalModel
 from cards_integrations.rewards.base import Loader, Response, Reward, RewardModel
 from cards_integrations.rewards.registry import register_reward
@@ -139,7 +139,7 @@ class RemoteModel(RewardModel):
     def __init__(self, settings: RemoteReward, key: str | None) -> None:
         self.name = settings.name
         self.settings = settings
-        self.servers = Servers(
+        self.servers = ServiceClient(
             f"reward {settings.name!r}", settings.urls, key=key, timeout=settings.request_timeout,
             retries=settings.retries, concurrency=settings.concurrency, error=RewardError, hints=HINTS,
             setting="reward.url", health=self.health,
@@ -170,7 +170,7 @@ class RemoteModel(RewardModel):
                 conversation.usage.rm_forwards += 1
 
         body = self.body(responses)
-        reply = await self.servers.post(self.path, body, before=paid)
+        reply = await self.servers.post(self.path, body, on_try=paid)
         try:
             found = self.read(reply.content)
         except ValueError as error:

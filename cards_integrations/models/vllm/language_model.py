@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from cards_integrations.chat.template import ChatTokenizer
 from cards_integrations.errors import CardsError, ModelError, SettingsError
-from cards_integrations.http_client import Servers
+from cards_integrations.http_client import ServiceClient
 from cards_integrations.models.base import Boundary, Candidate, Context
 from cards_integrations.models.vllm.replies import COMPLETIONS, HINTS, PROBE, Completion, ServerHandshake
 from cards_integrations.models.vllm.settings import VllmModel
@@ -40,11 +40,11 @@ class VllmLanguageModel:
         self.name = spec.model
         self.chat = chat
         self.wake = wake
-        greeting = ServerHandshake(spec)
-        self.context_window = greeting.context_window()
-        greeting.check_tokenizer(chat)
-        self.plugin = greeting.has_plugin(chat.encode(PROBE))
-        self.servers = Servers(
+        handshake = ServerHandshake(spec)
+        self.context_window = handshake.context_window()
+        handshake.check_tokenizer(chat)
+        self.plugin = handshake.has_plugin(chat.encode(PROBE))
+        self.servers = ServiceClient(
             f"model {spec.model!r}", spec.urls, key=spec.key, timeout=spec.request_timeout, retries=spec.retries,
             concurrency=spec.concurrency, error=ModelError, hints=HINTS, setting="model.base_url", health="/health",
         )  # fmt: skip
@@ -108,7 +108,7 @@ class VllmLanguageModel:
             body = self._body(candidate)
             near, calls = self._affinity[context], context.usage
             calls.lm_forwards += 1
-            reply = await self.servers.post(COMPLETIONS, body, near=near)
+            reply = await self.servers.post(COMPLETIONS, body, affinity=near)
             try:
                 found = Completion.model_validate_json(reply.content)
             except ValidationError as error:
