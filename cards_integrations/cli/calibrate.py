@@ -37,7 +37,7 @@ def calibrate(
     ] = None,
     segment_length: Annotated[float | None, typer.Option(help="The mean length of a segment, in tokens.")] = None,
     candidates: Annotated[int, typer.Option(min=2, help="Scored drafts of each segment.")] = 4,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the first answer.")] = 0,
     out: Annotated[Path | None, file_to_write("Write the settings here, as YAML.")] = None,
     report: Annotated[Path | None, file_to_write("Write the charts here, as .png, .svg, .pdf or .html.")] = None,
     remember: Annotated[bool, typer.Option(help='Use the result for "auto" with these models from now on.')] = True,

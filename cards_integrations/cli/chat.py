@@ -13,6 +13,7 @@ from cards_integrations.cli.options import (
     MaxTokensOption,
     ModelOption,
     RewardOption,
+    SeedOption,
     TemperatureOption,
     llm_from,
 )
@@ -32,7 +33,7 @@ def chat(
     decoding: DecodingOption = None,
     max_tokens: MaxTokensOption = None,
     temperature: TemperatureOption = None,
-    seed: int | None = None,
+    seed: SeedOption = None,
     system: Annotated[str | None, typer.Option(help="The system message.")] = None,
     rejected: Annotated[bool, typer.Option(help="Show rejected candidates, dimmed.")] = False,
 ) -> None:

@@ -18,6 +18,7 @@ from cards_integrations.cli.options import (
     MaxTokensOption,
     ModelOption,
     RewardOption,
+    SeedOption,
     TemperatureOption,
     file_to_write,
     llm_from,
@@ -40,7 +41,7 @@ def generate(
     decoding: DecodingOption = None,
     max_tokens: MaxTokensOption = None,
     temperature: TemperatureOption = None,
-    seed: int | None = None,
+    seed: SeedOption = None,
     prompts: Annotated[
         Path | None, typer.Option(help="Answer the prompts of a file instead: lines of text, or JSON lines.")
     ] = None,
