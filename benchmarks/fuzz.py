@@ -60,10 +60,10 @@ from cards_integrations.rewards import REWARDS, GroundednessReward, LengthReward
 from cards_integrations.rewards.base import Conversation
 from cards_integrations.rewards.remote import PROTOCOLS
 from cards_integrations.settings import Options, as_context
-from cards_integrations.study.compare import Comparison
-from cards_integrations.study.judge import calls, scores_in
+from cards_integrations.study.comparison import Comparison
+from cards_integrations.study.comparison_report import page
+from cards_integrations.study.judge import judge_prompts, parse_scores
 from cards_integrations.study.prompts import read_prompts
-from cards_integrations.study.report import page
 from cards_integrations.study.rows import Results, read_rows
 from cards_integrations.trace import Alignment, DraftTrace, InvalidToolCall, Segment, ToolCall, Usage
 
@@ -853,7 +853,7 @@ def _take_rows(case: Case, world: World) -> object:
         prompts = world.file("one.txt", b"Hello\n")
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             return answer_file(world.llm, prompts, path, 2)
-    return calls(path, path)
+    return judge_prompts(path, path)
 
 
 def _option(random: Random) -> Case:
@@ -943,7 +943,7 @@ def _take_written(case: Case, world: World) -> object:
     },
 )
 def _take_judged(case: Case, world: World) -> object:
-    found = scores_in(case["text"])
+    found = parse_scores(case["text"])
     assert found is None or all(0 <= score <= 10.0 or math.isfinite(score) for score in found)
     return found
 
@@ -1080,7 +1080,7 @@ def _report(random: Random) -> Case:
 @surface("reports as HTML", _report, 0.1)
 def _take_report(case: Case, world: World) -> object:
     found = Comparison(tuple(case["rows"]))
-    html = page(found)
+    html = page(list(found.arms.values()), found.rows)
     found.table()
     return escaped(html, 4)
 

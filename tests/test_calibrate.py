@@ -18,7 +18,7 @@ from cards_integrations.decoding import Cards, Uncertainty
 from cards_integrations.engine import EngineSettings, scales
 from cards_integrations.errors import SettingsError
 from cards_integrations.rewards import ClassifierReward, FunctionReward, WeightedReward
-from cards_integrations.study.chains import Prediction
+from cards_integrations.study.simulation import Prediction
 from cards_integrations.trace import Alignment
 
 WHO = ["Tom", "Lily", "The big dog", "Mom", "A little bird", "Ben", "The old man", "Sue"]
