@@ -165,7 +165,10 @@ def test_equal_settings_are_equal_and_hashable():
     assert len({Cards(), Cards(), CLASSIFIER, CLASSIFIER.model_copy(), EngineSettings(), EngineSettings()}) == 3
 
 
-CORE = ["settings", "engine", "decoding", "rewards", "rewards.incremental", "models.local", "session", "trace"]
+CORE = [
+    *["settings", "engine", "decoding", "rewards", "rewards.scorers.incremental", "models.local.loading", "trace"],
+    *["chat.template", "chat.response_format", "chat.tool_reader"],
+]
 
 
 @pytest.mark.parametrize(

@@ -283,7 +283,7 @@ class Session:
         if not self.finished:
             text = text.rstrip(PARTIAL_CHARACTER)
             text = text[: len(text) - self.context.stop.held_back(text)]
-        said, calls = self.reader.new(text, self.finished)
+        said, calls = self.reader.update(text, self.finished)
         self.emit(Chunk(said, segment, len(self.segments) - 1, calls))
 
     def _give_up_segment(self, but: Pending | None = None) -> None:

@@ -291,7 +291,7 @@ class Worker:
         stop, seed = StopStrings(request.stop), fresh_seed() if request.seed is None else request.seed
         context = Context(request.prompt, prompt_ids, request.max_tokens, request.sampler, stop, usage)
         if tools is not None:
-            grammar = chat.tool_format.grammar(tools, chat.lark, grammar)
+            grammar = chat.tool_format.grammar(tools, chat.grammar_literal, grammar)
         if grammar is not None:
             context.matcher = model.matcher(grammar)
         reader = ToolReader(tools, chat.tool_format)
@@ -324,7 +324,7 @@ class Worker:
             "request %s: %s after %d tokens, %d drafts of %d tokens, %.2f s",
             told, session.finish, usage.completion_tokens, usage.drafts, usage.drafted_tokens, usage.seconds,
         )  # fmt: skip
-        reading = reader.read(context.text)
+        parsed = reader.parse(context.text)
         return Alignment(
             text=context.text,
             token_ids=tuple(context.ids),
@@ -339,9 +339,9 @@ class Worker:
             model=model.name,
             method=request.decoding.method,
             request_id=told,
-            content=reading.said,
-            tool_calls=tuple(call for call in reading.calls if isinstance(call, ToolCall)),
-            invalid_tool_calls=tuple(call for call in reading.calls if isinstance(call, InvalidToolCall)),
+            content=parsed.content,
+            tool_calls=tuple(call for call in parsed.calls if isinstance(call, ToolCall)),
+            invalid_tool_calls=tuple(call for call in parsed.calls if isinstance(call, InvalidToolCall)),
         )
 
     async def _memory_for(self, needs: list[CacheNeed]) -> None:

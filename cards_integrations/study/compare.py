@@ -151,7 +151,7 @@ def compare(
     stands there already is not asked again, so that a run that was stopped goes on.
     """
     results = Results(out, NEEDED)
-    chosen = llm.chosen({})
+    chosen = llm.resolve_options({})
     guide, judging = chosen.reward, as_reward(judge) if judge is not None else None
     own = _plain({**{name: getattr(chosen, name) for name in OWN}, "guide": guide, "judge": judging})
     known = {_key(row): row for row in results.rows}
