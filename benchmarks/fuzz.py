@@ -926,9 +926,9 @@ def _take_written(case: Case, world: World) -> object:
     reader, said, calls = ToolReader(tools, FORMATS[case["format"]]), "", 0
     step = max(1, len(case["text"]) // 40)
     for end in range(step, len(case["text"]) + step, step):
-        new, called = reader.new(case["text"][:end], end >= len(case["text"]))
+        new, called = reader.update(case["text"][:end], end >= len(case["text"]))
         said, calls = said + new, calls + len(called)
-    whole = reader.read(case["text"])
+    whole = reader.parse(case["text"])
     assert calls == len(whole.calls)
     return json.dumps([str(call) for call in whole.calls])
 

@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from cards_integrations.chat.grammar import Grammar
     from cards_integrations.langchain.chat_model import ChatCards
     from cards_integrations.langchain.completion import CardsCompletion
-    from cards_integrations.langchain.retrieval import RetrievedContext, documents_chain
+    from cards_integrations.langchain.retrieval import documents_chain
+    from cards_integrations.llama_index.retrieval import RetrievedContext
     from cards_integrations.llm import CardsLLM
     from cards_integrations.settings import CardsSettings
     from cards_integrations.trace import Alignment
@@ -33,7 +34,7 @@ _HOMES = {
     "ChatCards": "langchain.chat_model",
     "CardsCompletion": "langchain.completion",
     "CardsSettings": "settings",
-    "RetrievedContext": "langchain.retrieval",
+    "RetrievedContext": "llama_index.retrieval",
     "documents_chain": "langchain.retrieval",
     "Alignment": "trace",
     "Grammar": "chat.grammar",
@@ -41,7 +42,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use: torch and the frameworks take seconds."""
+    """Import a name on first use: torch and the frameworks take seconds."""
     if name in _HOMES:
         return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The typed errors a caller can meet; every message names the setting and says the mend."""
+"""The typed errors of this package; every message names the setting and how to fix it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ModelError(CardsError):
 
 
 class OutOfMemory(ModelError):
-    """The device's memory, or the share `kv_memory` of it, does not hold this request."""
+    """The request does not fit into the device's memory, or into the share of it that `kv_memory` grants."""
 
 
 class RewardError(CardsError):
@@ -35,11 +35,11 @@ class RewardError(CardsError):
 
 
 class AnswerCut(CardsError, ValueError):
-    """`max_tokens` cut an answer that had to be whole: JSON of a schema, for one."""
+    """`max_tokens` cut an answer that has to be complete, such as the JSON of a schema."""
 
 
 class EngineClosed(CardsError, RuntimeError):
-    """The engine was closed while, or before, the request ran."""
+    """The engine was closed before the request ended."""
 
 
 class CardsTimeout(CardsError, TimeoutError):
@@ -47,17 +47,17 @@ class CardsTimeout(CardsError, TimeoutError):
 
 
 def short_repr(value: object) -> str:
-    """A value as an error quotes it: never longer than a few lines, whatever it is."""
+    """A value as errors quote it, in a few lines at most."""
     try:
         return _EXCERPT.repr(value)
-    except Exception:  # nested too deeply, a number of thousands of digits, or an object's own fault
+    except Exception:  # deep nesting, a number of thousands of digits, or a bug in the object's own repr
         return f"<{type(value).__name__}>"
 
 
 def unknown_name(what: str, name: str, known: Iterable[str], hint: str = "") -> SettingsError:
-    """The error for a name nobody registered: near matches first, then all known names."""
+    """The error for an unknown name, with the nearest known names and then all of them."""
     known = sorted(known)
     name = name[:200]
     near = get_close_matches(name, known, n=3, cutoff=0.5)
-    guess = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-    return SettingsError(f"The {what} {name!r} is not known.{guess} Known: {', '.join(known)}.{hint}")
+    suggestion = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+    return SettingsError(f"The {what} {name!r} is not known.{suggestion} Known: {', '.join(known)}.{hint}")

@@ -9,14 +9,18 @@ from typing import TYPE_CHECKING, Any, Self
 from langchain_core.language_models import LanguageModelInput
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.runnables import ConfigurableField, Runnable, RunnableConfig
+from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.prompts import BasePromptTemplate
 from pydantic import ConfigDict, PrivateAttr
 
+from cards_integrations.chat import message
+from cards_integrations.chat.message import Message
 from cards_integrations.engine.engine import Engine
-from cards_integrations.engine.request import Chunk
+from cards_integrations.engine.request import Chunk, Request
 from cards_integrations.langchain.chat_model import ChatCards
-from cards_integrations.langchain.convert import as_prompt
-from cards_integrations.langchain.schemas import converted
+from cards_integrations.langchain.convert import as_message as from_langchain
+from cards_integrations.llama_index.convert import as_message as from_llama_index
+from cards_integrations.llama_index.convert import convert_options, describe_tools
 from cards_integrations.llama_index.llm import LlamaIndexCards
 from cards_integrations.rewards import AnyReward, as_reward
 from cards_integrations.settings import CardsSettings, as_context
@@ -27,52 +31,107 @@ if TYPE_CHECKING:
 
 
 class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
-    """A local model whose answers are aligned while they are written, in both frameworks.
+    """A language model whose answers a reward model guides while they are written (CARDS, arXiv:2406.16306).
 
-    It is a LlamaIndex LLM (`Settings.llm = llm`, `llm.complete`, `llm.chat`), a LangChain Runnable
-    (`prompt | llm | parser`, `llm.invoke`), and has a face of its own: `llm.align(...)` returns the
-    whole `Alignment`. Nothing is loaded before the first answer; equal settings share one engine.
+    One object is a LlamaIndex LLM (`Settings.llm = llm`, `llm.complete`, `llm.chat`) and a LangChain Runnable
+    (`prompt | llm | parser`, `llm.invoke`). Its own methods return everything that is known of an answer::
+
+        llm = CardsLLM(model="smollm2", reward="sentiment", max_tokens=64, seed=1)
+        llm.align("How was your day?").reward
+
+    The options are keyword arguments; the environment (`CARDS_MODEL`, ...) sets what they do not, see
+    `CardsSettings`. LlamaIndex's fields, such as `system_prompt` and `callback_manager`, can be set, too.
+    Construction loads nothing; the first answer does. All objects of a process with equal model and engine settings
+    share one engine, which runs all their requests in one batch.
+
+    Raises:
+        ValidationError: An option is unknown or cannot be used as given.
     """
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
     name: str | None = None  # Runnable only annotates it
-    streaming: bool = False  # of the LangChain face: `invoke` reports each kept segment, too
+    """The name of its runs in LangChain's traces."""
+
+    streaming: bool = False
+    """Report each kept segment to the callbacks of `invoke`, too, and not only to those of `stream`."""
+
     _chat_model: ChatCards | None = PrivateAttr(default=None)
 
     @classmethod
     def from_settings(cls, settings: CardsSettings | str | Path, *, allow_imports: bool = False) -> Self:
-        """From a settings object, or from the path of a YAML file (see `CardsSettings.from_yaml`)."""
-        found = settings
-        if not isinstance(found, CardsSettings):
-            found = CardsSettings.from_yaml(found, allow_imports=allow_imports)
-        return cls(**found.options())
+        """Make a model from settings.
+
+        Args:
+            settings: A settings object, or the path of a YAML file (see `CardsSettings.from_yaml`).
+            allow_imports: Import the reward functions that the file names. This runs their modules' code.
+
+        Raises:
+            SettingsError: The file cannot be read.
+            ValidationError: An option is unknown, cannot be used as given, or would import code without permission.
+        """
+        if not isinstance(settings, CardsSettings):
+            settings = CardsSettings.from_yaml(settings, allow_imports=allow_imports)
+        return cls(**settings.options())
 
     def as_langchain(self) -> ChatCards:
-        """The same model as a `BaseChatModel`, for fields that ask for one."""
+        """Return a LangChain `BaseChatModel` with the same options, for code that requires one."""
         chat = self._chat_model
         if chat is None or (chat.options(), chat.streaming) != (self.options(), self.streaming):
             streaming = {"streaming": True} if self.streaming else {}  # False would forbid `stream`
             self._chat_model = chat = ChatCards(**self.options(), **streaming)
         return chat
 
-    # --- its own face ---
+    # --- its own methods ---
 
     def align(self, prompt: Any, **options: Any) -> Alignment:
-        """Write one answer to a string or a list of messages; `options` override the object's own."""
-        return self._engine(options).run(self.request(as_prompt(prompt), converted(options)))
+        """Write one answer and return it with its rewards, segments and costs.
+
+        Args:
+            prompt: A text, or a list of messages: of LangChain, of LlamaIndex, dicts with "role" and "content", or
+                pairs of role and text. A text becomes one message of the user.
+            options: For this call only, in place of the object's own:
+
+                - `reward`, `decoding`, `max_tokens`, `temperature`, `top_k`, `seed`, `stop`, `timeout`, `model`: as
+                  in the constructor.
+                - `context`: what a `GroundednessReward` compares the answer with: a text, a document of either
+                  framework, or a list of them.
+                - `response_format`: a pydantic class or a JSON schema, or what OpenAI's API takes. The model is shown
+                  the schema, and a grammar holds the answer to it.
+                - `grammar`: a `Grammar`, a pydantic class or a JSON schema that the answer has to match, without
+                  showing it to the model.
+                - `tools`: tools of either framework, functions, pydantic classes, or functions as OpenAI describes
+                  them, which the answer may call.
+                - `tool_choice`: "auto", "none", "any" or the name of a tool.
+                - `parallel_tool_calls`: False allows one call only.
+
+        Raises:
+            SettingsError: An option is unknown or cannot be used as given.
+            PromptError: The prompt is empty, is not text, or does not fit the model's context.
+            ModelError: The model cannot be loaded or used; `OutOfMemory` if the request does not fit.
+            RewardError: The reward model failed, or returned no finite score.
+            CardsTimeout: The answer took longer than `timeout` seconds.
+            EngineClosed: The object was closed while the request ran.
+        """
+        return self._engine(options).run(self._align_request(prompt, options))
 
     async def aalign(self, prompt: Any, **options: Any) -> Alignment:
-        """Like `align`, without blocking the event loop."""
-        return await self._engine(options).arun(self.request(as_prompt(prompt), converted(options)))
+        """Async version of `align`; cancelling the task stops the drafting."""
+        return await self._engine(options).arun(self._align_request(prompt, options))
 
     def align_stream(self, prompt: Any, **options: Any) -> Iterator[Chunk | Alignment]:
-        """Like `align`: a `Chunk` for each kept segment, then the `Alignment`. Closing it stops the drafting."""
-        return self._engine(options).stream(self.request(as_prompt(prompt), converted(options)))
+        """Write one answer as `align` does, and yield it while it grows.
+
+        Closing the iterator stops the drafting.
+
+        Yields:
+            A `Chunk` for each kept segment (`text`, `segment`, `number`, `calls`), and at the end the `Alignment`.
+        """
+        return self._engine(options).stream(self._align_request(prompt, options))
 
     def aalign_stream(self, prompt: Any, **options: Any) -> AsyncIterator[Chunk | Alignment]:
-        """Like `align_stream`, without blocking the event loop."""
-        return self._engine(options).astream(self.request(as_prompt(prompt), converted(options)))
+        """Async version of `align_stream`."""
+        return self._engine(options).astream(self._align_request(prompt, options))
 
     def align_batch(
         self,
@@ -82,15 +141,25 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
         progress: bool | str = False,
         **options: Any,
     ) -> list[Alignment]:
-        """Write the answers to all prompts in one running batch, each with a seed and a context of its own.
+        """Write the answers to all prompts in one batch.
 
-        `progress` shows a bar, with this text.
+        An answer does not depend on the others. The first error cancels all of them.
+
+        Args:
+            prompts: As for `align`.
+            seeds: One for each prompt.
+            contexts: One for each prompt.
+            progress: Show a progress bar, with this text if it is one.
+            options: For all answers, as for `align`.
+
+        Returns:
+            The answers in the order of the prompts.
         """
         each = [dict(options) for _ in prompts]
-        for name, own in (("seed", seeds), ("context", contexts)):
-            if own is not None:
-                each = [{**mine, name: value} for mine, value in zip(each, own, strict=True)]
-        requests = [self.request(as_prompt(p), converted(own)) for p, own in zip(prompts, each, strict=True)]
+        for name, values in (("seed", seeds), ("context", contexts)):
+            if values is not None:
+                each = [{**one, name: value} for one, value in zip(each, values, strict=True)]
+        requests = [self._align_request(prompt, one) for prompt, one in zip(prompts, each, strict=True)]
         engine = self._engine(options)
         if not progress:
             return engine.run_many(requests)
@@ -103,13 +172,29 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
     def score(
         self, prompt: Any, texts: Sequence[str], reward: AnyReward | str | None = None, context: Any = None
     ) -> list[float]:
-        """Rewards of whole answers to a prompt, by this object's reward model or another one."""
+        """Score whole answers to a prompt.
+
+        Args:
+            prompt: As for `align`.
+            texts: The answers, which anybody may have written.
+            reward: In place of the object's own.
+            context: As for `align`.
+
+        Returns:
+            A reward for each text; higher is better.
+        """
         return self._engine({}).score(as_reward(reward or self.reward), as_prompt(prompt), texts, as_context(context))
 
     def calibrate(self, prompts: Sequence[Any] | None = None, *, remember: bool = True, **how: Any) -> Calibration:
-        """Find target, beta and threshold for these models (see `study.calibrate`).
+        """Find the target reward, beta and threshold for this language model and reward model.
 
-        With `remember`, `Cards()` on "auto" takes them from now on, in this and other processes.
+        Args:
+            prompts: What plain answers are written to; by default those of this package.
+            remember: Make `Cards()` use the result where it is set to "auto", in this and later processes.
+            how: See `study.calibrate`.
+
+        Returns:
+            The measurements and the choice; print it, or pass its `decoding` on.
         """
         from cards_integrations.study import calibrate
 
@@ -130,80 +215,116 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    def _align_request(self, prompt: Any, options: dict[str, Any]) -> Request:
+        return self.request(as_prompt(prompt), convert_options(options))
+
     # --- LangChain: a Runnable that delegates to the chat model ---
 
     @property
     def InputType(self) -> Any:
+        """What LangChain's chat models take."""
         return self.as_langchain().InputType
 
     @property
     def OutputType(self) -> Any:
+        """What LangChain's chat models return."""
         return self.as_langchain().OutputType
 
     def invoke(self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any) -> AIMessage:
+        """Answer a string, a prompt value or messages of LangChain; `kwargs` are options of the call, as in `align`."""
         return self.as_langchain().invoke(input, config, **kwargs)
 
     async def ainvoke(
         self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any
     ) -> AIMessage:
+        """Async version of `invoke`."""
         return await self.as_langchain().ainvoke(input, config, **kwargs)
 
     def batch(self, inputs: list[LanguageModelInput], config: Any = None, **kwargs: Any) -> list[AIMessage]:
+        """Answer all inputs, as many at once as the engine runs, or `max_concurrency` of them."""
         return self.as_langchain().batch(inputs, config, **kwargs)
 
     async def abatch(self, inputs: list[LanguageModelInput], config: Any = None, **kwargs: Any) -> list[AIMessage]:
+        """Async version of `batch`."""
         return await self.as_langchain().abatch(inputs, config, **kwargs)
 
     def stream_events(self, input: Any, config: Any = None, **kwargs: Any) -> Any:
+        """Stream LangChain's events of one answer; see `ChatCards`."""
         return self.as_langchain().stream_events(input, config, **kwargs)
 
     def astream_events(self, input: Any, config: Any = None, **kwargs: Any) -> Any:
+        """Async version of `stream_events`; each kept segment is a custom event `cards_segment`."""
         return self.as_langchain().astream_events(input, config, **kwargs)
 
     def configurable_fields(self, **fields: Any) -> Any:
+        """Return a chat model whose options a config of LangChain can set."""
         return self.as_langchain().configurable_fields(**fields)
 
     def configurable_alternatives(self, which: ConfigurableField, **alternatives: Any) -> Any:
+        """Return a Runnable that a config of LangChain can replace by another one."""
         return self.as_langchain().configurable_alternatives(which, **alternatives)
 
     def bind_tools(
         self, tools: Sequence[Any], *, tool_choice: Any = None, **kwargs: Any
     ) -> Runnable[LanguageModelInput, AIMessage]:
-        return self.as_langchain().bind_tools(tools, tool_choice=tool_choice, **kwargs)
+        """Return a chat model with tools that its answers may call; see `ChatCards.bind_tools`.
+
+        Args:
+            tools: As for `ChatCards.bind_tools`, and LlamaIndex's tools.
+            tool_choice: As for `ChatCards.bind_tools`.
+            kwargs: `strict`, `parallel_tool_calls` and options of the calls.
+        """
+        return self.as_langchain().bind_tools(describe_tools(tools), tool_choice=tool_choice, **kwargs)
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> Any:
         return self.as_langchain()._get_ls_params(stop, **kwargs)
 
     @classmethod
     def is_lc_serializable(cls) -> bool:
+        """False: a local model is not in LangChain's serialization registry."""
         return False
 
     def with_structured_output(self, schema: Any = None, **kwargs: Any) -> Runnable[LanguageModelInput, Any]:
+        """Return a chain that answers with objects of a schema; see `ChatCards.with_structured_output`."""
         return self.as_langchain().with_structured_output(schema, **kwargs)
 
     def get_token_ids(self, text: str) -> list[int]:
+        """Encode a text with the model's tokenizer; loads the model."""
         return self.as_langchain().get_token_ids(text)
 
     def get_num_tokens(self, text: str) -> int:
+        """Count the tokens of a text, without a chat template."""
         return self.as_langchain().get_num_tokens(text)
 
     def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
-        return self.as_langchain().get_num_tokens_from_messages(messages, tools)
+        """Count the tokens of the prompt that these messages become, chat template included."""
+        return self.as_langchain().get_num_tokens_from_messages(messages, describe_tools(tools))
 
-    # `stream` and `astream` are the two names that both frameworks use: a LlamaIndex prompt template
-    # as first argument is LlamaIndex's call, everything else is LangChain's.
+    # `stream` and `astream` are the two names that both frameworks use. A call whose first argument is a prompt
+    # template of LlamaIndex is LlamaIndex's; every other call is LangChain's.
 
     def stream(self, *args: Any, **kwargs: Any) -> Any:
-        if _of_llama_index(*args, **kwargs):
+        """Stream LangChain's message chunks, one for each kept segment; with a prompt template, LlamaIndex's texts."""
+        if _is_llama_index_call(*args, **kwargs):
             return super().stream(*args, **kwargs)
         return self.as_langchain().stream(*args, **kwargs)
 
     def astream(self, *args: Any, **kwargs: Any) -> Any:
-        if _of_llama_index(*args, **kwargs):
+        """Async version of `stream`."""
+        if _is_llama_index_call(*args, **kwargs):
             return super().astream(*args, **kwargs)
         return self.as_langchain().astream(*args, **kwargs)
 
 
-def _of_llama_index(prompt: Any = None, *_: Any, **__: Any) -> bool:
-    """A call with a template, whose variables may have any name."""
+def _is_llama_index_call(prompt: Any = None, *_: Any, **__: Any) -> bool:
+    """True for a call with a template, whose variables may have any name."""
     return isinstance(prompt, BasePromptTemplate)
+
+
+def as_prompt(prompt: Any) -> str | list[Message]:
+    """A string as it is; a sequence of messages (of either framework, dicts, pairs) as a chat."""
+    return message.as_prompt(prompt, _as_message)
+
+
+def _as_message(item: Any) -> Message:
+    return from_llama_index(item) if isinstance(item, ChatMessage) else from_langchain(item)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Self
 
 import pydantic_settings
 import yaml
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticSerializationError
 from pydantic_settings import (
     BaseSettings,
@@ -18,12 +18,13 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from cards_integrations.chat.grammar import as_grammar
+from cards_integrations.chat.grammar import Grammar, as_grammar
 from cards_integrations.chat.message import Message
 from cards_integrations.chat.response_format import as_response_format
-from cards_integrations.chat.tools import as_tools
+from cards_integrations.chat.tools import Tools, as_tools
 from cards_integrations.decoding import AnyDecoding, Cards, Decoding
 from cards_integrations.engine.engine import Engine
+from cards_integrations.engine.inspection import EngineState
 from cards_integrations.engine.request import EngineSettings, Request
 from cards_integrations.errors import SettingsError, short_repr, unknown_name
 from cards_integrations.models.local.settings import LocalModel
@@ -32,134 +33,171 @@ from cards_integrations.models.sources import AnyModel
 from cards_integrations.rewards import NAMED, AnyReward
 from cards_integrations.rewards.function import imports_allowed
 
-PER_CALL = {"context", "grammar", "response_format", "tools", "tool_choice", "parallel_tool_calls"}
+CALL_ARGUMENTS = {"context", "grammar", "response_format", "tools", "tool_choice", "parallel_tool_calls"}
+"""What a single call takes beside the options."""
 
 
-def _one_or_many(value: Any) -> Any:
+def _as_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value or ()
 
 
 def as_context(context: Any) -> tuple[str, ...]:
-    """What an answer should be grounded in: texts, or documents of either framework."""
+    """The texts of a context, from texts or documents of either framework."""
     if context is None:
         return ()
-    several = context if isinstance(context, (list, tuple)) else [context]
-    return tuple(_text(one) for one in several)
+    return tuple(map(_document_text, context if isinstance(context, (list, tuple)) else [context]))
 
 
-def _text(one: Any) -> str:
-    if isinstance(one, str):
-        return one
-    found = getattr(one, "page_content", None)  # LangChain's Document
-    if found is None and callable(getattr(one, "get_content", None)):
-        found = one.get_content()  # LlamaIndex's nodes
-    if not isinstance(found, str):
-        raise SettingsError(f"context={short_repr(one)}: pass a text, a document, or a list of them.")
-    return found
+def _document_text(document: Any) -> str:
+    if isinstance(document, str):
+        return document
+    text = getattr(document, "page_content", None)  # LangChain's Document
+    if text is None and callable(getattr(document, "get_content", None)):
+        text = document.get_content()  # LlamaIndex's nodes
+    if not isinstance(text, str):
+        raise SettingsError(f"context={short_repr(document)}: pass a text, a document, or a list of them.")
+    return text
 
 
-def _told(error: ErrorDetails) -> str:
-    """One of the errors of a validation: our own words, or the setting and pydantic's."""
+def validation_message(error: ValidationError) -> str:
+    """All errors of a validation in one line, each with its setting."""
+    return "; ".join(map(_describe_one, error.errors()))
+
+
+def _describe_one(error: ErrorDetails) -> str:
+    """Our own message if there is one, otherwise the setting and pydantic's message."""
     cause = error.get("ctx", {}).get("error")
     if isinstance(cause, SettingsError):
         return str(cause)
-    given = error["input"]
-    said = f"={short_repr(given)}" if isinstance(given, (str, int, float)) else ""  # a mapping may hold a key
-    return f"{'.'.join(map(str, error['loc']))}{said}: {error['msg']}"
+    value = error["input"]
+    shown = f"={short_repr(value)}" if isinstance(value, (str, int, float)) else ""  # a mapping may hold a key
+    return f"{'.'.join(map(str, error['loc']))}{shown}: {error['msg']}"
 
 
-def in_words(error: ValidationError) -> str:
-    """All that is wrong, in one line."""
-    return "; ".join(map(_told, error.errors()))
+class Options(BaseModel):
+    """The options that `CardsLLM`, `ChatCards`, `CardsCompletion` and `CardsSettings` have in common."""
 
-
-class Options(BaseModel, hide_input_in_errors=True):  # the input may hold a key
-    """What `CardsLLM`, `ChatCards` and a settings file have in common.
-
-    `temperature=0` is greedy: every candidate of a segment would be the same one, so CARDS keeps
-    the first without rejection, and the answer is the model's greedy one, with its rewards.
-    `seed=None` draws a new seed for each answer and reports it. `timeout` is in seconds.
-    """
+    # errors must not show the input, which may hold a key
+    model_config = ConfigDict(use_attribute_docstrings=True, hide_input_in_errors=True)
 
     model: Annotated[AnyModel, NoDecode] = LocalModel()
+    """The language model: an embedded name, a hub id, a directory, `LocalModel(...)` or `VllmModel(...)`."""
+
     reward: Annotated[AnyReward | None, NoDecode] = NAMED["sentiment"]
+    """The reward that guides the answers: an embedded name, a hub id, a directory, a function
+    `f(prompt, answers) -> scores`, or settings such as `ClassifierReward(...)`. None for methods that need none."""
+
     decoding: Annotated[AnyDecoding, NoDecode] = Cards()
+    """The decoding method: its name ("cards", "best_of_n", "sampling", ...) or its settings, such as `Cards(...)`."""
+
     max_tokens: Annotated[int, Field(ge=1)] = 128
+    """Most tokens of an answer."""
+
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.7
+    """Temperature of sampling. 0 is greedy: all candidates of a segment are the same one then, so CARDS keeps the
+    first, and the answer is the model's greedy one, with its rewards."""
+
     top_k: Annotated[int, Field(ge=0)] = 40
+    """Sample among this many most likely tokens; 0 samples among all."""
+
     seed: int | None = None
-    stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_one_or_many)] = ()
+    """Seed of the random numbers: one seed gives one answer. None draws a new seed for each answer and reports it."""
+
+    stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_tuple)] = ()
+    """Strings that end an answer and are not part of it; a single string or several."""
+
     timeout: Annotated[float, Field(gt=0)] | None = None
+    """Time limit of an answer in seconds; a `CardsTimeout` is raised after it. None sets no limit."""
+
     engine: EngineSettings = EngineSettings()
+    """Settings of the machine: device, data type, memory, rows. A single call cannot change them."""
 
     def options(self) -> dict[str, Any]:
-        """The options alone, as objects."""
+        """Return the values of all options, by name."""
         return {name: getattr(self, name) for name in Options.model_fields}
 
     def request(self, prompt: str | list[Message], overrides: dict[str, Any]) -> Request:
-        """One request; `overrides` are the call's own arguments: those of `PER_CALL`, or options."""
+        """Make the engine's request for one answer.
+
+        Args:
+            prompt: A text or messages, with `FormattedPrompt` for a text that is model input already.
+            overrides: Arguments of the call: options other than `engine`, or `CALL_ARGUMENTS`.
+
+        Raises:
+            SettingsError: An argument is unknown or cannot be used as given.
+        """
+        allowed = Options.model_fields.keys() - {"engine"} | CALL_ARGUMENTS
         for name in overrides:
-            if name not in Options.model_fields.keys() - {"engine"} | PER_CALL:
-                raise unknown_name("call argument", name, Options.model_fields.keys() - {"engine"} | PER_CALL)
-        own = {name: overrides.get(name) for name in PER_CALL}
-        chosen = self.chosen({name: value for name, value in overrides.items() if name not in PER_CALL})
-        tools = as_tools(own["tools"], own["tool_choice"], own["parallel_tool_calls"] is not False)
-        grammar, wanted = as_grammar(own["grammar"]), as_response_format(own["response_format"])
-        if grammar is not None and (wanted or tools):
-            raise SettingsError("grammar= says all of what an answer may be: leave response_format= and tools= out.")
-        if wanted is not None:
-            prompt, grammar = wanted.told(prompt), wanted.grammar
-        decoding: Decoding = chosen.decoding
-        if decoding.needs_reward and chosen.reward is None:
+            if name not in allowed:
+                raise unknown_name("call argument", name, allowed)
+        options = self.resolve_options({n: value for n, value in overrides.items() if n not in CALL_ARGUMENTS})
+        call = {name: overrides.get(name) for name in CALL_ARGUMENTS}
+        tools = as_tools(call["tools"], call["tool_choice"], call["parallel_tool_calls"] is not False)
+        prompt, grammar = _constrained(prompt, call["grammar"], call["response_format"], tools)
+        decoding: Decoding = options.decoding
+        if decoding.needs_reward and options.reward is None:
             raise SettingsError(f"decoding={decoding.method!r} needs a reward: pass reward=.")
         return Request(
             prompt=prompt,
             decoding=decoding,
-            reward=chosen.reward,
-            sampler=Sampler(temperature=chosen.temperature, top_k=chosen.top_k),
-            max_tokens=chosen.max_tokens,
-            stop=tuple(chosen.stop),
-            seed=chosen.seed,
-            timeout=chosen.timeout,
-            context=as_context(own["context"]),
+            reward=options.reward,
+            sampler=Sampler(temperature=options.temperature, top_k=options.top_k),
+            max_tokens=options.max_tokens,
+            stop=options.stop,
+            seed=options.seed,
+            timeout=options.timeout,
+            context=as_context(call["context"]),
             grammar=grammar,
             tools=tools,
         )
 
     def engine_for(self, overrides: dict[str, Any], owner: Any) -> Engine:
-        """The process's engine for the model, shared by all objects with equal settings."""
-        chosen = self.chosen({name: value for name, value in overrides.items() if name == "model"})
-        return Engine.shared(chosen.model, chosen.engine, owner)
+        """Return the process's engine for the model, which all objects with equal settings share."""
+        options = self.resolve_options({name: value for name, value in overrides.items() if name == "model"})
+        return Engine.shared(options.model, options.engine, owner)
 
-    def chosen(self, overrides: dict[str, Any]) -> Options:
-        """The options of one call, validated: attributes may have been assigned since."""
+    def resolve_options(self, overrides: dict[str, Any]) -> Options:
+        """Return the validated options of one call; attributes may have been assigned since construction."""
         try:
             return Options.model_validate({**self.options(), **overrides})
         except ValidationError as error:
-            raise SettingsError(in_words(error)) from error
+            raise SettingsError(validation_message(error)) from error
 
     @model_validator(mode="before")
     @classmethod
-    def _known(cls, values: Any) -> Any:
+    def _refuse_unknown(cls, values: Any) -> Any:
         for name in values.keys() - cls.model_fields.keys() if isinstance(values, dict) else ():
             raise unknown_name("setting", str(name), Options.model_fields)
         return values
+
+
+def _constrained(
+    prompt: str | list[Message], grammar: Any, response_format: Any, tools: Tools | None
+) -> tuple[str | list[Message], Grammar | None]:
+    """The prompt, with the schema of the response format if there is one, and the grammar of the answer."""
+    constraint, json_format = as_grammar(grammar), as_response_format(response_format)
+    if constraint is not None and (json_format or tools):
+        raise SettingsError("grammar= describes the whole answer: omit response_format= and tools=.")
+    if json_format is not None:
+        return json_format.instruct(prompt), json_format.grammar
+    return prompt, constraint
 
 
 def _read(source: PydanticBaseSettingsSource) -> dict[str, Any]:
     try:
         return source()
     except RecursionError:
-        raise SettingsError("A variable CARDS_... is nested too deeply.") from None
+        raise SettingsError("A CARDS_... environment variable is nested too deeply.") from None
     except pydantic_settings.SettingsError as error:
-        raise SettingsError(f"The environment's CARDS_... variables cannot be read: {error}.") from None
+        raise SettingsError(f"The CARDS_... environment variables cannot be read: {error}.") from None
 
 
 class CardsSettings(BaseSettings, Options):
-    """The options as a settings object: `CardsSettings()` reads CARDS_MODEL, CARDS_MAX_TOKENS, ...
+    """The options as a settings object, which reads and writes YAML.
 
-    An environment variable holds a name or a number as it is, and a settings object as JSON:
-    `CARDS_DECODING='{"method": "cards", "target_reward": 1.0}'`.
+    `CardsSettings()` takes what it is not given from the environment: CARDS_MODEL, CARDS_MAX_TOKENS, ... A variable
+    holds a name or a number as it is, and settings as JSON: `CARDS_DECODING='{"method": "cards", "beta": 0.5}'`;
+    `CARDS_ENGINE__MAX_ROWS=8` sets one field. `CardsLLM.from_settings` makes a model of it.
     """
 
     model_config = SettingsConfigDict(env_prefix="CARDS_", env_nested_delimiter="__", extra="forbid", frozen=True)
@@ -173,7 +211,7 @@ class CardsSettings(BaseSettings, Options):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Whole options: a reward that is given replaces the environment's, and is not merged with it."""
+        """Merge the sources by whole options: a given reward replaces the environment's and is not merged with it."""
         found: dict[str, Any] = {}
         for source in (file_secret_settings, dotenv_settings, env_settings, init_settings):
             found |= _read(source)
@@ -181,39 +219,55 @@ class CardsSettings(BaseSettings, Options):
 
     @classmethod
     def from_yaml(cls, path: str | Path, *, allow_imports: bool = False) -> Self:
-        """Read a YAML file of options; what it does not set comes from the environment.
+        """Read the options from a YAML file; the environment sets what the file does not.
 
-        A reward function that it names is imported only with `allow_imports=True`.
+        Args:
+            path: A file with a mapping of option names to values.
+            allow_imports: Import the reward functions that the file names. This runs their modules' code.
+
+        Raises:
+            SettingsError: The file cannot be read.
+            ValidationError: An option is unknown, cannot be used as given, or would import code without permission.
         """
         try:
             found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except yaml.MarkedYAMLError as error:  # its own words quote the line, which may hold a key
+        except yaml.MarkedYAMLError as error:  # its message quotes the line, which may hold a key
             mark = error.problem_mark
             where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
             raise SettingsError(f"The settings file {str(path)!r} cannot be read: {error.problem}{where}.") from None
-        except Exception as error:  # PyYAML has errors of many types for one bad scalar
-            told = error.strerror if isinstance(error, OSError) else type(error).__name__
-            raise SettingsError(f"The settings file {str(path)!r} cannot be read: {told}.") from None
+        except Exception as error:  # PyYAML raises errors of many types for a bad scalar
+            reason = error.strerror if isinstance(error, OSError) else type(error).__name__
+            raise SettingsError(f"The settings file {str(path)!r} cannot be read: {reason}.") from None
         if not isinstance(found, dict):
             raise SettingsError(f"The settings file {str(path)!r} must be a mapping of options.")
         with imports_allowed(allow_imports):
             return cls(**{str(name): value for name, value in found.items()})
 
     def to_yaml(self) -> str:
-        """The options as YAML that `from_yaml` reads."""
+        """Write the options as YAML that `from_yaml` reads.
+
+        Raises:
+            SettingsError: An option has no YAML form, such as a reward function that has no importable name.
+        """
         try:
             return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
         except PydanticSerializationError as error:
-            raise SettingsError(f"These settings have no YAML, for a reward function, say, is code: {error}") from error
+            raise SettingsError(
+                f"These settings cannot be written as YAML (a reward that is a lambda cannot, for example): {error}"
+            ) from error
 
 
-class FromEnvironment(Options):
+class OptionsFromEnvironment(Options):
     """Options whose defaults come from the environment, for the objects that users construct."""
 
     @model_validator(mode="before")
     @classmethod
-    def _environment(cls, values: Any) -> Any:
+    def _with_environment(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
         found = _read(EnvSettingsSource(CardsSettings))
         return {**{name: value for name, value in found.items() if name in Options.model_fields}, **values}
+
+    def inspect(self) -> EngineState:
+        """Look at what lives in this object's engine now: requests, rows, memory, loaded rewards. Loads nothing."""
+        return self.engine_for({}, self).inspect()

@@ -14,7 +14,7 @@ from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import PromptTemplate
 
 from cards_integrations import CardsCompletion, CardsLLM
-from cards_integrations.chat.template import Formatted
+from cards_integrations.chat.template import FormattedPrompt
 from cards_integrations.engine import EngineSettings
 from cards_integrations.errors import PromptError, SettingsError
 
@@ -34,7 +34,7 @@ def same(llm: CardsCompletion) -> CardsLLM:
 
 
 def test_the_prompt_is_read_as_it_is(llm, same):
-    expected = same.align(Formatted("Once upon"))
+    expected = same.align(FormattedPrompt("Once upon"))
     result = llm.generate(["Once upon"])
     (generation,) = result.generations[0]
     assert generation.text == expected.text == same.complete("Once upon", formatted=True).text
@@ -49,7 +49,7 @@ def test_the_prompt_is_read_as_it_is(llm, same):
 
 
 def test_many_prompts_share_one_batch(llm, same):
-    alone = [same.align(Formatted(prompt)).text for prompt in PROMPTS]
+    alone = [same.align(FormattedPrompt(prompt)).text for prompt in PROMPTS]
     model = llm._engine({}).loaded()
     before = model.steps
     assert [g[0].text for g in llm.generate(PROMPTS).generations] == alone

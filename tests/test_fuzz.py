@@ -16,11 +16,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import fuzz
 
 from cards_integrations import picture
+from cards_integrations.chat.message import as_prompt
 from cards_integrations.chat.tool_formats import FORMATS
 from cards_integrations.chat.tool_reader import ToolReader
 from cards_integrations.chat.tools import as_tools
 from cards_integrations.errors import CardsError
-from cards_integrations.langchain.convert import as_prompt
 
 CORPUS = sorted((Path(__file__).parent / "fuzz_corpus").glob("*.json"))
 GOOD = ("answered", "refused", "framework")
@@ -120,8 +120,8 @@ def test_what_is_streamed_of_calls_is_what_the_whole_text_calls(name: str, parts
     reader, text, calls = ToolReader(tools, FORMATS[name]), "", []
     for number, part in enumerate(parts):
         text += part
-        calls += reader.new(text, number == len(parts) - 1)[1]
-    assert calls == list(reader.read(text).calls)
+        calls += reader.update(text, number == len(parts) - 1)[1]
+    assert calls == list(reader.parse(text).calls)
 
 
 @settings(max_examples=60)

@@ -20,11 +20,11 @@ from naive import Freed, drafts, log_p, said
 from pydantic import ValidationError
 
 from cards_integrations import CardsLLM
-from cards_integrations.chat.template import Formatted
+from cards_integrations.chat.template import FormattedPrompt
 from cards_integrations.decoding import Cards, Uncertainty
 from cards_integrations.engine import Request
 from cards_integrations.errors import RewardError, SettingsError
-from cards_integrations.langchain.convert import as_prompt
+from cards_integrations.llm import as_prompt
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import Conversation, GroundednessReward
 from cards_integrations.trace import Usage
@@ -277,7 +277,7 @@ def test_a_prompt_in_the_model_s_own_format(models: Callable[..., str], start: S
     both = [f"<user> {one} </user>\n<assistant> " for one in (PROMPT, f"Context: \nQuestion: {QUESTION}")]
     naive = gain(tiny.causal(), *both, ids("w7"))
     engine = start(models("llama", chat_template=tiny.CHAT))
-    assert engine.score(BY_LIKELIHOOD, Formatted(both[0]), ["w7"]) == pytest.approx([naive], abs=1e-4)
+    assert engine.score(BY_LIKELIHOOD, FormattedPrompt(both[0]), ["w7"]) == pytest.approx([naive], abs=1e-4)
 
 
 # --- by entailment ---

@@ -20,7 +20,7 @@ from pydantic import create_model
 from cards_integrations.decoding import Cards, FixedLength, Sampling
 from cards_integrations.engine import EngineSettings
 from cards_integrations.errors import SettingsError
-from cards_integrations.langchain.callbacks import current
+from cards_integrations.langchain.callbacks import current_run
 from cards_integrations.rewards import ClassifierReward, FunctionReward
 
 PROMPTS = [f"Say number {i}" for i in range(16)]
@@ -272,7 +272,7 @@ async def test_one_call_may_ask_for_a_stream(llm, stream):
     assert llm.invoke("Hello", {"callbacks": [heard]}, stream=stream).content == llm.invoke("Hello").content
     assert bool(heard.tokens) == stream
     assert (await llm.ainvoke("Hello", stream=stream)).content == llm.invoke("Hello").content
-    assert current.get() is None  # no run is kept
+    assert current_run.get() is None  # no run is kept
 
 
 def test_callbacks_hear_an_error(llm):

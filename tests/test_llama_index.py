@@ -25,7 +25,7 @@ from pydantic import Field, PrivateAttr
 from cards_integrations import CardsLLM
 from cards_integrations.engine import EngineSettings
 from cards_integrations.errors import SettingsError
-from cards_integrations.langchain.convert import as_prompt
+from cards_integrations.llama_index.convert import as_prompt
 from cards_integrations.rewards import FunctionReward, RemoteReward
 
 

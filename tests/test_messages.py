@@ -28,13 +28,15 @@ from pydantic.v1 import BaseModel as OldBaseModel
 
 from cards_integrations.chat.grammar import Grammar
 from cards_integrations.chat.response_format import ResponseFormat, as_response_format
-from cards_integrations.chat.template import Formatted
+from cards_integrations.chat.template import FormattedPrompt
 from cards_integrations.chat.tools import Tools, as_tools
 from cards_integrations.decoding import Sampling
 from cards_integrations.errors import PromptError, SettingsError
+from cards_integrations.langchain import convert
 from cards_integrations.langchain.chat_model import ChatCards
-from cards_integrations.langchain.convert import as_prompt
-from cards_integrations.langchain.schemas import converted, json_schema, tool_schemas
+from cards_integrations.langchain.convert import convert_options, json_schema
+from cards_integrations.llama_index.convert import describe_tools
+from cards_integrations.llm import as_prompt
 from cards_integrations.settings import Options
 
 
@@ -326,6 +328,11 @@ def test_arguments_that_are_no_object(arguments: Any) -> None:
 # --- tools ---
 
 
+def tool_schemas(tools: Any, strict: bool | None = None) -> list[dict[str, Any]]:
+    """Of the tools of either framework, as `CardsLLM` takes them."""
+    return convert.tool_schemas(describe_tools(tools), strict)
+
+
 def get_weather(city: str, days: int = 1) -> str:
     """Tell the weather.
 
@@ -425,14 +432,14 @@ def test_strict_tools_that_are_in_openai_form(given: Any) -> None:
     assert as_tools(tool_schemas([given], strict=True)).strict  # type: ignore[union-attr]
 
 
-def test_arguments_of_a_call_are_converted() -> None:
+def test_arguments_of_a_call_are_convert_options() -> None:
     given = {"tools": [get_weather], "max_tokens": 5}
-    found = converted(given)
+    found = convert_options(given)
     assert found["max_tokens"] == 5
     assert found["tools"][0]["function"]["name"] == "get_weather"
     assert given["tools"] == [get_weather]
-    assert converted({"tools": []}) == {"tools": []}
-    assert converted({}) == {}
+    assert convert_options({"tools": []}) == {"tools": []}
+    assert convert_options({}) == {}
 
 
 @pytest.mark.parametrize("given", [Weather, Weather.model_json_schema(), OldWeather, TypedWeather, PARAMETERS], ids=str)
@@ -579,11 +586,11 @@ def test_the_model_is_told_of_the_schema() -> None:
     wanted = ResponseFormat({"const": "Köln"})
     told = 'Answer with a JSON object that this JSON schema describes:\n{"const": "Köln"}'
     user = {"role": "user", "content": "Hi."}
-    assert wanted.told("Hi.") == wanted.told([user]) == [{"role": "system", "content": told}, user]
+    assert wanted.instruct("Hi.") == wanted.instruct([user]) == [{"role": "system", "content": told}, user]
     messages = [{"role": "system", "content": "Be kind."}, user]
-    assert wanted.told(messages) == [{"role": "system", "content": f"Be kind.\n\n{told}"}, user]
+    assert wanted.instruct(messages) == [{"role": "system", "content": f"Be kind.\n\n{told}"}, user]
     assert messages[0]["content"] == "Be kind."
-    assert wanted.told(Formatted("<s>Hi.")) == "<s>Hi."
+    assert wanted.instruct(FormattedPrompt("<s>Hi.")) == "<s>Hi."
     assert ResponseFormat().told("Hi.") == "Hi."
 
 
@@ -632,9 +639,9 @@ def test_a_format_and_tools_of_a_request(options: Options) -> None:
         ({"toolz": SCHEMAS}, "'toolz' is not known. Did you mean 'tools'"),
         ({"tool_choices": "any"}, "Did you mean 'tool_choice'"),
         ({"engine": None}, "'engine' is not known"),
-        ({"grammar": Grammar.regex("a"), "tools": SCHEMAS}, "grammar= says all"),
-        ({"grammar": PLAIN, "response_format": PLAIN}, "grammar= says all"),
-        ({"grammar": PLAIN, "response_format": {"type": "json_object"}}, "grammar= says all"),
+        ({"grammar": Grammar.regex("a"), "tools": SCHEMAS}, "grammar= describes the whole answer"),
+        ({"grammar": PLAIN, "response_format": PLAIN}, "grammar= describes the whole answer"),
+        ({"grammar": PLAIN, "response_format": {"type": "json_object"}}, "grammar= describes the whole answer"),
         ({"tool_choice": "any"}, "needs tools="),
         ({"tools": SCHEMAS, "tool_choice": "subtract"}, "no such tool"),
         ({"tools": [5]}, "not a function"),

@@ -15,7 +15,7 @@ from cards_integrations.chat.grammar import Grammar, GrammarTokenizer
 from cards_integrations.chat.template import ChatTokenizer
 from cards_integrations.chat.tool_formats import FORMATS
 from cards_integrations.chat.tool_reader import ToolReader
-from cards_integrations.chat.tools import FormatName, Reading, Tools
+from cards_integrations.chat.tools import FormatName, ParsedAnswer, Tools
 from cards_integrations.trace import InvalidToolCall, ToolCall
 
 FORMS: list[FormatName] = list(FORMATS)
@@ -42,7 +42,7 @@ PARIS = call("get_weather", city="Paris", days=3)
 SUM = call("add", a=1, b=-2)
 
 
-def called(reading: Reading) -> list[tuple[str, dict[str, Any]]]:
+def called(reading: ParsedAnswer) -> list[tuple[str, dict[str, Any]]]:
     """Name and arguments of each call; none of them is invalid."""
     assert all(isinstance(each, ToolCall) for each in reading.calls), reading.calls
     return [(each.name, each.arguments) for each in reading.calls if isinstance(each, ToolCall)]
@@ -70,10 +70,10 @@ CALLS = st.builds(
 @pytest.mark.parametrize("form", FORMS)
 @given(st.lists(CALLS, min_size=1, max_size=4))
 def test_what_is_written_is_read(form: FormatName, calls: list[dict[str, Any]]) -> None:
-    reading = FORMATS[form].read(FORMATS[form].written(calls), TOOLS)
+    reading = FORMATS[form].parse(FORMATS[form].write(calls), TOOLS)
     assert called(reading) == [(each["function"]["name"], each["function"]["arguments"]) for each in calls]
-    assert reading.said == ""
-    assert reading.sure == len(reading.calls)
+    assert reading.content == ""
+    assert reading.final_calls == len(reading.calls)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -81,40 +81,40 @@ def test_what_is_written_is_read(form: FormatName, calls: list[dict[str, Any]]) 
 def test_text_without_calls_is_said(form: FormatName, text: str, known: bool) -> None:
     if text.strip().lstrip("`").startswith(("{", "[")):
         text = "it is " + text
-    reading = FORMATS[form].read(text, TOOLS)
-    assert reading == Reading(text)
-    assert ToolReader(TOOLS if known else None, FORMATS[form]).new(text, finished=True) == (text, ())
+    reading = FORMATS[form].parse(text, TOOLS)
+    assert reading == ParsedAnswer(text)
+    assert ToolReader(TOOLS if known else None, FORMATS[form]).update(text, finished=True) == (text, ())
 
 
 @pytest.mark.parametrize("form", MARKED)
 @pytest.mark.parametrize("calls", [[PARIS], [PARIS, SUM], [SUM, PARIS, SUM]], ids=len)
 def test_text_around_calls_is_said(form: FormatName, calls: list[dict[str, Any]]) -> None:
-    written = FORMATS[form].written(calls)
+    written = FORMATS[form].write(calls)
     for text, said in (
         (f"Let me see.\n{written}", "Let me see."),
         (f"{written} That is it.", "That is it."),
         (f"Let me see. {written}\nThat is it.", "Let me see. That is it."),
     ):
-        reading = FORMATS[form].read(text, TOOLS)
+        reading = FORMATS[form].parse(text, TOOLS)
         assert called(reading) == [(each["function"]["name"], each["function"]["arguments"]) for each in calls]
-        assert reading.said.split() == said.split()
+        assert reading.content.split() == said.split()
 
 
 @pytest.mark.parametrize("form", MARKED)
 def test_text_between_calls_is_said(form: FormatName) -> None:
-    write = FORMATS[form].written
-    reading = FORMATS[form].read(f"One: {write([PARIS])} two: {write([SUM])} done", TOOLS)
+    write = FORMATS[form].write
+    reading = FORMATS[form].parse(f"One: {write([PARIS])} two: {write([SUM])} done", TOOLS)
     assert [name for name, _ in called(reading)] == ["get_weather", "add"]
-    assert reading.said.split() == ["One:", "two:", "done"]
+    assert reading.content.split() == ["One:", "two:", "done"]
 
 
 @pytest.mark.parametrize("form", BARE)
 def test_bare_calls_come_first_or_are_text(form: FormatName) -> None:
-    written = FORMATS[form].written([PARIS])
-    assert FORMATS[form].read(f"I would write {written}", TOOLS) == Reading(f"I would write {written}")
-    reading = FORMATS[form].read(f"\n{written}\nThat is it.", TOOLS)
+    written = FORMATS[form].write([PARIS])
+    assert FORMATS[form].parse(f"I would write {written}", TOOLS) == ParsedAnswer(f"I would write {written}")
+    reading = FORMATS[form].parse(f"\n{written}\nThat is it.", TOOLS)
     assert called(reading) == [("get_weather", {"city": "Paris", "days": 3})]
-    assert reading.said == "That is it."
+    assert reading.content == "That is it."
 
 
 # --- what is taken for a call, though it is written otherwise ---
@@ -147,9 +147,9 @@ ONE = '{"name": "add", "arguments": {"a": 1}}'
     ],
 )
 def test_other_spellings_of_a_call(form: FormatName, text: str) -> None:
-    reading = FORMATS[form].read(text, TOOLS)
+    reading = FORMATS[form].parse(text, TOOLS)
     assert called(reading) == [("add", {"a": 1})]
-    assert reading.said == ""
+    assert reading.content == ""
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -157,19 +157,19 @@ def test_a_list_of_calls(form: FormatName) -> None:
     if form == "mistral_named":
         pytest.skip("its names are outside of the JSON")
     text = FORMATS[form].opening + f"[{ONE}, {ONE}]" + FORMATS[form].closing
-    assert called(FORMATS[form].read(text, TOOLS)) == [("add", {"a": 1})] * 2
+    assert called(FORMATS[form].parse(text, TOOLS)) == [("add", {"a": 1})] * 2
 
 
 @pytest.mark.parametrize("form", BARE)
 @pytest.mark.parametrize("between", ["\n", "; ", ";", ", ", "\n\n", ""])
 def test_what_stands_between_bare_calls(form: FormatName, between: str) -> None:
-    assert called(FORMATS[form].read(between.join([ONE, ONE, ONE]), TOOLS)) == [("add", {"a": 1})] * 3
+    assert called(FORMATS[form].parse(between.join([ONE, ONE, ONE]), TOOLS)) == [("add", {"a": 1})] * 3
 
 
 @pytest.mark.parametrize("form", [form for form in FORMS if form != "mistral_named"])
 def test_no_arguments_are_none(form: FormatName) -> None:
     text = FORMATS[form].opening + '{"name": "now"}' + FORMATS[form].closing
-    assert called(FORMATS[form].read(text, Tools((function("now"),)))) == [("now", {})]
+    assert called(FORMATS[form].parse(text, Tools((function("now"),)))) == [("now", {})]
 
 
 # --- what should be a call, and is not ---
@@ -201,20 +201,20 @@ def test_no_arguments_are_none(form: FormatName) -> None:
     ],
 )
 def test_invalid_calls_say_what_is_wrong(form: FormatName, text: str, name: str | None, error: str) -> None:
-    reading = FORMATS[form].read(text, TOOLS)
+    reading = FORMATS[form].parse(text, TOOLS)
     [found] = reading.calls
     assert isinstance(found, InvalidToolCall)
     assert found.name == name
     assert error in found.error
-    assert reading.said == ""
+    assert reading.content == ""
 
 
 def test_an_invalid_call_leaves_the_others_whole() -> None:
     text = f"<tool_call>{{bad}}</tool_call>\n<tool_call>{ONE}</tool_call>"
-    bad, good = FORMATS["hermes"].read(text, TOOLS).calls
+    bad, good = FORMATS["hermes"].parse(text, TOOLS).calls
     assert isinstance(bad, InvalidToolCall)
     assert isinstance(good, ToolCall)
-    bad, good = FORMATS["mistral"].read(f'[TOOL_CALLS][{{"a": 1}}, {ONE}]', TOOLS).calls
+    bad, good = FORMATS["mistral"].parse(f'[TOOL_CALLS][{{"a": 1}}, {ONE}]', TOOLS).calls
     assert isinstance(bad, InvalidToolCall)
     assert isinstance(good, ToolCall)
 
@@ -239,21 +239,21 @@ def test_an_invalid_call_leaves_the_others_whole() -> None:
     ],
 )
 def test_json_that_is_no_call_is_said(form: FormatName, text: str) -> None:
-    assert FORMATS[form].read(text, TOOLS) == Reading(text)
+    assert FORMATS[form].parse(text, TOOLS) == ParsedAnswer(text)
 
 
 @pytest.mark.parametrize("form", BARE)
 def test_json_after_a_call_that_is_none_is_said(form: FormatName) -> None:
-    reading = FORMATS[form].read(f'{ONE}\n{{"x": 1}}', TOOLS)
+    reading = FORMATS[form].parse(f'{ONE}\n{{"x": 1}}', TOOLS)
     assert called(reading) == [("add", {"a": 1})]
-    assert reading.said == '{"x": 1}'
+    assert reading.content == '{"x": 1}'
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_model_that_repeats_a_bracket(form: FormatName) -> None:
     own = FORMATS[form]
     text = own.opening + own.middle + "[" * 3000
-    reading = own.read(text, TOOLS)
+    reading = own.parse(text, TOOLS)
     assert not any(isinstance(each, ToolCall) for each in reading.calls)
 
 
@@ -263,16 +263,16 @@ def test_a_model_that_repeats_a_bracket(form: FormatName) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_ids_are_unique_and_of_nine_characters(form: FormatName) -> None:
     tools = [Tools((ADD,)), Tools((ADD,))]
-    text = FORMATS[form].written([SUM] * 12)
-    ids = [each.id for own in tools for each in FORMATS[form].read(text, own).calls]
+    text = FORMATS[form].write([SUM] * 12)
+    ids = [each.id for own in tools for each in FORMATS[form].parse(text, own).calls]
     assert len(set(ids)) == 24
     assert all(len(each) == 9 and each.isalnum() for each in ids)
-    assert ids[:12] == [each.id for each in FORMATS[form].read(text + " and", tools[0]).calls]  # they stay
+    assert ids[:12] == [each.id for each in FORMATS[form].parse(text + " and", tools[0]).calls]  # they stay
 
 
 def test_ids_of_invalid_calls_count_too() -> None:
     text = f"<tool_call>no</tool_call><tool_call>{ONE}</tool_call><tool_call>no</tool_call>"
-    assert len({each.id for each in FORMATS["hermes"].read(text, TOOLS).calls}) == 3
+    assert len({each.id for each in FORMATS["hermes"].parse(text, TOOLS).calls}) == 3
 
 
 # --- read as it grows ---
@@ -282,29 +282,29 @@ def streamed(form: FormatName, text: str, cuts: Sequence[int]) -> tuple[str, lis
     """What is told of a text that grows by pieces."""
     reader, said, calls = ToolReader(TOOLS, FORMATS[form]), "", list[ToolCall | InvalidToolCall]()
     for end in sorted({cut for cut in cuts if cut < len(text)}):
-        more, new = reader.new(text[:end], finished=False)
+        more, new = reader.update(text[:end], finished=False)
         said += more
         calls += new
-    more, new = reader.new(text, finished=True)
+    more, new = reader.update(text, finished=True)
     return said + more, [*calls, *new]
 
 
 def check_streamed(form: FormatName, text: str, cuts: Sequence[int]) -> None:
-    whole = FORMATS[form].read(text, TOOLS)
+    whole = FORMATS[form].parse(text, TOOLS)
     said, calls = streamed(form, text, cuts)
-    assert said == whole.said
+    assert said == whole.content
     assert calls == list(whole.calls)
 
 
 CLOSED = [  # no string is left open, and no number stands alone: see `test_what_can_still_become_a_call_waits`
-    *(FORMATS[form].written(calls) for form in FORMS for calls in ([PARIS], [SUM, SUM])),
-    *(FORMATS[form].written([call("say", text=text)]) for form in FORMS for text in ("[ARGS]", "}")),
+    *(FORMATS[form].write(calls) for form in FORMS for calls in ([PARIS], [SUM, SUM])),
+    *(FORMATS[form].write([call("say", text=text)]) for form in FORMS for text in ("[ARGS]", "}")),
     *MARKERS, *(marker[:4] for marker in MARKERS), *(marker[4:] for marker in MARKERS),
     ONE, '{"x": 1}', '{"name": "a"}', "{bad}", "{", "}", "[", "]", "null", "[]", "the sky", "\n", "; ", " ",
 ]  # fmt: skip
 WILD = [
     *CLOSED, ONE[:20], '"', "1", "2", "-", "```json", "```", "`", "\t",
-    *(FORMATS[form].written([call("say", text=text)]) for form in FORMS for text in ("<tool_call>", "</tool_call>")),
+    *(FORMATS[form].write([call("say", text=text)]) for form in FORMS for text in ("<tool_call>", "</tool_call>")),
 ]  # fmt: skip
 CUTS = st.one_of(st.lists(st.integers(0, 300), max_size=12), st.just(list(range(600))))
 
@@ -328,7 +328,7 @@ def test_nothing_of_any_text_is_taken_back(form: FormatName, text: str, cuts: li
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("before", ["", "Let me see: "])
 def test_every_character_on_its_own(form: FormatName, before: str) -> None:
-    text = before + FORMATS[form].written([PARIS, SUM, call("say", text='<tool_call> [TOOL_CALLS] {"a": ]}')])
+    text = before + FORMATS[form].write([PARIS, SUM, call("say", text='<tool_call> [TOOL_CALLS] {"a": ]}')])
     check_streamed(form, text, range(len(text)))
 
 
@@ -352,34 +352,34 @@ def test_what_can_still_become_a_call_waits(form: FormatName, text: str, cut: in
 @pytest.mark.parametrize("form", FORMS)
 def test_calls_are_told_as_soon_as_they_are_whole(form: FormatName) -> None:
     reader = ToolReader(TOOLS, FORMATS[form])
-    text = FORMATS[form].written([PARIS])
+    text = FORMATS[form].write([PARIS])
     end = len(text) - len(FORMATS[form].closing)
-    assert reader.new(text[: end - 4], finished=False) == ("", ())
-    said, [found] = reader.new(text[:end], finished=False)
+    assert reader.update(text[: end - 4], finished=False) == ("", ())
+    said, [found] = reader.update(text[:end], finished=False)
     assert (said, found.name) == ("", "get_weather")
-    assert reader.new(text, finished=False) == ("", ())
-    assert reader.new(text, finished=True) == ("", ())
+    assert reader.update(text, finished=False) == ("", ())
+    assert reader.update(text, finished=True) == ("", ())
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_words_are_told_at_once(form: FormatName) -> None:
     reader = ToolReader(TOOLS, FORMATS[form])
-    assert reader.new("The sky", finished=False) == ("The sky", ())
-    assert reader.new("The sky is blue", finished=False) == (" is blue", ())
-    assert reader.new("The sky is blue.", finished=True) == (".", ())
+    assert reader.update("The sky", finished=False) == ("The sky", ())
+    assert reader.update("The sky is blue", finished=False) == (" is blue", ())
+    assert reader.update("The sky is blue.", finished=True) == (".", ())
 
 
 def test_half_a_marker_waits_and_then_is_said() -> None:
     reader = ToolReader(TOOLS, FORMATS["hermes"])
-    assert reader.new("a <tool", finished=False) == ("a", ())
-    assert reader.new("a <tool is", finished=False) == (" <tool is", ())
+    assert reader.update("a <tool", finished=False) == ("a", ())
+    assert reader.update("a <tool is", finished=False) == (" <tool is", ())
 
 
 def test_a_call_that_is_cut_is_told_at_the_end() -> None:
     reader = ToolReader(TOOLS, FORMATS["hermes"])
     text = '<tool_call>\n{"name": "add", "argu'
-    assert reader.new(text, finished=False) == ("", ())
-    said, [found] = reader.new(text, finished=True)
+    assert reader.update(text, finished=False) == ("", ())
+    said, [found] = reader.update(text, finished=True)
     assert said == ""
     assert isinstance(found, InvalidToolCall)
     assert found.name == "add"
@@ -408,8 +408,8 @@ class Judge:
         self.tokenizer = tokenizer
         self.grammars = GrammarTokenizer(tokenizer, len(tokenizer), {1})
 
-    def lark(self, form: FormatName) -> Any:
-        return ChatTokenizer(self.tokenizer, form).lark
+    def literal(self, form: FormatName) -> Any:
+        return ChatTokenizer(self.tokenizer, form).grammar_literal
 
     def begins(self, grammar: Grammar | None, text: str, read_by: Any = None) -> bool:
         """Is it the beginning of an answer?"""
@@ -445,8 +445,8 @@ WRONG = [
 
 @pytest.mark.parametrize("form", FORMS)
 def test_forced_calls_are_of_the_form(judge: Judge, form: FormatName) -> None:
-    write = FORMATS[form].written
-    grammar = FORMATS[form].grammar(Tools((WEATHER, ADD), "any"), judge.lark(form))
+    write = FORMATS[form].write
+    grammar = FORMATS[form].grammar(Tools((WEATHER, ADD), "any"), judge.literal(form))
     for calls in ([PARIS], [SUM], [PARIS, SUM], [SUM, SUM, SUM], [call("get_weather", city="Oslo")]):
         assert judge.takes(grammar, write(calls)), calls
         assert not judge.takes(grammar, write(calls)[:-1]), calls
@@ -462,8 +462,8 @@ def test_forced_calls_are_of_the_form(judge: Judge, form: FormatName) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("parallel", [True, False])
 def test_a_forced_tool_is_called_once(judge: Judge, form: FormatName, parallel: bool) -> None:
-    write = FORMATS[form].written
-    grammar = FORMATS[form].grammar(Tools((WEATHER, ADD), "add", parallel), judge.lark(form))
+    write = FORMATS[form].write
+    grammar = FORMATS[form].grammar(Tools((WEATHER, ADD), "add", parallel), judge.literal(form))
     assert judge.takes(grammar, write([SUM]))
     assert not judge.begins(grammar, write([PARIS]))
     assert not judge.begins(grammar, write([SUM, SUM]))
@@ -472,9 +472,9 @@ def test_a_forced_tool_is_called_once(judge: Judge, form: FormatName, parallel: 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_one_call_at_a_time(judge: Judge, form: FormatName) -> None:
-    write = FORMATS[form].written
+    write = FORMATS[form].write
     for tools in (Tools((WEATHER, ADD), "any", False), Tools((WEATHER, ADD), "auto", False, strict=True)):
-        grammar = FORMATS[form].grammar(tools, judge.lark(form))
+        grammar = FORMATS[form].grammar(tools, judge.literal(form))
         assert judge.takes(grammar, write([SUM]))
         assert judge.takes(grammar, write([PARIS]))
         assert not judge.begins(grammar, write([SUM, PARIS]))
@@ -489,15 +489,15 @@ def reader(plain: Any) -> Judge:
 @given(TEXTS.filter(lambda text: "\x7f" not in text), st.integers(-(10**9), 10**9))  # llguidance escapes that one
 @settings(max_examples=50)
 def test_every_string_may_be_an_argument(reader: Judge, form: FormatName, city: str, days: int) -> None:
-    grammar = FORMATS[form].grammar(Tools((WEATHER, ADD), "any"), reader.lark(form))
-    assert reader.takes(grammar, FORMATS[form].written([call("get_weather", city=city, days=days)]))
+    grammar = FORMATS[form].grammar(Tools((WEATHER, ADD), "any"), reader.literal(form))
+    assert reader.takes(grammar, FORMATS[form].write([call("get_weather", city=city, days=days)]))
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_odd_names_and_no_parameters(judge: Judge, form: FormatName) -> None:
-    write = FORMATS[form].written
+    write = FORMATS[form].write
     odd = {"type": "function", "function": {"name": 'say_"hällo"-\\n/x'}}
-    grammar = FORMATS[form].grammar(Tools((odd,), "any"), judge.lark(form))
+    grammar = FORMATS[form].grammar(Tools((odd,), "any"), judge.literal(form))
     assert judge.takes(grammar, write([call('say_"hällo"-\\n/x')]))
     assert not judge.begins(grammar, write([call('say_"hällo"-\\n/x', more=1)]))
 
@@ -512,8 +512,8 @@ STRICT = Tools((WEATHER, ADD), strict=True)
 
 @pytest.mark.parametrize("form", MARKED)
 def test_strict_calls_after_any_text(judge: Judge, form: FormatName) -> None:
-    write, opening = FORMATS[form].written, FORMATS[form].opening
-    grammar = FORMATS[form].grammar(STRICT, judge.lark(form))
+    write, opening = FORMATS[form].write, FORMATS[form].opening
+    grammar = FORMATS[form].grammar(STRICT, judge.literal(form))
     said = "Two < three, [sic] {ha}\n\n«é😀» </tool"
     for text in ("", said, write([SUM]), write([SUM, PARIS])):
         assert judge.takes(grammar, text), text
@@ -527,8 +527,8 @@ def test_strict_calls_after_any_text(judge: Judge, form: FormatName) -> None:
 
 @pytest.mark.parametrize("form", MARKED)
 def test_strict_calls_may_follow_any_text(judge: Judge, form: FormatName) -> None:
-    write = FORMATS[form].written
-    grammar = FORMATS[form].grammar(STRICT, judge.lark(form))
+    write = FORMATS[form].write
+    grammar = FORMATS[form].grammar(STRICT, judge.literal(form))
     for said in ("Hello. ", "\n\n", "1 < 2 ", "[sic]", "«é😀»", "</tool", "<", "[", FORMATS[form].opening[:-1]):
         for calls in ([PARIS], [SUM, PARIS]):
             assert judge.takes(grammar, said + write(calls)), said
@@ -536,8 +536,8 @@ def test_strict_calls_may_follow_any_text(judge: Judge, form: FormatName) -> Non
 
 @pytest.mark.parametrize("form", BARE)
 def test_strict_bare_calls_come_first(judge: Judge, form: FormatName) -> None:
-    write = FORMATS[form].written
-    grammar = FORMATS[form].grammar(STRICT, judge.lark(form))
+    write = FORMATS[form].write
+    grammar = FORMATS[form].grammar(STRICT, judge.literal(form))
     for text in ("", "Hello {there} [x].", write([SUM]), write([SUM, PARIS]), f"I say {write([WRONG[0]])}"):
         assert judge.takes(grammar, text), text
     for wrong in WRONG:
@@ -549,18 +549,18 @@ def test_strict_bare_calls_come_first(judge: Judge, form: FormatName) -> None:
 
 def test_strict_holds_after_a_python_tag_that_is_text(plain: Any) -> None:
     judge = Judge(plain)
-    grammar = FORMATS["llama3"].grammar(STRICT, judge.lark("llama3"))
-    text = "<|python_tag|>" + FORMATS["llama3"].written([WRONG[0]])
-    assert FORMATS["llama3"].read(text, STRICT).calls
+    grammar = FORMATS["llama3"].grammar(STRICT, judge.literal("llama3"))
+    text = "<|python_tag|>" + FORMATS["llama3"].write([WRONG[0]])
+    assert FORMATS["llama3"].parse(text, STRICT).calls
     assert not judge.begins(grammar, text)
 
 
 @pytest.mark.parametrize("form", MARKED)
 def test_strict_holds_after_a_marker_that_is_spelled_out(plain: Any, special: Any, form: FormatName) -> None:
     judge = Judge(special)
-    grammar = FORMATS[form].grammar(STRICT, judge.lark(form))
-    text = FORMATS[form].written([WRONG[0]])
-    assert FORMATS[form].read(text, STRICT).calls
+    grammar = FORMATS[form].grammar(STRICT, judge.literal(form))
+    text = FORMATS[form].write([WRONG[0]])
+    assert FORMATS[form].parse(text, STRICT).calls
     assert not judge.begins(grammar, text, read_by=plain)
 
 
@@ -572,8 +572,8 @@ ANSWER = Grammar.json_schema(
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("strict", [True, False])
 def test_calls_or_else_no_text(judge: Judge, form: FormatName, strict: bool) -> None:
-    write, tools = FORMATS[form].written, Tools((WEATHER, ADD), strict=strict)
-    grammar = FORMATS[form].grammar(tools, judge.lark(form), ANSWER)
+    write, tools = FORMATS[form].write, Tools((WEATHER, ADD), strict=strict)
+    grammar = FORMATS[form].grammar(tools, judge.literal(form), ANSWER)
     for calls in ([SUM], [PARIS, SUM]):
         assert judge.takes(grammar, write(calls)), calls
     for text in (
@@ -590,14 +590,14 @@ def test_calls_or_else_no_text(judge: Judge, form: FormatName, strict: bool) -> 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_wanted_answer_instead_of_calls(judge: Judge, form: FormatName) -> None:
-    grammar = FORMATS[form].grammar(TOOLS, judge.lark(form), ANSWER)
+    grammar = FORMATS[form].grammar(TOOLS, judge.literal(form), ANSWER)
     for answer in ('{"mood": "sad"}', '{"mood": "happy"}'):
         assert judge.takes(grammar, answer)
-        assert FORMATS[form].read(answer, TOOLS) == Reading(answer)
+        assert FORMATS[form].parse(answer, TOOLS) == ParsedAnswer(answer)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_forced_call_leaves_no_other_answer(judge: Judge, form: FormatName) -> None:
-    grammar = FORMATS[form].grammar(Tools((WEATHER, ADD), "any"), judge.lark(form), ANSWER)
-    assert judge.takes(grammar, FORMATS[form].written([SUM]))
+    grammar = FORMATS[form].grammar(Tools((WEATHER, ADD), "any"), judge.literal(form), ANSWER)
+    assert judge.takes(grammar, FORMATS[form].write([SUM]))
     assert not judge.begins(grammar, '{"mood": "sad"}')

@@ -396,9 +396,9 @@ def test_a_system_message_tells_of_tools(template: str, form: FormatName) -> Non
     text, _ = chat.prompt(HISTORY, as_tools(SCHEMAS))
     assert told(text) == [tool["function"] for tool in SCHEMAS]
     example = [{"function": {"name": "<name>", "arguments": {"<argument>": "<value>"}}}]
-    assert chat.tool_format.written(example) in text
+    assert chat.tool_format.write(example) in text
     assert text.index("Be kind.") < text.index("You can call functions") < text.index("Weather?")
-    call, result = chat.tool_format.written(HISTORY[2]["tool_calls"]), "<tool_response>\nError: no signal"
+    call, result = chat.tool_format.write(HISTORY[2]["tool_calls"]), "<tool_response>\nError: no signal"
     assert text.index(call) < text.index(result) < text.index("No luck.") < text.index("Again!")
     assert not any(role in text for role in ("|>tool\n", "tool: ", "Tool: "))
 
@@ -480,7 +480,7 @@ def test_those_who_know_no_tools_read_the_same_in_plain_messages(template: str) 
     plain = chat.without_tools(HISTORY)
     assert [message["role"] for message in plain] == ["system", "user", "assistant", "user", "assistant", "user"]
     assert all(message.keys() == {"role", "content"} for message in plain)
-    assert plain[2]["content"] == chat.tool_format.written(HISTORY[2]["tool_calls"])
+    assert plain[2]["content"] == chat.tool_format.write(HISTORY[2]["tool_calls"])
     assert plain[3]["content"] == "<tool_response>\nError: no signal\n</tool_response>"
     assert chat.without_tools("Hi.") == "Hi."
     assert chat.without_tools(HISTORY[:2]) == HISTORY[:2]
@@ -534,12 +534,12 @@ def test_grammars_write_special_tokens_as_themselves() -> None:
     chat = chat_of("qwen", "special")
     [one, two] = chat.encode("<tool_call></tool_call>")
     assert chat.markers == {one: "<tool_call>", two: "</tool_call>"}
-    assert chat.lark("<tool_call>") == f"<[{one}]>"
-    assert chat.lark("</tool_call>") == f"<[{two}]>"
-    assert chat.lark("<|im_end|>") == '"<|im_end|>"'
-    assert chat.lark('a "b" ä\n') == '"a \\"b\\" ä\\n"'
-    assert chat_of("llama", "special").lark("<tool_call>") == '"<tool_call>"'  # not one of its markers
-    assert chat_of("qwen", "spelled").lark("<tool_call>") == '"<tool_call>"'
+    assert chat.grammar_literal("<tool_call>") == f"<[{one}]>"
+    assert chat.grammar_literal("</tool_call>") == f"<[{two}]>"
+    assert chat.grammar_literal("<|im_end|>") == '"<|im_end|>"'
+    assert chat.grammar_literal('a "b" ä\n') == '"a \\"b\\" ä\\n"'
+    assert chat_of("llama", "special").grammar_literal("<tool_call>") == '"<tool_call>"'  # not one of its markers
+    assert chat_of("qwen", "spelled").grammar_literal("<tool_call>") == '"<tool_call>"'
 
 
 # --- whole answers ---

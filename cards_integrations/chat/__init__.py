@@ -1,1 +1,1 @@
-"""What a chat is made of: messages, templates, tools and their formats, grammars, stop strings."""
+"""The parts of a chat: messages, templates, tools and their formats, grammars, stop strings."""

@@ -1,4 +1,4 @@
-"""What the text of an answer may be: a grammar, and the tokens it allows next (by llguidance)."""
+"""Grammars: what the text of an answer may be, and which tokens may come next (by llguidance)."""
 
 from __future__ import annotations
 
@@ -14,42 +14,58 @@ from pydantic import BaseModel
 
 from cards_integrations.errors import ModelError, SettingsError, short_repr
 
-MULTIPLES = 10**5  # of a number with more remainders the automaton takes seconds, or hours
-COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # as models were taught
-BY_NAME = ("properties", "$defs", "definitions", "dependentSchemas")  # mappings of names to schemas
-AS_IT_IS = ("enum", "const", "default", "examples", "required", "allOf")  # no schemas, or only together one
+MAX_MULTIPLE = 10**5  # for larger numbers llguidance's automaton takes seconds, or hours
+COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # as models learned it
+NAMED_SCHEMAS = ("properties", "$defs", "definitions", "dependentSchemas")  # their values map names to schemas
+NOT_REWRITTEN = ("enum", "const", "default", "examples", "required", "allOf")  # no schemas, or one schema only together
 
 
 @dataclass(frozen=True)
 class Grammar:
-    """A grammar in llguidance's variant of Lark. It begins with the answer and ends it."""
+    """What an answer may be, from its first token to its last: `llm.align(prompt, grammar=...)`.
+
+    The classmethods cover the usual cases; `Grammar(text)` takes any grammar.
+    """
 
     lark: str
+    """The grammar in llguidance's variant of Lark, whose rule `start` is the whole answer."""
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any]) -> Grammar:
-        """A JSON value that the schema validates, with a space after each comma and colon.
+        """Make a grammar of the JSON values that match a schema, with a space after each comma and colon.
 
-        Objects have the properties that are named and no others, unless `additionalProperties` says so.
+        Args:
+            schema: A JSON schema. Objects have its properties and no others, unless it sets `additionalProperties`.
+
+        Raises:
+            SettingsError: It is not a mapping, not JSON, nested too deeply, or has too long a `multipleOf`.
         """
         return cls(f"start: {json_rule(schema)}")
 
     @classmethod
     def regex(cls, pattern: str) -> Grammar:
-        """A text that a regular expression matches as a whole (Rust's regex syntax, no look-around)."""
+        """Make a grammar of the texts that a regular expression matches from beginning to end.
+
+        Args:
+            pattern: In Rust's syntax, without look-around.
+        """
         return cls("start: /" + pattern.replace("\n", r"\n").replace("/", r"\/") + "/")
 
     @classmethod
     def choice(cls, texts: Iterable[str]) -> Grammar:
-        """One of these texts."""
-        several = [json.dumps(text, ensure_ascii=False) for text in dict.fromkeys(texts)]
-        if not several:
+        """Make a grammar of these texts, one of which is the answer.
+
+        Raises:
+            SettingsError: There are none.
+        """
+        literals = [json.dumps(text, ensure_ascii=False) for text in dict.fromkeys(texts)]
+        if not literals:
             raise SettingsError("A choice needs at least one text.")
-        return cls("start: " + " | ".join(several))
+        return cls("start: " + " | ".join(literals))
 
 
 def as_grammar(value: Any) -> Grammar | None:
-    """A grammar from itself, a JSON schema, or a pydantic class."""
+    """A grammar from a JSON schema, a pydantic class or a grammar."""
     if value is None or isinstance(value, Grammar):
         return value
     if isinstance(value, type) and issubclass(value, BaseModel):
@@ -62,12 +78,12 @@ def as_grammar(value: Any) -> Grammar | None:
 
 
 def json_rule(schema: Mapping[str, Any]) -> str:
-    """A JSON value as part of a rule."""
+    """The JSON values that match a schema, as a part of a rule."""
     if not isinstance(schema, Mapping):
-        raise SettingsError(f"{short_repr(schema)} is no JSON schema: pass a mapping.")
+        raise SettingsError(f"{short_repr(schema)} is not a JSON schema: pass a mapping.")
     try:
         for multiple in _multiples(schema):
-            if _digits(multiple) > MULTIPLES:
+            if _significant(multiple) > MAX_MULTIPLE:
                 raise SettingsError(f"multipleOf={short_repr(multiple)} has too many digits for a grammar.")
         closed = _closed(schema)
     except RecursionError:
@@ -76,7 +92,7 @@ def json_rule(schema: Mapping[str, Any]) -> str:
 
 
 def as_json(value: Any, what: str, ensure_ascii: bool = False) -> str:
-    """As text; a `SettingsError` for what JSON cannot say."""
+    """The value as JSON text; a `SettingsError`, which begins with `what`, if JSON cannot express it."""
     try:
         return json.dumps(value, ensure_ascii=ensure_ascii)
     except (TypeError, ValueError, RecursionError) as error:
@@ -95,34 +111,34 @@ def _multiples(schema: Any) -> Iterator[int | float]:
             yield from _multiples(each)
 
 
-def _digits(number: int | float) -> int:
-    """1 of 1,000,000 and of 0.01, 25 of 2.5; 0 of what is no number."""
+def _significant(number: int | float) -> int:
+    """The significant digits as one number: 1 of 1,000,000 and of 0.01, 25 of 2.5; 0 of infinity and NaN."""
     try:
         digits = Decimal(str(number)).normalize().as_tuple().digits
     except ValueError:  # thousands of digits
-        return MULTIPLES + 1
+        return MAX_MULTIPLE + 1
     return int("".join(map(str, digits)) or 0)
 
 
 def _closed(schema: Any) -> Any:
-    """Without properties that nobody named: a model that may go on with them does, to its last token."""
+    """The schema without unnamed properties: where these are allowed, a model adds them up to its last token."""
     if isinstance(schema, list):
         return [_closed(each) for each in schema]
     if not isinstance(schema, Mapping):
         return schema
     found: dict[str, Any] = {}
     for key, value in schema.items():
-        if key in BY_NAME and isinstance(value, Mapping):
+        if key in NAMED_SCHEMAS and isinstance(value, Mapping):
             found[key] = {name: _closed(each) for name, each in value.items()}
         else:
-            found[key] = value if key in AS_IT_IS else _closed(value)
+            found[key] = value if key in NOT_REWRITTEN else _closed(value)
     if "properties" in found:
         found.setdefault("additionalProperties", False)
     return found
 
 
 class GrammarTokenizer:
-    """The vocabulary as grammars see it; made once for a language model."""
+    """The vocabulary as grammars see it, one for each language model."""
 
     def __init__(self, tokenizer: Any, vocabulary: int, eos: set[int]) -> None:
         try:
@@ -140,7 +156,7 @@ class GrammarTokenizer:
         self.letter, *self.closers = (self._single(tokenizer, text) for text in ("z", "}", "]", '"', ","))
 
     def matcher(self, grammar: Grammar) -> Matcher:
-        """Where an answer begins."""
+        """A matcher at the beginning of an answer."""
         from llguidance import LLMatcher
 
         try:
@@ -152,7 +168,7 @@ class GrammarTokenizer:
         return Matcher(matcher)
 
     def allowed(self, matchers: Sequence[Matcher]) -> torch.Tensor:
-        """The tokens that may come next, (n, vocabulary) bool; end-of-sequence where the text may end."""
+        """The mask of the tokens that may come next, (n, vocabulary) bool; end-of-sequence where the text may end."""
         from llguidance.torch import allocate_token_bitmask, fill_next_token_bitmask
 
         bits = allocate_token_bitmask(len(matchers), self.vocabulary)
@@ -165,11 +181,13 @@ class GrammarTokenizer:
         return allowed
 
     def close(self, allowed: torch.Tensor) -> bool:
-        """Of the tokens that may come next, (vocabulary,) bool, leave only one that closes what is open.
+        """Reduce a mask of tokens, (vocabulary,) bool, to one that closes what is open.
 
-        JSON ends so within a few tokens, whatever the model would have liked to say. Free text is left
-        alone where it may end, and ended by a quotation mark where it may not, as that is what a string of
-        JSON ends with. True if tokens were taken away.
+        JSON ends within a few such tokens, whatever the model prefers. Free text that may end stays as it is; free
+        text that may not end is taken for a JSON string and closed by a quotation mark.
+
+        Returns:
+            True if the mask lost tokens.
         """
         free = bool(allowed[self.letter])
         may_end = bool(allowed[self.eos[0]])
@@ -183,19 +201,19 @@ class GrammarTokenizer:
 
     @staticmethod
     def _single(tokenizer: Any, text: str) -> int:
-        """The token of a single character; 0, a padding token as a rule, where there is none."""
+        """The token of a single character; 0, usually a padding token, if there is none."""
         found = tokenizer.convert_tokens_to_ids(text)
         return found if found is not None and found != tokenizer.unk_token_id else 0
 
 
 def _without_names(tokenizer: Any) -> str:
-    """The tokenizer as JSON, its added tokens under names that no text has: a text is never one of them.
+    """The tokenizer as JSON, with names for its added tokens that occur in no text; grammars use their ids.
 
-    A grammar means them by their ids. Otherwise the text "<tool_call>", which may stand in any JSON, would
-    be forced to be the token of that name, and then refused because a special token is no text.
+    With its own name the text "<tool_call>", which any JSON may contain, would have to be the token of that name,
+    and would then be refused because a special token is not text.
     """
     found = json.loads(tokenizer.backend_tokenizer.to_str())
-    found |= {"post_processor": None, "padding": None, "truncation": None}  # they have their names, too
+    found |= {"post_processor": None, "padding": None, "truncation": None}  # they contain the names, too
     names = {added["content"]: f"<|added {added['id']}|>" for added in found["added_tokens"]}
     for added in found["added_tokens"]:
         added.update(content=names[added["content"]], special=True)
@@ -214,25 +232,27 @@ def _end(tokenizer: Any, eos: set[int]) -> int:
 
 
 class Matcher:
-    """A text so far, and what its grammar lets follow; `closed` if it was made to end what was open."""
+    """The state of a grammar after the text so far."""
 
     def __init__(self, state: Any, closed: bool = False) -> None:
         self.state = state
-        self.closed = closed
+        self.closed = closed  # by `GrammarTokenizer.close`, before the model ended the text itself
 
     def fork(self) -> Matcher:
-        """For a candidate; what it takes does not touch the text that it follows."""
+        """A copy for a candidate, whose tokens do not change the original."""
         return Matcher(self.state.deep_copy(), self.closed)
 
     def take(self, token: int) -> None:
+        """Move on by a token of the text."""
         self.state.consume_token(token)
         self.check()
 
     @property
     def complete(self) -> bool:
-        """Nothing can follow any more."""
+        """True if nothing can follow."""
         return bool(self.state.is_stopped())
 
     def check(self) -> None:
+        """Raise a `ModelError` if the grammar failed."""
         if self.state.is_error():
             raise ModelError(f"The grammar failed: {self.state.get_error().strip()}")

@@ -1,8 +1,14 @@
-"""The one form of a chat message that the core knows."""
+"""The one form of a chat message that the core knows, and what anybody may write instead of it."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from pydantic import BaseModel
+
+from cards_integrations.errors import PromptError, short_repr
 
 Message = dict[str, Any]
 """`role` (system, user, assistant, tool) and `content`, a text; with tools also `tool_calls`, `tool_call_id` and
@@ -10,3 +16,156 @@ Message = dict[str, Any]
 
 PARTIAL_CHARACTER = "\ufffd"
 """What a tokenizer decodes to where a text ends within a character, whose other bytes are still to come."""
+
+ROLES = {
+    "human": "user", "user": "user",
+    "ai": "assistant", "assistant": "assistant", "chatbot": "assistant", "model": "assistant",
+    "system": "system", "developer": "system",
+    "tool": "tool", "function": "tool",
+}  # fmt: skip
+NOT_TEXT = {
+    "reasoning", "thinking", "redacted_thinking",
+    "tool_use", "tool_call", "function_call", "tool_call_chunk", "input_json_delta",  # these are in `tool_calls`, too
+}  # fmt: skip
+"""Types of content blocks that are no part of a message's text."""
+
+
+def plain_message(item: Any) -> Message:
+    """A message from a dict with a role and a content, or from a pair of them."""
+    if isinstance(item, dict) and "role" in item and ("content" in item or item.get("tool_calls")):
+        return _from_dict(item)
+    if isinstance(item, tuple) and len(item) == 2:
+        return {"role": role_of(item[0]), "content": text_of(item[1])}
+    raise PromptError(f"Not a message: {type(item).__name__}; pass dicts with 'role' and 'content'.")
+
+
+def as_prompt(value: Any, convert: Callable[[Any], Message] = plain_message) -> str | list[Message]:
+    """A string as it is, a sequence of messages as a chat; `convert` makes each item a message."""
+    if isinstance(value, str):
+        if not value:
+            raise PromptError("The prompt is empty.")
+        return value
+    if not isinstance(value, Sequence):
+        raise PromptError(f"A prompt is a string or a list of messages, not {type(value).__name__}.")
+    chat = [convert(item) for item in value]
+    if not chat:
+        raise PromptError("The list of messages is empty.")
+    if not any(message["content"] or message.get("tool_calls") for message in chat):
+        raise PromptError("All messages are empty.")
+    _name_results(chat)
+    return chat
+
+
+def with_instruction(messages: Sequence[Message], instruction: str) -> list[Message]:
+    """The conversation with an instruction at the end of its system message."""
+    if messages and messages[0]["role"] == "system":
+        first = messages[0]
+        return [{**first, "content": f"{first['content']}\n\n{instruction}".lstrip()}, *messages[1:]]
+    return [{"role": "system", "content": instruction}, *messages]
+
+
+# --- the parts of a message ---
+
+
+def role_of(name: Any) -> str:
+    """One of the four roles, from any name that a framework has for it."""
+    if not isinstance(name, str) or name not in ROLES:
+        raise PromptError(
+            f"The message role {short_repr(name)} is not known; use one of {', '.join(sorted(set(ROLES.values())))}."
+        )
+    return ROLES[name]
+
+
+def text_of(content: Any) -> str:
+    """The text of a content: a string, or a list of strings and content blocks."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise PromptError(f"Message content must be text, not {type(content).__name__}.")
+    return "".join(map(_block_text, content))
+
+
+def tool_call(call_id: str | None, name: str, arguments: Any) -> dict[str, Any]:
+    """A call as chat templates take it, with an object as its arguments."""
+    parsed = _parsed(arguments)
+    if not isinstance(parsed, Mapping):
+        parsed = {} if parsed is None else {"input": arguments}  # the nearest object to what was written
+    try:
+        json.dumps(dict(parsed))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise PromptError(
+            f"The arguments {short_repr(parsed)} of a call of {name!r} cannot be written as JSON: {error}."
+        ) from None
+    return {"type": "function", "id": call_id, "function": {"name": name, "arguments": dict(parsed)}}
+
+
+def tool_calls(calls: Any) -> list[dict[str, Any]]:
+    """The calls of a message in OpenAI's or LangChain's form: dicts or pydantic objects."""
+    if not isinstance(calls, (list, tuple)):
+        raise PromptError(f"Not a tool call: {short_repr(calls)}; pass a list of them.")
+    return [_call_from_dict(call.model_dump() if isinstance(call, BaseModel) else call) for call in calls]
+
+
+def answered_call(fields: Mapping[str, Any]) -> dict[str, str | None]:
+    """Which call the message of a tool answers."""
+    found = {name: fields.get(name) for name in ("tool_call_id", "name")}
+    for name, value in found.items():
+        if not isinstance(value, str | None):
+            raise PromptError(f"{name}={short_repr(value)} of a tool message must be a string.")
+    return found
+
+
+def text_only(kind: str) -> PromptError:
+    """The error for content that is not text."""
+    return PromptError(f"Message content of type {kind} is not supported: the model reads text only.")
+
+
+def _from_dict(item: Mapping[str, Any]) -> Message:
+    content = item.get("content")
+    message: Message = {"role": role_of(item["role"]), "content": "" if content is None else text_of(content)}
+    if calls := item.get("tool_calls"):
+        message["tool_calls"] = tool_calls(calls)
+    if message["role"] == "tool":
+        message |= answered_call(item)
+    return message
+
+
+def _block_text(block: Any) -> str:
+    if isinstance(block, str):
+        return block
+    kind = block.get("type") if isinstance(block, dict) else type(block).__name__
+    if kind == "text" and isinstance(block.get("text"), str):
+        return str(block["text"])
+    if isinstance(kind, str) and kind in NOT_TEXT:
+        return ""
+    raise PromptError("Message content of type 'text' has no text.") if kind == "text" else text_only(short_repr(kind))
+
+
+def _call_from_dict(call: Any) -> dict[str, Any]:
+    try:
+        function = call["function"] if "function" in call else {"name": call["name"], "arguments": call["args"]}
+        name, arguments = function["name"], function["arguments"]
+    except (TypeError, KeyError):
+        name = arguments = None
+    if not isinstance(name, str) or not isinstance(call.get("id"), str | None):
+        raise PromptError(f"Not a tool call: {short_repr(call)}; pass OpenAI's or LangChain's form.")
+    return tool_call(call.get("id"), name, arguments)
+
+
+def _parsed(arguments: Any) -> Any:
+    """The JSON value of a string that holds one; anything else as it is."""
+    if not isinstance(arguments, str):
+        return arguments
+    try:
+        return json.loads(arguments or "{}")
+    except (ValueError, RecursionError):
+        return arguments
+
+
+def _name_results(chat: list[Message]) -> None:
+    """Give each result the name of its tool, which some templates ask for: a result has only the call's id."""
+    names: dict[Any, str] = {}
+    for message in chat:
+        names |= {call["id"]: call["function"]["name"] for call in message.get("tool_calls", ())}
+        if message["role"] == "tool" and not message.get("name"):
+            message["name"] = names.get(message.get("tool_call_id"), "tool")

@@ -1,4 +1,4 @@
-"""Answers that are JSON: the model is told, and the grammar holds it to it."""
+"""Answers that are JSON: an instruction shows the schema to the model, and a grammar holds the answer to it."""
 
 from __future__ import annotations
 
@@ -9,39 +9,37 @@ from typing import Any
 from pydantic import BaseModel
 
 from cards_integrations.chat.grammar import Grammar, as_json
-from cards_integrations.chat.message import Message
-from cards_integrations.chat.template import Formatted, as_messages
-from cards_integrations.chat.tool_prompts import told
+from cards_integrations.chat.message import Message, with_instruction
+from cards_integrations.chat.template import FormattedPrompt, as_messages
 from cards_integrations.errors import SettingsError, short_repr
 
-TOLD = "Answer with a JSON object that this JSON schema describes:\n{schema}"
+INSTRUCTION = "Answer with a JSON object that this JSON schema describes:\n{schema}"
 
 
 @dataclass(frozen=True)
 class ResponseFormat:
-    """A JSON object; with a `schema` one that it validates, and that the model is told of.
-
-    Without a schema the prompt has to say what the object should hold.
-    """
+    """A JSON object that matches `schema`; without one, any object, and the prompt has to say which."""
 
     schema: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        _ = self.grammar  # refuses what is no schema
+        _ = self.grammar  # raises if it is no schema
 
     @property
     def grammar(self) -> Grammar:
+        """What the answer may be."""
         return Grammar.json_schema({"type": "object"} if self.schema in (None, {}) else self.schema)
 
-    def told(self, prompt: str | list[Message]) -> str | list[Message]:
+    def instruct(self, prompt: str | list[Message]) -> str | list[Message]:
         """The prompt with the schema in its system message, unless it is formatted already."""
-        if self.schema is None or isinstance(prompt, Formatted):
+        if self.schema is None or isinstance(prompt, FormattedPrompt):
             return prompt
-        return told(as_messages(prompt), TOLD.format(schema=as_json(self.schema, "response_format")))
+        instruction = INSTRUCTION.format(schema=as_json(self.schema, "response_format"))
+        return with_instruction(as_messages(prompt), instruction)
 
 
 def as_response_format(value: Any) -> ResponseFormat | None:
-    """From OpenAI's `response_format`, a JSON schema, or a pydantic class."""
+    """A format from OpenAI's `response_format`, a JSON schema or a pydantic class; None for plain text."""
     if value is None or isinstance(value, ResponseFormat):
         return value
     if isinstance(value, type) and issubclass(value, BaseModel):

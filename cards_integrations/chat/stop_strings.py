@@ -15,12 +15,12 @@ class StopStrings:
         return bool(self.strings)
 
     def find(self, text: str, start: int = 0) -> int | None:
-        """Where the first stop string begins that ends after `start`; None if there is none."""
+        """Where the first stop string that ends after `start` begins; None if there is none."""
         found = [text.find(s, max(0, start - len(s) + 1)) for s in self.strings]
         return min((at for at in found if at >= 0), default=None)
 
     def held_back(self, text: str) -> int:
-        """How many last characters may yet turn out to begin a stop string."""
+        """How many characters at the end may turn out to be the beginning of a stop string."""
         longest = 0
         for stop in self.strings:
             for length in range(min(len(stop) - 1, len(text)), longest, -1):

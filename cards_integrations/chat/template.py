@@ -1,4 +1,4 @@
-"""Prompts to token ids and back: chat templates, one BOS, and text that is really text."""
+"""Prompts to token ids and back: chat templates, one BOS, and special tokens only where they are meant."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from cards_integrations.chat.tool_formats import FORMATS, ToolFormat
 from cards_integrations.chat.tool_prompts import (
     PROBE,
     PROBED_TOOLS,
-    flattened,
     format_in,
     mentions_tools,
     shows_tools,
+    without_tool_messages,
 )
 from cards_integrations.chat.tools import FormatName, Tools
 from cards_integrations.errors import PromptError
 
-_MARK = "\u2063answer\u2063"  # stands for the answer while a template is split around it
+_PLACEHOLDER = "\u2063answer\u2063"  # stands for the answer while a rendered template is split around it
 
 
-class Formatted(str):
-    """A prompt that is already in the model's own format, special tokens included."""
+class FormattedPrompt(str):
+    """A prompt that is model input as it is, special tokens included; no chat template is applied."""
 
 
 class ChatTokenizer:
@@ -40,22 +40,22 @@ class ChatTokenizer:
         self._tool_format = tool_format
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        """Token ids; `special` adds what the tokenizer adds to a plain text (a BOS, for one)."""
-        checked(text)
+        """The token ids of a text; `special` adds what the tokenizer adds to a plain text, such as a BOS."""
+        check_unicode(text)
         try:
             return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
         except Exception as error:
             raise PromptError(f"The tokenizer cannot read the text: {type(error).__name__}: {error}") from error
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text. Half a character is U+FFFD and takes no other along: more ids take back nothing but that."""
+        """The text of token ids. A partial character is one U+FFFD, the only text that more ids can change."""
         text = self._decode(ids)
         if PARTIAL_CHARACTER in text and self._bytes:
-            text = self._decode(self._whole(ids))
+            text = self._decode(self._whole_characters(ids))
         return text
 
-    def _whole(self, ids: Sequence[int]) -> list[int]:
-        """With whole characters only: for half of one, byte fallback decodes all the bytes around it to U+FFFD."""
+    def _whole_characters(self, ids: Sequence[int]) -> list[int]:
+        """The ids with U+FFFD for partial characters: byte fallback decodes all bytes around one to U+FFFD."""
         whole: list[int] = []
         for is_byte, run in groupby(ids, self._bytes.__contains__):
             if is_byte:
@@ -66,27 +66,35 @@ class ChatTokenizer:
         return whole
 
     def _decode(self, ids: Sequence[int]) -> str:
-        hides = not self.markers
-        shown = list(ids) if hides else [token for token in ids if token not in self._special or token in self.markers]
-        return str(self.tokenizer.decode(shown, skip_special_tokens=hides, clean_up_tokenization_spaces=False))
+        skip_special = not self.markers
+        if not skip_special:
+            ids = [token for token in ids if token not in self._special or token in self.markers]
+        text = self.tokenizer.decode(list(ids), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
+        return str(text)
 
     def prompt(self, prompt: str | list[Message], tools: Tools | None = None) -> tuple[str, list[int]]:
-        """The text and the ids up to where the answer begins.
+        """Render a prompt up to where the answer begins, and encode it.
 
-        A string is one user message; a model without a template gets plain text. The BOS comes from
-        the template, or from the tokenizer if there is no template, never from both. A template that
-        knows no tools is told of them by a system message.
+        A string is one message of the user; a model without a template gets plain text. The BOS comes from the
+        template, or from the tokenizer if there is no template, never from both. If the template knows no tools, an
+        instruction in the system message describes them.
+
+        Returns:
+            The text and its token ids.
+
+        Raises:
+            PromptError: The prompt has no tokens, or the template or the tokenizer does not accept it.
         """
-        if isinstance(prompt, Formatted):
+        if isinstance(prompt, FormattedPrompt):
             return self._plain(str(prompt))
         messages = as_messages(prompt)
         if tools or mentions_tools(messages):
             schemas = tools.schemas if tools else ()
             if self.knows_tools:
-                with suppress(Exception):  # it may insist on an order, or on ids, that these messages do not have
+                with suppress(Exception):  # it may require an order or ids that these messages do not have
                     before = self._apply(messages, tools=list(schemas) or None, add_generation_prompt=True)
                     return before, self._nonempty(self.encode(before))
-            messages = flattened(messages, self.tool_format, schemas)
+            messages = without_tool_messages(messages, self.tool_format, schemas)
         if not self.has_template:
             return self._plain(as_text(messages))
         before = self._render(messages, add_generation_prompt=True)
@@ -97,34 +105,34 @@ class ChatTokenizer:
         return text, self._nonempty(self.encode(text, special=not (bos and text.startswith(bos))))
 
     def without_tools(self, prompt: str | list[Message]) -> str | list[Message]:
-        """The conversation for those who know no tools, a reward model for one."""
+        """The conversation for a model that knows no tools, such as a reward model."""
         if isinstance(prompt, str) or not mentions_tools(prompt):
             return prompt
-        return flattened(prompt, self.tool_format)
+        return without_tool_messages(prompt, self.tool_format)
 
     @property
     def knows_tools(self) -> bool:
-        """Does the template show tools, calls and results?"""
-        return self._probed is not None
+        """True if the template shows tools, calls and results."""
+        return self._template_format is not None
 
     @property
     def tool_format(self) -> ToolFormat:
-        """How this model writes a call: as its template does."""
-        return FORMATS[self._tool_format or self._probed or "hermes"]
+        """How this model writes a call: as its template does, unless the settings override it."""
+        return FORMATS[self._tool_format or self._template_format or "hermes"]
 
     @cached_property
-    def _probed(self) -> FormatName | None:
+    def _template_format(self) -> FormatName | None:
         if not self.has_template:
             return None
         try:
             shown = self._apply(PROBE, tools=PROBED_TOOLS)
-        except Exception:  # whatever a template makes of roles that it does not know
+        except Exception:  # a template may raise anything for roles that it does not know
             return None
         return format_in(shown) if shows_tools(shown) else None
 
     @cached_property
     def _byte_tokens(self) -> list[int]:
-        """The tokens of bytes 0 to 255 (sentencepiece's byte fallback); none of them where one is missing."""
+        """The tokens of bytes 0 to 255 (sentencepiece's byte fallback); empty if one is missing."""
         found = self.tokenizer.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in range(256)])
         known = set(found) - {None, self.tokenizer.unk_token_id}
         return found if len(known) == 256 and self._decode(found[0x41:0x42]) == "A" else []
@@ -139,49 +147,49 @@ class ChatTokenizer:
 
     @cached_property
     def markers(self) -> dict[int, str]:
-        """Special tokens that are part of a call, and so of an answer's text."""
+        """Special tokens that are part of a call, and therefore of an answer's text, by id."""
         return {i: text for i, text in self._special.items() if text in self.tool_format.markers}
 
-    def lark(self, text: str) -> str:
-        """How a grammar writes a text: as a string, or as the special token that it is."""
+    def grammar_literal(self, text: str) -> str:
+        """The text as a literal of a grammar: a string, or the special token that it is."""
         added = {str(token): i for i, token in self.tokenizer.added_tokens_decoder.items()}  # not all are special
         if text in self.tool_format.markers and text in added:
             return f"<[{added[text]}]>"
         return json.dumps(text, ensure_ascii=False)
 
     def around_answer(self, prompt: str | list[Message]) -> tuple[str, str]:
-        """The template's text before the assistant's answer and after it."""
-        if isinstance(prompt, Formatted):
+        """The rendered text before the assistant's answer and after it."""
+        if isinstance(prompt, FormattedPrompt):
             return str(prompt), ""
         messages = as_messages(self.without_tools(prompt))
         before = self._render(messages, add_generation_prompt=True)
-        whole = self._render([*messages, {"role": "assistant", "content": _MARK}])
-        return before, whole.partition(_MARK)[2]
+        whole = self._render([*messages, {"role": "assistant", "content": _PLACEHOLDER}])
+        return before, whole.partition(_PLACEHOLDER)[2]
 
     def around_part(self, before: str, after: str) -> tuple[str, str]:
-        """A prompt of one user message, `before` + some part + `after`: its text before and after the part."""
+        """The rendered text around a part of one user message, which is `before` + the part + `after`."""
         if not self.has_template:
             return before, after
-        whole = self._render([{"role": "user", "content": before + _MARK + after}], add_generation_prompt=True)
-        return whole.partition(_MARK)[::2]
+        whole = self._render([{"role": "user", "content": before + _PLACEHOLDER + after}], add_generation_prompt=True)
+        return whole.partition(_PLACEHOLDER)[::2]
 
     def _render(self, messages: list[Message], **options: Any) -> str:
         try:
             return self._apply(messages, **options)
         except TemplateError:
-            merged = alternating(messages)  # the template may insist on strict turns
+            merged = alternating(messages)  # the template may require alternating roles
         try:
             return self._apply(merged, **options)
         except TemplateError as error:
-            raise PromptError(f"The model's chat template does not take these messages: {error}") from error
+            raise PromptError(f"The model's chat template does not accept these messages: {error}") from error
 
     def _apply(self, messages: list[Message], **options: Any) -> str:
         for message in messages:
-            checked(message["content"])
+            check_unicode(message["content"])
         try:
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options))
         except TemplateError:
-            raise  # there may be another way to say it
+            raise  # the caller may try other messages
         except Exception as error:
             raise PromptError(f"The chat template fails: {type(error).__name__}: {error}") from error
 
@@ -193,11 +201,12 @@ class ChatTokenizer:
 
 
 def as_messages(prompt: str | list[Message]) -> list[Message]:
+    """A conversation; a string is one message of the user."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
 def as_text(prompt: str | list[Message]) -> str:
-    """A plain text for those who read no chat: one message as it is, several with their roles."""
+    """A prompt as plain text: one message as it is, several with their roles."""
     messages = as_messages(prompt)
     if len(messages) == 1:
         return str(messages[0]["content"])
@@ -205,7 +214,7 @@ def as_text(prompt: str | list[Message]) -> str:
 
 
 def alternating(messages: list[Message]) -> list[Message]:
-    """System text folded into the first user turn, and consecutive turns of one role merged."""
+    """The conversation with user and assistant only: system text is the user's, neighbors of one role are merged."""
     merged: list[Message] = []
     for message in messages:
         role = "user" if message["role"] == "system" else message["role"]
@@ -216,8 +225,8 @@ def alternating(messages: list[Message]) -> list[Message]:
     return merged
 
 
-def checked(text: str) -> str:
-    """The text, or an error that says where it is not valid Unicode."""
+def check_unicode(text: str) -> None:
+    """Raise a `PromptError` if the text is not valid Unicode."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -225,11 +234,10 @@ def checked(text: str) -> str:
             f"The text has a lone surrogate at position {error.start}, which no tokenizer can read; "
             "clean it with text.encode('utf-8', 'replace').decode()."
         ) from None
-    return text
 
 
 def same_vocabulary(one: object, other: object) -> bool:
-    """Do two tokenizers give every text the same ids?"""
+    """True if two tokenizers give every text the same ids."""
     if one is other:
         return True
     backends = [getattr(t, "backend_tokenizer", None) for t in (one, other)]

@@ -1,4 +1,4 @@
-"""Conversations with tools: what a chat template makes of them, and the same in plain messages."""
+"""Conversations with tools: what a chat template supports of them, and the same as plain messages."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from cards_integrations.chat.message import Message
+from cards_integrations.chat.message import Message, with_instruction
 from cards_integrations.chat.tool_formats import ToolFormat
 from cards_integrations.chat.tools import FormatName
 
-TOLD = """You can call functions to help with the user's request. Their signatures are:
+INSTRUCTION = """You can call functions to help with the user's request. Their signatures are:
 <tools>
 {tools}
 </tools>
@@ -33,12 +33,12 @@ PROBE: list[Message] = [
 
 
 def shows_tools(rendered: str) -> bool:
-    """Does a template that made this of `PROBE` show tools, calls and results?"""
-    return all(said in rendered for said in ("probed_tool", "probed_call", "probed result"))
+    """True if a template that rendered `PROBE` to this text shows tools, calls and results."""
+    return all(text in rendered for text in ("probed_tool", "probed_call", "probed result"))
 
 
 def format_in(rendered: str) -> FormatName:
-    """The form in which a template wrote the call of `PROBE`."""
+    """The tool format in which a template wrote the call of `PROBE`."""
     if "[TOOL_CALLS]" in rendered:
         return "mistral_named" if "[ARGS]" in rendered else "mistral"
     if re.search(r'<tool_call>\s*{\s*"(name|arguments)"', rendered):
@@ -47,33 +47,29 @@ def format_in(rendered: str) -> FormatName:
 
 
 def mentions_tools(messages: Sequence[Message]) -> bool:
+    """True if the conversation has tool calls or their results."""
     return any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
 
 
-def flattened(
-    messages: Sequence[Message], form: ToolFormat, schemas: Iterable[Mapping[str, Any]] = ()
+def without_tool_messages(
+    messages: Sequence[Message], tool_format: ToolFormat, schemas: Iterable[Mapping[str, Any]] = ()
 ) -> list[Message]:
-    """The same conversation for those who know no tools: calls as the text that they were, results as the user's."""
-    plain = [_flat(message, form) for message in messages]
+    """The same conversation for a model or template that knows no tools.
+
+    Calls become the text that they were, results messages of the user; `schemas` become an instruction.
+    """
+    plain = [_plain(message, tool_format) for message in messages]
     tools = "\n".join(json.dumps(schema["function"], ensure_ascii=False) for schema in schemas)
     if not tools:
         return plain
-    example = form.written([{"function": {"name": "<name>", "arguments": {"<argument>": "<value>"}}}])
-    return told(plain, TOLD.format(tools=tools, example=example))
+    example = tool_format.write([{"function": {"name": "<name>", "arguments": {"<argument>": "<value>"}}}])
+    return with_instruction(plain, INSTRUCTION.format(tools=tools, example=example))
 
 
-def told(messages: Sequence[Message], instruction: str) -> list[Message]:
-    """The conversation with an instruction in its system message."""
-    if messages and messages[0]["role"] == "system":
-        first = messages[0]
-        return [{**first, "content": f"{first['content']}\n\n{instruction}".lstrip()}, *messages[1:]]
-    return [{"role": "system", "content": instruction}, *messages]
-
-
-def _flat(message: Message, form: ToolFormat) -> Message:
+def _plain(message: Message, tool_format: ToolFormat) -> Message:
     if message["role"] == "tool":
         return {"role": "user", "content": RESULT.format(content=message["content"])}
     if calls := message.get("tool_calls"):
-        said = [message["content"]] if message["content"] else []
-        return {"role": "assistant", "content": "\n".join([*said, form.written(calls)])}
+        text = [message["content"]] if message["content"] else []
+        return {"role": "assistant", "content": "\n".join([*text, tool_format.write(calls)])}
     return {"role": message["role"], "content": message["content"]}

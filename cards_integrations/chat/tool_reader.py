@@ -1,32 +1,35 @@
-"""An answer that grows, read as what it says and what it calls."""
+"""Incremental parsing: what an answer that grows says, and what it calls."""
 
 from __future__ import annotations
 
 from cards_integrations.chat.tool_formats import ToolFormat
-from cards_integrations.chat.tools import Reading, Tools
+from cards_integrations.chat.tools import ParsedAnswer, Tools
 from cards_integrations.trace import InvalidToolCall, ToolCall
 
 
 class ToolReader:
-    """Reads the answer to one request. Without tools everything is said."""
+    """Reads the answer to one request; without tools all of it is content."""
 
-    def __init__(self, tools: Tools | None, form: ToolFormat) -> None:
+    def __init__(self, tools: Tools | None, tool_format: ToolFormat) -> None:
         self.tools = tools
-        self.form = form
-        self.said = 0
-        self.called = 0
+        self.tool_format = tool_format
+        self._characters = 0  # of the content, and calls, that `update` has returned
+        self._calls = 0
 
-    def read(self, text: str) -> Reading:
-        """The whole answer."""
-        return Reading(text) if self.tools is None else self.form.read(text, self.tools)
+    def parse(self, text: str) -> ParsedAnswer:
+        """Parse a whole answer."""
+        return ParsedAnswer(text) if self.tools is None else self.tool_format.parse(text, self.tools)
 
-    def new(self, text: str, finished: bool) -> tuple[str, tuple[ToolCall | InvalidToolCall, ...]]:
-        """What is certain of this text, and was not at the call before: words, and whole calls."""
-        reading = self.read(text)
-        said, calls = reading.said, reading.calls
+    def update(self, text: str, finished: bool) -> tuple[str, tuple[ToolCall | InvalidToolCall, ...]]:
+        """Return the content and the complete calls that this text adds to that of the update before.
+
+        Unless it is `finished`, only what no later text can change counts.
+        """
+        parsed = self.parse(text)
+        content, calls = parsed.content, parsed.calls
         if self.tools is not None and not finished:
-            said = text[: self.form.certain(text)]
-            calls = calls[: reading.sure]
-        new = said[self.said :], calls[self.called :]
-        self.said, self.called = max(self.said, len(said)), len(calls)
+            content = text[: self.tool_format.content_length(text)]
+            calls = calls[: parsed.final_calls]
+        new = content[self._characters :], calls[self._calls :]
+        self._characters, self._calls = max(self._characters, len(content)), len(calls)
         return new

@@ -1,4 +1,4 @@
-"""Tools that an answer may call, and what was read of its calls."""
+"""Tools that an answer may call, and what was parsed of its calls."""
 
 from __future__ import annotations
 
@@ -18,16 +18,23 @@ FormatName = Literal["hermes", "mistral", "mistral_named", "llama3", "json"]
 class Tools:
     """What an answer may call.
 
-    `schemas` are functions as OpenAI describes them: `{"type": "function", "function": {"name", ...}}`.
-    `choice` is "auto" (the model decides), "any" (it calls at least one), or the name of a tool, which
-    it calls once. `strict`: under "auto" a call is held to its schema, too.
+    A name as `choice` means one call of that tool.
     """
 
     schemas: tuple[dict[str, Any], ...]
+    """Functions as OpenAI describes them: `{"type": "function", "function": {"name", ...}}`."""
+
     choice: str = "auto"
+    """"auto" (the model decides), "any" (at least one call), or the name of a tool."""
+
     parallel: bool = True
+    """Whether one answer may have several calls."""
+
     strict: bool = False
+    """Whether calls are held to their schemas under "auto", too."""
+
     call_id: str = field(default_factory=lambda: uuid4().hex[:7])
+    """Beginning of the ids of all calls."""
 
     def __post_init__(self) -> None:
         if self.choice not in ("auto", "any") and self.choice not in self.names:
@@ -37,10 +44,12 @@ class Tools:
 
     @property
     def names(self) -> list[str]:
+        """The names of all tools."""
         return [schema["function"]["name"] for schema in self.schemas]
 
     @property
     def forced(self) -> bool:
+        """True if an answer has to be a call."""
         return self.choice != "auto"
 
     @property
@@ -51,36 +60,36 @@ class Tools:
 
     @property
     def several(self) -> bool:
-        """May one answer call more than once?"""
+        """True if one answer may have more than one call."""
         return self.parallel and self.choice in ("auto", "any")
 
 
 def as_tools(schemas: Sequence[Mapping[str, Any]] | None, choice: Any = None, parallel: bool = True) -> Tools | None:
-    """From what callers of either framework say; None where no tool may be called."""
-    chosen = _choice(choice)
-    if not schemas or chosen == "none":
-        if chosen not in ("auto", "none"):
+    """Tools from the arguments of a call in either framework; None if no tool may be called."""
+    name = _choice_name(choice)
+    if not schemas or name == "none":
+        if name not in ("auto", "none"):
             raise SettingsError(f"tool_choice={short_repr(choice)} needs tools=.")
         return None
-    by_name = {each["function"]["name"]: each for each in map(_function, schemas)}  # one may be there twice
+    by_name = {each["function"]["name"]: each for each in map(_as_function, schemas)}  # without duplicates
     functions = tuple(by_name.values())
-    return Tools(functions, chosen, parallel, any(f["function"].get("strict") for f in functions))
+    return Tools(functions, name, parallel, any(f["function"].get("strict") for f in functions))
 
 
-def _function(schema: Any) -> dict[str, Any]:
+def _as_function(schema: Any) -> dict[str, Any]:
     function = schema.get("function", schema) if isinstance(schema, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise SettingsError(f"tools: {short_repr(schema)} is not a function with a name, a description and parameters.")
     as_json(dict(function), f"tool {short_repr(function['name'])}:")
-    json_rule(function.get("parameters") or {})  # refuses what is no schema
+    json_rule(function.get("parameters") or {})  # raises if it is no schema
     return {"type": "function", "function": dict(function)}
 
 
-def _choice(choice: Any) -> str:
+def _choice_name(choice: Any) -> str:
     if isinstance(choice, Mapping):  # as OpenAI or Anthropic write it
         function = choice.get("function", choice)
         if not isinstance(function, Mapping):
-            raise SettingsError(f"tool_choice={short_repr(choice)}: its function is no mapping with a name.")
+            raise SettingsError(f"tool_choice={short_repr(choice)}: its function is not a mapping with a name.")
         choice = function.get("name", choice.get("type"))
     if choice is None or choice is False:
         return "auto" if choice is None else "none"
@@ -94,9 +103,14 @@ def _choice(choice: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What an answer says and calls; later text can change none of its first `sure` calls."""
+class ParsedAnswer:
+    """What an answer, or the beginning of one, says and calls."""
 
-    said: str
+    content: str
+    """The text beside the calls."""
+
     calls: tuple[ToolCall | InvalidToolCall, ...] = ()
-    sure: int = 0
+    """All calls in order, an unfinished one included."""
+
+    final_calls: int = 0
+    """How many of the first calls no later text can change."""

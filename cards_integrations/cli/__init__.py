@@ -33,9 +33,11 @@ def main() -> None:
         app()
     except (CardsError, ValidationError, OSError) as error:
         if isinstance(error, ValidationError):
-            from cards_integrations.settings import in_words  # imported here so that `--help` does not wait for torch
+            from cards_integrations.settings import (
+                validation_message,  # imported here so that `--help` does not wait for torch
+            )
 
-            error = SettingsError(in_words(error))
+            error = SettingsError(validation_message(error))
         console = Console(stderr=True)
         console.print(f"[red]{type(error).__name__}[/red]: ", end="")
         console.print(" ".join(str(error).splitlines()), markup=False, highlight=False, soft_wrap=True)

@@ -165,7 +165,7 @@ class Session:
         assert self.finish is not None  # a method goes on until then
         context.usage.completion_tokens = len(context.ids)
         context.usage.seconds = seconds
-        reading = self._reader.read(context.text)
+        parsed = self._reader.parse(context.text)
         return Alignment(
             text=context.text,
             token_ids=tuple(context.ids),
@@ -180,9 +180,9 @@ class Session:
             model=self.host.language_model.name,
             method=method,
             request_id=self.request_id,
-            content=reading.said,
-            tool_calls=tuple(call for call in reading.calls if isinstance(call, ToolCall)),
-            invalid_tool_calls=tuple(call for call in reading.calls if isinstance(call, InvalidToolCall)),
+            content=parsed.content,
+            tool_calls=tuple(call for call in parsed.calls if isinstance(call, ToolCall)),
+            invalid_tool_calls=tuple(call for call in parsed.calls if isinstance(call, InvalidToolCall)),
         )
 
     def _score_queue(self) -> ScoreQueue:
@@ -213,8 +213,8 @@ class Session:
         if not self.finished:
             text = text.rstrip(PARTIAL_CHARACTER)
             text = text[: len(text) - self.context.stop.held_back(text)]
-        said, calls = self._reader.new(text, self.finished)
-        self._emit(Chunk(said, segment, len(self.segments) - 1, calls))
+        text, calls = self._reader.update(text, self.finished)
+        self._emit(Chunk(text, segment, len(self.segments) - 1, calls))
 
 
 def _traced(draft: Draft, pending: PendingDraft) -> DraftTrace:

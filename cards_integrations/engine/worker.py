@@ -323,7 +323,7 @@ class Worker:
         stop = StopStrings(request.stop)
         context = Context(request.prompt, prompt_ids, request.max_tokens, request.sampler, stop, usage)
         if request.tools is not None:
-            grammar = chat.tool_format.grammar(request.tools, chat.lark, grammar)
+            grammar = chat.tool_format.grammar(request.tools, chat.grammar_literal, grammar)
         if grammar is not None:
             context.matcher = self._constrained(grammar).matcher(grammar)
         return context

@@ -1,4 +1,4 @@
-"""CARDS in LangChain: a chat model, a text LLM, and chains that tell the reward what was retrieved."""
+"""CARDS in LangChain: a chat model, a text LLM, and a chain that shows the reward what was retrieved."""
 
 from cards_integrations.langchain.chat_model import ChatCards
 from cards_integrations.langchain.completion import CardsCompletion

@@ -1,33 +1,41 @@
-"""Which run a kept segment belongs to: LangChain tells `_generate` of its run, but not `_stream`."""
+"""What LangChain's callbacks learn of an answer: every new chunk, and every kept segment as a custom event.
+
+An event needs the run it belongs to. LangChain passes the manager of the run to `_generate`, but not to `_stream`,
+so `_stream` finds it in a context variable.
+"""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator
+from contextlib import aclosing, closing
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
 from langchain_core.callbacks import AsyncCallbackManager, CallbackManager
 from langchain_core.callbacks.manager import RunManager
+from langchain_core.outputs import ChatGenerationChunk, GenerationChunk
 from langchain_core.runnables import RunnableConfig, ensure_config
 from langchain_core.utils.uuid import uuid7
 
 from cards_integrations.engine.request import Chunk
+from cards_integrations.trace import Alignment
 
-SEGMENT = "cards_segment"
+SEGMENT_EVENT = "cards_segment"
 T = TypeVar("T")
-current: ContextVar[Any] = ContextVar("current_run", default=None)
+OutputChunk = TypeVar("OutputChunk", ChatGenerationChunk, GenerationChunk)
+current_run: ContextVar[Any] = ContextVar("current_run", default=None)
 """The manager of the run that is about to call `_stream`."""
 
 
-def taken() -> Any:
-    """That manager, which is not kept longer than it is needed."""
-    run = current.get()
-    current.set(None)
+def pop_current_run() -> Any:
+    """The manager of the current run; the variable forgets it, so that it lives no longer than the run."""
+    run = current_run.get()
+    current_run.set(None)
     return run
 
 
-def with_run(config: RunnableConfig | None, model: Any) -> tuple[RunnableConfig, RunManager]:
-    """A config that says which id the run will have, and a manager that speaks in its name."""
+def start_run(config: RunnableConfig | None, model: Any) -> tuple[RunnableConfig, RunManager]:
+    """A config that fixes the id of the run, and a manager that sends events under this id."""
     config = ensure_config(config)
     run_id = config.get("run_id") or uuid7()
     config["run_id"] = run_id
@@ -42,47 +50,81 @@ def with_run(config: RunnableConfig | None, model: Any) -> tuple[RunnableConfig,
     return config, run
 
 
-def during(run: RunManager, items: Iterator[T]) -> Iterator[T]:
-    """The items, each made while the run is the current one; between them it is not."""
+def within_run(run: RunManager, items: Iterator[T]) -> Iterator[T]:
+    """The items, with the run as the current one while each is made, and not between them."""
     while True:
-        token = current.set(run)
+        token = current_run.set(run)
         try:
             item = next(items)
         except StopIteration:
             return
         finally:
-            current.reset(token)
+            current_run.reset(token)
         yield item
 
 
-async def aduring(run: RunManager, items: AsyncIterator[T]) -> AsyncIterator[T]:
-    """Like `during`."""
+async def awithin_run(run: RunManager, items: AsyncIterator[T]) -> AsyncIterator[T]:
+    """Async version of `within_run`."""
     while True:
-        token = current.set(run)
+        token = current_run.set(run)
         try:
             item = await anext(items)
         except StopAsyncIteration:
             return
         finally:
-            current.reset(token)
+            current_run.reset(token)
         yield item
 
 
-def teller(run: Any) -> Callable[[Chunk], None] | None:
-    """Tells the callbacks of a run of each kept segment, as the custom event `cards_segment`."""
+def segment_callback(run: Any) -> Callable[[Chunk], None] | None:
+    """A function that sends a kept segment to the callbacks of a run; None if it has no callbacks."""
     if run is None or not run.handlers:
         return None
-    told = CallbackManager(run.handlers, tags=run.tags, metadata=run.metadata)
-    return lambda chunk: told.on_custom_event(SEGMENT, _event(chunk), run_id=run.run_id)
+    manager = CallbackManager(run.handlers, tags=run.tags, metadata=run.metadata)
+    return lambda chunk: manager.on_custom_event(SEGMENT_EVENT, _segment_data(chunk), run_id=run.run_id)
 
 
-def ateller(run: Any) -> Callable[[Chunk], Awaitable[None]] | None:
-    """Like `teller`."""
+def asegment_callback(run: Any) -> Callable[[Chunk], Awaitable[None]] | None:
+    """Async version of `segment_callback`."""
     if run is None or not run.handlers:
         return None
-    told = AsyncCallbackManager(run.handlers, tags=run.tags, metadata=run.metadata)
-    return lambda chunk: told.on_custom_event(SEGMENT, _event(chunk), run_id=run.run_id)
+    manager = AsyncCallbackManager(run.handlers, tags=run.tags, metadata=run.metadata)
+    return lambda chunk: manager.on_custom_event(SEGMENT_EVENT, _segment_data(chunk), run_id=run.run_id)
 
 
-def _event(chunk: Chunk) -> dict[str, Any]:
+def stream_chunks(
+    items: Generator[Chunk | Alignment, None, None],
+    convert: Callable[[Chunk | Alignment], OutputChunk | None],
+    run_manager: Any,
+    on_segment: Callable[[Chunk], None] | None = None,
+) -> Iterator[OutputChunk]:
+    """The engine's items as LangChain's chunks, which the callbacks see first."""
+    with closing(items):
+        for item in items:
+            if on_segment and isinstance(item, Chunk):
+                on_segment(item)
+            if (chunk := convert(item)) is not None:
+                if run_manager:
+                    run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                yield chunk
+
+
+async def astream_chunks(
+    items: AsyncGenerator[Chunk | Alignment, None],
+    convert: Callable[[Chunk | Alignment], OutputChunk | None],
+    run_manager: Any,
+    on_segment: Callable[[Chunk], Awaitable[None]] | None = None,
+) -> AsyncIterator[OutputChunk]:
+    """Async version of `stream_chunks`."""
+    async with aclosing(items):
+        async for item in items:
+            if on_segment and isinstance(item, Chunk):
+                await on_segment(item)
+            if (chunk := convert(item)) is not None:
+                if run_manager:
+                    await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                yield chunk
+
+
+def _segment_data(chunk: Chunk) -> dict[str, Any]:
     return {"segment": chunk.number, **chunk.segment.summary()}

@@ -1,9 +1,8 @@
-"""`CardsCompletion`: CARDS as a LangChain text LLM, for chains that insist on one."""
+"""`CardsCompletion`: CARDS as a LangChain text LLM, for chains that require one."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
-from contextlib import aclosing
 from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
@@ -12,17 +11,20 @@ from langchain_core.language_models.base import LangSmithParams
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from pydantic import ConfigDict
 
-from cards_integrations.chat.template import Formatted
+from cards_integrations.chat.message import as_prompt
+from cards_integrations.chat.template import FormattedPrompt
 from cards_integrations.engine.request import Chunk, Request
-from cards_integrations.langchain.chat_model import LangChainFace
-from cards_integrations.langchain.convert import as_prompt
+from cards_integrations.langchain.base import CardsLangChainBase
+from cards_integrations.langchain.callbacks import astream_chunks, stream_chunks
 from cards_integrations.trace import Alignment
 
 
-class CardsCompletion(LangChainFace, BaseLLM):
-    """Text in, text out, without a chat template; `generate` drafts all its prompts in one batch.
+class CardsCompletion(CardsLangChainBase, BaseLLM):
+    """A LangChain text LLM: it continues a prompt as it is, without a chat template.
 
-    The rewards, segments and costs of an answer are in its `generation_info["cards"]`.
+    It takes the options of `CardsLLM`; a call takes those of `ChatCards`. `generate` drafts all its prompts in one
+    batch. The rewards, segments and costs of an answer are in `generation_info["cards"]` of its generation.
+    Construction loads nothing; the first call does.
     """
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
@@ -57,13 +59,9 @@ class CardsCompletion(LangChainFace, BaseLLM):
         **kwargs: Any,
     ) -> Iterator[GenerationChunk]:
         (request,) = self._requests([prompt], stop, kwargs)
-        for item in self._engine(kwargs).stream(request):
-            if (chunk := _chunk(item)) is not None:
-                if run_manager:
-                    run_manager.on_llm_new_token(chunk.text, chunk=chunk)
-                yield chunk
+        return stream_chunks(self._engine(kwargs).stream(request), _chunk, run_manager)
 
-    async def _astream(
+    def _astream(
         self,
         prompt: str,
         stop: list[str] | None = None,
@@ -71,19 +69,15 @@ class CardsCompletion(LangChainFace, BaseLLM):
         **kwargs: Any,
     ) -> AsyncIterator[GenerationChunk]:
         (request,) = self._requests([prompt], stop, kwargs)
-        async with aclosing(self._engine(kwargs).astream(request)) as items:
-            async for item in items:
-                if (chunk := _chunk(item)) is not None:
-                    if run_manager:
-                        await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
-                    yield chunk
+        return astream_chunks(self._engine(kwargs).astream(request), _chunk, run_manager)
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
-        return self.traced_as("llm", stop, kwargs)
+        return self._langsmith_params("llm", stop, kwargs)
 
     def _requests(self, prompts: list[str], stop: list[str] | None, overrides: dict[str, Any]) -> list[Request]:
-        own = overrides if stop is None else {**overrides, "stop": stop}
-        return [self.request(Formatted(as_prompt(prompt)), own) for prompt in prompts]
+        if stop is not None:
+            overrides = {**overrides, "stop": stop}
+        return [self.request(FormattedPrompt(as_prompt(prompt)), overrides) for prompt in prompts]
 
 
 def _result(answers: list[Alignment]) -> LLMResult:

@@ -1,4 +1,4 @@
-"""Both frameworks' messages to the one chat form of the core (`models.base.Message`)."""
+"""LangChain's messages, tools and classes to the forms of the core, and answers to LangChain's messages."""
 
 from __future__ import annotations
 
@@ -8,195 +8,167 @@ from typing import Any
 
 from langchain_core.messages import (
     AIMessage,
+    AIMessageChunk,
     BaseMessage,
     BaseMessageChunk,
+    ChatMessage,
     FunctionMessage,
     ToolMessage,
     message_chunk_to_message,
 )
-from langchain_core.messages import ChatMessage as LangChainChatMessage
-from llama_index.core.base.llms.types import (
-    CachePoint,
-    ChatMessage,
-    ContentBlock,
-    TextBlock,
-    ThinkingBlock,
-    ToolCallBlock,
-)
+from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
+from langchain_core.messages.tool import ToolCallChunk, invalid_tool_call, tool_call_chunk
+from langchain_core.messages.tool import tool_call as langchain_tool_call
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
+from langchain_core.utils.json import parse_partial_json
 from pydantic import BaseModel
 
-from cards_integrations.chat.message import Message
-from cards_integrations.errors import PromptError, short_repr
+from cards_integrations.chat import message
+from cards_integrations.chat.message import Message, plain_message, role_of, text_of, tool_call
+from cards_integrations.engine.request import Chunk
+from cards_integrations.errors import SettingsError, short_repr
+from cards_integrations.trace import Alignment, InvalidToolCall, ToolCall
 
-ROLES = {
-    "human": "user", "user": "user",
-    "ai": "assistant", "assistant": "assistant", "chatbot": "assistant", "model": "assistant",
-    "system": "system", "developer": "system",
-    "tool": "tool", "function": "tool",
-}  # fmt: skip
-NOT_SAID = {
-    "reasoning", "thinking", "redacted_thinking",
-    "tool_use", "tool_call", "function_call", "tool_call_chunk", "input_json_delta",  # they are in `tool_calls`, too
-}  # fmt: skip
+PROVIDER = "cards"
+
+
+# --- messages ---
 
 
 def as_prompt(value: Any) -> str | list[Message]:
-    """A string as it is; a sequence of messages (of either framework, dicts, pairs) as chat."""
-    if isinstance(value, str):
-        if not value:
-            raise PromptError("The prompt is empty.")
-        return value
-    if not isinstance(value, Sequence):
-        raise PromptError(f"A prompt is a string or a list of messages, not {type(value).__name__}.")
-    chat = [_message(item) for item in value]
-    if not chat:
-        raise PromptError("The list of messages is empty.")
-    if not any(message["content"] or message.get("tool_calls") for message in chat):
-        raise PromptError("All messages are empty.")
-    _name_results(chat)
-    return chat
+    """A string as it is; a sequence of messages (of LangChain, dicts, pairs) as a chat."""
+    return message.as_prompt(value, as_message)
 
 
-def _message(item: Any) -> Message:
-    if isinstance(item, BaseMessage):
-        return _of_langchain(item)
-    if isinstance(item, ChatMessage):
-        return _of_llama_index(item)
-    if isinstance(item, dict) and "role" in item and ("content" in item or item.get("tool_calls")):
-        return _of_dict(item)
-    if isinstance(item, tuple) and len(item) == 2:
-        return {"role": _role(item[0]), "content": _text(item[1])}
-    raise PromptError(f"Not a message: {type(item).__name__}; pass dicts with 'role' and 'content'.")
+def as_message(item: Any) -> Message:
+    """A message from one of LangChain's, a dict or a pair."""
+    return _from_langchain(item) if isinstance(item, BaseMessage) else plain_message(item)
 
 
-def _of_langchain(item: BaseMessage) -> Message:
+def _from_langchain(item: BaseMessage) -> Message:
     if isinstance(item, BaseMessageChunk):
         item = message_chunk_to_message(item)
-    message: Message = {
-        "role": _role(item.role if isinstance(item, LangChainChatMessage) else item.type),
-        "content": _text(item.content),
-    }
+    role = item.role if isinstance(item, ChatMessage) else item.type
+    found: Message = {"role": role_of(role), "content": text_of(item.content)}
     if isinstance(item, AIMessage) and (item.tool_calls or item.invalid_tool_calls):
         calls = [*item.tool_calls, *item.invalid_tool_calls]
-        message["tool_calls"] = [_call(call["id"], call["name"] or "tool", call["args"]) for call in calls]
+        found["tool_calls"] = [tool_call(call["id"], call["name"] or "tool", call["args"]) for call in calls]
     if isinstance(item, ToolMessage):
-        message |= {"tool_call_id": item.tool_call_id, "name": item.name}
+        found |= {"tool_call_id": item.tool_call_id, "name": item.name}
     if isinstance(item, FunctionMessage):
-        message["name"] = item.name
-    return message
-
-
-def _of_llama_index(item: ChatMessage) -> Message:
-    message: Message = {"role": _role(item.role.value), "content": "".join(map(_block, item.blocks))}
-    calls = [block for block in item.blocks if isinstance(block, ToolCallBlock)]
-    if calls:
-        message["tool_calls"] = [_call(call.tool_call_id, call.tool_name, call.tool_kwargs) for call in calls]
-    elif stored := item.additional_kwargs.get("tool_calls"):  # of a history that older integrations wrote
-        message["tool_calls"] = _calls(stored)
-    if message["role"] == "tool":
-        message |= _result(item.additional_kwargs)
-    return message
-
-
-def _of_dict(item: Mapping[str, Any]) -> Message:
-    content = item.get("content")
-    message: Message = {"role": _role(item["role"]), "content": "" if content is None else _text(content)}
-    if calls := item.get("tool_calls"):
-        message["tool_calls"] = _calls(calls)
-    if message["role"] == "tool":
-        message |= _result(item)
-    return message
-
-
-def _result(said: Mapping[str, Any]) -> dict[str, str | None]:
-    """Which call a tool's message answers."""
-    found = {name: said.get(name) for name in ("tool_call_id", "name")}
-    for name, value in found.items():
-        if not isinstance(value, str | None):
-            raise PromptError(f"{name}={short_repr(value)} of a tool's message must be a string.")
+        found["name"] = item.name
     return found
 
 
-def _calls(several: Any) -> list[dict[str, Any]]:
-    if not isinstance(several, (list, tuple)):
-        raise PromptError(f"Not a tool call: {short_repr(several)}; pass a list of them.")
-    return [_call_of_dict(call.model_dump() if isinstance(call, BaseModel) else call) for call in several]
+# --- tools and schemas ---
 
 
-def _call_of_dict(call: Any) -> dict[str, Any]:
+def tool_schemas(tools: Sequence[Any] | None, strict: bool | None = None) -> list[dict[str, Any]]:
+    """Functions as OpenAI describes them, from tools, functions, pydantic classes, typed dicts and schemas."""
+    if isinstance(tools, (str, bytes, Mapping)) or not isinstance(tools or (), Sequence):
+        raise SettingsError(f"tools={short_repr(tools)}: pass a list of them.")
+    return [_tool_schema(tool, strict) for tool in tools or ()]
+
+
+def _tool_schema(tool: Any, strict: bool | None) -> dict[str, Any]:
     try:
-        function = call["function"] if "function" in call else {"name": call["name"], "arguments": call["args"]}
-        name, arguments = function["name"], function["arguments"]
-    except (TypeError, KeyError):
-        name = arguments = None
-    if not isinstance(name, str) or not isinstance(call.get("id"), str | None):
-        raise PromptError(f"Not a tool call: {short_repr(call)}; pass OpenAI's or LangChain's form.")
-    return _call(call.get("id"), name, arguments)
+        found = convert_to_openai_tool(tool, strict=strict)
+        if strict is not None:  # a tool that is in OpenAI's form already comes back unchanged
+            found = {**found, "function": {**found["function"], "strict": strict}}
+        return found
+    except Exception as error:
+        raise SettingsError(
+            f"tools: {short_repr(tool)} cannot be described as a function: {str(error)[:500]}"
+        ) from error
 
 
-def _call(call_id: str | None, name: str, arguments: Any) -> dict[str, Any]:
-    """A call as chat templates take it: the arguments are an object."""
-    given = arguments
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments or "{}")
-        except (ValueError, RecursionError):
-            arguments = given
-    if not isinstance(arguments, Mapping):
-        arguments = {} if arguments is None else {"input": given}  # said as well as it can be
+def json_schema(schema: Any) -> dict[str, Any]:
+    """The JSON schema of a pydantic class (v2 or v1), a typed dict, a function's description, or itself."""
+    if isinstance(schema, type) and issubclass(schema, BaseModel):
+        return schema.model_json_schema()
+    if isinstance(schema, Mapping) and "title" not in schema and ("type" in schema or "$ref" in schema):
+        return dict(schema)
+    return convert_to_json_schema(schema)
+
+
+def convert_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call, with schemas in place of its tools and classes."""
+    found = dict(options)
+    if found.get("tools"):
+        found["tools"] = tool_schemas(found["tools"])
+    for name in ("response_format", "grammar"):
+        if isinstance(found.get(name), type) and issubclass(found[name], BaseModel):
+            found[name] = json_schema(found[name])
+    return found
+
+
+# --- answers ---
+
+
+def as_chat_result(answer: Alignment) -> ChatResult:
+    """A finished answer as one message, with its usage and rewards."""
+    message = AIMessage(
+        answer.content,
+        tool_calls=[langchain_tool_call(id=c.id, name=c.name, args=c.arguments) for c in answer.tool_calls],
+        invalid_tool_calls=[
+            invalid_tool_call(id=c.id, name=c.name, args=c.arguments, error=c.error) for c in answer.invalid_tool_calls
+        ],
+        usage_metadata=_usage(answer),
+        response_metadata=_metadata(answer),
+    )
+    return ChatResult(generations=[ChatGeneration(message=message)])
+
+
+class ChunkConverter:
+    """Converts the items of one answer's stream; it numbers the answer's tool calls."""
+
+    def __init__(self) -> None:
+        self._calls = 0
+
+    def __call__(self, item: Chunk | Alignment) -> ChatGenerationChunk | None:
+        """A kept segment's text and calls (None while all of it is held back); at the end the metadata."""
+        if isinstance(item, Alignment):
+            last = AIMessageChunk(
+                content="", usage_metadata=_usage(item), response_metadata=_metadata(item), chunk_position="last"
+            )
+            return ChatGenerationChunk(message=last)
+        if not item.text and not item.calls:
+            return None
+        calls = [self._call_chunk(call) for call in item.calls]
+        return ChatGenerationChunk(message=AIMessageChunk(content=item.text, tool_call_chunks=calls))
+
+    def _call_chunk(self, call: ToolCall | InvalidToolCall) -> ToolCallChunk:
+        if isinstance(call, ToolCall):
+            arguments = json.dumps(call.arguments, ensure_ascii=False)
+        else:
+            arguments = f"{call.error}: {call.arguments}" if _closable(call.arguments) else call.arguments
+        self._calls += 1
+        return tool_call_chunk(id=call.id, name=call.name, args=arguments, index=self._calls - 1)
+
+
+def _closable(text: str) -> bool:
+    """True if LangChain would close the JSON that a chunk leaves open, and take part of a call for all of it."""
     try:
-        json.dumps(dict(arguments))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise PromptError(
-            f"The arguments {short_repr(arguments)} of a call of {name!r} are no JSON: {error}."
-        ) from None
-    return {"type": "function", "id": call_id, "function": {"name": name, "arguments": dict(arguments)}}
+        return isinstance(parse_partial_json(text), dict)
+    except ValueError:
+        return False
 
 
-def _name_results(chat: list[Message]) -> None:
-    """Some templates ask for the name of the tool with its result; a result has only the id of the call."""
-    names: dict[Any, str] = {}
-    for message in chat:
-        names |= {call["id"]: call["function"]["name"] for call in message.get("tool_calls", ())}
-        if message["role"] == "tool" and not message.get("name"):
-            message["name"] = names.get(message.get("tool_call_id"), "tool")
+def _usage(answer: Alignment) -> UsageMetadata:
+    usage = answer.usage
+    return UsageMetadata(
+        input_tokens=usage.prompt_tokens,
+        output_tokens=usage.completion_tokens,
+        total_tokens=usage.total_tokens,
+        input_token_details=InputTokenDetails(cache_read=usage.cached_tokens),
+    )
 
 
-def _role(role: Any) -> str:
-    if not isinstance(role, str) or role not in ROLES:
-        raise PromptError(
-            f"The message role {short_repr(role)} is not known; use one of {', '.join(sorted(set(ROLES.values())))}."
-        )
-    return ROLES[role]
-
-
-def _text(content: Any) -> str:
-    """The text of a content: a string, or a list of strings and text blocks."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise PromptError(f"Message content must be text, not {type(content).__name__}.")
-    return "".join(_part(part) for part in content)
-
-
-def _part(part: Any) -> str:
-    if isinstance(part, str):
-        return part
-    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-    if kind == "text" and isinstance(part.get("text"), str):
-        return str(part["text"])
-    if isinstance(kind, str) and kind in NOT_SAID:
-        return ""
-    raise PromptError("Message content of type 'text' has no text.") if kind == "text" else _only_text(short_repr(kind))
-
-
-def _block(block: ContentBlock) -> str:
-    if isinstance(block, TextBlock):
-        return block.text
-    if isinstance(block, (ThinkingBlock, ToolCallBlock, CachePoint)):
-        return ""
-    raise _only_text(repr(block.block_type))
-
-
-def _only_text(kind: str) -> PromptError:
-    return PromptError(f"Message content of type {kind} is not supported: the model reads text only.")
+def _metadata(answer: Alignment) -> dict[str, Any]:
+    return {
+        "model_name": answer.model,
+        "model_provider": PROVIDER,
+        "finish_reason": answer.finish_reason,
+        "cards": answer.summary(),
+    }

@@ -1,4 +1,4 @@
-"""LangChain's `with_structured_output` for a model whose answers are held to a schema."""
+"""LangChain's `with_structured_output`: answers that a grammar holds to a schema, and their parsers."""
 
 # mypy: disable-error-code="name-defined"
 
@@ -19,85 +19,91 @@ from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import BaseModel
 
 from cards_integrations.errors import SettingsError
-from cards_integrations.langchain.schemas import json_schema, tool_schemas
+from cards_integrations.langchain.convert import json_schema, tool_schemas
 
 Method = Literal["json_schema", "function_calling", "json_mode"]
 
 
-class Whole:
-    """A parser that does not take a beginning for the whole."""
+class CompleteAnswer:
+    """A parser that refuses an answer that `max_tokens` cut."""
 
     def parse_result(self, result: list[Generation], *, partial: bool = False) -> Any:
-        """What the answer holds; an `OutputParserException` if `max_tokens` cut it."""
+        """Parse the answer; an `OutputParserException` if it is not complete."""
         first = result[0]
-        if isinstance(first, ChatGeneration) and _cut(first.message):  # of a stream, only the last chunk says so
+        if isinstance(first, ChatGeneration) and _is_cut(first.message):  # in a stream only the last chunk can be
             raise OutputParserException(
-                "The answer was cut at max_tokens before it was whole; use a larger max_tokens.",
+                "The answer was cut at max_tokens before it was complete; use a larger max_tokens.",
                 llm_output=first.text,
             )
         return super().parse_result(result, partial=partial)  # type: ignore[misc]
 
 
-class WholeJson(Whole, JsonOutputParser):
-    """A dict."""
+class CompleteJson(CompleteAnswer, JsonOutputParser):
+    """Parses a dict."""
 
 
-class WholePydantic(Whole, PydanticOutputParser[BaseModel]):
-    """An object of a pydantic class."""
+class CompletePydantic(CompleteAnswer, PydanticOutputParser[BaseModel]):
+    """Parses an object of a pydantic class."""
 
 
-class WholeToolArguments(Whole, JsonOutputKeyToolsParser):
-    """The arguments of a call as a dict."""
+class CompleteToolArguments(CompleteAnswer, JsonOutputKeyToolsParser):
+    """Parses the arguments of a call, as a dict."""
 
 
-class WholeToolPydantic(Whole, PydanticToolsParser):
-    """The arguments of a call as an object of a pydantic class."""
+class CompleteToolPydantic(CompleteAnswer, PydanticToolsParser):
+    """Parses the arguments of a call, as an object of a pydantic class."""
 
 
-def structured(
+def structured_chain(
     llm: Any, schema: Any, method: Method, include_raw: bool, strict: bool | None, options: dict[str, Any]
 ) -> Runnable[Any, Any]:
-    """A chain of a chat model and the parser for what it is asked for."""
+    """A chain of the chat model and the parser for its answers."""
     if schema is None and method != "json_mode":
         raise SettingsError(f"with_structured_output: method={method!r} needs a schema.")
-    traced = {"kwargs": {"method": method, "strict": strict}, "schema": schema}
-    if schema is not None:
-        traced["schema"] = json_schema(schema) if _untitled(schema) else convert_to_json_schema(schema)
-    parser: BaseOutputParser[Any]
+    options = {**options, "ls_structured_output_format": _traced_format(schema, method, strict)}
     if method == "function_calling":
-        function = {"title": "answer", **schema} if _untitled(schema) else schema
-        (tool,) = tool_schemas([function], strict)
-        name = tool["function"]["name"]
-        asked = llm.bind_tools(
-            [tool], tool_choice=name, parallel_tool_calls=False, ls_structured_output_format=traced, **options
-        )
-        parser = (
-            WholeToolPydantic(tools=[schema], first_tool_only=True)
-            if _pydantic(schema)
-            else WholeToolArguments(key_name=name, first_tool_only=True)
-        )
+        model, parser = _calling(llm, schema, strict, options)
     elif method in ("json_schema", "json_mode"):
-        wanted: dict[str, Any] = {"type": "json_object"}
+        response_format: dict[str, Any] = {"type": "json_object"}
         if method == "json_schema":
-            wanted = {"type": "json_schema", "json_schema": {"schema": json_schema(schema), "strict": strict}}
-        asked = llm.bind(response_format=wanted, ls_structured_output_format=traced, **options)
-        parser = WholePydantic(pydantic_object=schema) if _pydantic(schema) else WholeJson()
+            response_format = {"type": method, "json_schema": {"schema": json_schema(schema), "strict": strict}}
+        model = llm.bind(response_format=response_format, **options)
+        parser = CompletePydantic(pydantic_object=schema) if _is_pydantic(schema) else CompleteJson()
     else:
         raise SettingsError(
             f"with_structured_output: method={method!r} is not one of json_schema, function_calling, json_mode."
         )
-    return with_raw(asked, parser) if include_raw else asked | parser
+    return _with_raw(model, parser) if include_raw else model | parser
 
 
-def with_raw(asked: Runnable[Any, Any], parser: BaseOutputParser[Any]) -> Runnable[Any, Any]:
-    """The message itself, what was parsed of it, and the error if there was one."""
+def _calling(
+    llm: Any, schema: Any, strict: bool | None, options: dict[str, Any]
+) -> tuple[Runnable[Any, Any], BaseOutputParser[Any]]:
+    """The model that has to call a tool with this schema, and the parser of the call's arguments."""
+    (tool,) = tool_schemas([{"title": "answer", **schema} if _is_untitled(schema) else schema], strict)
+    name = tool["function"]["name"]
+    model = llm.bind_tools([tool], tool_choice=name, parallel_tool_calls=False, **options)
+    if _is_pydantic(schema):
+        return model, CompleteToolPydantic(tools=[schema], first_tool_only=True)
+    return model, CompleteToolArguments(key_name=name, first_tool_only=True)
+
+
+def _traced_format(schema: Any, method: Method, strict: bool | None) -> dict[str, Any]:
+    """How LangSmith shows the structured output."""
+    if schema is not None:
+        schema = json_schema(schema) if _is_untitled(schema) else convert_to_json_schema(schema)
+    return {"kwargs": {"method": method, "strict": strict}, "schema": schema}
+
+
+def _with_raw(model: Runnable[Any, Any], parser: BaseOutputParser[Any]) -> Runnable[Any, Any]:
+    """A dict of the message, the object that was parsed, and the error if there was one."""
     parsed = RunnablePassthrough.assign(parsed=itemgetter("raw") | parser, parsing_error=lambda _: None)
     failed = RunnablePassthrough.assign(parsed=lambda _: None)
-    return RunnableMap(raw=asked) | parsed.with_fallbacks([failed], exception_key="parsing_error")
+    return RunnableMap(raw=model) | parsed.with_fallbacks([failed], exception_key="parsing_error")
 
 
-def _cut(message: BaseMessage) -> bool:
-    """Is it a beginning only? At the limit a grammar closes what is open, but some things take too many tokens."""
+def _is_cut(message: BaseMessage) -> bool:
+    """True for a part of an answer: at the limit the grammar closes what is open, unless that takes too many tokens."""
     if message.response_metadata.get("finish_reason") != "length":
         return False
     if isinstance(message, AIMessage) and (message.tool_calls or message.invalid_tool_calls):
@@ -109,9 +115,9 @@ def _cut(message: BaseMessage) -> bool:
     return False
 
 
-def _pydantic(schema: Any) -> bool:
+def _is_pydantic(schema: Any) -> bool:
     return isinstance(schema, type) and is_basemodel_subclass(schema)
 
 
-def _untitled(schema: Any) -> bool:
+def _is_untitled(schema: Any) -> bool:
     return isinstance(schema, dict) and "title" not in schema and "name" not in schema

@@ -14,7 +14,7 @@ from cards_integrations.trace import Alignment
 class Aligner(Protocol):
     """A language model whose answers are aligned with a reward, such as `CardsLLM`."""
 
-    def chosen(self, overrides: dict[str, Any]) -> Options:
+    def resolve_options(self, overrides: dict[str, Any]) -> Options:
         """Return the options of a call with these arguments."""
 
     def engine_for(self, overrides: dict[str, Any], owner: Any) -> Engine:

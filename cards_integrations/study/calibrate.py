@@ -68,7 +68,7 @@ def calibrate(
     """
     if sum(wanted is not None for wanted in (budget, goal, quantile)) > 1:
         raise SettingsError("calibrate: give only one of budget=, goal= and quantile=.")
-    chosen = llm.chosen(options)
+    chosen = llm.resolve_options(options)
     if chosen.reward is None:
         raise SettingsError("calibrate: there is no reward to calibrate; pass reward=.")
     if prompts is None:

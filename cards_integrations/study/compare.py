@@ -56,7 +56,7 @@ def compare(
         SettingsError: If an arm is no method, or `out` holds something other than answers.
     """
     results = Results(out, REQUIRED_FIELDS)
-    options = llm.chosen({})
+    options = llm.resolve_options({})
     rewards = {"reward": options.reward, "judged": as_reward(judge) if judge is not None else None}
     shared = _as_json({
         **{name: getattr(options, name) for name in LLM_OPTIONS},

@@ -1,0 +1,151 @@
+"""LlamaIndex's messages and tools to the forms of the core, and answers to LlamaIndex's responses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, TypeVar
+
+from llama_index.core.base.llms.types import (
+    CachePoint,
+    ChatMessage,
+    ChatResponse,
+    CompletionResponse,
+    ContentBlock,
+    MessageRole,
+    TextBlock,
+    ThinkingBlock,
+    ToolCallBlock,
+)
+from llama_index.core.tools.types import BaseTool
+from pydantic import BaseModel, ValidationError
+
+from cards_integrations.chat import message
+from cards_integrations.chat.message import (
+    Message,
+    answered_call,
+    plain_message,
+    role_of,
+    text_only,
+    tool_call,
+    tool_calls,
+)
+from cards_integrations.engine.request import Chunk
+from cards_integrations.errors import AnswerCut
+from cards_integrations.langchain import convert as langchain
+from cards_integrations.trace import Alignment, InvalidToolCall, ToolCall
+
+Model = TypeVar("Model", bound=BaseModel)
+
+# --- messages ---
+
+
+def as_prompt(value: Any) -> str | list[Message]:
+    """A string as it is; a sequence of messages (of LlamaIndex, dicts, pairs) as a chat."""
+    return message.as_prompt(value, as_message)
+
+
+def as_message(item: Any) -> Message:
+    """A message from one of LlamaIndex's, a dict or a pair."""
+    return _from_llama_index(item) if isinstance(item, ChatMessage) else plain_message(item)
+
+
+def _from_llama_index(item: ChatMessage) -> Message:
+    found: Message = {"role": role_of(item.role.value), "content": "".join(map(_block_text, item.blocks))}
+    calls = [block for block in item.blocks if isinstance(block, ToolCallBlock)]
+    if calls:
+        found["tool_calls"] = [tool_call(call.tool_call_id, call.tool_name, call.tool_kwargs) for call in calls]
+    elif stored := item.additional_kwargs.get("tool_calls"):  # in histories that older integrations wrote
+        found["tool_calls"] = tool_calls(stored)
+    if found["role"] == "tool":
+        found |= answered_call(item.additional_kwargs)
+    return found
+
+
+def _block_text(block: ContentBlock) -> str:
+    if isinstance(block, TextBlock):
+        return block.text
+    if isinstance(block, (ThinkingBlock, ToolCallBlock, CachePoint)):
+        return ""
+    raise text_only(repr(block.block_type))
+
+
+# --- tools ---
+
+
+def tool_schemas(tools: Sequence[Any] | None) -> list[dict[str, Any]]:
+    """Functions as OpenAI describes them, from LlamaIndex's tools and all that LangChain can describe."""
+    return langchain.tool_schemas(describe_tools(tools))
+
+
+def describe_tools(tools: Any) -> Any:
+    """The same list, with LlamaIndex's own tools described as OpenAI describes a function."""
+    return [_describe(tool) for tool in tools] if isinstance(tools, (list, tuple)) else tools
+
+
+def _describe(tool: Any) -> Any:
+    return tool.metadata.to_openai_tool(skip_length_check=True) if isinstance(tool, BaseTool) else tool
+
+
+def convert_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call, with schemas in place of its tools."""
+    return {**options, "tools": tool_schemas(options["tools"])} if options.get("tools") else dict(options)
+
+
+# --- answers ---
+
+
+def completion_response(
+    item: Chunk | Alignment, text: str | None = None, delta: str | None = None, calls: Sequence[Any] = ()
+) -> CompletionResponse:
+    """A whole answer, or the `text` of a stream so far and what is new of it."""
+    return CompletionResponse(text=item.text if text is None else text, delta=delta, raw=_raw(item))
+
+
+def chat_response(
+    item: Chunk | Alignment,
+    text: str | None = None,
+    delta: str | None = None,
+    calls: Sequence[ToolCall | InvalidToolCall] = (),
+) -> ChatResponse:
+    """A whole answer, or the `text` and `calls` of a stream so far and what is new of the text."""
+    if isinstance(item, Alignment):
+        text, calls = item.content, item.tool_calls
+    blocks: list[ContentBlock] = [TextBlock(text=text or "")]
+    blocks += [
+        ToolCallBlock(tool_call_id=call.id, tool_name=call.name, tool_kwargs=call.arguments)
+        for call in calls
+        if isinstance(call, ToolCall)
+    ]
+    return ChatResponse(message=ChatMessage(role=MessageRole.ASSISTANT, blocks=blocks), delta=delta, raw=_raw(item))
+
+
+def parse_response(output_cls: type[Model], response: ChatResponse) -> Model:
+    """An object of a pydantic class from an answer; an `AnswerCut` if `max_tokens` cut it."""
+    try:
+        return output_cls.model_validate_json(response.message.content or "")
+    except ValidationError as error:
+        refuse_cut(response, error)
+        raise
+
+
+def refuse_cut(response: ChatResponse, cause: Exception | None = None) -> None:
+    """Raise an `AnswerCut` if `max_tokens` cut the answer."""
+    if response.raw and response.raw["finish_reason"] == "length":
+        raise AnswerCut("The answer was cut at max_tokens before it was complete; use a larger max_tokens.") from cause
+
+
+def _raw(item: Chunk | Alignment) -> dict[str, Any] | None:
+    if isinstance(item, Chunk):
+        return None
+    usage = item.usage
+    return {
+        "usage": {
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "total_tokens": usage.total_tokens,
+        },
+        "finish_reason": item.finish_reason,
+        "invalid_tool_calls": [asdict(call) for call in item.invalid_tool_calls],
+        "cards": item.summary(),
+    }
