@@ -23,7 +23,7 @@ from cards_integrations.cli.options import decoding_from
 from cards_integrations.decoding import BestOfN, Cards, Particles
 from cards_integrations.engine import Engine
 from cards_integrations.errors import SettingsError
-from cards_integrations.rewards import registry
+from cards_integrations.rewards.registry import GROUP
 
 
 @pytest.fixture
@@ -211,8 +211,8 @@ def test_rewards_and_models():
 
 
 def test_a_broken_plugin_is_a_line_of_the_list(monkeypatch):
-    broken = EntryPoint("broken", "nowhere.at_all:Mine", registry.GROUP)
-    monkeypatch.setattr(registry, "entry_points", lambda group: [broken])
+    broken = EntryPoint("broken", "nowhere.at_all:Mine", GROUP)
+    monkeypatch.setattr("cards_integrations.registry.entry_points", lambda group: [broken])
     assert "groundedness" in run("rewards").stdout
     assert "does not load: No module named 'nowhere'" in json.loads(run("rewards", "--json").stdout)["broken"]
 

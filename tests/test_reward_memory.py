@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import tiny
+
 from cards_integrations.models.local.loader import ModelLoader
 from cards_integrations.models.local.settings import LocalModel, Placement
-
 from cards_integrations.rewards import (
     ClassifierReward,
     Conversation,

@@ -52,7 +52,7 @@ YAML = {"safe_load", "safe_dump", "MarkedYAMLError"}
 LOADS = {
     ("cli/judge.py", "json"), ("decoding/__init__.py", "json"), ("messages.py", "json"), ("models/grammar.py", "json"),
     ("models/sources.py", "json"), ("models/step_times.py", "json"), ("models/tool_formats.py", "json"),
-    ("rewards/registry.py", "json"), ("structured_output.py", "json"), ("study/compare.py", "json"),
+    ("registry.py", "json"), ("structured_output.py", "json"), ("study/compare.py", "json"),
     ("study/prompts.py", "json"), ("study/rows.py", "json"),
 }  # fmt: skip
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -11,30 +9,30 @@ from pydantic import BeforeValidator, SerializeAsAny, WithJsonSchema
 
 from cards_integrations.errors import SettingsError, short_repr, unknown_name
 from cards_integrations.paths import is_directory
+from cards_integrations.registry import Registry, from_json
 from cards_integrations.rewards.base import Reward
 
 GROUP = "cards_integrations.rewards"
-REWARDS: dict[str, type[Reward]] = {}
 NAMED: dict[str, Reward] = {}
 R = TypeVar("R", bound=Reward)
 
+_registry = Registry(Reward, "reward", "kind", GROUP)
+REWARDS: dict[str, type[Reward]] = _registry.classes
+
 
 def register_reward(cls: type[R]) -> type[R]:
-    """Make a subclass of `Reward` known by its `kind`, for settings files and names. A decorator."""
-    kind = cls.model_fields["kind"].default
-    if not isinstance(kind, str):
-        raise SettingsError(f'{cls.__name__} has no kind: write kind: Literal["my-reward"] = "my-reward" in it.')
-    before = REWARDS.get(kind)
-    here, there = ((c.__module__, c.__qualname__) if c else None for c in (cls, before))
-    if before is not None and here != there:  # a notebook's cell may run again
-        raise SettingsError(f"The reward kind {kind!r} is taken by {before.__module__}.{before.__qualname__}.")
-    REWARDS[kind] = cls
+    """Make a subclass of `Reward` known by its `kind`, for settings files and names. A decorator.
+
+    Raises:
+        SettingsError: It has no `kind: Literal["my-reward"] = "my-reward"`, or that of another class.
+    """
+    _registry.register(cls)
     return cls
 
 
 def known_rewards() -> list[str]:
     """Return all kinds, including those of installed plug-ins."""
-    return sorted({*REWARDS, *(point.name for point in entry_points(group=GROUP))})
+    return _registry.known()
 
 
 def reward_class(kind: str) -> type[Reward]:
@@ -43,22 +41,7 @@ def reward_class(kind: str) -> type[Reward]:
     Raises:
         SettingsError: There is none, or the plug-in does not load.
     """
-    if kind in REWARDS:
-        return REWARDS[kind]
-    plugins = {point.name: point for point in entry_points(group=GROUP)}
-    if kind in plugins:
-        try:
-            found = plugins[kind].load()
-        except Exception as error:
-            raise SettingsError(
-                f"The reward plug-in {kind!r} ({plugins[kind].value}) does not load: {error}"
-            ) from error
-        if not (isinstance(found, type) and issubclass(found, Reward)):
-            raise SettingsError(f"The reward plug-in {kind!r} ({plugins[kind].value}) is not a subclass of Reward.")
-        REWARDS[kind] = found
-    if kind not in REWARDS:
-        raise unknown_name("reward.kind", kind, known_rewards())
-    return REWARDS[kind]
+    return _registry[kind]
 
 
 def as_reward(value: Any) -> Reward:
@@ -72,11 +55,7 @@ def as_reward(value: Any) -> Reward:
     """
     if isinstance(value, Reward):
         return value
-    if isinstance(value, str) and value.startswith("{"):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise SettingsError(f"reward is not JSON: {error}") from None
+    value = from_json("reward", value)
     if isinstance(value, (str, Path)):
         name = str(value)
         if name in NAMED:
