@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -11,61 +9,50 @@ from pydantic import BeforeValidator, SerializeAsAny, WithJsonSchema
 
 from cards_integrations.errors import SettingsError, short_repr, unknown_name
 from cards_integrations.models.local.loading import is_directory
+from cards_integrations.registry import Registry, from_json
 from cards_integrations.rewards.base import Reward
 
 GROUP = "cards_integrations.rewards"
-REWARDS: dict[str, type[Reward]] = {}
-NAMED: dict[str, Reward] = {}
 R = TypeVar("R", bound=Reward)
+
+_registry = Registry(Reward, "reward", "kind", GROUP)
+REWARDS: dict[str, type[Reward]] = _registry.classes
+NAMED: dict[str, Reward] = {}
 
 
 def register_reward(cls: type[R]) -> type[R]:
-    """Make a subclass of `Reward` known by its `kind`, for settings files and names. A decorator."""
-    kind = cls.model_fields["kind"].default
-    if not isinstance(kind, str):
-        raise SettingsError(f'{cls.__name__} has no kind: write kind: Literal["my-reward"] = "my-reward" in it.')
-    before = REWARDS.get(kind)
-    here, there = ((c.__module__, c.__qualname__) if c else None for c in (cls, before))
-    if before is not None and here != there:  # a notebook's cell may run again
-        raise SettingsError(f"The reward kind {kind!r} is taken by {before.__module__}.{before.__qualname__}.")
-    REWARDS[kind] = cls
+    """Make a subclass of `Reward` known by its `kind`, for settings files and names. A decorator.
+
+    Raises:
+        SettingsError: If it has no `kind: Literal["my-reward"] = "my-reward"`, or that of another class.
+    """
+    _registry.register(cls)
     return cls
 
 
 def known_rewards() -> list[str]:
     """All kinds, those of installed plug-ins included."""
-    return sorted({*REWARDS, *(point.name for point in entry_points(group=GROUP))})
+    return _registry.known()
 
 
 def reward_class(kind: str) -> type[Reward]:
-    """The class of a kind, from this package or from an installed plug-in."""
-    if kind in REWARDS:
-        return REWARDS[kind]
-    plugins = {point.name: point for point in entry_points(group=GROUP)}
-    if kind in plugins:
-        try:
-            found = plugins[kind].load()
-        except Exception as error:
-            raise SettingsError(
-                f"The reward plug-in {kind!r} ({plugins[kind].value}) does not load: {error}"
-            ) from error
-        if not (isinstance(found, type) and issubclass(found, Reward)):
-            raise SettingsError(f"The reward plug-in {kind!r} ({plugins[kind].value}) is not a subclass of Reward.")
-        REWARDS[kind] = found
-    if kind not in REWARDS:
-        raise unknown_name("reward.kind", kind, known_rewards())
-    return REWARDS[kind]
+    """The class of a kind, from this package or from an installed plug-in.
+
+    Raises:
+        SettingsError: If nobody has registered the kind, or its plug-in cannot be used.
+    """
+    return _registry[kind]
 
 
 def as_reward(value: Any) -> Reward:
-    """A reward from a name, a hub id, a directory, a callable, its settings as a dict, or itself."""
+    """Make a reward from a name, a hub id, a directory, a callable, its settings as a dict or as JSON, or itself.
+
+    Raises:
+        SettingsError: If there is no such reward, or the value is of no such form.
+    """
     if isinstance(value, Reward):
         return value
-    if isinstance(value, str) and value.startswith("{"):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise SettingsError(f"reward is not JSON: {error}") from None
+    value = from_json("reward", value)
     if isinstance(value, (str, Path)):
         name = str(value)
         if name in NAMED:
