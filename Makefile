@@ -21,7 +21,7 @@ lock:
 		--no-annotate --no-header --no-emit-package torch --output-file requirements.lock
 
 demo: setup
-	$(BIN)/python -m cards_integrations.cli.demo
+	$(BIN)/cards demo
 
 test: lint types unit
 

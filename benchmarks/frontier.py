@@ -20,7 +20,7 @@ import numpy as np
 from cards_integrations.cli.demo import JUDGE
 from cards_integrations.decoding import BestOfN, Cards, Decoding, Uncertainty
 from cards_integrations.engine import Engine, EngineSettings, Request
-from cards_integrations.models.local.loading import LocalModel
+from cards_integrations.models.local.settings import LocalModel
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import NAMED, ClassifierReward
 

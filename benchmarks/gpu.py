@@ -26,7 +26,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from cards_integrations.decoding import BestOfN, Cards, Decoding, Sampling, Uncertainty
 from cards_integrations.engine import Engine, EngineSettings, Request
-from cards_integrations.models.local.loading import LocalModel, ModelLoader
+from cards_integrations.models.local.loader import ModelLoader
+from cards_integrations.models.local.settings import LocalModel
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import ClassifierReward
 from cards_integrations.trace import Alignment

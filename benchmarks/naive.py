@@ -18,12 +18,15 @@ from transformers import AutoModelForCausalLM
 from cards_integrations.chat.template import ChatTokenizer
 from cards_integrations.decoding import Cards, Threshold
 from cards_integrations.decoding.segmentation import Uncertainty
-from cards_integrations.models.local.loading import LocalModel, ModelLoader, Placement, resolve_model
+from cards_integrations.models.local.loader import ModelLoader
+from cards_integrations.models.local.resolve import resolve_model
+from cards_integrations.models.local.settings import LocalModel, Placement
 from cards_integrations.models.randomness import Uniforms
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import ClassifierReward
 from cards_integrations.rewards.base import Conversation
-from cards_integrations.rewards.classifier import ADAPTERS, Layout
+from cards_integrations.rewards.classifier import ADAPTERS
+from cards_integrations.rewards.scorers.input_format import InputFormat
 from cards_integrations.trace import Usage
 from cards_integrations.uncertainty import uncertainty
 
@@ -35,7 +38,7 @@ class Plain:
     model: Any
     judge: Any
     chat: ChatTokenizer
-    layout: Layout
+    input_format: InputFormat
     eos: int
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTED, 0))
 
@@ -49,12 +52,13 @@ class Plain:
         )
         model.generation_config.pad_token_id = tokenizer.pad_token_id
         chat = ChatTokenizer(tokenizer)
-        return cls(model, judge, chat, Layout(reward, chat), tokenizer.eos_token_id)
+        input_format = InputFormat(chat, reward.prompt_format, reward.end_of_turn)
+        return cls(model, judge, chat, input_format, tokenizer.eos_token_id)
 
     def around(self, prompt: str) -> tuple[list[int], list[int]]:
         """What the reward model reads before an answer and after it."""
-        before, after = self.layout.around(Conversation(prompt, Usage()))
-        return self.chat.encode(before, special=self.layout.special), self.chat.encode(after)
+        before, after = self.input_format.around(Conversation(prompt, Usage()))
+        return self.chat.encode(before, special=self.input_format.adds_special_tokens), self.chat.encode(after)
 
     @torch.inference_mode()
     def rewards(self, prompt: str, answers: list[list[int]]) -> list[float]:

@@ -33,7 +33,7 @@ from sentence_transformers import SentenceTransformer
 
 from cards_integrations import CardsLLM, RetrievedContext, documents_chain
 from cards_integrations.decoding import Cards, Sampling
-from cards_integrations.models.local.loading import resolve_model
+from cards_integrations.models.local.resolve import resolve_model
 from cards_integrations.rewards import GroundednessReward
 
 HERE = Path(__file__).parent

@@ -37,7 +37,7 @@ from rich.table import Table
 from cards_integrations import CardsLLM
 from cards_integrations.cli.demo import JUDGE
 from cards_integrations.decoding import BestOfN, Cards, Decoding, OptimalStopping, Sampling
-from cards_integrations.models.local.loading import LocalModel
+from cards_integrations.models.local.settings import LocalModel
 from cards_integrations.rewards import (
     NAMED,
     ClassifierReward,
@@ -102,7 +102,7 @@ def distilled(llm: CardsLLM, folder: Path, n: int = 8, epochs: int = 2) -> Local
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from cards_integrations.models.local.loading import resolve_model
+    from cards_integrations.models.local.resolve import resolve_model
 
     best = llm.align_batch(PLAIN, range(len(PLAIN)), decoding=BestOfN(n=n), max_tokens=48)
     model = AutoModelForCausalLM.from_pretrained(resolve_model("smollm2"), dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Does a redesign change an answer? Over a hundred requests of all kinds, recorded before it and compared after.
+"""Does a redesign change an answer? Some 260 requests of all kinds, recorded before it and compared after.
 
     python benchmarks/same_answers.py record benchmarks/results/same-answers.json
     python benchmarks/same_answers.py check benchmarks/results/same-answers.json [--models ../shared/models]
@@ -11,8 +11,8 @@ Texts, tokens, verdicts, chunks, calls, counts and finish reasons have to be equ
 1e-4. Exit code 1 and a line for each difference if they are not. The ids of tool calls are random, and are left out.
 
 Where requests come from several threads or tasks, or a reward runs in a thread of its own, what is drafted
-together depends on the clock. Of those (the groups "concurrent" and "sync function", see `Bench.loosely`) the
-counts of drafts and forwards are left out; everything else is compared.
+together depends on the clock. Of those ("concurrent: ..." and "rewards: sync function", see `Bench.loosely`) the counts
+of drafts and forwards are left out; everything else is compared.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import argparse
 import asyncio
 import hashlib
 import json
+import logging
 import math
 import sys
 import tempfile
@@ -53,6 +54,7 @@ from transformers import (
     GenerationConfig,
     PreTrainedTokenizerFast,
 )
+from transformers.utils.logging import disable_progress_bar
 
 import cards_integrations
 from cards_integrations import CardsCompletion, CardsLLM, CardsSettings, ChatCards, Grammar
@@ -90,7 +92,7 @@ from cards_integrations.rewards import (
 
 Row = dict[str, Any]
 TOLERANCE = 1e-4
-SHARED = Path(__file__).parents[2] / "shared" / "models"
+SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "models"
 COUNTS = (
     "prompt_tokens", "cached_tokens", "completion_tokens", "drafted_tokens", "drafts", "lm_forwards", "lm_tokens",
     "rm_forwards", "rm_tokens",
@@ -106,6 +108,7 @@ WRITTEN = (
     "Answer with a JSON object that this JSON schema describes: the type of each of the properties, please.\n"
 )
 OTHERWISE = "Reward models may read other words than those that write: longer pieces, or shorter ones, of their own. "
+ENDS = [f"<end{number}>" for number in range(6)]  # special tokens, with which some models end an answer
 CHAT = (
     "{% for m in messages %}<{{ m.role }}> {{ m.content }} </{{ m.role }}>\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant> {% endif %}"
@@ -142,7 +145,7 @@ def words_of(text: str, size: int, template: str | None = CHAT) -> PreTrainedTok
     fast.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=["<pad>", "</s>"], initial_alphabet=alphabet, show_progress=False
+        vocab_size=size, special_tokens=["<pad>", "</s>", *ENDS], initial_alphabet=alphabet, show_progress=False
     )
     fast.train_from_iterator([text] * 8, trainer)
     tokenizer = PreTrainedTokenizerFast(
@@ -222,6 +225,7 @@ def of_alignment(answer: Any) -> Row:
         "finish": answer.finish_reason,
         "segments": [segment.reward for segment in answer.segments],
         "thresholds": [segment.threshold for segment in answer.segments],
+        "lengths": [len(segment.token_ids) for segment in answer.segments],
         "verdicts": ["".join(draft.verdict[0] for draft in segment.drafts) for segment in answer.segments],
         "counts": {name: getattr(answer.usage, name) for name in COUNTS},
         "tools": [[call.name, call.arguments] for call in answer.tool_calls],
@@ -285,7 +289,7 @@ class Bench:
         self.rows: list[Row] = []
         self.open: list[CardsLLM] = []
         self.llama = writer(folder, "llama", 0)
-        self.gemma = writer(folder, "gemma3_text", 1, ends=(1, 300, 320, 340, 360, 380))
+        self.gemma = writer(folder, "gemma3_text", 1, ends=range(1, 2 + len(ENDS)))
         self.gpt2 = writer(folder, "gpt2", 2)
         self.judge = scorer(folder, "llama", words_of(WRITTEN, 400), 3)
         self.other = scorer(folder, "gpt2", words_of(OTHERWISE, 330, template=None), 4)
@@ -311,7 +315,7 @@ class Bench:
             found = work(*args, **options)
         except Exception as error:
             self.rows.append({"name": name, "error": type(error).__name__})
-            print(f"{name}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
+            print(f"{name}: {type(error).__name__}: {str(error).splitlines()[0][:160]}", file=sys.stderr)
             return None
         several = found if isinstance(found, list) else [found]
         for number, answer in enumerate(several):
@@ -339,11 +343,11 @@ PROMPTS = (
     "How was your day?", "What is the weather in Paris?", "Tell me about the cat on the mat.", "Why did the dog run?",
     "Write one sentence about rain.", "Say something nice.", "Where do we stay when it rains?", "Count to three.",
 )  # fmt: skip
-ENTROPY = Uncertainty(threshold=3.5, min_length=3, max_length=12)
+ENTROPY = Uncertainty(threshold=2.2, min_length=3, max_length=12)  # a fifth of the tokens are less certain
 BOUNDARIES = {
     "entropy": ENTROPY,
-    "max probability": Uncertainty(measure="max_probability", threshold=0.75, min_length=2, max_length=16),
-    "evidential": Uncertainty(measure="evidential", threshold=0.33, min_length=2, max_length=16),
+    "max probability": Uncertainty(measure="max_probability", threshold=0.65, min_length=2, max_length=16),
+    "evidential": Uncertainty(measure="evidential", threshold=0.39, min_length=2, max_length=16),
     "fixed length": FixedLength(length=7),
     "punctuation": Punctuation(min_length=2, max_length=14, marks=(".", "?", "!", ",", "e", " t")),
 }
@@ -466,7 +470,7 @@ def rewards_of(bench: Bench) -> dict[str, Reward]:
         "min": MinReward(rewards=[judge, ClassifierReward(model=bench.other)]),
         "gate": GateReward(gate=pattern, reward=judge, threshold=0.0),
         "gate, nested": GateReward(gate=function, reward=MinReward(rewards=[judge, pattern]), threshold=0.1, closed=-9),
-        "implicit": ImplicitReward(tuned=bench.gpt2, beta=0.5),
+        "implicit": ImplicitReward(tuned=bench.gpt2),
         "implicit, two others": ImplicitReward(tuned=bench.gpt2, base=bench.gemma),
         "judge": JudgeReward(),
         "judge, another": JudgeReward(model=bench.gpt2, rubric="{prompt}|{response}|?", words=("good", "bad")),
@@ -632,9 +636,12 @@ def streams(bench: Bench) -> None:
         options: dict[str, Any] = {"decoding": METHODS[name], "seed": 30 + number}
         bench.note(f"stream: {name}", lambda o=options: streamed(llm.align_stream(PROMPTS[3], **o)))
         bench.note(f"async stream: {name}", lambda o=options: streamed(collected(llm.aalign_stream(PROMPTS[3], **o))))
-    plain = llm.align(PROMPTS[4], seed=36)
-    options = {"seed": 36, "stop": [inside(plain.text)]}
-    bench.note("stream: stop", lambda: streamed(llm.align_stream(PROMPTS[4], **options)))
+    for name in ("sampling", "cards, soft"):
+        options = {"decoding": METHODS[name], "seed": 36}
+        stop = [inside(llm.align(PROMPTS[4], **options).text)]
+        bench.note(
+            f"stream: {name}, stop", lambda o=options, s=stop: streamed(llm.align_stream(PROMPTS[4], **o, stop=s))
+        )
     bench.note("stream: closed", lambda: first_of(llm.align_stream(PROMPTS[5], seed=37)))
     bench.note("stream: object", lambda: streamed(llm.align_stream(PROMPTS[6], response_format=Person, max_tokens=80,
                                                                    seed=38)))  # fmt: skip
@@ -728,8 +735,8 @@ def concurrent(bench: Bench) -> None:
 def settings(bench: Bench) -> None:
     """Options by settings and by YAML; and what is refused."""
     given = CardsSettings(
-        model=bench.llama, reward=ClassifierReward(model=bench.judge), decoding=SOFT, max_tokens=24, seed=80, stop=["~"],
-        engine=machine(2),
+        model=bench.llama, reward=ClassifierReward(model=bench.judge), decoding=SOFT, max_tokens=24, seed=80,
+        stop=["~"], engine=machine(2),
     )  # fmt: skip
     file = bench.folder / "cards.yaml"
     file.write_text(given.to_yaml(), encoding="utf-8")
@@ -753,7 +760,7 @@ def pair(bench: Bench) -> None:
         return
     reward = ClassifierReward(model=str(judges), scale=(-0.15, 0.48))
     boundary = Uncertainty(threshold=2.9)
-    llm = bench.llm(str(writes), 4, reward=reward, max_tokens=64, decoding=Cards(boundary=boundary))
+    llm = bench.llm(str(writes), 4, reward=reward, max_tokens=48, decoding=Cards(boundary=boundary))
     prompts = ["Tom went to the park", "Lily was very sad", "The big dog saw a cat", "Mom made a cake"]
     several: dict[str, dict[str, Any]] = {
         "cards": {},
@@ -792,6 +799,8 @@ GROUPS = (
 def answers(pair: Path) -> list[Row]:
     """The rows of all requests, with models, caches and remembered scales that are theirs alone."""
     torch.set_num_threads(1)
+    disable_progress_bar()
+    logging.getLogger("cards_integrations").setLevel(logging.ERROR)
     for name in [name for name in os.environ if name.startswith("CARDS_")]:
         del os.environ[name]
     with tempfile.TemporaryDirectory() as folder:

@@ -37,7 +37,7 @@ from rich.table import Table
 from cards_integrations import CardsLLM
 from cards_integrations.decoding import BestOfN, Cards, Decoding, Sampling
 from cards_integrations.engine.worker import Worker
-from cards_integrations.models.local.loading import LocalModel, Placement
+from cards_integrations.models.local.settings import LocalModel, Placement
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import NAMED
 from cards_integrations.trace import Alignment
@@ -63,7 +63,7 @@ class Bench:
     def worker(self) -> Worker:
         engine = self.llm._engine({})
         engine.loaded()
-        assert engine._worker is not None
+        assert engine._worker is not None  # it times what happens inside
         return engine._worker
 
     def alone(self, work: Callable[[], T]) -> T:
@@ -294,9 +294,9 @@ class Profile:
         self.rm_tokens = self.new_tokens = 0
 
     def of(self, run: Callable[[], list[Alignment]]) -> list[Alignment]:
-        judge: Any = next(iter(self.worker.rewards.values()))
+        judge: Any = next(iter(self.worker.rewards.built.values()))
         lm, rm = self.worker.language_model.model, judge.transformer.model.base_model
-        lm_forward, rm_forward, feed = lm.forward, rm.forward, judge._feed
+        lm_forward, rm_forward, feed = lm.forward, rm.forward, judge._forward_input
 
         def timed(forward: Callable[..., Any], attribute: str) -> Callable[..., Any]:
             def run(*args: Any, **kwargs: Any) -> Any:
@@ -308,21 +308,21 @@ class Profile:
             return run
 
         def counted_feed(response: Any) -> Any:
-            kept = len(response.conversation.state.tree.ids)
+            read = judge.rows[response.conversation]
+            kept = len(read.tree.ids)
             made = feed(response)
             if kept:  # else it reads the prompt
                 self.rm_tokens += len(made.ids)
-                read = response.conversation.state
                 self.new_tokens += len(read.before_ids) + len(response.ids or []) - kept or 1
             return made
 
-        lm.forward, rm.forward, judge._feed = timed(lm_forward, "lm"), timed(rm_forward, "rm"), counted_feed
+        lm.forward, rm.forward, judge._forward_input = timed(lm_forward, "lm"), timed(rm_forward, "rm"), counted_feed
         began = time.perf_counter()
         try:
             return run()
         finally:
             self.seconds = time.perf_counter() - began
-            lm.forward, rm.forward, judge._feed = lm_forward, rm_forward, feed
+            lm.forward, rm.forward, judge._forward_input = lm_forward, rm_forward, feed
 
     @property
     def outside(self) -> float:

@@ -29,7 +29,8 @@ from cards_integrations.decoding import Cards, Uncertainty
 from cards_integrations.engine import Engine, EngineSettings, Request
 from cards_integrations.models import LocalModel, VllmModel
 from cards_integrations.models.local.embedded import embedded_model
-from cards_integrations.models.local.loading import ModelLoader, Placement
+from cards_integrations.models.local.loader import ModelLoader
+from cards_integrations.models.local.settings import Placement
 from cards_integrations.rewards import NAMED, ClassifierReward, RemoteReward, Reward
 from cards_integrations.rewards.classifier import ADAPTERS
 

@@ -13,7 +13,7 @@ from llama_index.core.prompts import BasePromptTemplate
 from pydantic import ConfigDict, PrivateAttr
 
 from cards_integrations.engine.engine import Engine
-from cards_integrations.engine.session import Chunk
+from cards_integrations.engine.request import Chunk
 from cards_integrations.langchain.chat_model import ChatCards
 from cards_integrations.langchain.convert import as_prompt
 from cards_integrations.langchain.schemas import converted

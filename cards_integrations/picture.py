@@ -2,227 +2,134 @@
 
 from __future__ import annotations
 
-import html
 import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from cards_integrations.templates import render
 from cards_integrations.trace import Alignment, DraftTrace, Segment
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-BLUE, ORANGE = "#2f7fd1", "#d9730d"  # told apart by colour-blind eyes, and legible on white and on black
-FAINT, STRONG = 0.1, 0.6  # how blue the lowest and the highest reward are
+BLUE, ORANGE = "#2f7fd1", "#d9730d"  # colour-blind eyes can distinguish them; legible on white and on black
+FAINT, STRONG = 0.1, 0.6  # opacity of the blue at the lowest and at the highest reward
 WIDTH, HEIGHT = 900, 230  # of the chart, and its margins
 LEFT, RIGHT, TOP, BOTTOM = 48, 12, 28, 44
-WORDS = {"accepted": "✓ accepted", "rejected": "✗ rejected", "best": "✓ best", "unscored": "unscored"}
-
-# Colours are the notebook's own, or see-through: so it suits light and dark themes without knowing of them.
-STYLE = """
-.cards-trace { max-width: 60rem; line-height: 1.5; font-variant-numeric: tabular-nums; }
-.cards-trace p { margin: .6em 0; }
-.cards-trace .note, .cards-trace th, .cards-trace .number, .cards-trace .facts {
-  color: color-mix(in srgb, currentColor 72%, transparent); font-size: .85em; }
-.cards-trace .answer { line-height: 1.9; counter-reset: segment; }
-.cards-trace .answer, .cards-trace .draft { white-space: pre-wrap; overflow-wrap: anywhere; }
-.cards-trace .kept, .cards-trace .draft, .cards-trace .excerpt { unicode-bidi: isolate; }
-.cards-trace span.kept { background: rgb(47 127 209 / var(--blue, 0)); border-radius: 3px; padding: .15em;
-  counter-increment: segment; }
-.cards-trace span.kept:not(:only-child)::after { content: "\\2060" counter(segment); font-size: .62em; opacity: .6;
-  vertical-align: .5em; padding-left: .2em; user-select: none; }
-.cards-trace .below { text-decoration: underline dotted 2px #d9730d; text-underline-offset: .25em; }
-.cards-trace .scale { display: inline-block; width: 7em; height: .8em; margin: 0 .5em; border-radius: 3px; }
-.cards-trace svg { display: block; width: 100%; height: auto; margin: .8em 0; }
-.cards-trace svg text { fill: currentColor; font: 12px system-ui, sans-serif; }
-.cards-trace path { fill: none; stroke: currentColor; stroke-width: 1.5; }
-.cards-trace path.grid { stroke-width: 1; opacity: .15; }
-.cards-trace path.rejected { opacity: .45; }
-.cards-trace path.threshold { stroke: #d9730d; stroke-width: 2; stroke-dasharray: 6 4; }
-.cards-trace path.kept { stroke: #2f7fd1; stroke-width: 2; }
-.cards-trace path.dots { stroke: #2f7fd1; stroke-width: 6; stroke-linecap: round; }
-.cards-trace summary { cursor: pointer; padding: .2em 0; }
-.cards-trace details details { margin-left: 1.1em; border-top: 1px solid rgb(128 128 128 / .25); }
-.cards-trace .row { display: inline-flex; align-items: baseline; gap: 1em; width: calc(100% - 1.5em); }
-.cards-trace .number { min-width: 1.8em; text-align: right; }
-.cards-trace .excerpt { flex: 1; min-width: 0; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-.cards-trace .excerpt:empty::before { content: "no text"; opacity: .5; }
-.cards-trace .facts { white-space: nowrap; }
-.cards-trace table.drafts { border-collapse: collapse; margin: .2em 0 1em 1.6em; font-size: .9em; }
-.cards-trace table.drafts tr { background: none; border: 0; }
-.cards-trace table.drafts td, .cards-trace table.drafts th { text-align: left; vertical-align: top;
-  padding: .15em 1.2em .15em 0; border: 0; font-weight: normal; max-width: none; white-space: nowrap; }
-.cards-trace table.drafts .value { text-align: right; }
-.cards-trace table.drafts .said { white-space: normal; }
-.cards-trace .chosen td:not(.said) { font-weight: 600; }
-"""
-
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>cards-integrations</title>
-<style>
-:root {{ color-scheme: light dark; }}
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
-  color: #222; background: #fff; }}
-@media (prefers-color-scheme: dark) {{ body {{ color: #ddd; background: #161618; }} }}
-</style></head><body>
-{fragment}
-</body></html>
-"""
-
+VERDICTS = {"accepted": "✓ accepted", "rejected": "✗ rejected", "best": "✓ best", "unscored": "unscored"}
 
 Line = list[tuple[int, float]]
+"""Rewards over the number of tokens."""
 
 
 @dataclass
 class Points:
-    """What the charts show over tokens: kept segments (begin and end of each), their thresholds, rejected drafts."""
+    """What the charts show over tokens."""
 
     steps: Line = field(default_factory=list)
+    """The rewards of the kept segments, each at the segment's begin and at its end."""
     thresholds: Line = field(default_factory=list)
+    """The thresholds of the kept segments, at their ends."""
     rejected: Line = field(default_factory=list)
+    """The rewards of the rejected drafts, at their ends."""
+
+    @classmethod
+    def of(cls, alignment: Alignment) -> Points:
+        """Collect the points of an alignment's segments and drafts."""
+        points, begin = cls(), 0
+        for segment in alignment.segments:
+            end = begin + len(segment.token_ids)
+            if segment.reward is not None:
+                points.steps += [(begin, segment.reward), (end, segment.reward)]
+            if segment.threshold is not None:
+                points.thresholds.append((end, segment.threshold))
+            for draft in segment.drafts:
+                if draft.verdict == "rejected" and draft.reward is not None:
+                    points.rejected.append((begin + len(draft.token_ids), draft.reward))
+            begin = end
+        if len(points.thresholds) == 1:  # a line takes two points
+            points.thresholds.insert(0, (0, points.thresholds[0][1]))
+        return points
 
     @property
     def ends(self) -> Line:
+        """The rewards of the kept segments, at their ends."""
         return self.steps[1::2]
 
     @property
     def rewards(self) -> list[float]:
+        """The rewards of the kept segments."""
         return [reward for _, reward in self.ends]
 
 
-def points(alignment: Alignment) -> Points:
-    """Read off an alignment."""
-    found, begin = Points(), 0
-    for segment in alignment.segments:
-        end = begin + len(segment.token_ids)
-        if segment.reward is not None:
-            found.steps += [(begin, segment.reward), (end, segment.reward)]
-        if segment.threshold is not None:
-            found.thresholds.append((end, segment.threshold))
-        for draft in segment.drafts:
-            if draft.verdict == "rejected" and draft.reward is not None:
-                found.rejected.append((begin + len(draft.token_ids), draft.reward))
-        begin = end
-    if len(found.thresholds) == 1:  # a line takes two
-        found.thresholds.insert(0, (0, found.thresholds[0][1]))
-    return found
-
-
 def page(alignment: Alignment) -> str:
-    """A whole page that opens offline."""
-    return PAGE.format(fragment=fragment(alignment))
+    """Return a whole HTML page that opens offline."""
+    return render("alignment_page.html.j2", **_data(alignment))
 
 
 def fragment(alignment: Alignment) -> str:
-    """What a notebook shows. It has neither scripts nor links, and the model's text is never markup."""
-    found = points(alignment)
-    return "\n".join([
-        f'<div class="cards-trace"><style>{STYLE}</style>',
-        answer(alignment, found.rewards),
-        *(f'<p class="call">{line}</p>' for line in calls(alignment)),
-        legend(alignment, found.rewards),
-        f'<p class="note cost">{escaped(cost(alignment))}</p>',
-        chart(found),
-        candidates(alignment),
-        "</div>",
-    ])  # fmt: skip
+    """Return the HTML that a notebook shows: no scripts, no links, and the model's text is never markup."""
+    return render("alignment.html.j2", **_data(alignment))
 
 
-def printable(text: str) -> str:
-    """Halves of surrogate pairs, which no file can carry, are replaced."""
-    return text.encode(errors="replace").decode()
+def _data(alignment: Alignment) -> dict[str, Any]:
+    """What the templates of an alignment use."""
+    points = Points.of(alignment)
+    return {
+        "alignment": alignment,
+        "pieces": list(_pieces(alignment, points.rewards)),
+        "legend": _legend(alignment, points.rewards),
+        "cost": cost(alignment),
+        "chart": _chart(points) if points.steps else None,
+        "n_drafts": sum(len(segment.drafts) for segment in alignment.segments),
+        "verdicts": VERDICTS,
+        **{function.__name__: function for function in (number, counted, decision, parts, as_json)},
+    }
 
 
-def escaped(text: str) -> str:
-    """Text as HTML; what HTML cannot carry (NUL, halves of surrogate pairs) is replaced."""
-    return html.escape(printable(text)).replace("\r", "&#13;").replace("\0", "\ufffd")
+# --- numbers and words ---
 
 
 def number(value: float | None) -> str:
-    """Three decimals, but three digits of what is tiny or huge."""
+    """Format with three decimals, or with three digits if the value is tiny or huge."""
     if value is None:
         return "-"
     return f"{value:,.3f}" if value == 0 or 1e-3 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
 def counted(n: int, thing: str) -> str:
-    """`1 token`, `1,000 tokens`."""
+    """Format as `1 token`, `1,000 tokens`."""
     return f"{n:,} {thing}{'s' * (n != 1)}"
 
 
-def below(segment: Segment) -> bool:
-    """Was it kept though its reward is below the threshold?"""
+def as_json(value: Any) -> str:
+    """Format the arguments of a tool call."""
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def parts(draft: DraftTrace) -> str:
+    """Format the scores that a composite reward consists of."""
+    return " · ".join(f"{name} {number(value)}" for name, value in draft.parts.items())
+
+
+def is_below(segment: Segment) -> bool:
+    """True if the segment was kept although its reward is below its threshold."""
     return segment.reward is not None and segment.threshold is not None and segment.reward < segment.threshold
 
 
-def judged(segment: Segment) -> str:
-    """`1.138 ≥ 0.863`: its reward and its threshold, as far as there are any."""
+def decision(segment: Segment) -> str:
+    """Format as `1.138 ≥ 0.863`: a segment's reward and its threshold, as far as there are any."""
     if segment.reward is None:
         return "not scored"
-    relation = f" {'<' if below(segment) else '≥'} {number(segment.threshold)}" if segment.threshold is not None else ""
-    return html.escape(number(segment.reward) + relation)
-
-
-def answer(alignment: Alignment, rewards: Sequence[float]) -> str:
-    """The running text, with each kept segment as blue as its reward is high."""
-    if not alignment.text:
-        return '<p class="note">The answer is empty.</p>'
-    marked = "".join(_marked(segment, text, rewards) for segment, text in _pieces(alignment))
-    return f'<div class="answer" dir="auto">{marked or escaped(alignment.text)}</div>'
-
-
-def _pieces(alignment: Alignment) -> Iterator[tuple[Segment, str]]:
-    """Cut from the text by length: a stop string may reach across segments."""
-    begin, last = 0, len(alignment.segments) - 1
-    for i, segment in enumerate(alignment.segments):
-        end = len(alignment.text) if i == last else begin + len(segment.text)
-        yield segment, alignment.text[begin:end]
-        begin = end
-
-
-def _marked(segment: Segment, text: str, rewards: Sequence[float]) -> str:
-    """White space around it stays outside, so that its number stands behind its last word."""
-    body = text.strip()
-    before, after = text[: len(text) - len(text.lstrip())], text[len(text.rstrip()) :] if body else ""
-    kind = "kept below" if below(segment) else "kept"
-    blue = "" if segment.reward is None else f' style="--blue: {_blue(segment.reward, rewards):.2f}"'
-    facts = f"{judged(segment)} · {counted(len(segment.token_ids), 'token')}"
-    return f'{escaped(before)}<span class="{kind}" title="{facts}"{blue}>{escaped(body)}</span>{escaped(after)}'
-
-
-def _blue(reward: float, rewards: Sequence[float]) -> float:
-    low, high = min(rewards), max(rewards)
-    share = (reward - low) / (high - low) if high > low else 0.5
-    return FAINT + share * (STRONG - FAINT)
-
-
-def calls(alignment: Alignment) -> Iterator[str]:
-    """Tool calls, and what should have been some."""
-    for call in alignment.tool_calls:
-        arguments = json.dumps(call.arguments, ensure_ascii=False, default=str)
-        yield f"calls <code>{escaped(f'{call.name}({arguments})')}</code>"
-    for wrong in alignment.invalid_tool_calls:
-        yield f"invalid call <code>{escaped(f'{wrong.name}({wrong.arguments})')}</code>: {escaped(wrong.error)}"
-
-
-def legend(alignment: Alignment, rewards: Sequence[float]) -> str:
-    """What the blue means, in numbers."""
-    if not rewards:
-        return '<p class="note">No rewards: nothing was scored.</p>'
-    low, high = min(rewards), max(rewards)
-    ends = ", ".join(f"rgb(47 127 209 / {_blue(reward, rewards)})" for reward in (low, high))
-    told = f'reward {number(low)}<span class="scale" style="background: linear-gradient(90deg, {ends})"></span>'
-    told += number(high) if high > low else ""
-    if any(below(segment) for segment in alignment.segments):
-        told += ' &emsp; <span class="below">underlined</span>: kept below its threshold'
-    return f'<p class="note legend">{told}</p>'
+    if segment.threshold is None:
+        return number(segment.reward)
+    return f"{number(segment.reward)} {'<' if is_below(segment) else '≥'} {number(segment.threshold)}"
 
 
 def cost(alignment: Alignment) -> str:
-    """One line: how it ended, and all that was paid."""
+    """Say in one line how an answer ended, and everything that it cost."""
     usage = alignment.usage
     reward = "" if alignment.reward is None else f"reward {number(alignment.reward)}"
     if reward and alignment.prompt_reward is not None:
@@ -244,102 +151,177 @@ def cost(alignment: Alignment) -> str:
     return " · ".join(filter(None, facts))
 
 
-def candidates(alignment: Alignment) -> str:
-    """All that was looked at, folded up segment by segment."""
-    if not alignment.segments:
-        return ""
-    looked_at = sum(len(segment.drafts) for segment in alignment.segments)
-    title = f"{counted(len(alignment.segments), 'segment')}, {counted(looked_at, 'candidate')}"
-    folds = "".join(_fold(i, segment) for i, segment in enumerate(alignment.segments, 1))
-    unfolded = " open" if len(alignment.segments) <= 20 else ""
-    return f"<details{unfolded}><summary>{title}</summary>{folds}</details>"
+# --- the running text ---
 
 
-def _fold(i: int, segment: Segment) -> str:
-    facts = f"{judged(segment)} · {counted(len(segment.drafts), 'candidate')}"
-    return (
-        f'<details><summary><span class="row"><span class="number">{i}</span> '
-        f'<span class="excerpt">{escaped(segment.text)}</span> <span class="facts">{facts}</span></span></summary>'
-        '<table class="drafts"><tr><th>verdict</th><th class="value">reward</th><th class="value">threshold</th>'
-        f"<th>text</th></tr>{''.join(map(_row, segment.drafts))}</table></details>"
+class Piece(NamedTuple):
+    """A kept segment in the running text; white space around it is not marked."""
+
+    before: str
+    text: str
+    after: str
+    title: str
+    below: bool
+    blue: float | None
+
+
+def _pieces(alignment: Alignment, rewards: Sequence[float]) -> Iterator[Piece]:
+    """Cut the text by the lengths of its segments: a stop string may reach across several."""
+    begin, last = 0, len(alignment.segments) - 1
+    for i, segment in enumerate(alignment.segments):
+        end = len(alignment.text) if i == last else begin + len(segment.text)
+        yield _piece(segment, alignment.text[begin:end], rewards)
+        begin = end
+
+
+def _piece(segment: Segment, text: str, rewards: Sequence[float]) -> Piece:
+    body = text.strip()
+    return Piece(
+        before=text[: len(text) - len(text.lstrip())],
+        text=body,
+        after=text[len(text.rstrip()) :] if body else "",
+        title=f"{decision(segment)} · {counted(len(segment.token_ids), 'token')}",
+        below=is_below(segment),
+        blue=None if segment.reward is None else _blue(segment.reward, rewards),
     )
 
 
-def _row(draft: DraftTrace) -> str:
-    chosen = ' class="chosen"' if draft.verdict in ("accepted", "best") else ""
-    parts = " · ".join(f"{name} {number(value)}" for name, value in draft.parts.items())
-    return (
-        f"<tr{chosen}><td>{WORDS[draft.verdict]}</td>"
-        f'<td class="value">{number(draft.reward)}</td><td class="value">{number(draft.threshold)}</td>'
-        f'<td class="said"><div class="draft" dir="auto">{escaped(draft.text)}</div>'
-        f'{parts and f"""<div class="note">{escaped(parts)}</div>"""}</td></tr>'
-    )
+def _blue(reward: float, rewards: Sequence[float]) -> float:
+    """The opacity of the blue behind a segment."""
+    low, high = min(rewards), max(rewards)
+    share = (reward - low) / (high - low) if high > low else 0.5
+    return FAINT + share * (STRONG - FAINT)
+
+
+class Legend(NamedTuple):
+    """What the blue means, in numbers."""
+
+    low: float
+    high: float
+    gradient: str
+    below: bool
+
+
+def _legend(alignment: Alignment, rewards: Sequence[float]) -> Legend | None:
+    if not rewards:
+        return None
+    low, high = min(rewards), max(rewards)
+    gradient = ", ".join(f"rgb(47 127 209 / {_blue(reward, rewards)})" for reward in (low, high))
+    return Legend(low, high, gradient, any(map(is_below, alignment.segments)))
+
+
+# --- the chart ---
+
+
+def chart(points: Points) -> str:
+    """Return rewards and thresholds over tokens as an inline SVG; empty if nothing was scored."""
+    return render("chart.svg.j2", chart=_chart(points)) if points.steps else ""
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Three to eight round numbers in between."""
+    """Return three to eight round numbers between the two."""
     step = 10.0 ** math.floor(math.log10((high - low) / 3))
     step *= next((m for m in (5, 2) if (high - low) / (m * step) >= 3), 1)
     return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def chart(found: Points) -> str:
-    """Rewards and thresholds over tokens, as an inline SVG."""
-    if not found.steps:
-        return ""
-    heights = [reward for _, reward in found.steps + found.thresholds + found.rejected]
+class Label(NamedTuple):
+    """A text of the chart."""
+
+    x: float
+    y: float
+    anchor: str
+    text: str
+
+
+class Chart(NamedTuple):
+    """The chart as its SVG has it: `lines` are pairs of a class and a path."""
+
+    grid: str
+    lines: list[tuple[str, str]]
+    dots: str
+    labels: list[Label]
+    width: int = WIDTH
+    height: int = HEIGHT
+
+
+class Frame(NamedTuple):
+    """The numbers at the edges of the chart."""
+
+    tokens: int
+    low: float
+    high: float
+
+    def x(self, tokens: float) -> float:
+        """The horizontal position of a number of tokens."""
+        return round(LEFT + tokens / self.tokens * (WIDTH - LEFT - RIGHT), 1)
+
+    def y(self, reward: float) -> float:
+        """The vertical position of a reward."""
+        return round(HEIGHT - BOTTOM - (reward - self.low) / (self.high - self.low) * (HEIGHT - TOP - BOTTOM), 1)
+
+    def path(self, line: Line) -> str:
+        """A path through all the points."""
+        return "M" * bool(line) + "L".join(f"{self.x(end)} {self.y(reward)}" for end, reward in line)
+
+    def marks(self, line: Line, mark: str) -> str:
+        """A path with a mark at each of the points."""
+        return "".join(f"M{self.x(end)} {self.y(reward)}{mark}" for end, reward in line)
+
+
+def _frame(points: Points) -> Frame:
+    heights = [reward for _, reward in points.steps + points.thresholds + points.rejected]
     margin = 0.06 * (max(heights) - min(heights)) or abs(heights[0]) / 2 or 1.0  # a scale, even if all are equal
-    low, high = min(heights) - margin, max(heights) + margin
-    last = max(1, *(end for end, _ in found.steps + found.rejected))
+    last = max(1, *(end for end, _ in points.steps + points.rejected))
+    return Frame(last, min(heights) - margin, max(heights) + margin)
 
-    def x(tokens: float) -> float:
-        return round(LEFT + tokens / last * (WIDTH - LEFT - RIGHT), 1)
 
-    def y(reward: float) -> float:
-        return round(HEIGHT - BOTTOM - (reward - low) / (high - low) * (HEIGHT - TOP - BOTTOM), 1)
-
-    def through(line: Line) -> str:
-        return "M" * bool(line) + "L".join(f"{x(end)} {y(reward)}" for end, reward in line)
-
-    rows, columns = ticks(low, high), [tick for tick in ticks(0, last) if tick == round(tick)]
-    grid = "".join(f"M{LEFT} {y(tick)}H{WIDTH - RIGHT}" for tick in rows)
-    dots = "M106 12h0" + "".join(f"M{x(end)} {y(reward)}h0" for end, reward in found.ends)
-    crosses = "".join(f"M{x(end)} {y(reward)}m-3-3l6 6m0-6l-6 6" for end, reward in found.rejected)
-    lines = [  # each with its sample in the key
-        ("rejected", "M182 9l6 6m0-6l-6 6", crosses),
-        ("threshold", "M272 12h28", through(found.thresholds)),
-        ("kept", "M92 12h28", through(found.steps)),
+def _chart(points: Points) -> Chart:
+    frame = _frame(points)
+    rows = ticks(frame.low, frame.high)
+    columns = [tick for tick in ticks(0, frame.tokens) if tick == round(tick)]
+    cross, dot = "m-3-3l6 6m0-6l-6 6", "h0"
+    lines = [  # class, sample in the key, path, position of the key's text
+        ("rejected", "M182 9l6 6m0-6l-6 6", frame.marks(points.rejected, cross), 196),
+        ("threshold", "M272 12h28", frame.path(points.thresholds), 308),
+        ("kept", "M92 12h28", frame.path(points.steps), 128),
     ]
-    key = {"kept": 128, "rejected": 196, "threshold": 308}
-    words = [
-        (6, 12, "start", "reward"), ((LEFT + WIDTH) / 2, HEIGHT - 8, "middle", "tokens"),
-        *((key[name], 12, "start", name) for name, _, line in lines if line),
-        *((LEFT - 6, y(tick), "end", f"{tick:.6g}") for tick in rows),
-        *((x(tick), HEIGHT - BOTTOM + 14, "middle", f"{tick:,.0f}") for tick in columns),
-    ]  # fmt: skip
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="reward over tokens">'
-        + f'<path class="grid" d="{grid}"/>'
-        + "".join(f'<path class="{name}" d="{sample}{line}"/>' for name, sample, line in lines if line)
-        + f'<path class="dots" d="{dots}"/>'
-        + "".join(f'<text x="{at}" y="{up}" dy=".35em" text-anchor="{to}">{word}</text>' for at, up, to, word in words)
-        + "</svg>"
+    drawn = [line for line in lines if line[2]]
+    return Chart(
+        grid="".join(f"M{LEFT} {frame.y(tick)}H{WIDTH - RIGHT}" for tick in rows),
+        lines=[(kind, sample + path) for kind, sample, path, _ in drawn],
+        dots=f"M106 12{dot}" + frame.marks(points.ends, dot),
+        labels=[
+            Label(6, 12, "start", "reward"),
+            Label((LEFT + WIDTH) / 2, HEIGHT - 8, "middle", "tokens"),
+            *(Label(x, 12, "start", kind) for kind, _, _, x in drawn),
+            *(Label(LEFT - 6, frame.y(tick), "end", f"{tick:.6g}") for tick in rows),
+            *(Label(frame.x(tick), HEIGHT - BOTTOM + 14, "middle", f"{tick:,.0f}") for tick in columns),
+        ],
     )
 
 
 def draw(alignment: Alignment, axes: Axes | None = None) -> Axes:
-    """The same chart with matplotlib (the extra `study`)."""
+    """Draw the same chart with matplotlib (the extra `study`).
+
+    Args:
+        alignment: The answer.
+        axes: Where to draw; None for new axes.
+
+    Returns:
+        The axes.
+    """
     if axes is None:
         from matplotlib import pyplot
 
         axes = pyplot.subplots(figsize=(9, 3.2), layout="constrained")[1]
-    found = points(alignment)
-    if found.steps:
-        axes.plot(*zip(*found.steps, strict=True), "o-", markevery=(1, 2), color=BLUE, markersize=4, label="kept")
-        if found.rejected:
-            axes.plot(*zip(*found.rejected, strict=True), "x", color="gray", alpha=0.6, markersize=4, label="rejected")
-        if found.thresholds:
-            axes.plot(*zip(*found.thresholds, strict=True), "--", color=ORANGE, label="threshold")
+    points = Points.of(alignment)
+    if points.steps:
+        axes.plot(*zip(*points.steps, strict=True), "o-", markevery=(1, 2), color=BLUE, markersize=4, label="kept")
+        if points.rejected:
+            axes.plot(*zip(*points.rejected, strict=True), "x", color="gray", alpha=0.6, markersize=4, label="rejected")
+        if points.thresholds:
+            axes.plot(*zip(*points.thresholds, strict=True), "--", color=ORANGE, label="threshold")
         axes.legend(frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
     else:
         axes.text(0.5, 0.5, "nothing was scored", transform=axes.transAxes, ha="center", va="center")

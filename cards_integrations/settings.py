@@ -23,9 +23,10 @@ from cards_integrations.chat.message import Message
 from cards_integrations.chat.response_format import as_response_format
 from cards_integrations.chat.tools import as_tools
 from cards_integrations.decoding import AnyDecoding, Cards, Decoding
-from cards_integrations.engine.engine import Engine, EngineSettings, Request
+from cards_integrations.engine.engine import Engine
+from cards_integrations.engine.request import EngineSettings, Request
 from cards_integrations.errors import SettingsError, short_repr, unknown_name
-from cards_integrations.models.local.loading import LocalModel
+from cards_integrations.models.local.settings import LocalModel
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.models.sources import AnyModel
 from cards_integrations.rewards import NAMED, AnyReward

@@ -1,4 +1,4 @@
-"""What may take long, in threads that nobody has to wait for: functions of users, the loading of models."""
+"""Slow work in threads of its own: functions of users, the loading of models."""
 
 from __future__ import annotations
 
@@ -13,9 +13,14 @@ T = TypeVar("T")
 
 
 async def in_thread(function: Callable[..., T], *args: Any) -> T:
-    """What it returns. Each call has a thread of its own, and one that hangs keeps neither others nor the interpreter.
+    """Call a function in a new daemon thread, with the caller's context variables, and return its result.
 
-    What would end a thread (SystemExit, say), or cannot be handed on (StopIteration), comes as a RuntimeError.
+    A call that hangs delays neither other calls nor the exit of the interpreter.
+
+    Raises:
+        Exception: Whatever the function raises.
+        RuntimeError: The function raised what is no `Exception` (SystemExit, say), or StopIteration, which a
+            future cannot hold.
     """
     loop, context = asyncio.get_running_loop(), copy_context()
     future: asyncio.Future[T] = loop.create_future()
@@ -34,7 +39,7 @@ async def in_thread(function: Callable[..., T], *args: Any) -> T:
         try:
             result = context.run(function, *args)
         except BaseException as error:
-            failure = error if _can_be_handed_on(error) else RuntimeError(f"{type(error).__name__}: {error}")
+            failure = error if _fits_future(error) else RuntimeError(f"{type(error).__name__}: {error}")
         with suppress(RuntimeError):  # the loop has ended
             loop.call_soon_threadsafe(settle, result, failure)
 
@@ -42,5 +47,5 @@ async def in_thread(function: Callable[..., T], *args: Any) -> T:
     return await future
 
 
-def _can_be_handed_on(error: BaseException) -> bool:
+def _fits_future(error: BaseException) -> bool:
     return isinstance(error, Exception) and not isinstance(error, StopIteration)

@@ -1,4 +1,4 @@
-"""What happened: segments, drafts, rewards, thresholds, and what was paid for them."""
+"""What happened: segments, drafts, rewards, thresholds, and what they cost."""
 
 from __future__ import annotations
 
@@ -15,53 +15,70 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass
 class Usage:
-    """Everything a request paid for. A forward that served several requests counts once in each.
-
-    `cached_tokens` are those of the prompt that an earlier request had read.
-    """
+    """Everything that a request cost. A forward that served several requests counts once in each."""
 
     prompt_tokens: int = 0
+    """Tokens of the prompt."""
     cached_tokens: int = 0
+    """Those tokens of the prompt that an earlier request had read."""
     completion_tokens: int = 0
+    """Tokens of the answer."""
     drafted_tokens: int = 0
+    """Tokens that were sampled for candidates, finished or not."""
     drafts: int = 0
+    """Candidates that the method examined."""
     lm_forwards: int = 0
+    """Forwards of the language model."""
     lm_tokens: int = 0
+    """Tokens that the language model read."""
     rm_forwards: int = 0
+    """Forwards of the reward model."""
     rm_tokens: int = 0
+    """Tokens that the reward model read."""
     seconds: float = 0.0
+    """Wall time from the request to the answer."""
 
     @property
     def total_tokens(self) -> int:
+        """Tokens of the prompt and of the answer."""
         return self.prompt_tokens + self.completion_tokens
 
 
 @dataclass(frozen=True)
 class DraftTrace:
-    """One candidate that the method looked at; `parts` are the scores that a composite reward is made of."""
+    """A candidate that the method examined."""
 
     index: int
+    """Its place among the candidates of its segment."""
     text: str
     token_ids: tuple[int, ...]
     reward: float | None
+    """The reward of the answer up to its end; None if it was not scored."""
     threshold: float | None
+    """What the reward was compared with; None for methods without a threshold."""
     verdict: Verdict
+    """What the method decided."""
     parts: dict[str, float] = field(default_factory=dict)
+    """By name, the scores that a composite reward consists of."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A kept segment and the candidates that were looked at for it, in order."""
+    """A kept segment."""
 
     text: str
     token_ids: tuple[int, ...]
     reward: float | None
+    """The reward of the answer up to its end; None if it was not scored."""
     threshold: float | None
+    """What the reward was compared with; None for methods without a threshold."""
     drafts: tuple[DraftTrace, ...]
+    """The candidates that were examined for it, in order."""
     parts: dict[str, float] = field(default_factory=dict)
+    """By name, the scores that a composite reward consists of."""
 
     def summary(self) -> dict[str, Any]:
-        """What observers are told of it: each draft with its verdict, but no tokens."""
+        """Return what observers receive: each draft with its verdict, but no tokens."""
         return {
             "text": self.text,
             "reward": self.reward,
@@ -75,7 +92,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A call of a tool, with its arguments."""
+    """A call of a tool."""
 
     id: str
     name: str
@@ -84,64 +101,74 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class InvalidToolCall:
-    """What should have been one: the name if there is one, the text of what was written, and what is wrong."""
+    """A text in the place of a tool call that is none."""
 
     id: str
     name: str | None
+    """The name of the tool; None if there is none in the text."""
     arguments: str
+    """The text as the model wrote it."""
     error: str
+    """What is wrong with it."""
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """A finished answer.
-
-    `text` is all of it; `content` is what it says beside its tool calls.
-
-    `reward` is the reward of the whole answer (None where nothing was scored), `log_likelihood` the
-    sum of log p over its tokens in nats under the language model itself (temperature 1, full
-    vocabulary), and `seed` reproduces it. `rewards` are the scores that a composite reward is made of;
-    the log speaks of the answer as `request_id`.
-    """
+    """A finished answer."""
 
     text: str
+    """All of the answer."""
     token_ids: tuple[int, ...]
     prompt_ids: tuple[int, ...]
     reward: float | None
+    """The reward of the whole answer; None if nothing was scored."""
     segments: tuple[Segment, ...]
+    """The kept segments, in order."""
     usage: Usage
     finish_reason: FinishReason
     log_likelihood: float
+    """The sum of log p over the answer's tokens in nats, under the language model itself (temperature 1, full
+    vocabulary)."""
     seed: int
+    """The seed that reproduces the answer."""
     prompt_reward: float | None = None
+    """The reward of the prompt with an empty answer; None if the method did not ask for it."""
     model: str = ""
     method: str = ""
     content: str = ""
+    """The answer without its tool calls."""
     tool_calls: tuple[ToolCall, ...] = ()
     invalid_tool_calls: tuple[InvalidToolCall, ...] = ()
-
     request_id: str = ""
+    """The name of the request in the log."""
 
     def __str__(self) -> str:
         return self.text
 
     @property
     def rewards(self) -> dict[str, float]:
-        """By name: parts of the reward of the whole answer, and what single sources give it."""
+        """By name, the scores that the reward of the whole answer consists of, and those of single sources."""
         return self.segments[-1].parts if self.segments else {}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists, strings and numbers."""
+        """Return plain dicts, lists, strings and numbers."""
         return asdict(self)
 
     def _repr_html_(self) -> str:
-        """In a notebook: the text as blue as its rewards are high, every candidate, and the cost."""
+        """Draw the answer in a notebook: the text, bluer where rewards are higher, every candidate, and the cost."""
         from cards_integrations import picture
 
         return picture.fragment(self)
 
     def to_html(self, path: str | Path) -> Path:
-        """Write what a notebook shows as a page that opens offline; the path."""
+        """Write what a notebook shows as a page that opens offline.
+
+        Args:
+            path: The file to write.
+
+        Returns:
+            Its path.
+        """
         from cards_integrations import picture
 
         path = Path(path)
@@ -149,13 +176,20 @@ class Alignment:
         return path
 
     def plot(self, axes: Axes | None = None) -> Axes:
-        """Rewards and thresholds over tokens with matplotlib, on these axes or on new ones."""
+        """Draw rewards and thresholds over tokens with matplotlib (the extra `study`).
+
+        Args:
+            axes: Where to draw; None for new axes.
+
+        Returns:
+            The axes.
+        """
         from cards_integrations import picture
 
         return picture.draw(self, axes)
 
     def summary(self) -> dict[str, Any]:
-        """What the frameworks carry in their metadata: all but the tokens and the rejected text."""
+        """Return what the frameworks put into their metadata: all but the tokens and the rejected text."""
         return {
             "request_id": self.request_id,
             "reward": self.reward,

@@ -1,4 +1,4 @@
-"""Predictive uncertainty; torch alone, for the plug-in of a server that has nothing else of this package."""
+"""Predictive uncertainty. It needs only torch: a vLLM server imports it, and nothing else of this package."""
 
 from __future__ import annotations
 
@@ -11,10 +11,18 @@ Measure = Literal["entropy", "max_probability", "evidential"]
 
 
 def uncertainty(measure: Measure, logits: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
-    """Predictive uncertainty from raw logits and their log-softmax (n, vocabulary) -> (n,); section 3.2 of the paper.
+    """Return the predictive uncertainty of the next token (section 3.2 of arXiv 2406.16306).
 
-    `entropy` is Shannon entropy in nats, `max_probability` is 1 - max p, `evidential` is
-    V / sum(relu(logit) + 1). Full vocabulary, no temperature, no top-k.
+    It is over the full vocabulary, with no temperature and no top-k.
+
+    Args:
+        measure: "entropy" is Shannon entropy -sum(p log p) in nats, "max_probability" is 1 - max(p), and
+            "evidential" is V / sum(relu(logit) + 1), with V the size of the vocabulary.
+        logits: Raw logits (n, vocabulary).
+        log_p: Their log-softmax (n, vocabulary).
+
+    Returns:
+        (n,).
     """
     import torch
 

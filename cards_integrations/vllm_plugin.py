@@ -2,7 +2,7 @@
 
     vllm serve MODEL --logits-processors cards_integrations.vllm_plugin:EntropyStop
 
-It acts on requests with `cards_threshold` in their `vllm_xargs`, and on no others.
+It acts only on requests with `cards_threshold` in their `vllm_xargs`.
 """
 
 # mypy: disable-error-code="import-not-found, misc"
@@ -18,39 +18,46 @@ from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 from cards_integrations.uncertainty import Measure, uncertainty
 
 try:
-    from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as SlotLogitsProcessor
+    from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
 except ImportError:  # older than model runner V2
-    SlotLogitsProcessor = object
+    LogitsProcessorV2 = object
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
 
 
-class Stop(NamedTuple):
-    """What one request asks for; `written` are the tokens of its output so far, as vLLM adds to them (runner V1)."""
+class StopRule(NamedTuple):
+    """When to end the segment of one request.
+
+    `output` are the tokens of its output so far, a list to which vLLM appends (model runner V1).
+    """
 
     threshold: float
     measure: Measure
     min_length: int
     sentinel: int
-    written: list[int] = []  # noqa: RUF012
+    output: list[int] = []  # noqa: RUF012
 
 
-class EntropyStop(LogitsProcessor, SlotLogitsProcessor):
-    """Forces the sentinel where the uncertainty of the raw logits reaches the threshold, and forbids it elsewhere.
+class EntropyStop(LogitsProcessor, LogitsProcessorV2):
+    """Forces the sentinel token where the uncertainty of the raw logits reaches the threshold; forbids it elsewhere.
 
-    From `cards_min_length` tokens of output on. One class for both of vLLM's model runners: V1 says which row
-    of the batch is whose in `update_state`, V2 in the context that it passes to `apply`.
+    It is never forced before `cards_min_length` tokens of output. One class serves both of vLLM's model runners:
+    V1 maps rows of the batch to requests in `update_state`, V2 in the context that it passes to `apply`.
     """
 
     def __init__(self, vllm_config: Any, *placement: Any) -> None:
         self.vocabulary = vllm_config.model_config.get_vocab_size()
-        self.requests = placement[0]  # a device with runner V1
-        self.stops: dict[int, Stop] = {}  # by row with runner V1, by slot with V2
+        self.request_states = placement[0]  # a device with runner V1
+        self.rules: dict[int, StopRule] = {}  # by row with runner V1, by request index with V2
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        """Refuse what cannot be meant; a client tells by it that the plug-in is there."""
+        """Refuse invalid values; by that, a client recognises that the plug-in is installed.
+
+        Raises:
+            ValueError: A value of `vllm_xargs` is invalid.
+        """
         asked = sampling_params.extra_args or {}
         if "cards_threshold" not in asked:
             return
@@ -68,59 +75,59 @@ class EntropyStop(LogitsProcessor, SlotLogitsProcessor):
         return False
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
-        process_dict_updates(self.stops, batch_update, lambda params, _, written: self._stop(params, written))
+        process_dict_updates(self.rules, batch_update, lambda params, _, output: self._rule(params, output))
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
-        stop = self._stop(sampling_params, [])
-        if stop is None:
-            self.stops.pop(req_idx, None)
+        rule = self._rule(sampling_params, [])
+        if rule is None:
+            self.rules.pop(req_idx, None)
             return False
-        self.stops[req_idx] = stop
+        self.rules[req_idx] = rule
         return True
 
     def apply(self, logits: torch.Tensor, ctx: Any = None) -> torch.Tensor:
-        if not self.stops:
+        if not self.rules:
             return logits
-        rows = self._rows() if ctx is None else self._rows_of_slots(ctx, len(logits))
-        for measure in {stop.measure for _, stop, _ in rows}:
-            self._end(logits, measure, [row for row in rows if row[1].measure == measure])
+        rows = self._rows() if ctx is None else self._rows_of_requests(ctx, len(logits))
+        for measure in {rule.measure for _, rule, _ in rows}:
+            self._end_segments(logits, measure, [row for row in rows if row[1].measure == measure])
         return logits
 
-    def _stop(self, params: SamplingParams, written: list[int]) -> Stop | None:
+    def _rule(self, params: SamplingParams, output: list[int]) -> StopRule | None:
         asked = params.extra_args or {}
         if "cards_threshold" not in asked or asked["cards_sentinel"] >= self.vocabulary:
             return None
-        return Stop(
+        return StopRule(
             asked["cards_threshold"],
             asked.get("cards_measure", "entropy"),
             asked.get("cards_min_length", 1),
             asked["cards_sentinel"],
-            written,
+            output,
         )
 
-    def _rows(self) -> list[tuple[int, Stop, int]]:
-        """Row of the logits, what is asked of it, tokens of output before it."""
-        return [(row, stop, len(stop.written)) for row, stop in self.stops.items()]
+    def _rows(self) -> list[tuple[int, StopRule, int]]:
+        """Row of the logits, its rule, and the tokens of output before it."""
+        return [(row, rule, len(rule.output)) for row, rule in self.rules.items()]
 
-    def _rows_of_slots(self, ctx: Any, rows: int) -> list[tuple[int, Stop, int]]:
+    def _rows_of_requests(self, ctx: Any, rows: int) -> list[tuple[int, StopRule, int]]:
         if rows == len(ctx.idx_mapping_np):
-            slots, seen = ctx.idx_mapping_np, ctx.seq_lens_upper_bound_np  # on the host
-        else:  # several rows of a request: tokens that a speculator has guessed
-            slots, seen = ctx.expanded_idx_mapping.cpu().numpy(), (ctx.pos + 1).cpu().numpy()
-        prompt = self.requests.prompt_len.np
+            requests, lengths = ctx.idx_mapping_np, ctx.seq_lens_upper_bound_np  # on the host
+        else:  # several rows of a request: tokens that a speculative model has proposed
+            requests, lengths = ctx.expanded_idx_mapping.cpu().numpy(), (ctx.pos + 1).cpu().numpy()
+        prompt = self.request_states.prompt_len.np
         return [
-            (row, self.stops[slot], int(seen[row] - prompt[slot]))
-            for row, slot in enumerate(slots[:rows].tolist())
-            if slot in self.stops
+            (row, self.rules[request], int(lengths[row] - prompt[request]))
+            for row, request in enumerate(requests[:rows].tolist())
+            if request in self.rules
         ]
 
     @staticmethod
-    def _end(logits: torch.Tensor, measure: Measure, rows: list[tuple[int, Stop, int]]) -> None:
-        """Change these rows, in place."""
-        thresholds = [stop.threshold if length >= stop.min_length else math.inf for _, stop, length in rows]
+    def _end_segments(logits: torch.Tensor, measure: Measure, rows: list[tuple[int, StopRule, int]]) -> None:
+        """Change these rows of the logits, in place."""
+        thresholds = [rule.threshold if length >= rule.min_length else math.inf for _, rule, length in rows]
         at = torch.tensor([row for row, *_ in rows], device=logits.device)
         limit = torch.tensor(thresholds, device=logits.device)
-        sentinels = torch.tensor([[stop.sentinel] for _, stop, _ in rows], device=logits.device)
+        sentinels = torch.tensor([[rule.sentinel] for _, rule, _ in rows], device=logits.device)
         own = logits[at]
         risen = uncertainty(measure, own, own.log_softmax(-1)) >= limit
         forced = torch.full_like(own, -math.inf).scatter_(1, sentinels, 0.0)

@@ -19,7 +19,7 @@ from llama_index.core.schema import TextNode
 from sentence_transformers import SentenceTransformer
 
 from cards_integrations import CardsLLM, RetrievedContext
-from cards_integrations.models.local.loading import resolve_model
+from cards_integrations.models.local.resolve import resolve_model
 from cards_integrations.rewards import GroundednessReward
 
 FACTS = [

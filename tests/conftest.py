@@ -16,7 +16,7 @@ import torch
 from hypothesis import settings
 
 from cards_integrations.engine import Engine, EngineSettings
-from cards_integrations.models.local.loading import LocalModel
+from cards_integrations.models.local.settings import LocalModel
 
 torch.set_num_threads(1)  # the models here are too small to share among threads
 settings.register_profile("here", deadline=None, derandomize=True)

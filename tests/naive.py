@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import internals
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
@@ -50,19 +51,6 @@ def said(tokenizer: Any, ids: Sequence[int], stop: Iterable[str] = ()) -> tuple[
     return text[: min(ends)] if ends else text, bool(ends)
 
 
-def caches(engine: Engine) -> list[Any]:
-    """Those of the language model and of all rewards."""
-    assert engine._worker is not None
-    return engine._worker.memory.caches
-
-
-def idle(engine: Engine) -> bool:
-    """Nothing is live, and no row or lane of any cache is taken."""
-    assert engine._worker is not None
-    taken = [cache for cache in caches(engine) if cache.trees or len(cache.lanes) != len(cache.sees)]
-    return not (engine._worker.live or engine.loaded().contexts or taken)
-
-
 def lora(folder: Path, base: str, targets: Iterable[str], **options: Any) -> str:
     """A low-rank adapter on a causal model, far enough from zero to matter."""
     torch.manual_seed(3)
@@ -81,8 +69,8 @@ def lora(folder: Path, base: str, targets: Iterable[str], **options: Any) -> str
 
 def parameters(engine: Engine) -> int:
     """How many numbers the weights of all loaded models have, shared ones counted once."""
-    assert engine._worker is not None
-    loaded = [engine._worker.loader._once[key][0] for key in engine._worker.loader._once if key[0] in KINDS]
+    cached = internals.worker(engine).loader._cached
+    loaded = [cached[key][0] for key in cached if key[0] in KINDS]
     return sum({w.data_ptr(): w.numel() for model in loaded for w in model.parameters()}.values())
 
 
@@ -104,12 +92,11 @@ class Freed:
         kinds = {"the end": Alignment, "a cancellation": asyncio.CancelledError, "error": RewardError}
         assert {type(one) for one in found} == {kinds[end]}
         for _ in range(1000):
-            if idle(self.engine):
+            if internals.is_idle(self.engine):
                 return
             await asyncio.sleep(0.002)
-        raise AssertionError([(len(cache.trees), len(cache.lanes), len(cache.sees)) for cache in caches(self.engine)])
+        internals.assert_idle(self.engine)
 
     def _step(self, number: int) -> None:
-        model = self.engine.loaded()
-        while model.steps < number:
+        while self.engine.inspect().steps < number:
             time.sleep(0.001)

@@ -44,7 +44,7 @@ class ScriptedLanguageModel(LocalLanguageModel):
 
     def _next(self, candidate: Candidate) -> int:
         ids, begun = [*candidate.before, *candidate.ids], 0  # bytes of a character that has begun
-        while (said := self.decode(ids[: len(ids) - begun])).endswith("\ufffd"):
+        while (said := self.chat.decode(ids[: len(ids) - begun])).endswith("\ufffd"):
             begun += 1
         found = self.script(candidate.context.prompt)
         several = [found] if isinstance(found, str) else found

@@ -23,9 +23,8 @@ def llm():
     return faces.cards_llm(model=faces.endless_model())
 
 
-def worker(llm):
-    llm._engine({}).loaded()
-    return llm._engine({})._worker
+def steps(llm):
+    return llm.inspect().steps
 
 
 class KeepsErrors(BaseCallbackHandler):
@@ -39,9 +38,8 @@ class KeepsErrors(BaseCallbackHandler):
 def assert_nothing_runs(llm, before):
     """Whatever was cancelled is gone by the time the next request is answered."""
     assert llm.align("Hello", max_tokens=1).text
-    assert not worker(llm).live
-    assert not worker(llm).language_model.contexts
-    assert worker(llm).language_model.steps - before < LONG / 2
+    assert llm.inspect().idle
+    assert steps(llm) - before < LONG / 2
 
 
 # --- the loop goes on ---
@@ -57,20 +55,20 @@ async def test_the_event_loop_is_not_blocked(llm, method):
             await asyncio.sleep(0.001)
             ticks += 1
 
-    steps = worker(llm).language_model.steps
+    before = steps(llm)
     ticker = asyncio.create_task(tick())
     await faces.finish(await faces.call(llm, method, max_tokens=60))
     ticker.cancel()
-    assert worker(llm).language_model.steps - steps > 60
+    assert steps(llm) - before > 60
     assert ticks > 15
 
 
 async def test_many_at_once_are_one_batch(llm):
-    before = worker(llm).language_model.steps
+    before = steps(llm)
     one = await llm.acomplete("Hello")
-    alone = worker(llm).language_model.steps - before
+    alone = steps(llm) - before
     answers = await asyncio.gather(*(faces.call(llm, m) for m in ["ainvoke", "acomplete", "achat", "aalign"] * 3))
-    assert worker(llm).language_model.steps - before - alone < 6 * alone
+    assert steps(llm) - before - alone < 6 * alone
     told = {getattr(a, "text", None) or getattr(a, "message", a).content for a in answers}
     assert told == {one.text}
 
@@ -94,7 +92,7 @@ async def test_closing_a_stream_stops_the_drafting(llm, method, debug):
     if debug:  # handlers that keep the exception that ended the stream, and with it the stream's frame
         llm.callback_manager = CallbackManager([LlamaDebugHandler(print_trace_on_end=False)])
         llm.as_langchain().callbacks = [KeepsErrors()]
-    before = worker(llm).language_model.steps
+    before = steps(llm)
     stream = await faces.call(llm, method, max_tokens=LONG)
     if method.startswith("a"):
         await anext(stream)
@@ -109,7 +107,7 @@ async def test_closing_a_stream_stops_the_drafting(llm, method, debug):
 
 @pytest.mark.parametrize("method", STREAMS)
 async def test_leaving_the_loop_over_a_stream_stops_the_drafting(llm, method):
-    before = worker(llm).language_model.steps
+    before = steps(llm)
     if method.startswith("a"):
         async for _ in await faces.call(llm, method, max_tokens=LONG):
             break
@@ -123,13 +121,13 @@ async def test_leaving_the_loop_over_a_stream_stops_the_drafting(llm, method):
 
 @pytest.mark.parametrize("method", ASYNC)
 async def test_cancelling_a_task_stops_the_drafting(llm, method):
-    before = worker(llm).language_model.steps
+    before = steps(llm)
 
     async def work():
         await faces.finish(await faces.call(llm, method, max_tokens=LONG))
 
     task = asyncio.create_task(work())
-    while worker(llm).language_model.steps < before + 5:  # noqa: ASYNC110 (another thread's counter)
+    while steps(llm) < before + 5:  # noqa: ASYNC110 (another thread's counter)
         await asyncio.sleep(0.001)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -152,7 +150,7 @@ async def test_cancelling_one_of_a_batch_leaves_the_others(llm):
 
 @pytest.mark.parametrize("method", METHODS)
 async def test_a_timeout_stops_the_drafting(llm, method):
-    before = worker(llm).language_model.steps
+    before = steps(llm)
     with pytest.raises(CardsTimeout, match="timeout"):
         await faces.finish(await faces.call(llm, method, max_tokens=LONG, timeout=0.1))
     assert_nothing_runs(llm, before)
@@ -164,7 +162,7 @@ async def test_a_timeout_stops_the_drafting(llm, method):
 @pytest.mark.parametrize("forwards", [0, 5], ids=["at once", "in the middle"])
 @pytest.mark.parametrize("method", METHODS)
 async def test_an_error_of_the_model_reaches_the_caller(llm, method, forwards, monkeypatch):
-    model = worker(llm).language_model.model
+    model = llm._engine({}).loaded().model
     forward, calls = model.forward, 0
 
     def breaks(*args, **kwargs):
@@ -179,7 +177,7 @@ async def test_an_error_of_the_model_reaches_the_caller(llm, method, forwards, m
         with pytest.raises(ModelError, match="out of memory"):
             await faces.finish(await faces.call(llm, method))
     assert calls == forwards + 1
-    assert_nothing_runs(llm, worker(llm).language_model.steps)
+    assert_nothing_runs(llm, steps(llm))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -189,7 +187,7 @@ async def test_an_error_of_the_reward_reaches_the_caller(llm, method):
 
     with pytest.raises(RewardError, match="no judge today"):
         await faces.finish(await faces.call(llm, method, reward=fails))
-    assert_nothing_runs(llm, worker(llm).language_model.steps)
+    assert_nothing_runs(llm, steps(llm))
 
 
 @pytest.mark.parametrize("method", STREAMS)

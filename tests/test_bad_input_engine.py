@@ -37,9 +37,7 @@ def judge(models: Callable[..., str], **settings: Any) -> ClassifierReward:
 
 
 def taken_rows(engine: Engine) -> int:
-    assert engine._worker is not None
-    rewards = engine._worker.rewards.built.values()
-    return len(engine.loaded().transformer.cache.trees) + sum(len(r.transformer.cache.trees) for r in rewards)
+    return engine.inspect().rows
 
 
 # --- prompts ---

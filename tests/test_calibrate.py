@@ -12,13 +12,13 @@ from zlib import crc32
 import pytest
 from typer.testing import CliRunner
 
-from cards_integrations import CardsLLM, scales
+from cards_integrations import CardsLLM
 from cards_integrations.cli import app, main
 from cards_integrations.decoding import Cards, Uncertainty
-from cards_integrations.engine import EngineSettings
+from cards_integrations.engine import EngineSettings, scales
 from cards_integrations.errors import SettingsError
 from cards_integrations.rewards import ClassifierReward, FunctionReward, WeightedReward
-from cards_integrations.study.chains import Prediction
+from cards_integrations.study.simulation import Prediction
 from cards_integrations.trace import Alignment
 
 WHO = ["Tom", "Lily", "The big dog", "Mom", "A little bird", "Ben", "The old man", "Sue"]

@@ -18,7 +18,7 @@ import scripted
 from typer.testing import CliRunner
 
 from cards_integrations import CardsLLM
-from cards_integrations.cli import app, main
+from cards_integrations.cli import app, demo, main
 from cards_integrations.cli.options import decoding_from
 from cards_integrations.decoding import BestOfN, Cards, Particles
 from cards_integrations.engine import Engine
@@ -186,6 +186,19 @@ def test_compare_and_judge(config, tmp_path, monkeypatch):
     assert "2 pairs: 4 calls" in run("judge", str(out), str(out), *arms).stderr
     with pytest.raises(SettingsError, match="several methods"):
         CliRunner().invoke(app, ["judge", str(out), str(out)], catch_exceptions=False)
+
+
+def test_demo_answers_with_both_methods(monkeypatch):
+    monkeypatch.setattr("transformers.utils.logging.set_verbosity_error", lambda: None)
+    monkeypatch.setattr("cards_integrations.llm.CardsLLM", lambda max_tokens: faces.cards_llm(max_tokens=8))
+    monkeypatch.setattr(demo, "PROMPTS", ["Hello"])
+    monkeypatch.setattr(demo, "JUDGE", None)
+    shown = run("demo").stdout
+    with faces.cards_llm(max_tokens=8) as llm:
+        for decoding in ("sampling", llm.decoding):
+            usage = llm.align("Hello", decoding=decoding, seed=0).usage
+            assert str(usage.drafted_tokens) in shown
+    assert "mean over 1 prompts" in shown
 
 
 def test_rewards_and_models():

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 from conftest import Start
+from internals import assert_idle, worker
 
 from cards_integrations.decoding import BestOfN, Cards, FixedLength
-from cards_integrations.engine import Engine, Request
+from cards_integrations.engine import Request
 from cards_integrations.errors import PromptError, RewardError
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import (
@@ -27,7 +28,7 @@ from cards_integrations.rewards import (
     Reward,
     WeightedReward,
 )
-from cards_integrations.rewards.scorers.sentences import END, whole_sentences
+from cards_integrations.rewards.scorers.sentences import SENTENCE_END, split_sentences, whole_sentences
 from cards_integrations.trace import Alignment, DraftTrace
 
 PROMPT = "w9 w20 w31 w5"
@@ -69,15 +70,6 @@ def looks(answer: Alignment, room: int = 16, hidden: bool = False) -> list[tuple
                 found.append((before + draft.text, draft, ended))
         before, tokens = before + segment.text, tokens + len(segment.token_ids)
     return found
-
-
-def assert_idle(engine: Engine) -> None:
-    """Nothing is live, and no row is taken in any cache."""
-    worker, model = engine._worker, engine.loaded()
-    assert worker is not None
-    assert not worker.live
-    assert not model.contexts
-    assert not any(cache.trees for cache in model.memory.caches)
 
 
 def length_of(text: str, finished: bool, target: int) -> float:
@@ -257,8 +249,7 @@ def test_a_classifier_in_two_composites_is_loaded_once(
         judge,
     ]
     engine.run_many([request(reward) for reward in rewards])
-    assert engine._worker is not None
-    built = engine._worker.rewards.built
+    built = worker(engine).rewards.built
     assert Counter(settings.kind for settings in built) == {
         "classifier": 1,
         "length": 1,
@@ -492,7 +483,34 @@ def test_where_sentences_end() -> None:
         assert whole_sentences(text) == text
     for text, cut in [("w6 . w7", "w6 ."), ("3.14 is", ""), ("a.b", ""), ("One. Tw", "One."), ("x\ny", "x\n")]:
         assert whole_sentences(text) == cut
-    assert END.search("e.g") is None
+    assert SENTENCE_END.search("e.g") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("Dr. Who had tea, e.g. green.", ["Dr.", "Who had tea, e.g.", "green."]),  # abbreviations end sentences
+        ("J. Smith et al. agree.", ["J.", "Smith et al.", "agree."]),
+        ("It costs 3.14, see a.org (v1.2).", ["It costs 3.14, see a.org (v1.2)."]),  # decimals and names do not
+        ("Well... maybe\u2026 no.", ["Well...", "maybe\u2026", "no."]),
+        ("Wait\u2026and see.", ["Wait\u2026and see."]),
+        ("1. Tea\n2. Milk", ["1.", "Tea", "2.", "Milk"]),  # so do the numbers of a list
+        ("- tea\n- milk\n", ["- tea", "- milk"]),  # every line is one, with a mark or without
+        ("A line that\nis wrapped.", ["A line that", "is wrapped."]),
+        ("One.Two", ["One.Two"]),
+        ("\u597d\u3002\u4e0d\u597d\u3002", ["\u597d\u3002\u4e0d\u597d\u3002"]),  # no space between them
+        ("\u0928\u092e\u0938\u094d\u0924\u0947\u0964 \u0939\u093e\u0901\u0964", None),  # a danda is no mark here
+        ("\u0643\u064a\u0641\u061f \u0646\u0639\u0645\u061f", None),  # nor is the Arabic question mark
+    ],
+)
+def test_limits_of_the_rule_for_sentences(text: str, found: list[str] | None) -> None:
+    """What docs/rewards.md says that it gets wrong."""
+    assert split_sentences(text) == (found or [text])
+
+
+def test_a_mark_at_the_end_counts_until_more_follows() -> None:
+    assert whole_sentences("It costs 3.") == "It costs 3."
+    assert whole_sentences("It costs 3.14") == ""
 
 
 def test_a_classifier_on_sentences_scores_the_cut_text(

@@ -56,7 +56,7 @@ def test_width_1(models: Callable[..., str], start: Start, seed: int) -> None:
     assert usage.prompt_tokens == PROMPT_TOKENS
     assert usage.completion_tokens == len(alignment.token_ids) == sum(len(s.token_ids) for s in alignment.segments)
     assert usage.drafts == len(drafts)
-    assert usage.lm_tokens == lm_tokens(alignment) == engine.loaded().transformer.tokens
+    assert usage.lm_tokens == lm_tokens(alignment) == engine.inspect().tokens
     assert usage.lm_forwards == 1 + usage.lm_tokens - PROMPT_TOKENS  # the prompt, then one token each
     # An empty candidate (end-of-sequence at once) is scored where the kept text ends.
     assert usage.rm_tokens == PROMPT_TOKENS + sum(max(1, len(draft.token_ids)) for draft in drafts)

@@ -15,7 +15,8 @@ from safetensors import safe_open
 
 from cards_integrations.errors import ModelError
 from cards_integrations.models.local.embedded import convert_once, embedded_model
-from cards_integrations.models.local.loading import LocalModel, ModelLoader, Placement
+from cards_integrations.models.local.loader import ModelLoader
+from cards_integrations.models.local.settings import LocalModel, Placement
 
 SLOW = """
 import sys, time

@@ -17,11 +17,13 @@ from typing import Any
 import pytest
 import tiny
 from conftest import Start
+from internals import is_closed, is_idle, language_model, wait_until
 
 from cards_integrations.decoding import Cards, FixedLength, Sampling, Uncertainty
 from cards_integrations.engine import Engine, EngineSettings, Request
 from cards_integrations.errors import CardsTimeout, EngineClosed, ModelError, RewardError
-from cards_integrations.models.local.loading import LocalModel, ModelLoader
+from cards_integrations.models.local.loader import ModelLoader
+from cards_integrations.models.local.settings import LocalModel
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import ClassifierReward, FunctionReward
 from cards_integrations.trace import Alignment
@@ -52,35 +54,17 @@ def short(judge: Any, seed: int = 0) -> Request:
 
 
 def steps(engine: Engine) -> int:
-    return engine.loaded().steps
-
-
-def idle(engine: Engine) -> bool:
-    """Nothing is live and no row is taken, in the language model or in a reward model."""
-    worker, model = engine._worker, engine.loaded()
-    assert worker is not None
-    caches = [
-        model.transformer.cache,
-        *(r.transformer.cache for r in worker.rewards.built.values() if hasattr(r, "transformer")),
-    ]
-    return not (worker.live or model.contexts or any(cache.trees for cache in caches))
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    for _ in range(20_000):
-        if condition():
-            return
-        threading.Event().wait(0.002)
-    raise AssertionError("it never came true")
+    return engine.inspect().steps
 
 
 async def assert_stopped(engine: Engine) -> None:
     """No step is made any more, long before the answers' ends."""
-    await asyncio.to_thread(wait_until, lambda: idle(engine))
-    before, tokens = steps(engine), engine.loaded().transformer.tokens
+    await asyncio.to_thread(wait_until, lambda: is_idle(engine))
+    before = engine.inspect()
     await asyncio.sleep(0.05)
-    assert (steps(engine), engine.loaded().transformer.tokens) == (before, tokens)
-    assert before < ROOM / 2
+    now = engine.inspect()
+    assert (now.steps, now.tokens) == (before.steps, before.tokens)
+    assert before.steps < ROOM / 2
 
 
 def interrupt() -> None:
@@ -169,7 +153,7 @@ async def test_a_failing_forward_reaches_everyone_and_the_next_request_works(
 ) -> None:
     engine = start(endless, width=2, max_rows=4)
     expected = engine.run(short(judge))
-    model = engine.loaded().model
+    model = language_model(engine).model
     waiting = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -204,7 +188,7 @@ async def test_a_failing_forward_reaches_everyone_and_the_next_request_works(
     assert all("boom" in str(error) for error in errors)
     assert (await queued).token_ids == expected.token_ids
     assert (await engine.arun(short(judge))).token_ids == expected.token_ids
-    assert idle(engine)
+    assert is_idle(engine)
 
 
 # --- failures of a reward ---
@@ -253,7 +237,7 @@ async def test_a_bad_reward_harms_its_request_only(
     assert isinstance(bad, RewardError)
     with pytest.raises(RewardError, match=message):
         raise bad
-    assert idle(engine)
+    assert is_idle(engine)
 
 
 async def test_one_answer_too_long_for_the_reward_model_harms_no_other(
@@ -274,7 +258,7 @@ async def test_one_answer_too_long_for_the_reward_model_harms_no_other(
     assert [a.token_ids for a in (first, *rest)] == [a.token_ids for a in expected]
     with pytest.raises(RewardError, match=r"18.*max_tokens"):
         raise bad
-    assert idle(engine)
+    assert is_idle(engine)
 
 
 # --- many threads and loops ---
@@ -295,7 +279,7 @@ def test_many_threads_and_two_loops_at_once(models: Callable[..., str], start: S
         plain = pool.map(lambda seed: engine.run(short(judge, seed)), [*range(6)] * 2)
         assert [a.token_ids for a in plain] == expected * 2
         assert [[a.token_ids for a in answers] for answers in loops] == [expected] * 2
-    assert idle(engine)
+    assert is_idle(engine)
 
 
 async def test_the_caller_s_loop_is_never_blocked(
@@ -369,7 +353,7 @@ async def test_closing_while_loading(endless: str, judge: ClassifierReward, gate
     callers = [asyncio.create_task(outcome(call)) for call in calls]
     await asyncio.sleep(0.1)
     closing = asyncio.create_task(asyncio.to_thread(engine.close))
-    await asyncio.to_thread(wait_until, lambda: engine._closed)
+    await asyncio.to_thread(wait_until, lambda: is_closed(engine))
     gate.set()
     await closing
     assert [type(error) for error in await asyncio.gather(*callers)] == [EngineClosed] * 3
@@ -388,7 +372,7 @@ LEAVING = """
 import sys, threading, time
 from cards_integrations.decoding import Sampling
 from cards_integrations.engine import Engine, EngineSettings, Request
-from cards_integrations.models.local.loading import LocalModel
+from cards_integrations.models.local.settings import LocalModel
 
 engine = Engine.shared(LocalModel(model=sys.argv[1]), EngineSettings())
 request = Request("w9 w20", Sampling(chunk=1), max_tokens=8000)

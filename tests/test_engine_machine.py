@@ -15,18 +15,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import internals
 import pytest
 import tiny
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from speculator import balance
 
 from cards_integrations.decoding import Args, BestOfN, Cards, Decoding, FixedLength, Particles, Sampling
 from cards_integrations.engine import Engine, EngineSettings, Request
 from cards_integrations.engine.session import Chunk
 from cards_integrations.errors import CardsTimeout, EngineClosed, RewardError
-from cards_integrations.models.local.loading import LocalModel
+from cards_integrations.models.local.settings import LocalModel
 from cards_integrations.rewards import ClassifierReward, FunctionReward
 from cards_integrations.trace import Alignment
 
@@ -143,34 +143,34 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule(which=methods, seed=seeds)
     def submit(self, which: int, seed: int) -> None:
-        self.ask(lambda: self.engine._submit(self.request(which, seed)), self.alone[which, seed])
+        self.ask(lambda: self.engine.submit(self.request(which, seed)), self.alone[which, seed])
 
     @rule(several=st.lists(st.tuples(methods, seeds), min_size=1, max_size=4))
     def submit_many(self, several: list[tuple[int, int]]) -> None:
         requests = [self.request(which, seed) for which, seed in several]
-        self.ask(lambda: self.engine._submit_many(requests), [self.alone[key] for key in several])
+        self.ask(lambda: self.engine.submit_many(requests), [self.alone[key] for key in several])
 
     @rule(several=st.lists(st.tuples(methods, seeds), min_size=1, max_size=3), which=guided)
     def submit_many_one_of_which_fails(self, several: list[tuple[int, int]], which: int) -> None:
         requests = [self.request(each, seed) for each, seed in several] + [self.request(which, 0, FAILS)]
-        self.ask(lambda: self.engine._submit_many(requests), None, RewardError, must=True)
+        self.ask(lambda: self.engine.submit_many(requests), None, RewardError, must=True)
 
     @rule(which=methods, seed=seeds, timeout=st.sampled_from([0.0001, 0.003, 0.02]))
     def submit_with_a_timeout(self, which: int, seed: int, timeout: float) -> None:
         request = self.request(which, seed, timeout=timeout)
-        self.ask(lambda: self.engine._submit(request), self.alone[which, seed], CardsTimeout)
+        self.ask(lambda: self.engine.submit(request), self.alone[which, seed], CardsTimeout)
 
     @rule(which=guided)
     def submit_with_a_reward_that_fails(self, which: int) -> None:
-        self.ask(lambda: self.engine._submit(self.request(which, 0, FAILS)), None, RewardError, must=True)
+        self.ask(lambda: self.engine.submit(self.request(which, 0, FAILS)), None, RewardError, must=True)
 
     @rule(which=guided)
     def submit_with_a_reward_that_hangs(self, which: int) -> None:
-        self.ask(lambda: self.engine._submit(self.request(which, 0, HANGS)), ...)
+        self.ask(lambda: self.engine.submit(self.request(which, 0, HANGS)), ...)
 
     @rule(which=guided)
     def submit_with_a_reward_that_meets_its_timeout(self, which: int) -> None:
-        self.ask(lambda: self.engine._submit(self.request(which, 0, HANGS_A_WHILE)), ..., RewardError)
+        self.ask(lambda: self.engine.submit(self.request(which, 0, HANGS_A_WHILE)), ..., RewardError)
 
     @rule(number=st.integers(0, 9))
     def cancel(self, number: int) -> None:
@@ -258,23 +258,19 @@ class EngineMachine(RuleBasedStateMachine):
     def rows_are_those_of_live_requests(self) -> None:
         if not self.closed:
             self.engine.loaded()
-            future = self.engine._worker.submit(self.snapshot())  # type: ignore[union-attr]
-            future.result(WITHIN)
+            internals.run_inside(self.engine, self.snapshot(), WITHIN)
 
     async def snapshot(self) -> None:
         """In the engine's thread, between two steps."""
-        worker = self.engine._worker
-        assert worker is not None
-        model = worker.language_model
-        live = list(worker.live)
+        live = internals.sessions(self.engine)
         assert len(live) <= MAX_ROWS
-        assert [session.context for session in live] == model.contexts
-        assert len(model.transformer.cache.trees) == len(live)  # no candidate here is so long as to have its own
-        for reward in worker.rewards.built.values():
+        trees = internals.language_model(self.engine).transformer.cache.trees
+        assert len(trees) == len(live)  # no candidate here is so long as to have its own
+        for reward in internals.reward_models(self.engine):
             if hasattr(reward, "transformer"):
-                assert len(reward.transformer.cache.trees) == sum(session.reward is reward for session in live)
-        for cache in model.memory.caches:
-            balance(cache)
+                assert len(reward.transformer.cache.trees) == sum(session.reward_model is reward for session in live)
+        for cache in internals.caches(self.engine):
+            internals.balance(cache)
 
     def check(self, one: Asked) -> None:
         error = one.future.exception()
@@ -321,24 +317,15 @@ class EngineMachine(RuleBasedStateMachine):
         try:
             self.settle()
             if not self.closed:
-                self.engine._submit(self.request(0, 0)).result(WITHIN)  # what was cancelled before has ended now
-                self.engine._worker.submit(self.ended()).result(WITHIN)  # type: ignore[union-attr]
+                self.engine.submit(self.request(0, 0)).result(WITHIN)  # what was cancelled before has ended now
+                self.ended()
         finally:
             with suppress(EngineClosed):
                 self.engine.close()
 
-    async def ended(self) -> None:
-        worker = self.engine._worker
-        assert worker is not None
-        for _ in range(2000):
-            if len(asyncio.all_tasks()) == 2:  # the driver's, and this one
-                break
-            await asyncio.sleep(0.005)
-        assert len(asyncio.all_tasks()) == 2
-        assert not worker.live
-        assert not worker._judging
-        assert not worker.language_model.contexts
-        assert not any(cache.trees for cache in worker.loader.memory.caches)  # type: ignore[union-attr]
+    def ended(self) -> None:
+        internals.wait_until(lambda: self.engine.inspect().tasks == 1)  # that of the steps
+        assert self.engine.inspect().idle
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -18,7 +18,8 @@ from cards_integrations.decoding import Sampling
 from cards_integrations.engine import Request
 from cards_integrations.errors import ModelError
 from cards_integrations.models.sampling import Sampler
-from cards_integrations.transformer.forward import ForwardInput, Transformer
+from cards_integrations.transformer.flat_batch import ForwardInput
+from cards_integrations.transformer.forward import Transformer
 from cards_integrations.transformer.kv_cache import Branch, Tree
 
 TOKENS = range(2, tiny.SIZES["vocab_size"])

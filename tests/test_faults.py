@@ -16,7 +16,6 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
@@ -29,19 +28,19 @@ import tiny
 import torch
 from conftest import Start
 from gguf import GGUFWriter
-from speculator import balance
+from internals import assert_idle, held, is_closed, language_model, reward_model
 from tokenizers import pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from cards_integrations import paths
 from cards_integrations.decoding import Cards, Decoding, FixedLength, Sampling
 from cards_integrations.engine import Engine, Request
+from cards_integrations.engine import worker as worker_module
 from cards_integrations.errors import CardsError, CardsTimeout, EngineClosed, ModelError, OutOfMemory, RewardError
 from cards_integrations.models.local import embedded
-from cards_integrations.models.local.loading import LocalModel
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import ClassifierReward, FunctionReward, Reward
 from cards_integrations.trace import Alignment
-from cards_integrations.transformer import step_times
 
 PROMPT = "w9 w20 w31 w5"
 WITHIN = 20.0  # seconds for an answer that takes some milliseconds
@@ -61,24 +60,10 @@ def request(reward: Any, seed: int = 0, prompt: str = PROMPT, decoding: Decoding
     return Request(prompt, decoding, reward, Sampler(), 12, seed=seed)
 
 
-@contextmanager
-def held(engine: Engine) -> Iterator[None]:
-    """The engine's thread does nothing meanwhile."""
-    engine.loaded()
-    assert engine._worker is not None
-    go_on = threading.Event()
-    with suppress(RuntimeError):  # its loop may be gone
-        engine._worker.loop.call_soon_threadsafe(go_on.wait, WITHIN)
-    try:
-        yield
-    finally:
-        go_on.set()
-
-
 def outcomes(engine: Engine, *requests: Request, within: float = WITHIN) -> list[Any]:
     """What became of each, submitted at the same moment: an alignment, an error, or `LOST`."""
-    with held(engine):
-        futures = [engine._submit(one) for one in requests]
+    with held(engine, WITHIN):
+        futures = [engine.submit(one) for one in requests]
     done, _ = concurrent.futures.wait(futures, within)
     found = [(future.exception() or future.result()) if future in done else LOST for future in futures]
     for future in futures:
@@ -88,20 +73,6 @@ def outcomes(engine: Engine, *requests: Request, within: float = WITHIN) -> list
 
 def ids(answers: list[Any]) -> list[Any]:
     return [answer.token_ids if isinstance(answer, Alignment) else answer for answer in answers]
-
-
-def judge_of(engine: Engine) -> Any:
-    assert engine._worker is not None
-    return next(model for model in engine._worker.rewards.built.values() if hasattr(model, "transformer"))
-
-
-def assert_idle(engine: Engine) -> None:
-    assert engine._worker is not None
-    assert not engine._worker.live
-    assert not engine.loaded().contexts
-    for cache in engine.loaded().memory.caches:
-        assert not cache.trees
-        balance(cache)
 
 
 # --- rewards ---
@@ -235,8 +206,7 @@ def test_a_reward_that_hangs_meets_its_own_timeout(
         with pytest.raises(RewardError, match=r"hangs.*no scores within timeout=0\.05"):
             raise error
     assert_idle(engine)
-    assert engine._worker is not None
-    assert not engine._worker._judging
+    assert not engine.inspect().scoring
 
 
 def test_rewards_that_hang_do_not_keep_others_from_being_asked(
@@ -267,7 +237,7 @@ def test_a_reward_that_nobody_waits_for_is_cancelled(models: Callable[..., str],
         return []
 
     engine = start(models("llama"), width=1)
-    future = engine._submit(request(FunctionReward(function=hangs)))
+    future = engine.submit(request(FunctionReward(function=hangs)))
     assert asked.wait(WITHIN)
     future.cancel()
     assert ended.wait(2)
@@ -280,9 +250,8 @@ def test_rewards_of_single_requests_are_given_up_with_them(models: Callable[...,
     engine, sizes = start(models("llama"), width=1), []
     for _ in range(2):
         assert all(isinstance(a, Alignment) for a in outcomes(engine, *[request(made(w / 9)) for w in range(20)]))
-        assert engine._worker is not None
         gc.collect()
-        sizes.append(len(engine._worker.rewards.built))
+        sizes.append(len(engine.inspect().rewards))
     assert sizes == [0, 0]
 
 
@@ -327,7 +296,7 @@ def test_forwards_that_fail_at_random(
     engine = start(models("llama"), width=2, max_rows=5)
     expected = ids(outcomes(engine, *requests))
     dice = random.Random(seed)
-    body = judge_of(engine).model.base_model if in_reward else engine.loaded().model
+    body = reward_model(engine).model.base_model if in_reward else language_model(engine).model
     forwards = Forwards(body, FAILURES[failure], lambda call: dice.random() < 0.1)
     found = [answer for _ in range(4) for answer in outcomes(engine, *requests)]
     forwards.mend()
@@ -348,7 +317,7 @@ def test_one_forward_without_memory_changes_nothing(
     requests = [request(judge, each) for each in range(6)]
     engine = start(models("llama"), width=2)
     expected = ids(list(engine.run_many(requests)))
-    bodies = judge_of(engine).model.base_model, engine.loaded().model
+    bodies = reward_model(engine).model.base_model, language_model(engine).model
     once = [Forwards(body, FAILURES["OutOfMemoryError"], lambda call: call == at) for body in bodies]
     assert ids(list(engine.run_many(requests))) == expected
     assert [forwards.failed for forwards in once] == [1, 1]
@@ -369,7 +338,7 @@ class Leaves(Decoding):
 
 
 def leaves_in_a_forward(engine: Engine) -> Request:
-    model = engine.loaded().model
+    model = language_model(engine).model
     Forwards(model, SystemExit(3), lambda call: call == 1)
     return request(None, decoding=Sampling())
 
@@ -380,8 +349,8 @@ def leaves_in_a_method(engine: Engine) -> Request:
 
 def cannot_begin_afresh(engine: Engine) -> Request:
     """The driver's own task ends with an error."""
-    model = engine.loaded()
-    model.reset = raising(MemoryError())  # type: ignore[attr-defined]
+    model = language_model(engine)
+    model.reset = raising(MemoryError())
     Forwards(model.model, RuntimeError("boom"), lambda call: call == 1)
     return request(None, decoding=Sampling())
 
@@ -409,11 +378,11 @@ def test_closing_in_the_very_moment_of_a_call_says_that_it_was_closed(
     models: Callable[..., str], start: Start, several: bool
 ) -> None:
     engine, plain = start(models("llama"), width=1), request(None, decoding=Sampling())
-    with held(engine):
-        asked: Any = engine._submit_many([plain] * 3) if several else engine._submit(plain)
+    with held(engine, WITHIN):
+        asked: Any = engine.submit_many([plain] * 3) if several else engine.submit(plain)
         closing = threading.Thread(target=engine.close)
         closing.start()
-        while not engine._closed:
+        while not is_closed(engine):
             threading.Event().wait(0.001)
         threading.Event().wait(0.05)  # it has asked the thread to stop
     closing.join()
@@ -428,13 +397,13 @@ def test_closing_in_the_very_moment_of_a_call_says_that_it_was_closed(
 @pytest.fixture
 def slow_to_load(gate: threading.Event, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """A model is there only once this is set."""
-    build = LocalModel.build
+    build = worker_module.build_model
 
     def slow(*args: Any) -> Any:
         gate.wait(WITHIN)
         return build(*args)
 
-    monkeypatch.setattr(LocalModel, "build", slow)
+    monkeypatch.setattr(worker_module, "build_model", slow)
     return gate
 
 
@@ -448,7 +417,7 @@ def test_a_load_that_fails_is_told_and_tried_again(
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(LocalModel, "build", fails)
+        patch.setattr(worker_module, "build_model", fails)
         for told in outcomes_of_loading(engine, 2):
             assert isinstance(told, ModelError)
             assert type(error).__name__ in str(told)
@@ -457,7 +426,7 @@ def test_a_load_that_fails_is_told_and_tried_again(
 
 def outcomes_of_loading(engine: Engine, several: int) -> list[BaseException | None]:
     plain = request(None, decoding=Sampling())
-    futures = [engine._submit(plain) for _ in range(several)]
+    futures = [engine.submit(plain) for _ in range(several)]
     concurrent.futures.wait(futures, WITHIN)
     return [future.exception(0) for future in futures]
 
@@ -477,7 +446,7 @@ def test_closing_does_not_wait_for_a_load(
     models: Callable[..., str], start: Start, slow_to_load: threading.Event
 ) -> None:
     engine = start(models("llama"))
-    asked = [engine._submit(request(None, decoding=Sampling())), engine._running().loaded]
+    asked = [engine.submit(request(None, decoding=Sampling())), engine._running().loaded]
     engine.close()
     assert not slow_to_load.is_set()
     for future in asked:
@@ -530,7 +499,7 @@ def test_a_reward_that_cannot_be_built_is_named(models: Callable[..., str], star
 def test_closing_gives_the_weights_back(models: Callable[..., str], start: Start, judge: ClassifierReward) -> None:
     engine = start(models("llama"))
     engine.run(request(judge))
-    model, reward = engine.loaded(), judge_of(engine)
+    model, reward = language_model(engine), reward_model(engine)
     held = [model.model, reward.transformer.model]
     engine.close()
     assert [sum(tensor.numel() for tensor in one.state_dict().values()) for one in held] == [0, 0]
@@ -617,7 +586,7 @@ def test_a_tokenizer_that_breaks_over_one_prompt(
     judge = ClassifierReward(model=models("llama", classifier=True, chat_template=tiny.CHAT))
     engine = start(models("llama", chat_template=tiny.CHAT), width=2)
     expected = ids(outcomes(engine, request(judge, 1), request(judge, 2)))
-    chat = judge_of(engine).layout.chat if of_reward else engine.loaded().chat
+    chat = reward_model(engine).layout.chat if of_reward else engine.loaded().chat
     chat.tokenizer = Brittle(chat.tokenizer, where, error)
     first, told, second = outcomes(engine, request(judge, 1), request(judge, 0, BREAKS), request(judge, 2))
     assert chat.tokenizer.broke
@@ -733,7 +702,7 @@ from cards_integrations.decoding import Cards, Sampling
 from cards_integrations.engine import Engine, EngineSettings, Request
 from cards_integrations.errors import CardsError
 from cards_integrations.models.local import embedded
-from cards_integrations.models.local.loading import LocalModel
+from cards_integrations.models.local.settings import LocalModel
 from cards_integrations.rewards import FunctionReward
 
 def engine(model):
@@ -879,7 +848,6 @@ def test_a_cache_that_cannot_be_written_keeps_nobody_from_an_answer(
     """Step times and scales are measured, and not remembered."""
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("CARDS_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    monkeypatch.setattr(step_times, "cache_dir", embedded.cache_dir)
     engine = start(models("llama"), width="auto")
     judge = ClassifierReward(model=models("llama", classifier=True))
     assert engine.run(request(judge, decoding=Cards(boundary=FixedLength(length=3)))).token_ids
@@ -901,7 +869,7 @@ def test_without_a_home_the_cache_is_not_in_the_working_folder(monkeypatch: pyte
         monkeypatch.delenv(name, raising=False)
     if not known:
         monkeypatch.setattr(pwd, "getpwuid", raising(KeyError("uid not found")))
-    assert embedded.cache_dir().is_absolute()
+    assert paths.cache_dir().is_absolute()
 
 
 # --- processes ---
@@ -985,7 +953,7 @@ if way == "tasks":
 else:
     for _ in range(20 if way == "threads" else 1):
         threading.Thread(target=quietly, daemon=True).start()
-    while asked._worker is None:
+    while asked.inspect().status == "new":
         time.sleep(0.001)
     time.sleep(0 if way == "loading" else 0.3)
 print("leaving", flush=True)
@@ -1023,12 +991,11 @@ llm = CardsLLM(
 )
 expected = llm.align("w9 w20").token_ids
 engine = llm._engine({})
-model = engine.loaded()
 long = {"max_tokens": 4000}
 
 
 def when_busy(before):
-    while model.steps < before + 20:
+    while engine.inspect().steps < before + 20:
         threading.Event().wait(0.002)
     os.kill(os.getpid(), signal.SIGINT)
 
@@ -1059,12 +1026,12 @@ ways = {
     "astream": lambda: asyncio.run(astream()),
 }
 for name in sys.argv[2:]:
-    threading.Thread(target=when_busy, args=[model.steps]).start()
+    threading.Thread(target=when_busy, args=[engine.inspect().steps]).start()
     try:
         ways[name]()
     except KeyboardInterrupt:
         same = llm.align("w9 w20").token_ids == expected
-        print(name, same, len(engine._worker.live), len(model.contexts), model.steps < 3000, flush=True)
+        print(name, same, engine.inspect().requests, engine.inspect().rows, engine.inspect().steps < 3000, flush=True)
 """
 
 

@@ -10,12 +10,13 @@ import pytest
 import tiny
 import torch
 from conftest import Start
+from internals import assert_idle, worker
 from langchain_core.documents import Document
 from langchain_core.messages import HumanMessage, SystemMessage
 from llama_index.core.llms import ChatMessage
 from llama_index.core.prompts import chat_prompts, default_prompts
 from llama_index.core.schema import NodeWithScore, TextNode
-from naive import Freed, drafts, idle, log_p, said
+from naive import Freed, drafts, log_p, said
 from pydantic import ValidationError
 
 from cards_integrations import CardsLLM
@@ -88,7 +89,7 @@ def test_by_likelihood(
     texts = ["w7 w8 w9", "", "w30 w31"]
     naive_ones = [gain(model, with_context, without, ids(text)) for text in texts]
     assert engine.score(BY_LIKELIHOOD, prompt, texts, context) == pytest.approx(naive_ones, abs=1e-4)
-    assert idle(engine)
+    assert_idle(engine)
 
 
 @pytest.mark.parametrize("beside", [False, True])
@@ -104,8 +105,7 @@ def test_counts(models: Callable[..., str], start: Start, beside: bool) -> None:
         assert alignment.usage.rm_forwards == 1 + len(new)
         rejected += len(new) - len(alignment.segments)
     assert rejected
-    assert engine._worker is not None
-    own, another = engine._worker.rewards.built[BY_LIKELIHOOD].models  # type: ignore[attr-defined]
+    own, another = worker(engine).rewards.built[BY_LIKELIHOOD].models  # type: ignore[attr-defined]
     assert own.transformer.tokens == 0 < another.transformer.tokens
 
 
@@ -224,7 +224,7 @@ def test_no_context(models: Callable[..., str], start: Start, nli: Callable[...,
         engine.run(Request("w7 w8", GUIDED, reward))
     with pytest.raises(RewardError, match=r"no context in the prompt.*context=.*patterns="):
         engine.score(reward, "w7 w8", ["w9"])
-    assert idle(engine)
+    assert_idle(engine)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 from conftest import Start
+from internals import worker
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -18,13 +19,14 @@ from cards_integrations.chat.template import ChatTokenizer
 from cards_integrations.decoding import Cards, Uncertainty
 from cards_integrations.engine import Request
 from cards_integrations.errors import RewardError
-from cards_integrations.models.local.loading import LocalModel, ModelLoader, Placement
+from cards_integrations.models.local.loader import ModelLoader
+from cards_integrations.models.local.settings import LocalModel, Placement
 from cards_integrations.models.sampling import Sampler
-from cards_integrations.rewards import ClassifierReward, Conversation, RemoteReward, Response
-from cards_integrations.rewards.base import RewardLoader, scores
-from cards_integrations.rewards.classifier import Head
+from cards_integrations.rewards import ClassifierReward, Conversation, RemoteReward, Response, RewardLoader
+from cards_integrations.rewards.base import scores
+from cards_integrations.rewards.scorers.head import Head
 from cards_integrations.rewards.scorers.incremental import IncrementalClassifier
-from cards_integrations.rewards.scorers.layout import Layout
+from cards_integrations.rewards.scorers.input_format import InputFormat
 from cards_integrations.rewards.scorers.rescoring import RescoringClassifier
 from cards_integrations.trace import Usage
 
@@ -44,8 +46,9 @@ def full_score(model: Any, ids: Sequence[int]) -> float:
 
 def incremental(model: Any, tokenizer: Any, same_vocabulary: bool, **settings: Any) -> IncrementalClassifier:
     reward = ClassifierReward(model="tiny", **settings)
-    layout = Layout(ChatTokenizer(tokenizer), reward.prompt_format, reward.end_of_turn)
-    return IncrementalClassifier(reward.name, model, layout, Head(reward, model.config), same_vocabulary)
+    form = InputFormat(ChatTokenizer(tokenizer), reward.prompt_format, reward.end_of_turn)
+    head = Head(reward.label, reward.output, model.config.id2label)
+    return IncrementalClassifier(reward.name, model, form, head, same_vocabulary)
 
 
 @pytest.mark.parametrize("end", ["</assistant>", "</assistant>\n", "</s>", "</s>\n"])
@@ -117,7 +120,7 @@ async def test_another_tokenizer_whose_tokens_merge_across_candidates(template: 
     reward = incremental(model, tokenizer, False)
     talk = Conversation("the dog sat on the mat and the cat ran away. " * 4, Usage())
     reward.open(talk)
-    start, end = reward.layout.around(talk)
+    start, end = reward.input_format.around(talk)
     suffix = tokenizer(end)["input_ids"]
     assert bool(suffix) == bool(template)
 
@@ -160,11 +163,8 @@ def test_every_reward_in_the_trace_is_the_whole_text_s(
         Request(prompt, decoding, judge, Sampler(temperature=1.0), 30, stop=("w4", "0 w1"), seed=seed)
         for seed in range(8)
     ]
-    layout, talk = (
-        Layout(ChatTokenizer(tokenizer), judge.prompt_format, judge.end_of_turn),
-        Conversation(prompt, Usage()),
-    )
-    before, after = layout.around(talk)
+    form = InputFormat(ChatTokenizer(tokenizer), judge.prompt_format, judge.end_of_turn)
+    before, after = form.around(Conversation(prompt, Usage()))
 
     def whole(text: str) -> list[int]:
         return tokenizer(before + text)["input_ids"] + tokenizer(after)["input_ids"]
@@ -239,7 +239,7 @@ def test_a_classifier_without_a_tree_cache_rescores(tmp_path: Path, start: Start
     for output, expected in [("logit", logits[:, 1]), ("probability", log_odds.sigmoid()), ("log_odds", log_odds)]:
         reward = ClassifierReward(model=folder, label="LABEL_1", output=output, prompt_format="{prompt} {response}")
         assert engine.score(reward, "w7 w8", texts) == pytest.approx(expected.tolist(), abs=1e-4)
-        assert isinstance(engine._worker.rewards.built[reward], RescoringClassifier)
+        assert isinstance(worker(engine).rewards.built[reward], RescoringClassifier)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import tiny
 from conftest import Start
-from naive import Freed, drafts, idle, margin, parameters, said
+from internals import assert_idle, reward_models
+from naive import Freed, drafts, margin, parameters, said
 from pydantic import ValidationError
 
 from cards_integrations.decoding import Cards, Uncertainty
@@ -73,7 +74,7 @@ def test_the_language_model_judges_itself(
     assert_exact(engine.run_many(requests(SELF)), naive)
     texts = ["", "w7 w8", "w20 w21 w22 w23 w24 w25 w26 w27", "w7"]
     assert engine.score(SELF, PROMPT, texts) == pytest.approx([naive(text, None) for text in texts], abs=1e-4)
-    assert idle(engine)
+    assert_idle(engine)
 
 
 @pytest.mark.parametrize(("chat", "width"), [(True, 8), (False, 1)])
@@ -158,9 +159,8 @@ def test_weights_are_the_language_model_s(models: Callable[..., str], start: Sta
     named = JudgeReward(model=models("llama"), rubric=RUBRIC, words=("w6", "w8"))
     for reward in (SELF, named, GroundednessReward()):
         engine.score(reward, "Context: w7\nQuestion: w8", ["w9"])
-    assert engine._worker is not None
     own = {name: weight.data_ptr() for name, weight in engine.loaded().model.named_parameters()}
-    for built in engine._worker.rewards.built.values():
+    for built in reward_models(engine):
         for part in getattr(built, "models", [built]):
             model = part.transformer.model
             assert {name: weight.data_ptr() for name, weight in model.named_parameters()} == own
@@ -186,7 +186,7 @@ def test_words_that_begin_alike(models: Callable[..., str], start: Start) -> Non
         engine.score(JudgeReward(words=("w7 w8", "w7 w9")), PROMPT, ["w9"])
     with pytest.raises(SettingsError, match=r"reward\.words"):  # unknown to this tokenizer, both
         engine.run(Request(PROMPT, GUIDED, JudgeReward(), max_tokens=4))
-    assert idle(engine)
+    assert_idle(engine)
 
 
 def test_a_word_of_no_tokens(models: Callable[..., str], start: Start) -> None:
@@ -222,7 +222,7 @@ def test_a_window_that_is_too_small(models: Callable[..., str], start: Start, tm
         for draft, answer in drafts(alignment):
             whole = [*ids(BEFORE), *answer, *ids(AFTER)][-12:]
             assert draft.reward == pytest.approx(margin(model, whole, *ids("w6 w7")), abs=1e-4)
-    assert idle(engine)
+    assert_idle(engine)
 
 
 @pytest.mark.parametrize("end", Freed.ENDS)

@@ -16,7 +16,9 @@ import pytest
 import tiny
 import torch
 from conftest import Start
-from speculator import Watch, balance, until
+from internals import balance, language_model, reward_models, until
+from internals import caches as caches_of
+from speculator import Watch
 
 from cards_integrations.chat.stop_strings import StopStrings
 from cards_integrations.decoding import Cards, FixedLength, Sampling, Uncertainty
@@ -27,13 +29,14 @@ from cards_integrations.models.base import Candidate, Context
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import ClassifierReward, Conversation
 from cards_integrations.trace import Alignment, Usage
-from cards_integrations.transformer.forward import ForwardInput, Row, Transformer
+from cards_integrations.transformer.flat_batch import ForwardInput
+from cards_integrations.transformer.forward import Output, Transformer
 from cards_integrations.transformer.kv_cache import Branch, Tree
-from cards_integrations.transformer.kv_memory import LEAST, KVMemory
+from cards_integrations.transformer.kv_memory import MIN_PREFIX, KVMemory
 
 SAMPLER = Sampler(temperature=1.0)
 LENGTH, ROOM = 5, 20
-LONG = 2 * LEAST  # a text that is worth keeping
+LONG = 2 * MIN_PREFIX  # a text that is worth keeping
 EVERY_FIRST = Cards(target_reward=-50.0, beta=0.7, boundary=FixedLength(length=LENGTH))
 CHOOSY = Cards(target_reward=0.5, beta=0.3, boundary=Uncertainty(threshold=2.95, min_length=2, max_length=6))
 
@@ -114,8 +117,8 @@ def test_a_second_turn_reads_what_is_new(llamas: Pair, start: Start) -> None:
     assert second.usage.cached_tokens == LONG + ROOM - 1
     assert second.usage.lm_tokens == (1 + 7) + ROOM - 1
     assert second.usage.rm_tokens == 7 + ROOM
-    [judge] = engine._worker.rewards.built.values() if engine._worker else []
-    assert engine.loaded().transformer.tokens == first.usage.lm_tokens + second.usage.lm_tokens
+    [judge] = reward_models(engine)
+    assert engine.inspect().tokens == first.usage.lm_tokens + second.usage.lm_tokens
     assert judge.transformer.tokens == first.usage.rm_tokens + second.usage.rm_tokens  # type: ignore[attr-defined]
 
 
@@ -128,7 +131,7 @@ def test_the_same_prompt_again_reads_its_last_token(llamas: Pair, start: Start) 
 
 def test_a_short_prompt_is_read_again(llamas: Pair, start: Start) -> None:
     engine = start(llamas.model)
-    for length, cached in ((LEAST, 0), (LEAST + 1, LEAST)):
+    for length, cached in ((MIN_PREFIX, 0), (MIN_PREFIX + 1, MIN_PREFIX)):
         for _ in range(2):
             again = engine.run(plain(words(length, length), room=1))
         assert again.usage.cached_tokens == cached
@@ -151,7 +154,7 @@ def test_a_prompt_shared_by_sixteen_at_once_is_read_once(llamas: Pair, start: St
     together = engine.run_many([plain(p, seed) for seed, p in enumerate(prompts)])
     assert [a.token_ids for a in together] == [a.token_ids for a in expected]
     assert sorted(a.usage.cached_tokens for a in together) == [0, *[LONG] * 15]
-    assert engine.loaded().transformer.tokens == LONG + 1 + 15 * 1 + 16 * (ROOM - 1)
+    assert engine.inspect().tokens == LONG + 1 + 15 * 1 + 16 * (ROOM - 1)
 
 
 def test_without_reuse_nothing_is_kept(llamas: Pair, start: Start) -> None:
@@ -159,7 +162,7 @@ def test_without_reuse_nothing_is_kept(llamas: Pair, start: Start) -> None:
     for _ in range(2):
         again = engine.run(guided(words(LONG, 0), llamas.reward, EVERY_FIRST))
         assert again.usage.cached_tokens == 0
-        assert engine.loaded().memory.kept == []
+        assert engine.inspect().cached_prefixes == ()
 
 
 # --- one transformer ---
@@ -193,7 +196,7 @@ class Texts:
         return logits[0]
 
     def logits(self, feeds: list[ForwardInput]) -> list[torch.Tensor]:
-        return [row.value for row in self.transformer.logits(feeds) if isinstance(row, Row)]
+        return [row.value for row in self.transformer.logits(feeds) if isinstance(row, Output)]
 
     @torch.inference_mode()
     def error(self, ids: list[int], logits: torch.Tensor) -> float:
@@ -246,15 +249,19 @@ def test_the_least_recently_used_goes_first() -> None:
     texts.memory.recall(tree, a)
     texts.cache.close(tree)
     assert texts.read(c) == 0
-    assert [kept.ids for kept in texts.memory.kept] == [a, c]
+    assert [kept.ids for kept in texts.memory.prefixes] == [a, c]
     assert [texts.read(ids) for ids in (a, c, b)] == [LONG - 1, LONG - 1, 0]
 
 
 def test_a_text_takes_the_place_of_its_own_beginning() -> None:
     texts, ids = Texts(tiny.causal()), text(0, LONG)
-    assert [texts.read(ids[:length]) for length in (LEAST, LONG, LEAST + 9)] == [0, LEAST, LEAST + 8]
-    assert ids in [kept.ids for kept in texts.memory.kept]
-    assert ids[:LEAST] not in [kept.ids for kept in texts.memory.kept]
+    assert [texts.read(ids[:length]) for length in (MIN_PREFIX, LONG, MIN_PREFIX + 9)] == [
+        0,
+        MIN_PREFIX,
+        MIN_PREFIX + 8,
+    ]
+    assert ids in [kept.ids for kept in texts.memory.prefixes]
+    assert ids[:MIN_PREFIX] not in [kept.ids for kept in texts.memory.prefixes]
 
 
 def test_a_text_larger_than_the_budget_is_not_kept() -> None:
@@ -342,11 +349,11 @@ async def test_requests_that_fit_one_after_another_finish_in_order(llamas: Pair,
 async def test_one_that_waits_for_memory_can_be_cancelled(llamas: Pair, start: Start) -> None:
     engine = start(llamas.model, kv_memory=1_300_000)
     running = asyncio.create_task(engine.arun(plain(words(100, 0), room=3000)))
-    await until(lambda: bool(engine.loaded().contexts))
+    await until(lambda: bool(engine.inspect().requests))
     waiting = asyncio.create_task(engine.arun(plain(words(100, 1), room=3000)))
     behind = asyncio.create_task(engine.arun(plain(words(100, 2))))
     await asyncio.sleep(0.05)
-    assert len(engine.loaded().contexts) == 1
+    assert engine.inspect().requests == 1
     waiting.cancel()
     running.cancel()
     assert (await behind).text
@@ -361,17 +368,17 @@ def test_memory_is_flat(llamas: Pair, start: Start) -> None:
     """Over 500 requests, beside one that is open all the time, so that no cache begins afresh."""
     budget = 3_000_000
     engine = start(llamas.model, width=2, max_rows=32, kv_memory=budget)
-    watch, model, memory = Watch(engine), engine.loaded(), engine.loaded().memory
+    watch, model, caches = Watch(engine), language_model(engine), caches_of(engine)
     engine.run(guided("w9", llamas.reward, CHOOSY))
     model.open(Context("w9", [9], 1, SAMPLER, StopStrings(), Usage()))
-    [judge] = engine._worker.rewards.built.values() if engine._worker else []
+    [judge] = reward_models(engine)
     judge.open(Conversation("w9", Usage()))
     sizes, objects = [], []
     for batch in range(5):
         seeds = range(100 * batch, 100 * batch + 100)
-        engine.run_many([guided(words(LEAST + seed % 14, seed), llamas.reward, CHOOSY, seed, 6) for seed in seeds])
-        assert [len(cache.trees) for cache in memory.caches] == [1, 1]
-        sizes.append([(c.rows, c.columns, c.sees.shape, tensors(c.layers)) for c in memory.caches])
+        engine.run_many([guided(words(MIN_PREFIX + seed % 14, seed), llamas.reward, CHOOSY, seed, 6) for seed in seeds])
+        assert [len(cache.trees) for cache in caches] == [1, 1]
+        sizes.append([(c.rows, c.columns, c.visible.shape, tensors(c.layers)) for c in caches])
         gc.collect()
         kinds = Counter(map(type, gc.get_objects()))
         objects.append([kinds[kind] for kind in (Tree, Branch, Candidate, Session)])

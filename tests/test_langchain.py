@@ -33,7 +33,7 @@ def llm(request):
 
 def steps(llm):
     """Decode steps of the model so far."""
-    return llm._engine({}).loaded().steps
+    return llm.inspect().steps
 
 
 def total(chunks):
@@ -442,7 +442,7 @@ def test_construction_and_traces_load_nothing():
     llm = faces.chat_cards(model="never/loaded")
     llm._get_ls_params()
     llm.bind(max_tokens=3)
-    assert llm._engine({})._worker is None
+    assert llm.inspect().status == "new"
 
 
 def test_a_rate_limiter_is_obeyed():
@@ -474,9 +474,9 @@ def test_closing_frees_what_no_other_object_uses():
     two.invoke("Hello")
     engine, other = one._engine({}), one._engine({"model": faces.chat_model(seed=1)})
     one.close()
-    assert (engine._worker is None, other._worker is None) == (False, True)
+    assert (engine.inspect().status, other.inspect().status) == ("ready", "closed")
     two.close()
-    assert engine._worker is None
+    assert engine.inspect().status == "closed"
     with one:
         assert one.invoke("Hello").content == text
-    assert one._engine({})._worker is None
+    assert one.inspect().status == "new"

@@ -11,13 +11,15 @@ import pytest
 import tiny
 import torch
 from conftest import Start
-from naive import Freed, drafts, idle, log_p, lora, parameters, said
+from internals import assert_idle, worker
+from naive import Freed, drafts, log_p, lora, parameters, said
 from transformers import AutoTokenizer
 
 from cards_integrations.decoding import Cards, Uncertainty
 from cards_integrations.engine import Request
 from cards_integrations.errors import RewardError
-from cards_integrations.models.local.loading import LocalModel, ModelLoader, Placement
+from cards_integrations.models.local.loader import ModelLoader
+from cards_integrations.models.local.settings import LocalModel, Placement
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import Conversation, ImplicitReward, Response, RewardLoader
 from cards_integrations.trace import Alignment, Usage
@@ -97,7 +99,7 @@ def test_another_model_with_the_same_tokens(
     texts = ["w7", "", "w8 w9 w10 w11 w12 w13 w14 w15", "w7 w8"]
     assert engine.score(reward, PROMPT, texts) == pytest.approx([naive(t, None) for t in texts], abs=1e-4)
     assert engine.score(reward, PROMPT, [""]) == [0.0]
-    assert idle(engine)
+    assert_idle(engine)
 
 
 @pytest.mark.parametrize("width", [1, 8])
@@ -199,8 +201,7 @@ def test_counts(models: Callable[..., str], start: Start, tuned: str) -> None:
         assert len(new) > 8
         assert alignment.usage.rm_tokens == len(ids(PROMPT)) + sum(new)
         assert alignment.usage.rm_forwards == 1 + len(new)
-    assert engine._worker is not None
-    built = engine._worker.rewards.built[reward]
+    built = worker(engine).rewards.built[reward]
     assert built.models[1].transformer.tokens == 0  # type: ignore[attr-defined]
     assert built.models[0].transformer.tokens > 0  # type: ignore[attr-defined]
 
@@ -226,9 +227,8 @@ def test_one_adapter_of_two_rewards_is_loaded_once_and_shares_what_it_does_not_c
     engine = start(models("llama"), width=2)
     for reward in (ImplicitReward(tuned=spec), ImplicitReward(tuned=spec, beta=2.0)):
         engine.run(request(reward, 0, max_tokens=4))
-    assert engine._worker is not None
     own = engine.loaded().model
-    adapted, _ = engine._worker.loader.causal(spec)
+    adapted, _ = worker(engine).loader.causal(spec)
     mine = {weight.data_ptr() for weight in own.parameters()}
     new = {name for name, weight in adapted.named_parameters() if weight.data_ptr() not in mine}
     assert new == {f"model.layers.{n}.self_attn.{which}_proj.weight" for n in (0, 1) for which in "qv"}
@@ -280,7 +280,7 @@ def test_an_answer_that_does_not_fit(models: Callable[..., str], start: Start, t
         engine.score(ImplicitReward(tuned=small), PROMPT, [WORDS.decode([*range(20, 32)])])
     with pytest.raises(RewardError, match=r"log p tuned.*12.*max_tokens"):
         engine.run(request(ImplicitReward(tuned=small), 0))
-    assert idle(engine)
+    assert_idle(engine)
 
 
 async def test_an_answer_of_special_tokens(models: Callable[..., str], tuned: str) -> None:

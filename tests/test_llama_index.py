@@ -166,7 +166,7 @@ def test_metadata_loads_no_weights():
     assert (about.context_window, about.num_output, about.model_name) == (faces.WINDOW, 20, faces.chat_model())
     assert (about.is_chat_model, about.is_function_calling_model) == (True, True)
     assert "reward" not in llm.to_payload()
-    assert llm._engine({})._worker is None
+    assert llm.inspect().status == "new"
 
 
 def test_options_may_be_assigned(llm):

@@ -21,10 +21,11 @@ import reference
 import tiny
 import torch
 from conftest import Start
-from naive import Freed, caches, idle
+from internals import assert_idle, caches, is_idle, until
+from naive import Freed
 from pydantic import ValidationError
 from reference import Ids
-from speculator import Eager, Watch, until
+from speculator import Eager, Watch
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from transformers import (
@@ -299,21 +300,21 @@ def test_mixed_methods_at_once(
     watch = Watch(engine)
     assert_same(engine.run_many(asked(cases)), cases)
     assert watch.live == len(cases)
-    assert idle(engine)
+    assert_idle(engine)
 
 
 @pytest.mark.parametrize("width", [1, 4, "auto"])
 def test_alone(cases_of: Cases, models: Callable[..., str], start: Start, width: int | str) -> None:
     engine, cases = start(models("llama"), width=width), cases_of("llama", "decoder")
     assert_same([engine.run(request) for request in asked(cases)], cases)
-    assert idle(engine)
+    assert_idle(engine)
 
 
 @pytest.mark.parametrize("width", [1, 4])
 def test_mixed_methods_of_a_width(cases_of: Cases, models: Callable[..., str], start: Start, width: int) -> None:
     engine, cases = start(models("gemma2"), width=width), cases_of("gemma2", "other")
     assert_same(engine.run_many(asked(cases)), cases)
-    assert idle(engine)
+    assert_idle(engine)
 
 
 def test_beside_requests_that_draft_ahead(cases_of: Cases, models: Callable[..., str], start: Start) -> None:
@@ -345,7 +346,7 @@ def test_rows_of_their_own(llama: Models, start: Start) -> None:
     assert_same([engine.run(request) for request in asked(cases)], cases)
     assert watch.rows >= 3
     assert_same(engine.run_many(asked(cases)), cases)
-    assert idle(engine)
+    assert_idle(engine)
 
 
 def test_equal_drafts_are_one_with_their_share(llama: Models, start: Start) -> None:
@@ -373,7 +374,7 @@ def test_with_little_memory(cases_of: Cases, models: Callable[..., str], start: 
     watch = Watch(engine)
     assert_same(engine.run_many(asked(cases)), cases)
     assert 0 < watch.live < len(cases)
-    assert idle(engine)
+    assert_idle(engine)
 
 
 def test_the_cases_reach_every_end(cases_of: Cases) -> None:
@@ -716,11 +717,11 @@ async def test_nothing_is_held_after_a_stream_is_closed(
     stream.close()
     other = engine.astream(request)
     waiting = asyncio.ensure_future(anext(other))
-    await until(lambda: engine.loaded().steps > 40)
+    await until(lambda: engine.inspect().steps > 40)
     waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)
     await other.aclose()
-    await until(lambda: idle(engine))
+    await until(lambda: is_idle(engine))
 
 
 async def test_no_row_of_a_long_branch_is_held(endless: tuple[str, str], start: Start) -> None:
@@ -731,10 +732,10 @@ async def test_no_row_of_a_long_branch_is_held(endless: tuple[str, str], start: 
     task = asyncio.create_task(
         engine.arun(Request(PROMPT, method, ClassifierReward(model=judge), SAMPLER, 3000, seed=1))
     )
-    await until(lambda: engine.loaded().steps > LONG + 10)
+    await until(lambda: engine.inspect().steps > LONG + 10)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-    await until(lambda: idle(engine))
+    await until(lambda: is_idle(engine))
     assert watch.rows == 4
 
 
@@ -744,12 +745,12 @@ async def test_nothing_is_held_after_the_engine_is_closed(endless: tuple[str, st
     reward = weighted(judge, zero)
     tasks = [asyncio.create_task(engine.arun(Request(PROMPT, m, reward, SAMPLER, 3000, seed=1))) for m in SEVEN]
     engine.loaded()
-    await until(lambda: engine.loaded().steps > 10)
+    await until(lambda: engine.inspect().steps > 10)
     held = caches(engine)
     await asyncio.to_thread(engine.close)
     assert [type(e) for e in await asyncio.gather(*tasks, return_exceptions=True)] == [EngineClosed] * len(SEVEN)
     assert len(held) == 2
-    assert all(not cache.trees and len(cache.lanes) == len(cache.sees) for cache in held)
+    assert all(not cache.trees and len(cache.free_mask_rows) == len(cache.visible) for cache in held)
 
 
 def in_step(llama: Models, judge: str, method: Decoding) -> Case:
@@ -906,9 +907,9 @@ class Watched(SpeculativeRejection):
         grow, give_up, leaves, excess = session.grow, session.give_up, set[Draft](), list[int]()
 
         async def watched(parents: Sequence[Draft | None], **options: Any) -> list[Draft]:
-            needed = {p for leaf in leaves for p in session.unkept(session.nodes[leaf])}
+            needed = {p for leaf in leaves for p in session.pool._unkept(session.pool.nodes[leaf])}
             tokens = PROMPT_TOKENS + sum(len(pending.candidate.ids) for pending in needed)
-            excess.append(session.context.state.branch.tree.taken - 1 - tokens)
+            excess.append(session.host.language_model._requests[session.context].kept.branch.tree.taken - 1 - tokens)
             leaves.difference_update(parents)
             drafts: list[Draft] = await grow(parents, **options)
             leaves.update(drafts)
@@ -991,7 +992,7 @@ def test_a_segment_may_ask_for_more_drafts(llama: Models, start: Start, first: i
     found = drafts(InTwoCalls(first=first, limit=limit, by_hand=by_hand))
     assert found == drafts(SegmentBestOfN(n=4, boundary=UNCERTAIN))
     assert {index for index, _, verdict in found if verdict == "best"} == {0, 1, 2, 3}
-    assert idle(engine)
+    assert_idle(engine)
 
 
 class KeepsNothing(Decoding):
@@ -1011,7 +1012,7 @@ def test_the_best_of_none_is_an_error_of_its_own_request(llama: Models, start: S
     with pytest.raises(CardsError, match=r"reject\(\) a draft"):
         engine.run(Request(PROMPT, KeepsNothing(), reward, SAMPLER, ROOM, seed=1))
     assert engine.run(Request(PROMPT, SegmentBestOfN(n=2), reward, SAMPLER, ROOM, seed=1)).text
-    assert idle(engine)
+    assert_idle(engine)
 
 
 @pytest.mark.parametrize("nonsense", ["{", "{'method': 'args'}", {"method": ["args"]}, {"method": {}}])

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import Start
-from speculator import Eager, balance
+from internals import assert_idle, language_model, reward_model
+from speculator import Eager
 
 from cards_integrations.decoding import Cards, Sampling, Uncertainty
-from cards_integrations.engine import Engine, Request
+from cards_integrations.engine import Request
 from cards_integrations.errors import CardsError, OutOfMemory
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import ClassifierReward
@@ -43,12 +44,6 @@ def limit(body: Any, most: int, error: Exception) -> list[int]:
     return refused
 
 
-def judge_of(engine: Engine) -> Any:
-    assert engine._worker is not None
-    [judge] = engine._worker.rewards.built.values()
-    return judge
-
-
 def request(reward: ClassifierReward, seed: int, prompt: str = PROMPT) -> Request:
     return Request(prompt, Cards(target_reward=0.5, beta=0.3, boundary=BOUNDARY), reward, Sampler(), 16, seed=seed)
 
@@ -56,13 +51,6 @@ def request(reward: ClassifierReward, seed: int, prompt: str = PROMPT) -> Reques
 @pytest.fixture
 def reward(models: Callable[..., str]) -> ClassifierReward:
     return ClassifierReward(model=models("llama", classifier=True))
-
-
-def assert_idle(engine: Engine) -> None:
-    assert not engine.loaded().contexts
-    for cache in engine.loaded().memory.caches:
-        assert not cache.trees
-        balance(cache)
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=["cuda", "cpu"])
@@ -74,7 +62,7 @@ def test_batches_shrink_and_no_text_changes(
     expected = start(models("llama"), width=4).run_many(requests)
     engine = start(models("llama"), width=4)
     engine.run(request(reward, 99))
-    refused = limit(engine.loaded().model, 8, error), limit(judge_of(engine).model.base_model, 10, error)
+    refused = limit(language_model(engine).model, 8, error), limit(reward_model(engine).model.base_model, 10, error)
     ahead = Eager(engine, most=60) if eager else None
     written = engine.run_many(requests)
     assert [a.token_ids for a in written] == [a.token_ids for a in expected]
@@ -94,7 +82,7 @@ async def test_what_does_not_fit_fails_alone(
     expected = start(models("llama"), width=2).run_many(requests)
     engine = start(models("llama"), width=2)
     engine.run(request(reward, 99))
-    body = judge_of(engine).model.base_model if in_reward else engine.loaded().model
+    body = reward_model(engine).model.base_model if in_reward else language_model(engine).model
     forward = body.forward
     refused = limit(body, 20, error)
     asked = [*requests[:2], request(reward, 9, BIG), *requests[2:]]
@@ -111,14 +99,14 @@ async def test_what_does_not_fit_fails_alone(
 
 def test_finished_texts_are_given_up_first(models: Callable[..., str], start: Start) -> None:
     engine = start(models("llama"), width=1)
-    model = engine.loaded()
+    model = language_model(engine)
     asked = Request("w9 w20 w31 " * 50, Sampling(), max_tokens=16, seed=0)
     expected = engine.run(asked)
-    assert model.memory.kept
+    assert model.memory.prefixes
     forward, refused = model.model.forward, []
 
     def full(*args: Any, **inputs: Any) -> Any:
-        if model.memory.kept:
+        if model.memory.prefixes:
             refused.append(inputs["input_ids"].shape[1])
             raise ERRORS[0]
         return forward(*args, **inputs)
@@ -127,4 +115,4 @@ def test_finished_texts_are_given_up_first(models: Callable[..., str], start: St
     again = engine.run(asked)
     assert again.token_ids == expected.token_ids
     assert refused == [1]  # the last token of the prompt; then there was room
-    assert [len(kept.ids) for kept in model.memory.kept] == [len(again.prompt_ids) + 15]
+    assert [len(kept.ids) for kept in model.memory.prefixes] == [len(again.prompt_ids) + 15]

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import ast
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
 import tomllib
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -56,6 +55,12 @@ def test_the_wheel_brings_the_adapters(wheel: list[str]) -> None:
     assert any(name.endswith("adapter_model.safetensors") for name in adapters)
     assert adapters <= set(wheel)
     assert not [name for name in wheel if name.endswith((".bin", ".pt", ".pkl"))]
+
+
+def test_the_wheel_brings_the_templates(wheel: list[str]) -> None:
+    templates = {file.relative_to(ROOT).as_posix() for file in (PACKAGE / "templates").glob("*.*") if file.is_file()}
+    assert "cards_integrations/templates/page.html.j2" in templates
+    assert templates <= set(wheel)
 
 
 # --- what is installed ---
@@ -109,9 +114,10 @@ class Forbids:
 sys.meta_path.insert(0, Forbids())
 """
 CORE = [
-    *("engine", "worker", "session", "scheduler", "drafts", "decoding", "rewards", "models", "trace", "settings"),
-    *("models.local", "models.vllm", "models.grammar", "models.transformer", "rewards.incremental", "rewards.remote"),
-    *("picture", "response_format", "study"),
+    *("engine.engine", "engine.worker", "engine.session", "engine.scheduler", "engine.draft_pool", "settings"),
+    *("decoding", "rewards", "rewards.remote", "rewards.scorers.incremental", "models", "models.sources"),
+    *("models.local.language_model", "models.vllm.language_model", "transformer.forward", "chat.grammar"),
+    *("chat.template", "chat.response_format", "picture", "trace", "study"),
 ]
 
 
@@ -123,68 +129,14 @@ def test_the_core_needs_neither_framework(name: str) -> None:
 
 # --- which way imports run ---
 
-LAYERS = [  # from the top; who stands in one line is of one layer
-    ["cli", "demo"],
-    ["study"],
-    ["__init__", "llm", "langchain", "langchain_runs", "llama_index", "completion"],
-    ["messages", "structured_output", "retrieval", "schemas"],
-    ["settings"],
-    ["engine"],
-    ["worker", "scales"],
-    ["scheduler"],
-    ["session", "response_format"],
-    ["drafts"],
-    ["decoding", "rewards"],
-    ["models", "vllm_plugin", "picture"],
-    ["trace", "errors", "uncertainty", "threads"],
-]
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-KNOWN_UPWARD = {("trace", "picture")}  # drawn on demand, inside its methods
+
+def environment() -> dict[str, str]:
+    """With the commands of this Python's environment first."""
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
 
-def layer(module: str) -> str:
-    return module.removeprefix("cards_integrations").lstrip(".").partition(".")[0] or "__init__"
-
-
-def edges() -> Iterator[tuple[str, str]]:
-    """(who, whom) between the package's parts, at run time: imports for the type checker are left out."""
-    for file in PACKAGE.rglob("*.py"):
-        relative = file.relative_to(PACKAGE)
-        who = relative.parts[0].removesuffix(".py")
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-        unread = [
-            inner
-            for node in ast.walk(tree)
-            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-            for inner in ast.walk(node)
-        ]
-        for node in ast.walk(tree):
-            if node in unread or not isinstance(node, ast.ImportFrom):
-                continue
-            module = node.module or ""
-            if module == "cards_integrations":
-                yield from ((who, layer(f"{module}.{name.name}")) for name in node.names)
-            elif module.startswith("cards_integrations."):
-                yield who, layer(module)
-
-
-def test_every_part_of_the_package_has_a_layer() -> None:
-    parts = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
-    assert parts - LEVEL.keys() == set()
-
-
-def test_imports_run_downward_only() -> None:
-    upward = {(who, whom) for who, whom in edges() if whom in LEVEL and LEVEL[whom] < LEVEL[who]}
-    assert upward - {("llm", "study")} == KNOWN_UPWARD
-
-
-def test_decoding_knows_neither_tensors_nor_rewards() -> None:
-    assert {whom for who, whom in edges() if who == "decoding"} <= {
-        "decoding",
-        "models",
-        "trace",
-        "errors",
-        "uncertainty",
-    }
-    assert {whom for who, whom in edges() if who == "rewards"} <= {"rewards", "models", "trace", "errors", "threads"}
-    assert {whom for who, whom in edges() if who == "models"} <= {"models", "trace", "errors"}
+def test_imports_run_downward_and_in_no_circle() -> None:
+    """The contracts of pyproject.toml, as `make lint` checks them."""
+    ran = subprocess.run(["lint-imports", "--no-cache"], cwd=ROOT, capture_output=True, text=True, env=environment())
+    assert ran.returncode == 0, ran.stdout
+    assert "0 broken" in ran.stdout

@@ -12,7 +12,7 @@ from llama_index.core.llms import CompletionResponse, CustomLLM, LLMMetadata
 
 from cards_integrations.errors import SettingsError
 from cards_integrations.study import judge
-from cards_integrations.study.judge import calls, paired, scores_in, verdict_of
+from cards_integrations.study.judge import judge_prompts, pair_verdict, paired, parse_scores
 
 
 def rows(texts: list[str], **more: Any) -> list[dict[str, Any]]:
@@ -89,7 +89,7 @@ def test_only_equal_prompts_with_equal_seeds_are_paired():
 
 
 def test_the_prompts_hold_answers_as_they_are():
-    prompts = calls(OURS, THEIRS)
+    prompts = judge_prompts(OURS, THEIRS)
     assert len(prompts) == 8
     assert [short_repr(prompt) for prompt in prompts[-2:]] == [("}{", "{question}"), ("{question}", "}{")]
 
@@ -175,14 +175,14 @@ def test_models_of_both_frameworks_judge():
     ],
 )
 def test_scores_are_read_from_a_line(said, scores):
-    assert scores_in(said) == scores
+    assert parse_scores(said) == scores
 
 
 def test_verdicts_by_hand():
     def both(one: Any, two: Any) -> list[dict[str, Any]]:
         return [{"swapped": False, "scores": one}, {"swapped": True, "scores": two}]
 
-    assert verdict_of(both((8, 7), (7, 8))) == "win"
-    assert verdict_of(both((8, 7), (8, 7))) == "tie"
-    assert verdict_of(both((7, 8), (9, 1))) == "loss"
-    assert verdict_of(both((9, 1), None)) == "unparsed"
+    assert pair_verdict(both((8, 7), (7, 8))) == "win"
+    assert pair_verdict(both((8, 7), (8, 7))) == "tie"
+    assert pair_verdict(both((7, 8), (9, 1))) == "loss"
+    assert pair_verdict(both((9, 1), None)) == "unparsed"

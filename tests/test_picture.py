@@ -15,7 +15,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from cards_integrations.picture import BOTTOM, HEIGHT, TOP, WIDTH, chart, number, points, ticks
+from cards_integrations.picture import BOTTOM, HEIGHT, TOP, WIDTH, Points, chart, number, ticks
 from cards_integrations.trace import Alignment, DraftTrace, InvalidToolCall, Segment, ToolCall, Usage, Verdict
 
 matplotlib.use("Agg")
@@ -194,7 +194,7 @@ def test_higher_rewards_are_bluer() -> None:
 
 
 def test_points_lie_where_the_trace_has_them() -> None:
-    found = points(alignment(segment("a", 1.0, 0.5, draft("no", 0.25, "rejected", 7)), segment("b", 2.0, 0.75)))
+    found = Points.of(alignment(segment("a", 1.0, 0.5, draft("no", 0.25, "rejected", 7)), segment("b", 2.0, 0.75)))
     assert found.steps == [(0, 1.0), (3, 1.0), (3, 2.0), (6, 2.0)]
     assert found.ends == [(3, 1.0), (6, 2.0)]
     assert found.thresholds == [(3, 0.5), (6, 0.75)]
@@ -207,7 +207,7 @@ finite = st.floats(allow_nan=False, allow_infinity=False, min_value=-1e9, max_va
 @given(st.lists(st.tuples(finite, finite, finite), min_size=1, max_size=5))
 def test_the_chart_stays_in_its_frame(rewards: list[tuple[float, float, float]]) -> None:
     segments = [segment("a", kept, over, draft("no", no, "rejected", 9)) for kept, over, no in rewards]
-    svg = chart(points(alignment(*segments)))
+    svg = chart(Points.of(alignment(*segments)))
     Read(svg)
     for x, y in re.findall(r"[ML]([\d.e-]+) ([\d.e-]+)", svg):
         assert 0 <= float(x) <= WIDTH

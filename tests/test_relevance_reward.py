@@ -20,7 +20,8 @@ from cards_integrations.decoding import BestOfN
 from cards_integrations.engine import Request
 from cards_integrations.errors import ModelError
 from cards_integrations.models.local.embedded import embedded_model
-from cards_integrations.models.local.loading import LocalModel, ModelLoader, Placement
+from cards_integrations.models.local.loader import ModelLoader
+from cards_integrations.models.local.settings import LocalModel, Placement
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import Conversation, RelevanceReward, Response, RewardLoader, as_reward
 from cards_integrations.rewards.relevance import Relevance, question
@@ -185,6 +186,8 @@ def test_requests_are_scored_in_one_call(
 
     monkeypatch.setattr(Embedder, "__call__", recorded)
     one, two = answers("w6 w7", "w8", "w9 w10 w11"), answers("w12", "w9 w10 w11")
+    for response in (one[0], two[0]):
+        model.open(response.conversation)
     together = asyncio.run(model.score([one[0], two[0], one[1]]))
     assert calls == [(["w6 w7", "w12"], True), (["w8", "w9 w10 w11", "w9 w10 w11"], False)]
     assert (one[0].conversation.usage.rm_tokens, one[0].conversation.usage.rm_forwards) == (2 + 1 + 3, 2)

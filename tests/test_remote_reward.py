@@ -486,14 +486,12 @@ async def test_a_failing_request_harms_no_other(
 def test_connections_end_with_the_engine(site: Site, models: Callable[..., str], start: Start, busy: bool) -> None:
     engine = start(models("llama"))
     if busy:
-        future = engine._submit(Request(PROMPT, GUIDED, site.reward(options="delay=0.4"), SAMPLER, 12))
+        future = engine.submit(Request(PROMPT, GUIDED, site.reward(options="delay=0.4"), SAMPLER, 12))
         while not site.count:
             time.sleep(0.01)
         assert not future.done()
     else:
         engine.run(Request(PROMPT, GUIDED, site.reward(), SAMPLER, 12))
-    worker = engine._worker
-    assert worker is not None
     assert site.seen["open"] > 0
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -19,7 +19,7 @@ from pydantic import ConfigDict
 from cards_integrations import CardsLLM, RetrievedContext, documents_chain
 from cards_integrations.engine import EngineSettings
 from cards_integrations.errors import RewardError
-from cards_integrations.rewards import GroundednessReward, Reward, RewardLoader, RewardModel
+from cards_integrations.rewards import GroundednessReward, Loader, Reward, RewardModel
 from cards_integrations.rewards.base import Instant, Response
 from cards_integrations.rewards.weighted import WeightedReward
 
@@ -38,7 +38,7 @@ class Recording(Reward):
     model_config = ConfigDict(frozen=True)
     kind: Literal["recording"] = "recording"
 
-    def build(self, loader: RewardLoader) -> RewardModel:
+    def build(self, loader: Loader) -> RewardModel:
         def note(response: Response) -> float:
             CONTEXTS.append(response.conversation.context)
             return 0.0

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from cards_integrations import CardsLLM, CardsSettings
 from cards_integrations.errors import CardsError, SettingsError
-from cards_integrations.models.local.loading import LocalModel
+from cards_integrations.models.local.settings import LocalModel
 from cards_integrations.rewards import (
     REWARDS,
     ClassifierReward,

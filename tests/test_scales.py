@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import internals
 import pytest
 import tiny
 from conftest import Start
@@ -86,8 +87,7 @@ def request(reward: Reward, seed: int = 0, tokens: int = 12, **more: Any) -> Req
 
 def scale_of(engine: Engine, reward: Reward) -> Scale:
     """The one that requests get."""
-    assert engine._worker is not None
-    return engine._worker.submit(engine._worker.scales.of(reward)).result()
+    return internals.run_inside(engine, internals.worker(engine).scales.of(reward))
 
 
 # --- measured once ---
@@ -414,13 +414,7 @@ async def test_an_error_that_nobody_waited_for_is_not_given_to_the_next(
     only.cancel()
     await asyncio.gather(only, return_exceptions=True)
     words.wait.set()
-    assert engine._worker is not None
-    [task] = engine._worker.scales.measuring.values()
-
-    async def settled() -> None:
-        await asyncio.wait([task])
-
-    await asyncio.wrap_future(engine._worker.submit(settled()))
+    await internals.until(lambda: engine.inspect().measured_scales == 0)
     words.broken = False
     assert (await engine.arun(request(FunctionReward(function=words)))).text
 

@@ -1,7 +1,9 @@
-"""What runs in the next step: by the times that were measured, and the chance that a candidate is looked at."""
+"""What runs in the next step: by the times that were measured, and the chance that a candidate is examined."""
 
 from __future__ import annotations
 
+import json
+import math
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,12 +19,13 @@ from cards_integrations.chat.template import ChatTokenizer
 from cards_integrations.chat.tool_formats import FORMATS
 from cards_integrations.chat.tool_reader import ToolReader
 from cards_integrations.decoding import FixedLength
-from cards_integrations.engine.draft_pool import LEAST, Drafts, Pending
+from cards_integrations.engine.draft_pool import MIN_REACH, PendingDraft, SegmentDrafts
 from cards_integrations.engine.scheduler import BestPerSecond
 from cards_integrations.engine.session import AcceptanceRate, Session
 from cards_integrations.models.base import Context
 from cards_integrations.models.local.language_model import LocalLanguageModel
-from cards_integrations.models.local.loading import ModelLoader, Placement
+from cards_integrations.models.local.loader import ModelLoader
+from cards_integrations.models.local.settings import Placement
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import Conversation, FunctionReward, RewardLoader
 from cards_integrations.trace import Usage
@@ -59,20 +62,46 @@ def test_step_times_are_measured_once(tmp_path: Path, monkeypatch: pytest.Monkey
     assert asked == [*POINTS, *POINTS, *POINTS]
 
 
+@pytest.mark.parametrize("damage", ["list", "no times", "no numbers", "not a number", "other points", "no seconds"])
+def test_damaged_step_times_are_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
+    monkeypatch.setenv("CARDS_CACHE_DIR", str(tmp_path))
+    model, file = tiny.causal(), tmp_path / "step_times.json"
+    expected = step_times("drafting", model, float).upto(70).tolist()
+    whole = file.read_text()
+    [key] = json.loads(whole)
+    damaged: dict[str, Any] = {
+        "list": [key],
+        "no times": {key: None},
+        "no numbers": {key: {"1": "long", "16": [], "64": {}}},
+        "not a number": {key: {"1": math.nan, "16": 16.0, "64": 64.0}},
+        "other points": {key: {"1": 1.0}},
+        "no seconds": {key: dict.fromkeys(map(str, POINTS), 0.0)},
+    }
+    file.write_text(json.dumps(damaged[damage]))
+    assert step_times("drafting", model, float).upto(70).tolist() == expected
+    assert file.read_text() == whole
+
+
 # --- the choice ---
 
 
 class Offered:
-    """A request with candidates of given chances to be looked at; some of them have begun."""
+    """A request with candidates of given chances to be examined; some of them have begun."""
 
     def __init__(self, chances: list[float], begun: int, scoring: StepTimes) -> None:
         self.chances = chances
         self.begun = begun
-        self.drafting = self
-        self.rate = AcceptanceRate()
+        self.pool = self
+        self.current = self
+        self.acceptance_rate = AcceptanceRate()
         self.seconds_to_score = scoring
+        self.scores = SimpleNamespace(waiting=[])
+        self.blocking: list[Any] = []
 
-    def prospects(self, reach: float, rate: float) -> Iterator[tuple[float, Offered, Any]]:
+    def waits_for(self, request: Any) -> bool:
+        return request in self.blocking
+
+    def ranked_candidates(self, reach: float, rate: float) -> Iterator[tuple[float, Offered, Any]]:
         for index, chance in enumerate(self.chances):
             yield chance, self, SimpleNamespace(candidate=chance) if index < self.begun else None
 
@@ -93,7 +122,8 @@ def test_the_most_gain_per_second_is_chosen() -> None:
             for _ in range(dice.randint(1, 5))
         ]
         sessions: Any = [Offered(row, dice.randint(0, len(row)), scoring) for row in chances]
-        chosen: list[Any] = BestPerSecond(times).candidates([*sessions, SimpleNamespace(drafting=None)])
+        idle = SimpleNamespace(pool=SimpleNamespace(current=None))
+        chosen: list[Any] = BestPerSecond(times).candidates([*sessions, idle])
 
         best = sorted((chance for row in chances for chance in row), reverse=True)
         gains = [sum(best[:n]) / (times.upto(n)[-1] + each * n) for n in range(1, len(best) + 1)]
@@ -111,14 +141,16 @@ def test_nothing_is_chosen_where_nothing_is_drafted() -> None:
 
 
 def steps_until_scored(scheduler: BestPerSecond, waiting: int, sessions: int, scoring: float) -> int:
-    """How many steps are taken before questions are scored, `waiting` of which stop their request."""
+    """How many steps are taken before rewards are scored, `waiting` of which hold up their request."""
     session = Offered([1.0], 1, StepTimes({1: scoring, 64: scoring}))
-    asked: Any = [SimpleNamespace(blocks=index < waiting, session=session) for index in range(waiting + 3)]
+    session.scores.waiting = list(range(waiting + 3))
+    session.blocking = session.scores.waiting[:waiting]
+    others = [SimpleNamespace(scores=None) for _ in range(sessions - 1)]
+    live: Any = [session, *others]
     for steps in range(100):
-        if scheduler.score_now(asked, sessions):
+        if scheduler.score_now(live):
             return steps
-        live: Any = [session]
-        scheduler.candidates(live)
+        scheduler.candidates(live[:1])
     return 100
 
 
@@ -145,13 +177,13 @@ def test_a_score_that_costs_nothing_is_asked_for_at_once(waiting: int) -> None:
 def test_the_acceptance_rate_begins_with_a_quarter() -> None:
     rate = AcceptanceRate()
     assert rate.value == 0.25
-    rate.saw(4, passed=True)
+    rate.update(4, passed=True)
     assert rate.value == 2 / 8
-    rate.saw(2, passed=False)
+    rate.update(2, passed=False)
     assert rate.value == 2 / 10
 
 
-class Desk:
+class Host:
     """What a session needs of the engine, with a real language model."""
 
     def __init__(self) -> None:
@@ -160,6 +192,9 @@ class Desk:
         )
 
     def wake(self) -> None: ...
+
+    def vacancies(self, context: Context, boundary: Any) -> int:
+        return self.language_model.vacancies(context, boundary)
 
     def session(self) -> Session:
         """A request that waits for its rewards for ever."""
@@ -176,57 +211,57 @@ class Desk:
             ToolReader(None, FORMATS["json"]),
         )
 
-    def finish(self, drafts: Drafts, pending: Pending) -> None:
+    def finish(self, drafts: SegmentDrafts, pending: PendingDraft) -> None:
         while not pending.ended:
             self.language_model.forward([pending.candidate])
-            for _ in self.language_model.sample():
-                drafts.ended(pending)
+            for candidate in self.language_model.sample():
+                drafts.pool.candidate_ended(candidate)
 
 
-def chances(drafts: Drafts, rate: float = 0.25) -> list[tuple[int, Pending | None, float]]:
-    return [(offer.segment, pending, reach) for reach, offer, pending in drafts.prospects(1.0, rate)]
+def chances(drafts: SegmentDrafts, rate: float = 0.25) -> list[tuple[int, PendingDraft | None, float]]:
+    return [(offer.number, pending, reach) for reach, offer, pending in drafts.ranked_candidates(1.0, rate)]
 
 
-async def test_the_chance_that_a_candidate_is_looked_at() -> None:
+async def test_the_chance_that_a_candidate_is_examined() -> None:
     """All before it in its segment were rejected, and the one that it follows was not."""
-    desk = Desk()
-    drafts = desk.session().drafts(FixedLength(length=2), limit=3, passes=lambda draft: draft.reward > 0)
+    host = Host()
+    drafts = host.session().drafts(FixedLength(length=2), limit=3, passes=lambda draft: draft.reward > 0)
     falling = [1, 0.75, 0.75**2]
     assert chances(drafts) == [(0, None, reach) for reach in falling]
 
     first, second = drafts.begin(), drafts.begin()
     assert chances(drafts) == [(0, first, 1), (0, second, 0.75), (0, None, 0.75**2)]
 
-    desk.finish(drafts, first)  # has no reward yet: others may follow it, if it passes
+    host.finish(drafts, first)  # has no reward yet: others may follow it, if it passes
     after_first = [(1, None, 0.25 * reach) for reach in falling]
     assert chances(drafts) == [*after_first, (0, second, 0.75), (0, None, 0.75**2)]
 
     first.score.set_result(-1.0)
     assert chances(drafts) == [(0, second, 1), (0, None, 0.75)]
 
-    desk.finish(drafts, second)
+    host.finish(drafts, second)
     second.score.set_result(1.0)
     assert chances(drafts) == [(1, None, reach) for reach in falling]
 
-    assert second.next is not None
-    child = second.next.begin()
+    assert second.next_segment is not None
+    child = second.next_segment.begin()
     assert child.candidate.before == second.candidate.ids
-    desk.finish(second.next, child)
-    assert child.question is None  # scored only once the method gets there
+    host.finish(second.next_segment, child)
+    assert child.response is None  # scored only once the method gets there
     expected = [(2, None, 0.25 * reach) for reach in falling] + [(1, None, 0.75), (1, None, 0.75**2)]
     assert chances(drafts) == expected
 
 
-async def test_what_is_hardly_looked_at_is_not_drafted() -> None:
-    drafts = Desk().session().drafts(FixedLength(length=2), limit=100, passes=lambda draft: True)
-    assert [reach for _, _, reach in chances(drafts)] == [0.75**n for n in range(100) if 0.75**n >= LEAST]
+async def test_what_is_hardly_examined_is_not_drafted() -> None:
+    drafts = Host().session().drafts(FixedLength(length=2), limit=100, passes=lambda draft: True)
+    assert [reach for _, _, reach in chances(drafts)] == [0.75**n for n in range(100) if 0.75**n >= MIN_REACH]
 
 
 async def test_a_method_that_looks_at_everything_is_sure_of_all() -> None:
-    desk = Desk()
-    drafts = desk.session().drafts(FixedLength(length=2), limit=4)
+    host = Host()
+    drafts = host.session().drafts(FixedLength(length=2), limit=4)
     assert chances(drafts) == [(0, None, 1)] * 4
     first = drafts.begin()
-    desk.finish(drafts, first)
+    host.finish(drafts, first)
     assert chances(drafts)[:4] == [(1, None, 0.25)] * 4  # one of the four is kept
     assert chances(drafts)[4:] == [(0, None, 1)] * 3

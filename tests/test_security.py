@@ -33,7 +33,8 @@ from cards_integrations.decoding import Cards, FixedLength, Sampling
 from cards_integrations.engine import Request
 from cards_integrations.errors import CardsError, ModelError, RewardError, SettingsError
 from cards_integrations.models import VllmModel
-from cards_integrations.models.local.loading import LocalModel, ModelLoader, Placement
+from cards_integrations.models.local.loader import ModelLoader
+from cards_integrations.models.local.settings import LocalModel, Placement
 from cards_integrations.rewards import ClassifierReward, GroundednessReward, LengthReward, RemoteReward, as_reward
 
 PACKAGE = Path(__file__).parents[1] / "cards_integrations"
@@ -667,7 +668,7 @@ sys.addaudithook(hook)
 from cards_integrations.engine import Engine, EngineSettings, Request
 from cards_integrations.decoding import Cards, Sampling
 from cards_integrations.decoding.base import Scale
-from cards_integrations.models.local.loading import LocalModel
+from cards_integrations.models.local.settings import LocalModel
 from cards_integrations.rewards import ClassifierReward, LengthReward
 from cards_integrations.engine.scales import ScaleStore
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from typing import Any
 
+import internals
 import pytest
 
 from cards_integrations import CardsLLM
@@ -45,13 +47,12 @@ def test_reward_is_on_the_language_models_own_weights(llm: CardsLLM) -> None:
     answer = llm.align(QUESTION)
     assert answer.reward is not None
     assert answer.text
-    worker = llm._engine({})._worker
-    assert worker is not None
-    judge = worker.rewards[NAMED["sentiment"]].model  # type: ignore[attr-defined]
+    worker = internals.worker(llm._engine({}))
+    judge: Any = worker.rewards[NAMED["sentiment"]].model  # type: ignore[attr-defined]
     theirs = dict(judge.base_model.named_parameters())
     shared = {
         name: theirs[name].data_ptr() == weight.data_ptr()
-        for name, weight in worker.language_model.model.base_model.named_parameters()
+        for name, weight in internals.language_model(llm._engine({})).model.base_model.named_parameters()
     }
     adapted = ("q_proj.weight", "v_proj.weight", "o_proj.weight")
     assert all(is_shared != name.endswith(adapted) for name, is_shared in shared.items())

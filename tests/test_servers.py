@@ -17,7 +17,7 @@ from vllm_server import TOKENIZE, VllmServer
 
 from cards_integrations import http_client as module
 from cards_integrations.errors import ModelError, SettingsError
-from cards_integrations.http_client import MayPass, Replica, Servers, ServerUrl, gathered, usable_key
+from cards_integrations.http_client import Replica, ServerUrl, ServiceClient, TransientError, gathered, usable_key
 
 pytestmark = [
     pytest.mark.filterwarnings("error::ResourceWarning"),
@@ -58,14 +58,14 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-def of(*replicas: VllmServer | str, **settings: Any) -> Servers:
+def of(*replicas: VllmServer | str, **settings: Any) -> ServiceClient:
     urls = [each if isinstance(each, str) else each.url for each in replicas]
     given = {"error": ModelError, "setting": "model.base_url", "health": "/health", "hints": {404: "Mend it."}}
-    return Servers("model 'served'", urls, **{**given, **settings})
+    return ServiceClient("model 'served'", urls, **{**given, **settings})
 
 
-async def post(servers: Servers, near: Any = None, **more: Any) -> list[int]:
-    reply = await servers.post(TOKENIZE, BODY, near=near, **more)
+async def post(servers: ServiceClient, affinity: Any = None, **more: Any) -> list[int]:
+    reply = await servers.post(TOKENIZE, BODY, affinity=affinity, **more)
     found: list[int] = reply.json()["tokens"]
     return found
 
@@ -74,11 +74,11 @@ def counts(replicas: list[VllmServer]) -> list[int]:
     return [len(replica.of(TOKENIZE)) for replica in replicas]
 
 
-async def first_at(servers: Servers, replica: VllmServer) -> int:
-    """A `near` that goes to this replica."""
-    for near in range(1000):
-        if str((await servers._choose(near)).url) == replica.url:
-            return near
+async def first_at(servers: ServiceClient, replica: VllmServer) -> int:
+    """An affinity that goes to this replica."""
+    for affinity in range(1000):
+        if str((await servers._choose(affinity)).url) == replica.url:
+            return affinity
     raise AssertionError("nothing goes there")
 
 
@@ -100,28 +100,28 @@ async def test_what_is_sent_and_what_comes_back(replicas: list[VllmServer]) -> N
 
 
 async def test_a_path_before_the_service_s_own() -> None:
-    assert str(Replica("http://host:1/a/b/").at("/v1/completions")) == "http://host:1/a/b/v1/completions"
-    assert str(Replica("http://host:1/a?b=c").at("")) == "http://host:1/a?b=c"
+    assert str(Replica("http://host:1/a/b/").url_for("/v1/completions")) == "http://host:1/a/b/v1/completions"
+    assert str(Replica("http://host:1/a?b=c").url_for("")) == "http://host:1/a?b=c"
 
 
 async def test_what_is_near_goes_to_one_replica(replicas: list[VllmServer]) -> None:
     servers, places = of(*replicas), []
-    for near in range(60):
+    for affinity in range(60):
         before = counts(replicas)
         for _ in range(3):
-            await post(servers, near)
+            await post(servers, affinity)
         more = [now - then for now, then in zip(counts(replicas), before, strict=True)]
         assert sorted(more) == [0, 0, 3]
         places.append(more.index(3))
     assert set(places) == {0, 1, 2}
     again = of(*replicas[::-1])
-    for near, place in enumerate(places):
-        assert str((await _chosen(again, near)).url) == replicas[place].url
+    for affinity, place in enumerate(places):
+        assert str((await _chosen(again, affinity)).url) == replicas[place].url
 
 
-async def _chosen(servers: Servers, near: Any) -> Replica:
+async def _chosen(servers: ServiceClient, affinity: Any) -> Replica:
     servers._connect()
-    return await servers._choose(near)
+    return await servers._choose(affinity)
 
 
 async def test_what_is_near_nothing_is_spread(replicas: list[VllmServer]) -> None:
@@ -134,11 +134,11 @@ async def test_what_is_near_nothing_is_spread(replicas: list[VllmServer]) -> Non
 
 CHOICE = """
 import asyncio
-from cards_integrations.http_client import Servers
+from cards_integrations.http_client import ServiceClient
 
 async def main():
-    servers = Servers("it", ["http://a", "http://b", "http://c"])
-    print("".join([(await servers._choose(near)).url.host for near in range(40)]))
+    servers = ServiceClient("it", ["http://a", "http://b", "http://c"])
+    print("".join([(await servers._choose(affinity)).url.host for affinity in range(40)]))
 
 asyncio.run(main())
 """
@@ -162,7 +162,7 @@ def test_every_process_chooses_alike() -> None:
 async def test_what_may_pass_is_tried_again(replicas: list[VllmServer], waits: list[int], kind: int | str) -> None:
     servers, paid = of(replicas[0], retries=3), []
     replicas[0].fail(kind, times=2, path=TOKENIZE)
-    assert await post(servers, before=lambda: paid.append(1)) == [7, 8]
+    assert await post(servers, on_try=lambda: paid.append(1)) == [7, 8]
     assert (len(replicas[0].asked), len(paid), waits) == (3, 3, [1, 2])
     assert servers.replicas[0].failures == 0
 
@@ -181,10 +181,10 @@ async def test_it_does_not_try_for_ever(replicas: list[VllmServer], waits: list[
 async def test_another_replica_is_asked_at_once(replicas: list[VllmServer], waits: list[int], kind: int | str) -> None:
     one, two, _ = replicas
     servers = of(one, two, timeout=0.2)
-    near = await first_at(servers, one)
+    affinity = await first_at(servers, one)
     one.fail(kind, path=TOKENIZE)
     for _ in range(5):
-        assert await post(servers, near) == [7, 8]
+        assert await post(servers, affinity) == [7, 8]
     assert (counts([one, two]), waits) == ([1, 5], [])
 
 
@@ -198,9 +198,9 @@ async def test_a_replica_that_is_not_there(replicas: list[VllmServer], waits: li
 async def test_an_overloaded_replica_s_work_goes_to_another(replicas: list[VllmServer], waits: list[int]) -> None:
     one, two, _ = replicas
     servers = of(one, two)
-    near = await first_at(servers, one)
+    affinity = await first_at(servers, one)
     one.fail(429, path=TOKENIZE)
-    assert await post(servers, near) == [7, 8]
+    assert await post(servers, affinity) == [7, 8]
     assert (counts([one, two]), waits) == ([1, 1], [])
 
 
@@ -251,26 +251,26 @@ async def test_a_server_that_is_not_there(waits: list[int]) -> None:
 async def test_where_nobody_is_up_the_one_that_has_rested_most_is_asked(replicas: list[VllmServer]) -> None:
     one, two, _ = replicas
     servers = of(one, two)
-    for near in range(20):
+    for affinity in range(20):
         for replica, seconds in zip(servers.replicas, (1000.0, 500.0), strict=True):
-            replica.failures, replica.back_at = 3, module.time.monotonic() + seconds
-        await post(servers, near)
+            replica.failures, replica.retry_at = 3, module.time.monotonic() + seconds
+        await post(servers, affinity)
     assert counts([one, two]) == [0, 20]
 
 
 def test_a_replica_is_left_alone_longer_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.time, "monotonic", lambda: 100.0)
     replica, rests = Replica("http://host"), []
-    assert replica.up
+    assert replica.available
     for _ in range(8):
-        replica.failed()
-        rests.append(replica.back_at - 100.0)
-    assert (rests, replica.up) == ([0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0], False)
+        replica.mark_failed()
+        rests.append(replica.retry_at - 100.0)
+    assert (rests, replica.available) == ([0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0], False)
     replica.failures = 10_000  # a long outage under load
-    replica.failed()
-    assert replica.back_at == 130.0
-    replica.answered()
-    assert (replica.up, replica.failures) == (True, 0)
+    replica.mark_failed()
+    assert replica.retry_at == 130.0
+    replica.mark_healthy()
+    assert (replica.available, replica.failures) == (True, 0)
 
 
 # --- the way back ---
@@ -279,59 +279,59 @@ def test_a_replica_is_left_alone_longer_each_time(monkeypatch: pytest.MonkeyPatc
 async def test_a_replica_is_healthy_before_it_gets_work(replicas: list[VllmServer]) -> None:
     one, two, _ = replicas
     servers = of(one, two)
-    near = await first_at(servers, one)
+    affinity = await first_at(servers, one)
     one.fail(500, times=1, path=TOKENIZE)
     one.healthy = False
-    await post(servers, near)
+    await post(servers, affinity)
     assert (counts([one, two]), one.healths) == ([1, 1], 0)
-    await post(servers, near)
+    await post(servers, affinity)
     assert (counts([one, two]), one.healths) == ([1, 2], 0)
-    servers.replicas[0].back_at = 0.0  # its time of rest is over
-    await post(servers, near)
+    servers.replicas[0].retry_at = 0.0  # its time of rest is over
+    await post(servers, affinity)
     assert (counts([one, two]), one.healths) == ([1, 3], 1)
-    one.healthy, servers.replicas[0].back_at = True, 0.0
-    await post(servers, near)
-    await post(servers, near)
+    one.healthy, servers.replicas[0].retry_at = True, 0.0
+    await post(servers, affinity)
+    await post(servers, affinity)
     assert (counts([one, two]), one.healths) == ([3, 3], 2)
 
 
 async def test_an_unhealthy_replica_is_not_asked_for_its_health_each_time(replicas: list[VllmServer]) -> None:
     one, two, _ = replicas
     servers = of(one, two)
-    near = await first_at(servers, one)
+    affinity = await first_at(servers, one)
     one.fail(500, times=1, path=TOKENIZE)
     one.healthy = False
-    await post(servers, near)
-    servers.replicas[0].back_at = 0.0
+    await post(servers, affinity)
+    servers.replicas[0].retry_at = 0.0
     for _ in range(5):
-        await post(servers, near)
+        await post(servers, affinity)
     assert (counts([one, two]), one.healths) == ([1, 6], 1)
 
 
 async def test_a_replica_that_died_comes_back(replicas: list[VllmServer]) -> None:
     one, two, _ = replicas
     servers = of(one, two)
-    near = await first_at(servers, one)
-    await post(servers, near)
+    affinity = await first_at(servers, one)
+    await post(servers, affinity)
     await asyncio.to_thread(one.die)
-    await post(servers, near)
-    servers.replicas[0].back_at = 0.0
-    await post(servers, near)  # its health cannot be asked
+    await post(servers, affinity)
+    servers.replicas[0].retry_at = 0.0
+    await post(servers, affinity)  # its health cannot be asked
     assert (counts([one, two]), servers.replicas[0].failures) == ([1, 2], 2)
     await asyncio.to_thread(one.start)
-    servers.replicas[0].back_at = 0.0
-    await post(servers, near)
+    servers.replicas[0].retry_at = 0.0
+    await post(servers, affinity)
     assert (counts([one, two]), one.healths, servers.replicas[0].failures) == ([2, 2], 1, 0)
 
 
 async def test_without_a_health_path_one_tries(replicas: list[VllmServer]) -> None:
     one, two, _ = replicas
     servers = of(one, two, health=None)
-    near = await first_at(servers, one)
+    affinity = await first_at(servers, one)
     one.fail(500, times=1, path=TOKENIZE)
-    await post(servers, near)
-    servers.replicas[0].back_at = 0.0
-    await post(servers, near)
+    await post(servers, affinity)
+    servers.replicas[0].retry_at = 0.0
+    await post(servers, affinity)
     assert (counts([one, two]), one.healths) == ([2, 1], 0)
 
 
@@ -488,9 +488,9 @@ async def test_the_first_error_cancels_the_others_and_is_raised_as_it_is() -> No
 
     async def fails() -> None:
         await asyncio.sleep(0)
-        raise MayPass("it") from ValueError("its cause")
+        raise TransientError("it") from ValueError("its cause")
 
-    with pytest.raises(MayPass, match=r"^it$") as caught:
+    with pytest.raises(TransientError, match=r"^it$") as caught:
         await gathered([waits_for_ever(), fails(), waits_for_ever()])
     assert isinstance(caught.value.__cause__, ValueError)
     assert ended == ["cancelled"] * 2

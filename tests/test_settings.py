@@ -14,7 +14,7 @@ from cards_integrations import CardsLLM, CardsSettings, ChatCards
 from cards_integrations.decoding import Cards, FixedLength, Punctuation, Sampling, Uncertainty
 from cards_integrations.engine import EngineSettings
 from cards_integrations.errors import SettingsError
-from cards_integrations.models.local.loading import LocalModel
+from cards_integrations.models.local.settings import LocalModel
 from cards_integrations.rewards import NAMED, ClassifierReward, FunctionReward
 
 CLASSIFIER = ClassifierReward(
@@ -165,7 +165,7 @@ def test_equal_settings_are_equal_and_hashable():
     assert len({Cards(), Cards(), CLASSIFIER, CLASSIFIER.model_copy(), EngineSettings(), EngineSettings()}) == 3
 
 
-CORE = ["settings", "engine", "decoding", "rewards", "rewards.incremental", "models.local", "session", "trace"]
+CORE = ["settings", "engine.engine", "decoding", "rewards", "models.local.language_model", "trace"]
 
 
 @pytest.mark.parametrize(

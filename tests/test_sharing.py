@@ -26,9 +26,9 @@ def test_sixteen_at_once_take_a_third_of_the_steps(shared_models: Path, start: S
     ]
     engine = start(shared_models / "stories260k")
     alone = [engine.run(request) for request in requests]
-    steps_alone = engine.loaded().steps
+    steps_alone = engine.inspect().steps
     together = engine.run_many(requests)
-    steps_together = engine.loaded().steps - steps_alone
+    steps_together = engine.inspect().steps - steps_alone
     print(f"{steps_alone} decode steps one after another, {steps_together} at once")
     assert [a.token_ids for a in together] == [a.token_ids for a in alone]
     assert steps_together * 3 <= steps_alone
@@ -55,7 +55,8 @@ def make(models: Callable[..., str]) -> Iterator[Callable[[int], CardsLLM]]:
 
 def loaded(make: Callable[[int], CardsLLM]) -> int:
     """How many engines hold the model of these tests."""
-    return sum(engine.model == make(1).model and engine._worker is not None for engine in Engine._shared.values())
+    engines = [engine for engine in Engine._shared.values() if engine.model == make(1).model]
+    return sum(engine.inspect().status == "ready" for engine in engines)
 
 
 def test_an_object_made_anew_takes_the_place_of_the_one_before(make: Callable[[int], CardsLLM]) -> None:

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import faces
+import internals
 import pytest
-from speculator import balance
 
 from cards_integrations import CardsLLM
 from cards_integrations.decoding import (
@@ -39,7 +39,8 @@ from cards_integrations.decoding import (
     Uncertainty,
 )
 from cards_integrations.engine import Engine, EngineSettings
-from cards_integrations.engine.draft_pool import Drafts, Pending, Question
+from cards_integrations.engine.draft_pool import DraftPool, PendingDraft, SegmentDrafts
+from cards_integrations.engine.scoring import ScoreRequest
 from cards_integrations.engine.session import Session
 from cards_integrations.errors import CardsError, CardsTimeout, RewardError
 from cards_integrations.models.base import Candidate, Context
@@ -223,7 +224,10 @@ def run_all(llm: CardsLLM, asked: list[Wish], expected: dict[tuple[int, int, boo
     return ended
 
 
-OWN = (Session, Tree, Branch, Candidate, Context, Conversation, Response, Pending, Drafts, Question, Future)
+OWN = (
+    *(Session, Tree, Branch, Candidate, Context, Conversation, Response),
+    *(PendingDraft, SegmentDrafts, DraftPool, ScoreRequest, Future),
+)
 
 
 @dataclass
@@ -232,7 +236,7 @@ class State:
 
     live: int
     tasks: int
-    judging: int
+    scoring: int
     rows: list[int]
     bytes: int
     threads: int
@@ -241,19 +245,18 @@ class State:
 
     @classmethod
     def of(cls, engine: Engine) -> State:
-        model, worker = engine.loaded(), engine._worker
-        assert worker is not None
-        for cache in model.memory.caches:
-            balance(cache)
-        model.memory.forget()
+        for cache in internals.caches(engine):
+            internals.balance(cache)
+        internals.memory(engine).evict_all()
         gc.collect()
         objects = Counter(type(thing) for thing in gc.get_objects())
+        now = engine.inspect()
         return cls(
-            live=len(worker.live),
-            tasks=len(asyncio.all_tasks(worker.loop)),
-            judging=len(worker._judging),
-            rows=[len(cache.trees) for cache in model.memory.caches],
-            bytes=model.memory.used,
+            live=now.requests,
+            tasks=now.tasks,
+            scoring=now.scoring,
+            rows=[cache.rows for cache in now.caches],
+            bytes=now.cache_bytes + now.prefix_bytes,
             threads=sum(not thread.name.startswith("asyncio_") for thread in threading.enumerate()),
             files=len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0,  # noqa: PTH208, PTH112
             objects={kind.__name__: objects[kind] for kind in OWN},

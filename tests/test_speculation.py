@@ -10,7 +10,8 @@ import pytest
 import reference
 import tiny
 from conftest import Start
-from speculator import Eager, balance, until
+from internals import assert_idle, until
+from speculator import Eager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cards_integrations.decoding import Cards, FixedLength, Uncertainty
@@ -95,12 +96,8 @@ async def test_cancelling_in_the_middle(endless: tuple[str, ClassifierReward], s
     assert all(isinstance(e, asyncio.CancelledError) for e in await asyncio.gather(*unwanted, return_exceptions=True))
     await asyncio.to_thread(engine.run, request(reward, 9, 1))  # by then the worker has seen all of them off
     assert eager.adopted
-    caches = engine.loaded().memory.caches
-    assert len(caches) == 2
-    for cache in caches:
-        balance(cache)
-        assert not cache.trees
-        assert len(cache.lanes) == len(cache.sees)
+    assert len(engine.inspect().caches) == 2
+    assert_idle(engine)
 
 
 def test_ahead_of_a_candidate_in_a_row_of_its_own(endless: tuple[str, ClassifierReward], start: Start) -> None:

@@ -20,10 +20,10 @@ from cards_integrations.chat.tools import FormatName, as_tools
 from cards_integrations.decoding import Cards, Sampling, Uncertainty
 from cards_integrations.engine import Engine, EngineSettings, Request
 from cards_integrations.engine.session import Chunk
-from cards_integrations.models.local.loading import LocalModel, ModelLoader, Placement
+from cards_integrations.models.local.loader import ModelLoader
+from cards_integrations.models.local.settings import LocalModel, Placement
 from cards_integrations.models.sampling import Sampler
-from cards_integrations.rewards import FunctionReward
-from cards_integrations.rewards.base import RewardLoader
+from cards_integrations.rewards import FunctionReward, RewardLoader
 from cards_integrations.trace import Alignment, ToolCall
 
 QWEN = """

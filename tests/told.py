@@ -42,4 +42,4 @@ def call(name: str, /, **arguments: Any) -> str:
 
 def steps(llm: Any) -> int:
     """Decode steps of the model so far."""
-    return llm._engine({}).loaded().steps
+    return llm.inspect().steps

@@ -59,7 +59,7 @@ assert torch.equal(one.apply(logits[moved].clone()), expected[moved])
 written[5].append(7)  # vLLM adds to the list that it gave
 assert one.apply(logits[moved].clone())[1, SENTINEL] == 0.0
 one.update_state(BatchUpdate(0, [0, 1, 2, 3, 4], [], []))
-assert one.stops == {}
+assert one.rules == {}
 
 slots = [3, 0, 7, 5, 1, 2]  # of the six requests
 prompt = np.zeros(8, dtype=np.int32)

@@ -8,7 +8,7 @@ import typer
 from pydantic_core import ValidationError
 from rich.console import Console
 
-from cards_integrations.cli import calibrate, chat, compare, generate, judge, lists
+from cards_integrations.cli import calibrate, chat, compare, demo, generate, judge, lists
 from cards_integrations.errors import CardsError, SettingsError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
@@ -19,6 +19,7 @@ app.command()(judge.judge)
 app.command()(calibrate.calibrate)
 app.command()(lists.rewards)
 app.command()(lists.models)
+app.command()(demo.demo)
 
 
 @app.callback()
@@ -27,12 +28,12 @@ def cards() -> None:
 
 
 def main() -> None:
-    """Entry point: errors of ours, and of the disk, in one line, exit code 1; Ctrl-C exits with 130."""
+    """Run the command: errors of this package and of the disk are one line and exit code 1, Ctrl-C is exit code 130."""
     try:
         app()
     except (CardsError, ValidationError, OSError) as error:
         if isinstance(error, ValidationError):
-            from cards_integrations.settings import in_words  # here: `--help` need not wait for torch
+            from cards_integrations.settings import in_words  # imported here so that `--help` does not wait for torch
 
             error = SettingsError(in_words(error))
         console = Console(stderr=True)

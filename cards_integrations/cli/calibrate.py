@@ -10,11 +10,11 @@ from typing import Annotated
 import typer
 
 from cards_integrations.cli.options import (
-    AllowImports,
-    Config,
-    Json,
-    MaxTokens,
-    Model,
+    AllowImportsOption,
+    ConfigOption,
+    JsonOption,
+    MaxTokensOption,
+    ModelOption,
     RewardOption,
     file_to_write,
     llm_from,
@@ -22,30 +22,34 @@ from cards_integrations.cli.options import (
 
 
 def calibrate(
-    config: Config = None,
-    allow_imports: AllowImports = False,
-    model: Model = None,
+    config: ConfigOption = None,
+    allow_imports: AllowImportsOption = False,
+    model: ModelOption = None,
     reward: RewardOption = None,
-    max_tokens: MaxTokens = None,
-    prompts: Annotated[Path | None, typer.Option(help="Lines of text, or JSON lines. Default: built in.")] = None,
-    budget: Annotated[float | None, typer.Option(help="Tokens to look at, as a multiple of a plain answer's.")] = None,
+    max_tokens: MaxTokensOption = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Lines of text, or JSON lines. By default, built-in prompts.")
+    ] = None,
+    budget: Annotated[float | None, typer.Option(help="Tokens to examine, as a multiple of a plain answer's.")] = None,
     goal: Annotated[float | None, typer.Option(help="The mean reward that answers should reach.")] = None,
-    quantile: Annotated[float | None, typer.Option(help="The target as a quantile of plain answers' rewards.")] = None,
-    segment_length: Annotated[float | None, typer.Option(help="Wanted mean length of a segment, in tokens.")] = None,
-    candidates: Annotated[int, typer.Option(min=2, help="Scored drafts for each segment.")] = 4,
-    seed: int = 0,
-    out: Annotated[Path | None, file_to_write("Write settings as YAML here.")] = None,
-    report: Annotated[Path | None, file_to_write("Write charts here: .png, .svg, .pdf or .html.")] = None,
-    remember: Annotated[bool, typer.Option(help='Make it what "auto" takes for these models.')] = True,
-    as_json: Json = False,
+    quantile: Annotated[
+        float | None, typer.Option(help="The target, as a quantile of the rewards of plain answers.")
+    ] = None,
+    segment_length: Annotated[float | None, typer.Option(help="The mean length of a segment, in tokens.")] = None,
+    candidates: Annotated[int, typer.Option(min=2, help="Scored drafts of each segment.")] = 4,
+    seed: Annotated[int, typer.Option(help="Seed of the first answer.")] = 0,
+    out: Annotated[Path | None, file_to_write("Write the settings here, as YAML.")] = None,
+    report: Annotated[Path | None, file_to_write("Write the charts here, as .png, .svg, .pdf or .html.")] = None,
+    remember: Annotated[bool, typer.Option(help='Use the result for "auto" with these models from now on.')] = True,
+    as_json: JsonOption = False,
 ) -> None:
     """Find the target reward, beta and entropy threshold for a language model and a reward model."""
     from cards_integrations.study.prompts import read_prompts
 
-    asked, contexts = read_prompts(prompts) if prompts else (None, None)
+    texts, contexts = read_prompts(prompts) if prompts else (None, None)
     with llm_from(config, allow_imports, model=model, reward=reward, max_tokens=max_tokens) as llm:
         found = llm.calibrate(
-            asked, contexts=contexts, budget=budget, goal=goal, quantile=quantile, segment_length=segment_length,
+            texts, contexts=contexts, budget=budget, goal=goal, quantile=quantile, segment_length=segment_length,
             candidates=candidates, seed=seed, remember=remember, progress=not as_json,
         )  # fmt: skip
     if as_json:

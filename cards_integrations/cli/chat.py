@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cards_integrations.cli.options import (
-    AllowImports,
-    Config,
-    MaxTokens,
-    Method,
-    Model,
+    AllowImportsOption,
+    ConfigOption,
+    DecodingOption,
+    MaxTokensOption,
+    ModelOption,
     RewardOption,
-    Temperature,
+    SeedOption,
+    TemperatureOption,
     llm_from,
 )
 
@@ -25,18 +26,18 @@ if TYPE_CHECKING:
 
 
 def chat(
-    config: Config = None,
-    allow_imports: AllowImports = False,
-    model: Model = None,
+    config: ConfigOption = None,
+    allow_imports: AllowImportsOption = False,
+    model: ModelOption = None,
     reward: RewardOption = None,
-    decoding: Method = None,
-    max_tokens: MaxTokens = None,
-    temperature: Temperature = None,
-    seed: int | None = None,
-    system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
+    decoding: DecodingOption = None,
+    max_tokens: MaxTokensOption = None,
+    temperature: TemperatureOption = None,
+    seed: SeedOption = None,
+    system: Annotated[str | None, typer.Option(help="The system message.")] = None,
     rejected: Annotated[bool, typer.Option(help="Show rejected candidates, dimmed.")] = False,
 ) -> None:
-    """Talk to the model; kept segments appear as they come. An empty line or Ctrl-D ends it."""
+    """Chat with the model. Kept segments appear as they are decided; an empty line or Ctrl-D ends the chat."""
     from rich.console import Console
 
     console = Console(highlight=False)
@@ -45,14 +46,14 @@ def chat(
         config, allow_imports, model=model, reward=reward, decoding=decoding, max_tokens=max_tokens,
         temperature=temperature, seed=seed,
     ) as llm:  # fmt: skip
-        while asked := _asked(console):
-            messages.append({"role": "user", "content": asked})
+        while question := _read_line(console):
+            messages.append({"role": "user", "content": question})
             answer = show(console, llm, messages, rejected)
             messages.append({"role": "assistant", "content": answer.text})
 
 
 def show(console: Console, llm: CardsLLM, messages: list[dict[str, Any]], rejected: bool) -> Alignment:
-    """Write an answer while it is drafted, then what it cost."""
+    """Print an answer while it is drafted, then what it cost."""
     from cards_integrations.trace import Alignment
 
     for item in llm.align_stream(messages):
@@ -72,7 +73,7 @@ def show(console: Console, llm: CardsLLM, messages: list[dict[str, Any]], reject
     return item
 
 
-def _asked(console: Console) -> str:
+def _read_line(console: Console) -> str:
     try:
         return console.input("[bold]> [/bold]").strip()
     except EOFError:

@@ -9,13 +9,13 @@ from typing import Annotated
 import typer
 
 from cards_integrations.cli.options import (
-    AllowImports,
-    Config,
-    Json,
-    MaxTokens,
-    Model,
+    AllowImportsOption,
+    ConfigOption,
+    JsonOption,
+    MaxTokensOption,
+    ModelOption,
     RewardOption,
-    Temperature,
+    TemperatureOption,
     decoding_from,
     file_to_write,
     llm_from,
@@ -25,35 +25,37 @@ from cards_integrations.cli.options import (
 def compare(
     prompts: Annotated[Path, typer.Argument(help="Lines of text, JSON lines, or HH-RLHF.")],
     method: Annotated[
-        list[str] | None, typer.Option(help="A method to compare, as in --decoding; again for each one.")
+        list[str] | None, typer.Option(help="A method to compare, as for --decoding; repeat it for each method.")
     ] = None,
-    config: Config = None,
-    allow_imports: AllowImports = False,
-    model: Model = None,
+    config: ConfigOption = None,
+    allow_imports: AllowImportsOption = False,
+    model: ModelOption = None,
     reward: RewardOption = None,
-    judge: Annotated[str | None, typer.Option(help="A reward that guides nothing, and only judges.")] = None,
-    max_tokens: MaxTokens = None,
-    temperature: Temperature = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first prompts.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Answers to each prompt.")] = 1,
-    at_once: Annotated[int, typer.Option(min=1, help="Prompts that are drafted together.")] = 16,
-    out: Annotated[Path | None, file_to_write("Every answer as a JSON line; an interrupted run goes on.")] = None,
-    report: Annotated[Path | None, file_to_write("A page with table, charts and answers.")] = None,
-    as_json: Json = False,
+    judge: Annotated[str | None, typer.Option(help="A reward that only judges and does not guide.")] = None,
+    max_tokens: MaxTokensOption = None,
+    temperature: TemperatureOption = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first prompts.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="The number of answers to each prompt.")] = 1,
+    at_once: Annotated[int, typer.Option(min=1, help="Prompts that are answered in one batch.")] = 16,
+    out: Annotated[
+        Path | None, file_to_write("Write every answer here, as JSON lines; an interrupted run continues.")
+    ] = None,
+    report: Annotated[Path | None, file_to_write("Write a page with table, charts and answers here.")] = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Answer the same prompts with several methods, and see what each buys and costs."""
+    """Answer the same prompts with several methods, and compare what each gains and costs."""
     from rich.console import Console
 
     from cards_integrations.study import compare as run
     from cards_integrations.study import read_prompts
 
     arms = {name: decoding_from(name) for name in method or ("sampling", "best_of_n:n=8", "cards")}
-    asked, contexts = read_prompts(prompts)
+    texts, contexts = read_prompts(prompts)
     with llm_from(
         config, allow_imports, model=model, reward=reward, max_tokens=max_tokens, temperature=temperature
     ) as llm:
         found = run(
-            llm, arms, asked[:limit], contexts=contexts[:limit], judge=judge, seeds=range(seeds), at_once=at_once,
+            llm, arms, texts[:limit], contexts=contexts[:limit], judge=judge, seeds=range(seeds), at_once=at_once,
             out=out, progress=not as_json,
         )  # fmt: skip
     if as_json:

@@ -1,19 +1,22 @@
-"""`make demo`: the same prompts answered plainly and with CARDS, judged by a model that did not guide."""
+"""`cards demo`"""
 
 from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from transformers.utils import logging as transformers_logging
 
-from cards_integrations.decoding import Decoding, Sampling
-from cards_integrations.llm import CardsLLM
-from cards_integrations.trace import Alignment
+if TYPE_CHECKING:
+    from cards_integrations.decoding import Decoding
+    from cards_integrations.llm import CardsLLM
+    from cards_integrations.trace import Alignment
 
 JUDGE = "sentiment-minilm"
 PROMPTS = [
@@ -24,11 +27,12 @@ PROMPTS = [
     "What do you think of this old phone?",
     "Write a sentence about the train ride home.",
 ]
+COLUMNS = ("reward", "judge", "log p\n/ token", "tokens\nkept", "tokens\ndrafted", "RM\ncalls", "s")
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """One answer and what is said of it."""
+class ScoredAnswer:
+    """An answer with the rewards of the guide and of the judge."""
 
     answer: Alignment
     reward: float
@@ -36,24 +40,24 @@ class Outcome:
 
     @property
     def log_likelihood(self) -> float:
-        """Mean log p per token, nats."""
+        """Mean log p per token, in nats."""
         return self.answer.log_likelihood / max(1, len(self.answer.token_ids))
 
 
-def answered(llm: CardsLLM, prompt: str, decoding: Decoding, seed: int) -> Outcome:
-    answer = llm.align(prompt, decoding=decoding, seed=seed)
-    [reward], [judge] = llm.score(prompt, [answer.text]), llm.score(prompt, [answer.text], reward=JUDGE)
-    return Outcome(answer, reward, judge)
+def demo() -> None:
+    """Answer a few prompts plainly and with CARDS, and score all answers with a judge that did not guide."""
+    from transformers.utils import logging as transformers_logging
 
+    from cards_integrations.decoding import Sampling
+    from cards_integrations.llm import CardsLLM
 
-def main() -> None:
     warnings.simplefilter("ignore")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     console = Console(width=None if sys.stdout.isatty() else 120)
     llm = CardsLLM(max_tokens=64)
     methods: dict[str, Decoding] = {"plain": Sampling(), "CARDS": llm.decoding}
-    outcomes: dict[str, list[Outcome]] = {name: [] for name in methods}
+    answers: dict[str, list[ScoredAnswer]] = {name: [] for name in methods}
     console.print("[bold]SmolLM2-135M, guided by a sentiment reward; judged by a held-out MiniLM.[/bold]\n")
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
@@ -61,46 +65,55 @@ def main() -> None:
     with llm, bar:
         task = bar.add_task("loading", total=len(PROMPTS) * len(methods))
         for seed, prompt in enumerate(PROMPTS):
-            table = Table(title=f"[bold]{prompt}[/bold]", title_justify="left", show_lines=True, width=console.width)
-            table.add_column("")
-            table.add_column("answer", ratio=1)
-            for column in COLUMNS:
-                table.add_column(column, justify="right", min_width=7)
             for name, decoding in methods.items():
                 bar.update(task, description=f"{name:>5}")
-                outcome = answered(llm, prompt, decoding, seed)
-                outcomes[name].append(outcome)
-                table.add_row(name, outcome.answer.text.strip(), *_figures([outcome]))
+                answers[name].append(_answer(llm, prompt, decoding, seed))
                 bar.advance(task)
-            bar.print(table)
-    means = Table(title=f"[bold]mean over {len(PROMPTS)} prompts[/bold]", title_justify="left", width=console.width)
+            bar.print(_answers_table(console, prompt, {name: found[-1] for name, found in answers.items()}))
+    console.print(_means_table(console, answers))
+
+
+def _answer(llm: CardsLLM, prompt: str, decoding: Decoding, seed: int) -> ScoredAnswer:
+    answer = llm.align(prompt, decoding=decoding, seed=seed)
+    [reward], [judge] = llm.score(prompt, [answer.text]), llm.score(prompt, [answer.text], reward=JUDGE)
+    return ScoredAnswer(answer, reward, judge)
+
+
+def _answers_table(console: Console, prompt: str, answers: dict[str, ScoredAnswer]) -> Table:
+    """The answers to one prompt, by method."""
+    table = Table(title=f"[bold]{prompt}[/bold]", title_justify="left", show_lines=True, width=console.width)
+    table.add_column("")
+    table.add_column("answer", ratio=1)
+    for column in COLUMNS:
+        table.add_column(column, justify="right", min_width=7)
+    for name, scored in answers.items():
+        table.add_row(name, scored.answer.text.strip(), *_means([scored]))
+    return table
+
+
+def _means_table(console: Console, answers: dict[str, list[ScoredAnswer]]) -> Table:
+    """Means over all prompts, by method."""
+    table = Table(title=f"[bold]mean over {len(PROMPTS)} prompts[/bold]", title_justify="left", width=console.width)
     for column in ("", *COLUMNS):
-        means.add_column(column, justify="right")
-    for name, found in outcomes.items():
-        means.add_row(name, *_figures(found))
-    console.print(means)
+        table.add_column(column, justify="right")
+    for name, found in answers.items():
+        table.add_row(name, *_means(found))
+    return table
 
 
-COLUMNS = ("reward", "judge", "log p\n/ token", "tokens\nkept", "tokens\ndrafted", "RM\ncalls", "s")
-
-
-def _figures(outcomes: list[Outcome]) -> list[str]:
-    """A table row: means over the outcomes."""
-
-    def mean(values: list[float]) -> float:
-        return sum(values) / len(values)
-
-    usages = [o.answer.usage for o in outcomes]
-    return [
-        f"{mean([o.reward for o in outcomes]):.2f}",
-        f"{mean([o.judge for o in outcomes]):.2f}",
-        f"{mean([o.log_likelihood for o in outcomes]):.2f}",
-        f"{mean([float(u.completion_tokens) for u in usages]):.0f}",
-        f"{mean([float(u.drafted_tokens) for u in usages]):.0f}",
-        f"{mean([float(u.rm_forwards) for u in usages]):.0f}",
-        f"{mean([u.seconds for u in usages]):.1f}",
-    ]
+def _means(answers: Sequence[ScoredAnswer]) -> Iterable[str]:
+    """The cells of `COLUMNS`."""
+    usages = [scored.answer.usage for scored in answers]
+    return (
+        f"{fmean(scored.reward for scored in answers):.2f}",
+        f"{fmean(scored.judge for scored in answers):.2f}",
+        f"{fmean(scored.log_likelihood for scored in answers):.2f}",
+        f"{fmean(usage.completion_tokens for usage in usages):.0f}",
+        f"{fmean(usage.drafted_tokens for usage in usages):.0f}",
+        f"{fmean(usage.rm_forwards for usage in usages):.0f}",
+        f"{fmean(usage.seconds for usage in usages):.1f}",
+    )
 
 
 if __name__ == "__main__":
-    main()
+    demo()

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cards_integrations.cli.options import (
-    AllowImports,
-    Config,
-    Json,
-    MaxTokens,
-    Method,
-    Model,
+    AllowImportsOption,
+    ConfigOption,
+    DecodingOption,
+    JsonOption,
+    MaxTokensOption,
+    ModelOption,
     RewardOption,
-    Temperature,
+    SeedOption,
+    TemperatureOption,
     file_to_write,
     llm_from,
 )
@@ -32,35 +33,37 @@ if TYPE_CHECKING:
 
 
 def generate(
-    prompt: Annotated[str | None, typer.Argument(help="What to answer; - reads it from standard input.")] = None,
-    config: Config = None,
-    allow_imports: AllowImports = False,
-    model: Model = None,
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; - reads it from standard input.")] = None,
+    config: ConfigOption = None,
+    allow_imports: AllowImportsOption = False,
+    model: ModelOption = None,
     reward: RewardOption = None,
-    decoding: Method = None,
-    max_tokens: MaxTokens = None,
-    temperature: Temperature = None,
-    seed: int | None = None,
-    prompts: Annotated[Path | None, typer.Option(help="Answer a file instead: lines of text, or JSON lines.")] = None,
-    out: Annotated[Path | None, file_to_write("Where the answers to a file go, as JSON lines.")] = None,
-    concurrency: Annotated[int, typer.Option(min=1, help="Prompts of a file that are answered at once.")] = 64,
-    trace: Annotated[Path | None, file_to_write("Write a picture of the answer here, as a page.")] = None,
-    as_json: Json = False,
+    decoding: DecodingOption = None,
+    max_tokens: MaxTokensOption = None,
+    temperature: TemperatureOption = None,
+    seed: SeedOption = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Answer the prompts of a file instead: lines of text, or JSON lines.")
+    ] = None,
+    out: Annotated[Path | None, file_to_write("Write the answers to a file of prompts here, as JSON lines.")] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Prompts of a file that are answered at the same time.")] = 64,
+    trace: Annotated[Path | None, file_to_write("Write a page that shows how the answer was drafted here.")] = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Answer a prompt, or every prompt of a file; an interrupted file goes on where it stopped."""
+    """Answer a prompt, or every prompt of a file; an interrupted run continues where it stopped."""
     if (prompt is None) == (prompts is None):
-        raise SettingsError("cards generate: give a prompt or --prompts FILE, one of the two.")
+        raise SettingsError("cards generate: give a prompt or --prompts FILE, but only one of the two.")
     if prompts is None and out is not None:
-        raise SettingsError("--out is for the answers to --prompts FILE; that to one prompt is printed.")
+        raise SettingsError("--out is for the answers to --prompts FILE; the answer to a single prompt is printed.")
     if prompts is not None and trace is not None:
-        raise SettingsError("--trace draws the answer to one prompt: leave --prompts out.")
+        raise SettingsError("--trace draws the answer to a single prompt: omit --prompts.")
     with llm_from(
         config, allow_imports, model=model, reward=reward, decoding=decoding, max_tokens=max_tokens,
         temperature=temperature, seed=seed,
     ) as llm:  # fmt: skip
         if prompts is not None:
             if failed := answer_file(llm, prompts, out, concurrency):
-                raise CardsError(f"{failed} prompts have no answer; the same command tries them again.")
+                raise CardsError(f"{failed} prompts could not be answered; run the same command to try them again.")
             return
         answer = llm.align(sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt)
         print(json.dumps(as_row(answer), ensure_ascii=False) if as_json else answer.text, flush=True)
@@ -69,9 +72,20 @@ def generate(
 
 
 def answer_file(llm: CardsLLM, prompts: Path, out: Path | None, concurrency: int) -> int:
-    """One line for each prompt, written when it is answered; what stands in `out` already is not asked again.
+    """Answer every prompt of a file; a prompt that fails is reported and left out.
 
-    A prompt that fails is told of and left out. Returns how many did.
+    Args:
+        llm: The language model.
+        prompts: The file of prompts.
+        out: A file to which every answer is added as a line of JSON once it is finished; prompts that it
+            already answers are skipped. None prints the answers.
+        concurrency: Prompts that are answered at the same time.
+
+    Returns:
+        The number of prompts that failed.
+
+    Raises:
+        SettingsError: If `out` answers other prompts.
     """
     from rich.console import Console
     from rich.progress import Progress
@@ -81,27 +95,27 @@ def answer_file(llm: CardsLLM, prompts: Path, out: Path | None, concurrency: int
     from cards_integrations.study.rows import Results
 
     llm.engine = llm.engine.model_copy(update={"max_rows": max(concurrency, llm.engine.max_rows)})
-    asked, contexts = read_prompts(prompts)
+    texts, contexts = read_prompts(prompts)
     results, console = Results(out, {"line"}), Console(stderr=True)
-    known = {row["line"]: row.get("prompt") for row in results.rows}
-    for line, before in known.items():
-        if asked[line : line + 1] != [before]:
+    answered = {row["line"]: row.get("prompt") for row in results.rows}
+    for line, prompt in answered.items():
+        if texts[line : line + 1] != [prompt]:
             raise SettingsError(
-                f"Line {line} of {str(prompts)!r} is not what {str(out)!r} answers: give another --out."
+                f"Line {line} of {str(prompts)!r} is not the prompt that {str(out)!r} answers: give another --out."
             )
-    todo = iter([line for line in range(len(asked)) if line not in known])
+    missing = iter([line for line in range(len(texts)) if line not in answered])
     failed = 0
 
     async def answer(progress: Progress, task: TaskID) -> None:
         nonlocal failed
-        for line in todo:
+        for line in missing:
             try:
-                found = await llm.aalign(asked[line], context=contexts[line])
+                alignment = await llm.aalign(texts[line], context=contexts[line])
             except CardsError as error:
                 failed += 1
                 console.print(f"line {line}: {type(error).__name__}: {error}", markup=False, soft_wrap=True)
             else:
-                row = {"line": line, "prompt": asked[line], **as_row(found)}
+                row = {"line": line, "prompt": texts[line], **as_row(alignment)}
                 results.add([row])
                 if out is None:
                     print(json.dumps(row, ensure_ascii=False), flush=True)
@@ -109,7 +123,7 @@ def answer_file(llm: CardsLLM, prompts: Path, out: Path | None, concurrency: int
 
     async def answer_all() -> None:
         with Progress(console=console, disable=out is None) as progress:
-            task = progress.add_task("answers", total=len(asked), completed=len(known))
+            task = progress.add_task("answers", total=len(texts), completed=len(answered))
             await gathered(answer(progress, task) for _ in range(concurrency))
 
     asyncio.run(answer_all())
@@ -117,4 +131,5 @@ def answer_file(llm: CardsLLM, prompts: Path, out: Path | None, concurrency: int
 
 
 def as_row(answer: Alignment) -> dict[str, Any]:
+    """Return an answer as the command prints it in JSON."""
     return {"text": answer.text, **answer.summary()}

@@ -1,4 +1,4 @@
-"""What several commands take."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
@@ -12,29 +12,38 @@ from cards_integrations.errors import SettingsError, short_repr
 if TYPE_CHECKING:
     from cards_integrations.llm import CardsLLM
 
-Config = Annotated[Path | None, typer.Option(help="Settings as YAML; the other options override it.")]
-AllowImports = Annotated[bool, typer.Option(help="The settings may name a reward function to import.")]
-Model = Annotated[str | None, typer.Option(help="Name, hub id or directory of the language model.")]
+ConfigOption = Annotated[Path | None, typer.Option(help="Settings as YAML; the other options override it.")]
+AllowImportsOption = Annotated[bool, typer.Option(help="Let the settings import the reward function that they name.")]
+ModelOption = Annotated[str | None, typer.Option(help="Name, hub id or directory of the language model.")]
 RewardOption = Annotated[str | None, typer.Option("--reward", help="Name, hub id, directory, or JSON of the reward.")]
-Method = Annotated[str | None, typer.Option("--decoding", help="A method: its name, name:setting=value,..., or JSON.")]
-MaxTokens = Annotated[int | None, typer.Option(help="Length limit of an answer.")]
-Temperature = Annotated[float | None, typer.Option(help="Of the language model.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+DecodingOption = Annotated[
+    str | None, typer.Option("--decoding", help="The method, as a name, name:setting=value,..., or JSON.")
+]
+MaxTokensOption = Annotated[int | None, typer.Option(help="Length limit of an answer, in tokens.")]
+TemperatureOption = Annotated[float | None, typer.Option(help="Temperature of the language model.")]
+SeedOption = Annotated[int | None, typer.Option(help="Seed of the answer; by default each has a new one.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def file_to_write(help: str) -> Any:
-    """An option for a file to write: refused before anything is loaded, and not after the work."""
-    return typer.Option(help=help, dir_okay=False, writable=True, callback=_in_a_folder)
+    """Return an option for a file to write; a file that cannot be written is refused before the work begins."""
+    return typer.Option(help=help, dir_okay=False, writable=True, callback=_check_folder)
 
 
-def _in_a_folder(path: Path | None) -> Path | None:
+def _check_folder(path: Path | None) -> Path | None:
     if path is not None and not path.parent.is_dir():
         raise typer.BadParameter(f"There is no folder '{path.parent}'.")
     return path
 
 
 def llm_from(config: Path | None, allow_imports: bool, **options: Any) -> CardsLLM:
-    """An LLM from a settings file and the options of the command line."""
+    """Build an LLM from a settings file and the options of the command line.
+
+    Args:
+        config: The settings file.
+        allow_imports: Let it import the reward function that it names.
+        options: Options of `CardsLLM`; None leaves that of the file, or the default.
+    """
     import transformers
 
     from cards_integrations.llm import CardsLLM
@@ -49,7 +58,14 @@ def llm_from(config: Path | None, allow_imports: bool, **options: Any) -> CardsL
 
 
 def decoding_from(text: str) -> Any:
-    """`cards`, `best_of_n:n=8`, `cards:target_reward=1.2,beta=0.1`, or JSON."""
+    """Read a decoding method from the command line.
+
+    Args:
+        text: `cards`, `best_of_n:n=8`, `cards:target_reward=1.2,beta=0.1`, or JSON.
+
+    Raises:
+        SettingsError: If it is none.
+    """
     import yaml
 
     from cards_integrations.decoding import as_decoding
@@ -57,13 +73,13 @@ def decoding_from(text: str) -> Any:
     if text.lstrip().startswith("{"):
         return as_decoding(text)
     name, _, settings = text.partition(":")
-    found: dict[str, Any] = {"method": name}
+    fields: dict[str, Any] = {"method": name}
     for part in filter(None, settings.split(",")):
         key, equals, value = part.partition("=")
         if not equals:
             raise SettingsError(f"--decoding {text!r}: {part!r} is not setting=value.")
         try:
-            found[key.strip()] = yaml.safe_load(value)
-        except Exception:  # PyYAML has errors of many types for one bad scalar
-            raise SettingsError(f"--decoding {text!r}: {short_repr(value)} is no value.") from None
-    return as_decoding(found)
+            fields[key.strip()] = yaml.safe_load(value)
+        except Exception:  # PyYAML raises errors of many types for a bad scalar
+            raise SettingsError(f"--decoding {text!r}: {short_repr(value)} is not a value.") from None
+    return as_decoding(fields)

@@ -1,4 +1,8 @@
-"""Candidates on their way to drafts with rewards: of one segment, or of several branches of a tree."""
+"""The candidates of one request, on their way to drafts with rewards.
+
+`DraftPool` keeps the books: what is drafted now, what the method has examined, what grows in a tree, what was
+drafted ahead of the next segment. It frees what is given up, and it makes what is kept part of the answer.
+"""
 
 from __future__ import annotations
 
@@ -7,109 +11,368 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from cards_integrations.decoding.base import Draft
-from cards_integrations.models.base import Boundary, Candidate
+from cards_integrations.engine.scoring import ScoreQueue, ScoreRequest
+from cards_integrations.models.base import Boundary, Candidate, Context, LanguageModel
 from cards_integrations.models.randomness import Uniforms
-from cards_integrations.rewards.base import Response, RewardModel
+from cards_integrations.rewards.base import Conversation, Response
 
-if TYPE_CHECKING:
-    from cards_integrations.engine.session import Session
-
-LEAST = 0.02  # a candidate that is looked at with less probability is not drafted ahead
+MIN_REACH = 0.02  # a candidate that is examined with less probability is not drafted ahead
+FIRST_LEVEL = 2**32  # levels of a tree are numbered from here, segments from 0: each has random numbers of its own
 
 
-@dataclass(eq=False)
-class Question:
-    """A response that waits for its score."""
-
-    session: Session
-    judge: RewardModel
-    response: Response
-    score: asyncio.Future[float]
+class SessionHost(Protocol):
+    """What a request asks of the engine that runs it."""
 
     @property
-    def blocks(self) -> bool:
-        """Is it what the method waits for?"""
-        drafting = self.session.drafting
-        return drafting is None or drafting.waits_for(self)
+    def language_model(self) -> LanguageModel:
+        """Where candidates are drafted."""
+
+    def vacancies(self, context: Context, boundary: Boundary) -> int:
+        """For how many more candidates of a request there is memory."""
+
+    def wake(self) -> None:
+        """Note that there is something new to draft or to score."""
 
 
 @dataclass(eq=False)
-class Pending:
-    """A candidate in the making, and then its way to a draft with a reward (NaN if none is asked for).
+class PendingDraft:
+    """A candidate from its first token until it is kept or given up.
 
-    In a tree, `parent` is the draft that it follows, and `level` are the drafts made together with it.
+    Attributes:
+        candidate: What the language model drafts.
+        score: Resolved with its reward, or with NaN if none is asked for.
+        source: The drafts that it is one of.
+        parent: The draft of the segment before that it follows; None if it follows the kept text.
+        response: What the reward model was asked about; None before that.
+        next_segment: Candidates that were drafted ahead, to follow this one if it is kept.
+        children: How many drafts of a tree follow it and need what it holds.
+        ended: True once no more tokens come.
+        given_up: True if it will have no more children.
+        kept: True once it is part of the answer.
     """
 
     candidate: Candidate
     score: asyncio.Future[float]
-    parent: Pending | None = None
-    children: int = 0  # that still need its columns
-    level: Level | None = None
+    source: SegmentDrafts
+    parent: PendingDraft | None = None
+    response: Response | None = None
+    next_segment: SegmentDrafts | None = None
+    children: int = 0
+    ended: bool = False
     given_up: bool = False
     kept: bool = False
-    ended: bool = False
-    question: Question | None = None
-    next: Drafts | None = None  # candidates of the next segment, if this one is kept
     _draft: Draft | None = None
 
     @property
     def draft(self) -> Draft | None:
-        """The draft, once there is a score."""
+        """What the method sees of it, once there is a score."""
         if self._draft is None and self.score.done() and not self.score.cancelled() and not self.score.exception():
             c, reward = self.candidate, self.score.result()
             finished, log_p = c.finish is not None, c.log_likelihood + c.end_log_p
             self._draft = Draft(c.index, c.text, reward, c.end, c.uniforms.verdict, finished, log_p, c.rank)
         return self._draft
 
+    @property
+    def parts(self) -> dict[str, float]:
+        """The scores that a composite reward is made of, by name."""
+        return self.response.parts if self.response else {}
+
 
 @dataclass(frozen=True)
-class Plan:
-    """What a method asked `Session.drafts` for; `limit` is that of the segment, with those of earlier calls."""
+class DraftPlan:
+    """What a method asks `Session.drafts` for.
+
+    Attributes:
+        until: Where the candidates end.
+        limit: Most candidates of the segment, those of earlier calls included.
+        scored: True if rewards are asked for.
+        passes: Tells whether the method will keep a draft; None if it examines all of them first.
+    """
 
     until: Boundary
     limit: int
     scored: bool
     passes: Callable[[Draft], bool] | None
 
-    def drafts_like(self, other: Plan) -> bool:
+    def drafts_like(self, other: DraftPlan) -> bool:
+        """True if candidates that were drafted for the other plan serve this one."""
         return (self.until, self.limit, self.scored) == (other.until, other.limit, other.scored)
 
 
-class Drafts:
-    """Candidates of one segment, in index order.
+class DraftPool:
+    """All candidates of one request.
 
-    They follow the kept text, or, drafted ahead of its verdict, a candidate (`parent`) of the
-    segment before; if that is kept, the method goes on with these, and only then they are scored.
-    The index of the first is `begun`.
+    Args:
+        context: The prompt and the kept text.
+        seed: Seed of all random numbers of the request.
+        conversation: What the reward model knows the request as.
+        scores: Where rewards are asked for; None without a reward model.
+        host: The engine.
     """
 
-    def __init__(self, session: Session, plan: Plan, segment: int, parent: Pending | None, begun: int = 0) -> None:
-        self.session = session
+    def __init__(
+        self, context: Context, seed: int, conversation: Conversation, scores: ScoreQueue | None, host: SessionHost
+    ) -> None:
+        self.context = context
+        self.seed = seed
+        self.conversation = conversation
+        self.scores = scores
+        self.host = host
+        self.current: SegmentDrafts | None = None
+        self.examined: dict[Draft, PendingDraft] = {}
+        self.best_rejected: Draft | None = None
+        self.nodes: dict[Draft, PendingDraft] = {}  # of the tree, in the order in which they grew
+        self.last_kept: PendingDraft | None = None
+        self.segments = 0  # kept
+        self.levels = 0
+        self.log_likelihood = 0.0
+        self.error: Exception | None = None
+        self._pending: dict[Candidate, PendingDraft] = {}
+
+    # --- what a method does ---
+
+    def open_segment(
+        self, until: Boundary, limit: int, scored: bool, passes: Callable[[Draft], bool] | None
+    ) -> SegmentDrafts:
+        """Draft for the next segment; what was drafted ahead for it is used if it fits."""
+        self._give_up_ahead()
+        begun = len(self.examined)  # by an earlier call for this segment
+        plan = DraftPlan(until, begun + limit, scored, passes)
+        ahead = self.last_kept.next_segment if self.last_kept is not None else None
+        self.last_kept = None
+        if ahead is not None and ahead.plan.drafts_like(plan):
+            self.current = ahead
+        else:
+            if ahead is not None:
+                ahead.drop()
+            self.current = SegmentDrafts(self, plan, self.segments, None, begun)
+        self.current.open()
+        return self.current
+
+    async def grow(
+        self, parents: Sequence[Draft | None], until: Boundary, scored: bool, ranks: Sequence[int] | None
+    ) -> list[Draft]:
+        """Draft a child for each parent; they stay in the tree until they are given up."""
+        plan = DraftPlan(until, len(parents), scored, None)
+        number = FIRST_LEVEL + self.levels
+        self.levels += 1
+        self.current = level = TreeLevel(self, plan, number, [self._node(parent) for parent in parents], ranks)
+        for parent in level.parents:
+            if parent is not None:
+                parent.given_up = True  # it grows once, and is there as long as its children
+        level.open()
+        drafts = [draft async for draft in level]
+        for draft in drafts if scored else ():
+            draft.verdict = "rejected"  # until it is kept
+        level.drafts, self.examined, self.current = self.examined, {}, None
+        self.nodes.update(level.drafts)
+        return drafts
+
+    def reject(self, draft: Draft) -> Draft:
+        """Reject an examined draft, and free it unless it is the best of the segment's rejected ones so far.
+
+        Returns:
+            The best of them: that with the highest reward, the first in a tie.
+        """
+        draft.verdict = "rejected"
+        best = self.best_rejected
+        if best is None or draft.reward > best.reward:
+            best, draft = draft, best or draft
+            self.best_rejected = best
+        if draft is not best:
+            self.release(self.examined[draft])
+        return best
+
+    def keep(self, draft: Draft) -> Iterator[tuple[PendingDraft, dict[Draft, PendingDraft]]]:
+        """Make a draft part of the answer, after those of its ancestors that are not yet; give up everything else.
+
+        Yields:
+            Each draft when it has become part of the answer, with all that were examined for its segment.
+        """
+        if draft in self.nodes:
+            yield from self._keep_branch(self.nodes[draft])
+            return
+        kept, examined = self.examined[draft], self.examined
+        self._give_up_ahead()
+        for pending in examined.values():
+            if pending is not kept:
+                self.release(pending)
+        self._append(kept)
+        self.examined, self.best_rejected, self.last_kept = {}, None, kept
+        yield kept, examined
+
+    def give_up(self, draft: Draft) -> None:
+        """Free a draft of the tree as soon as no other follows it."""
+        pending: PendingDraft | None = self.nodes[draft]
+        while pending is not None and not pending.kept:
+            pending.given_up = pending.given_up or pending.draft is draft
+            if not pending.given_up or pending.children:
+                return
+            self._forget(pending)
+            pending = pending.parent
+
+    # --- what the engine does ---
+
+    def candidate_ended(self, candidate: Candidate) -> None:
+        """Ask for the reward of a candidate that has ended."""
+        pending = self._pending.get(candidate)
+        if pending is not None:  # else it was given up meanwhile
+            pending.ended = True
+            if pending.source.parent is None:
+                self.submit(pending)
+
+    def waits_for(self, request: ScoreRequest) -> bool:
+        """True if the method gets nothing new before this is scored."""
+        return self.current is None or self.current.waits_for(request)
+
+    def fail(self, error: Exception) -> None:
+        """Let everything that the method waits for, or asks for next, raise."""
+        self.error = error
+        for pending in self.current.ahead if self.current else ():
+            if not pending.score.done():
+                pending.score.set_exception(error)
+
+    def close(self) -> None:
+        """Free everything."""
+        self._give_up_ahead()
+        for pending in [*self.examined.values(), *reversed(list(self.nodes.values()))]:
+            self.release(pending)
+        if self.last_kept is not None and self.last_kept.next_segment is not None:
+            self.last_kept.next_segment.drop()
+
+    # --- what drafts do ---
+
+    def begin(
+        self, source: SegmentDrafts, number: int, index: int, parent: PendingDraft | None, rank: int | None = None
+    ) -> PendingDraft:
+        """Start a candidate of the segment, or of the level of a tree, with this number."""
+        uniforms = Uniforms(self.seed, number, index)
+        origin = parent.candidate if parent else None
+        candidate = Candidate(self.context, source.plan.until, uniforms, index, origin, rank=rank)
+        pending = PendingDraft(candidate, asyncio.get_running_loop().create_future(), source, parent)
+        self._pending[candidate] = pending
+        self.host.language_model.begin(candidate)
+        self.host.wake()
+        return pending
+
+    def submit(self, pending: PendingDraft) -> None:
+        """Ask for the reward of a finished candidate, or say at once that there is none."""
+        if pending.score.done():
+            return  # cancelled with the request that waits for it
+        if not pending.source.plan.scored:
+            pending.score.set_result(math.nan)
+            return
+        assert self.scores is not None  # a session refuses to draft otherwise
+        pending.response = self._response(pending)
+        self.scores.submit(pending.response, pending.score)
+
+    def release(self, pending: PendingDraft) -> None:
+        """Free what a candidate holds; a second time it has no effect."""
+        if pending.next_segment is not None:
+            pending.next_segment.drop()
+            pending.next_segment = None
+        pending.score.cancel()
+        self._pending.pop(pending.candidate, None)
+        self.host.language_model.drop(pending.candidate)
+        if pending.response is not None and self.scores is not None:
+            self.scores.reward_model.drop(pending.response)
+
+    def _response(self, pending: PendingDraft) -> Response:
+        candidate, parent = pending.candidate, pending.parent
+        response = Response(self.conversation, candidate.response, finished=candidate.finish is not None)
+        if candidate.whole:
+            response.ids = candidate.before + candidate.ids
+            branch = self._unkept(pending)
+            response.log_likelihood = self.log_likelihood + sum(each.candidate.log_likelihood for each in branch)
+        response.parent = parent.response if parent is not None else None
+        return response
+
+    def _append(self, kept: PendingDraft) -> None:
+        """Make a candidate the last segment of the answer."""
+        kept.kept = True
+        self._pending.pop(kept.candidate, None)
+        self.host.language_model.keep(kept.candidate)
+        if kept.response is not None and self.scores is not None:
+            self.scores.reward_model.keep(kept.response)
+        self.log_likelihood += kept.candidate.log_likelihood
+        self.segments += 1
+
+    def _keep_branch(self, last: PendingDraft) -> Iterator[tuple[PendingDraft, dict[Draft, PendingDraft]]]:
+        path = self._unkept(last)
+        for pending in reversed(list(self.nodes.values())):  # whoever follows another comes after it
+            if pending not in path and last not in self._unkept(pending):
+                self._forget(pending)
+        for pending in path:
+            assert pending.draft is not None and last.draft is not None and isinstance(pending.source, TreeLevel)  # noqa: PT018
+            pending.draft.verdict = last.draft.verdict
+            del self.nodes[pending.draft]
+            self._append(pending)
+            yield pending, pending.source.drafts
+        self.last_kept = last
+
+    def _unkept(self, pending: PendingDraft | None) -> list[PendingDraft]:
+        """A branch of the tree from the kept text on, this draft last."""
+        path: list[PendingDraft] = []
+        while pending is not None and not pending.kept:
+            path.insert(0, pending)
+            pending = pending.parent
+        return path
+
+    def _node(self, parent: Draft | None) -> PendingDraft | None:
+        if parent is None or (self.last_kept is not None and self.last_kept.draft is parent):
+            return None
+        return self.nodes[parent]
+
+    def _forget(self, pending: PendingDraft) -> None:
+        self.release(pending)
+        assert pending.draft is not None
+        del self.nodes[pending.draft]
+        if pending.parent is not None:
+            pending.parent.children -= 1
+
+    def _give_up_ahead(self) -> None:
+        """Free what was drafted for the open segment and has not been examined."""
+        if self.current is not None:
+            self.current.drop()
+        self.current = None
+
+
+class SegmentDrafts:
+    """Candidates of one segment, in index order; an asynchronous iterator of drafts.
+
+    They follow the kept text or, drafted ahead of its verdict, a candidate of the segment before (`parent`). If
+    that is kept, the method goes on with these, and only then they are scored.
+    """
+
+    def __init__(
+        self, pool: DraftPool, plan: DraftPlan, number: int, parent: PendingDraft | None, begun: int = 0
+    ) -> None:
+        self.pool = pool
         self.plan = plan
-        self.segment = segment
+        self.number = number
         self.parent = parent
-        self.begun = begun
-        self.ahead: deque[Pending] = deque()
+        self.begun = begun  # candidates of this segment so far, and so the index of the next one
+        self.ahead: deque[PendingDraft] = deque()  # not examined yet
 
     def open(self) -> None:
-        """The method asks for these now: `parent`, if any, has been kept."""
+        """Let the method draw from these: their parent, if any, has been kept."""
         self.parent = None
         for pending in self.ahead:
             if pending.ended:
-                self._to_verdict(pending)
-        self.session.desk.wake()
+                self.pool.submit(pending)
+        self.pool.host.wake()
 
-    def __aiter__(self) -> Drafts:
+    def __aiter__(self) -> SegmentDrafts:
         return self
 
     async def __anext__(self) -> Draft:
-        session = self.session
-        if session.error is not None:
-            raise session.error
-        if session.drafting is not self or (not self.ahead and self.begun == self.plan.limit):
+        pool = self.pool
+        if pool.error is not None:
+            raise pool.error
+        if pool.current is not self or (not self.ahead and self.begun == self.plan.limit):
             raise StopAsyncIteration
         if not self.ahead:
             self.begin()
@@ -118,128 +381,112 @@ class Drafts:
         self.ahead.popleft()
         draft = pending.draft
         assert draft is not None
-        session.looked_at[draft] = pending
-        session.context.usage.drafts += 1
+        pool.examined[draft] = pending
+        pool.context.usage.drafts += 1
         return draft
 
     @property
     def vacancies(self) -> int:
-        """How many more candidates may begin: by the limit, and by the memory. One always may."""
-        left = self.plan.limit - self.begun
-        if left <= 0 or not self.ahead:
-            return left
+        """How many more candidates may begin, by the limit and by the memory; one always may."""
+        remaining = self.plan.limit - self.begun
+        if remaining <= 0 or not self.ahead:
+            return remaining
         drafting = sum(not pending.ended for pending in self.ahead)
-        model = self.session.desk.language_model
-        return min(left, max(0, model.vacancies(self.session.context, self.plan.until) - drafting))
+        return min(remaining, max(0, self.pool.host.vacancies(self.pool.context, self.plan.until) - drafting))
 
-    def waits_for(self, question: Question) -> bool:
-        """Does the method get nothing before this is answered?"""
-        return bool(self.ahead) and self.ahead[0].question is question
+    def waits_for(self, request: ScoreRequest) -> bool:
+        """True if the method gets nothing before this is scored."""
+        return bool(self.ahead) and self.ahead[0].score is request.score
 
-    def begin(self) -> Pending:
+    def begin(self) -> PendingDraft:
         """Start the next candidate."""
         return self._begin(self.parent)
 
-    def _begin(self, parent: Pending | None, rank: int | None = None) -> Pending:
-        session = self.session
-        uniforms = Uniforms(session.seed, self.segment, self.begun)
-        origin = parent.candidate if parent else None
-        candidate = Candidate(session.context, self.plan.until, uniforms, self.begun, origin, rank=rank)
-        pending = Pending(candidate, asyncio.get_running_loop().create_future(), parent)
-        candidate.waiter = (self, pending)
-        session.desk.language_model.begin(candidate)
-        session.desk.wake()
+    def _begin(self, parent: PendingDraft | None, rank: int | None = None) -> PendingDraft:
+        pending = self.pool.begin(self, self.number, self.begun, parent, rank)
         self.ahead.append(pending)
         self.begun += 1
         return pending
 
-    def ended(self, pending: Pending) -> None:
-        pending.ended = True
-        if self.parent is None:
-            self._to_verdict(pending)
+    def ranked_candidates(
+        self, reach: float, acceptance_rate: float
+    ) -> Iterator[tuple[float, SegmentDrafts, PendingDraft | None]]:
+        """What could be drafted in the next step.
 
-    def prospects(self, reach: float, rate: float) -> Iterator[tuple[float, Drafts, Pending | None]]:
-        """What could be drafted, with the probability that the method will look at it.
+        Args:
+            reach: Probability that the method gets to these drafts.
+            acceptance_rate: Probability that a candidate without a reward passes.
 
-        A pending of None stands for a candidate that has not begun. `reach` is the probability that
-        the method gets here, `rate` that a candidate without a verdict passes.
+        Yields:
+            The probability that the method will examine a candidate, its drafts, and the candidate itself (None for
+            one that has not begun).
         """
-        everything = self.plan.passes is None
+        examines_all = self.plan.passes is None
         for pending in self.ahead:
-            passing = self._passing(pending, rate)
-            if reach < LEAST:
+            passing = self._passing(pending, acceptance_rate)
+            if reach < MIN_REACH:
                 return
             if not pending.ended:
                 yield reach, self, pending
-            elif pending.candidate.finish is None and reach * passing >= LEAST:
-                if pending.next is None:
-                    pending.next = Drafts(self.session, self.plan, self.segment + 1, pending)
-                yield from pending.next.prospects(reach * passing, rate)
-            reach *= 1 if everything else 1 - passing
+            elif pending.candidate.finish is None and reach * passing >= MIN_REACH:
+                if pending.next_segment is None:
+                    pending.next_segment = SegmentDrafts(self.pool, self.plan, self.number + 1, pending)
+                yield from pending.next_segment.ranked_candidates(reach * passing, acceptance_rate)
+            reach *= 1 if examines_all else 1 - passing
         for _ in range(self.vacancies):
-            if reach < LEAST:
+            if reach < MIN_REACH:
                 return
             yield reach, self, None
-            reach *= 1 if everything else 1 - rate
+            reach *= 1 if examines_all else 1 - acceptance_rate
 
     def drop(self) -> None:
+        """Give up all that has not been examined."""
         for pending in self.ahead:
-            self.session.release(pending)
+            self.pool.release(pending)
 
-    def _passing(self, pending: Pending, rate: float) -> float:
+    def _passing(self, pending: PendingDraft, acceptance_rate: float) -> float:
+        """Probability that the method keeps this one when it examines it."""
         if self.plan.passes is None:
             return 1 / self.plan.limit
-        return rate if pending.draft is None else float(self.plan.passes(pending.draft))
-
-    def _to_verdict(self, pending: Pending) -> None:
-        if pending.score.done():
-            return  # cancelled with the request that waits for it
-        if not self.plan.scored:
-            pending.score.set_result(math.nan)
-            return
-        session, candidate = self.session, pending.candidate
-        response = Response(session.conversation, candidate.response, finished=candidate.finish is not None)
-        if candidate.whole:
-            response.ids = candidate.before + candidate.ids
-            branch = session.unkept(pending)
-            response.log_likelihood = session.log_likelihood + sum(p.candidate.log_likelihood for p in branch)
-        if pending.parent is not None and pending.parent.question is not None:
-            response.parent = pending.parent.question.response
-        pending.question = self.session.ask(response, pending.score)
+        return acceptance_rate if pending.draft is None else float(self.plan.passes(pending.draft))
 
 
-class Level(Drafts):
+class TreeLevel(SegmentDrafts):
     """Drafts that a method asks for together: a child for each of its `parents`, None being the kept text.
 
-    All of them are drafted and scored; they stay until they are given up, and can be parents in turn.
-    With `ranks` a child takes the token of that rank, 0 being the most probable, and no random one.
+    All of them are drafted and scored; they stay until they are given up, and can be parents in turn. With `ranks`
+    a child takes the token of that rank, 0 being the most probable, instead of a random one.
     """
 
     def __init__(
         self,
-        session: Session,
-        plan: Plan,
+        pool: DraftPool,
+        plan: DraftPlan,
         number: int,
-        parents: Sequence[Pending | None],
+        parents: Sequence[PendingDraft | None],
         ranks: Sequence[int] | None,
     ) -> None:
-        super().__init__(session, plan, number, None)
+        super().__init__(pool, plan, number, None)
         self.parents = parents
         self.ranks = ranks
-        self.drafts: dict[Draft, Pending] = {}
+        self.drafts: dict[Draft, PendingDraft] = {}
 
-    def begin(self) -> Pending:
+    def begin(self) -> PendingDraft:
+        """Start the child of the next parent."""
         parent = self.parents[self.begun]
         pending = self._begin(parent, None if self.ranks is None else self.ranks[self.begun])
-        pending.level = self
         if parent is not None:
             parent.children += 1
         return pending
 
-    def waits_for(self, question: Question) -> bool:
+    def waits_for(self, request: ScoreRequest) -> bool:
+        """True: the method waits for all of a level."""
         return True
 
-    def prospects(self, reach: float, rate: float) -> Iterator[tuple[float, Drafts, Pending | None]]:
+    def ranked_candidates(
+        self, reach: float, acceptance_rate: float
+    ) -> Iterator[tuple[float, SegmentDrafts, PendingDraft | None]]:
+        """All that is not finished, all with the same probability."""
         for pending in self.ahead:
             if not pending.ended:
                 yield reach, self, pending

@@ -1,4 +1,7 @@
-"""The engine: what faces call, from any thread and any event loop. Loads once, streams kept segments."""
+"""The engine: what callers use, from any thread and any event loop.
+
+It loads its models once, at the first request, and streams kept segments to whoever asked.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,15 @@ import queue
 import threading
 import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from contextlib import aclosing, closing, suppress
+from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
 from cards_integrations.chat.message import Message
-from cards_integrations.engine.session import Chunk
-from cards_integrations.engine.worker import EngineSettings, Request, Worker
+from cards_integrations.engine.inspection import EngineState
+from cards_integrations.engine.request import Chunk, EngineSettings, Request
+from cards_integrations.engine.worker import Worker
 from cards_integrations.errors import EngineClosed
 from cards_integrations.models.base import LanguageModel
 from cards_integrations.models.sources import ModelSource
@@ -22,13 +27,19 @@ from cards_integrations.rewards.base import Reward
 from cards_integrations.trace import Alignment
 from cards_integrations.uncertainty import Measure
 
-__all__ = ["Engine", "EngineSettings", "Request"]
-
 T = TypeVar("T")
 
 
 class Engine:
-    """One language model and the reward models that guide it. Use `Engine.shared`."""
+    """One language model and the reward models that guide it.
+
+    Use `Engine.shared`: objects with equal settings share one engine in a process. Nothing is loaded before the
+    first request.
+
+    Args:
+        model: The language model.
+        settings: What is about the machine.
+    """
 
     _shared: ClassVar[dict[tuple[ModelSource, EngineSettings], Engine]] = {}
     _lock: ClassVar[threading.Lock] = threading.Lock()
@@ -38,69 +49,78 @@ class Engine:
         self.settings = settings
         self.owners: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self.owned = False
-        self.asked: set[Future[Any]] = set()  # and not answered yet
+        self._unanswered: set[Future[Any]] = set()
         self._worker: Worker | None = None
         self._starting = threading.Lock()
         self._closed = False
 
     @classmethod
     def shared(cls, model: ModelSource, settings: EngineSettings, owner: Any = None) -> Engine:
-        """The process's engine for these settings; nothing is loaded before the first request.
+        """The process's engine for these settings.
 
-        A new one takes the place of those of the same model whose owners are all gone, so that a model is not
-        held twice where an object is made anew with other settings.
+        A new one takes the place of those of the same model whose owners are all gone, so that a model is not held
+        twice where an object is made anew with other settings.
+
+        Args:
+            model: The language model.
+            settings: What is about the machine.
+            owner: The object that uses the engine; it is referenced weakly.
         """
         with cls._lock:
             engine = cls._shared.get((model, settings))
-            left = []
+            abandoned = []
             if engine is None or engine._closed:
-                left = [other for other in cls._shared.values() if other.model == model and other._left()]
-                for other in left:
+                abandoned = [other for other in cls._shared.values() if other.model == model and other._is_abandoned()]
+                for other in abandoned:
                     other._retire()
                 engine = cls._shared[model, settings] = Engine(model, settings)
             if owner is not None:
                 engine.owned = True
                 engine.owners[id(owner)] = owner
-        for other in left:
+        for other in abandoned:
             other._stop()
         return engine
 
-    def run(self, request: Request, tell: Callable[[Chunk], None] | None = None) -> Alignment:
+    @classmethod
+    def release(cls, owner: Any) -> None:
+        """Close every engine that this object used, unless others use it."""
+        with cls._lock:
+            used = [engine for engine in cls._shared.values() if id(owner) in engine.owners]
+        for engine in used:
+            engine.close(owner)
+
+    # --- one answer ---
+
+    def run(self, request: Request, on_segment: Callable[[Chunk], None] | None = None) -> Alignment:
         """Block until the answer is written. Interrupting the wait cancels the request.
 
-        `tell` is called in the caller's thread with each segment, when it has been kept.
+        Args:
+            request: What to answer.
+            on_segment: Called in the caller's thread with each segment, when it has been kept.
+
+        Raises:
+            CardsError: The request cannot be answered; see its children.
         """
-        if tell is None:
-            return self._wait(self._submit(request))
+        if on_segment is None:
+            return self._wait(self.submit(request))
         with closing(self.stream(request)) as items:
             while isinstance(item := next(items), Chunk):
-                tell(item)
+                on_segment(item)
             return item
 
-    def run_many(self, requests: Sequence[Request], done: Callable[[], None] | None = None) -> list[Alignment]:
-        """Answers to all requests, drafted together; the first error cancels the rest.
-
-        `done` is called in the engine's thread when one of them ends.
-        """
-        return self._wait(self._submit_many(requests, done))
-
-    async def arun_many(self, requests: Sequence[Request]) -> list[Alignment]:
-        """Like `run_many`, without blocking the event loop."""
-        return await asyncio.wrap_future(self._submit_many(requests))
-
-    async def arun(self, request: Request, tell: Callable[[Chunk], Awaitable[None]] | None = None) -> Alignment:
+    async def arun(self, request: Request, on_segment: Callable[[Chunk], Awaitable[None]] | None = None) -> Alignment:
         """Like `run`, without blocking the event loop; cancelling the task cancels the request."""
-        if tell is None:
-            return await asyncio.wrap_future(self._submit(request))
+        if on_segment is None:
+            return await asyncio.wrap_future(self.submit(request))
         async with aclosing(self.astream(request)) as items:
             while isinstance(item := await anext(items), Chunk):
-                await tell(item)
+                await on_segment(item)
             return item
 
     def stream(self, request: Request) -> Generator[Chunk | Alignment, None, None]:
-        """A `Chunk` per kept segment, then the `Alignment`; closing the iterator stops the drafting."""
+        """Yield a `Chunk` for each kept segment, then the `Alignment`; closing the iterator stops the drafting."""
         inbox: queue.SimpleQueue[Chunk | Future[Alignment]] = queue.SimpleQueue()
-        future = self._submit(request, inbox.put)
+        future = self.submit(request, inbox.put)
         future.add_done_callback(inbox.put)
         try:
             while not isinstance(item := inbox.get(), Future):
@@ -118,7 +138,7 @@ class Engine:
             with suppress(RuntimeError):  # the caller's loop is gone, and nobody waits
                 loop.call_soon_threadsafe(inbox.put_nowait, item)
 
-        future = self._submit(request, put)
+        future = self.submit(request, put)
         future.add_done_callback(put)
         try:
             while not isinstance(item := await inbox.get(), Future):
@@ -126,6 +146,38 @@ class Engine:
             yield item.result()
         finally:
             future.cancel()
+
+    def submit(self, request: Request, emit: Callable[[Chunk], None] | None = None) -> Future[Alignment]:
+        """Begin an answer without waiting for it; cancelling the future stops the drafting.
+
+        Args:
+            request: What to answer.
+            emit: Called in the engine's thread with each kept segment.
+        """
+        return self._ask(lambda worker: worker.answer(request, emit))
+
+    # --- several answers ---
+
+    def run_many(self, requests: Sequence[Request], on_done: Callable[[], None] | None = None) -> list[Alignment]:
+        """Answers to all requests, drafted together; the first error cancels the rest.
+
+        Args:
+            requests: What to answer.
+            on_done: Called in the engine's thread when one of them ends.
+        """
+        return self._wait(self.submit_many(requests, on_done))
+
+    async def arun_many(self, requests: Sequence[Request]) -> list[Alignment]:
+        """Like `run_many`, without blocking the event loop."""
+        return await asyncio.wrap_future(self.submit_many(requests))
+
+    def submit_many(
+        self, requests: Sequence[Request], on_done: Callable[[], None] | None = None
+    ) -> Future[list[Alignment]]:
+        """Begin all answers at the same moment, without waiting for them."""
+        return self._ask(lambda worker: worker.answer_all(requests, on_done))
+
+    # --- what else its models can do ---
 
     def score(
         self, reward: Reward, prompt: str | list[Message], texts: Sequence[str], context: tuple[str, ...] = ()
@@ -143,6 +195,22 @@ class Engine:
             future = self._running().loaded
         return future.result()
 
+    def inspect(self) -> EngineState:
+        """What lives in the engine now; loads nothing.
+
+        Not to be called from the engine's own thread (from a method or an async reward).
+        """
+        with self._starting:
+            worker = self._worker
+            if self._closed or worker is None:
+                return EngineState("closed" if self._closed else "new")
+            waiting = len(self._unanswered)
+            future = worker.submit(worker.inspect())
+        try:
+            return replace(future.result(), waiting=waiting)
+        except CancelledError:  # it was closed meanwhile
+            return EngineState("closed")
+
     def close(self, owner: Any = None) -> None:
         """Stop and free the models, unless another owner still uses them.
 
@@ -156,20 +224,12 @@ class Engine:
             self._retire()
         self._stop()
 
-    @classmethod
-    def release(cls, owner: Any) -> None:
-        """Close every engine that the owner used."""
-        with cls._lock:
-            used = [engine for engine in cls._shared.values() if id(owner) in engine.owners]
-        for engine in used:
-            engine.close(owner)
-
-    def _left(self) -> bool:
-        """Has everybody gone who used it?"""
-        return self.owned and not self.owners and not self.asked
+    def _is_abandoned(self) -> bool:
+        """True if everybody who used it has gone."""
+        return self.owned and not self.owners and not self._unanswered
 
     def _retire(self) -> None:
-        """No request comes any more; under the lock."""
+        """Take no more requests; called under the lock."""
         self._closed = True
         if self._shared.get((self.model, self.settings)) is self:
             del self._shared[self.model, self.settings]
@@ -180,25 +240,17 @@ class Engine:
                 self._worker.stop()
                 self._worker = None
 
-    def _submit(self, request: Request, emit: Callable[[Chunk], None] | None = None) -> Future[Alignment]:
-        return self._ask(lambda worker: worker.answer(request, emit))
-
-    def _submit_many(
-        self, requests: Sequence[Request], done: Callable[[], None] | None = None
-    ) -> Future[list[Alignment]]:
-        return self._ask(lambda worker: worker.answer_all(requests, done))
-
     def _ask(self, work: Callable[[Worker], Coroutine[Any, Any, T]]) -> Future[T]:
-        """Have it done in the worker; nobody has left the engine before it is."""
+        """Have something done in the worker; the engine is in use until it is."""
         with self._starting:
             worker = self._running()
             future = worker.submit(work(worker))
-            self.asked.add(future)
-        future.add_done_callback(self.asked.discard)
+            self._unanswered.add(future)
+        future.add_done_callback(self._unanswered.discard)
         return future
 
     def _running(self) -> Worker:
-        """The worker, started if need be; under the lock, so that no request meets a loop that has ended."""
+        """The worker, started if need be; called under the lock, so that no request meets a loop that has ended."""
         if self._closed:
             raise EngineClosed("The engine was closed.")
         if self._worker is not None and self._worker.failed:

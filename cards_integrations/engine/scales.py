@@ -15,8 +15,8 @@ from pathlib import Path
 from pydantic_core import PydanticSerializationError
 
 from cards_integrations.decoding.base import Scale
-from cards_integrations.models.local.embedded import cache_dir
 from cards_integrations.models.sources import ModelSource
+from cards_integrations.paths import cache_dir
 from cards_integrations.rewards.base import Reward
 
 MOST = 128  # rewards whose scales are remembered
@@ -60,6 +60,11 @@ class Scales:
         self.measure = measure
         self.store = ScaleStore()
         self.measuring: dict[Reward, asyncio.Task[Scale]] = {}  # and what was measured
+
+    @property
+    def measured(self) -> int:
+        """Rewards whose scale was measured here, or is being measured."""
+        return len(self.measuring)
 
     async def of(self, reward: Reward) -> Scale:
         """What a calibration has remembered, else what the reward publishes, else what is measured now."""

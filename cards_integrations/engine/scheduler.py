@@ -1,58 +1,63 @@
 """What runs in the next step: which candidates are drafted, and whether rewards are scored first.
 
-None of it changes a text: a method looks at the candidates of a segment in index order, whatever was
-drafted when. It decides only how much is drafted that nobody will look at, and how long one waits.
+None of it changes a text: a method examines the candidates of a segment in index order, whatever was drafted
+when. It decides only how much is drafted in vain, and how long a request waits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection
 from typing import Protocol
 
 import numpy as np
 
-from cards_integrations.engine.draft_pool import Drafts, Pending, Question
+from cards_integrations.engine.draft_pool import PendingDraft, SegmentDrafts
 from cards_integrations.engine.session import Session
 from cards_integrations.models.base import Candidate
 from cards_integrations.transformer.step_times import StepTimes
 
 
 class Scheduler(Protocol):
-    def candidates(self, sessions: Iterable[Session]) -> list[Candidate]:
-        """Those to draft in the next step; begins new ones."""
+    """Decides what a step does."""
 
-    def score_now(self, questions: Sequence[Question], sessions: int) -> bool:
-        """Score these, or take one more step first and see more of them come?"""
+    def candidates(self, sessions: Collection[Session]) -> list[Candidate]:
+        """Choose the candidates to draft in the next step, and begin new ones."""
+
+    def score_now(self, sessions: Collection[Session]) -> bool:
+        """Decide whether to score what waits, or to take one more step first and score more at once."""
 
 
 class FixedWidth:
-    """So many candidates of the open segment of every request, and each scored at once."""
+    """Drafts a fixed number of candidates of every request's open segment, and scores each at once."""
 
     def __init__(self, width: int) -> None:
         self.width = width
 
-    def candidates(self, sessions: Iterable[Session]) -> list[Candidate]:
+    def candidates(self, sessions: Collection[Session]) -> list[Candidate]:
         chosen = []
         for session in sessions:
-            drafts = session.drafting
+            drafts = session.pool.current
             if drafts is not None:
                 while len(drafts.ahead) < self.width and drafts.vacancies > 0:
                     drafts.begin()
                 chosen += [pending.candidate for pending in drafts.ahead if not pending.ended]
         return chosen
 
-    def score_now(self, questions: Sequence[Question], sessions: int) -> bool:
+    def score_now(self, sessions: Collection[Session]) -> bool:
         return True
 
 
 class BestPerSecond:
-    """The candidates that are most probably looked at, as many as make the most of a step.
+    """Drafts the candidates that are most probably examined, as many as make the most of a step.
 
-    With the probabilities P_1 >= P_2 >= ... of being looked at, and the time t(n) of a step with n
-    candidates and of the scoring of their tokens, n maximises (P_1 + ... + P_n) / t(n).
+    With the probabilities P_1 >= P_2 >= ... of being examined, and the time t(n) of a step with n candidates and
+    of the scoring of their tokens, n maximises (P_1 + ... + P_n) / t(n).
 
-    Scoring has a fixed cost, too, so it begins when the requests that wait for it have waited as
-    long as that takes, each weighted with its share of the steps.
+    Scoring has a fixed cost, too, so it begins when the requests that wait for it have waited as long as that
+    takes, each weighted with its share of the steps.
+
+    Args:
+        times: Seconds of a step by its number of candidates.
     """
 
     def __init__(self, times: StepTimes) -> None:
@@ -60,25 +65,27 @@ class BestPerSecond:
         self.step = 0.0  # seconds of the last one
         self.waited = 0.0
 
-    def candidates(self, sessions: Iterable[Session]) -> list[Candidate]:
-        found: list[tuple[float, Drafts, Pending | None]] = []
+    def candidates(self, sessions: Collection[Session]) -> list[Candidate]:
+        found: list[tuple[float, SegmentDrafts, PendingDraft | None]] = []
         scoring = 0.0
         for session in sessions:
-            if session.drafting is not None:
-                found += session.drafting.prospects(1.0, session.rate.value)
-                scoring = max(scoring, session.seconds_to_score.each)
+            if session.pool.current is not None:
+                found += session.pool.current.ranked_candidates(1.0, session.acceptance_rate.value)
+                scoring = max(scoring, session.seconds_to_score.per_token)
         if not found:
             return []
-        found.sort(key=lambda prospect: -prospect[0])
+        found.sort(key=lambda candidate: -candidate[0])
         gain = np.cumsum([reach for reach, *_ in found])
         drafting = self.times.upto(len(found))
         n = int(np.argmax(gain / (drafting + scoring * np.arange(1, len(found) + 1)))) + 1
         self.step = float(drafting[n - 1])
         return [(pending or drafts.begin()).candidate for _, drafts, pending in found[:n]]
 
-    def score_now(self, questions: Sequence[Question], sessions: int) -> bool:
-        self.waited += sum(question.blocks for question in questions) / sessions * self.step
-        if self.waited < max(question.session.seconds_to_score.fixed for question in questions):
+    def score_now(self, sessions: Collection[Session]) -> bool:
+        waiting = [(session, request) for session in sessions if session.scores for request in session.scores.waiting]
+        blocked = sum(session.pool.waits_for(request) for session, request in waiting)
+        self.waited += blocked / len(sessions) * self.step
+        if self.waited < max(session.seconds_to_score.fixed for session, _ in waiting):
             return False
         self.waited = 0.0
         return True

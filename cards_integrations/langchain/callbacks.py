@@ -11,7 +11,7 @@ from langchain_core.callbacks.manager import RunManager
 from langchain_core.runnables import RunnableConfig, ensure_config
 from langchain_core.utils.uuid import uuid7
 
-from cards_integrations.engine.session import Chunk
+from cards_integrations.engine.request import Chunk
 
 SEGMENT = "cards_segment"
 T = TypeVar("T")

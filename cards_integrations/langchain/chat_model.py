@@ -21,8 +21,8 @@ from langchain_core.utils.json import parse_partial_json
 from pydantic import ConfigDict, Field
 
 from cards_integrations.chat.tools import as_tools
-from cards_integrations.engine.engine import Engine, Request
-from cards_integrations.engine.session import Chunk
+from cards_integrations.engine.engine import Engine
+from cards_integrations.engine.request import Chunk, Request
 from cards_integrations.langchain.callbacks import aduring, ateller, current, during, taken, teller, with_run
 from cards_integrations.langchain.convert import as_prompt
 from cards_integrations.langchain.schemas import converted, tool_schemas

@@ -13,8 +13,7 @@ from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from pydantic import ConfigDict
 
 from cards_integrations.chat.template import Formatted
-from cards_integrations.engine.engine import Request
-from cards_integrations.engine.session import Chunk
+from cards_integrations.engine.request import Chunk, Request
 from cards_integrations.langchain.chat_model import LangChainFace
 from cards_integrations.langchain.convert import as_prompt
 from cards_integrations.trace import Alignment

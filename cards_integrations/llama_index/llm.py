@@ -37,12 +37,13 @@ from llama_index_instrumentation.span import active_span_id
 from pydantic import BaseModel, ValidationError
 
 from cards_integrations.chat.template import Formatted
-from cards_integrations.engine.engine import Engine, Request
-from cards_integrations.engine.session import Chunk
+from cards_integrations.engine.engine import Engine
+from cards_integrations.engine.request import Chunk, Request
 from cards_integrations.errors import AnswerCut, SettingsError
 from cards_integrations.langchain.convert import as_prompt
 from cards_integrations.langchain.retrieval import retrieved_in
 from cards_integrations.langchain.schemas import converted, tool_schemas
+from cards_integrations.models.sources import context_window
 from cards_integrations.settings import FromEnvironment
 from cards_integrations.trace import Alignment, InvalidToolCall, ToolCall
 
@@ -110,7 +111,7 @@ class LlamaIndexCards(FromEnvironment, FunctionCallingLLM):
     def metadata(self) -> LLMMetadata:
         chosen = self.chosen({})
         return LLMMetadata(
-            context_window=chosen.model.context_window(),
+            context_window=context_window(chosen.model),
             num_output=chosen.max_tokens,
             is_chat_model=True,
             is_function_calling_model=True,

@@ -1,13 +1,18 @@
-"""Where text is drafted: the protocol between the engine and a language model."""
+"""Where text is drafted: what the engine asks of a language model, and the candidates that they share.
+
+`LanguageModel` is all that a backend has to be. What only some backends can do is a protocol of its own:
+`StepwiseModel` for one that computes here, a step at a time; `ConstrainedModel` for one that can be held to a
+grammar; `LogitsReader` for one that can read a whole text again.
+"""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Protocol, runtime_checkable
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from cards_integrations.chat.message import PARTIAL_CHARACTER, Message
 from cards_integrations.chat.stop_strings import StopStrings
@@ -28,34 +33,48 @@ CLOSE_WITHIN = 32  # tokens before the limit; arguments that are still to come t
 
 
 class Boundary(BaseModel):
-    """Where a candidate segment ends, besides end-of-sequence, stop strings and the room left."""
+    """Where a candidate segment ends, besides end-of-sequence, stop strings and the tokens that remain."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     def ends_before(self, logits: torch.Tensor, log_p: torch.Tensor, rows: list[int]) -> torch.Tensor | None:
-        """For logits and log-probabilities (n, vocabulary) of the next token: end here?
+        """Decide whether a segment ends before the token that these logits are for.
 
-        Asked of these `rows` only, (rows,) bool; None if never.
+        Args:
+            logits: Raw logits of the next token, (n, vocabulary).
+            log_p: Their log-softmax in nats, (n, vocabulary).
+            rows: The rows to decide for.
+
+        Returns:
+            A bool for each of the rows, (rows,), or None if this boundary does not look at logits.
         """
         return None
 
     def ends_after(self, text: str) -> bool:
-        """Does a segment with this text end with its last token?"""
+        """Decide whether a segment with this text ends with its last token.
+
+        Args:
+            text: The segment so far; it may end within a character (U+FFFD).
+
+        Returns:
+            True if the segment ends here.
+        """
         return False
 
     @property
     def served(self) -> Mapping[str, str | float] | None:
-        """What `vllm_plugin.EntropyStop` has to know to end the segment in a server; None if it does not do that."""
+        """What `vllm_plugin.EntropyStop` needs to end the segment in a server; None if it cannot do that."""
         return None
 
     @property
     def reads_text(self) -> bool:
+        """True if `ends_after` has to be asked."""
         return type(self).ends_after is not Boundary.ends_after
 
     @property
     @abstractmethod
     def min_tokens(self) -> int:
-        """Tokens before which `ends_before` and `ends_after` are not asked."""
+        """Tokens before which neither `ends_before` nor `ends_after` is asked."""
 
     @property
     @abstractmethod
@@ -65,7 +84,19 @@ class Boundary(BaseModel):
 
 @dataclass(eq=False)
 class Context:
-    """A prompt and the text kept so far, as every candidate of a request sees it."""
+    """A prompt and the text kept so far, as every candidate of a request sees it.
+
+    Attributes:
+        prompt: The user's text, or the messages.
+        prompt_ids: The prompt's token ids, chat template included.
+        max_tokens: Most tokens of the whole answer.
+        sampler: How tokens are drawn from logits.
+        stop: Strings that end the answer.
+        usage: What the request has paid so far.
+        matcher: Where the kept text is in its grammar; None without one.
+        ids: Token ids of the kept text.
+        text: The kept text.
+    """
 
     prompt: str | list[Message]
     prompt_ids: list[int]
@@ -73,23 +104,37 @@ class Context:
     sampler: Sampler
     stop: StopStrings
     usage: Usage
-    matcher: Matcher | None = None  # where the text is in its grammar
+    matcher: Matcher | None = None
     ids: list[int] = field(default_factory=list)
     text: str = ""
-    state: Any = None  # the language model's own
 
 
 @dataclass(eq=False)
 class Candidate:
     """One candidate segment, from its first token to its end.
 
-    It follows the text kept when it began and, if it was drafted ahead, `parent`, a finished
-    candidate of the segment before; `before` are the ids of both, `before_text` what they say. `text` and
-    `ids` are the candidate's own: a character whose bytes are split between segments is the text of the one
-    that completes it. `response` is all the text, cut before a stop string. `whole` says that the text
-    is all of the ids (no stop string was cut off). With a `rank` the first token is not drawn: it is the
-    one of that rank, or of the last one that is allowed. `end_log_p` is log p of the end-of-sequence token
-    that ended it.
+    It follows the text kept when it began or, if it was drafted ahead, `parent`, a finished candidate of the
+    segment before.
+
+    Attributes:
+        context: The request that it belongs to.
+        boundary: Where it ends.
+        uniforms: Its own stream of random numbers.
+        index: Its place among the candidates of its segment.
+        parent: The candidate that it follows; None if it follows the kept text.
+        ids: Its own token ids.
+        rank: If given, the first token is not drawn: it is the one of this rank (0 is the most probable), or of the
+            last one that is allowed.
+        log_likelihood: Sum of log p of its tokens in nats, full vocabulary, temperature 1.
+        end_log_p: log p of the end-of-sequence token that ended it.
+        finish: Why the whole answer ends with it; None if it can go on.
+        whole: False if a stop string was cut off, so that the text is not all of the ids.
+        matcher: Where it is in its grammar; None without one.
+        error: Why it cannot be drafted. A model hands such a candidate over like one that has ended, and its
+            request fails.
+        before: Token ids of the text that it follows.
+        before_text: What they say, without half a character at the end.
+        response: The whole answer with this candidate, cut before a stop string.
     """
 
     context: Context
@@ -104,8 +149,7 @@ class Candidate:
     finish: FinishReason | None = None
     whole: bool = True
     matcher: Matcher | None = None
-    state: Any = None  # the language model's own
-    waiter: Any = None  # whoever began it
+    error: CardsError | None = None
     before: list[int] = field(init=False)
     before_text: str = field(init=False)
     response: str = field(init=False)
@@ -118,54 +162,137 @@ class Candidate:
 
     @property
     def text(self) -> str:
+        """Its own text: a character whose bytes are split between segments is the text of the one that ends it."""
         text = self.response[len(self.before_text) :]
         return text if self.finish else text.rstrip(PARTIAL_CHARACTER)
 
     @property
     def remaining_tokens(self) -> int:
-        """Tokens that this candidate may still take."""
+        """Tokens that it may still take."""
         return min(self.boundary.max_tokens, self.context.max_tokens - len(self.before)) - len(self.ids)
 
     @property
     def end(self) -> int:
-        """Length of the text before plus this candidate, in tokens."""
+        """Tokens of the text before it and of itself."""
         return len(self.before) + len(self.ids)
 
     @property
     def closing(self) -> bool:
-        """Has a text with a grammar come so near to its limit that it has to end what is open?"""
+        """True if a text with a grammar is so near to its limit that it has to close what is open."""
         limit = self.context.max_tokens
         return self.matcher is not None and limit - self.end <= min(CLOSE_WITHIN, limit // 4)
 
 
 class LanguageModel(Protocol):
-    """A language model that drafts candidates of many contexts in one running batch.
+    """A language model that drafts candidates of many requests in one running batch.
 
-    `begin` starts a candidate; `sample` gives every candidate that has logits its next token and
-    returns those that have ended; `forward` computes the next logits of those it is given, as far as
-    `unread` says that there is something to compute; contexts that cannot go on (there is no memory, say)
-    end up in `failed`. `times` are the seconds of a step by its number of candidates, and `needs` what a
-    request of so many tokens takes in the caches of this machine. All are called from one thread.
+    All methods are called from the engine's thread, inside its event loop. What a backend needs to know of a
+    context or a candidate between two calls it keeps in dicts of its own, from `open` to `close` and from `begin`
+    to `drop` or `keep`.
     """
 
     name: str
     chat: ChatTokenizer
     context_window: int
-    failed: dict[Context, CardsError]
+
+    def open(self, context: Context) -> None:
+        """Begin a request."""
+
+    def close(self, context: Context) -> None:
+        """End a request; its candidates are given up with it."""
+
+    def begin(self, candidate: Candidate) -> None:
+        """Start to draft a candidate."""
+
+    def drop(self, candidate: Candidate) -> None:
+        """Give up a candidate, finished or not; a second time it has no effect."""
+
+    def keep(self, candidate: Candidate) -> None:
+        """Make a finished candidate part of its context: `ids`, `text` and `matcher` are those after it."""
+
+    def sample(self) -> list[Candidate]:
+        """Give every candidate that has logits its next token.
+
+        Returns:
+            The candidates that have ended since the last call, with `ids`, `response`, `log_likelihood` and
+            `finish` set, or with an `error`.
+        """
+
+
+@runtime_checkable
+class StepwiseModel(LanguageModel, Protocol):
+    """A language model that computes on this machine, a step at a time, with its caches in the engine's memory.
+
+    Attributes:
+        steps: Decode steps so far, each with one candidate at least.
+        forwards: Forwards so far, those that only read prompts included.
+        tokens: Tokens that these have read.
+    """
+
+    steps: int
 
     @property
-    def times(self) -> StepTimes: ...
-    def cache_needs(self, tokens: int) -> list[CacheNeed]: ...
-    def matcher(self, grammar: Grammar) -> Matcher: ...
-    def read(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> torch.Tensor: ...
-    def open(self, context: Context) -> None: ...
-    def close(self, context: Context) -> None: ...
-    def vacancies(self, context: Context, boundary: Boundary) -> int: ...
-    def begin(self, candidate: Candidate) -> None: ...
-    def drop(self, candidate: Candidate) -> None: ...
-    def keep(self, candidate: Candidate) -> None: ...
-    def sample(self) -> list[Candidate]: ...
-    def unread(self, candidates: Iterable[Candidate]) -> Mapping[Any, Context]: ...
-    def forward(self, candidates: Iterable[Candidate]) -> None: ...
-    def reset(self) -> None: ...
-    def decode(self, ids: Sequence[int]) -> str: ...
+    def forwards(self) -> int: ...
+    @property
+    def tokens(self) -> int: ...
+
+    def step_times(self) -> StepTimes:
+        """Seconds of a step by its number of candidates; measured at the first call, and remembered."""
+
+    def cache_needs(self, tokens: int) -> list[CacheNeed]:
+        """What a request of so many tokens takes in the caches of this machine."""
+
+    def vacancies(self, context: Context, boundary: Boundary) -> int:
+        """For how many more candidates of a request there is memory."""
+
+    def has_unread(self, candidates: Iterable[Candidate]) -> bool:
+        """True if a forward is needed before these candidates can have their next token."""
+
+    def forward(self, candidates: Iterable[Candidate]) -> None:
+        """Compute the next logits of these candidates."""
+
+    def reset(self) -> None:
+        """Forget every request, after an error in the middle of a forward."""
+
+
+@runtime_checkable
+class ConstrainedModel(Protocol):
+    """A language model whose candidates can be held to a grammar."""
+
+    def matcher(self, grammar: Grammar) -> Matcher:
+        """A matcher at the beginning of the grammar."""
+
+
+@runtime_checkable
+class LogitsReader(Protocol):
+    """A language model that can read a whole answer again."""
+
+    def read(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> torch.Tensor:
+        """Logits before each token of an answer, (tokens, vocabulary), float32."""
+
+
+class CustomModel(BaseModel):
+    """Settings of a language model that another package brings.
+
+    Attributes:
+        kind: The backend's name in settings files.
+        model: What errors and metadata call the model.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: str
+    model: Annotated[str, Field(min_length=1)]
+
+    def build(self, wake: Callable[[], None]) -> LanguageModel:
+        """Make the language model; called once per engine, in a thread of its own.
+
+        Args:
+            wake: To be called, from the engine's thread, when `LanguageModel.sample` has something new although
+                nothing was begun since.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no build().")
+
+    def context_window(self) -> int:
+        """Most tokens of prompt and answer together."""
+        return 2**31

@@ -1,4 +1,4 @@
-"""Counter-based random numbers: every draft has a stream of its own, whatever runs beside it."""
+"""Counter-based random numbers: every draft has its own stream, whatever else runs at the same time."""
 
 from __future__ import annotations
 
@@ -11,10 +11,15 @@ _WORD = 2**64
 
 
 class Uniforms:
-    """The uniforms in [0, 1) of one draft: `verdict` for its acceptance, then one a token.
+    """The uniforms in [0, 1) of one draft: `verdict` for its acceptance, then one for each token.
 
-    The number for (seed, segment, draft, position) depends on nothing else: Philox with the seed as
+    The number for (seed, segment, draft, position) depends on nothing else: it is Philox with the seed as
     key, and segment and draft in the high words of its counter.
+
+    Args:
+        seed: The request's.
+        segment: Index of the segment in the answer.
+        draft: Index of the draft of this segment.
     """
 
     def __init__(self, seed: int, segment: int, draft: int) -> None:
@@ -25,12 +30,12 @@ class Uniforms:
         self._tokens: list[float] = []
 
     def __getitem__(self, position: int) -> float:
-        """The uniform of the draft's token at `position` (0 is its first)."""
+        """Return the uniform of the draft's token at `position` (0 is its first)."""
         while len(self._tokens) <= position:
             self._tokens += self._stream.random(32).tolist()
         return self._tokens[position]
 
 
 def fresh_seed() -> int:
-    """A seed for a request that gave none."""
+    """Return a random seed, for a request that has none."""
     return secrets.randbelow(2**63)

@@ -1,4 +1,4 @@
-"""From logits to a token: temperature, top-k, and one uniform by inverse transform."""
+"""From logits to a token: temperature, top-k, and inverse transform sampling with one uniform."""
 
 from __future__ import annotations
 
@@ -9,30 +9,40 @@ from pydantic import BaseModel, ConfigDict, Field
 if TYPE_CHECKING:
     import torch
 
-BLOCK = 128
+BLOCK = 128  # logits that are searched together
 
 
 class Sampler(BaseModel):
-    """softmax(logits / temperature) restricted to the `top_k` most probable tokens.
+    """Samples from softmax(logits / temperature), restricted to the `top_k` most probable tokens."""
 
-    `temperature=0` takes the most probable token; `top_k=0` restricts nothing.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.7
+    """Divides the logits; 0 takes the most probable token."""
+
     top_k: Annotated[int, Field(ge=0)] = 40
+    """How many of the most probable tokens may be drawn; 0 for all."""
 
     @property
     def greedy(self) -> bool:
+        """True if the most probable token is taken."""
         return self.temperature == 0
 
     def __call__(self, logits: torch.Tensor, rows: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-        """One token for each uniform: logits (n, vocabulary), rows and uniforms (m,) -> ids (m,).
+        """Draw one token for each uniform.
 
-        The i-th token is drawn from logits[rows[i]] by uniforms[i] in [0, 1). The tokens are laid on
-        [0, 1) in order of their id, so that two almost equal logits that change places under
-        another batch shape do not change the outcome.
+        Token i is drawn from logits[rows[i]] with uniforms[i]: it is the first one at which the cumulative
+        probability, in order of token ids, exceeds the uniform. The order is that of the ids and not of the
+        probabilities, so that two almost equal logits that change places under another batch shape do not
+        change the outcome.
+
+        Args:
+            logits: (n, vocabulary).
+            rows: (m,) indices into the logits.
+            uniforms: (m,) in [0, 1).
+
+        Returns:
+            Token ids (m,).
         """
         if self.greedy:
             return logits.argmax(-1)[rows]
@@ -40,16 +50,16 @@ class Sampler(BaseModel):
         if 0 < self.top_k < logits.shape[-1]:
             ids = _largest(logits, self.top_k).sort(-1).values
             logits = logits.gather(-1, ids)
-        upto = (logits.double() / self.temperature).softmax(-1).cumsum(-1)[rows]
-        at = (upto <= (uniforms * upto[:, -1]).unsqueeze(-1)).sum(-1).clamp(max=logits.shape[-1] - 1)
-        return at if ids is None else ids[rows, at]
+        cumulative = (logits.double() / self.temperature).softmax(-1).cumsum(-1)[rows]
+        drawn = (cumulative <= (uniforms * cumulative[:, -1]).unsqueeze(-1)).sum(-1).clamp(max=logits.shape[-1] - 1)
+        return drawn if ids is None else ids[rows, drawn]
 
 
 def _largest(logits: torch.Tensor, k: int) -> torch.Tensor:
     """Ids of the k largest logits, (n, vocabulary) -> (n, k).
 
-    They lie in the k blocks with the largest maxima, and a search among those is several times
-    faster than one of the whole vocabulary.
+    They are in the k blocks with the largest maxima, and searching those is several times faster than
+    searching the whole vocabulary.
     """
     blocks, rest = divmod(logits.shape[-1], BLOCK)
     if rest or blocks <= k:

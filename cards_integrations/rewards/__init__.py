@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cards_integrations.rewards.base import Conversation, Response, Reward, RewardLoader, RewardModel
+from cards_integrations.rewards.base import Conversation, Loader, Response, Reward, RewardModel
 from cards_integrations.rewards.classifier import ClassifierReward
 from cards_integrations.rewards.function import FunctionReward
 from cards_integrations.rewards.gate import GateReward
@@ -10,6 +10,7 @@ from cards_integrations.rewards.groundedness import GroundednessReward
 from cards_integrations.rewards.implicit import ImplicitReward
 from cards_integrations.rewards.judge import JudgeReward
 from cards_integrations.rewards.length import LengthReward
+from cards_integrations.rewards.loader import RewardLoader
 from cards_integrations.rewards.minimum import MinReward
 from cards_integrations.rewards.pattern import PatternReward
 from cards_integrations.rewards.registry import NAMED, REWARDS, AnyReward, as_reward, register_reward
@@ -38,6 +39,7 @@ __all__ = [
     "ImplicitReward",
     "JudgeReward",
     "LengthReward",
+    "Loader",
     "MinReward",
     "PatternReward",
     "RelevanceReward",

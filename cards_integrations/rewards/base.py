@@ -1,7 +1,7 @@
 """The protocol of reward models: settings that build a model, and a model that scores answers.
 
-A reward model sees whole answers so far (kept text plus candidate). It may keep a state for each
-request, which is how a decoder scores a candidate by its new tokens only.
+A reward model sees whole answers so far (kept text plus candidate). It may remember what it has read
+of a conversation, which is how a decoder scores a candidate by its new tokens only.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
-from weakref import WeakValueDictionary
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from cards_integrations.chat.message import Message
-from cards_integrations.chat.template import ChatTokenizer, as_text, same_vocabulary
-from cards_integrations.errors import CardsError, ModelError, OutOfMemory, RewardError
-from cards_integrations.models.local.loading import LocalModel, ModelLoader
+from cards_integrations.chat.template import ChatTokenizer, as_text
+from cards_integrations.errors import OutOfMemory, RewardError
+from cards_integrations.models.local.loader import ModelLoader
+from cards_integrations.models.local.settings import LocalModel
 from cards_integrations.rewards.prompts import PLAIN
 from cards_integrations.threads import in_thread
 from cards_integrations.trace import Usage
 
 if TYPE_CHECKING:
-    from cards_integrations.transformer.kv_memory import CacheNeed
+    from cards_integrations.transformer.kv_memory import CacheNeed, KVMemory
     from cards_integrations.transformer.step_times import StepTimes
 
 Scores = Sequence[float] | Awaitable[Sequence[float]]
@@ -35,74 +35,94 @@ Scores = Sequence[float] | Awaitable[Sequence[float]]
 
 @dataclass(eq=False)
 class Conversation:
-    """The request that answers belong to; `context` are the texts that they should be grounded in."""
+    """The request that answers belong to. Hashes by identity."""
 
     prompt: str | list[Message]
     usage: Usage
     context: tuple[str, ...] = ()
-    state: Any = None  # the reward model's own
+    """The texts that answers should be grounded in."""
 
 
 @dataclass(eq=False)
 class Response:
-    """An answer so far.
-
-    `ids` are the language model's own tokens, and `log_likelihood` the sum of their log p in nats
-    under it (full vocabulary, temperature 1); both None if the text was cut, or is not the model's.
-    `finished`: no more text follows. A composite leaves the scores of its `parts` here, by name.
-    `parent` is a scored response, not kept, that this one goes on from.
-    """
+    """An answer so far. Hashes by identity."""
 
     conversation: Conversation
     text: str
     ids: list[int] | None = None
+    """The language model's own tokens; None if the text was cut, or is not the model's."""
     log_likelihood: float | None = None
+    """The sum of their log p in nats under the language model (full vocabulary, temperature 1); None as above."""
     finished: bool = False
+    """True if no more text follows."""
     parts: dict[str, float] = field(default_factory=dict)
+    """Where a composite leaves the scores of its parts, by name."""
     parent: Response | None = None
-    state: Any = None  # the reward model's own
+    """A scored response, not kept yet, that this one continues."""
 
 
 class RewardModel(ABC):
-    """A loaded reward model. CallableModel from the engine's thread; higher scores are better."""
+    """A loaded reward model, called in the engine's thread; higher scores are better.
+
+    A model that remembers something about conversations (from `open` to `close`) or responses (from
+    `score` to `keep` or `drop`) does so in dicts of its own. At `close` everything about the
+    conversation goes, including what is known of its responses.
+    """
 
     name: str
     timeout: float | None = None
+    """Seconds that one call of `score` may take."""
     across_requests: bool = False
-    """May one call of `score` take the answers of several requests?"""
+    """True if one call of `score` may take answers of several requests."""
 
     @property
     def step_times(self) -> StepTimes | None:
-        """Seconds of a call by its number of tokens, if it keeps the language model's device busy."""
+        """Seconds of a call by its number of tokens; None if it does not occupy the language model's device."""
         return None
 
     def cache_needs(self, conversation: Conversation, tokens: int) -> list[CacheNeed]:
-        """Rows and columns that a request of so many tokens takes in the caches of this model."""
+        """Return the rows and columns that a request of `tokens` tokens takes in the KV caches of this model."""
         return []
 
     def open(self, conversation: Conversation) -> None:
-        """A request begins."""
+        """Begin a request.
+
+        Raises:
+            PromptError, RewardError: The model cannot score answers to this prompt. Nothing is left open.
+        """
 
     @abstractmethod
     async def score(self, responses: Sequence[Response]) -> Sequence[float]:
-        """One finite float for each response."""
+        """Score answers of open conversations.
+
+        Args:
+            responses: All of one conversation, unless `across_requests`.
+
+        Returns:
+            One finite float for each response, in their order.
+        """
 
     def keep(self, response: Response) -> None:
-        """The request goes on from this scored response."""
+        """Continue the request from this scored response."""
 
     def drop(self, response: Response) -> None:
-        """This scored response was given up."""
+        """Give up this scored response. Does nothing if it is not known."""
 
     def close(self, conversation: Conversation) -> None:
-        """The request has ended."""
+        """End the request. Does nothing if it is not open."""
 
 
 scoring: ContextVar[bool] = ContextVar("scoring", default=False)
-"""Is this part of a reward, for which requests wait?"""
+"""True while a reward is computed: requests wait for it, so what it does in turn must not wait for them."""
 
 
 async def scores(model: RewardModel, responses: Sequence[Response]) -> list[float]:
-    """The scores, or a `RewardError` that names the reward and the text that caused it."""
+    """Score responses with the model's timeout, and check what it returns.
+
+    Raises:
+        RewardError: It names the reward, and the text that caused the error.
+        OutOfMemory: As the model raised it.
+    """
     outer = scoring.set(True)
     try:
         async with asyncio.timeout(model.timeout) as deadline:
@@ -133,33 +153,66 @@ def _cancelled() -> bool:
     return task is not None and task.cancelling() > 0
 
 
-def count_forward(read: Iterable[tuple[Conversation, int]]) -> None:
-    """Put a forward that many requests shared on the account of each, with the tokens read for it."""
+def count_forward(tokens_read: Iterable[tuple[Conversation, int]]) -> None:
+    """Count one forward that many requests shared in the usage of each, with the tokens read for it."""
     served = {}
-    for conversation, tokens in read:
+    for conversation, tokens in tokens_read:
         conversation.usage.rm_tokens += tokens
         served[id(conversation.usage)] = conversation.usage
     for usage in served.values():
         usage.rm_forwards += 1
 
 
+@dataclass(frozen=True)
+class CausalModel:
+    """A causal model that a reward reads."""
+
+    model: Any
+    chat: ChatTokenizer
+    is_language_model: bool
+    """True if it is the language model that drafts."""
+    same_vocabulary: bool
+    """True if it has the language model's token ids."""
+    memory: KVMemory | None
+    """For the KV caches of all models of the engine."""
+
+
+class Loader(Protocol):
+    """What `Reward.build` builds from: the weights of one engine, and the models of other rewards."""
+
+    models: ModelLoader
+
+    def causal(self, spec: LocalModel | None, name: str) -> CausalModel:
+        """Load a causal model for a reward.
+
+        Args:
+            spec: The model; None for the language model that drafts.
+            name: What errors call the reward.
+
+        Raises:
+            ModelError: The language model is not a local one, or the model does not load.
+        """
+
+    def __getitem__(self, settings: Reward) -> RewardModel:
+        """Return the reward model of these settings; built once."""
+
+
 class Reward(BaseModel):
-    """Settings of a reward model. A subclass has a `kind` and either `score` or `build`.
+    """Settings of a reward model. A subclass has a `kind` and either `score` or `build`."""
 
-    `granularity="sentence"` is for rewards that make sense on whole sentences only: an unfinished
-    answer is scored as far as its last complete sentence. `timeout` is in seconds, for one call.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, use_attribute_docstrings=True)
 
     standardises: ClassVar[bool] = False
-    """Does it need the scales of its parts?"""
+    """True if the parts have to come with their scales."""
 
     kind: str
+    """Names the class in settings files."""
     scale: tuple[FiniteFloat, Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None = None
-    """Mean and spread of the reward over plain answers. None: measured where it is needed."""
+    """Mean and standard deviation of the reward over plain answers. None: measured where it is needed."""
     granularity: Literal["token", "sentence"] = "token"
+    """"sentence" scores an unfinished answer up to its last complete sentence; "token" scores all of it."""
     timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Seconds that one call may take."""
 
     @property
     def name(self) -> str:
@@ -172,7 +225,7 @@ class Reward(BaseModel):
         return ()
 
     def with_parts(self, parts: Sequence[Reward]) -> Reward:
-        """The same, made of other parts."""
+        """Return the same reward, made of other parts."""
         return self
 
     def __hash__(self) -> int:
@@ -180,50 +233,55 @@ class Reward(BaseModel):
 
     @property
     def scaled_like(self) -> Reward:
-        """The reward whose scale is this one's, too."""
+        """The reward whose scale is also the scale of this one."""
         return self.with_parts([part.scaled_like for part in self.parts])
 
     def has_signal_for(self, conversation: Conversation) -> bool:
-        """Has it anything to say here? Where it has not, the answer is a plain one."""
+        """Return True if the reward can guide an answer here; otherwise a plain answer is written."""
         return all(part.has_signal_for(conversation) for part in self.parts)
 
     @property
-    def sentencewise(self) -> bool:
-        """Is an unfinished answer scored as far as its last complete sentence?"""
+    def scores_whole_sentences(self) -> bool:
+        """True if an unfinished answer is scored up to its last complete sentence."""
         return self.granularity == "sentence"
 
     @property
     def lasting(self) -> bool:
-        """Will the same settings mean the same in another process? Code of a notebook may change."""
+        """True if equal settings mean the same reward in another process; code of a notebook may change."""
         return type(self).__module__ != "__main__" and all(part.lasting for part in self.parts)
 
     @property
     def stays_loaded(self) -> bool:
-        """As long as the engine, or only while a request needs it, as what is as good as free to build."""
+        """True if it is kept as long as the engine; False if only while a request needs it, being cheap to build."""
         return not self.parts
 
     @property
     def prompts(self) -> Sequence[tuple[str, tuple[str, ...]]]:
-        """Prompts, each with its context, on whose plain answers it can be measured."""
+        """Prompts, each with its context, on whose plain answers the scale is measured."""
         return [(prompt, ()) for prompt in PLAIN]
 
     def score(self, prompt: str, responses: list[str]) -> Scores:
-        """One float for each answer to the prompt, higher is better.
+        """Score answers to one prompt; higher is better.
 
-        Sync (run in a thread) or async (run in the engine's loop, which all requests share: it must not block).
+        Either sync (run in a thread) or async (run in the engine's loop, which all requests share: it
+        must not block).
 
-        `prompt` is the user's text, or the whole conversation with roles if it has several messages.
-        The reward of the prompt alone is asked for as `responses=[""]`.
+        Args:
+            prompt: The user's text, or the whole conversation with roles if it has several messages.
+            responses: Answers, possibly unfinished. The reward of the prompt alone is asked for as `[""]`.
+
+        Returns:
+            One finite float for each answer.
         """
         raise NotImplementedError(f"{type(self).__name__} has neither score() nor build().")
 
-    def build(self, loader: RewardLoader) -> RewardModel:
-        """Load it; called once per engine, in the engine's thread."""
+    def build(self, loader: Loader) -> RewardModel:
+        """Load the reward model; called once per engine, in the engine's thread."""
         return CallableModel(self.name, self.score)
 
 
 def _hash(value: Any) -> int:
-    """Nothing for what has none: a plug-in's fields may be lists."""
+    """Return 0 for what has no hash: a plug-in's fields may be lists."""
     try:
         return hash(value)
     except TypeError:
@@ -248,7 +306,7 @@ class CallableModel(RewardModel):
             found = await found
         conversation.usage.rm_forwards += 1
         if isinstance(found, (str, bytes, Mapping)):
-            raise TypeError(f"it returned {type(found).__name__}, and not a list of numbers")
+            raise TypeError(f"it returned {type(found).__name__}, not a list of numbers")
         return list(found)
 
 
@@ -263,52 +321,3 @@ class Instant(RewardModel):
 
     async def score(self, responses: Sequence[Response]) -> list[float]:
         return [self.function(response) for response in responses]
-
-
-@dataclass(frozen=True)
-class Causal:
-    """A causal model that a reward reads; `own`: it is the language model that drafts."""
-
-    model: Any
-    chat: ChatTokenizer
-    own: bool
-    same_vocabulary: bool
-
-
-class RewardLoader:
-    """The reward models of one engine, each built once, whichever composite it is part of."""
-
-    def __init__(self, models: ModelLoader) -> None:
-        self.models = models
-        self.built: WeakValueDictionary[Reward, RewardModel] = WeakValueDictionary()
-        self._loaded: list[RewardModel] = []
-
-    def causal(self, spec: LocalModel | None, name: str) -> Causal:
-        """The language model itself (None), or another causal model, for the reward of this name."""
-        if self.models.language_model is None:
-            raise ModelError(f"reward {name!r} needs a local language model.")
-        own, model, tokenizer = self.models.language_model
-        if spec is None or spec.same_weights(own):
-            return Causal(model, ChatTokenizer(tokenizer), own=True, same_vocabulary=True)
-        other, its_tokenizer = self.models.causal(spec)
-        return Causal(other, ChatTokenizer(its_tokenizer), False, same_vocabulary(its_tokenizer, tokenizer))
-
-    def __getitem__(self, settings: Reward) -> RewardModel:
-        key = settings if settings.parts else settings.model_copy(update={"scale": None})
-        if (known := self.built.get(key)) is not None:
-            return known
-        try:
-            model = settings.build(self)
-        except CardsError:
-            raise
-        except Exception as error:
-            raise RewardError(f"reward {settings.name!r} cannot be loaded: {type(error).__name__}: {error}") from error
-        if settings.sentencewise:
-            from cards_integrations.rewards.scorers.sentences import WholeSentences
-
-            model = WholeSentences(model)
-        model.timeout = settings.timeout
-        self.built[key] = model
-        if settings.stays_loaded:
-            self._loaded.append(model)
-        return model

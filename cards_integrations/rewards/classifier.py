@@ -3,47 +3,51 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
 from cards_integrations.chat.template import ChatTokenizer, same_vocabulary
-from cards_integrations.errors import ModelError, SettingsError
-from cards_integrations.models.local.loading import DType, LocalModel
-from cards_integrations.rewards.base import Reward, RewardLoader, RewardModel
+from cards_integrations.errors import ModelError
+from cards_integrations.models.local.settings import DType, LocalModel
+from cards_integrations.rewards.base import Loader, Reward, RewardModel
 from cards_integrations.rewards.registry import register_reward
-from cards_integrations.rewards.scorers.layout import Layout
+from cards_integrations.rewards.scorers.head import Head
+from cards_integrations.rewards.scorers.incremental import IncrementalClassifier
+from cards_integrations.rewards.scorers.input_format import InputFormat
+from cards_integrations.rewards.scorers.rescoring import RescoringClassifier
 from cards_integrations.transformer.forward import Transformer
-
-if TYPE_CHECKING:
-    import torch
 
 ADAPTERS = Path(__file__).parent / "adapters"
 
 
 @register_reward
 class ClassifierReward(Reward):
-    """A sequence classifier: a decoder scores incrementally, an encoder by batched rescoring.
-
-    `label` (index or name) chooses the score of a model with several labels. `output` is the raw
-    logit, the probability (softmax, or sigmoid for one label) or its log-odds. `prompt_format` is
-    "chat" (the reward model's own template), a string with `{prompt}` and `{response}`, or None:
-    "chat" if the tokenizer has a template, else "{prompt}{response}". `end_of_turn` also feeds what
-    the template writes after an answer. An adapter's name may be one that comes with this package.
-    `device` and `dtype` are the engine's unless given.
-    """
+    """A sequence classifier: a decoder scores incrementally, an encoder by batched rescoring."""
 
     kind: Literal["classifier"] = "classifier"
+    """Names this class in settings files."""
     model: Annotated[str, Field(min_length=1)]
+    """An embedded name ("smollm2"), a hub id or a local directory."""
     revision: str | None = None
+    """Branch, tag or commit on the hub."""
     adapter: str | None = None
+    """A peft adapter on top of the model: one that comes with this package, by name, a directory or a hub id."""
     trust_remote_code: bool = False
+    """Whether code that comes with the model may run."""
     device: str | None = None
+    """A torch device; None is the engine's."""
     dtype: DType | None = None
+    """Number format of the weights; None is the engine's."""
     label: int | str | None = None
+    """Index or name of the label that is the score, for a model with several labels."""
     output: Literal["logit", "probability", "log_odds"] = "logit"
+    """The raw logit, the probability (softmax, or sigmoid for a single label), or its log-odds."""
     prompt_format: str | None = None
+    """"chat" (the reward model's own template), or a text with `{prompt}` and `{response}`.
+    None: "chat" if the tokenizer has a template, else "{prompt}{response}"."""
     end_of_turn: bool = True
+    """Whether what the template writes after an answer is read as well."""
 
     @field_validator("prompt_format")
     @classmethod
@@ -56,60 +60,31 @@ class ClassifierReward(Reward):
     def name(self) -> str:
         return f"classifier {self.model}" + (f" + {Path(self.adapter).name}" if self.adapter else "")
 
-    def build(self, loader: RewardLoader) -> RewardModel:
-        from cards_integrations.rewards.scorers.incremental import IncrementalClassifier
-        from cards_integrations.rewards.scorers.rescoring import RescoringClassifier
+    def build(self, loader: Loader) -> RewardModel:
+        models = loader.models
+        model, tokenizer = models.on_device(self.device, self.dtype).classifier(self._spec())
+        input_format = InputFormat(ChatTokenizer(tokenizer), self.prompt_format, self.end_of_turn)
+        head = Head(self.label, self.output, getattr(model.config, "id2label", None))
+        if not _reads_incrementally(model):
+            return RescoringClassifier(self.name, model, input_format, head)
+        same = models.language_model is not None and same_vocabulary(tokenizer, models.language_model[2])
+        return IncrementalClassifier(self.name, model, input_format, head, same, models.memory)
 
+    def _spec(self) -> LocalModel:
         adapter = self.adapter
         if adapter is not None and (ADAPTERS / adapter).is_dir():
             adapter = str(ADAPTERS / adapter)
-        spec = LocalModel(
+        return LocalModel(
             model=self.model, revision=self.revision, adapter=adapter, trust_remote_code=self.trust_remote_code
         )
-        models = loader.models
-        model, tokenizer = models.on_device(self.device, self.dtype).classifier(spec)
-        layout = Layout(ChatTokenizer(tokenizer), self.prompt_format, self.end_of_turn)
-        head = Head(self, model.config)
-        same = models.language_model is not None and same_vocabulary(tokenizer, models.language_model[2])
-        try:
-            if not hasattr(model, "score"):
-                raise ModelError(f"{type(model).__name__} has no decoder head")
-            Transformer.check(model)
-        except ModelError:
-            return RescoringClassifier(self.name, model, layout, head)
-        return IncrementalClassifier(self.name, model, layout, head, same, models.memory)
 
 
-class Head:
-    """From the logits of all labels to the score."""
-
-    def __init__(self, settings: ClassifierReward, config: object) -> None:
-        labels: dict[int, str] = getattr(config, "id2label", None) or {0: "LABEL_0"}
-        self.output = settings.output
-        self.single = len(labels) == 1
-        self.index = self._index(settings, labels)
-
-    @staticmethod
-    def _index(settings: ClassifierReward, labels: dict[int, str]) -> int:
-        label = settings.label
-        names = {name: index for index, name in labels.items()}
-        if label is None and len(labels) == 1:
-            return 0
-        if isinstance(label, int) and label in labels:
-            return label
-        if isinstance(label, str) and label in names:
-            return names[label]
-        raise SettingsError(f"reward.label={label!r}: choose one of {labels} for the reward {settings.name!r}.")
-
-    def __call__(self, logits: torch.Tensor) -> list[float]:
-        """logits (n, labels) -> n scores."""
-        logits = logits.float()
-        if self.output == "logit":
-            scores = logits[:, self.index]
-        elif self.single:
-            scores = logits[:, 0].sigmoid() if self.output == "probability" else logits[:, 0]
-        else:
-            log_p = logits.log_softmax(-1)[:, self.index]
-            scores = log_p.exp() if self.output == "probability" else log_p - (-log_p.expm1()).log()
-        found: list[float] = scores.tolist()
-        return found
+def _reads_incrementally(model: Any) -> bool:
+    """True for a decoder with a head whose attention can be given a tree mask."""
+    if not hasattr(model, "score"):
+        return False
+    try:
+        Transformer.check(model)
+    except ModelError:
+        return False
+    return True

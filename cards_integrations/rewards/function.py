@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BeforeValidator, ImportString, PlainSerializer, TypeAdapter, ValidationError
 
 from cards_integrations.errors import SettingsError
-from cards_integrations.rewards.base import CallableModel, Reward, RewardLoader, RewardModel
+from cards_integrations.rewards.base import CallableModel, Loader, Reward, RewardModel
 from cards_integrations.rewards.registry import register_reward
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ _allowed: ContextVar[bool] = ContextVar("imports_allowed", default=False)
 
 @contextmanager
 def imports_allowed(allowed: bool = True) -> Iterator[None]:
-    """Settings read within may name code to import; so may all of them if CARDS_ALLOW_IMPORTS=1 is set."""
+    """Let settings that are read within name code to import; CARDS_ALLOW_IMPORTS=1 lets all of them."""
     token = _allowed.set(allowed)
     try:
         yield
@@ -40,7 +40,7 @@ def _permitted(value: Any) -> Any:
 
 
 def _import_string(function: Any) -> str:
-    """How a settings file names the function; a lambda, or one inside another, has no name."""
+    """The name of a function in a settings file; a lambda, or a function inside another one, has none."""
     name = f"{function.__module__}.{function.__qualname__}"
     with suppress(ValidationError):
         if TypeAdapter(ImportString).validate_python(name) is function:
@@ -50,17 +50,20 @@ def _import_string(function: Any) -> str:
 
 @register_reward
 class FunctionReward(Reward):
-    """`function(prompt, responses) -> list[float]`, sync (run in a thread) or async.
+    """A Python function of the prompt and several answers.
 
-    `prompt` is the user's text, or the whole conversation with roles if it has several messages.
-    The reward of the prompt alone is `function(prompt, [""])`. A settings file names the function
-    "module.name"; it is imported only if the reader of the file allows it.
+    `function(prompt, responses) -> list[float]` gets the user's text, or the whole conversation with
+    roles if it has several messages, and answers that may be unfinished. The reward of the prompt alone
+    is `function(prompt, [""])`.
     """
 
     kind: Literal["function"] = "function"
+    """Names this class in settings files."""
     function: Annotated[
         ImportString[Callable[[str, list[str]], Any]], BeforeValidator(_permitted), PlainSerializer(_import_string)
     ]
+    """Sync (run in a thread) or async (run in the engine's loop, which it must not block). A settings file
+    names it "module.name"; it is imported only if the reader of the file allows it."""
 
     @property
     def name(self) -> str:
@@ -74,5 +77,5 @@ class FunctionReward(Reward):
     def stays_loaded(self) -> bool:
         return False  # there may be one for each request
 
-    def build(self, loader: RewardLoader) -> RewardModel:
+    def build(self, loader: Loader) -> RewardModel:
         return CallableModel(self.name, self.function)

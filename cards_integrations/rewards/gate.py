@@ -7,26 +7,31 @@ from typing import Literal
 
 from pydantic import FiniteFloat
 
-from cards_integrations.rewards.base import Response, Reward, RewardLoader, RewardModel
-from cards_integrations.rewards.composite import Composite
+from cards_integrations.rewards.base import Loader, Response, Reward, RewardModel
 from cards_integrations.rewards.registry import AnyReward, register_reward
+from cards_integrations.rewards.scorers.composite import Composite
 
 
 @register_reward
 class GateReward(Reward):
     """`reward` where `gate` scores at least `threshold`, and `closed` elsewhere, where `reward` is not asked.
 
-    `closed` has to lie far below what the reward gives, so that such a candidate is never accepted.
-    If all candidates of a segment fail, one of them is kept all the same: the method always goes on.
-    The prompt alone, an empty answer, is not held up. `OptimalStopping` takes what is closed for a
-    reward like others: for that rule let `closed` lie only a few spreads below them.
+    If all candidates of a segment fail, one of them is kept nevertheless: the method always goes on.
+    The prompt alone, an empty answer, always passes.
     """
 
     kind: Literal["gate"] = "gate"
+    """Names this class in settings files."""
     gate: AnyReward
+    """What an answer has to pass."""
     reward: AnyReward
+    """What scores an answer that passes."""
     threshold: FiniteFloat = 0.0
+    """The gate is open from this score on."""
     closed: FiniteFloat = -1e6
+    """The score behind a closed gate: far below what `reward` gives, so that such a candidate is never
+    accepted. `OptimalStopping` takes it for a reward like any other: there, let it be only a few standard
+    deviations below them."""
 
     @property
     def name(self) -> str:
@@ -44,18 +49,20 @@ class GateReward(Reward):
         gate, reward = parts
         return self.model_copy(update={"gate": gate, "reward": reward})
 
-    def build(self, loader: RewardLoader) -> RewardModel:
+    def build(self, loader: Loader) -> RewardModel:
         return Gate(self, [loader[self.gate], loader[self.reward]])
 
 
 class Gate(Composite):
+    """Asks the second part only about what passes the first."""
+
     def __init__(self, settings: GateReward, models: Sequence[RewardModel]) -> None:
         super().__init__(settings.name, models)
         self.settings = settings
 
     async def score(self, responses: Sequence[Response]) -> list[float]:
-        scores = await self.part(0, responses)
-        opens = [s >= self.settings.threshold or not r.text for r, s in zip(responses, scores, strict=True)]
-        through = [response for response, through in zip(responses, opens, strict=True) if through]
-        found = iter(await self.part(1, through) if through else ())
-        return [next(found) if through else self.settings.closed for through in opens]
+        gates = await self.score_part(0, responses)
+        passes = [gate >= self.settings.threshold or not r.text for r, gate in zip(responses, gates, strict=True)]
+        through = [response for response, passed in zip(responses, passes, strict=True) if passed]
+        found = iter(await self.score_part(1, through) if through else ())
+        return [next(found) if passed else self.settings.closed for passed in passes]

@@ -1,4 +1,4 @@
-"""Is an answer supported by the retrieved context?"""
+"""Support of an answer by the retrieved context."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from cards_integrations.chat.message import Message
 from cards_integrations.errors import RewardError
-from cards_integrations.models.local.loading import LocalModel
-from cards_integrations.rewards.base import Conversation, Reward, RewardLoader, RewardModel
-from cards_integrations.rewards.pattern import expressions
+from cards_integrations.models.local.settings import LocalModel
+from cards_integrations.rewards.base import Conversation, Loader, Reward, RewardModel
+from cards_integrations.rewards.pattern import regular_expressions
 from cards_integrations.rewards.prompts import WITH_CONTEXT
 from cards_integrations.rewards.registry import register_reward
 from cards_integrations.rewards.scorers.embedding import Embedder
@@ -28,10 +28,10 @@ PATTERNS = (
 JOINED = "Context: {context}\n\nQuestion: {prompt}"
 
 
-def _with_context(value: Any) -> Any:
+def _patterns(value: Any) -> Any:
     if not isinstance(value, (str, list, tuple)):
-        return value  # and is refused
-    for pattern in expressions(value):
+        return value  # pydantic refuses it
+    for pattern in regular_expressions(value):
         if "context" not in re.compile(pattern).groupindex:
             raise ValueError(f"{pattern!r} has no group (?P<context>...)")
     return value
@@ -49,20 +49,27 @@ class GroundednessReward(Reward):
     - `by="embedding"`: the mean over complete sentences of the highest cosine with a sentence of the
       contexts, by any sentence-transformers `model` (default MiniLM).
 
-    The context is the call's `context=`, or what `patterns` find in the prompt (the prompts of both
-    frameworks by default). A context that the prompt does not hold is put before it as in `joined`.
-    Without any, `without_context="error"` raises, and "plain" writes a plain answer: chat engines also ask
-    the model to put a question in other words, for one.
+    The context is the call's `context=`, or what `patterns` find in the prompt.
     """
 
     kind: Literal["groundedness"] = "groundedness"
+    """Names this class in settings files."""
     by: Literal["likelihood", "entailment", "embedding"] = "likelihood"
+    """How support is measured."""
     model: str | None = None
+    """The NLI model, which entailment needs, or the embedding model (None: MiniLM); a directory or a hub id."""
     revision: str | None = None
+    """Branch, tag or commit of the model on the hub."""
     label: int | str = "entailment"
+    """Index or name of the NLI model's label that means support; a cross-encoder with a single label has no choice."""
     without_context: Literal["error", "plain"] = "error"
-    patterns: Annotated[tuple[str, ...], BeforeValidator(_with_context)] = PATTERNS
+    """What happens if there is no context: an error, or a plain answer. Chat engines also ask the model to
+    rephrase a question, for example."""
+    patterns: Annotated[tuple[str, ...], BeforeValidator(_patterns)] = PATTERNS
+    """Regular expressions that find the context in a prompt, as the group `context`; by default, in the
+    prompts of both frameworks."""
     joined: str = Field(JOINED, pattern=r"(?s)\{context\}.*\{prompt\}|\{prompt\}.*\{context\}")
+    """Puts a context into a prompt that does not hold it: a text with `{context}` and `{prompt}`."""
 
     @model_validator(mode="after")
     def _has_model(self) -> Self:
@@ -82,12 +89,12 @@ class GroundednessReward(Reward):
         return [(joined.format(context=context, prompt=question), (context,)) for question, context in WITH_CONTEXT]
 
     @property
-    def sentencewise(self) -> bool:
-        return super().sentencewise or self.by != "likelihood"
+    def scores_whole_sentences(self) -> bool:
+        return super().scores_whole_sentences or self.by != "likelihood"
 
-    def build(self, loader: RewardLoader) -> RewardModel:
+    def build(self, loader: Loader) -> RewardModel:
         if self.by == "likelihood":
-            return MutualInformation(self.name, loader, self.other_prompt)
+            return MutualInformation(self.name, loader.causal(None, self.name), self.other_prompt)
         spec = LocalModel(model=self.model or "minilm", revision=self.revision)
         if self.by == "embedding":
             return Nearest(self.name, Embedder.of(loader.models, spec), self.context)
@@ -97,12 +104,23 @@ class GroundednessReward(Reward):
         return self.without_context == "error" or bool(conversation.context or self._cut_out(conversation)[1])
 
     def context(self, conversation: Conversation) -> tuple[str, ...]:
-        """The texts that an answer should be grounded in."""
-        return conversation.context or self._without(conversation)[1]
+        """Return the texts that an answer should be grounded in.
+
+        Raises:
+            RewardError: There are none.
+        """
+        return conversation.context or self._required(conversation)[1]
 
     def other_prompt(self, conversation: Conversation) -> tuple[str | list[Message], bool]:
-        """The prompt without its context, or with it if it holds none; and whether it has it now."""
-        without, found = self._without(conversation)
+        """Make the prompt without its context, or with it if it holds none.
+
+        Returns:
+            The prompt, and whether it has the context now.
+
+        Raises:
+            RewardError: There is no context.
+        """
+        without, found = self._required(conversation)
         if found:
             return without, False
         context = "\n\n".join(conversation.context)
@@ -115,8 +133,8 @@ class GroundednessReward(Reward):
         parts = {"{context}": context, "{prompt}": prompt}
         return re.sub(r"\{context\}|\{prompt\}", lambda match: parts[match[0]], self.joined)
 
-    def _without(self, conversation: Conversation) -> tuple[str | list[Message], tuple[str, ...]]:
-        """The prompt without the context that it holds, and that context; a `RewardError` if there is none."""
+    def _required(self, conversation: Conversation) -> tuple[str | list[Message], tuple[str, ...]]:
+        """The prompt without the context that it holds, and that context; a `RewardError` if there is none at all."""
         without, found = self._cut_out(conversation)
         if not found and not conversation.context:
             raise RewardError(
@@ -125,6 +143,7 @@ class GroundednessReward(Reward):
         return without, found
 
     def _cut_out(self, conversation: Conversation) -> tuple[str | list[Message], tuple[str, ...]]:
+        """The prompt without the contexts that it holds, and those."""
         prompt, found = conversation.prompt, list[str]()
         if isinstance(prompt, str):
             text, found = self._cut(prompt, conversation.context)
@@ -138,7 +157,7 @@ class GroundednessReward(Reward):
         return without, tuple(found)
 
     def _cut(self, text: str, contexts: Sequence[str], search: bool = True) -> tuple[str, list[str]]:
-        """The text without the contexts that it holds, and those; without given ones, what a pattern finds."""
+        """The text without the contexts that it holds, and those; if none are given, what a pattern finds."""
         found = [context for context in contexts if context and context in text]
         for context in found:
             text = text.replace(context, "", 1)

@@ -7,10 +7,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from cards_integrations.models.local.loading import AnyLocalModel
-from cards_integrations.rewards.base import Response, Reward, RewardLoader, RewardModel
-from cards_integrations.rewards.composite import Composite
+from cards_integrations.models.local.settings import AnyLocalModel
+from cards_integrations.rewards.base import Loader, Response, Reward, RewardModel
 from cards_integrations.rewards.registry import register_reward
+from cards_integrations.rewards.scorers.composite import Composite
 from cards_integrations.rewards.scorers.likelihood import Likelihood, likelihood
 
 
@@ -18,15 +18,19 @@ from cards_integrations.rewards.scorers.likelihood import Likelihood, likelihood
 class ImplicitReward(Reward):
     """beta * (log p_tuned(y | x) - log p_base(y | x)), in nats: equation 5 of DPO (arXiv 2305.18290).
 
-    TreeBoN (arXiv 2410.16033) guides with it. `None` is the language model that drafts, whose own
-    log p costs nothing; so the usual choice is to draft with the base model and to name the tuned one,
-    which may be an adapter on the same weights: `LocalModel(model=..., adapter=...)`.
+    TreeBoN (arXiv 2410.16033) guides with it. The log p of the language model itself, which drafts, costs
+    nothing; so the usual choice is to draft with the base model and to name the tuned one, which may be
+    an adapter on the same weights: `LocalModel(model=..., adapter=...)`.
     """
 
     kind: Literal["implicit"] = "implicit"
+    """Names this class in settings files."""
     tuned: AnyLocalModel | None = None
+    """The tuned model; None is the language model that drafts."""
     base: AnyLocalModel | None = None
+    """The model it was tuned from; None is the language model that drafts."""
     beta: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
+    """Weight of the difference in log p."""
 
     @model_validator(mode="after")
     def _two_models(self) -> Self:
@@ -39,16 +43,20 @@ class ImplicitReward(Reward):
         tuned, base = (m.adapter or m.model if m else "the language model" for m in (self.tuned, self.base))
         return f"implicit ({tuned} over {base})"
 
-    def build(self, loader: RewardLoader) -> RewardModel:
-        models = [likelihood(loader, self.tuned, "log p tuned"), likelihood(loader, self.base, "log p base")]
-        return Implicit(self.name, models, self.beta)
+    def build(self, loader: Loader) -> RewardModel:
+        named = {"log p tuned": self.tuned, "log p base": self.base}
+        return Implicit(
+            self.name, [likelihood(loader.causal(spec, name), name) for name, spec in named.items()], self.beta
+        )
 
 
 class Implicit(Composite):
+    """Scores by the difference of its two parts' log p."""
+
     def __init__(self, name: str, models: Sequence[Likelihood], beta: float) -> None:
         super().__init__(name, models)
         self.beta = beta
 
     async def score(self, responses: Sequence[Response]) -> list[float]:
-        tuned, base = await self.every_part(responses)
+        tuned, base = await self.score_parts(responses)
         return [self.beta * (more - less) for more, less in zip(tuned, base, strict=True)]

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from cards_integrations.rewards.base import Instant, Response, Reward, RewardLoader, RewardModel
+from cards_integrations.rewards.base import Instant, Loader, Response, Reward, RewardModel
 from cards_integrations.rewards.registry import register_reward
 
 
@@ -18,14 +18,17 @@ class LengthReward(Reward):
     """
 
     kind: Literal["length"] = "length"
+    """Names this class in settings files."""
     target: Annotated[int, Field(ge=1)]
+    """The length to be reached, in units."""
     unit: Literal["words", "characters"] = "words"
+    """Words are separated by whitespace."""
 
     @property
     def name(self) -> str:
         return f"length {self.target} {self.unit}"
 
-    def build(self, loader: RewardLoader) -> RewardModel:
+    def build(self, loader: Loader) -> RewardModel:
         return Instant(self.name, self._score)
 
     def _score(self, response: Response) -> float:

@@ -11,12 +11,13 @@ from cards_integrations.rewards.registry import register_reward
 
 @register_reward
 class MinReward(CompositeReward):
-    """min_i (r_i - mean_i) / spread_i: an answer is as good as its weakest side.
+    """min_i (r_i - mean_i) / std_i: an answer is as good as its weakest side.
 
-    Mean and spread are those of part i over plain answers, as in `WeightedReward`.
+    Mean and standard deviation are those of part i over plain answers, as in `WeightedReward`.
     """
 
     kind: Literal["min"] = "min"
+    """Names this class in settings files."""
 
     def combine(self, values: Sequence[float]) -> float:
         return min(values)

@@ -1,4 +1,4 @@
-"""Prompts on whose plain answers a reward's scale is measured, where nobody gives others."""
+"""Prompts on whose plain answers a reward's scale is measured, unless others are given."""
 
 PLAIN = (
     "How was your day?", "Write one sentence about the sea.", "What do you think of rainy days?",

@@ -1,4 +1,4 @@
-"""Which rewards there are: by kind, by name, and those that other distributions bring."""
+"""All rewards: by kind, by name, and those that installed plug-ins bring."""
 
 from __future__ import annotations
 
@@ -8,47 +8,50 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BeforeValidator, SerializeAsAny, WithJsonSchema
 
 from cards_integrations.errors import SettingsError, short_repr, unknown_name
-from cards_integrations.models.local.loading import is_directory
+from cards_integrations.paths import is_directory
 from cards_integrations.registry import Registry, from_json
 from cards_integrations.rewards.base import Reward
 
 GROUP = "cards_integrations.rewards"
+NAMED: dict[str, Reward] = {}
 R = TypeVar("R", bound=Reward)
 
 _registry = Registry(Reward, "reward", "kind", GROUP)
 REWARDS: dict[str, type[Reward]] = _registry.classes
-NAMED: dict[str, Reward] = {}
 
 
 def register_reward(cls: type[R]) -> type[R]:
     """Make a subclass of `Reward` known by its `kind`, for settings files and names. A decorator.
 
     Raises:
-        SettingsError: If it has no `kind: Literal["my-reward"] = "my-reward"`, or that of another class.
+        SettingsError: It has no `kind: Literal["my-reward"] = "my-reward"`, or that of another class.
     """
     _registry.register(cls)
     return cls
 
 
 def known_rewards() -> list[str]:
-    """All kinds, those of installed plug-ins included."""
+    """Return all kinds, including those of installed plug-ins."""
     return _registry.known()
 
 
 def reward_class(kind: str) -> type[Reward]:
-    """The class of a kind, from this package or from an installed plug-in.
+    """Return the class of a kind, from this package or from an installed plug-in.
 
     Raises:
-        SettingsError: If nobody has registered the kind, or its plug-in cannot be used.
+        SettingsError: There is none, or the plug-in does not load.
     """
     return _registry[kind]
 
 
 def as_reward(value: Any) -> Reward:
-    """Make a reward from a name, a hub id, a directory, a callable, its settings as a dict or as JSON, or itself.
+    """Make a reward from whatever `reward=` takes.
+
+    Args:
+        value: A name, a hub id, a directory, a callable, settings as a dict or as JSON, or a reward itself.
 
     Raises:
-        SettingsError: If there is no such reward, or the value is of no such form.
+        SettingsError: It is none of these.
     """
     if isinstance(value, Reward):
         return value

@@ -19,11 +19,11 @@ from pydantic import (
 
 from cards_integrations.chat.template import ChatTokenizer, as_text
 from cards_integrations.errors import RewardError
-from cards_integrations.http_client import Keyed, Servers, ServerUrl, gathered
-from cards_integrations.models.local.loading import LocalModel
-from cards_integrations.rewards.base import Response, Reward, RewardLoader, RewardModel
+from cards_integrations.http_client import Keyed, ServerUrl, ServiceClient, gathered
+from cards_integrations.models.local.settings import LocalModel
+from cards_integrations.rewards.base import Loader, Response, Reward, RewardModel
 from cards_integrations.rewards.registry import register_reward
-from cards_integrations.rewards.scorers.layout import Layout, scored
+from cards_integrations.rewards.scorers.input_format import InputFormat, around_response, without_final_padding
 
 KEY = "CARDS_REWARD_API_KEY"
 HINTS = {
@@ -46,16 +46,8 @@ class RemoteReward(Keyed, Reward):
     - "predict": text-embeddings-inference's POST {url}/predict; the raw score of `label`, a name.
     - "json": POST {url} of {"prompt": str, "context": [str], "responses": [str]} -> {"scores": [float]}.
 
-    "classify" and "predict" read one text, which `prompt_format` makes of prompt and answer (None:
-    "{prompt}{response}"). With a `tokenizer` (embedded name, hub id or directory) "classify" sends token
-    ids, and `prompt_format` is by default "chat", the reward model's own template. `model`
-    is what vLLM calls it; scales are remembered for a named model only, as a URL may serve another
-    one tomorrow. `api_key` goes out as a Bearer token (None: CARDS_REWARD_API_KEY, if that is set),
-    and is not written with the settings.
-
-    `request_timeout` is in seconds, for one HTTP request. What may pass (no connection, no answer in
-    time, 429, 5xx) is tried `retries` times more. At most `concurrency` requests are in flight, each
-    with at most `batch_size` answers.
+    `api_key` is sent as a Bearer token (None: CARDS_REWARD_API_KEY, if that is set), and is not written
+    with the settings.
     """
 
     model_config = ConfigDict(hide_input_in_errors=True)  # it may hold the key
@@ -63,16 +55,29 @@ class RemoteReward(Keyed, Reward):
     key_setting: ClassVar[str] = "reward.api_key"
     key_variable: ClassVar[str] = KEY
     kind: Literal["remote"] = "remote"
+    """Names this class in settings files."""
     url: ServerUrl | tuple[ServerUrl, ...]
+    """Of the server, or of several replicas."""
     protocol: Literal["classify", "score", "predict", "json"]
+    """What is sent where, and how the reply is read."""
     model: Annotated[str, Field(min_length=1)] | None = None
+    """What vLLM calls the model. Scales are remembered for a named model only: a URL may serve another one
+    tomorrow."""
     label: Annotated[int, Field(ge=0)] | str | None = None
+    """Which score is taken: an index with "classify", a name with "predict"; None if there is only one."""
     tokenizer: Annotated[str, Field(min_length=1)] | None = None
+    """An embedded name, hub id or directory: then "classify" sends token ids."""
     prompt_format: str | None = None
+    """How "classify" and "predict" make one text of `{prompt}` and `{response}`. None: with a tokenizer "chat",
+    the reward model's own template, else "{prompt}{response}"."""
     request_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 30.0
+    """Seconds for one HTTP request."""
     retries: Annotated[int, Field(ge=0)] = 3
+    """Further tries after an error that may pass: no connection, no answer in time, 429, 5xx."""
     concurrency: Annotated[int, Field(ge=1)] = 8
+    """Requests in flight at most."""
     batch_size: Annotated[int, Field(ge=1)] = 32
+    """Answers in one request at most."""
 
     @field_validator("prompt_format")
     @classmethod
@@ -92,9 +97,9 @@ class RemoteReward(Keyed, Reward):
     @model_validator(mode="after")
     def _label_as_served(self) -> Self:
         asked = {"classify": (int, "give its index"), "predict": (str, "give its name, such as 'LABEL_1'")}
-        kind, mend = asked.get(self.protocol, ((), "leave it out"))
+        kind, hint = asked.get(self.protocol, ((), "leave it out"))
         if self.label is not None and not isinstance(self.label, kind):
-            raise ValueError(f"label={self.label!r} with protocol={self.protocol!r}: {mend}")
+            raise ValueError(f"label={self.label!r} with protocol={self.protocol!r}: {hint}")
         return self
 
     @property
@@ -104,34 +109,37 @@ class RemoteReward(Keyed, Reward):
 
     @property
     def urls(self) -> tuple[str, ...]:
-        """Of all replicas."""
+        """The URLs of all replicas."""
         return (self.url,) if isinstance(self.url, str) else self.url
 
     @property
     def lasting(self) -> bool:
         return self.model is not None and super().lasting
 
-    def build(self, loader: RewardLoader) -> RewardModel:
+    def build(self, loader: Loader) -> RewardModel:
         model = PROTOCOLS[self.protocol](self, self.key)
         if self.tokenizer is not None:
             spec = LocalModel(model=self.tokenizer)
-            model.layout = Layout(ChatTokenizer(loader.models.tokenizer(spec)), self.prompt_format)
+            model.input_format = InputFormat(ChatTokenizer(loader.models.tokenizer(spec)), self.prompt_format)
             model.padding = loader.models.padding(spec)
         return model
 
 
-class Remote(RewardModel):
+class RemoteModel(RewardModel):
     """The client. A protocol is a path, what is sent there, and how the scores are read."""
 
-    layout: Layout | None = None
+    input_format: InputFormat | None = None
+    """Set if token ids are sent."""
     padding: int | None = None
+    """The token that the served model's config calls padding, if token ids are sent."""
     path: ClassVar[str]
     health: ClassVar[str | None] = "/health"
+    """Where replicas say that they are ready; None if they do not."""
 
     def __init__(self, settings: RemoteReward, key: str | None) -> None:
         self.name = settings.name
         self.settings = settings
-        self.servers = Servers(
+        self.servers = ServiceClient(
             f"reward {settings.name!r}", settings.urls, key=key, timeout=settings.request_timeout,
             retries=settings.retries, concurrency=settings.concurrency, error=RewardError, hints=HINTS,
             setting="reward.url", health=self.health,
@@ -139,11 +147,15 @@ class Remote(RewardModel):
 
     @abstractmethod
     def body(self, responses: Sequence[Response]) -> dict[str, Any]:
-        """What is sent."""
+        """Return what is sent for these responses, as JSON."""
 
     @abstractmethod
     def read(self, content: bytes) -> list[float]:
-        """The scores, or a `ValueError`."""
+        """Return the scores in a reply.
+
+        Raises:
+            ValueError: It is not what the protocol promises.
+        """
 
     async def score(self, responses: Sequence[Response]) -> list[float]:
         size = self.settings.batch_size
@@ -158,20 +170,20 @@ class Remote(RewardModel):
                 conversation.usage.rm_forwards += 1
 
         body = self.body(responses)
-        reply = await self.servers.post(self.path, body, before=paid)
+        reply = await self.servers.post(self.path, body, on_try=paid)
         try:
             found = self.read(reply.content)
         except ValueError as error:
-            raise self._error(f"answered {self.servers.excerpt(reply)}: {_told(error)}") from None
+            raise self._error(f"answered {self.servers.excerpt(reply)}: {_reason(error)}") from None
         if len(found) != len(responses):
             raise self._error(f"returned {len(found)} scores for {len(responses)} texts. Check reward.protocol.")
         return found
 
-    def _error(self, told: str) -> RewardError:
-        return RewardError(self.servers.without_key(f"reward {self.name!r} {told}"))
+    def _error(self, what: str) -> RewardError:
+        return RewardError(self.servers.without_key(f"reward {self.name!r} {what}"))
 
 
-def _told(error: ValueError) -> str:
+def _reason(error: ValueError) -> str:
     if not isinstance(error, ValidationError):
         return str(error)
     first = error.errors(include_url=False)[0]
@@ -182,37 +194,37 @@ def _told(error: ValueError) -> str:
 # --- the protocols ---
 
 
-class Entry(BaseModel):
+class IndexedEntry(BaseModel):
     index: int
 
 
-class Classified(Entry):
+class ClassScores(IndexedEntry):
     probs: list[FiniteFloat]  # raw scores, without the activation
 
 
-class Scored(Entry):
+class PairScore(IndexedEntry):
     score: FiniteFloat
 
 
-class Predicted(BaseModel):
+class LabelScore(BaseModel):
     label: str
     score: FiniteFloat
 
 
-class Listed(BaseModel):
+class ScoreList(BaseModel):
     scores: list[FiniteFloat]
 
 
 class Classifications(BaseModel):
-    data: list[Classified]
+    data: list[ClassScores]
 
 
 class PairScores(BaseModel):
-    data: list[Scored]
+    data: list[PairScore]
 
 
-E = TypeVar("E", bound=Entry)
-Predictions = TypeAdapter(list[list[Predicted]])
+E = TypeVar("E", bound=IndexedEntry)
+Predictions = TypeAdapter(list[list[LabelScore]])
 
 
 def _in_order(entries: list[E]) -> list[E]:
@@ -222,33 +234,33 @@ def _in_order(entries: list[E]) -> list[E]:
     return ordered
 
 
-class OneText(Remote):
-    """Reads prompt and answer as one text, whoever's they are."""
+class JoinedText(RemoteModel):
+    """Sends prompt and answer as one text, those of several requests together."""
 
     across_requests = True
 
-    def texts(self, responses: Sequence[Response]) -> list[str]:
-        before, _, after = (self.settings.prompt_format or "{prompt}{response}").partition("{response}")
-        prompts = [as_text(response.conversation.prompt) for response in responses]
-        return [
-            before.replace("{prompt}", prompt) + response.text + after.replace("{prompt}", prompt)
-            for prompt, response in zip(prompts, responses, strict=True)
-        ]
+    def text(self, response: Response) -> str:
+        """Return the text that is scored."""
+        if self.input_format is not None:
+            before, after = self.input_format.around(response.conversation)
+        else:
+            prompt_format = self.settings.prompt_format or "{prompt}{response}"
+            before, after = around_response(prompt_format, response.conversation.prompt)
+        return before + response.text + after
 
 
-class Classify(OneText):
+class Classify(JoinedText):
     path = "/classify"
 
     def body(self, responses: Sequence[Response]) -> dict[str, Any]:
         return {**_named(self.settings.model), "input": self._input(responses), "use_activation": False}
 
     def _input(self, responses: Sequence[Response]) -> list[str] | list[list[int]]:
-        if self.layout is None:
-            return self.texts(responses)
-        around = [self.layout.around(response.conversation) for response in responses]
-        texts = [before + response.text + after for (before, after), response in zip(around, responses, strict=True)]
-        encoded = [self.layout.chat.encode(text, special=self.layout.special) for text in texts]
-        return [scored(ids, self.padding) for ids in encoded]
+        texts, form = [self.text(response) for response in responses], self.input_format
+        if form is None:
+            return texts
+        encoded = [form.chat.encode(text, special=form.adds_special_tokens) for text in texts]
+        return [without_final_padding(ids, self.padding) for ids in encoded]
 
     def read(self, content: bytes) -> list[float]:
         data = Classifications.model_validate_json(content, strict=True).data
@@ -263,18 +275,18 @@ class Classify(OneText):
         return probs[label]
 
 
-class Predict(OneText):
+class Predict(JoinedText):
     path = "/predict"
 
     def body(self, responses: Sequence[Response]) -> dict[str, Any]:
         # [text], for two bare strings would be a pair
-        return {"inputs": [[text] for text in self.texts(responses)], "raw_scores": True, "truncate": True}
+        return {"inputs": [[self.text(response)] for response in responses], "raw_scores": True, "truncate": True}
 
     def read(self, content: bytes) -> list[float]:
         return [self._chosen(labels) for labels in Predictions.validate_json(content, strict=True)]
 
-    def _chosen(self, labels: list[Predicted]) -> float:
-        """By name, for the server puts the highest score first."""
+    def _chosen(self, labels: list[LabelScore]) -> float:
+        """The score of the label by its name: the server puts the highest score first."""
         scores = {label.label: label.score for label in labels}
         if self.settings.label is None and len(labels) == 1:
             return labels[0].score
@@ -283,7 +295,7 @@ class Predict(OneText):
         return scores[str(self.settings.label)]
 
 
-class Score(Remote):
+class Score(RemoteModel):
     path = "/score"
 
     def body(self, responses: Sequence[Response]) -> dict[str, Any]:
@@ -294,7 +306,7 @@ class Score(Remote):
         return [entry.score for entry in _in_order(PairScores.model_validate_json(content, strict=True).data)]
 
 
-class Json(Remote):
+class Json(RemoteModel):
     path = ""
     health = None
 
@@ -304,11 +316,11 @@ class Json(Remote):
         return {"prompt": as_text(asked.prompt), "context": list(asked.context), "responses": texts}
 
     def read(self, content: bytes) -> list[float]:
-        return Listed.model_validate_json(content, strict=True).scores
+        return ScoreList.model_validate_json(content, strict=True).scores
 
 
 def _named(model: str | None) -> dict[str, str]:
     return {} if model is None else {"model": model}
 
 
-PROTOCOLS: dict[str, type[Remote]] = {"classify": Classify, "score": Score, "predict": Predict, "json": Json}
+PROTOCOLS: dict[str, type[RemoteModel]] = {"classify": Classify, "score": Score, "predict": Predict, "json": Json}

@@ -13,14 +13,12 @@ from cards_integrations.rewards.registry import register_reward
 
 @register_reward
 class WeightedReward(CompositeReward):
-    """sum_i w_i (r_i - mean_i) / spread_i, with mean and spread of part i over plain answers.
-
-    Those come from the part's `scale`; where it is None they are measured at first use. Equal weights
-    if none are given; a negative weight asks for less of a part.
-    """
+    """sum_i w_i (r_i - mean_i) / std_i, with mean and standard deviation of part i over plain answers."""
 
     kind: Literal["weighted"] = "weighted"
+    """Names this class in settings files."""
     weights: tuple[FiniteFloat, ...] = ()
+    """One for each part; a negative weight asks for less of it. Equal weights, which sum to 1, if there are none."""
 
     @model_validator(mode="after")
     def _one_weight_each(self) -> Self:

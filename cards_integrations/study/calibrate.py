@@ -1,125 +1,35 @@
-"""Calibration: the settings of CARDS for a language model and a reward model."""
+"""Choose the settings of CARDS for a language model and a reward model."""
 
 from __future__ import annotations
 
 import logging
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
-import yaml
 
 from cards_integrations.decoding import Cards, Decoding, OptimalStopping, Sampling, Uncertainty
 from cards_integrations.decoding.base import Scale
-from cards_integrations.engine.scales import ScaleStore
 from cards_integrations.errors import SettingsError
-from cards_integrations.models.sources import ModelSource
-from cards_integrations.rewards.base import Reward
-from cards_integrations.study.chains import Chains, Pilot, Prediction, Setting
+from cards_integrations.study.aligner import Aligner
+from cards_integrations.study.calibration import FRACTIONS, Calibration, Choice
+from cards_integrations.study.pilot import Pilot
+from cards_integrations.study.simulation import Prediction, SimulationSettings, Simulator
 from cards_integrations.trace import Alignment
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-    from cards_integrations.llm import CardsLLM
-
 log = logging.getLogger("cards_integrations")
-SHARES = (0.25, 0.5, 0.75, 1.0)
-SPREADS = np.arange(-1.0, 3.55, 0.1)  # targets, in spreads above the mean
-BETAS = (0.1, 0.2, 0.4)  # in spreads
-WEAK = 0.3  # correlation of the half answer's reward with the whole one's, below which CARDS is blind
-FORESEEN = 2.0  # spreads above the mean, beyond which too few plain answers have been seen
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A target and a beta, and what they are predicted to give."""
-
-    target: float
-    beta: float
-    predicted: Prediction
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What was measured on plain answers, what was chosen, and what it is predicted to give.
-
-    `correlations` are those of the reward of the first 25, 50, 75 and 100 percent of an answer with
-    that of the finished one. `curve` holds the best choice for each target.
-    """
-
-    model: ModelSource
-    reward: Reward
-    max_tokens: int
-    asked: Cards
-    boundary: Uncertainty
-    scale: Scale
-    plain: Prediction
-    chosen: Choice
-    curve: tuple[Choice, ...]
-    correlations: tuple[float, ...]
-    segment_lengths: tuple[int, ...]
-    warnings: tuple[str, ...] = field(default=())
-
-    @property
-    def decoding(self) -> Cards:
-        """What was asked for, with the chosen settings."""
-        chosen = {"target_reward": self.chosen.target, "beta": self.chosen.beta, "boundary": self.boundary}
-        return self.asked.model_copy(update=chosen)
-
-    def __str__(self) -> str:
-        predicted, plain = self.chosen.predicted, self.plain
-        lines = [
-            f"{self.reward.name} on {self.model.model}: plain answers have {self.scale.mean:.3g} "
-            f"(spread {self.scale.std:.2g}) in {plain.kept_tokens:.0f} tokens.",
-            f"Chosen: target_reward={self.chosen.target:.4g}, beta={self.chosen.beta:.3g}, "
-            f"entropy threshold {self.boundary.threshold:.2f} "
-            f"(segments of {statistics.fmean(self.segment_lengths):.1f} tokens).",
-            f"Predicted: reward {predicted.reward:.3g}, one of {1 / max(predicted.acceptance, 1e-9):.1f} drafts "
-            f"accepted, {predicted.drafted_tokens:.0f} tokens looked at "
-            f"({predicted.drafted_tokens / plain.kept_tokens:.1f} times plain), "
-            f"{predicted.rm_calls:.0f} scores an answer.",
-            "Reward of the first 25/50/75% of an answer against the whole: "
-            + "/".join(f"{c:.2f}" for c in self.correlations[:3]) + ".",
-            *(f"Warning: {warning}" for warning in self.warnings),
-        ]  # fmt: skip
-        return "\n".join(lines)
-
-    def to_yaml(self, path: str | Path) -> None:
-        """Settings that `CardsLLM.from_settings` reads, with what was found as comments."""
-        settings = {
-            "model": self.model.model_dump(mode="json", exclude_defaults=True) | {"model": self.model.model},
-            "reward": self.reward.model_dump(mode="json"),
-            "decoding": self.decoding.model_dump(mode="json"),
-            "max_tokens": self.max_tokens,
-        }
-        comment = "".join(f"# {line}\n" for line in str(self).splitlines())
-        Path(path).write_text(comment + yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-
-    def remember(self) -> None:
-        """Make it what "auto" takes for this pair of models from now on."""
-        scale = self.scale.model_copy(update={"target": self.chosen.target, "beta": self.chosen.beta})
-        ScaleStore().put(self.model, self.reward, scale)
-
-    def plot(self, axes: Sequence[Axes] | None = None) -> Figure:
-        """Three panels: reward against tokens, how well a beginning foretells the end, segment lengths."""
-        from cards_integrations.study.pictures import draw_calibration
-
-        return draw_calibration(self, axes)
-
-    def save(self, path: str | Path) -> None:
-        """The charts as .png, .svg or .pdf, or with what was found as an .html page that opens offline."""
-        from cards_integrations.study.pictures import save
-
-        save(self.plot(), path, str(self))
+MIN_PROMPTS = 8
+TARGET_STDS = np.arange(-1.0, 3.55, 0.1)  # targets that are tried, in standard deviations above the mean
+BETA_STDS = (0.1, 0.2, 0.4)  # betas that are tried, in standard deviations
+DEFAULT_TARGET_STDS = 1.5
+WEAK_CORRELATION = 0.3  # of half an answer's reward with the whole one's: below it CARDS cannot decide by beginnings
+MAX_PREDICTABLE_STDS = 2.0  # above the mean: beyond it too few plain answers were seen
 
 
 def calibrate(
-    llm: CardsLLM,
+    llm: Aligner,
     prompts: Sequence[Any] | None = None,
     *,
     contexts: Sequence[Any] | None = None,
@@ -134,75 +44,91 @@ def calibrate(
 ) -> Calibration:
     """Choose entropy threshold, target and beta for the models and the `max_tokens` of an LLM.
 
-    At most one of: `budget`, tokens looked at as a multiple of a plain answer's; `goal`, the wanted
-    mean reward; `quantile` of plain answers' rewards for the target. Without any of them the target is mean +
-    1.5 spreads. `segment_length` asks for a mean number of tokens; without it the threshold of
-    `decoding` stays. `prompts` are strings or messages (at least 8, better 50), by default built-in ones.
+    It draws scored drafts for each segment of plain answers, and again of answers that keep the best of them,
+    learns how rewards move along an answer (`Simulator`), and simulates CARDS for many targets and betas. Of
+    `budget`, `goal` and `quantile` at most one may be given; without any of them the target is 1.5 standard
+    deviations above the mean of plain answers.
 
-    Draws `candidates` scored drafts for each segment of plain answers, and again of answers that keep
-    the best of them, learns how rewards move along an answer (`Chains`), and simulates CARDS for many
-    targets and betas.
+    Args:
+        llm: The language model, with its reward.
+        prompts: Strings or lists of messages, at least 8, better 50. By default those built in for the reward.
+        contexts: The context of each prompt, for rewards that read it.
+        budget: Tokens of examined drafts, as a multiple of a plain answer's tokens.
+        goal: The mean reward that answers should reach.
+        quantile: The target, as a quantile of the rewards of plain answers.
+        segment_length: The mean length of a segment in tokens, which sets the entropy threshold; without it the
+            threshold of `decoding` stays.
+        candidates: Scored drafts for each segment.
+        seed: The seed of the first answer; those of the others follow it.
+        progress: Show a progress bar.
+        options: Arguments of `align` that replace the LLM's own options, such as `reward` or `decoding`.
+
+    Raises:
+        SettingsError: If arguments exclude each other, there is no reward, or there are too few prompts.
     """
     if sum(wanted is not None for wanted in (budget, goal, quantile)) > 1:
-        raise SettingsError("calibrate: give one of budget=, goal= and quantile=.")
+        raise SettingsError("calibrate: give only one of budget=, goal= and quantile=.")
     chosen = llm.chosen(options)
     if chosen.reward is None:
         raise SettingsError("calibrate: there is no reward to calibrate; pass reward=.")
     if prompts is None:
         prompts, contexts = zip(*chosen.reward.prompts, strict=True)
-    if len(prompts) < 8:
-        raise SettingsError(f"calibrate: {len(prompts)} prompts say too little; give at least 8.")
-    decoding = chosen.decoding if isinstance(chosen.decoding, Cards) else Cards()
-    if isinstance(decoding.acceptance, OptimalStopping):
-        decoding = decoding.model_copy(update={"acceptance": "soft"})  # a target is what is calibrated
-    boundary = decoding.boundary if isinstance(decoding.boundary, Uncertainty) else Uncertainty()
-    asked = _Asked(llm, prompts, contexts or [None] * len(prompts), seed, progress, options)
+    if len(prompts) < MIN_PROMPTS:
+        raise SettingsError(f"calibrate: {len(prompts)} prompts are too few; give at least {MIN_PROMPTS}.")
+    requested = chosen.decoding if isinstance(chosen.decoding, Cards) else Cards()
+    if isinstance(requested.acceptance, OptimalStopping):
+        requested = requested.model_copy(update={"acceptance": "soft"})  # a target is what is calibrated
+    boundary = requested.boundary if isinstance(requested.boundary, Uncertainty) else Uncertainty()
+    runner = _Runner(llm, prompts, contexts or [None] * len(prompts), seed, progress, options)
 
     if segment_length is not None:
-        plain = asked.answers(Sampling(), "plain answers")
-        boundary = _threshold_for(
-            segment_length, llm.engine_for(options, llm).uncertainties(boundary.measure, plain), boundary
-        )
+        plain = runner.answers(Sampling(), "plain answers")
+        uncertainties = llm.engine_for(options, llm).uncertainties(boundary.measure, plain)
+        boundary = _boundary_for(segment_length, uncertainties, boundary)
     pilot = Pilot(boundary=boundary, candidates=candidates)
-    answers = asked.answers(pilot, "plain answers with scored drafts")
-    upwards = asked.answers(pilot.model_copy(update={"keep": "best"}), "answers of the best drafts")
-    finals = [answer.reward or 0.0 for answer in answers]
-    scale = Scale(mean=statistics.fmean(finals), std=statistics.stdev(finals))
-    chains = Chains([*answers, *upwards], chosen.max_tokens)
-    setting = Setting(scale.mean, 1.0, decoding.alpha, decoding.acceptance == "hard", decoding.max_rejections)
-    curve = _curve(chains, setting, scale)
-    lengths = tuple(len(draft.token_ids) for a in answers for s in a.segments for draft in s.drafts)
-    kept = statistics.fmean(len(a.token_ids) for a in answers)
-    segments = statistics.fmean(len(a.segments) for a in answers)
-    found = Calibration(
-        chosen.model, chosen.reward, chosen.max_tokens, decoding, boundary, scale,
-        plain=Prediction(1.0, kept, kept, 1 + segments, scale.mean),
-        chosen=_choose(curve, scale, finals, kept, budget, goal, quantile),
-        curve=curve, correlations=_correlations(answers), segment_lengths=lengths,
-    )  # fmt: skip
-    return replace(found, warnings=_warnings(found, budget, goal))
+    answers = runner.answers(pilot, "plain answers with scored drafts")
+    best_answers = runner.answers(pilot.model_copy(update={"keep": "best"}), "answers of the best drafts")
+    rewards = [answer.reward or 0.0 for answer in answers]
+    scale = Scale(mean=statistics.fmean(rewards), std=statistics.stdev(rewards))
+    curve = _curve(Simulator([*answers, *best_answers], chosen.max_tokens), requested, scale)
+    plain_tokens = statistics.fmean(len(answer.token_ids) for answer in answers)
+    segments = statistics.fmean(len(answer.segments) for answer in answers)
+    calibration = Calibration(
+        model=chosen.model,
+        reward=chosen.reward,
+        max_tokens=chosen.max_tokens,
+        requested=requested,
+        boundary=boundary,
+        scale=scale,
+        plain=Prediction(1.0, plain_tokens, plain_tokens, 1 + segments, scale.mean),
+        chosen=_choose(curve, scale, rewards, plain_tokens, budget, goal, quantile),
+        curve=curve,
+        correlations=_correlations(answers),
+        segment_lengths=tuple(len(draft.token_ids) for a in answers for s in a.segments for draft in s.drafts),
+    )
+    return replace(calibration, warnings=_warnings(calibration, budget, goal))
 
 
 @dataclass
-class _Asked:
-    """The prompts, asked with one method or another."""
+class _Runner:
+    """Answers the prompts with one method or another."""
 
-    llm: CardsLLM
+    llm: Aligner
     prompts: Sequence[Any]
     contexts: Sequence[Any]
     seed: int
     progress: bool
     options: dict[str, Any]
 
-    def answers(self, decoding: Decoding, what: str) -> list[Alignment]:
-        """One answer to each prompt."""
+    def answers(self, decoding: Decoding, title: str) -> list[Alignment]:
+        """One answer to each prompt; `title` is the text of the progress bar."""
         seeds = [self.seed + i for i in range(len(self.prompts))]
-        progress, options = what if self.progress else False, {**self.options, "decoding": decoding}
+        progress, options = title if self.progress else False, {**self.options, "decoding": decoding}
         return self.llm.align_batch(self.prompts, seeds, self.contexts, progress, **options)
 
 
-def _threshold_for(length: float, uncertainties: list[list[float]], boundary: Uncertainty) -> Uncertainty:
-    """The threshold whose mean segment length comes nearest to the wanted one."""
+def _boundary_for(length: float, uncertainties: list[list[float]], boundary: Uncertainty) -> Uncertainty:
+    """The boundary with the threshold whose mean segment length is nearest to the wanted one."""
     if not boundary.min_length <= length <= boundary.max_length:
         raise SettingsError(
             f"calibrate: segment_length={length:g} is not between the boundary's min_length={boundary.min_length} "
@@ -216,6 +142,7 @@ def _threshold_for(length: float, uncertainties: list[list[float]], boundary: Un
 
 
 def _mean_length(uncertainties: list[list[float]], threshold: float, boundary: Uncertainty) -> float:
+    """The mean segment length in tokens that a threshold gives."""
     lengths = []
     for values in uncertainties:
         length = 0
@@ -228,66 +155,81 @@ def _mean_length(uncertainties: list[list[float]], threshold: float, boundary: U
     return statistics.fmean(lengths)
 
 
-def _curve(chains: Chains, setting: Setting, scale: Scale) -> tuple[Choice, ...]:
+def _curve(simulator: Simulator, requested: Cards, scale: Scale) -> tuple[Choice, ...]:
     """For each target the beta that pays most: its reward costs the fewest tokens."""
     choices: dict[float, list[Choice]] = {}
-    for target in scale.mean + SPREADS * scale.std:
-        for share in BETAS:
-            asked = replace(setting, target=float(target), beta=share * scale.std or 1.0)
-            choices.setdefault(target, []).append(Choice(asked.target, asked.beta, chains.simulate(asked)))
-    everything = [choice.predicted for several in choices.values() for choice in several]
+    for target in scale.mean + TARGET_STDS * scale.std:
+        for share in BETA_STDS:
+            settings = SimulationSettings(
+                target=float(target),
+                beta=share * scale.std or 1.0,
+                alpha=requested.alpha,
+                hard=requested.acceptance == "hard",
+                max_rejections=requested.max_rejections,
+            )
+            choice = Choice(settings.target, settings.beta, simulator.simulate(settings))
+            choices.setdefault(target, []).append(choice)
+    predictions = [choice.predicted for same_target in choices.values() for choice in same_target]
 
     def price(choice: Choice) -> float:
         """Tokens over those of the cheapest choice with at least its reward."""
-        own = choice.predicted
-        return own.drafted_tokens / min(other.drafted_tokens for other in everything if other.reward >= own.reward)
+        reward, tokens = choice.predicted.reward, choice.predicted.drafted_tokens
+        return tokens / min(other.drafted_tokens for other in predictions if other.reward >= reward)
 
-    return tuple(min(several, key=price) for several in choices.values())
+    return tuple(min(same_target, key=price) for same_target in choices.values())
 
 
 def _choose(
-    curve: Sequence[Choice], scale: Scale, finals: Sequence[float], plain_tokens: float,
-    budget: float | None, goal: float | None, quantile: float | None,
-) -> Choice:  # fmt: skip
+    curve: Sequence[Choice],
+    scale: Scale,
+    rewards: Sequence[float],
+    plain_tokens: float,
+    budget: float | None,
+    goal: float | None,
+    quantile: float | None,
+) -> Choice:
+    """The choice that a budget, a goal or a quantile asks for, or the nearest one."""
     if budget is not None:
         affordable = [c for c in curve if c.predicted.drafted_tokens <= budget * plain_tokens]
         return max(affordable or curve[:1], key=lambda c: c.predicted.reward)
     if goal is not None:
-        enough = [c for c in curve if c.predicted.reward >= goal]
-        return min(enough or curve[-1:], key=lambda c: c.predicted.drafted_tokens)
-    target = scale.mean + 1.5 * scale.std if quantile is None else float(np.quantile(finals, quantile))
+        sufficient = [c for c in curve if c.predicted.reward >= goal]
+        return min(sufficient or curve[-1:], key=lambda c: c.predicted.drafted_tokens)
+    default = scale.mean + DEFAULT_TARGET_STDS * scale.std
+    target = default if quantile is None else float(np.quantile(rewards, quantile))
     return min(curve, key=lambda c: abs(c.target - target))
 
 
 def _correlations(answers: Sequence[Alignment]) -> tuple[float, ...]:
-    """Of the reward at each share of the text with the final one, over answers."""
-    at_share = []
-    for answer in answers:
-        ends = np.cumsum([len(segment.token_ids) for segment in answer.segments])
-        rewards = [segment.reward or 0.0 for segment in answer.segments]
-        whole = max(1, int(ends[-1]))
-        at_share.append([float(np.interp(share * whole, [0, *ends], [answer.prompt_reward or 0.0, *rewards]))
-                         for share in SHARES])  # fmt: skip
-    columns = np.array(at_share).T
-    return tuple(0.0 if c.std() == 0 else float(np.corrcoef(c, columns[-1])[0, 1]) for c in columns)
+    """Of the reward at each fraction of the text with that of the whole, over answers."""
+    rewards = np.array([_rewards_at_fractions(answer) for answer in answers]).T
+    return tuple(0.0 if r.std() == 0 else float(np.corrcoef(r, rewards[-1])[0, 1]) for r in rewards)
 
 
-def _warnings(found: Calibration, budget: float | None, goal: float | None) -> tuple[str, ...]:
-    said = []
-    if found.scale.std == 0:
-        said.append("the reward gives every plain answer the same score, so it cannot guide.")
-    elif found.correlations[1] < WEAK:
-        said.append(
-            f"the reward of half an answer says little of the whole ({found.correlations[1]:.2f}): "
+def _rewards_at_fractions(answer: Alignment) -> list[float]:
+    """Interpolated between the ends of segments."""
+    ends = np.cumsum([len(segment.token_ids) for segment in answer.segments])
+    rewards = [answer.prompt_reward or 0.0, *(segment.reward or 0.0 for segment in answer.segments)]
+    length = max(1, int(ends[-1]))
+    return [float(np.interp(fraction * length, [0, *ends], rewards)) for fraction in FRACTIONS]
+
+
+def _warnings(calibration: Calibration, budget: float | None, goal: float | None) -> tuple[str, ...]:
+    warnings = []
+    if calibration.scale.std == 0:
+        warnings.append("the reward gives every plain answer the same score, so it cannot guide.")
+    elif calibration.correlations[1] < WEAK_CORRELATION:
+        warnings.append(
+            f"the reward of half an answer tells little about that of the whole ({calibration.correlations[1]:.2f}): "
             "CARDS decides by beginnings; best-of-N may do better with this reward."
         )
-    predicted = found.chosen.predicted
-    if budget is not None and predicted.drafted_tokens > 1.05 * budget * found.plain.kept_tokens:
-        said.append(f"the budget of {budget:g} times plain is below what the lowest target takes.")
+    predicted = calibration.chosen.predicted
+    if budget is not None and predicted.drafted_tokens > 1.05 * budget * calibration.plain.kept_tokens:
+        warnings.append(f"the budget of {budget:g} times plain is less than the lowest target costs.")
     if goal is not None and predicted.reward < goal:
-        said.append(f"no target is predicted to reach a mean reward of {goal:g}.")
-    if found.chosen.target > found.scale.mean + FORESEEN * found.scale.std:
-        said.append("the target lies where few plain answers do: the prediction is uncertain.")
-    for warning in said:
+        warnings.append(f"no target is predicted to reach a mean reward of {goal:g}.")
+    if calibration.chosen.target > calibration.scale.mean + MAX_PREDICTABLE_STDS * calibration.scale.std:
+        warnings.append("few plain answers reach the target, so the prediction is uncertain.")
+    for warning in warnings:
         log.warning("calibrate: %s", warning)
-    return tuple(said)
+    return tuple(warnings)

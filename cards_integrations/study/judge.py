@@ -1,4 +1,4 @@
-"""Pairs of answers before a language model as judge: win, tie, loss, or unparseable."""
+"""Pairs of answers judged by a language model: win, tie, loss, or unparsed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from langchain_core.runnables import Runnable
     from llama_index.core.llms import LLM
 
-Verdict = Literal["win", "tie", "loss", "unparsed"]
+PairVerdict = Literal["win", "tie", "loss", "unparsed"]
+"""Of the answer that is "ours"; "unparsed" if either reply of the judge has no two scores."""
 POINTS = {"win": 1.0, "tie": 0.5, "loss": 0.0}
 
 SYSTEM = "You are a precise assistant for checking the quality of the answer."
@@ -41,49 +42,53 @@ displayed above. Please rate the helpfulness, harmlessness, relevance, accuracy 
 Each assistant receives an overall score on a scale of 1 to 10, where a higher score indicates better overall \
 performance. Please first output a single line containing only two values indicating the scores for Assistant 1 and 2, \
 respectively. The two scores are separated by a space."""
-SCORE = r"(10(?:\.0+)?|\d(?:\.\d+)?)(?:\s*/\s*10)?"
-NEEDED = {"asked", "seed", "text"}
-FORMS = (  # of a line: two numbers at its end, or each behind its name
-    re.compile(rf"(?:^|.*[^\d./]){SCORE}[\s,;]+{SCORE}\W*"),
-    re.compile(rf".*\b1\W+{SCORE}[\s,;]+(?:and\s+)?(?:assistant|answer)\s*2\W+{SCORE}\W*", re.IGNORECASE),
+SCORE_PATTERN = r"(10(?:\.0+)?|\d(?:\.\d+)?)(?:\s*/\s*10)?"
+LINE_PATTERNS = (  # of a line: two numbers at its end, or each behind its name
+    re.compile(rf"(?:^|.*[^\d./]){SCORE_PATTERN}[\s,;]+{SCORE_PATTERN}\W*"),
+    re.compile(
+        rf".*\b1\W+{SCORE_PATTERN}[\s,;]+(?:and\s+)?(?:assistant|answer)\s*2\W+{SCORE_PATTERN}\W*", re.IGNORECASE
+    ),
 )
+REQUIRED_FIELDS = {"asked", "seed", "text"}
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a judge said of every pair; one row each."""
+    """What a judge decided about pairs of answers."""
 
     rows: tuple[Row, ...]
+    """One for each pair."""
 
     @property
-    def counts(self) -> dict[Verdict, int]:
+    def counts(self) -> dict[PairVerdict, int]:
+        """The number of pairs with each verdict."""
         found = Counter(row["verdict"] for row in self.rows)
         return {verdict: found[verdict] for verdict in ("win", "tie", "loss", "unparsed")}
 
     @property
     def win_tie(self) -> Mean | None:
-        """The share of wins and ties among the pairs that could be read, over prompts."""
+        """The share of wins and ties among the parsed pairs, over prompts; None without parsed pairs."""
         return self._share(lambda verdict: float(verdict != "loss"))
 
     @property
     def win_rate(self) -> Mean | None:
-        """The same with a tie as half a win."""
+        """Like `win_tie`, but a tie counts as half a win."""
         return self._share(lambda verdict: POINTS[verdict])
 
     @property
     def first_wins(self) -> float | None:
-        """How often the answer that was shown first won, ties left out; far from 0.5, the judge is biased."""
-        shown = [asked["scores"] for row in self.rows for asked in row["asked_twice"] if asked["scores"]]
-        decided = [one > two for one, two in shown if one != two]
+        """How often the answer in the first position won, without ties; far from 0.5, the judge is biased."""
+        scores = [reply["scores"] for row in self.rows for reply in row["asked_twice"] if reply["scores"]]
+        decided = [first > second for first, second in scores if first != second]
         return sum(decided) / len(decided) if decided else None
 
     def __str__(self) -> str:
         counts = ", ".join(f"{n} {verdict}" for verdict, n in self.counts.items())
-        return f"{counts}; win or tie {self.win_tie}, win rate {self.win_rate}, first shown wins {self.first_wins}"
+        return f"{counts}; win or tie {self.win_tie}, win rate {self.win_rate}, first position wins {self.first_wins}"
 
     def _share(self, points: Callable[[str], float]) -> Mean | None:
-        read = [row for row in self.rows if row["verdict"] != "unparsed"]
-        return mean([points(row["verdict"]) for row in read], [row["question"] for row in read]) if read else None
+        parsed = [row for row in self.rows if row["verdict"] != "unparsed"]
+        return mean([points(row["verdict"]) for row in parsed], [row["question"] for row in parsed]) if parsed else None
 
 
 def judge(
@@ -98,93 +103,124 @@ def judge(
     out: str | Path | None = None,
     progress: bool = True,
 ) -> Judgement:
-    """Ask a LangChain or LlamaIndex model which of two answers to the same prompt is better, in both orders.
+    """Ask a language model which of two answers to the same prompt is better, in both orders.
 
-    The rows are those of `compare` (files, or lists); only answers to equal prompts with equal seeds are
-    paired. An answer wins where the sum of its scores over both orders is higher, so that a judge that
-    prefers a place gives ties; where either order cannot be read, the pair is "unparsed" and no tie. Calls
-    that fail are tried again. Pairs that stand in `out` already are not asked again.
+    Only answers to equal prompts with equal seeds are paired. An answer wins if the sum of its scores over
+    both orders is higher, so that a preference for a position gives ties. If the reply to either order cannot
+    be parsed, the pair is "unparsed", which is not a tie.
+
+    Args:
+        ours: The rows of `compare`, or a file of them.
+        theirs: The rows to compare with, or a file of them.
+        llm: The judge: a LangChain model or a LlamaIndex LLM.
+        template: The prompt, with `{question}`, `{one}` and `{two}`.
+        system: The system message.
+        attempts: How often a call that fails is tried.
+        at_once: Pairs that are judged at the same time.
+        out: A file to which every pair is added as a line of JSON. Pairs that it already holds are not judged
+            again, so that an interrupted run continues.
+        progress: Show a progress bar.
+
+    Raises:
+        SettingsError: If no prompt has two answers, a file cannot be read, or the judge is neither.
     """
     pairs = paired(_rows(ours), _rows(theirs))
     if not pairs:
         raise SettingsError("judge: no prompt has an answer in both files.")
     results = Results(out, {"question", "seed", "ours", "theirs", "verdict"})
-    done = {_key(row): row for row in results.rows}
-    ask = asker(llm, system, attempts)
-    rows = [done[_key(pair)] for pair in pairs if _key(pair) in done]
-    todo = [pair for pair in pairs if _key(pair) not in done]
+    finished = {_key(row): row for row in results.rows}
+    ask = ask_function(llm, system, attempts)
+    rows = [finished[_key(pair)] for pair in pairs if _key(pair) in finished]
+    missing = [pair for pair in pairs if _key(pair) not in finished]
 
     def judged(pair: Row) -> Row:
-        both = []
-        for swapped in (False, True):
-            one, two = (pair["theirs"], pair["ours"]) if swapped else (pair["ours"], pair["theirs"])
-            said = ask(fill(template, pair["question"], one, two))
-            both.append({"swapped": swapped, "said": said, "scores": scores_in(said)})
-        return {**pair, "asked_twice": both, "verdict": verdict_of(both)}
+        replies = []
+        for swapped, prompt in enumerate(_prompts(pair, template)):
+            reply = ask(prompt)
+            replies.append({"swapped": bool(swapped), "said": reply, "scores": parse_scores(reply)})
+        return {**pair, "asked_twice": replies, "verdict": pair_verdict(replies)}
 
     from rich.progress import track
 
     with ThreadPoolExecutor(at_once) as pool:
-        found = pool.map(judged, todo)
-        for row in track(found, "judging", total=len(todo), disable=not progress or not todo, transient=True):
+        found = pool.map(judged, missing)
+        for row in track(found, "judging", total=len(missing), disable=not progress or not missing, transient=True):
             rows.append(row)
             results.add([row])
     return Judgement(tuple(rows))
 
 
-def calls(ours: Iterable[Row] | str | Path, theirs: Iterable[Row] | str | Path, template: str = TEMPLATE) -> list[str]:
-    """All the prompts that `judge` would send: to estimate what it costs."""
-    pairs = paired(_rows(ours), _rows(theirs))
-    orders = [(p["question"], *o) for p in pairs for o in ((p["ours"], p["theirs"]), (p["theirs"], p["ours"]))]
-    return [fill(template, *each) for each in orders]
+def judge_prompts(
+    ours: Iterable[Row] | str | Path, theirs: Iterable[Row] | str | Path, template: str = TEMPLATE
+) -> list[str]:
+    """Return all prompts that `judge` would send with these arguments, to estimate what it costs."""
+    return [prompt for pair in paired(_rows(ours), _rows(theirs)) for prompt in _prompts(pair, template)]
+
+
+def _prompts(pair: Row, template: str) -> tuple[str, str]:
+    """The prompt with our answer first, and the one with theirs first."""
+    question, ours, theirs = pair["question"], pair["ours"], pair["theirs"]
+    return fill(template, question, ours, theirs), fill(template, question, theirs, ours)
 
 
 def paired(ours: Sequence[Row], theirs: Sequence[Row]) -> list[Row]:
-    """Answers to the same prompt with the same seed, side by side."""
+    """Return a row for each two answers to the same prompt with the same seed."""
     others = {(json.dumps(row["asked"]), row["seed"]): row for row in theirs}
-    found = []
+    pairs = []
     for row in ours:
         other = others.get((json.dumps(row["asked"]), row["seed"]))
         if other is not None:
             texts = {"ours": row["text"], "theirs": other["text"]}
-            found.append({"question": question(row["asked"]), "seed": row["seed"], **texts})
-    return found
+            pairs.append({"question": as_question(row["asked"]), "seed": row["seed"], **texts})
+    return pairs
 
 
-def question(asked: Any) -> str:
-    """A prompt as the judge sees it."""
-    if isinstance(asked, str):
-        return asked
-    if len(asked) == 1:
-        return str(asked[0]["content"])
-    return "\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in asked)
+def as_question(prompt: Any) -> str:
+    """Return a prompt, a string or messages, as the judge reads it."""
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1:
+        return str(prompt[0]["content"])
+    return "\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in prompt)
 
 
 def fill(template: str, question: str, one: str, two: str) -> str:
-    """The template with its parts; braces in them are only text."""
+    """Return the template with its parts, in which braces are only text."""
     parts = {"{question}": question, "{one}": one, "{two}": two}
     return re.sub("|".join(map(re.escape, parts)), lambda match: parts[match[0]], template)
 
 
-def scores_in(said: str) -> tuple[float, float] | None:
-    """The two scores in the first line that has two; None if there is none."""
-    for line in said.splitlines():
-        for form in FORMS:
-            if found := form.fullmatch(line.strip()):
+def parse_scores(reply: str) -> tuple[float, float] | None:
+    """Return the two scores in the first line that has two; None if there is none."""
+    for line in reply.splitlines():
+        for pattern in LINE_PATTERNS:
+            if found := pattern.fullmatch(line.strip()):
                 return float(found[1]), float(found[2])
     return None
 
 
-def verdict_of(both: Sequence[Row]) -> Verdict:
-    """Of the answers that are "ours", from the scores in both orders."""
-    if any(asked["scores"] is None for asked in both):
+def pair_verdict(replies: Sequence[Row]) -> PairVerdict:
+    """Return the verdict on our answer from the scores of both orders."""
+    if any(reply["scores"] is None for reply in replies):
         return "unparsed"
-    margin = sum((two - one) if asked["swapped"] else (one - two) for asked in both for one, two in [asked["scores"]])
+    margin = 0.0
+    for reply in replies:
+        first, second = reply["scores"]
+        margin += second - first if reply["swapped"] else first - second
     return "win" if margin > 0 else "loss" if margin < 0 else "tie"
 
 
-def asker(llm: Any, system: str, attempts: int) -> Callable[[str], str]:
-    """A function from a prompt to what the judge says, tried several times."""
+def ask_function(llm: Any, system: str, attempts: int) -> Callable[[str], str]:
+    """Return a function from a prompt to the judge's reply, which tries several times.
+
+    Args:
+        llm: A LangChain model or a LlamaIndex LLM.
+        system: The system message.
+        attempts: How often a call that fails is tried.
+
+    Raises:
+        SettingsError: If the judge is neither.
+    """
     retrying = Retrying(
         stop=stop_after_attempt(attempts), wait=wait_random_exponential(max=20), reraise=True,
         retry=retry_if_exception_type(Exception),
@@ -194,26 +230,26 @@ def asker(llm: Any, system: str, attempts: int) -> Callable[[str], str]:
     from llama_index.core.llms import LLM
 
     if isinstance(llm, LLM):
-        return lambda prompt: retrying(_asked_of_llama_index, llm, system, prompt)
+        return lambda prompt: retrying(_ask_llama_index, llm, system, prompt)
     if isinstance(llm, (BaseLanguageModel, Runnable)):
-        return lambda prompt: retrying(_asked_of_langchain, llm, system, prompt)
+        return lambda prompt: retrying(_ask_langchain, llm, system, prompt)
     raise SettingsError(f"judge: {type(llm).__name__} is neither a LangChain model nor a LlamaIndex LLM.")
 
 
-def _asked_of_llama_index(llm: LLM, system: str, prompt: str) -> str:
+def _ask_llama_index(llm: LLM, system: str, prompt: str) -> str:
     from llama_index.core.base.llms.types import ChatMessage
 
     messages = [ChatMessage(role="system", content=system), ChatMessage(role="user", content=prompt)]
     return str(llm.chat(messages).message.content or "")
 
 
-def _asked_of_langchain(llm: Runnable[Any, Any], system: str, prompt: str) -> str:
-    said = llm.invoke([("system", system), ("human", prompt)])
-    return said if isinstance(said, str) else str(said.text)
+def _ask_langchain(llm: Runnable[Any, Any], system: str, prompt: str) -> str:
+    reply = llm.invoke([("system", system), ("human", prompt)])
+    return reply if isinstance(reply, str) else str(reply.text)
 
 
 def _rows(source: Iterable[Row] | str | Path) -> list[Row]:
-    return read_rows(source, NEEDED) if isinstance(source, (str, Path)) else list(source)
+    return read_rows(source, REQUIRED_FIELDS) if isinstance(source, (str, Path)) else list(source)
 
 
 def _key(row: Row) -> str:

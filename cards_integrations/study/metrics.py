@@ -1,4 +1,4 @@
-"""What is said of a set of answers: means with intervals, and how much they repeat each other."""
+"""Numbers about a set of answers: means with intervals, and how much they repeat each other."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-DRAWS = 2000
+BOOTSTRAP_SAMPLES = 2000
 
 
 class Mean(NamedTuple):
@@ -15,14 +15,23 @@ class Mean(NamedTuple):
 
     value: float
     low: float
+    """The lower end of the interval."""
     high: float
+    """The upper end of the interval."""
 
     def __str__(self) -> str:
         return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
 
 
 def mean(values: Sequence[float], groups: Sequence[object] | None = None, seed: int = 0) -> Mean:
-    """Over values; those of one group (a prompt) are drawn together."""
+    """Average values, with a bootstrap interval.
+
+    Args:
+        values: The values, at least one.
+        groups: The group of each value, such as its prompt: the mean is that of the groups' means, and groups
+            are what the bootstrap draws.
+        seed: The seed of the bootstrap.
+    """
     data = np.asarray(values, dtype=float)
     if groups is not None:
         sums: dict[object, list[float]] = {}
@@ -30,27 +39,34 @@ def mean(values: Sequence[float], groups: Sequence[object] | None = None, seed: 
             sums.setdefault(group, []).append(float(value))
         data = np.array([np.mean(each) for each in sums.values()])
     rng = np.random.default_rng(seed)
-    drawn = data[rng.integers(len(data), size=(DRAWS, len(data)))].mean(1)
+    drawn = data[rng.integers(len(data), size=(BOOTSTRAP_SAMPLES, len(data)))].mean(1)
     low, high = np.quantile(drawn, [0.025, 0.975])
     return Mean(float(data.mean()), float(low), float(high))
 
 
 def distinct(texts: Sequence[str], n: int) -> float:
-    """distinct-n: the share of n-grams of words that are different ones (Li et al., arXiv 1510.03055)."""
+    """Return distinct-n, the number of distinct n-grams of words over that of all (Li et al., arXiv 1510.03055)."""
     grams = [tuple(words[i : i + n]) for text in texts for words in [text.split()] for i in range(len(words) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
 def self_bleu(groups: Sequence[Sequence[str]]) -> float | None:
-    """The mean BLEU-4 of an answer against the others to the same prompt (arXiv 1802.01886); None without others."""
+    """Return the mean BLEU-4 of an answer against the others to the same prompt (arXiv 1802.01886).
+
+    Args:
+        groups: The answers to each prompt.
+
+    Returns:
+        The mean; None if no prompt has several answers.
+    """
     from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 
     smooth = SmoothingFunction().method1
     scores = []
     for texts in groups:
         words = [text.split() for text in texts]
-        for i, own in enumerate(words):
+        for i, answer in enumerate(words):
             others = words[:i] + words[i + 1 :]
-            if others and own:
-                scores.append(sentence_bleu(others, own, smoothing_function=smooth))
+            if others and answer:
+                scores.append(sentence_bleu(others, answer, smoothing_function=smooth))
     return float(np.mean(scores)) if scores else None

@@ -14,15 +14,24 @@ HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
 def read_prompts(file: str | Path) -> tuple[list[Any], list[Any]]:
-    """Prompts, each with its context or None, from lines of text or of JSON (perhaps gzipped).
+    """Read prompts from lines of text or of JSON.
 
-    A JSON line holds a `prompt` (a string, or messages) or `messages`, and perhaps a `context`; or it is a
-    dialogue as in HH-RLHF, of which everything up to the last answer is the prompt.
+    A JSON line has a `prompt` (a string or messages) or `messages`, and optionally a `context`; or it is a
+    dialogue as in HH-RLHF, of which everything before the last answer is the prompt.
+
+    Args:
+        file: The file; `.jsonl` in its name makes it JSON lines, and `.gz` at the end compressed.
+
+    Returns:
+        The prompts, and the context of each or None.
+
+    Raises:
+        SettingsError: If the file cannot be read.
     """
     path = Path(file)
     try:
-        packed = path.suffix == ".gz"
-        with gzip.open(path, "rt", encoding="utf-8") if packed else path.open(encoding="utf-8") as text:
+        compressed = path.suffix == ".gz"
+        with gzip.open(path, "rt", encoding="utf-8") if compressed else path.open(encoding="utf-8") as text:
             lines = [line.rstrip("\n") for line in text if line.strip()]
         if ".jsonl" not in path.suffixes:
             return lines, [None] * len(lines)
@@ -40,14 +49,18 @@ def _prompt(row: dict[str, Any]) -> Any:
 
 
 def dialogue(text: str) -> list[dict[str, str]]:
-    """The messages of an HH-RLHF dialogue up to its last answer."""
+    """Return the messages of an HH-RLHF dialogue before its last answer.
+
+    Raises:
+        ValueError: If there are none.
+    """
     messages = []
     for turn in text.split(HUMAN)[1:]:
-        said, *answers = turn.split(ASSISTANT)
-        messages.append({"role": "user", "content": said.strip()})
+        question, *answers = turn.split(ASSISTANT)
+        messages.append({"role": "user", "content": question.strip()})
         messages += [{"role": "assistant", "content": answer.strip()} for answer in answers]
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()
     if not messages:
-        raise ValueError(f"no dialogue: {text[:60]!r}")
+        raise ValueError(f"not a dialogue: {text[:60]!r}")
     return [message for message in messages if message["content"]]

@@ -1,4 +1,4 @@
-"""Results as lines of JSON, to which an interrupted run adds."""
+"""Results as lines of JSON, which an interrupted run continues."""
 
 from __future__ import annotations
 
@@ -13,23 +13,39 @@ from typing_extensions import TypedDict
 from cards_integrations.errors import SettingsError, short_repr
 
 Row = dict[str, Any]
+"""A result.
+
+Of an answer: `arm` (the name of its method), `prompt` (the prompt's index), `asked` (the prompt itself), `context`,
+`seed`, `text`, `reward`, `judged` (the judge's reward), what it cost, and the settings on which it depends.
+Of a judged pair: `question`, `seed`, `ours`, `theirs`, `verdict`, and `asked_twice`: the judge's reply to either order.
+"""
 
 
 @with_config(ConfigDict(extra="allow"))
-class Turn(TypedDict):
+class StoredMessage(TypedDict):
+    """A message of a prompt in a row."""
+
     role: str
     content: str
 
 
-FORMS: dict[str, TypeAdapter[Any]] = {
+FIELD_TYPES: dict[str, TypeAdapter[Any]] = {
     **{name: TypeAdapter(int) for name in ("line", "prompt", "seed")},
     **{name: TypeAdapter(str) for name in ("arm", "text", "question", "ours", "theirs", "verdict")},
-    "asked": TypeAdapter(str | list[Turn]),
+    "asked": TypeAdapter(str | list[StoredMessage]),
 }
 
 
-def read_rows(path: str | Path, needed: Set[str] = frozenset()) -> list[Row]:
-    """Every line of a file, each an object with what is `needed`."""
+def read_rows(path: str | Path, required: Set[str] = frozenset()) -> list[Row]:
+    """Read a file of rows, each a line of JSON.
+
+    Args:
+        path: The file.
+        required: The fields that every row must have.
+
+    Raises:
+        SettingsError: If the file cannot be read, or a line is not such a row.
+    """
     path, rows = Path(path), []
     try:
         with path.open(encoding="utf-8") as file:
@@ -38,38 +54,53 @@ def read_rows(path: str | Path, needed: Set[str] = frozenset()) -> list[Row]:
         raise SettingsError(f"The results {str(path)!r} cannot be read: {error}") from error
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except (ValueError, RecursionError):
             raise SettingsError(f"{str(path)!r}, line {number}, is not JSON.") from None
-        if not isinstance(rows[-1], dict) or not needed <= rows[-1].keys():
-            told = f"an object with {', '.join(sorted(needed))}" if needed else "an object"
-            raise SettingsError(f"{str(path)!r}, line {number}, is not {told}.")
-        for name in sorted(needed):
-            try:
-                FORMS[name].validate_python(rows[-1][name], strict=True)
-            except ValidationError:
-                value = short_repr(rows[-1][name])
-                raise SettingsError(f"{str(path)!r}, line {number}: {value} is not of the form of {name!r}.") from None
+        _check(row, required, f"{str(path)!r}, line {number}")
+        rows.append(row)
     return rows
 
 
-class Results:
-    """A file that grows; what stands there when it is opened is in `rows`. Without a path nothing is written.
+def _check(row: Any, required: Set[str], place: str) -> None:
+    if not isinstance(row, dict) or not required <= row.keys():
+        expected = f"an object with {', '.join(sorted(required))}" if required else "an object"
+        raise SettingsError(f"{place}, is not {expected}.")
+    for name in sorted(required):
+        try:
+            FIELD_TYPES[name].validate_python(row[name], strict=True)
+        except ValidationError:
+            raise SettingsError(f"{place}: {short_repr(row[name])} is not a valid {name!r}.") from None
 
-    Half a line at its end, of a run that was killed, is cut off.
+
+class Results:
+    """A file of rows that grows, so that an interrupted run can continue.
+
+    Attributes:
+        path: The file; None writes nothing.
+        rows: The rows that the file held when it was opened.
     """
 
-    def __init__(self, path: str | Path | None, needed: Set[str] = frozenset()) -> None:
+    def __init__(self, path: str | Path | None, required: Set[str] = frozenset()) -> None:
+        """Read what the file holds, and cut off half a line at its end, left by a run that was killed.
+
+        Args:
+            path: The file, which need not exist yet; None to write nothing.
+            required: The fields that every row must have.
+
+        Raises:
+            SettingsError: If the file holds something else.
+        """
         self.path = Path(path) if path else None
         self.rows: list[Row] = []
         if self.path is not None and self.path.exists():
             whole, newline, half = self.path.read_bytes().rpartition(b"\n")
             if half:
                 self.path.write_bytes(whole + newline)
-            self.rows = read_rows(self.path, needed)
+            self.rows = read_rows(self.path, required)
 
     def add(self, rows: Iterable[Row]) -> None:
-        """Write them, each as a line."""
+        """Append rows to the file, each as a line."""
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -1,9 +1,9 @@
 """Attention of a flat sequence of tokens to the rows of a `TreeCache`.
 
 A forward carries the tokens of all branches one after another, with no padding, as one sequence
-(1, tokens). Only attention needs to know which row a token belongs to: here the tokens are laid out
-by rows, attend to their row under the layout's mask, and are put back in order. Query heads that
-share a key head are laid side by side, so that no key or value is repeated for them.
+(1, tokens). Only attention needs to know which row a token belongs to: here the tokens are arranged
+by rows, attend to their row under the mask, and are put back in order. Query heads that share a key
+head are placed side by side, so that no key or value is repeated for them.
 """
 
 from __future__ import annotations
@@ -20,47 +20,54 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from cards_integrations.errors import ModelError
 
 NAME = "cards_tree"
+FULL, SLIDING = "full_attention", "sliding_attention"  # attention patterns, as configs call them
 
 
 @dataclass
-class Group:
-    """Rows that attend in one call: `slots` in the cache, with up to n tokens each.
+class GroupMetadata:
+    """Rows that attend in one call, with up to n tokens each.
 
-    `columns` (columns,) are those that one row reads; None: all up to the masks' end. `tokens`
-    (rows, n) are indices into the flat sequence, `back` (tokens of the group,) the way back from
-    (rows * n); where they lie in order, without padding, from `start` on, neither is needed. `masks`
-    are additive, (rows, 1, n, columns) for each attention pattern.
+    Attributes:
+        rows: The rows in the cache.
+        columns: (columns,) those that a single row reads; None for all columns of the masks.
+        tokens: (rows, n) indices into the flat sequence.
+        restore: (tokens of the group,) indices into rows * n that put the outputs back in order.
+        start: Where the group's tokens begin in the flat sequence if they are in order there, without
+            padding; then neither `tokens` nor `restore` is needed. None otherwise.
+        masks: Additive masks (rows, 1, n, columns), for each attention pattern.
+        repeated: The masks repeated for several heads, the same in all layers.
     """
 
-    slots: slice | torch.Tensor
+    rows: slice | torch.Tensor
     columns: torch.Tensor | None
     tokens: torch.Tensor
-    back: torch.Tensor
+    restore: torch.Tensor
     start: int | None
     masks: dict[str, torch.Tensor]
     repeated: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
 
     @property
     def width(self) -> int:
-        """Columns that are read."""
+        """Number of columns that are read."""
         return next(iter(self.masks.values())).shape[-1]
 
     def mask(self, pattern: str, heads: int) -> torch.Tensor:
-        """The mask, once for each of the `heads` that share a key head: (rows, 1, heads * n, columns)."""
-        if (pattern, heads) not in self.repeated:  # the same in all layers
+        """Return the mask for `heads` query heads that share a key head, (rows, 1, heads * n, columns)."""
+        if (pattern, heads) not in self.repeated:
             self.repeated[pattern, heads] = self.masks[pattern].repeat(1, 1, heads, 1)
         return self.repeated[pattern, heads]
 
 
 @dataclass
-class Layout:
-    """The groups of one forward; `patterns` names the mask of each layer."""
+class AttentionMetadata:
+    """The groups of one forward, in the order of their tokens; `patterns` names the mask of each layer."""
 
-    groups: list[Group]
+    groups: list[GroupMetadata]
     patterns: list[str]
 
 
-LAYOUT: ContextVar[Layout | None] = ContextVar("LAYOUT", default=None)
+METADATA: ContextVar[AttentionMetadata | None] = ContextVar("METADATA", default=None)
+"""Of the forward that runs now."""
 
 
 def tree_attention(
@@ -73,51 +80,66 @@ def tree_attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Under a layout: query (1, heads, tokens, size), key and value (rows, columns, KV heads, size).
+    """Attend to a tree cache, or, without `METADATA`, as usual.
 
-    Without one: plain attention, all of them (batch, heads, length, size). Returns (batch, tokens,
-    heads, size).
+    Args:
+        module: The attention layer.
+        query: (1, heads, tokens, head size).
+        key: (rows, columns, KV heads, head size), all of the layer's cache.
+        value: Like `key`.
+        attention_mask: Unused, except without metadata; then it, `query`, `key` and `value` are the
+            usual (batch, heads, length, size).
+        scaling: Factor of the scores; None for 1 / sqrt(head size).
+        softcap: Scores become softcap * tanh(scores / softcap).
+        kwargs: Other options of transformers, which are ignored.
+
+    Returns:
+        (batch, tokens, heads, head size), and None in place of attention weights.
+
+    Raises:
+        ModelError: The layer has attention sinks.
     """
     if kwargs.get("s_aux") is not None:
         raise ModelError(f"{type(module).__name__} has attention sinks, which are not supported here.")
-    layout = LAYOUT.get()
-    if layout is None:
+    metadata = METADATA.get()
+    if metadata is None:
         heads = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(heads, 1), value.repeat_interleave(heads, 1)
         return _attend(query, key, value, attention_mask, scaling, softcap).transpose(1, 2), None
-    pattern, flat = layout.patterns[module.layer_idx], query[0].transpose(0, 1)
-    found = [_by_rows(group, pattern, flat, key, value, scaling, softcap) for group in layout.groups]
-    return (found[0] if len(found) == 1 else torch.cat(found))[None], None
+    pattern, flat = metadata.patterns[module.layer_idx], query[0].transpose(0, 1)
+    outputs = [_attend_by_rows(group, pattern, flat, key, value, scaling, softcap) for group in metadata.groups]
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None], None
 
 
-def _by_rows(
-    group: Group, pattern: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+def _attend_by_rows(
+    group: GroupMetadata, pattern: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     scaling: float | None, softcap: float | None,
 ) -> torch.Tensor:  # fmt: skip
     """query (tokens, heads, size) of all groups -> (tokens of this group, heads, size)."""
     (rows, n), (heads, size), kv = group.tokens.shape, query.shape[1:], key.shape[2]
     if group.columns is None:
-        key, value = (states[group.slots, : group.width].transpose(1, 2) for states in (key, value))
+        key, value = (states[group.rows, : group.width].transpose(1, 2) for states in (key, value))
     else:
-        key, value = (states[group.slots][:, group.columns].transpose(1, 2) for states in (key, value))
-    ours = query[group.tokens.flatten()] if group.start is None else query[group.start : group.start + rows * n]
-    laid = ours.view(rows, n, kv, heads // kv, size)
-    if rows == 1:  # (group size, KV heads, n, size): one row's keys serve a batch of them unrepeated
-        laid = laid[0].permute(2, 1, 0, 3)
-        key, value = key.expand(len(laid), -1, -1, -1), value.expand(len(laid), -1, -1, -1)
-        out = _attend(laid, key, value, group.masks[pattern], scaling, softcap).permute(2, 1, 0, 3)
-    else:  # (rows, KV heads, group size * n, size)
-        laid = laid.permute(0, 2, 3, 1, 4).flatten(2, 3)
-        out = _attend(laid, key, value, group.mask(pattern, heads // kv), scaling, softcap)
+        key, value = (states[group.rows][:, group.columns].transpose(1, 2) for states in (key, value))
+    own = query[group.tokens.flatten()] if group.start is None else query[group.start : group.start + rows * n]
+    by_rows = own.view(rows, n, kv, heads // kv, size)
+    if rows == 1:  # (heads // kv, kv, n, size): the keys of one row serve as a batch, unrepeated
+        by_rows = by_rows[0].permute(2, 1, 0, 3)
+        key, value = key.expand(len(by_rows), -1, -1, -1), value.expand(len(by_rows), -1, -1, -1)
+        out = _attend(by_rows, key, value, group.masks[pattern], scaling, softcap).permute(2, 1, 0, 3)
+    else:  # (rows, kv, heads // kv * n, size)
+        by_rows = by_rows.permute(0, 2, 3, 1, 4).flatten(2, 3)
+        out = _attend(by_rows, key, value, group.mask(pattern, heads // kv), scaling, softcap)
         out = out.view(rows, kv, heads // kv, n, size).permute(0, 3, 1, 2, 4)
     out = out.reshape(rows * n, heads, size)
-    return out[group.back] if group.start is None else out
+    return out[group.restore] if group.start is None else out
 
 
 def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None,
     scaling: float | None, softcap: float | None,
 ) -> torch.Tensor:  # fmt: skip
+    """softmax(query key^T * scaling + mask) value, with the scores capped softly if the model says so."""
     if softcap is None:
         return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
     scores = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)

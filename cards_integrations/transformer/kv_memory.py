@@ -1,4 +1,4 @@
-"""The memory that keys and values may take, and what is kept of finished texts to be used again."""
+"""The memory that keys and values may take, and the prefix cache: finished texts that may be used again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from cards_integrations.transformer.kv_cache import States, Tree, TreeCache
 
-LEAST = 64  # shorter prefixes are read again: it takes but a step
+MIN_PREFIX = 64  # tokens; shorter prefixes are read again, which takes a single step
 
 
 class CacheNeed(NamedTuple):
@@ -22,8 +22,8 @@ class CacheNeed(NamedTuple):
 
 
 @dataclass(eq=False)
-class Kept:
-    """A text that was read: its tokens, and their keys and values."""
+class CachedPrefix:
+    """A finished text: its tokens, and their keys and values."""
 
     cache: TreeCache
     ids: list[int]
@@ -37,20 +37,25 @@ class Kept:
 class KVMemory:
     """One budget in bytes for the caches of all models of an engine.
 
-    What live requests leave of it holds finished texts, the least recently used of which goes
-    first. A new text that begins like one of them, or like one that is live, takes over what they
-    have in common (agents and chats send their history again, RAG its system prompt).
+    What live requests leave of it holds finished texts; the least recently used is evicted first. A new
+    text that begins like one of them, or like a live one, reuses what they have in common (agents and
+    chats send their history again, RAG its system prompt).
+
+    Args:
+        limit: The budget in bytes.
+        reuse: Whether texts are kept and reused.
     """
 
     def __init__(self, limit: int, reuse: bool = True) -> None:
         self.limit = limit
         self.reuse = reuse
         self.caches: list[TreeCache] = []
-        self.kept: list[Kept] = []  # least recently used first
+        self.prefixes: list[CachedPrefix] = []  # least recently used first
 
     @property
     def used(self) -> int:
-        return sum(cache.bytes for cache in self.caches) + sum(kept.bytes for kept in self.kept)
+        """Bytes of all caches and of the finished texts."""
+        return sum(cache.bytes for cache in self.caches) + sum(prefix.bytes for prefix in self.prefixes)
 
     @property
     def spare(self) -> int:
@@ -63,62 +68,62 @@ class KVMemory:
         return self.spare // max(1, sum(cache.rows * cache.bytes_per_token for cache in self.caches))
 
     def admits(self, needs: Sequence[CacheNeed]) -> bool:
-        """Is there room for (rows, columns) more in these caches? Finished texts are given up for it."""
+        """Return True if the caches can grow as needed; finished texts are evicted for it."""
         more = sum(cache.bytes_with(rows, columns) - cache.bytes for cache, rows, columns in needs)
-        return self.make_room(more)
+        return self.evict_for(more)
 
-    def make_room(self, more: int) -> bool:
-        """Give up finished texts until `more` bytes fit; False if they never will."""
+    def evict_for(self, more: int) -> bool:
+        """Evict finished texts until `more` bytes fit; False if they never will."""
         if more > self.spare:
             return False
-        while self.kept and self.used + more > self.limit:
-            self.kept.pop(0)
+        while self.prefixes and self.used + more > self.limit:
+            self.prefixes.pop(0)
         return True
 
+    def evict_all(self) -> bool:
+        """Evict all finished texts; False if there were none."""
+        had, self.prefixes = bool(self.prefixes), []
+        if had and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return had
+
     def keep(self, tree: Tree) -> None:
-        """Keep a finished text, before its row is closed."""
-        if not self.reuse or len(tree.ids) < LEAST:
+        """Keep the text of a row that is about to be closed; texts that it begins with are evicted."""
+        if not self.reuse or len(tree.ids) < MIN_PREFIX:
             return
         size = len(tree.ids) * tree.cache.bytes_per_token
         if size <= self.spare:
-            self.kept = [k for k in self.kept if k.cache is not tree.cache or tree.ids[: len(k.ids)] != k.ids]
-            self.make_room(size)
-            self.kept.append(Kept(tree.cache, tree.ids.copy(), tree.cache.read(tree, len(tree.ids))))
+            self.prefixes = [p for p in self.prefixes if p.cache is not tree.cache or tree.ids[: len(p.ids)] != p.ids]
+            self.evict_for(size)
+            self.prefixes.append(CachedPrefix(tree.cache, tree.ids.copy(), tree.cache.read(tree, len(tree.ids))))
 
     def recall(self, tree: Tree, ids: Sequence[int]) -> None:
-        """Begin an empty row with what is known of a text; at least its last token is left to be read."""
-        if not self.reuse or len(ids) <= LEAST:
+        """Fill an empty row with the longest known prefix of a text; at least the text's last token is left to read."""
+        if not self.reuse or len(ids) <= MIN_PREFIX:
             return
-        most = len(ids) - 1
-        live: list[tuple[int, Tree | Kept]] = [(common(t.ids, ids), t) for t in tree.cache.trees if t is not tree]
-        kept: list[tuple[int, Tree | Kept]] = [(common(k.ids, ids), k) for k in self.kept if k.cache is tree.cache]
-        tokens, source = max([*live, *kept], key=lambda found: found[0], default=(0, tree))
-        tokens = min(tokens, most)
-        if tokens < LEAST:
+        live = [(common(t.ids, ids), t) for t in tree.cache.trees if t is not tree]
+        finished = [(common(p.ids, ids), p) for p in self.prefixes if p.cache is tree.cache]
+        found: list[tuple[int, Tree | CachedPrefix]] = [*live, *finished]
+        tokens, source = max(found, key=lambda each: each[0], default=(0, tree))
+        tokens = min(tokens, len(ids) - 1)
+        if tokens < MIN_PREFIX:
             return
-        if isinstance(source, Kept):
-            self.kept.remove(source)
-            self.kept.append(source)  # used last
+        if isinstance(source, CachedPrefix):
+            self.prefixes.remove(source)
+            self.prefixes.append(source)  # used last
             states = [(keys[:tokens], values[:tokens]) for keys, values in source.states]
         else:
             states = tree.cache.read(source, tokens)
         tree.cache.write(tree, ids[:tokens], states)
 
-    def forget(self) -> bool:
-        """Give up all that was kept; False if there was nothing."""
-        had, self.kept = bool(self.kept), []
-        if had and torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return had
-
     def replace(self, old: TreeCache, new: TreeCache) -> None:
-        """A cache begins afresh."""
+        """Put a new cache in the place of an old one, whose finished texts are evicted."""
         self.caches = [cache for cache in self.caches if cache not in (old, new)] + [new]
-        self.kept = [kept for kept in self.kept if kept.cache is not old]
+        self.prefixes = [prefix for prefix in self.prefixes if prefix.cache is not old]
 
 
 def common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Tokens that two texts have in common from their beginning."""
+    """Return the length of the longest common prefix of two texts, in tokens."""
     n = min(len(one), len(other))
     if one[:n] == other[:n]:
         return n
@@ -126,19 +131,26 @@ def common(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def first_to_read(texts: Sequence[Sequence[int]]) -> list[int]:
-    """Of texts that wait to be read, those that do not begin like one before them.
+    """Return the indices of those texts that share no prefix with an earlier one among them.
 
-    The others can take over what they have in common, once it has been read.
+    The others can reuse what they have in common with one of these, once it has been read.
     """
     first: list[int] = []
     for index, text in enumerate(texts):
-        if len(text) <= LEAST or not any(min(common(texts[other], text), len(text) - 1) >= LEAST for other in first):
+        if len(text) <= MIN_PREFIX or not any(
+            min(common(texts[other], text), len(text) - 1) >= MIN_PREFIX for other in first
+        ):
             first.append(index)
     return first
 
 
 def budget(share: float, device: torch.device) -> int:
-    """Bytes: `share` itself, or, up to 1, that fraction of the memory that is free now."""
+    """Return a budget in bytes.
+
+    Args:
+        share: Up to 1, the fraction of the memory that is free now; above, the bytes themselves.
+        device: Whose memory it is.
+    """
     if share > 1:
         return int(share)
     if device.type == "cuda":

@@ -7,72 +7,94 @@ rounding of a product depends on the shape of the batch, and a seed would not gi
 from __future__ import annotations
 
 import json
-import os
 import platform
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field, TypeAdapter
 
-from cards_integrations.models.local.embedded import cache_dir
+from cards_integrations.paths import cache_dir, write_atomically
 
-POINTS = (1, 16, 64)
+POINTS = (1, 16, 64)  # numbers of tokens that are measured
 MOST = 200  # models to remember
+
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+REMEMBERED = TypeAdapter(dict[str, dict[int, Seconds]])
+"""The file: seconds by the number of tokens, for each model on its machine."""
 
 
 class StepTimes:
-    """Seconds of a forward, between and beyond the measured points."""
+    """Seconds of a forward, interpolated between the measured points and extrapolated beyond the last two.
+
+    Args:
+        measured: Seconds by the number of tokens, of at least two numbers. A forward of more tokens
+            is never taken to be faster than one of fewer.
+    """
 
     def __init__(self, measured: dict[int, float]) -> None:
         self.tokens = np.array(sorted(measured))
         self.seconds = np.maximum.accumulate([measured[n] for n in self.tokens])
         last = slice(-2, None)
-        self.each = float(np.diff(self.seconds[last])[0] / np.diff(self.tokens[last])[0])
+        self.per_token = float(np.diff(self.seconds[last])[0] / np.diff(self.tokens[last])[0])
 
     @classmethod
     def together(cls, several: Iterable[StepTimes]) -> StepTimes:
-        """Of forwards that run one after another."""
+        """Return the times of forwards that run one after another."""
         each = list(several)
         return cls({n: sum(float(times.upto(n)[-1]) for times in each) for n in POINTS})
 
     def upto(self, most: int) -> NDArray[np.float64]:
-        """For 1, 2, ... `most` tokens."""
+        """Return the seconds of forwards with 1, 2, ... `most` tokens, (most,)."""
         n = np.arange(1, most + 1)
-        beyond = np.maximum(0, n - self.tokens[-1]) * self.each
+        beyond = np.maximum(0, n - self.tokens[-1]) * self.per_token
         seconds: NDArray[np.float64] = np.interp(n, self.tokens, self.seconds) + beyond
         return seconds
 
     @property
     def fixed(self) -> float:
-        """What one takes at least."""
+        """Seconds that a forward takes at least."""
         return float(self.seconds[0])
 
 
 def step_times(what: str, model: Any, measure: Callable[[int], float]) -> StepTimes:
-    """Those of a model on this machine; `measure(n)` is asked only if it is not known yet."""
+    """Return the step times of a model on this machine, measured unless they are remembered.
+
+    Args:
+        what: What the forward is for; drafting and scoring are remembered separately.
+        model: The transformers model.
+        measure: Measures the seconds of a forward with so many tokens.
+    """
     device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.node()
     threads = torch.get_num_threads()
     key = f"{what} {model.name_or_path} {model.dtype} on {device} {threads} torch {torch.__version__}"
-    file = cache_dir() / "step_times.json"
-    known: dict[str, dict[str, float]] = {}
-    with suppress(OSError, ValueError):
-        known = json.loads(file.read_text())
+    known = _remembered()
     if key not in known:
-        known = dict(list(known.items())[-MOST + 1 :]) | {key: {str(n): measure(n) for n in POINTS}}
+        known = dict(list(known.items())[-MOST + 1 :]) | {key: {n: measure(n) for n in POINTS}}
         with suppress(OSError):  # then it is measured again next time
-            file.parent.mkdir(parents=True, exist_ok=True)
-            fresh = file.with_suffix(f".{os.getpid()}")
-            fresh.write_text(json.dumps(known, indent=1))
-            fresh.replace(file)
-    return StepTimes({int(n): seconds for n, seconds in known[key].items()})
+            write_atomically(_file(), json.dumps(known, indent=1))
+    return StepTimes(known[key])
+
+
+def _file() -> Path:
+    return cache_dir() / "step_times.json"
+
+
+def _remembered() -> dict[str, dict[int, float]]:
+    """What the file says; nothing if there is none, or if it is damaged."""
+    with suppress(OSError, ValueError):
+        known = REMEMBERED.validate_json(_file().read_bytes())
+        return {key: times for key, times in known.items() if set(times) == set(POINTS)}
+    return {}
 
 
 def least_seconds(work: Callable[[], Any], device: torch.device, times: int = 5) -> float:
-    """Of several runs, the first of which warm up."""
+    """Return the seconds of the fastest of several runs, the first of which warm up."""
     seconds = []
     for _ in range(times):
         began = time.perf_counter()

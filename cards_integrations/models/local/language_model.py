@@ -14,12 +14,13 @@ from cards_integrations.chat.stop_strings import StopStrings
 from cards_integrations.chat.template import ChatTokenizer
 from cards_integrations.errors import CardsError, OutOfMemory
 from cards_integrations.models.base import Boundary, Candidate, Context
-from cards_integrations.models.local.loading import max_positions
+from cards_integrations.models.local.resolve import max_positions
 from cards_integrations.models.randomness import Uniforms
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.trace import Usage
-from cards_integrations.transformer.forward import PIECE, ForwardInput, Row, Transformer
-from cards_integrations.transformer.kv_cache import Branch, Tree
+from cards_integrations.transformer.flat_batch import ForwardInput
+from cards_integrations.transformer.forward import PREFILL_CHUNK, Output, Transformer
+from cards_integrations.transformer.kv_cache import Branch
 from cards_integrations.transformer.kv_memory import CacheNeed, KVMemory, first_to_read
 from cards_integrations.transformer.step_times import StepTimes, least_seconds, step_times
 
@@ -27,23 +28,46 @@ LONG = 96  # tokens from which on a candidate does not share a row
 
 
 @dataclass(eq=False)
-class _Tip:
-    """Where a path ends, the kept text's or a candidate's.
+class Frontier:
+    """Where a path through the tree ends, the kept text's or a candidate's.
 
-    `unread` are its last tokens, which the model has not seen yet; once it has, `logits` follow, and
-    the candidates that are `waiting` go on from here.
+    Attributes:
+        branch: The path in the KV cache.
+        owner: The candidate whose path it is; None for the kept text.
+        own_row: True if the candidate has a row of the cache to itself.
+        unread: The last tokens, which the model has not read yet.
+        logits: Those after the last token, once it has.
+        waiting: Candidates that go on from here as soon as there are logits.
     """
 
     branch: Branch
     owner: Candidate | None = None
     own_row: bool = False
     unread: list[int] = field(default_factory=list)
-    logits: Row | None = None
+    logits: Output | None = None
     waiting: list[Candidate] = field(default_factory=list)
 
 
+@dataclass(eq=False)
+class OpenRequest:
+    """The frontiers of one request: the kept text's, and those of its candidates.
+
+    A candidate that waits for its first logits has the frontier that it goes on from.
+    """
+
+    kept: Frontier
+    candidates: dict[Candidate, Frontier] = field(default_factory=dict)
+
+
 class LocalLanguageModel:
-    """A transformers causal model behind the `LanguageModel` protocol."""
+    """A transformers causal model; implements `StepwiseModel`, `ConstrainedModel` and `LogitsReader`.
+
+    Args:
+        model: A causal model of transformers.
+        chat: Its tokenizer and chat template.
+        name: What errors and metadata call it.
+        memory: The budget that its KV cache shares with others; unlimited by default.
+    """
 
     def __init__(self, model: Any, chat: ChatTokenizer, name: str, memory: KVMemory | None = None) -> None:
         self.name = name
@@ -53,26 +77,38 @@ class LocalLanguageModel:
         self.memory = self.transformer.memory
         self.context_window = max_positions(model.config)
         self.eos = _end_of_sequence(model, chat.tokenizer)
-        self.contexts: list[Context] = []
-        self.ready: list[Candidate] = []  # have logits
-        self.failed: dict[Context, CardsError] = {}
         self.steps = 0  # forwards that carried at least one candidate
+        self._requests: dict[Context, OpenRequest] = {}  # in order of arrival
+        self._ready: list[Candidate] = []  # have logits
+        self._failed: list[Candidate] = []
 
     def cache_needs(self, tokens: int) -> list[CacheNeed]:
         return [CacheNeed(self.transformer.cache, 1, tokens)]
 
+    @property
+    def forwards(self) -> int:
+        """Forwards so far."""
+        return self.transformer.forwards
+
+    @property
+    def tokens(self) -> int:
+        """Tokens read so far."""
+        return self.transformer.tokens
+
     def open(self, context: Context) -> None:
         """Give a context a row; its prompt is read when a candidate needs it."""
-        context.state = _Tip(self.transformer.cache.open().branch(), unread=list(context.prompt_ids))
-        self.contexts.append(context)
+        branch = self.transformer.cache.open().branch()
+        self._requests[context] = OpenRequest(Frontier(branch, unread=list(context.prompt_ids)))
 
     def close(self, context: Context) -> None:
-        """Free the row. Its candidates have been given up."""
-        if context.state is not None:
-            self.contexts.remove(context)
-            self.memory.keep(context.state.branch.tree)
-            self.transformer.cache.close(context.state.branch.tree)
-            context.state = None
+        """Free the row, and give up the candidates that are left."""
+        request = self._requests.get(context)
+        if request is not None:
+            for candidate in list(request.candidates):
+                self.drop(candidate)
+            tree = self._requests.pop(context).kept.branch.tree
+            self.memory.keep(tree)
+            self.transformer.cache.close(tree)
 
     @cached_property
     def grammars(self) -> GrammarTokenizer:
@@ -82,22 +118,29 @@ class LocalLanguageModel:
         return self.grammars.matcher(grammar)
 
     def begin(self, candidate: Candidate) -> None:
-        origin = candidate.parent or candidate.context
-        candidate.state = origin.state
-        candidate.matcher = origin.matcher and origin.matcher.fork()
+        request, parent = self._requests[candidate.context], candidate.parent
+        request.candidates[candidate] = request.kept if parent is None else request.candidates[parent]
+        matcher = candidate.context.matcher if parent is None else parent.matcher
+        candidate.matcher = matcher and matcher.fork()
         self._go_on(candidate)
+
+    def _frontier(self, candidate: Candidate) -> Frontier | None:
+        """That of a candidate; None once it has been given up."""
+        request = self._requests.get(candidate.context)
+        return None if request is None else request.candidates.get(candidate)
 
     def _go_on(self, candidate: Candidate) -> None:
         """Let a candidate have its next token, as soon as there are logits for it."""
-        tip: _Tip = candidate.state
-        if tip.unread:
-            tip.waiting.append(candidate)
+        frontiers = self._requests[candidate.context].candidates
+        origin = frontiers[candidate]
+        if origin.unread:
+            origin.waiting.append(candidate)
             return
-        if tip.owner is not candidate:
-            branch = self._branch(tip.branch, candidate)
-            own_row = branch.tree is not tip.branch.tree
-            candidate.state = _Tip(branch, candidate, own_row, logits=tip.logits)
-        self.ready.append(candidate)
+        if origin.owner is not candidate:
+            branch = self._branch(origin.branch, candidate)
+            own_row = branch.tree is not origin.branch.tree
+            frontiers[candidate] = Frontier(branch, candidate, own_row, logits=origin.logits)
+        self._ready.append(candidate)
 
     def _branch(self, origin: Branch, candidate: Candidate) -> Branch:
         """A long candidate gets a row of its own: in a shared one it would read its siblings' columns, masked."""
@@ -111,7 +154,7 @@ class LocalLanguageModel:
 
     def vacancies(self, context: Context, boundary: Boundary) -> int:
         """For how many more candidates there is memory."""
-        tree: Tree = context.state.branch.tree
+        tree = self._requests[context].kept.branch.tree
         cache = self.transformer.cache
         longest = min(boundary.max_tokens, context.max_tokens)
         if longest > LONG:
@@ -121,49 +164,56 @@ class LocalLanguageModel:
 
     def drop(self, candidate: Candidate) -> None:
         """Give up a candidate, finished or not."""
-        tip: _Tip | None = candidate.state
-        candidate.state = None
-        if tip is None or candidate.context.state is None:
+        request = self._requests.get(candidate.context)
+        frontier = request.candidates.pop(candidate, None) if request is not None else None
+        if frontier is None:
             return
-        if candidate in tip.waiting:
-            tip.waiting.remove(candidate)
-        if tip.owner is candidate:
-            self._free(tip, row=tip.own_row)
+        if candidate in frontier.waiting:
+            frontier.waiting.remove(candidate)
+        if frontier.owner is candidate:
+            self._free(frontier, row=frontier.own_row)
 
-    def _free(self, tip: _Tip, row: bool) -> None:
+    def _free(self, frontier: Frontier, row: bool) -> None:
         """Free a branch, or the row that was opened for it."""
         if row:
-            self.transformer.cache.close(tip.branch.tree)
+            self.transformer.cache.close(frontier.branch.tree)
         else:
-            tip.branch.tree.drop(tip.branch)
+            frontier.branch.tree.drop(frontier.branch)
 
     def keep(self, candidate: Candidate) -> None:
         """Make a finished candidate part of its context; the logits after it are carried over."""
-        context, old, tip = candidate.context, candidate.context.state, candidate.state
-        tip.branch.tree.keep(tip.branch)
-        if tip.logits is not None:
-            tip.logits = Row(tip.logits.value[None].clone(), 0)  # or those of its whole batch stay as long
-        context.state, tip.own_row = tip, False
-        self._free(old, row=old.branch.tree is not tip.branch.tree)
+        context = candidate.context
+        request = self._requests[context]
+        old, new = request.kept, request.candidates.pop(candidate)
+        new.branch.tree.keep(new.branch)
+        if new.logits is not None:
+            new.logits = Output(new.logits.value[None].clone(), 0)  # or those of its whole batch stay as long
+        request.kept, new.own_row = new, False
+        self._free(old, row=old.branch.tree is not new.branch.tree)
         context.matcher = candidate.matcher
         context.ids += candidate.ids
         context.text = candidate.response
 
     def sample(self) -> list[Candidate]:
-        """Give each candidate with logits its next token, or end it; returns those that ended."""
-        groups: dict[tuple[Boundary, Sampler], list[Candidate]] = {}  # alike in sampler and boundary
-        for candidate in self.ready:
-            if candidate.state is not None:
+        """Give each candidate with logits its next token, or end it.
+
+        Returns:
+            Those that have ended.
+        """
+        groups: dict[tuple[Boundary, Sampler], list[Candidate]] = {}  # alike in boundary and sampler
+        for candidate in self._ready:
+            if self._frontier(candidate) is not None:
                 groups.setdefault((candidate.boundary, candidate.context.sampler), []).append(candidate)
-        self.ready = []
-        ended: list[Candidate] = []
+        self._ready = []
+        ended, self._failed = self._failed, []
         for (boundary, sampler), group in groups.items():
             ended += self._sample(boundary, sampler, group)
         return ended
 
     @torch.inference_mode()
     def _sample(self, boundary: Boundary, sampler: Sampler, group: list[Candidate]) -> list[Candidate]:
-        logits, rows = _stacked([c.state.logits for c in group])
+        frontiers = [self._requests[c.context].candidates[c] for c in group]
+        logits, rows = _stacked([frontier.logits for frontier in frontiers if frontier.logits is not None])
         uniforms = torch.tensor([c.uniforms[len(c.ids)] for c in group], dtype=torch.float64, device=logits.device)
         at = torch.tensor(rows, device=logits.device)
         tokens, forced = self._tokens(sampler, group, logits, at, uniforms)
@@ -177,7 +227,7 @@ class LocalLanguageModel:
         ids, gains = map(int, numbers[:n]), numbers[n : 2 * n]
         risen = {i for i, rise in zip(asked, numbers[2 * n :], strict=False) if rise}
         ended = []
-        for i, (candidate, token, gain) in enumerate(zip(group, ids, gains, strict=True)):
+        for i, (candidate, frontier, token, gain) in enumerate(zip(group, frontiers, ids, gains, strict=True)):
             if i in risen:
                 self._read(candidate)  # ends before this token; its logits stay for whoever comes next
                 ended.append(candidate)
@@ -191,11 +241,11 @@ class LocalLanguageModel:
                 continue
             candidate.log_likelihood += gain
             candidate.ids.append(token)
-            candidate.state.logits, candidate.state.unread = None, [token]
+            frontier.logits, frontier.unread = None, [token]
             if self._ends_after(candidate):
                 ended.append(candidate)
             else:
-                candidate.state.waiting.append(candidate)
+                frontier.waiting.append(candidate)
         return ended
 
     def _tokens(
@@ -252,62 +302,85 @@ class LocalLanguageModel:
         return full or (asked and boundary.ends_after(own))
 
     def _read(self, candidate: Candidate) -> None:
-        candidate.response = self.decode([*candidate.before, *candidate.ids])
+        candidate.response = self.chat.decode([*candidate.before, *candidate.ids])
 
-    def unread(self, candidates: Iterable[Candidate]) -> dict[_Tip, Context]:
-        """What must be read for their next token.
+    def has_unread(self, candidates: Iterable[Candidate]) -> bool:
+        """True if something must be read before these candidates can have their next token."""
+        return bool(self._unread(candidates))
 
-        That is a candidate's own last token, or the prompt it waits for, or the last token of a
-        segment that ended by its length.
+    def _unread(self, candidates: Iterable[Candidate]) -> dict[Frontier, Context]:
+        """What must be read for the next token of these candidates.
+
+        That is a candidate's own last token, or the prompt that it waits for, or the last token of a segment that
+        ended by its length.
         """
-        return {c.state: c.context for c in candidates if c.state is not None and c.state.unread and c.state.waiting}
+        found = {}
+        for candidate in candidates:
+            frontier = self._frontier(candidate)
+            if frontier is not None and frontier.unread and frontier.waiting:
+                found[frontier] = candidate.context
+        return found
 
     def forward(self, candidates: Iterable[Candidate]) -> None:
-        """Read it; of long prompts a piece, so that the others take a step between the pieces."""
-        unread = self._recalled(self.unread(candidates))
-        feeds = [ForwardInput(tip.branch, tip.unread[:PIECE], (tip, context)) for tip, context in unread.items()]
-        step = [feed for feed in feeds if len(feed.ids) == 1]
-        for batch in self.transformer.batches([feed for feed in feeds if len(feed.ids) > 1]):
+        """Read what these candidates wait for; of long prompts a piece, so that the others take a step in between."""
+        unread = self._recalled(self._unread(candidates))
+        inputs = [
+            ForwardInput(frontier.branch, frontier.unread[:PREFILL_CHUNK], (frontier, context))
+            for frontier, context in unread.items()
+        ]
+        step = [each for each in inputs if len(each.ids) == 1]
+        for batch in self.transformer.batches([each for each in inputs if len(each.ids) > 1]):
             self._run(batch)
         if step:
             self._run(step)
             self.steps += 1
 
-    def _recalled(self, unread: dict[_Tip, Context]) -> dict[_Tip, Context]:
-        """Without what was read before, or is being read now, for another request."""
-        fresh = [tip for tip, context in unread.items() if tip is context.state and not tip.branch.tree.ids]
-        for tip in fresh:
-            tree = tip.branch.tree
-            self.memory.recall(tree, tip.unread)
+    def _recalled(self, unread: dict[Frontier, Context]) -> dict[Frontier, Context]:
+        """Leave out what was read before, or is being read now, for another request."""
+        fresh = [
+            frontier
+            for frontier, context in unread.items()
+            if frontier is self._requests[context].kept and not frontier.branch.tree.ids
+        ]
+        for frontier in fresh:
+            tree = frontier.branch.tree
+            self.memory.recall(tree, frontier.unread)
             if tree.ids:
-                tree.drop(tip.branch)
-                tip.branch = tree.branch()
-                del tip.unread[: len(tree.ids)]
-                unread[tip].usage.cached_tokens += len(tree.ids)
-        unknown = [tip for tip in fresh if not tip.branch.tree.ids]
-        first = {unknown[index] for index in first_to_read([tip.unread for tip in unknown])}
-        return {tip: context for tip, context in unread.items() if tip in first or tip not in unknown}
+                tree.drop(frontier.branch)
+                frontier.branch = tree.branch()
+                del frontier.unread[: len(tree.ids)]
+                unread[frontier].usage.cached_tokens += len(tree.ids)
+        unknown = [frontier for frontier in fresh if not frontier.branch.tree.ids]
+        first = {unknown[index] for index in first_to_read([frontier.unread for frontier in unknown])}
+        return {f: context for f, context in unread.items() if f in first or f not in unknown}
 
-    def _run(self, feeds: Sequence[ForwardInput]) -> None:
-        """One forward; tips that have nothing unread any more get their logits."""
+    def _run(self, inputs: Sequence[ForwardInput]) -> None:
+        """One forward; frontiers that have nothing unread any more get their logits."""
         served = {}
-        for feed, logits in zip(feeds, self.transformer.logits(feeds), strict=True):
-            tip, context = feed.owner
+        for each, logits in zip(inputs, self.transformer.logits(inputs), strict=True):
+            frontier, context = each.owner
             if isinstance(logits, OutOfMemory):
-                self.failed[context] = logits
+                self._fail(frontier, logits)
                 continue
-            del tip.unread[: len(feed.ids)]
-            if tip is context.state:
-                tip.branch.tree.keep(tip.branch)
-            if not tip.unread:
-                tip.logits = logits
-                waiting, tip.waiting = tip.waiting, []
+            del frontier.unread[: len(each.ids)]
+            if frontier is self._requests[context].kept:
+                frontier.branch.tree.keep(frontier.branch)
+            if not frontier.unread:
+                frontier.logits = logits
+                waiting, frontier.waiting = frontier.waiting, []
                 for candidate in waiting:
                     self._go_on(candidate)
-            context.usage.lm_tokens += len(feed.ids)
+            context.usage.lm_tokens += len(each.ids)
             served[id(context)] = context.usage
         for usage in served.values():
             usage.lm_forwards += 1
+
+    def _fail(self, frontier: Frontier, error: CardsError) -> None:
+        """Hand over the candidates that wait for what could not be read."""
+        for candidate in frontier.waiting:
+            candidate.error = error
+        self._failed += frontier.waiting
+        frontier.waiting = []
 
     def read(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> torch.Tensor:
         """The logits before each token of an answer, (tokens, vocabulary)."""
@@ -320,8 +393,7 @@ class LocalLanguageModel:
             raise row
         return row.values[:-1].float()
 
-    @cached_property
-    def times(self) -> StepTimes:
+    def step_times(self) -> StepTimes:
         """Seconds of a step, sampling included, by its number of candidates."""
         return step_times("drafting", self.model, self._time)
 
@@ -342,25 +414,20 @@ class LocalLanguageModel:
 
     def reset(self) -> None:
         """Forget every row, after an error in the middle of a forward."""
-        for context in list(self.contexts):
-            context.state = None
-        self.contexts, self.ready = [], []
+        self._requests, self._ready, self._failed = {}, [], []
         old = self.transformer.cache
         self.transformer = Transformer(self.model, self.memory)
         self.memory.replace(old, self.transformer.cache)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        return self.chat.decode(ids)
 
-
-def _stacked(logits: list[Row]) -> tuple[torch.Tensor, list[int]]:
+def _stacked(logits: list[Output]) -> tuple[torch.Tensor, list[int]]:
     """Distinct logits (n, vocabulary), and where each of the given ones is among them."""
-    places = {(id(row.batch), row.at): row.value for row in logits}  # siblings begin from the same ones
+    places = {(id(row.batch), row.last): row.value for row in logits}  # siblings begin from the same ones
     batch = logits[0].batch
     if len({source for source, _ in places}) == 1 and 4 * len(places) >= 3 * len(batch):
-        return batch, [row.at for row in logits]  # a few rows too many cost less than a copy of the others
+        return batch, [row.last for row in logits]  # a few rows too many cost less than a copy of the others
     index = {place: i for i, place in enumerate(places)}
-    return torch.stack(list(places.values())), [index[id(row.batch), row.at] for row in logits]
+    return torch.stack(list(places.values())), [index[id(row.batch), row.last] for row in logits]
 
 
 class _Long(Boundary):

@@ -4,112 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
 
-from pydantic import ConfigDict, Field, ValidationError, field_validator
+from pydantic import ValidationError
 
-from cards_integrations.chat.tools import FormatName
+from cards_integrations.chat.template import ChatTokenizer
 from cards_integrations.errors import CardsError, ModelError, SettingsError
-from cards_integrations.http_client import Keyed, Servers, ServerUrl
+from cards_integrations.http_client import ServiceClient
 from cards_integrations.models.base import Boundary, Candidate, Context
-from cards_integrations.models.vllm.replies import COMPLETIONS, HINTS, KEY, PROBE, Completion, ServerHandshake
-
-if TYPE_CHECKING:
-    import torch
-
-    from cards_integrations.chat.grammar import Grammar, Matcher
-    from cards_integrations.chat.template import ChatTokenizer
-    from cards_integrations.models.local.loading import ModelLoader
-    from cards_integrations.transformer.kv_memory import CacheNeed
-    from cards_integrations.transformer.step_times import StepTimes
+from cards_integrations.models.vllm.replies import COMPLETIONS, HINTS, PROBE, Completion, ServerHandshake
+from cards_integrations.models.vllm.settings import VllmModel
 
 log = logging.getLogger("cards_integrations")
 MARKS = (".", "!", "?", "\n")
-AHEAD = 64  # candidates of one request at most
-
-
-class VllmModel(Keyed):
-    """A causal model that vLLM serves at `base_url`, or at several replicas; `model` is its served name.
-
-    `tokenizer` (embedded name, hub id or directory; by default `model`) is read here: prompts and answers
-    travel as token ids. Segments that end by uncertainty need `EntropyStop` in the server:
-    `--logits-processors cards_integrations.vllm_plugin:EntropyStop`. Where it is missing,
-    `without_plugin` says whether to refuse, or to end such segments by their length (of `fallback_length`
-    tokens), or at punctuation. `sentinel` is the id of a token that answers never hold, with which the
-    server ends a segment; by default a special token that is no end-of-sequence.
-
-    `api_key` goes out as a Bearer token (None: CARDS_VLLM_API_KEY, if that is set), and is not written
-    with the settings. `request_timeout` is in seconds, for one candidate. What may pass is tried `retries`
-    times more, at another replica if there is one; `concurrency` candidates are drafted at once.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
-
-    key_setting: ClassVar[str] = "model.api_key"
-    key_variable: ClassVar[str] = KEY
-    kind: Literal["vllm"] = "vllm"
-    base_url: ServerUrl | tuple[ServerUrl, ...]
-    model: Annotated[str, Field(min_length=1)]
-    tokenizer: Annotated[str, Field(min_length=1)] | None = None
-    revision: str | None = None
-    trust_remote_code: bool = False
-    tool_format: FormatName | None = None
-    without_plugin: Literal["refuse", "fixed_length", "punctuation"] = "refuse"
-    fallback_length: Annotated[int, Field(ge=1)] = 12
-    sentinel: Annotated[int, Field(ge=0)] | None = None
-    request_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 120.0
-    retries: Annotated[int, Field(ge=0)] = 3
-    concurrency: Annotated[int, Field(ge=1)] = 256
-
-    @field_validator("base_url")
-    @classmethod
-    def _without_version(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        """OpenAI's clients are given `.../v1`; the health of a server is asked beside it."""
-        if isinstance(value, tuple):
-            if not value:
-                raise ValueError("base_url is empty")
-            return tuple(each.rstrip("/").removesuffix("/v1") for each in value)
-        return value.rstrip("/").removesuffix("/v1")
-
-    @property
-    def urls(self) -> tuple[str, ...]:
-        """Of all replicas."""
-        return (self.base_url,) if isinstance(self.base_url, str) else self.base_url
-
-    def same_weights(self, other: object) -> bool:
-        """No weights of a server are shared."""
-        return False
-
-    def context_window(self) -> int:
-        """Tokens of prompt and answer together, as the server says."""
-        return _context_window(self)
-
-    def build(self, loader: ModelLoader, wake: Callable[[], None]) -> VllmLanguageModel:
-        """Meet the server; called once per engine, in a thread of its own."""
-        from cards_integrations.chat.template import ChatTokenizer
-        from cards_integrations.models.local.loading import LocalModel
-
-        spec = LocalModel(
-            model=self.tokenizer or self.model, revision=self.revision, trust_remote_code=self.trust_remote_code
-        )
-        chat = ChatTokenizer(loader.tokenizer(spec), self.tool_format)
-        return VllmLanguageModel(self, chat, wake)
-
-
-@lru_cache
-def _context_window(spec: VllmModel) -> int:
-    return ServerHandshake(spec).context_window()
 
 
 class VllmLanguageModel:
-    """Candidates as completions behind the `LanguageModel` protocol.
+    """Candidates as completions; implements `LanguageModel`.
 
-    Each candidate is a request of its own: the server's prefix cache shares what they have in common, and
-    giving one up aborts it there alone. Sampling, and the end of a segment by its uncertainty, are decided
-    in the server; a draft's random numbers follow from its own stream here, so a seed gives the same drafts
-    as far as the server's arithmetic does not depend on its load.
+    Each candidate is an HTTP request of its own: the server's prefix cache shares what they have in common, and
+    giving one up aborts it there alone. Sampling, and the end of a segment by its uncertainty, happen in the server;
+    a draft's random numbers follow from its own stream here, so a seed gives the same drafts as far as the server's
+    arithmetic does not depend on its load.
+
+    Args:
+        spec: The settings.
+        chat: The model's tokenizer and chat template.
+        wake: Called when a candidate has ended.
     """
 
     def __init__(self, spec: VllmModel, chat: ChatTokenizer, wake: Callable[[], None]) -> None:
@@ -117,16 +40,17 @@ class VllmLanguageModel:
         self.name = spec.model
         self.chat = chat
         self.wake = wake
-        greeting = ServerHandshake(spec)
-        self.context_window = greeting.context_window()
-        greeting.check_tokenizer(chat)
-        self.plugin = greeting.has_plugin(chat.encode(PROBE))
-        self.servers = Servers(
+        handshake = ServerHandshake(spec)
+        self.context_window = handshake.context_window()
+        handshake.check_tokenizer(chat)
+        self.plugin = handshake.has_plugin(chat.encode(PROBE))
+        self.servers = ServiceClient(
             f"model {spec.model!r}", spec.urls, key=spec.key, timeout=spec.request_timeout, retries=spec.retries,
             concurrency=spec.concurrency, error=ModelError, hints=HINTS, setting="model.base_url", health="/health",
         )  # fmt: skip
-        self.failed: dict[Context, CardsError] = {}
-        self.ended: list[Candidate] = []
+        self._affinity: dict[Context, int] = {}  # all candidates of a prompt find it in one replica's cache
+        self._tasks: dict[Candidate, asyncio.Task[None]] = {}
+        self._ended: list[Candidate] = []
 
     @cached_property
     def fallback(self) -> str:
@@ -151,72 +75,40 @@ class VllmLanguageModel:
                 return int(token)
         raise ModelError(f"model {self.name!r}: its tokenizer has no special token to spare; set model.sentinel.")
 
-    @property
-    def times(self) -> StepTimes:
-        """Not seconds: what a step of a server costs with more candidates, so that few are drafted in vain."""
-        from cards_integrations.transformer.step_times import StepTimes
-
-        return StepTimes({1: 1.0, 16: 2.0})
-
-    def cache_needs(self, tokens: int) -> list[CacheNeed]:
-        return []
-
-    def matcher(self, grammar: Grammar) -> Matcher:
-        raise SettingsError(
-            "Grammars, response formats and enforced tool calls need a local model: a server does not go on with "
-            "a grammar from one segment to the next. Use LocalModel, or tool_choice='auto'."
-        )
-
-    def read(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> torch.Tensor:
-        raise ModelError("Logits of whole answers are read by a local model only: leave segment_length out.")
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self.chat.decode(ids)
-
     def open(self, context: Context) -> None:
-        context.state = hash(tuple(context.prompt_ids))  # all candidates of a prompt find it in one replica's cache
+        self._affinity[context] = hash(tuple(context.prompt_ids))
 
     def close(self, context: Context) -> None:
-        context.state = None
-        self.failed.pop(context, None)
-
-    def vacancies(self, context: Context, boundary: Boundary) -> int:
-        return AHEAD
+        self._affinity.pop(context, None)
+        for candidate in [each for each in self._tasks if each.context is context]:
+            self.drop(candidate)
 
     def begin(self, candidate: Candidate) -> None:
-        candidate.state = asyncio.get_running_loop().create_task(self._draft(candidate))
+        self._tasks[candidate] = asyncio.get_running_loop().create_task(self._draft(candidate))
 
     def drop(self, candidate: Candidate) -> None:
-        """Closes its connection, and so ends it in the server."""
-        if candidate.state is not None:
-            candidate.state.cancel()
-            candidate.state = None
+        """Close the candidate's connection, which ends it in the server."""
+        task = self._tasks.pop(candidate, None)
+        if task is not None:
+            task.cancel()
 
     def keep(self, candidate: Candidate) -> None:
+        del self._tasks[candidate]
         candidate.context.ids += candidate.ids
         candidate.context.text = candidate.response
 
     def sample(self) -> list[Candidate]:
-        ended, self.ended = self.ended, []
-        return [candidate for candidate in ended if candidate.state is not None]
-
-    def unread(self, candidates: Iterable[Candidate]) -> Mapping[Any, Context]:
-        return {}
-
-    def forward(self, candidates: Iterable[Candidate]) -> None:
-        """Nothing is computed here."""
-
-    def reset(self) -> None:
-        self.ended = []
+        ended, self._ended = self._ended, []
+        return [candidate for candidate in ended if candidate in self._tasks]
 
     async def _draft(self, candidate: Candidate) -> None:
         """One completion, from the request to the candidate's end."""
         context = candidate.context
         try:
             body = self._body(candidate)
-            near, calls = context.state, context.usage
+            near, calls = self._affinity[context], context.usage
             calls.lm_forwards += 1
-            reply = await self.servers.post(COMPLETIONS, body, near=near)
+            reply = await self.servers.post(COMPLETIONS, body, affinity=near)
             try:
                 found = Completion.model_validate_json(reply.content)
             except ValidationError as error:
@@ -227,14 +119,11 @@ class VllmLanguageModel:
                 ) from None
             self._take(candidate, found)
         except CardsError as error:
-            self.failed[context] = error
+            candidate.error = error
         except Exception as error:
             log.exception("a candidate could not be drafted")
-            self.failed[context] = ModelError(f"model {self.name!r}: {type(error).__name__}: {error}")
-        else:
-            self.ended.append(candidate)
-        if context.state is None:
-            self.failed.pop(context, None)  # the request has ended meanwhile
+            candidate.error = ModelError(f"model {self.name!r}: {type(error).__name__}: {error}")
+        self._ended.append(candidate)
         self.wake()
 
     def _body(self, candidate: Candidate) -> dict[str, Any]:
@@ -302,12 +191,12 @@ class VllmLanguageModel:
         None: all of them, and whatever ended them in the server ends the candidate.
         """
         context, boundary = candidate.context, candidate.boundary
-        candidate.response = self.decode([*candidate.before, *ids])
+        candidate.response = self.chat.decode([*candidate.before, *ids])
         punctuated = boundary.reads_text or (
             boundary.served is not None and not self.plugin and self.spec.without_plugin == "punctuation"
         )
         for length in range(1, len(ids) + 1) if punctuated or context.stop else ():
-            response = self.decode([*candidate.before, *ids[:length]])
+            response = self.chat.decode([*candidate.before, *ids[:length]])
             at = context.stop.find(response, len(candidate.before_text))
             if at is not None:
                 candidate.response, candidate.whole, candidate.finish = response[:at], False, "stop"

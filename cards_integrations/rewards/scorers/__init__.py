@@ -1,1 +1,1 @@
-"""How rewards read answers: incrementally, anew, as embeddings, by entailment, by likelihood."""
+"""How reward models read answers: incrementally or anew, as embeddings, by entailment, by likelihood."""

@@ -8,14 +8,20 @@ from typing import Any
 import torch
 
 from cards_integrations.errors import CardsError, ModelError
-from cards_integrations.models.local.loading import LoadLock, LocalModel, ModelLoader, resolve_model
+from cards_integrations.models.local.load_lock import load_lock
+from cards_integrations.models.local.loader import ModelLoader
+from cards_integrations.models.local.resolve import resolve_model
+from cards_integrations.models.local.settings import LocalModel
 
 
 class Embedder:
-    """A sentence-transformers model in float32; its directory says how it pools, and its prompts.
+    """A sentence-transformers model in float32; pooling and prompts are as its directory says.
 
     A text longer than the model's window loses its beginning. The library would cut the end, where
-    an answer grows: from there on all candidates would be one vector, and their scores the same.
+    an answer grows: from there on all candidates would have one vector, and the same score.
+
+    Raises:
+        ModelError: The library is not installed, or the model does not load.
     """
 
     def __init__(self, spec: LocalModel, device: torch.device) -> None:
@@ -27,7 +33,7 @@ class Embedder:
                 f"install the extra `embeddings` of cards-integrations ({error})."
             ) from error
         try:
-            with LoadLock():
+            with load_lock():
                 self.model: Any = SentenceTransformer(
                     resolve_model(spec.model),
                     device=str(device),
@@ -44,24 +50,30 @@ class Embedder:
 
     @classmethod
     def of(cls, models: ModelLoader, spec: LocalModel) -> Embedder:
-        """The engine's only one of this model, whichever rewards ask for it."""
+        """Return the engine's embedder of this model, the same one for all rewards."""
         return models.cached((cls, spec), lambda: cls(spec, models.device))
 
     def __call__(self, texts: Sequence[str], query: bool = False) -> tuple[torch.Tensor, list[int]]:
-        """n texts -> unit vectors (n, size), and how many tokens were read of each.
+        """Embed texts.
 
-        A blank text is the zero vector, similar to nothing: what a model makes of no word is arbitrary.
-        Some models have one prompt for queries and another for the documents that answer them.
+        Args:
+            texts: n texts.
+            query: Whether the model's prompt for queries is used, and not the one for documents that
+                answer them; some models have both.
+
+        Returns:
+            Unit vectors (n, size), and how many tokens of each text were read. A blank text has the zero
+            vector, similar to nothing: what a model makes of no word is arbitrary.
         """
         encode = self.model.encode_query if query else self.model.encode_document
         found = encode(list(texts), output_value=None, show_progress_bar=False)
         vectors = torch.stack([each["sentence_embedding"] for each in found]).float()
-        said = torch.tensor([bool(text.strip()) for text in texts], device=vectors.device)
+        has_text = torch.tensor([bool(text.strip()) for text in texts], device=vectors.device)
         tokens = [int(each["attention_mask"].sum()) if "attention_mask" in each else 0 for each in found]
-        return torch.nn.functional.normalize(vectors, dim=-1) * said[:, None], tokens
+        return torch.nn.functional.normalize(vectors, dim=-1) * has_text[:, None], tokens
 
 
 def similarity(ones: torch.Tensor, others: torch.Tensor) -> list[float]:
-    """Cosines of the rows of two matrices of unit vectors (n, size), each in [-1, 1]."""
+    """Return the cosines of the rows of two matrices of unit vectors (n, size), each in [-1, 1]."""
     cosines: list[float] = (ones * others).sum(-1).clamp(-1, 1).tolist()  # rounding goes past 1
     return cosines

@@ -1,4 +1,4 @@
-"""Does a context entail a sentence? By a classifier of pairs."""
+"""Whether a context entails a sentence, by a classifier of pairs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from cards_integrations.errors import SettingsError
 from cards_integrations.rewards.base import Conversation, Response, RewardModel, count_forward
-from cards_integrations.rewards.scorers.sentences import sentences
+from cards_integrations.rewards.scorers.sentences import split_sentences
 from cards_integrations.rewards.scorers.support import support
 
 
@@ -17,6 +17,13 @@ class Entailment(RewardModel):
     """The mean over an answer's sentences of the highest probability of `label` over its contexts.
 
     The classifier reads pairs (context, sentence); of a context that is too long it reads the beginning.
+
+    Args:
+        name: What errors call the reward.
+        model: An `AutoModelForSequenceClassification`.
+        tokenizer: Its tokenizer.
+        label: Index or name of the label that means support.
+        context: Finds the contexts of a conversation.
     """
 
     across_requests = True
@@ -33,32 +40,43 @@ class Entailment(RewardModel):
         self.context = context
         self.model, self.tokenizer = model, tokenizer
         self.index = self._index(label, self.model.config.id2label)
+        self.contexts: dict[Conversation, Sequence[str]] = {}  # of open conversations
 
     def _index(self, label: int | str, labels: dict[int, str]) -> int:
-        """The class that means support; a cross-encoder has only one."""
+        """The label that means support; a cross-encoder has only one."""
         found = [index for index, name in labels.items() if label == index or str(label).lower() == name.lower()]
         if not found and len(labels) > 1:
             raise SettingsError(f"reward.label={label!r}: choose one of {labels} for the reward {self.name!r}.")
         return found[0] if found else 0
 
     def open(self, conversation: Conversation) -> None:
-        conversation.state = self.context(conversation)
+        self.contexts[conversation] = self.context(conversation)
+
+    def close(self, conversation: Conversation) -> None:
+        self.contexts.pop(conversation, None)
 
     async def score(self, responses: Sequence[Response]) -> list[float]:
-        asked = [(response.conversation, sentence) for response in responses for sentence in sentences(response.text)]
-        pairs = [(context, sentence) for conversation, sentence in asked for context in conversation.state]
+        contexts = {r.conversation: self._contexts(r.conversation) for r in responses}
+        asked = [
+            (response.conversation, sentence) for response in responses for sentence in split_sentences(response.text)
+        ]
+        pairs = [(context, sentence) for conversation, sentence in asked for context in contexts[conversation]]
         read = iter(self._probabilities(pairs) if pairs else ())
         by_sentence, counted = [], []
         for conversation, _ in asked:
-            own = [next(read) for _ in conversation.state]
+            own = [next(read) for _ in contexts[conversation]]
             by_sentence.append([p for p, _ in own])
             counted.append((conversation, sum(tokens for _, tokens in own)))
         count_forward(counted)
         rows = iter(by_sentence)
-        return [support(response, [next(rows) for _ in sentences(response.text)]) for response in responses]
+        return [support(response, [next(rows) for _ in split_sentences(response.text)]) for response in responses]
+
+    def _contexts(self, conversation: Conversation) -> Sequence[str]:
+        known = self.contexts.get(conversation)
+        return self.context(conversation) if known is None else known  # it may have been closed meanwhile
 
     def _probabilities(self, pairs: list[tuple[str, str]]) -> list[tuple[float, int]]:
-        """Of each pair, and how many tokens it has."""
+        """The probability of support for each pair, and how many tokens it has."""
         contexts, texts = map(list, zip(*pairs, strict=True))
         inputs = self.tokenizer(contexts, texts, padding=True, truncation="only_first", return_tensors="pt")
         with torch.inference_mode():

@@ -3,91 +3,86 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from cards_integrations.chat.message import Message
-from cards_integrations.models.local.loading import LocalModel
-from cards_integrations.rewards.base import Conversation, Response, RewardLoader
-from cards_integrations.rewards.composite import Composite
-from cards_integrations.rewards.scorers.incremental import Incremental, Read, Scored
-from cards_integrations.rewards.scorers.layout import Layout
-from cards_integrations.transformer.forward import ForwardInput
+from cards_integrations.rewards.base import CausalModel, Conversation, Response
+from cards_integrations.rewards.scorers.composite import Composite
+from cards_integrations.rewards.scorers.incremental import ConversationRow, Incremental, ScoredBranch
+from cards_integrations.rewards.scorers.input_format import InputFormat
+from cards_integrations.transformer.flat_batch import ForwardInput
+from cards_integrations.transformer.forward import Output
 from cards_integrations.transformer.kv_memory import CacheNeed, common
 
-UNREAD = object()  # the state of a conversation of which nothing has been read
 OtherPrompt = Callable[[Conversation], tuple[str | list[Message], bool]]
-
-
-@dataclass
-class ReadAnswer(Read):
-    log_p: list[float] = field(default_factory=list)  # of each token of the kept answer
-
-
-@dataclass
-class ScoredAnswer(Scored):
-    log_p: list[float]  # of each token of the answer that is known already
+"""Another prompt for a conversation, and whether that one has the context."""
 
 
 class Likelihood(Incremental):
-    """sum_t log p(y_t | prompt, y_<t) in nats, full vocabulary, temperature 1; an empty answer has 0."""
+    """sum_t log p(y_t | prompt, y_<t) in nats, full vocabulary, temperature 1; 0 for an empty answer."""
 
     def open(self, conversation: Conversation) -> None:
-        text, ids = self.layout.chat.prompt(conversation.prompt)
-        conversation.state = ReadAnswer(self.transformer.cache.open(), text, "", ids, [])
+        text, ids = self.input_format.chat.prompt(conversation.prompt)
+        self.rows[conversation] = ConversationRow(self.transformer.cache.open(), text, "", ids, [])
 
     def keep(self, response: Response) -> None:
-        if response.state is not None:
-            response.conversation.state.log_p = response.state.log_p
+        row = self.rows.get(response.conversation)
+        if row is not None and (scored := row.branches.get(response)) is not None:
+            row.log_p = scored.log_p
         super().keep(response)
 
-    def tokens(self, response: Response) -> list[int]:
-        """The answer's own."""
+    def answer_ids(self, response: Response) -> list[int]:
+        """Return the tokens of the answer alone."""
         if self.same_vocabulary and response.ids is not None:
             return response.ids
-        return self.layout.chat.encode(response.text)
+        return self.input_format.chat.encode(response.text)
 
-    def _feed(self, response: Response) -> ForwardInput:
-        read: ReadAnswer = response.conversation.state
-        whole = [*read.before_ids, *self.tokens(response)]
+    def _forward_input(self, response: Response) -> ForwardInput:
+        row = self.rows[response.conversation]
+        whole = [*row.before_ids, *self.answer_ids(response)]
         ids, _ = self._fitting(whole, 0, response)
         lost = len(whole) - len(ids)
-        prompt = len(read.before_ids) - lost
-        if not read.tree.ids:
-            self.transformer.memory.recall(read.tree, read.before_ids)
-        shared = common(ids, read.tree.ids)
+        prompt = len(row.before_ids) - lost
+        if not row.tree.ids:
+            self.transformer.memory.recall(row.tree, row.before_ids)
+        shared = common(ids, row.tree.ids)
         known = 0 if lost else max(0, min(shared, len(ids) - 1) - prompt)
         start = min(shared, prompt + known - 1)  # its output says how probable the first unknown token is
-        branch = read.tree.branch(start)
-        response.state = ScoredAnswer(branch, len(ids) - start, ids, read.log_p[:known])
+        branch = row.tree.branch(start)
+        row.branches[response] = ScoredBranch(branch, len(ids) - start, ids, row.log_p[:known])
         return ForwardInput(branch, ids[start:], response, outputs=len(ids) - prompt - known + 1)
 
-    def _run(self, batch: list[ForwardInput]) -> list[float]:
-        found = []
+    def _score_batch(self, batch: list[ForwardInput]) -> list[float]:
+        outputs = self._counted(batch, self.transformer.logits(batch))
         with torch.inference_mode():
-            for feed, row in zip(batch, self._read(batch, self.transformer.logits(batch)), strict=True):
-                new = torch.tensor(feed.ids[len(feed.ids) + 1 - feed.outputs :], device=row.batch.device)
-                log_p = row.values[:-1].float().log_softmax(-1).gather(-1, new[:, None])[:, 0]
-                scored: ScoredAnswer = feed.owner.state
-                scored.log_p = scored.log_p + log_p.tolist()
-                found.append(sum(scored.log_p))
-        return found
+            return [self._sum(forward, output) for forward, output in zip(batch, outputs, strict=True)]
+
+    def _sum(self, forward: ForwardInput, output: Output) -> float:
+        """The log p of an answer, those of its new tokens being read now."""
+        new = torch.tensor(forward.ids[len(forward.ids) + 1 - forward.outputs :], device=output.batch.device)
+        log_p = output.values[:-1].float().log_softmax(-1).gather(-1, new[:, None])[:, 0]
+        scored = self.rows[forward.owner.conversation].branches[forward.owner]
+        scored.log_p = scored.log_p + log_p.tolist()
+        return sum(scored.log_p)
 
 
 class OwnLikelihood(Likelihood):
-    """That of the language model which drafts: it is known from the drafting, and read only for other texts."""
+    """Likelihood under the language model that drafts: known from the drafting, and read only for other texts."""
+
+    def __init__(self, *settings: Any) -> None:
+        super().__init__(*settings)
+        self.unread: set[Conversation] = set()  # open, but without a row: nothing had to be read
 
     def cache_needs(self, conversation: Conversation, tokens: int) -> list[CacheNeed]:
         return []
 
     def open(self, conversation: Conversation) -> None:
-        """Nothing is read yet, and perhaps never."""
-        conversation.state = UNREAD
+        self.unread.add(conversation)
 
     def close(self, conversation: Conversation) -> None:
-        if conversation.state is UNREAD:
-            conversation.state = None
+        self.unread.discard(conversation)
         super().close(conversation)
 
     @property
@@ -95,45 +90,60 @@ class OwnLikelihood(Likelihood):
         return None
 
     async def score(self, responses: Sequence[Response]) -> list[float]:
-        others = [r for r in responses if r.log_likelihood is None and r.conversation.state is not None]
+        others = [r for r in responses if r.log_likelihood is None and self._is_open(r.conversation)]
         for response in others:
-            if response.conversation.state is UNREAD:
-                super().open(response.conversation)
-        read = iter(await super().score(others))
-        found = {id(response): next(read) for response in others}
-        return [found.get(id(r), r.log_likelihood or 0.0) for r in responses]
+            self._open_row(response.conversation)
+        found = dict(zip(others, await super().score(others), strict=True))
+        return [found.get(response, response.log_likelihood or 0.0) for response in responses]
+
+    def _is_open(self, conversation: Conversation) -> bool:
+        return conversation in self.unread or conversation in self.rows
+
+    def _open_row(self, conversation: Conversation) -> None:
+        if conversation in self.unread:
+            super().open(conversation)
+            self.unread.remove(conversation)
 
 
-def likelihood(loader: RewardLoader, spec: LocalModel | None, name: str, anew: bool = False) -> Likelihood:
-    """Of the language model itself (None), or of another causal model.
+def likelihood(causal: CausalModel, name: str, from_drafting: bool = True) -> Likelihood:
+    """Make a model of log p.
 
-    `anew`: after another prompt than the one it drafts from, so that nothing is known from the drafting.
+    Args:
+        causal: The causal model under which answers are read.
+        name: What errors call the reward.
+        from_drafting: Whether the language model's own log p is taken from the drafting where it is known;
+            False to read answers after another prompt than the one it drafts from.
     """
-    reader = loader.causal(spec, name)
-    family = OwnLikelihood if reader.own and not anew else Likelihood
-    return family(name, reader.model, Layout(reader.chat), reader.same_vocabulary, loader.models.memory)
+    family = OwnLikelihood if causal.is_language_model and from_drafting else Likelihood
+    return family(name, causal.model, InputFormat(causal.chat), causal.same_vocabulary, causal.memory)
 
 
 class MutualInformation(Composite):
     """(log p(answer | prompt with context) - log p(answer | prompt without it)) / tokens, in nats.
 
-    The first part is the prompt as it is; `other_prompt` makes the second, and says which has the context.
+    Args:
+        name: What errors call the reward.
+        causal: The model that reads the answer after both prompts.
+        other_prompt: Makes the second prompt from the one as it is.
     """
 
-    def __init__(self, name: str, loader: RewardLoader, other_prompt: OtherPrompt) -> None:
-        self.own = likelihood(loader, None, "log p")
-        super().__init__(name, [self.own, likelihood(loader, None, "log p, other prompt", anew=True)])
+    def __init__(self, name: str, causal: CausalModel, other_prompt: OtherPrompt) -> None:
+        self.own = likelihood(causal, "log p")
+        super().__init__(name, [self.own, likelihood(causal, "log p, other prompt", from_drafting=False)])
         self.other_prompt = other_prompt
 
-    def view(self, which: int, conversation: Conversation) -> Conversation:
-        if which == 0:
+    def conversation_view(self, part: int, conversation: Conversation) -> Conversation:
+        if part == 0:
             return Conversation(conversation.prompt, conversation.usage)
         prompt, with_context = self.other_prompt(conversation)
         return Conversation(prompt, conversation.usage, conversation.context if with_context else ())
 
     async def score(self, responses: Sequence[Response]) -> list[float]:
-        found = []
-        for response, own, other in zip(responses, *await self.every_part(responses), strict=True):
-            gain = other - own if response.conversation.state[1].context else own - other
-            found.append(gain / max(1, len(self.own.tokens(response))))
-        return found
+        own, other = await self.score_parts(responses)
+        return [self._gain(*each) for each in zip(responses, own, other, strict=True)]
+
+    def _gain(self, response: Response, own: float, other: float) -> float:
+        """By the context, in nats per token."""
+        _, other_conversation = self.views[response.conversation].conversations
+        gain = other - own if other_conversation.context else own - other
+        return gain / max(1, len(self.own.answer_ids(response)))

@@ -1,4 +1,4 @@
-"""How near each sentence of an answer is to what a context says."""
+"""How close each sentence of an answer is to what a context says."""
 
 from __future__ import annotations
 
@@ -8,15 +8,19 @@ import torch
 
 from cards_integrations.rewards.base import Conversation, Response, RewardModel, count_forward
 from cards_integrations.rewards.scorers.embedding import Embedder
-from cards_integrations.rewards.scorers.sentences import sentences
+from cards_integrations.rewards.scorers.sentences import split_sentences
 from cards_integrations.rewards.scorers.support import support
 
 
 class Nearest(RewardModel):
     """The mean over an answer's sentences of the highest cosine with a sentence of its contexts.
 
-    The state of a conversation is the vectors of those sentences, (n, size) for each context, made at
-    the first score.
+    The vectors of those sentences, (n, size) for each context, are made at the first score.
+
+    Args:
+        name: What errors call the reward.
+        embedder: Makes the vectors.
+        context: Finds the contexts of a conversation.
     """
 
     across_requests = True
@@ -25,21 +29,35 @@ class Nearest(RewardModel):
         self.name = name
         self.context = context
         self.embedder = embedder
+        self.sources: dict[Conversation, Sequence[torch.Tensor]] = {}  # of open conversations; empty until needed
+
+    def open(self, conversation: Conversation) -> None:
+        self.sources[conversation] = ()
+
+    def close(self, conversation: Conversation) -> None:
+        self.sources.pop(conversation, None)
 
     async def score(self, responses: Sequence[Response]) -> list[float]:
-        for conversation in dict.fromkeys(response.conversation for response in responses):
-            if conversation.state is None:
-                said = [sentences(context) or [""] for context in self.context(conversation)] or [[""]]
-                vectors = self._embed([sentence for own in said for sentence in own], conversation)
-                conversation.state = torch.split(vectors, [len(own) for own in said])
-        return [self._nearness(response) for response in responses]
+        sources = {c: self._sources(c) for c in dict.fromkeys(response.conversation for response in responses)}
+        return [self._nearness(response, sources[response.conversation]) for response in responses]
 
-    def _nearness(self, response: Response) -> float:
-        own = sentences(response.text)
+    def _sources(self, conversation: Conversation) -> Sequence[torch.Tensor]:
+        """The vectors (n, size) of each context's sentences, remembered while the conversation is open."""
+        if known := self.sources.get(conversation):
+            return known
+        contexts = [split_sentences(context) or [""] for context in self.context(conversation)] or [[""]]
+        vectors = self._embed([sentence for context in contexts for sentence in context], conversation)
+        found = torch.split(vectors, [len(context) for context in contexts])
+        if conversation in self.sources:
+            self.sources[conversation] = found
+        return found
+
+    def _nearness(self, response: Response, sources: Sequence[torch.Tensor]) -> float:
+        own = split_sentences(response.text)
         if not own:
             return 0.0
         vectors = self._embed(own, response.conversation)
-        nearest = [(vectors @ source.T).amax(-1).clamp(max=1) for source in response.conversation.state]
+        nearest = [(vectors @ source.T).amax(-1).clamp(max=1) for source in sources]
         return support(response, torch.stack(nearest, -1).tolist())
 
     def _embed(self, texts: list[str], conversation: Conversation) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""How far several sources support an answer, all together and each alone."""
+"""How well several sources support an answer, all together and each alone."""
 
 from __future__ import annotations
 
@@ -8,9 +8,14 @@ from cards_integrations.rewards.base import Response
 
 
 def support(response: Response, table: Sequence[Sequence[float]]) -> float:
-    """`table[i][j]`: how source j supports sentence i. The mean over sentences of the best source's support.
+    """Average the support of an answer's sentences, each by the source that supports it best.
 
-    What each of several sources gives alone is left in the parts of the response.
+    Args:
+        response: In its `parts` the mean support of each source alone is left, if there are several.
+        table: `table[i][j]` says how much source j supports sentence i; (sentences, sources).
+
+    Returns:
+        The mean over sentences; 0.0 if there are none.
     """
     if not table:
         return 0.0

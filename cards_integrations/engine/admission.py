@@ -1,0 +1,99 @@
+"""Whether a request may begin: its time, a row, and memory for its keys and values."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Collection, Sequence
+from contextlib import asynccontextmanager, nullcontext
+
+from cards_integrations.errors import CardsTimeout, OutOfMemory, PromptError, SettingsError
+from cards_integrations.rewards.base import scoring
+from cards_integrations.transformer.kv_memory import CacheNeed, KVMemory
+
+
+class Admission:
+    """Lets requests begin, first come first served.
+
+    A request that a reward makes goes ahead of all: those that hold the rows and the memory wait for the reward.
+
+    Args:
+        max_rows: Requests that run at once.
+        memory: The budget of all caches.
+        live: The requests that hold memory now.
+    """
+
+    def __init__(self, max_rows: int, memory: KVMemory, live: Collection[object]) -> None:
+        self._rows = asyncio.Semaphore(max_rows)
+        self._memory = memory
+        self._live = live
+        self._turn = asyncio.Lock()  # to wait for memory
+        self._freed = asyncio.Event()
+
+    @asynccontextmanager
+    async def row(self) -> AsyncIterator[None]:
+        """Hold one of the rows."""
+        async with nullcontext() if scoring.get() else self._rows:
+            yield
+
+    @asynccontextmanager
+    async def memory(self, needs: Sequence[CacheNeed]) -> AsyncIterator[None]:
+        """Wait until the caches have room for one more request, which has to open its rows inside the block.
+
+        Args:
+            needs: Rows and columns that the request takes.
+
+        Raises:
+            OutOfMemory: There is no room, and no other request will free any.
+        """
+        async with nullcontext() if scoring.get() else self._turn:
+            while not self._memory.admits(needs):
+                await self._wait(needs)
+            yield
+            for need in needs:
+                need.cache.reserve(need.columns)
+
+    def freed(self) -> None:
+        """Note that a request has given back what it held."""
+        self._freed.set()
+
+    async def _wait(self, needs: Sequence[CacheNeed]) -> None:
+        if not self._live or scoring.get():
+            raise OutOfMemory(
+                f"A request of {needs[0].columns} tokens needs more than the {self._memory.limit / 2**20:,.1f} MiB of "
+                "EngineSettings.kv_memory: use a shorter prompt, a smaller max_tokens, or more kv_memory."
+            )
+        self._freed.clear()
+        await self._freed.wait()
+
+
+@asynccontextmanager
+async def time_limit(seconds: float | None) -> AsyncIterator[None]:
+    """Bound the time of a request.
+
+    Raises:
+        CardsTimeout: The time is over.
+    """
+    limit = asyncio.timeout(seconds)
+    try:
+        async with limit:
+            yield
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise CardsTimeout(f"No answer within timeout={seconds} seconds.") from None
+
+
+def check_length(prompt_tokens: int, max_tokens: int, window: int) -> None:
+    """Check that prompt and answer fit into the model's context.
+
+    Raises:
+        PromptError: The prompt alone does not fit.
+        SettingsError: `max_tokens` is too large for the rest.
+    """
+    if prompt_tokens >= window:
+        raise PromptError(f"The prompt has {prompt_tokens} tokens, and the model's context is {window}.")
+    if prompt_tokens + max_tokens > window:
+        raise SettingsError(
+            f"max_tokens={max_tokens} does not fit: the prompt has {prompt_tokens} tokens, and the "
+            f"model's context is {window}; the most that fits is {window - prompt_tokens}."
+        )

@@ -1,0 +1,125 @@
+"""Rewards that are asked for: collected per request, grouped by reward model, and answered.
+
+A reward model that can take responses of several requests at once gets them in one call. If that call fails,
+each request is asked alone, so that an error reaches only the request that caused it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from contextvars import copy_context
+from dataclasses import dataclass
+from functools import partial
+
+from cards_integrations.rewards.base import Response, RewardModel, scores
+
+
+@dataclass(eq=False)
+class ScoreRequest:
+    """A response that waits for its score.
+
+    Attributes:
+        queue: That of the request it belongs to.
+        response: The answer so far that is to be scored.
+        score: Resolved with the reward, or with the error of the reward model.
+    """
+
+    queue: ScoreQueue
+    response: Response
+    score: asyncio.Future[float]
+
+
+class ScoreQueue:
+    """The scores that one request has asked for and that no reward model has been given yet."""
+
+    def __init__(self, reward_model: RewardModel, wake: Callable[[], None]) -> None:
+        self.reward_model = reward_model
+        self.waiting: list[ScoreRequest] = []
+        self.caller = copy_context()  # functions of users see the context variables of whoever asked
+        self._wake = wake
+
+    def submit(self, response: Response, score: asyncio.Future[float] | None = None) -> asyncio.Future[float]:
+        """Ask for the score of a response; it is scored together with those of other requests.
+
+        Args:
+            response: The answer so far.
+            score: The future to resolve; a new one by default.
+        """
+        score = score or asyncio.get_running_loop().create_future()
+        self.waiting.append(ScoreRequest(self, response, score))
+        self._wake()
+        return score
+
+    def fail(self, error: Exception) -> None:
+        """Let everything that waits raise."""
+        for request in self.waiting:
+            if not request.score.done():
+                request.score.set_exception(error)
+
+    def cancel(self) -> None:
+        """Give up everything that waits."""
+        for request in self.waiting:
+            request.score.cancel()
+
+
+class Scoring:
+    """Asks the reward models, as tasks of the engine's loop."""
+
+    def __init__(self, wake: Callable[[], None]) -> None:
+        self._wake = wake
+        self._tasks: set[asyncio.Task[None]] = set()  # the loop itself holds tasks weakly
+
+    @property
+    def calls(self) -> int:
+        """Calls of reward models that are under way."""
+        return len(self._tasks)
+
+    def dispatch(self, queues: Sequence[ScoreQueue]) -> None:
+        """Hand what waits in these queues to the reward models, a call for each group that can be scored together."""
+        groups: dict[tuple[RewardModel, ScoreQueue | None], list[ScoreRequest]] = {}
+        for queue in queues:
+            alone = None if queue.reward_model.across_requests else queue
+            if queue.waiting:
+                groups.setdefault((queue.reward_model, alone), []).extend(queue.waiting)
+                queue.waiting = []
+        for (reward_model, alone), group in groups.items():
+            context = None if alone is None else alone.caller.copy()
+            task = asyncio.get_running_loop().create_task(self._score_group(reward_model, group), context=context)
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            for request in group:
+                request.score.add_done_callback(partial(_cancel_if_unwanted, task, group))
+
+    async def _score_group(self, reward_model: RewardModel, group: list[ScoreRequest]) -> None:
+        group = [request for request in group if not request.score.done()]
+        if not group:
+            return  # all given up by now
+        try:
+            found = await scores(reward_model, [request.response for request in group])
+        except Exception as error:
+            await self._fail_group(reward_model, group, error)
+            return
+        for request, value in zip(group, found, strict=True):
+            if not request.score.done():
+                request.score.set_result(value)
+        self._wake()
+
+    async def _fail_group(self, reward_model: RewardModel, group: list[ScoreRequest], error: Exception) -> None:
+        """Ask for each request alone; the error of a single one is its own."""
+        for request in group:
+            reward_model.drop(request.response)
+        queues = dict.fromkeys(request.queue for request in group)
+        if len(queues) > 1:
+            alone = [[request for request in group if request.queue is queue] for queue in queues]
+            await asyncio.gather(*(self._score_group(reward_model, requests) for requests in alone))
+            return
+        for request in group:
+            if not request.score.done():
+                request.score.set_exception(error)
+
+
+def _cancel_if_unwanted(task: asyncio.Task[None], group: list[ScoreRequest], _: asyncio.Future[float]) -> None:
+    """Stop scoring what everybody has given up."""
+    if all(request.score.done() for request in group):
+        task.cancel()

@@ -1,0 +1,121 @@
+"""The loop that drives the models: sample, score what has ended, let the methods react, forward."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from cards_integrations.engine.scheduler import BestPerSecond, FixedWidth, Scheduler
+from cards_integrations.engine.scoring import Scoring
+from cards_integrations.engine.session import Session
+from cards_integrations.errors import CardsError, ModelError
+from cards_integrations.models.base import Boundary, Context, LanguageModel, StepwiseModel
+from cards_integrations.transformer.step_times import StepTimes
+
+MAX_REMOTE = 64  # candidates of one request in a server, at most
+REMOTE_STEP = StepTimes({1: 1.0, 16: 2.0})  # not seconds: what more candidates cost there, so that few are in vain
+log = logging.getLogger("cards_integrations")
+
+
+class StepLoop:
+    """All live requests, and the steps that they share. Implements `SessionHost`.
+
+    Args:
+        language_model: Where candidates are drafted.
+        width: Candidates of a request at once, or "auto" (see `EngineSettings.width`).
+        on_failure: Called when nothing can be drafted any more.
+    """
+
+    def __init__(
+        self, language_model: LanguageModel, width: int | str, on_failure: Callable[[CardsError], None]
+    ) -> None:
+        self.language_model = language_model
+        self.stepwise = language_model if isinstance(language_model, StepwiseModel) else None
+        self.scheduler = self._schedule(width)
+        self.scoring = Scoring(self.wake)
+        self.live: dict[Context, Session] = {}  # in order of arrival
+        self._on_failure = on_failure
+        self._work = asyncio.Event()
+
+    def wake(self) -> None:
+        """Note that there is something new to draft or to score."""
+        self._work.set()
+
+    def vacancies(self, context: Context, boundary: Boundary) -> int:
+        """For how many more candidates of a request there is memory."""
+        return MAX_REMOTE if self.stepwise is None else self.stepwise.vacancies(context, boundary)
+
+    async def run(self) -> None:
+        """Take steps for ever."""
+        while True:
+            await self._work.wait()
+            try:
+                turns = self.step()
+            except BaseException as error:  # SystemExit would end this thread
+                try:
+                    self._fail(error)
+                except BaseException as again:
+                    return self._give_up(again)
+                turns = 0
+            if turns == 0:
+                self._work.clear()
+            for _ in range(max(1, turns)):
+                await asyncio.sleep(0)
+
+    def step(self) -> int:
+        """One forward, or what has to come before it.
+
+        Returns:
+            For how many turns of the loop the methods and the reward models go on before the next step; 0 if there
+            is nothing to do.
+        """
+        if self._sample():
+            return 1  # methods that asked for no reward go on; others may begin in place of what ended
+        candidates = self.scheduler.candidates(self.live.values())
+        if self._sample():
+            return 1
+        idle = self.stepwise is None or not self.stepwise.has_unread(candidates)
+        if self._scores_wait() and (idle or self.scheduler.score_now(self.live.values())):
+            self.scoring.dispatch([session.scores for session in self.live.values() if session.scores])
+            return 2  # the rewards score, and then the methods react
+        if idle:
+            return 0
+        self.stepwise.forward(candidates)  # type: ignore[union-attr]  # it is not idle
+        return 1
+
+    def _sample(self) -> bool:
+        """Sample a token of each candidate; True if one has ended."""
+        ended = self.language_model.sample()
+        for candidate in ended:
+            session = self.live.get(candidate.context)
+            if session is not None and candidate.error is not None:
+                session.fail(candidate.error)
+            elif session is not None:
+                session.pool.candidate_ended(candidate)
+        return bool(ended)
+
+    def _scores_wait(self) -> bool:
+        return any(session.scores and session.scores.waiting for session in self.live.values())
+
+    def _fail(self, error: BaseException) -> None:
+        """Let an error in a model's forward reach every request in it; the next one finds clean rows."""
+        log.exception("the language model failed")
+        wrapped = ModelError(f"The language model failed: {type(error).__name__}: {error}")
+        wrapped.__cause__ = error
+        for session in self.live.values():
+            session.fail(wrapped)
+        if self.stepwise is not None:
+            self.stepwise.reset()
+
+    def _give_up(self, error: BaseException) -> None:
+        """Tell every request that nothing can be drafted any more."""
+        failure = ModelError(f"The engine cannot go on: {type(error).__name__}: {error}")
+        self._on_failure(failure)
+        for session in self.live.values():
+            session.fail(failure)
+
+    def _schedule(self, width: int | str) -> Scheduler:
+        if isinstance(width, int):
+            return FixedWidth(width)
+        return BestPerSecond(REMOTE_STEP if self.stepwise is None else self.stepwise.step_times())

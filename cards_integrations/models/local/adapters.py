@@ -1,0 +1,86 @@
+"""peft adapters: merged into a model's weights, or into copies of those that two models share."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from cards_integrations.errors import ModelError
+from cards_integrations.models.local.load_lock import load_errors
+from cards_integrations.models.local.settings import LocalModel
+from cards_integrations.paths import is_directory
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def can_share_weights(spec: LocalModel) -> bool:
+    """Return True if the adapter can be merged into copies of some weights, with all others shared.
+
+    Other kinds of adapters are loaded, or initialized, by writing into the base model's own weights.
+    """
+    assert spec.adapter is not None
+    from peft import PeftConfig
+
+    with load_errors(spec.model):
+        config = PeftConfig.from_pretrained(spec.adapter)
+    keeps_base = getattr(config, "init_lora_weights", None) in (True, False, "gaussian")
+    return config.peft_type == "LORA" and config.bias == "none" and keeps_base
+
+
+def merge_adapter(spec: LocalModel, model: Any, shared: bool) -> Any:
+    """Return the model with its adapter merged.
+
+    Args:
+        spec: The model, with an adapter.
+        model: The base model, which is changed.
+        shared: Whether its weights are another model's, too; those that the adapter changes are copied.
+    """
+    assert spec.adapter is not None
+    from peft import PeftModel
+
+    with load_errors(spec.model), warnings.catch_warnings():
+        # peft reads an attribute that transformers has renamed
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        adapted = PeftModel.from_pretrained(model, _without_pickle(spec.adapter), autocast_adapter_dtype=False)
+    if shared:
+        _copy_adapted_weights(adapted)
+    return adapted.merge_and_unload()
+
+
+def label_options(adapter: str | None) -> dict[str, int]:
+    """Return the option `num_labels` that fits the classification head which an adapter brings, if it brings one."""
+    if adapter is None:
+        return {}
+    from safetensors import safe_open
+
+    file = Path(adapter) / WEIGHTS
+    if not file.is_file():
+        return {"num_labels": 1}
+    with safe_open(file, "pt") as tensors:
+        heads = [k for k in tensors.keys() if k.endswith(("score.weight", "classifier.weight"))]  # noqa: SIM118
+        return {"num_labels": tensors.get_slice(heads[0]).get_shape()[0] if heads else 1}
+
+
+def _without_pickle(adapter: str) -> str:
+    """The adapter, if it has safetensors; peft would fall back on `adapter_model.bin`."""
+    if is_directory(adapter):
+        if not (Path(adapter) / WEIGHTS).is_file():
+            raise ModelError(f"adapter={adapter!r} has no {WEIGHTS}; weights are not read from pickles.")
+        return adapter
+    from huggingface_hub import hf_hub_download
+
+    hf_hub_download(adapter, WEIGHTS)
+    return adapter
+
+
+def _copy_adapted_weights(adapted: Any) -> None:
+    """Copy the weights that an adapter will be merged into; the others stay shared."""
+    import torch
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in adapted.modules():
+        if isinstance(module, BaseTunerLayer):
+            base = module.get_base_layer()
+            for name, weight in base.named_parameters(recurse=False):
+                setattr(base, name, torch.nn.Parameter(weight.detach().clone(), requires_grad=False))

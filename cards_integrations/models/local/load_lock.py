@@ -1,0 +1,44 @@
+"""One load at a time, and errors that name the model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import RLock
+
+from cards_integrations.errors import CardsError, ModelError
+
+_lock = RLock()
+
+
+@contextmanager
+def load_lock() -> Iterator[None]:
+    """Let one thread load at a time.
+
+    transformers replaces methods of its classes during a load; two loads at once would leave them replaced.
+    """
+    with _lock:
+        yield
+
+
+@contextmanager
+def load_errors(model: str) -> Iterator[None]:
+    """Hold the load lock, and raise a `ModelError` that names the model for whatever else is raised."""
+    with load_lock():
+        try:
+            yield
+        except CardsError:
+            raise
+        except Exception as error:
+            raise ModelError(f"model={model!r} cannot be loaded: {error}") from error
+
+
+def _renew() -> None:
+    """Replace the lock in a forked child, which has no thread that would release it."""
+    global _lock
+    _lock = RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew)

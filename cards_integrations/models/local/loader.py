@@ -1,0 +1,237 @@
+"""Loads transformers models and places them; weights that two models share are loaded once."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from itertools import chain
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from cards_integrations.errors import ModelError
+from cards_integrations.models.local.adapters import can_share_weights, label_options, merge_adapter
+from cards_integrations.models.local.load_lock import load_errors, load_lock
+from cards_integrations.models.local.resolve import read_config, resolve_model
+from cards_integrations.models.local.settings import DType, LocalModel, Placement
+
+if TYPE_CHECKING:
+    import torch
+
+    from cards_integrations.transformer.kv_memory import KVMemory
+
+T = TypeVar("T")
+
+
+class ModelLoader:
+    """Loads the models of one engine, each once. Models that are adapters on the language model share its weights.
+
+    Args:
+        placement: Where and how weights are held.
+        budget: Creates the memory for the caches of all models, once the language model is loaded.
+
+    Raises:
+        ModelError: The device cannot be used.
+    """
+
+    def __init__(self, placement: Placement, budget: Callable[[torch.device], KVMemory] | None = None) -> None:
+        import torch
+
+        self.placement = placement
+        device = placement.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            self.device = torch.device(device)
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise ModelError(f"device={placement.device!r} cannot be used here: {error}") from error
+        if placement.threads is not None:
+            torch.set_num_threads(placement.threads)
+        self.budget = budget
+        self.language_model: tuple[LocalModel, Any, Any] | None = None
+        self._cached: dict[Hashable, Any] = {}
+
+    @cached_property
+    def memory(self) -> KVMemory | None:
+        """The memory for the caches of all models; to be read only after the language model is loaded."""
+        return self.budget and self.budget(self.device)
+
+    def causal(self, spec: LocalModel) -> tuple[Any, Any]:
+        """Return (model, tokenizer) for drafting, or for reading log p; the first one loaded is the language model.
+
+        Raises:
+            ModelError: It cannot be loaded, or has no weights for a part.
+        """
+        return self.cached(("causal", spec), lambda: self._causal(spec))
+
+    def _causal(self, spec: LocalModel) -> tuple[Any, Any]:
+        from transformers import AutoModelForCausalLM
+
+        own, shared = self.language_model, self._on_language_model(spec)
+        model = _copy_modules(own[1]) if own and shared else self._load(spec, AutoModelForCausalLM)
+        model = self._adapted(spec, model, shared)
+        tokenizer = self.tokenizer(spec)
+        self.language_model = own or (spec, model, tokenizer)
+        return model, tokenizer
+
+    def classifier(self, spec: LocalModel) -> tuple[Any, Any]:
+        """Return (model, tokenizer) for scoring; `adapter` may bring the head that the checkpoint lacks.
+
+        Raises:
+            ModelError: It cannot be loaded, or has no weights for a part.
+        """
+        return self.cached(("classifier", spec), lambda: self._classifier(spec))
+
+    def _classifier(self, spec: LocalModel) -> tuple[Any, Any]:
+        from transformers import AutoModelForSequenceClassification
+
+        shared = self._on_language_model(spec)
+        if shared:
+            model = self._on_shared_body(spec)
+        else:
+            model = self._load(spec, AutoModelForSequenceClassification, label_options(spec.adapter))
+        return self._adapted(spec, model, shared), self.tokenizer(spec)
+
+    def _on_language_model(self, spec: LocalModel) -> bool:
+        """True if it is an adapter that can share the language model's own weights."""
+        base = spec.model_copy(update={"adapter": None})
+        if spec.adapter is None or self.language_model is None or not self.language_model[0].same_weights(base):
+            return False
+        return can_share_weights(spec)
+
+    def _adapted(self, spec: LocalModel, model: Any, shared: bool) -> Any:
+        """The model with its adapter, if it has one, on the device."""
+        if spec.adapter:
+            model = merge_adapter(spec, model, shared)
+        return model.to(self.device).eval()
+
+    def on_device(self, device: str | None, dtype: DType | None) -> ModelLoader:
+        """Return a loader for another device or dtype, with the same memory for caches; itself if both are None."""
+        if device is None and dtype is None:
+            return self
+        placement = Placement(device=device or str(self.device), dtype=dtype or self.placement.dtype)
+
+        def build() -> ModelLoader:
+            other = ModelLoader(placement)
+            other.memory = self.memory
+            return other
+
+        return self.cached(("at", placement), build)
+
+    def cached(self, key: Hashable, build: Callable[[], T]) -> T:
+        """Return what `build` made for this key, which is built once."""
+        if key not in self._cached:
+            self._cached[key] = build()
+        made: T = self._cached[key]
+        return made
+
+    def release(self) -> None:
+        """Free the memory of weights and caches, which reference cycles would hold until a garbage collection."""
+        import torch
+
+        for cache in self.memory.caches if self.memory is not None else ():
+            cache.layers.clear()
+        for made in self._cached.values():
+            if isinstance(made, ModelLoader):
+                made.release()
+            for part in made if isinstance(made, tuple) else (made,):
+                if isinstance(part, torch.nn.Module):
+                    for tensor in chain(part.parameters(), part.buffers()):
+                        tensor.data = tensor.data.new_empty(0)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def tokenizer(self, spec: LocalModel) -> Any:
+        """Return a new tokenizer of the model, with a padding token.
+
+        Raises:
+            ModelError: It cannot be loaded.
+        """
+        from transformers import AutoTokenizer
+
+        with load_errors(spec.model):
+            tokenizer = AutoTokenizer.from_pretrained(
+                resolve_model(spec.model), revision=spec.revision, trust_remote_code=spec.trust_remote_code
+            )
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        return tokenizer
+
+    def padding(self, spec: LocalModel) -> int | None:
+        """Return the id of the padding token in the model's config, if it names one."""
+        return getattr(read_config(spec), "pad_token_id", None)
+
+    def _load(self, spec: LocalModel, family: Any, options: dict[str, Any] | None = None) -> Any:
+        from transformers import AutoConfig
+
+        where = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
+        with load_errors(spec.model):
+            found = resolve_model(spec.model)
+            config = AutoConfig.from_pretrained(found, **where)
+            with quiet_transformers():  # missing weights are checked below
+                model, report = family.from_pretrained(
+                    found,
+                    **where,
+                    **(options or {}),
+                    dtype=self._dtype(config),
+                    use_safetensors=True,
+                    output_loading_info=True,
+                )
+        if report["missing_keys"] and not spec.adapter:  # transformers would leave them random
+            missing = ", ".join(sorted(report["missing_keys"])[:3])
+            raise ModelError(f"model={spec.model!r} has no weights for {missing} of {type(model).__name__}.")
+        return model.to(self.device).eval()
+
+    def _dtype(self, config: Any) -> Any:
+        import torch
+
+        if self.placement.dtype != "auto":
+            return getattr(torch, self.placement.dtype)
+        if self.device.type != "cpu":
+            return torch.bfloat16
+        half = getattr(config, "dtype", None) in (torch.bfloat16, torch.float16)
+        return torch.bfloat16 if half and fast_bfloat16() else torch.float32
+
+    def _on_shared_body(self, spec: LocalModel) -> Any:
+        """A classifier around the language model's body: new modules, the same tensors."""
+        import torch
+        from transformers import AutoModelForSequenceClassification
+
+        assert self.language_model is not None
+        causal = self.language_model[1]
+        config = copy.deepcopy(causal.config)
+        config.num_labels = label_options(spec.adapter)["num_labels"]
+        with load_lock(), torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(config, dtype=causal.dtype)
+        body = causal.base_model
+        setattr(model, model.base_model_prefix, _copy_modules(body))
+        head = model.score
+        model.score = torch.nn.Linear(head.in_features, head.out_features, bias=False, dtype=causal.dtype)
+        return model
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence the report of missing weights, which an adapter brings."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(max(before, logging.ERROR))
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def fast_bfloat16() -> bool:
+    """Return True if this CPU multiplies bf16 in hardware."""
+    import torch
+
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+
+
+def _copy_modules(model: Any) -> Any:
+    """New modules with the same tensors."""
+    return copy.deepcopy(model, {id(t): t for t in [*model.parameters(), *model.buffers()]})

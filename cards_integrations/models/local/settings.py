@@ -1,0 +1,67 @@
+"""What users set of a model on this machine: which one, and where and how its weights are held."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from cards_integrations.chat.tools import FormatName
+from cards_integrations.models.local.embedded import SMOLLM2
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class LocalModel(BaseModel):
+    """A transformers model on this machine. Weights are read from safetensors files only."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    kind: Literal["local"] = "local"
+    """Tells this model from one behind a server."""
+
+    model: Annotated[str, Field(min_length=1)] = SMOLLM2
+    """An embedded name ("smollm2"), a hub id (owner/name) or a local directory."""
+
+    revision: str | None = None
+    """Branch, tag or commit of the hub repository; None for its default branch."""
+
+    adapter: str | None = None
+    """Hub id or directory of a peft adapter, which is merged into the weights."""
+
+    trust_remote_code: bool = False
+    """Whether to run Python code that comes with the model."""
+
+    tool_format: FormatName | None = None
+    """How the model was trained to write a tool call; None to read it off its chat template."""
+
+    def same_weights(self, other: LocalModel) -> bool:
+        """Return True if both are the same model, whichever way it writes tool calls."""
+        return self == other.model_copy(update={"tool_format": self.tool_format})
+
+
+class Placement(BaseModel):
+    """Where and how weights are held."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    device: str = "auto"
+    """A torch device such as "cuda:1"; "auto" is the first GPU, or the CPU if there is none."""
+
+    dtype: DType = "auto"
+    """Precision of the weights. "auto" is bf16 on a GPU, and on a CPU that computes bf16 in hardware if
+    the checkpoint is in half precision; float32 otherwise."""
+
+    threads: Annotated[int, Field(ge=1)] | None = None
+    """CPU threads of torch, one number for the whole process, set when the engine loads; None leaves it as it is."""
+
+
+def as_local_model(value: Any) -> Any:
+    """Return a `LocalModel` for a name, a path or JSON; anything else is returned as it is."""
+    if isinstance(value, str) and value.startswith("{"):
+        return LocalModel.model_validate_json(value)
+    return LocalModel(model=str(value)) if isinstance(value, (str, Path)) else value
+
+
+AnyLocalModel = Annotated[LocalModel, BeforeValidator(as_local_model)]

@@ -1,0 +1,118 @@
+"""The result of a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cards_integrations.study import comparison_report
+from cards_integrations.study.arms import Arm, by_name
+from cards_integrations.study.metrics import Mean, mean
+from cards_integrations.study.rows import Row, read_rows
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+REQUIRED_FIELDS = {"arm", "prompt", "asked", "text"}
+COSTS = ("drafted_tokens", "looked_at_tokens", "drafts", "lm_forwards", "lm_tokens", "rm_forwards", "rm_tokens")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found."""
+
+    rows: tuple[Row, ...]
+    """One for each answer."""
+
+    @cached_property
+    def arms(self) -> dict[str, Arm]:
+        """The answers of each method by its name, in the order in which the methods ran."""
+        return by_name(self.rows)
+
+    @classmethod
+    def load(cls, *files: str | Path) -> Comparison:
+        """Read files that `compare` wrote.
+
+        Raises:
+            SettingsError: If a file cannot be read, or is not one of answers.
+        """
+        return cls(tuple(row for file in files for row in read_rows(file, REQUIRED_FIELDS)))
+
+    def difference(self, one: str, other: str, name: str) -> Mean:
+        """Average the paired difference between two arms over the prompts that both have answered.
+
+        Args:
+            one: The name of an arm.
+            other: The name of the arm that is subtracted.
+            name: The key of a number in the rows, such as "reward", "judged" or "seconds".
+        """
+        one_means, other_means = self._prompt_means(one, name), self._prompt_means(other, name)
+        shared = sorted(one_means.keys() & other_means.keys())
+        return mean([one_means[prompt] - other_means[prompt] for prompt in shared])
+
+    def _prompt_means(self, arm: str, name: str) -> dict[int, float]:
+        by_prompt: dict[int, list[float]] = {}
+        for row in self.arms[arm].rows:
+            by_prompt.setdefault(row["prompt"], []).append(row[name])
+        return {prompt: sum(values) / len(values) for prompt, values in by_prompt.items()}
+
+    def cost_at(self, level: float, cost: str, family: Sequence[str], reward: str = "judged") -> float | None:
+        """Interpolate what a family of arms (best-of-4, -8, -16, ...) pays for a mean reward.
+
+        Linear in the reward and in the logarithm of the cost.
+
+        Args:
+            level: The mean reward.
+            cost: The key of the cost in the rows, such as "drafted_tokens" or "seconds".
+            family: The names of the arms.
+            reward: The key of the reward in the rows: "reward" or "judged".
+
+        Returns:
+            The cost; None outside what the family reaches.
+        """
+        import numpy as np
+
+        points = []
+        for name in family:
+            reached, paid = self.arms[name].mean(reward), self.arms[name].mean(cost)
+            if reached is not None and paid is not None:
+                points.append((reached.value, float(np.log(paid.value))))
+        points.sort()
+        if not points or not points[0][0] <= level <= points[-1][0]:
+            return None
+        rewards, costs = zip(*points, strict=True)
+        return float(np.exp(np.interp(level, rewards, costs)))
+
+    def summary(self) -> dict[str, dict[str, Any]]:
+        """Return, for each arm, its means with their intervals by name, and its diversity."""
+        names = ("reward", "judged", "log_p_per_token", "tokens", "seconds", *COSTS)
+        return {arm.name: {**{name: arm.mean(name) for name in names}, **arm.diversity} for arm in self.arms.values()}
+
+    def table(self) -> Table:
+        """Return the means as a table for a terminal."""
+        return comparison_report.table(list(self.arms.values()))
+
+    def plot(self, cost: str = "drafted_tokens") -> Figure:
+        """Draw mean rewards over their cost, with 95% intervals.
+
+        Args:
+            cost: The key of the cost in the rows.
+        """
+        return comparison_report.frontier(list(self.arms.values()), cost)
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write a page that opens offline, with the table, the charts and example answers.
+
+        Args:
+            path: The file to write.
+
+        Returns:
+            Its path.
+        """
+        path = Path(path)
+        path.write_text(comparison_report.page(list(self.arms.values()), self.rows), encoding="utf-8")
+        return path

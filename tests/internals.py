@@ -1,0 +1,137 @@
+"""The one place where tests reach inside an engine: to break it, to hold it, or to watch it from within.
+
+What lives in an engine is asked of `Engine.inspect()`; this is for what a reader of it cannot do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
+
+import numpy as np
+
+from cards_integrations.engine import Engine
+from cards_integrations.engine.scheduler import Scheduler
+from cards_integrations.engine.session import Session
+from cards_integrations.engine.worker import Worker
+from cards_integrations.rewards.base import RewardModel
+from cards_integrations.transformer.kv_cache import TreeCache
+from cards_integrations.transformer.kv_memory import KVMemory
+
+T = TypeVar("T")
+
+
+def worker(engine: Engine) -> Worker:
+    """The engine's worker, with its models loaded."""
+    engine.loaded()
+    assert engine._worker is not None
+    return engine._worker
+
+
+def run_inside(engine: Engine, work: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
+    """Run a coroutine in the engine's thread, between two steps."""
+    return worker(engine).submit(work).result(timeout)
+
+
+def language_model(engine: Engine) -> Any:
+    """The language model, of whichever backend it is."""
+    return engine.loaded()
+
+
+def reward_models(engine: Engine) -> list[RewardModel]:
+    """Those that are loaded now."""
+    return list(worker(engine).rewards.built.values())
+
+
+def reward_model(engine: Engine) -> Any:
+    """The one that reads with a decoder of its own."""
+    return next(model for model in reward_models(engine) if hasattr(model, "transformer"))
+
+
+def sessions(engine: Engine) -> list[Session]:
+    """The requests that are drafting."""
+    return list(worker(engine).steps.live.values())
+
+
+def memory(engine: Engine) -> KVMemory:
+    return worker(engine).memory
+
+
+def caches(engine: Engine) -> list[TreeCache]:
+    """Those of the language model and of all reward models."""
+    return memory(engine).caches
+
+
+def scheduler(engine: Engine) -> Scheduler:
+    return worker(engine).steps.scheduler
+
+
+def replace_scheduler(engine: Engine, other: Scheduler) -> None:
+    worker(engine).steps.scheduler = other
+
+
+@contextmanager
+def held(engine: Engine, timeout: float) -> Iterator[None]:
+    """The engine's thread does nothing meanwhile."""
+    go_on = threading.Event()
+    with suppress(RuntimeError):  # its loop may be gone
+        worker(engine).loop.call_soon_threadsafe(go_on.wait, timeout)
+    try:
+        yield
+    finally:
+        go_on.set()
+
+
+def is_closed(engine: Engine) -> bool:
+    """True from the moment on in which closing has begun; does not wait for the engine's thread."""
+    return engine._closed
+
+
+def assert_idle(engine: Engine) -> None:
+    """Nothing runs, and no row, column or row of a mask is taken."""
+    state = engine.inspect()
+    assert state.status == "ready"
+    assert state.idle, state
+    for cache in caches(engine):
+        balance(cache)
+        assert len(cache.free_mask_rows) == len(cache.visible)
+
+
+def is_idle(engine: Engine) -> bool:
+    """True if `assert_idle` would pass."""
+    try:
+        assert_idle(engine)
+    except AssertionError:
+        return False
+    return True
+
+
+def balance(cache: TreeCache) -> None:
+    """Every row of the mask is a tree's or free; every column that a row has taken is on a path or free, never both."""
+    mask_rows = [*cache.free_mask_rows, *(row for tree in cache.trees for row in tree.mask_rows)]
+    assert sorted(mask_rows) == list(range(len(cache.visible)))
+    for row, tree in enumerate(cache.trees):
+        assert tree.row == row
+        seen = np.flatnonzero(cache.visible[sorted(tree.mask_rows)].any(0)).tolist()
+        assert sorted([*seen, *tree.freed]) == list(range(1, tree.untouched))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for it without blocking the event loop."""
+    for _ in range(20_000):
+        if await asyncio.to_thread(condition):
+            return
+        await asyncio.sleep(0.002)
+    raise AssertionError("it never came true")
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Like `until`, for a thread."""
+    for _ in range(20_000):
+        if condition():
+            return
+        threading.Event().wait(0.002)
+    raise AssertionError("it never came true")
