@@ -1,16 +1,12 @@
-"""Rewards of one's own: a distribution that is really installed, a notebook's cell, or just an object."""
+"""Rewards of one's own: a plug-in, a notebook's cell, or just an object (`test_outside.py` installs one)."""
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import plugins
 import pytest
 from conftest import Start
 
@@ -20,7 +16,6 @@ from cards_integrations.errors import SettingsError
 from cards_integrations.rewards import REWARDS, LengthReward, Reward, as_reward, register_reward
 from cards_integrations.settings import CardsSettings
 
-EXAMPLE = Path(__file__).parent / "plugin_example"
 DECODING = Cards(target_reward=-3.0, beta=0.5, max_rejections=3, boundary=FixedLength(length=4))
 
 
@@ -33,63 +28,7 @@ def as_before() -> Iterator[None]:
     REWARDS.update(before)
 
 
-# --- an installed distribution ---
-
-
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The example, installed by pip into a folder of its own, without a network."""
-    pytest.importorskip("pip")
-    source, target = tmp_path_factory.mktemp("source") / "plugin", tmp_path_factory.mktemp("site")
-    shutil.copytree(EXAMPLE, source)  # setuptools builds in place
-    command = [sys.executable, "-m", "pip", "install", "--no-index", "--no-build-isolation", "--no-deps"]
-    subprocess.run(
-        [*command, "--disable-pip-version-check", "--quiet", "--target", str(target), str(source)], check=True
-    )
-    return target
-
-
-IN_ANOTHER_PROCESS = """
-import json, sys
-from cards_integrations import CardsSettings
-from cards_integrations.engine import Engine, EngineSettings
-from cards_integrations.rewards import REWARDS
-
-try:
-    CardsSettings(reward={"kind": "brevty"})
-except ValueError as error:
-    near = str(error)
-known = "brevity" in REWARDS
-settings = CardsSettings.from_yaml(sys.argv[1])
-engine = Engine(settings.model, EngineSettings(device="cpu", dtype="float32"))
-found = {
-    "near": near,
-    "known": known,
-    "class": type(settings.reward).__module__ + "." + type(settings.reward).__qualname__,
-    "again": CardsSettings(**json.loads(settings.model_dump_json())) == settings,
-    "scores": engine.score(settings.reward, "w6", ["w7 w8 w9", ""]),
-}
-print(json.dumps(found))
-"""
-
-
-def test_an_installed_plug_in_is_found_by_its_kind(installed: Path, models: Callable[..., str], tmp_path: Path) -> None:
-    file = tmp_path / "cards.yaml"
-    file.write_text(f"model: {models('llama')}\nreward: {{kind: brevity, weight: 2}}\n")
-    environment = {**os.environ, "PYTHONPATH": str(installed)}
-    ran = subprocess.run(
-        [sys.executable, "-c", IN_ANOTHER_PROCESS, str(file)], capture_output=True, text=True, env=environment
-    )
-    assert ran.returncode == 0, ran.stderr
-    found = json.loads(ran.stdout)
-    near = found.pop("near")
-    assert found == {
-        "known": False,  # nothing is imported before it is asked for
-        "class": "cards_brevity.BrevityReward",
-        "again": True,
-        "scores": [-6.0, 0.0],
-    }
-    assert "Did you mean 'brevity'" in near
+# --- plug-ins ---
 
 
 def test_without_the_plug_in_its_kind_is_not_known() -> None:
@@ -99,18 +38,9 @@ def test_without_the_plug_in_its_kind_is_not_known() -> None:
 
 @pytest.fixture
 def plug(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
-    """`plug(kind, code)` puts a distribution with one module on the path, as an installer leaves it."""
-
-    def plug(kind: str, code: str) -> None:
-        module = f"cards_plugin_{kind}"
-        (tmp_path / f"{module}.py").write_text(code)
-        info = tmp_path / f"{module}-1.0.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
-        (info / "entry_points.txt").write_text(f"[cards_integrations.rewards]\n{kind} = {module}:Mine\n")
-        monkeypatch.syspath_prepend(tmp_path)
-
-    return plug
+    """`plug(kind, code)` puts a distribution with one reward on the path."""
+    monkeypatch.syspath_prepend(tmp_path)
+    return lambda kind, code: plugins.leave(tmp_path, "rewards", kind, code)
 
 
 WORKING = """
