@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import pydantic_settings
 import yaml
@@ -23,8 +23,6 @@ from cards_integrations.chat.message import Message
 from cards_integrations.chat.response_format import as_response_format
 from cards_integrations.chat.tools import Tools, as_tools
 from cards_integrations.decoding import AnyDecoding, Cards, Decoding
-from cards_integrations.engine.engine import Engine
-from cards_integrations.engine.inspection import EngineState
 from cards_integrations.engine.request import EngineSettings, Request
 from cards_integrations.errors import SettingsError, short_repr, unknown_name
 from cards_integrations.models.local.settings import LocalModel
@@ -32,6 +30,10 @@ from cards_integrations.models.sampling import Sampler
 from cards_integrations.models.sources import AnyModel
 from cards_integrations.rewards import NAMED, AnyReward
 from cards_integrations.rewards.function import imports_allowed
+
+if TYPE_CHECKING:
+    from cards_integrations.engine.engine import Engine
+    from cards_integrations.engine.inspection import EngineState
 
 CALL_ARGUMENTS = {"context", "grammar", "response_format", "tools", "tool_choice", "parallel_tool_calls"}
 """What a single call takes beside the options."""
@@ -153,6 +155,8 @@ class Options(BaseModel):
 
     def engine_for(self, overrides: dict[str, Any], owner: Any) -> Engine:
         """Return the process's engine for the model, which all objects with equal settings share."""
+        from cards_integrations.engine.engine import Engine  # needs torch, which settings do not
+
         options = self.resolve_options({name: value for name, value in overrides.items() if name == "model"})
         return Engine.shared(options.model, options.engine, owner)
 

@@ -6,24 +6,23 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"  # the models here are too small to share among threads
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import tiny
-import torch
 from hypothesis import settings
 
-from cards_integrations.engine import Engine, EngineSettings
-from cards_integrations.models.local.settings import LocalModel
+if TYPE_CHECKING:  # the quick tests need no torch
+    from cards_integrations.engine import Engine
 
-torch.set_num_threads(1)  # the models here are too small to share among threads
 settings.register_profile("here", deadline=None, derandomize=True)
 settings.load_profile("here")
 
 SHARED = Path(__file__).parents[2] / "shared"
-Start = Callable[..., Engine]
+Start = Callable[..., "Engine"]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -46,6 +45,9 @@ def shared_models() -> Path:
 @pytest.fixture
 def start() -> Iterator[Start]:
     """`start(folder, width=..., ...)` is an engine of this test's own."""
+    from cards_integrations.engine import Engine, EngineSettings
+    from cards_integrations.models.local.settings import LocalModel
+
     engines: list[Engine] = []
 
     def start(model: str | Path, **settings: object) -> Engine:
@@ -61,6 +63,8 @@ def start() -> Iterator[Start]:
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     """`models("llama")` is the folder of a tiny random model with the word tokenizer."""
+    import tiny
+
     made: dict[tuple[object, ...], str] = {}
 
     def folder(family: str = "llama", classifier: bool = False, chat_template: str | None = None) -> str:

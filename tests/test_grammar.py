@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 from transformers import AutoModelForCausalLM
 
-from cards_integrations.chat.grammar import Grammar, as_grammar
+from cards_integrations.chat.grammar import Grammar, as_grammar, json_rule
 from cards_integrations.decoding import BestOfN, Cards, Decoding, FixedLength, Sampling, Uncertainty
 from cards_integrations.engine import Engine, Request
 from cards_integrations.errors import SettingsError
@@ -248,3 +248,20 @@ def test_not_a_grammar(value: Any) -> None:
 def test_an_empty_choice() -> None:
     with pytest.raises(SettingsError, match="choice"):
         Grammar.choice([])
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "number", "multipleOf": 13},
+        {"type": "number", "multipleOf": 1.3},
+        {"allOf": [{"type": "integer", "multipleOf": 3}, {"multipleOf": 4}]},
+    ],
+)
+def test_numbers_with_too_many_remainders_are_refused(monkeypatch: pytest.MonkeyPatch, schema: dict[str, Any]) -> None:
+    """A grammar's automaton has a state for each remainder. The bound is lowered here: these would all be harmless."""
+    json_rule(schema)
+    monkeypatch.setattr("cards_integrations.chat.grammar.MAX_MULTIPLE", 10)
+    with pytest.raises(SettingsError, match="too many digits"):
+        json_rule(schema)
+    json_rule({"type": "object", "properties": {name: {"type": "number", "multipleOf": 0.05} for name in "abc"}})

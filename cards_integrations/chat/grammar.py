@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from pydantic import BaseModel
 
 from cards_integrations.errors import ModelError, SettingsError, short_repr
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_MULTIPLE = 10**5  # for larger numbers llguidance's automaton takes seconds, or hours
 COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # as models learned it
@@ -82,8 +85,10 @@ def json_rule(schema: Mapping[str, Any]) -> str:
     if not isinstance(schema, Mapping):
         raise SettingsError(f"{short_repr(schema)} is not a JSON schema: pass a mapping.")
     try:
+        common = 1  # parts of a schema may hold for the same number
         for multiple in _multiples(schema):
-            if _significant(multiple) > MAX_MULTIPLE:
+            common = math.lcm(common, _significant(multiple) or 1)
+            if common > MAX_MULTIPLE:
                 raise SettingsError(f"multipleOf={short_repr(multiple)} has too many digits for a grammar.")
         closed = _closed(schema)
     except RecursionError:
@@ -169,6 +174,7 @@ class GrammarTokenizer:
 
     def allowed(self, matchers: Sequence[Matcher]) -> torch.Tensor:
         """The mask of the tokens that may come next, (n, vocabulary) bool; end-of-sequence where the text may end."""
+        import torch
         from llguidance.torch import allocate_token_bitmask, fill_next_token_bitmask
 
         bits = allocate_token_bitmask(len(matchers), self.vocabulary)

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
 from cards_integrations.chat.template import ChatTokenizer, same_vocabulary
-from cards_integrations.errors import ModelError
 from cards_integrations.models.local.settings import DType, LocalModel
 from cards_integrations.rewards.base import Loader, Reward, RewardModel
 from cards_integrations.rewards.registry import register_reward
-from cards_integrations.rewards.scorers.head import Head
-from cards_integrations.rewards.scorers.incremental import IncrementalClassifier
-from cards_integrations.rewards.scorers.input_format import InputFormat
-from cards_integrations.rewards.scorers.rescoring import RescoringClassifier
-from cards_integrations.transformer.forward import Transformer
 
 ADAPTERS = Path(__file__).parent / "adapters"
 
@@ -61,11 +55,16 @@ class ClassifierReward(Reward):
         return f"classifier {self.model}" + (f" + {Path(self.adapter).name}" if self.adapter else "")
 
     def build(self, loader: Loader) -> RewardModel:
+        from cards_integrations.rewards.scorers.head import Head
+        from cards_integrations.rewards.scorers.incremental import IncrementalClassifier, reads_incrementally
+        from cards_integrations.rewards.scorers.input_format import InputFormat
+        from cards_integrations.rewards.scorers.rescoring import RescoringClassifier
+
         models = loader.models
         model, tokenizer = models.on_device(self.device, self.dtype).classifier(self._spec())
         input_format = InputFormat(ChatTokenizer(tokenizer), self.prompt_format, self.end_of_turn)
         head = Head(self.label, self.output, getattr(model.config, "id2label", None))
-        if not _reads_incrementally(model):
+        if not reads_incrementally(model):
             return RescoringClassifier(self.name, model, input_format, head)
         same = models.language_model is not None and same_vocabulary(tokenizer, models.language_model[2])
         return IncrementalClassifier(self.name, model, input_format, head, same, models.memory)
@@ -77,14 +76,3 @@ class ClassifierReward(Reward):
         return LocalModel(
             model=self.model, revision=self.revision, adapter=adapter, trust_remote_code=self.trust_remote_code
         )
-
-
-def _reads_incrementally(model: Any) -> bool:
-    """True for a decoder with a head whose attention can be given a tree mask."""
-    if not hasattr(model, "score"):
-        return False
-    try:
-        Transformer.check(model)
-    except ModelError:
-        return False
-    return True

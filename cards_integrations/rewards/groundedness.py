@@ -15,10 +15,6 @@ from cards_integrations.rewards.base import Conversation, Loader, Reward, Reward
 from cards_integrations.rewards.pattern import regular_expressions
 from cards_integrations.rewards.prompts import WITH_CONTEXT
 from cards_integrations.rewards.registry import register_reward
-from cards_integrations.rewards.scorers.embedding import Embedder
-from cards_integrations.rewards.scorers.entailment import Entailment
-from cards_integrations.rewards.scorers.likelihood import MutualInformation
-from cards_integrations.rewards.scorers.nearest import Nearest
 
 PATTERNS = (
     r"-{5,}\n(?P<context>.+?)\n-{5,}",  # LlamaIndex
@@ -93,6 +89,11 @@ class GroundednessReward(Reward):
         return super().scores_whole_sentences or self.by != "likelihood"
 
     def build(self, loader: Loader) -> RewardModel:
+        from cards_integrations.rewards.scorers.embedding import Embedder
+        from cards_integrations.rewards.scorers.entailment import Entailment
+        from cards_integrations.rewards.scorers.likelihood import MutualInformation
+        from cards_integrations.rewards.scorers.nearest import Nearest
+
         if self.by == "likelihood":
             return MutualInformation(self.name, loader.causal(None, self.name), self.other_prompt)
         spec = LocalModel(model=self.model or "minilm", revision=self.revision)

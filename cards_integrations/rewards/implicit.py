@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from cards_integrations.models.local.settings import AnyLocalModel
-from cards_integrations.rewards.base import Loader, Response, Reward, RewardModel
+from cards_integrations.rewards.base import Loader, Reward, RewardModel
 from cards_integrations.rewards.registry import register_reward
-from cards_integrations.rewards.scorers.composite import Composite
-from cards_integrations.rewards.scorers.likelihood import Likelihood, likelihood
 
 
 @register_reward
@@ -44,19 +41,10 @@ class ImplicitReward(Reward):
         return f"implicit ({tuned} over {base})"
 
     def build(self, loader: Loader) -> RewardModel:
+        from cards_integrations.rewards.scorers.implicit import Implicit
+        from cards_integrations.rewards.scorers.likelihood import likelihood
+
         named = {"log p tuned": self.tuned, "log p base": self.base}
         return Implicit(
             self.name, [likelihood(loader.causal(spec, name), name) for name, spec in named.items()], self.beta
         )
-
-
-class Implicit(Composite):
-    """Scores by the difference of its two parts' log p."""
-
-    def __init__(self, name: str, models: Sequence[Likelihood], beta: float) -> None:
-        super().__init__(name, models)
-        self.beta = beta
-
-    async def score(self, responses: Sequence[Response]) -> list[float]:
-        tuned, base = await self.score_parts(responses)
-        return [self.beta * (more - less) for more, less in zip(tuned, base, strict=True)]

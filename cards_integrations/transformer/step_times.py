@@ -12,14 +12,16 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import Field, TypeAdapter
 
 from cards_integrations.paths import cache_dir, write_atomically
+
+if TYPE_CHECKING:
+    import torch
 
 POINTS = (1, 16, 64)  # numbers of tokens that are measured
 MOST = 200  # models to remember
@@ -70,6 +72,8 @@ def step_times(what: str, model: Any, measure: Callable[[int], float]) -> StepTi
         model: The transformers model.
         measure: Measures the seconds of a forward with so many tokens.
     """
+    import torch
+
     device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.node()
     threads = torch.get_num_threads()
     key = f"{what} {model.name_or_path} {model.dtype} on {device} {threads} torch {torch.__version__}"
@@ -95,6 +99,8 @@ def _remembered() -> dict[str, dict[int, float]]:
 
 def least_seconds(work: Callable[[], Any], device: torch.device, times: int = 5) -> float:
     """Return the seconds of the fastest of several runs, the first of which warm up."""
+    import torch
+
     seconds = []
     for _ in range(times):
         began = time.perf_counter()

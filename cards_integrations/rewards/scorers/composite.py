@@ -6,11 +6,13 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cards_integrations.rewards.base import Conversation, Response, RewardModel, scores
-from cards_integrations.transformer.kv_memory import CacheNeed
 from cards_integrations.transformer.step_times import StepTimes
+
+if TYPE_CHECKING:
+    from cards_integrations.transformer.kv_memory import CacheNeed
 
 
 @dataclass

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from cards_integrations.errors import OutOfMemory, RewardError
+from cards_integrations.errors import ModelError, OutOfMemory, RewardError
 from cards_integrations.models.local.resolve import max_positions
 from cards_integrations.rewards.base import Conversation, Response, RewardModel, count_forward
 from cards_integrations.rewards.scorers.head import Head
@@ -228,3 +228,14 @@ class IncrementalClassifier(Incremental):
         outputs = self._counted(batch, self.transformer.hidden(batch))
         with torch.inference_mode():
             return self.head(self.to_logits(torch.stack([output.value for output in outputs]).float()))
+
+
+def reads_incrementally(model: Any) -> bool:
+    """Return True for a decoder with a head whose attention can be given a tree mask."""
+    if not hasattr(model, "score"):
+        return False
+    try:
+        Transformer.check(model)
+    except ModelError:
+        return False
+    return True
