@@ -57,7 +57,7 @@ class ChatTokenizer:
     def _whole(self, ids: Sequence[int]) -> list[int]:
         """With whole characters only: for half of one, byte fallback decodes all the bytes around it to U+FFFD."""
         whole: list[int] = []
-        for is_byte, run in groupby(ids, self._bytes.__contains__):
+        for is_byte, run in groupby(self._shown(ids), self._bytes.__contains__):
             if is_byte:
                 text = bytes(self._bytes[token] for token in run).decode(errors="replace")
                 whole += [self._byte_tokens[byte] for byte in text.encode()]
@@ -67,8 +67,12 @@ class ChatTokenizer:
 
     def _decode(self, ids: Sequence[int]) -> str:
         hides = not self.markers
-        shown = list(ids) if hides else [token for token in ids if token not in self._special or token in self.markers]
+        shown = list(ids) if hides else self._shown(ids)
         return str(self.tokenizer.decode(shown, skip_special_tokens=hides, clean_up_tokenization_spaces=False))
+
+    def _shown(self, ids: Sequence[int]) -> list[int]:
+        """Without special tokens that are no markers; bytes around one of them may be those of one character."""
+        return [token for token in ids if token not in self._special or token in self.markers]
 
     def prompt(self, prompt: str | list[Message], tools: Tools | None = None) -> tuple[str, list[int]]:
         """The text and the ids up to where the answer begins.
