@@ -57,7 +57,7 @@ class ChatTokenizer:
     def _whole_characters(self, ids: Sequence[int]) -> list[int]:
         """The ids with U+FFFD for partial characters: byte fallback decodes all bytes around one to U+FFFD."""
         whole: list[int] = []
-        for is_byte, run in groupby(ids, self._bytes.__contains__):
+        for is_byte, run in groupby(self._shown(ids), self._bytes.__contains__):
             if is_byte:
                 text = bytes(self._bytes[token] for token in run).decode(errors="replace")
                 whole += [self._byte_tokens[byte] for byte in text.encode()]
@@ -67,10 +67,12 @@ class ChatTokenizer:
 
     def _decode(self, ids: Sequence[int]) -> str:
         skip_special = not self.markers
-        if not skip_special:
-            ids = [token for token in ids if token not in self._special or token in self.markers]
-        text = self.tokenizer.decode(list(ids), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
-        return str(text)
+        shown = list(ids) if skip_special else self._shown(ids)
+        return str(self.tokenizer.decode(shown, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False))
+
+    def _shown(self, ids: Sequence[int]) -> list[int]:
+        """The ids without special tokens, except markers: the bytes around one of them may be those of one character."""
+        return [token for token in ids if token not in self._special or token in self.markers]
 
     def prompt(self, prompt: str | list[Message], tools: Tools | None = None) -> tuple[str, list[int]]:
         """Render a prompt up to where the answer begins, and encode it.

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from cards_integrations.chat.detokenizer import Detokenizer, decodes_locally
 from cards_integrations.chat.grammar import Grammar, GrammarTokenizer, Matcher
 from cards_integrations.chat.stop_strings import StopStrings
 from cards_integrations.chat.template import ChatTokenizer
@@ -38,6 +39,7 @@ class Frontier:
         unread: The last tokens, which the model has not read yet.
         logits: Those after the last token, once it has.
         waiting: Candidates that go on from here as soon as there are logits.
+        detokenizer: Decodes the owner's text; None until it is looked at.
     """
 
     branch: Branch
@@ -46,6 +48,7 @@ class Frontier:
     unread: list[int] = field(default_factory=list)
     logits: Output | None = None
     waiting: list[Candidate] = field(default_factory=list)
+    detokenizer: Detokenizer | None = None
 
 
 @dataclass(eq=False)
@@ -77,6 +80,7 @@ class LocalLanguageModel:
         self.memory = self.transformer.memory
         self.context_window = max_positions(model.config)
         self.eos = _end_of_sequence(model, chat.tokenizer)
+        decodes_locally(chat)  # tested while nobody waits
         self.steps = 0  # forwards that carried at least one candidate
         self._requests: dict[Context, OpenRequest] = {}  # in order of arrival
         self._ready: list[Candidate] = []  # have logits
@@ -229,20 +233,20 @@ class LocalLanguageModel:
         ended = []
         for i, (candidate, frontier, token, gain) in enumerate(zip(group, frontiers, ids, gains, strict=True)):
             if i in risen:
-                self._read(candidate)  # ends before this token; its logits stay for whoever comes next
+                self._decode(candidate, frontier)  # ends before this token; its logits stay for whoever comes next
                 ended.append(candidate)
                 continue
             candidate.context.usage.drafted_tokens += 1
             if token in self.eos:
                 candidate.finish = "length" if candidate.matcher is not None and candidate.matcher.closed else "stop"
                 candidate.end_log_p = gain
-                self._read(candidate)
+                self._decode(candidate, frontier)
                 ended.append(candidate)
                 continue
             candidate.log_likelihood += gain
             candidate.ids.append(token)
             frontier.logits, frontier.unread = None, [token]
-            if self._ends_after(candidate):
+            if self._ends_after(candidate, frontier):
                 ended.append(candidate)
             else:
                 frontier.waiting.append(candidate)
@@ -279,17 +283,17 @@ class LocalLanguageModel:
                 tokens[i] = logits[at[i]].topk(candidate.rank + 1).indices[-1]
         return tokens
 
-    def _ends_after(self, candidate: Candidate) -> bool:
+    def _ends_after(self, candidate: Candidate, frontier: Frontier) -> bool:
         context, boundary, matcher = candidate.context, candidate.boundary, candidate.matcher
         if matcher is not None:
             matcher.take(candidate.ids[-1])
             if matcher.complete:
                 candidate.finish = "length" if matcher.closed else "stop"
-                self._read(candidate)
+                self._decode(candidate, frontier)
                 return True
         full = candidate.remaining_tokens <= 0
         if full or context.stop or boundary.reads_text:
-            self._read(candidate)
+            self._decode(candidate, frontier)
         if context.stop:
             at = context.stop.find(candidate.response, len(candidate.before_text))
             if at is not None:
@@ -301,8 +305,12 @@ class LocalLanguageModel:
         own = candidate.response[len(candidate.before_text) :]  # with half a character at its end, unlike its text
         return full or (asked and boundary.ends_after(own))
 
-    def _read(self, candidate: Candidate) -> None:
-        candidate.response = self.chat.decode([*candidate.before, *candidate.ids])
+    def _decode(self, candidate: Candidate, frontier: Frontier) -> None:
+        """Bring the candidate's text up to date with its tokens."""
+        text = frontier.detokenizer
+        if text is None:
+            text = frontier.detokenizer = Detokenizer(self.chat, candidate.before, candidate.response)
+        candidate.response = text.push(candidate.ids[len(text.ids) - len(candidate.before) :])
 
     def has_unread(self, candidates: Iterable[Candidate]) -> bool:
         """True if something must be read before these candidates can have their next token."""

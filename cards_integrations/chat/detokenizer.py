@@ -1,0 +1,107 @@
+"""Incremental detokenising: the text of a growing answer, at the cost of its last tokens.
+
+`tokenizers.decoders.DecodeStream` is not used: it holds back the text of a token that ends in the middle of
+a character, and with byte fallback it gives another text than decoding all ids does.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from random import Random
+from weakref import WeakKeyDictionary
+
+from cards_integrations.chat.message import PARTIAL_CHARACTER
+from cards_integrations.chat.template import ChatTokenizer
+
+log = logging.getLogger("cards_integrations")
+OVERLAP = 6  # tokens before the new ones that a window begins with
+LONGEST = 16  # tokens of a window, after which it moves
+TRIED = 2, 40  # texts, and tokens of each, on which a tokenizer is tested
+
+
+class Detokenizer:
+    """The text of token ids that arrive one after another, exactly as `ChatTokenizer.decode` gives it for all of them.
+
+    Only a window of the last ids is decoded, and the new text is what follows that of the ids which the window
+    begins with. These are several, because the first token of a text is decoded in its own way (without its
+    space, for one), and their text ends with a whole character. Where decoding a window turns out to change
+    their text, all ids are decoded; so are they, each time, for a tokenizer that fails `decodes_locally`.
+
+    Args:
+        chat: The tokenizer.
+        ids: Token ids so far.
+        text: Their text if it is known; they are decoded otherwise.
+    """
+
+    def __init__(self, chat: ChatTokenizer, ids: Sequence[int] = (), text: str | None = None) -> None:
+        self.chat = chat
+        self.ids = list(ids)
+        self.text = chat.decode(ids) if text is None else text
+        self._local = decodes_locally(chat)
+        self._decode_all()
+        if not self.text.endswith(PARTIAL_CHARACTER):
+            self._move()
+
+    def push(self, ids: Sequence[int]) -> str:
+        """Append token ids.
+
+        Returns:
+            The text of all ids; an incomplete character at its end is U+FFFD.
+        """
+        self.ids += ids
+        window = self.chat.decode(self.ids[self._start :])
+        if not window.startswith(self._known):
+            self._decode_all()
+            window = self.chat.decode(self.ids)
+        self.text = self._before + window[len(self._known) :]
+        if self._local and not window.endswith(PARTIAL_CHARACTER):
+            self._before, self._known = self.text, window
+            if len(self.ids) - self._start > LONGEST:
+                self._move()
+        return self.text
+
+    def fork(self) -> Detokenizer:
+        """Return an independent copy, for another continuation of the same ids."""
+        fork = Detokenizer.__new__(Detokenizer)
+        fork.__dict__.update(self.__dict__)
+        fork.ids = self.ids.copy()
+        return fork
+
+    def _decode_all(self) -> None:
+        """Let the window begin with the first id."""
+        self._start = 0
+        self._known = ""  # text of the window's ids that is not new
+        self._before = ""  # text of all ids that is not new
+
+    def _move(self) -> None:
+        """Let the window begin a few ids before the end, if what these are decoded to is the end of the text."""
+        start = max(0, len(self.ids) - OVERLAP)
+        known = self.chat.decode(self.ids[start:])
+        end = known.lstrip(PARTIAL_CHARACTER)  # it may begin in the middle of a character
+        if self._local and end and not end.endswith(PARTIAL_CHARACTER) and self.text.endswith(end):
+            self._start, self._known, self._before = start, known, self.text
+
+
+_LOCAL: WeakKeyDictionary[ChatTokenizer, bool] = WeakKeyDictionary()
+
+
+def decodes_locally(chat: ChatTokenizer) -> bool:
+    """Return True if the text of a token depends on the tokens next to it only, tested once on random texts."""
+    if chat not in _LOCAL:
+        _LOCAL[chat] = True  # for the detokenizers of the test
+        _LOCAL[chat] = _passes(chat)
+    return _LOCAL[chat]
+
+
+def _passes(chat: ChatTokenizer) -> bool:
+    texts, length = TRIED
+    dice, vocabulary = Random(0), range(len(chat.tokenizer))
+    for _ in range(texts):
+        ids = dice.choices(vocabulary, k=length)
+        growing = Detokenizer(chat)
+        for n in range(1, length + 1):
+            if growing.push(ids[n - 1 : n]) != chat.decode(ids[:n]):
+                log.warning("the tokenizer does not decode token by token: texts are decoded as a whole")
+                return False
+    return True
