@@ -39,7 +39,9 @@ class Detokenizer:
         self.ids = list(ids)
         self.text = chat.decode(ids) if text is None else text
         self._local = decodes_locally(chat)
-        self._decode_all()
+        self._start = 0  # of the window
+        self._known = ""  # what the window's first ids, which are not new, are decoded to
+        self._before = ""  # the text of all ids that are not new
         if not self.text.endswith(PARTIAL_CHARACTER):
             self._move()
 
@@ -52,7 +54,7 @@ class Detokenizer:
         self.ids += ids
         window = self.chat.decode(self.ids[self._start :])
         if not window.startswith(self._known):
-            self._decode_all()
+            self._start, self._known, self._before = 0, "", ""
             window = self.chat.decode(self.ids)
         self.text = self._before + window[len(self._known) :]
         if self._local and not window.endswith(PARTIAL_CHARACTER):
@@ -67,12 +69,6 @@ class Detokenizer:
         fork.__dict__.update(self.__dict__)
         fork.ids = self.ids.copy()
         return fork
-
-    def _decode_all(self) -> None:
-        """Let the window begin with the first id."""
-        self._start = 0
-        self._known = ""  # text of the window's ids that is not new
-        self._before = ""  # text of all ids that is not new
 
     def _move(self) -> None:
         """Let the window begin a few ids before the end, if what these are decoded to is the end of the text."""

@@ -71,7 +71,7 @@ class ChatTokenizer:
         return str(self.tokenizer.decode(shown, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False))
 
     def _shown(self, ids: Sequence[int]) -> list[int]:
-        """The ids without special tokens, except markers: the bytes around one of them may be those of one character."""
+        """The ids without special tokens, except markers; the bytes around one may be those of one character."""
         return [token for token in ids if token not in self._special or token in self.markers]
 
     def prompt(self, prompt: str | list[Message], tools: Tools | None = None) -> tuple[str, list[int]]:
