@@ -18,6 +18,8 @@ from cards_integrations.models.local.embedded import convert_once, embedded_mode
 from cards_integrations.models.local.loader import ModelLoader
 from cards_integrations.models.local.settings import LocalModel, Placement
 
+pytestmark = pytest.mark.slow
+
 SLOW = """
 import sys, time
 from pathlib import Path

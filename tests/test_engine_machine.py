@@ -30,6 +30,8 @@ from cards_integrations.models.local.settings import LocalModel
 from cards_integrations.rewards import ClassifierReward, FunctionReward
 from cards_integrations.trace import Alignment
 
+pytestmark = pytest.mark.soak
+
 EXAMPLES = int(os.environ.get("CARDS_MACHINE_EXAMPLES", "50"))
 WITHIN = 30.0
 SHORT = FixedLength(length=3)

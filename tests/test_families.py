@@ -22,6 +22,8 @@ from cards_integrations.transformer.flat_batch import ForwardInput
 from cards_integrations.transformer.forward import Transformer
 from cards_integrations.transformer.kv_cache import Branch, Tree
 
+pytestmark = pytest.mark.slow
+
 TOKENS = range(2, tiny.SIZES["vocab_size"])
 
 

@@ -48,7 +48,10 @@ LOST = "nobody was told anything"
 DECODING = Cards(target_reward=0.5, beta=0.3, boundary=FixedLength(length=3))
 BREAKS = "w47"  # a prompt with this word breaks what a test breaks
 
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
+]
 
 
 @pytest.fixture

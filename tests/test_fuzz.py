@@ -22,6 +22,8 @@ from cards_integrations.chat.tool_reader import ToolReader
 from cards_integrations.chat.tools import as_tools
 from cards_integrations.errors import CardsError
 
+pytestmark = pytest.mark.slow
+
 CORPUS = sorted((Path(__file__).parent / "fuzz_corpus").glob("*.json"))
 GOOD = ("answered", "refused", "framework")
 OPEN = [entry for file in CORPUS if (entry := json.loads(file.read_text(encoding="utf-8"))).get("open")]

@@ -180,6 +180,7 @@ def test_it_ends_where_nothing_can_follow_and_may_end_where_it_is_whole(engine: 
 # --- the method is the same ---
 
 
+@pytest.mark.law
 def test_the_law_of_a_choice(readable: str, engine: Engine) -> None:
     """Two texts of one token each: drawn by their probabilities among the allowed."""
     model = AutoModelForCausalLM.from_pretrained(readable)

@@ -23,6 +23,8 @@ from cards_integrations.models.randomness import Uniforms
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import FunctionReward
 
+pytestmark = pytest.mark.law
+
 LETTERS = ["</s>", "a", "b", "c", "d", "e"]
 EOS = 0
 PROMPT = [2, 4, 1]  # "b d a"

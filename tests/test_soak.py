@@ -49,6 +49,8 @@ from cards_integrations.rewards.base import Conversation, Response
 from cards_integrations.trace import Alignment
 from cards_integrations.transformer.kv_cache import Branch, Tree
 
+pytestmark = pytest.mark.soak
+
 REQUESTS, LOOPS, WITHIN = 1000, 3, 80
 SHORT = FixedLength(length=3)
 DECODINGS: list[Decoding] = [

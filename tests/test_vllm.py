@@ -329,6 +329,7 @@ LAWS: dict[str, Boundary] = {
 }
 
 
+@pytest.mark.law
 @pytest.mark.usefixtures("server")
 @pytest.mark.parametrize("name", LAWS)
 def test_kept_segments_have_the_law_of_the_model_here(letters: VllmServer, name: str) -> None:
@@ -345,6 +346,7 @@ def test_kept_segments_have_the_law_of_the_model_here(letters: VllmServer, name:
     assert same_law(*ends) > 0.01
 
 
+@pytest.mark.law
 @pytest.mark.usefixtures("server")
 def test_another_threshold_has_another_law(letters: VllmServer) -> None:
     """The comparison can fail."""

@@ -26,6 +26,8 @@ from langchain_tests.integration_tests import ChatModelIntegrationTests
 from cards_integrations import CardsLLM
 from cards_integrations.chat.message import Message
 
+pytestmark = pytest.mark.framework_suite
+
 JOKE = {"setup": "Why do cats win video games?", "punchline": "They have nine lives."}
 CALLS = {
     "magic_function(3)": ("magic_function", {"input": 3}),

@@ -9,6 +9,10 @@ from langchain_tests.unit_tests import ChatModelUnitTests
 
 from cards_integrations import CardsLLM
 
+import pytest
+
+pytestmark = pytest.mark.framework_suite
+
 
 class TestChatCards(faces.StandardSuite, ChatModelUnitTests):
     # test_serdes skips itself: local weights are not lc-serializable.
