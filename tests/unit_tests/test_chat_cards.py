@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import faces
+import pytest
 from langchain_tests.unit_tests import ChatModelUnitTests
 
 from cards_integrations import CardsLLM
-
-import pytest
 
 pytestmark = pytest.mark.framework_suite
 
