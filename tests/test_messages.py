@@ -40,6 +40,11 @@ from cards_integrations.llm import as_prompt
 from cards_integrations.settings import Options
 
 
+def kind(value: object) -> str:
+    """A name that is the same in every process, for the ids of tests."""
+    return value.__name__ if isinstance(value, type) or callable(value) else type(value).__name__
+
+
 def call(call_id: str | None, name: str, arguments: Any) -> dict[str, Any]:
     return {"type": "function", "id": call_id, "function": {"name": name, "arguments": arguments}}
 
@@ -389,7 +394,7 @@ FUNCTION = {"type": "function", "function": DESCRIBED}
         ({"title": "get_weather", "description": "Tell the weather.", **PARAMETERS}, "get_weather"),
         ({"name": "get_weather", "description": "Tell the weather.", "input_schema": PARAMETERS}, "get_weather"),
     ],
-    ids=str,
+    ids=kind,
 )
 def test_tools_of_every_kind(given: Any, name: str) -> None:
     [found] = tool_schemas([given])
@@ -419,7 +424,7 @@ def test_what_is_no_tool(bad: Any) -> None:
         tool_schemas([FUNCTION, bad])
 
 
-@pytest.mark.parametrize("given", [get_weather, Weather, TypedWeather, tool(get_weather)], ids=str)
+@pytest.mark.parametrize("given", [get_weather, Weather, TypedWeather, tool(get_weather)], ids=kind)
 def test_strict_tools(given: Any) -> None:
     [found] = tool_schemas([given], strict=True)
     assert found["function"]["strict"] is True
@@ -442,7 +447,9 @@ def test_arguments_of_a_call_are_convert_options() -> None:
     assert convert_options({}) == {}
 
 
-@pytest.mark.parametrize("given", [Weather, Weather.model_json_schema(), OldWeather, TypedWeather, PARAMETERS], ids=str)
+@pytest.mark.parametrize(
+    "given", [Weather, Weather.model_json_schema(), OldWeather, TypedWeather, PARAMETERS], ids=kind
+)
 def test_json_schemas_of_every_kind(given: Any) -> None:
     found = json_schema(given)
     assert found["type"] == "object"
@@ -576,7 +583,7 @@ def test_no_format(value: Any) -> None:
     assert as_response_format(value) is None
 
 
-@pytest.mark.parametrize("value", ["json", "json_object", 5, ["x"], int, OldWeather, object()], ids=str)
+@pytest.mark.parametrize("value", ["json", "json_object", 5, ["x"], int, OldWeather, object()], ids=kind)
 def test_formats_that_cannot_be(value: Any) -> None:
     with pytest.raises(SettingsError, match="response_format="):
         as_response_format(value)
@@ -656,7 +663,7 @@ def test_arguments_that_cannot_be(options: Options, overrides: dict[str, Any], e
 
 
 @pytest.mark.parametrize(
-    "nothing", [{"tools": None}, {"tools": []}, {"tools": SCHEMAS, "tool_choice": "none"}], ids=str
+    "nothing", [{"tools": None}, {"tools": []}, {"tools": SCHEMAS, "tool_choice": "none"}], ids=kind
 )
 def test_a_grammar_goes_with_tools_that_may_not_be_called(options: Options, nothing: dict[str, Any]) -> None:
     request = options.request("Hi.", {"grammar": Grammar.regex("a"), "response_format": {"type": "text"}, **nothing})
