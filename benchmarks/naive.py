@@ -90,7 +90,7 @@ class Plain:
         target = mean + 1.5 * spread if method.target_reward == "auto" else method.target_reward
         beta = spread / 5 if method.beta == "auto" else method.beta
         _, prompt_ids = self.chat.prompt(prompt)
-        threshold = Threshold.rising(self.rewards(prompt, [[]])[0], target, method.alpha, n)
+        threshold = Threshold.adaptive(self.rewards(prompt, [[]])[0], target, method.alpha, n)
         answer: list[int] = []
         segment, ended = 0, False
         while len(answer) < n and not ended:

@@ -371,7 +371,7 @@ METHODS: dict[str, Decoding] = {
     "particles": Particles(n=4, beta=0.5, boundary=ENTROPY),
     "particles, best": Particles(n=4, beta=0.5, threshold=1.0, keep="best", boundary=FixedLength(length=6)),
     "rain": Rain(width=2, searches=3, boundary=FixedLength(length=8)),
-    "rain, enough": Rain(width=3, searches=4, enough=1.0, boundary=FixedLength(length=10)),
+    "rain, enough": Rain(width=3, searches=4, value_threshold=1.0, boundary=FixedLength(length=10)),
 }
 
 

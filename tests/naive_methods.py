@@ -263,7 +263,7 @@ def rain(request: Naive, method: Rain) -> Draft:
                     assert child.draft is not None
                     learn([*path, child], child.draft.reward, method.share)
             chosen = max(root.children, key=lambda child: (child.visits, child.value))
-            if method.enough is not None and chosen.value >= method.enough:
+            if method.value_threshold is not None and chosen.value >= method.value_threshold:
                 break
         assert chosen.draft is not None
         answer, root = kept(chosen.draft, "best", answer), chosen

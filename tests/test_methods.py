@@ -53,9 +53,13 @@ from cards_integrations.decoding import (
     as_decoding,
     particles,
 )
-from cards_integrations.decoding.args import drawn
 from cards_integrations.decoding.base import Draft
-from cards_integrations.decoding.particles import effective, normalised, systematic
+from cards_integrations.decoding.resampling import (
+    effective_sample_size,
+    normalized,
+    systematic_resampling,
+    weighted_choice,
+)
 from cards_integrations.engine import Request
 from cards_integrations.engine.session import Chunk
 from cards_integrations.errors import CardsError, EngineClosed, RewardError, SettingsError
@@ -102,7 +106,7 @@ def methods(target: float) -> list[Decoding]:
         Particles(n=4, beta=1.0, threshold=0.0, boundary=FixedLength(length=4)),
         Rain(width=3, searches=4, boundary=FixedLength(length=3)),
         Rain(width=4, searches=6, explore=2.0, share=0.6, boundary=UNCERTAIN),
-        Rain(width=2, searches=9, explore=4.0, enough=target, boundary=SENTENCE),
+        Rain(width=2, searches=9, explore=4.0, value_threshold=target, boundary=SENTENCE),
         Rain(width=8, searches=3, boundary=FixedLength(length=1)),
     ]
 
@@ -567,11 +571,11 @@ def test_many_particles_have_the_tilted_law(threshold: float) -> None:
     assert off(law, found) > 2
 
 
-def wrong_systematic(weights: list[float], uniform: float) -> list[int]:
+def wrong_resampling(weights: list[float], uniform: float) -> list[int]:
     return [*range(len(weights))]
 
 
-def wrong_normalised(log_w: list[float]) -> list[float]:
+def wrong_normalized(log_w: list[float]) -> list[float]:
     return [1 / len(log_w)] * len(log_w)
 
 
@@ -582,7 +586,11 @@ def wrong_best(weights: list[float], uniform: float) -> list[int]:
 @pytest.mark.law
 @pytest.mark.parametrize(
     ("name", "wrong"),
-    [("systematic", wrong_systematic), ("systematic", wrong_best), ("normalised", wrong_normalised)],
+    [
+        ("systematic_resampling", wrong_resampling),
+        ("systematic_resampling", wrong_best),
+        ("normalized", wrong_normalized),
+    ],
 )
 def test_wrong_particles_have_another_law(name: str, wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(particles, name, wrong)
@@ -624,11 +632,11 @@ def test_systematic_draws_as_often_as_it_should() -> None:
     dice = np.random.default_rng(0)
     for n in (1, 2, 5, 8):
         for sharpness in (0.1, 1.0, 4.0):
-            weights = normalised([*(sharpness * dice.standard_normal(n))])
+            weights = normalized([*(sharpness * dice.standard_normal(n))])
             steps = 2000
             mean = np.zeros(n)
             for step in range(steps):
-                chosen = systematic(weights, (step + 0.5) / steps)
+                chosen = systematic_resampling(weights, (step + 0.5) / steps)
                 assert chosen == sorted(chosen)
                 counts = np.bincount(chosen, minlength=n)
                 assert len(chosen) == n
@@ -636,21 +644,21 @@ def test_systematic_draws_as_often_as_it_should() -> None:
                 assert all((counts >= least) & (counts <= least + 1))
                 mean += counts / steps
             assert mean == pytest.approx([n * w for w in weights], abs=2 / steps)
-    assert systematic([0.0, 1.0, 0.0], 0.0) == [1, 1, 1]
-    assert systematic([0.0, 1.0, 0.0], 0.999999) == [1, 1, 1]
+    assert systematic_resampling([0.0, 1.0, 0.0], 0.0) == [1, 1, 1]
+    assert systematic_resampling([0.0, 1.0, 0.0], 0.999999) == [1, 1, 1]
 
 
 def test_the_effective_sample_size() -> None:
-    assert effective([0.25] * 4) == pytest.approx(4)
-    assert effective([1.0, 0.0, 0.0]) == pytest.approx(1)
-    assert effective([0.5, 0.5, 0.0]) == pytest.approx(2)
-    assert normalised([-1e6, -1e6 + math.log(3)]) == pytest.approx([0.25, 0.75])
+    assert effective_sample_size([0.25] * 4) == pytest.approx(4)
+    assert effective_sample_size([1.0, 0.0, 0.0]) == pytest.approx(1)
+    assert effective_sample_size([0.5, 0.5, 0.0]) == pytest.approx(2)
+    assert normalized([-1e6, -1e6 + math.log(3)]) == pytest.approx([0.25, 0.75])
 
 
 def test_drawn_by_weight() -> None:
     drafts = [Draft(i, "", 0.0, 0, 0.0) for i in range(3)]
     steps = 1000
-    seen = Counter(drawn(drafts, [1.0, 0.0, 3.0], (i + 0.5) / steps).index for i in range(steps))
+    seen = Counter(weighted_choice(drafts, [1.0, 0.0, 3.0], (i + 0.5) / steps).index for i in range(steps))
     assert seen == {0: 250, 2: 750}
 
 
@@ -901,7 +909,7 @@ def test_columns_of_what_is_cut_by_a_stop_string(of_family: Callable[[str], Mode
     engine = start(models.folder)
     Watch(engine)
     for seed in (19, 39, 59):
-        rain = Rain(width=2, searches=9, explore=4.0, enough=1.0, boundary=SENTENCE)
+        rain = Rain(width=2, searches=9, explore=4.0, value_threshold=1.0, boundary=SENTENCE)
         engine.run(Request(PROMPT, rain, models.judges["chat"].reward, SAMPLER, ROOM, STOP, seed))
 
 
@@ -1085,7 +1093,7 @@ NOT_DEFAULT: list[Decoding] = [
     SpeculativeRejection(n=1, checkpoint=1, fraction=0.0),
     TreeBoN(n=1, children=1, boundary=UNCERTAIN),
     Particles(n=1, beta=3.0, threshold=0.0, keep="best", boundary=FixedLength(length=1)),
-    Rain(width=1, searches=1, explore=0.0, share=1.0, enough=-1.0, boundary=SENTENCE),
+    Rain(width=1, searches=1, explore=0.0, share=1.0, value_threshold=-1.0, boundary=SENTENCE),
 ]
 
 
@@ -1118,7 +1126,7 @@ def test_settings_go_round(method: Decoding) -> None:
         ("particles", {"n": 0}), ("particles", {"beta": -1}), ("particles", {"beta": "much"}),
         ("particles", {"threshold": 1.1}), ("particles", {"threshold": -0.1}), ("particles", {"keep": "worst"}),
         ("rain", {"width": 0}), ("rain", {"searches": 0}), ("rain", {"explore": -1}), ("rain", {"share": 1.5}),
-        ("rain", {"enough": math.nan}),
+        ("rain", {"value_threshold": math.nan}),
     ],
 )  # fmt: skip
 def test_nonsense_is_refused(method: str, wrong: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from scipy import integrate, optimize, stats
 
 from cards_integrations.decoding import Cards, FixedLength, OptimalStopping
 from cards_integrations.decoding.base import Scale
-from cards_integrations.decoding.stopping import pooled_spread
+from cards_integrations.decoding.stopping import pooled_std
 from cards_integrations.engine import Engine, Request, scales
 from cards_integrations.errors import CardsTimeout, EngineClosed, RewardError
 from cards_integrations.models.sampling import Sampler
@@ -481,7 +481,7 @@ def test_before_a_spread_is_known_nothing_is_good_enough() -> None:
 @given(st.lists(st.lists(st.floats(-100, 100), max_size=5), max_size=5))
 def test_the_spread_is_pooled_over_segments(segments: list[list[float]]) -> None:
     several = [rewards for rewards in segments if len(rewards) > 1]
-    found = pooled_spread([rewards for rewards in segments if rewards])
+    found = pooled_std([rewards for rewards in segments if rewards])
     if not several:
         assert found is None
     else:

@@ -81,7 +81,7 @@ def test_wrong_boundaries(wrong: dict[str, object]) -> None:
 
 @given(REWARD, REWARD, st.floats(0, 1), st.integers(1, 500))
 def test_the_threshold_rises_to_the_target(prompt: float, target: float, alpha: float, length: int) -> None:
-    threshold = Threshold.rising(prompt, target, alpha, length)
+    threshold = Threshold.adaptive(prompt, target, alpha, length)
     taus = [threshold.at(tokens) for tokens in range(length + 1)]
     start = (1 - alpha) * prompt + alpha * target
     assert taus[0] == pytest.approx(min(start, target), abs=1e-9)
@@ -113,15 +113,15 @@ def test_auto_follows_the_scale_of_the_reward() -> None:
     class Scaled:
         reward_scale: Scale | None = Scale(mean=1.0, std=0.5)
 
-    target, beta = Cards().on_scale_of(Scaled())
+    target, beta = Cards().target_and_beta(Scaled())
     assert 1.0 < target <= 2.0
     assert 0 < beta < 0.5
-    assert Cards(target_reward=7.0, beta=0.2).on_scale_of(Scaled()) == (7.0, 0.2)
+    assert Cards(target_reward=7.0, beta=0.2).target_and_beta(Scaled()) == (7.0, 0.2)
     Scaled.reward_scale = Scale(mean=1.0, std=0.5, target=3.0, beta=0.25)  # a calibration has chosen
-    assert Cards().on_scale_of(Scaled()) == (3.0, 0.25)
-    assert Cards(target_reward=7.0, beta=0.2).on_scale_of(Scaled()) == (7.0, 0.2)
+    assert Cards().target_and_beta(Scaled()) == (3.0, 0.25)
+    assert Cards(target_reward=7.0, beta=0.2).target_and_beta(Scaled()) == (7.0, 0.2)
     Scaled.reward_scale = Scale(mean=1.0, std=0.0)  # nothing to go by
-    assert Cards().on_scale_of(Scaled()) == (1.0, 0.7)
+    assert Cards().target_and_beta(Scaled()) == (1.0, 0.7)
 
 
 def test_which_settings_need_the_scale() -> None:

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from cards_integrations.decoding.base import Decoding, Draft, Session
 from cards_integrations.decoding.registry import register_method
+from cards_integrations.decoding.resampling import weighted_choice
 from cards_integrations.decoding.segmentation import FixedLength
 
 TOKEN = FixedLength(length=1)
@@ -16,18 +17,23 @@ TOKEN = FixedLength(length=1)
 
 @register_method
 class Args(Decoding):
-    """Alignment as Reward-Guided Search (arXiv 2402.01694, algorithm 1): each of the k most probable tokens v
-    is scored as log p(v | x, y) + weight * r(x, y + v).
+    """Alignment as Reward-Guided Search (arXiv 2402.01694, algorithm 1).
 
-    Greedy (`stochastic=False`) takes the highest score, otherwise the token is drawn from
-    softmax(scores / temperature). The authors use k = 10 and a weight of 1.5, for rewards of their model.
+    Each of the k most probable tokens v has the score log p(v | x, y) + weight * r(x, y + v). The token with the
+    highest score is kept (ARGS-greedy), or one that is drawn from softmax(scores / temperature) (ARGS-stochastic).
+    The authors use k = 10 and a weight of 1.5, for rewards of their model.
     """
 
     method: Literal["args"] = "args"
+    """Names this method in settings files."""
     k: Annotated[int, Field(ge=1)] = 10
+    """Tokens that are scored for each position: the most probable ones."""
     weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.5
+    """Nats that a unit of reward is worth."""
     stochastic: bool = False
+    """Draw the token by its score, and do not take the one with the highest score."""
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.7
+    """Of the softmax over the scores; not used unless `stochastic`."""
 
     async def generate(self, session: Session) -> None:
         while not session.finished:
@@ -39,15 +45,5 @@ class Args(Decoding):
             await session.keep(chosen)
 
     def _drawn(self, drafts: list[Draft], scores: list[float]) -> Draft:
-        highest = max(scores)
-        return drawn(drafts, [math.exp((score - highest) / self.temperature) for score in scores], drafts[0].uniform)
-
-
-def drawn(drafts: list[Draft], weights: list[float], uniform: float) -> Draft:
-    """One of the drafts with a probability that is proportional to its weight, by one uniform in [0, 1)."""
-    at = uniform * sum(weights)
-    for draft, weight in zip(drafts, weights, strict=True):
-        at -= weight
-        if at < 0:
-            return draft
-    return drafts[-1]
+        weights = [math.exp((score - max(scores)) / self.temperature) for score in scores]
+        return weighted_choice(drafts, weights, drafts[0].uniform)

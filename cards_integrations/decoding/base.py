@@ -1,4 +1,4 @@
-"""What a decoding method sees: a session that drafts and keeps, and drafts with rewards."""
+"""What a decoding method is, and what it sees: a session that drafts and keeps, and drafts with rewards."""
 
 from __future__ import annotations
 
@@ -13,26 +13,35 @@ from cards_integrations.trace import Verdict
 
 
 class Scale(BaseModel):
-    """Mean and spread (standard deviation) of a reward over plain answers of a model.
+    """How a reward scores plain answers of a model, and what a calibration has chosen for this pair."""
 
-    A calibration also remembers the target and the beta that it chose.
-    """
-
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
     mean: FiniteFloat
+    """Mean reward of the plain answers."""
     std: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    """Their standard deviation."""
     target: FiniteFloat | None = None
+    """The target reward that a calibration has chosen."""
     beta: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """The beta that a calibration has chosen, in units of the reward."""
 
 
 @dataclass(eq=False)
 class Draft:
     """A finished candidate segment.
 
-    `end` is the length of all the text up to its end, in tokens; `log_p` the sum of log p of its own
-    tokens (an end-of-sequence included) in nats; `finished` says that no text can follow; `rank` is that
-    of its first token (0: the most probable one) where `Session.grow` was told `ranks`.
+    Attributes:
+        index: Its place among the drafts of its segment, or of its call of `Session.grow`.
+        text: Its own text.
+        reward: The reward of the whole answer up to its end; NaN if it was not scored.
+        end: Tokens of the whole answer up to its end.
+        uniform: A uniform random number in [0, 1) of its own, for the method's decisions.
+        finished: True if no text can follow it: end-of-sequence, a stop string or the token limit.
+        log_p: Sum of log p of its own tokens in nats, an end-of-sequence included.
+        rank: The rank of its first token (0 is the most probable) if `Session.grow` was given `ranks`.
+        threshold: What its reward was compared with, for the trace; set by the method.
+        verdict: What became of it, for the trace; set by the method, or by `Session.reject` and `keep_best`.
     """
 
     index: int
@@ -48,29 +57,42 @@ class Draft:
 
 
 class Session(Protocol):
-    """One request, seen from a decoding method: no tensors, no threads, no framework."""
+    """One request as its decoding method sees it: no tensors, no threads, no framework.
+
+    A segment at a time, `drafts` gives candidates, `reject` sets them aside, and `keep` or `keep_best` makes one of
+    them part of the answer. `grow` gives the next segments of several branches at once, for searches in a tree.
+
+    Attributes:
+        max_tokens: The most tokens of the answer.
+    """
 
     max_tokens: int
 
     @property
     def finished(self) -> bool:
-        """End-of-sequence, a stop string or the token limit has been reached."""
+        """True if the kept text ends with end-of-sequence, at a stop string or at the token limit."""
 
     @property
     def reward_scale(self) -> Scale | None:
-        """How the reward scores plain answers, for methods that need it."""
+        """How the reward scores plain answers; None unless the method's `needs_scale` is true."""
 
     async def prompt_reward(self) -> float:
-        """r(x): the reward of the prompt with an empty answer."""
+        """Return r(x), the reward of the prompt with an empty answer."""
 
     def drafts(
         self, until: Boundary, limit: int, scored: bool = True, passes: Callable[[Draft], bool] | None = None
     ) -> AsyncIterator[Draft]:
-        """At most `limit` i.i.d. candidates for the next segment, in index order.
+        """Draft candidates for the next segment: i.i.d., and in the order of their index.
 
-        `passes` says whether the method will keep a draft if it comes to look at it (None: it looks
-        at all of them first). What is drafted ahead follows from it, never what is kept. Another call for
-        the same segment goes on with further candidates; those looked at before can still be kept.
+        Leaving the loop gives up what was drafted ahead. Another call for the same segment goes on with further
+        candidates; those of the earlier call can still be kept.
+
+        Args:
+            until: Where a candidate ends.
+            limit: The most candidates of this call. A greedy request has one: all would be the same.
+            scored: False if the method makes no use of rewards.
+            passes: Tells for a draft whether the method will keep it when it comes to it. It decides what is drafted
+                ahead, never what is kept. None if the method examines all drafts first.
         """
 
     async def grow(
@@ -80,16 +102,24 @@ class Session(Protocol):
         scored: bool = True,
         ranks: Sequence[int] | None = None,
     ) -> list[Draft]:
-        """A child for each parent (None is the kept text), in order: the next segments of several branches.
+        """Draft a child for each parent, all of them together: the next segments of several branches.
 
-        They are drafted and scored together, and stay until they are given up or another branch is kept. A
-        draft can be a parent in one call only, and stays as long as one of its children does. `ranks`: the
-        first token is not drawn, but that of this rank (0: the most probable one), or the last one that is
-        allowed where there are fewer.
+        The drafts stay until they are given up, or another branch is kept. A draft can be a parent in one call
+        only, but several times in it, and stays as long as one of its children does.
+
+        Args:
+            parents: What each child follows: an earlier draft, or the kept text (None).
+            until: Where a child ends.
+            scored: False if the method makes no use of rewards.
+            ranks: For each child, the rank of its first token among the next tokens, which is then not drawn: 0 is
+                the most probable one. Where fewer tokens are allowed, the last of them is taken.
+
+        Returns:
+            The children, in the order of their parents.
         """
 
     def give_up(self, draft: Draft) -> None:
-        """This one of `grow` will have no more children."""
+        """Note that this draft of `grow` will have no more children, and free what it holds."""
 
     def reject(self, draft: Draft) -> Draft:
         """Mark a draft of `drafts` as rejected, and free what cannot be kept any more.
@@ -105,26 +135,42 @@ class Session(Protocol):
 
         Returns:
             That draft.
+
+        Raises:
+            CardsError: If no draft of this segment was rejected.
         """
 
     async def keep(self, draft: Draft) -> None:
-        """Append the candidate to the answer; whatever else was drafted is given up.
+        """Append a draft to the answer; whatever else was drafted for this segment is given up.
 
-        One of `grow` brings its ancestors along, and its own descendants stay.
+        A draft of `grow` brings its ancestors along, and its own descendants stay.
         """
 
 
 class Decoding(BaseModel):
-    """A decoding method: its settings, and one coroutine that reads like the paper."""
+    """A decoding method: its settings, and one coroutine that reads like the paper.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    Example:
+        >>> @register_method
+        ... class Shorter(Decoding):
+        ...     method: Literal["shorter"] = "shorter"
+        ...
+        ...     async def generate(self, session: Session) -> None:
+        ...         while not session.finished:
+        ...             drafts = [draft async for draft in session.drafts(until=FixedLength(length=8), limit=2)]
+        ...             await session.keep(min(drafts, key=lambda draft: len(draft.text)))
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     method: str
+    """Names the method in settings files."""
     needs_reward: ClassVar[bool] = True
+    """False if the method works without a reward model."""
 
     @property
     def needs_scale(self) -> bool:
-        """Does it ask for `Session.reward_scale`?"""
+        """True if the method reads `Session.reward_scale`, which may have to be measured first."""
         return False
 
     async def generate(self, session: Session) -> None:

@@ -19,7 +19,9 @@ class BestOfN(Decoding):
     """
 
     method: Literal["best_of_n"] = "best_of_n"
+    """Names this method in settings files."""
     n: Annotated[int, Field(ge=1)] = 16
+    """Answers that are drafted."""
 
     async def generate(self, session: Session) -> None:
         async for draft in session.drafts(until=FixedLength(length=session.max_tokens), limit=self.n):

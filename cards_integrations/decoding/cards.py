@@ -9,32 +9,41 @@ from pydantic import Field, model_validator
 from cards_integrations.decoding.acceptance import Acceptance, Threshold
 from cards_integrations.decoding.base import Draft, Session
 from cards_integrations.decoding.registry import register_method
-from cards_integrations.decoding.scaled import OnScale
 from cards_integrations.decoding.segmentation import AnyBoundary, Uncertainty
 from cards_integrations.decoding.stopping import OptimalStopping
+from cards_integrations.decoding.targets import RewardTargeted
 
-REJECTION = ("target_reward", "alpha", "beta")  # what only quasi-rejection goes by
+ONLY_WITH_A_TARGET = ("target_reward", "alpha", "beta")  # settings that OptimalStopping makes no use of
 
 
 @register_method
-class Cards(OnScale):
-    """CARDS, algorithm 1 of the paper.
+class Cards(RewardTargeted):
+    """Cascade Reward Sampling (arXiv 2406.16306, algorithm 1).
 
-    A candidate s is drawn from p(s | x, y) up to where uncertainty rises, and kept with probability
-    min(1, exp((r(x, y + s) - tau(t)) / beta)) (`acceptance="soft"`), or when r >= tau (`"hard"`).
-    After `max_rejections` rejected candidates one more is drawn and the best of them all is kept.
-    `OptimalStopping(price=...)` is a search rule instead that needs neither target nor beta.
+    A candidate s is drawn from p(s | x, y), up to where the predictive uncertainty rises, and accepted with
+    probability min(1, exp((r(x, y + s) - tau(t)) / beta)), t being the tokens of y + s. The threshold tau rises
+    from r0 = (1 - alpha) r(x) + alpha r* to the target r* (see `Threshold`).
+
+    Example:
+        >>> Cards(target_reward=1.2, beta=0.1, max_rejections=8)
+        >>> Cards(acceptance=OptimalStopping(price=0.01), boundary=FixedLength(length=16))
     """
 
     method: Literal["cards"] = "cards"
+    """Names this method in settings files."""
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Where the threshold starts: 0 is the reward of the prompt, 1 the target."""
     acceptance: Literal["soft", "hard"] | OptimalStopping = "soft"  # type: ignore[assignment]
+    """"soft" accepts with the probability above, "hard" if r >= tau. `OptimalStopping(price=...)` is a search rule
+    that needs neither a target nor a beta."""
     max_rejections: Annotated[int, Field(ge=0)] = 20
+    """After so many rejected candidates one more is drawn, and the best of them all is kept."""
     boundary: AnyBoundary = Uncertainty()
+    """Where a segment ends."""
 
     @classmethod
     def paper(cls, target_reward: float = 8.5) -> Cards:
-        """The settings of the authors' code; its temperature was beta, so sample at 0.7 and top-k 40."""
+        """Return the settings of the authors' code. Its temperature was beta: sample at 0.7 and with top-k 40."""
         return cls(target_reward=target_reward, alpha=0.5, beta=0.7, boundary=Uncertainty(threshold=3.0))
 
     @property
@@ -44,7 +53,8 @@ class Cards(OnScale):
     @model_validator(mode="after")
     def _has_one_rule(self) -> Cards:
         if isinstance(self.acceptance, OptimalStopping):
-            unused = [name for name in REJECTION if getattr(self, name) != Cards.model_fields[name].default]
+            fields = Cards.model_fields
+            unused = [name for name in ONLY_WITH_A_TARGET if getattr(self, name) != fields[name].default]
             if unused:  # the defaults come with every saved setting
                 raise ValueError(f"acceptance=OptimalStopping(...) makes no use of {', '.join(unused)}: leave that out")
         return self
@@ -52,9 +62,9 @@ class Cards(OnScale):
     async def generate(self, session: Session) -> None:
         if isinstance(self.acceptance, OptimalStopping):
             return await self.acceptance.generate(session, self.boundary, self.max_rejections + 1)
-        target, beta = self.on_scale_of(session)
+        target, beta = self.target_and_beta(session)
         accepts = Acceptance(self.acceptance, beta)
-        threshold = Threshold.rising(await session.prompt_reward(), target, self.alpha, session.max_tokens)
+        threshold = Threshold.adaptive(await session.prompt_reward(), target, self.alpha, session.max_tokens)
 
         def passes(draft: Draft) -> bool:
             last = draft.index == self.max_rejections

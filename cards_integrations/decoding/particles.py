@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from itertools import accumulate
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from cards_integrations.decoding.args import drawn
 from cards_integrations.decoding.base import Decoding, Session
 from cards_integrations.decoding.registry import register_method
-from cards_integrations.decoding.scaled import Beta, beta_for
+from cards_integrations.decoding.resampling import (
+    effective_sample_size,
+    normalized,
+    systematic_resampling,
+    weighted_choice,
+)
 from cards_integrations.decoding.segmentation import AnyBoundary, Uncertainty
+from cards_integrations.decoding.targets import Beta, beta_for
 
 
 @register_method
@@ -22,17 +25,22 @@ class Particles(Decoding):
     The incremental weight of a particle is exp((r(x, y + s) - r(x, y)) / beta), so that the weights of the
     prefixes telescope to those of the target (twisted SMC with the reward as the twist, arXiv 2404.17546;
     particles for inference scaling, arXiv 2502.01618). Where the effective sample size 1 / sum w^2 falls
-    below `threshold` * n, particles are drawn anew, systematically, and their weights are equal again. No
-    draft is thrown away on rejection. In the end one particle is drawn by its weight, or with
-    `keep="best"` the one with the highest reward is taken.
+    below `threshold` * n, particles are resampled systematically, and their weights are equal again. No draft is
+    thrown away on rejection.
     """
 
     method: Literal["particles"] = "particles"
+    """Names this method in settings files."""
     n: Annotated[int, Field(ge=1)] = 8
+    """Particles."""
     beta: Beta = "auto"
+    """Temperature of the reward, in units of the reward; "auto" as for `Cards`."""
     threshold: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Share of n: particles are resampled where the effective sample size falls below it; 0 never resamples."""
     keep: Literal["drawn", "best"] = "drawn"
+    """The particle that becomes the answer: "drawn" by its weight, or the "best" by its reward."""
     boundary: AnyBoundary = Uncertainty()
+    """Where a segment ends."""
 
     @property
     def needs_scale(self) -> bool:
@@ -45,14 +53,13 @@ class Particles(Decoding):
         log_w = [(draft.reward - start) / beta for draft in drafts]
         spare = drafts[-1].uniform if self.n > 1 else 0.0  # a uniform that decided nothing
         while not all(particle.finished for particle in particles):
-            weights = normalised(log_w)
-            if effective(weights) < self.threshold * self.n:
-                ancestors = systematic(weights, drafts[0].uniform)
-                drawn_anew = [particles[i] for i in ancestors]
+            weights = normalized(log_w)
+            if effective_sample_size(weights) < self.threshold * self.n:
+                resampled = [particles[i] for i in systematic_resampling(weights, drafts[0].uniform)]
                 for lost in dict.fromkeys(particles):
-                    if lost not in drawn_anew:
+                    if lost not in resampled:
                         session.give_up(lost)
-                particles, log_w = drawn_anew, [0.0] * self.n
+                particles, log_w = resampled, [0.0] * self.n
             moving = [i for i, particle in enumerate(particles) if not particle.finished]
             drafts = await session.grow([particles[i] for i in moving], until=self.boundary)
             for i, draft in zip(moving, drafts, strict=True):
@@ -60,27 +67,6 @@ class Particles(Decoding):
                 particles[i] = draft
             spare = drafts[-1].uniform if len(drafts) > 1 else spare
         best = max(particles, key=lambda particle: particle.reward)
-        chosen = best if self.keep == "best" else drawn(particles, normalised(log_w), spare)
+        chosen = best if self.keep == "best" else weighted_choice(particles, normalized(log_w), spare)
         chosen.verdict = "accepted" if self.keep == "drawn" else "best"
         await session.keep(chosen)
-
-
-def normalised(log_w: list[float]) -> list[float]:
-    """w / sum w, from logarithms."""
-    weights = [math.exp(each - max(log_w)) for each in log_w]
-    return [weight / sum(weights) for weight in weights]
-
-
-def effective(weights: list[float]) -> float:
-    """The effective sample size: as many equal particles would say as much."""
-    return 1 / sum(weight * weight for weight in weights)
-
-
-def systematic(weights: list[float], uniform: float) -> list[int]:
-    """As many indices as there are weights; i is drawn floor(n w_i) times at least, and once more at most."""
-    n, upto, chosen, i = len(weights), list(accumulate(weights)), [], 0
-    for k in range(n):
-        while i < n - 1 and upto[i] <= (k + uniform) / n:
-            i += 1
-        chosen.append(i)
-    return chosen

@@ -17,7 +17,16 @@ from cards_integrations.decoding.segmentation import AnyBoundary, FixedLength
 
 @dataclass(eq=False)
 class Node:
-    """A draft in the search tree, with its mean value over `visits` searches that went through it."""
+    """A draft in the search tree.
+
+    Attributes:
+        draft: None at the root, which is the kept text.
+        parent: The node that it follows; None at the root.
+        prior: Its share among the children that its parent had, equal drafts counted as one.
+        value: Mean reward over the searches that went through it.
+        visits: Number of these searches.
+        children: Its distinct children.
+    """
 
     draft: Draft | None
     parent: Node | None = None
@@ -27,7 +36,7 @@ class Node:
     children: list[Node] = field(default_factory=list)
 
     def path(self) -> Iterator[Node]:
-        """From here up to the root's child."""
+        """Yield the nodes from this one up to the root's child."""
         node: Node | None = self
         while node is not None and node.draft is not None:
             yield node
@@ -36,25 +45,34 @@ class Node:
 
 @register_method
 class Rain(Decoding):
-    """Rewindable Auto-regressive INference (arXiv 2309.07124, section 3.2): before a segment is kept, the tree
-    of what could follow is searched, from the root again and again (rewind).
+    """Rewindable Auto-regressive INference (arXiv 2309.07124, section 3.2).
 
-    A search goes down to the child with the highest value + explore * prior * sqrt(visits of the parent)
-    / (1 + its own visits) until a leaf, grows `width` children there (equal drafts are one, and their share is
-    its prior), evaluates them, and updates the values on the way back. Drafts that are like one that was
-    evaluated learn of it, weighted by similarity (here of their text; the authors compare embeddings). The
-    search ends after `searches`, or once the most visited child's value reaches `enough`; that child is kept.
+    Before a segment is kept, the tree of what could follow is searched, from the root again and again (rewind). A
+    search goes down to a leaf, by the child with the highest
+
+        value + explore * prior * sqrt(visits of the parent) / (1 + its own visits),
+
+    grows `width` children there, evaluates them, and updates the values on the way back. Drafts that are similar to
+    an evaluated one are updated with it, weighted by the similarity (here of their text; the authors compare
+    embeddings). In the end the root's most visited child is kept.
 
     The authors evaluate with the model itself, `JudgeReward()`; any reward will do.
     """
 
     method: Literal["rain"] = "rain"
+    """Names this method in settings files."""
     width: Annotated[int, Field(ge=1)] = 4
+    """Children of a leaf; equal ones count as one, with a larger prior."""
     searches: Annotated[int, Field(ge=1)] = 6
+    """The most searches before a segment is kept."""
     explore: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    """Weight of what was seldom visited; 0 follows the values alone."""
     share: Annotated[float, Field(ge=0, le=1)] = 0.2
-    enough: FiniteFloat | None = None
+    """How much of an update reaches a sibling of the same text; others get less, by their similarity."""
+    value_threshold: FiniteFloat | None = None
+    """A segment's searches end early once the most visited child has this value; None: never."""
     boundary: AnyBoundary = FixedLength(length=8)
+    """Where a segment ends."""
 
     async def generate(self, session: Session) -> None:
         root = Node(None)
@@ -62,11 +80,11 @@ class Rain(Decoding):
             for _ in range(self.searches):
                 leaf = self._select(root)
                 if leaf.draft is not None and leaf.draft.finished:
-                    self._learn(leaf, leaf.draft.reward)
+                    self._update(leaf, leaf.draft.reward)
                 else:
                     await self._expand(session, leaf)
                 best = max(root.children, key=lambda node: (node.visits, node.value))
-                if self.enough is not None and best.value >= self.enough:
+                if self.value_threshold is not None and best.value >= self.value_threshold:
                     break
             assert best.draft is not None
             best.draft.verdict = "best"
@@ -93,10 +111,10 @@ class Rain(Decoding):
             leaf.children.append(Node(same[0], leaf, len(same) / len(drafts)))
         for child in leaf.children:
             assert child.draft is not None
-            self._learn(child, child.draft.reward)
+            self._update(child, child.draft.reward)
 
-    def _learn(self, node: Node, value: float) -> None:
-        """The mean of all values below, on the way up; and what is like the node learns its share."""
+    def _update(self, node: Node, value: float) -> None:
+        """Update the mean values up to the root, and those of similar siblings in part."""
         top = node
         for each in node.path():
             each.value += (value - each.value) / (each.visits + 1)
@@ -104,14 +122,14 @@ class Rain(Decoding):
             top = each
             for sibling in each.parent.children if each.parent else ():
                 if sibling is not each and sibling.visits:
-                    likeness = _likeness(each, sibling)
-                    gained = self.share * likeness
+                    gained = self.share * _similarity(each, sibling)
                     sibling.value += gained * (value - sibling.value) / (sibling.visits + gained)
         if top.parent is not None:
             top.parent.visits += 1
 
 
-def _likeness(one: Node, other: Node) -> float:
+def _similarity(one: Node, other: Node) -> float:
+    """Return the similarity of two drafts' texts, from 0 to 1."""
     assert one.draft is not None
     assert other.draft is not None
     return SequenceMatcher(None, one.draft.text, other.draft.text, autojunk=False).ratio()

@@ -13,10 +13,12 @@ from cards_integrations.decoding.segmentation import FixedLength
 
 @register_method
 class Sampling(Decoding):
-    """Ancestral sampling; `chunk` is how many tokens are streamed at a time."""
+    """Ancestral sampling, without a reward model."""
 
     method: Literal["sampling"] = "sampling"
+    """Names this method in settings files."""
     chunk: Annotated[int, Field(ge=1)] = 8
+    """Tokens that are streamed at a time."""
     needs_reward: ClassVar[bool] = False
 
     async def generate(self, session: Session) -> None:

@@ -19,8 +19,11 @@ class SegmentBestOfN(Decoding):
     """
 
     method: Literal["segment_best_of_n"] = "segment_best_of_n"
+    """Names this method in settings files."""
     n: Annotated[int, Field(ge=1)] = 4
+    """Drafts of a segment."""
     boundary: AnyBoundary = Uncertainty()
+    """Where a segment ends."""
 
     async def generate(self, session: Session) -> None:
         while not session.finished:

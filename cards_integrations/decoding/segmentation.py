@@ -14,8 +14,12 @@ if TYPE_CHECKING:
 
 
 class _Between(Boundary):
+    """A boundary that depends on the text, within limits of length."""
+
     min_length: Annotated[int, Field(ge=1)] = 4
+    """Tokens before which a segment does not end, unless the answer does."""
     max_length: Annotated[int, Field(ge=1)] = 64
+    """Tokens at which a segment ends in any case."""
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
@@ -33,14 +37,15 @@ class _Between(Boundary):
 
 
 class Uncertainty(_Between):
-    """End *before* the first token whose uncertainty reaches `threshold`.
-
-    The default is the paper's, for entropy in nats; the other measures are at most 1, and need one of their own.
-    """
+    """End *before* the first token whose predictive uncertainty reaches `threshold` (CARDS, section 3.2)."""
 
     kind: Literal["uncertainty"] = "uncertainty"
+    """Names this boundary in settings files."""
     measure: Measure = "entropy"
+    """"entropy" in nats, "max_probability" for 1 - max p, or "evidential" for V / sum(relu(logit) + 1); all of the
+    raw logits, over the full vocabulary."""
     threshold: FiniteFloat = 3.0
+    """The default is the paper's, for entropy; the other measures are at most 1 and need a threshold of their own."""
 
     @model_validator(mode="after")
     def _reachable(self) -> Self:
@@ -60,7 +65,9 @@ class Punctuation(_Between):
     """End after a token that closes with one of `marks`."""
 
     kind: Literal["punctuation"] = "punctuation"
+    """Names this boundary in settings files."""
     marks: tuple[str, ...] = (".", "!", "?", "\n")
+    """Texts that a segment can end with."""
 
     def ends_after(self, text: str) -> bool:
         return text.endswith(self.marks)
@@ -70,7 +77,9 @@ class FixedLength(Boundary):
     """End after `length` tokens."""
 
     kind: Literal["fixed_length"] = "fixed_length"
+    """Names this boundary in settings files."""
     length: Annotated[int, Field(ge=1)] = 16
+    """Tokens of a segment."""
 
     @property
     def min_tokens(self) -> int:

@@ -13,17 +13,23 @@ from cards_integrations.decoding.segmentation import FixedLength
 
 @register_method
 class SpeculativeRejection(Decoding):
-    """Speculative Rejection (arXiv 2410.20290, algorithm 1): n answers are drafted together; at every checkpoint
-    the unfinished ones are scored and the worst fraction of all is given up. The best that is left is kept.
+    """Speculative Rejection (arXiv 2410.20290, algorithm 1).
 
-    The authors start with as many answers as fit into memory and set a checkpoint where it is full
+    n answers are drafted together. At every checkpoint the unfinished ones are scored, and the worst fraction of all
+    is given up. The best that is left is kept.
+
+    The authors start with as many answers as fit into memory, and set a checkpoint where it is full
     (`fraction` 0.5); here both are settings, so that a result does not depend on the machine.
     """
 
     method: Literal["speculative_rejection"] = "speculative_rejection"
+    """Names this method in settings files."""
     n: Annotated[int, Field(ge=1)] = 16
+    """Answers to begin with."""
     checkpoint: Annotated[int, Field(ge=1)] = 16
+    """Tokens from one checkpoint to the next."""
     fraction: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """Share of the answers that a checkpoint gives up (the paper's alpha); one answer stays at least."""
 
     async def generate(self, session: Session) -> None:
         alive: list[Draft | None] = [None] * self.n

@@ -16,25 +16,32 @@ from cards_integrations.models.base import Boundary
 
 
 class OptimalStopping(BaseModel):
-    """A search rule for a segment that needs no target: `price` is the reward that a token has to bring.
+    """A search rule for a segment that needs no target: what a token costs, in reward.
 
-    The next `batch` drafts are worth E[max(M - best, 0)] with M the highest of their rewards, and cost
+    The next `batch` drafts are worth E[max(M - best, 0)], with M the highest of their rewards, and cost
     price * batch * length. Drafting stops when the best so far has reached the reservation value xi,
-    where both are equal (Weitzman 1979), and the best is kept. Rewards of a segment's drafts are taken
-    for normal: the mean is that of the drafts and of the kept prefix's reward, the spread is pooled
+    where both are equal (Weitzman 1979), and the best is kept. The rewards of a segment's drafts are assumed to be
+    normal: the mean is that of the drafts and of the kept prefix's reward, the standard deviation is pooled
     over all segments so far.
 
-    This does not sample from the reward-tilted law that quasi-rejection approximates. Use `batch` > 1
-    where several drafts cost about as much as one.
+    This does not sample from the reward-tilted distribution that quasi-rejection approximates.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     price: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    """The reward that a drafted token has to bring."""
     batch: Annotated[int, Field(ge=1)] = 1
+    """Drafts between two decisions; more than 1 pays off where several drafts cost about as much as one."""
 
     async def generate(self, session: Session, boundary: Boundary, limit: int) -> None:
-        """Draft and keep until `session.finished`; at most `limit` drafts for a segment."""
+        """Draft and keep until `session.finished`.
+
+        Args:
+            session: The request.
+            boundary: Where a segment ends.
+            limit: The most drafts of a segment.
+        """
         reward, written = await session.prompt_reward(), 0
         segments: list[list[float]] = []
         while not session.finished:
@@ -50,7 +57,7 @@ class OptimalStopping(BaseModel):
                 tokens += draft.end - written
                 best = session.reject(draft)
                 mean = (reward + sum(rewards)) / (1 + len(rewards))
-                value = self.reservation(mean, pooled_spread(segments), tokens / len(rewards))
+                value = self.reservation(mean, pooled_std(segments), tokens / len(rewards))
                 draft.threshold = value if math.isfinite(value) else None
                 if len(rewards) % self.batch == 0 and reaches(best):
                     best.verdict = "accepted"
@@ -61,15 +68,24 @@ class OptimalStopping(BaseModel):
             reward, written = best.reward, best.end
 
     def reservation(self, mean: float, std: float | None, length: float) -> float:
-        """xi with E[max(M - xi, 0)] = price * batch * length; infinite as long as no std is known."""
+        """Return the reservation value xi, with E[max(M - xi, 0)] = price * batch * length.
+
+        Args:
+            mean: Mean reward of a draft.
+            std: Its standard deviation; None if it is not known.
+            length: Mean length of a draft in tokens.
+
+        Returns:
+            xi in units of the reward; infinite if `std` is not known.
+        """
         if not std:
             return math.inf if std is None else mean
         cost = self.price * self.batch * length / std
         return mean + std * _excess_quantile(cost, self.batch)
 
 
-def pooled_spread(segments: Sequence[Sequence[float]]) -> float | None:
-    """The standard deviation within segments, over all of them; None while none has two drafts."""
+def pooled_std(segments: Sequence[Sequence[float]]) -> float | None:
+    """Return the standard deviation within segments, over all of them; None while none has two drafts."""
     freedom = sum(len(rewards) - 1 for rewards in segments)
     squares = sum(float(np.var(rewards)) * len(rewards) for rewards in segments)
     return math.sqrt(squares / freedom) if freedom else None
@@ -77,14 +93,14 @@ def pooled_spread(segments: Sequence[Sequence[float]]) -> float | None:
 
 def _excess_quantile(cost: float, k: int) -> float:
     """z with E[max(M - z, 0)] = cost, for M the highest of k standard normals."""
-    z, excess = _excess(k)
+    z, excess = _expected_excess(k)
     if cost >= excess[0]:
         return float(z[0] - (cost - excess[0]))  # so far below that M is certainly above
     return float(np.interp(-cost, -excess, z))
 
 
 @lru_cache
-def _excess(k: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _expected_excess(k: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """E[max(M - z, 0)], the integral of P(M > x) from z on, at many z."""
     z = np.linspace(-8, 8, 4001)
     above = 1 - np.array([0.5 * math.erfc(-x / math.sqrt(2)) for x in z]) ** k

@@ -13,17 +13,23 @@ from cards_integrations.decoding.segmentation import AnyBoundary, FixedLength
 
 @register_method
 class TreeBoN(Decoding):
-    """TreeBoN (arXiv 2410.16033, algorithm 1): layers of n drafts; the n / children best of a layer have `children`
-    each in the next one. The best of the last layer is kept.
+    """TreeBoN (arXiv 2410.16033, algorithm 1).
+
+    Layers of n drafts; the n / children best of a layer have `children` each in the next one. The best of the last
+    layer is kept.
 
     The authors score with the implicit reward of a DPO pair (`ImplicitReward`), which is meant for
     beginnings; any reward will do. They cut answers into layers of equal length.
     """
 
     method: Literal["tree_bon"] = "tree_bon"
+    """Names this method in settings files."""
     n: Annotated[int, Field(ge=1)] = 16
+    """Drafts of a layer."""
     children: Annotated[int, Field(ge=1)] = 4
+    """Children of each draft that a layer keeps."""
     boundary: AnyBoundary = FixedLength(length=32)
+    """Where a layer ends."""
 
     async def generate(self, session: Session) -> None:
         parents: list[Draft | None] = [None] * self.n

@@ -12,7 +12,7 @@ from cards_integrations.decoding.base import Draft, Scale
 from cards_integrations.engine.draft_pool import DraftPool, PendingDraft, SegmentDrafts, SessionHost
 from cards_integrations.engine.request import Chunk
 from cards_integrations.engine.scoring import ScoreQueue
-from cards_integrations.errors import RewardError
+from cards_integrations.errors import CardsError, RewardError
 from cards_integrations.models.base import Boundary, Context
 from cards_integrations.rewards.base import Conversation, Response, RewardModel
 from cards_integrations.trace import Alignment, DraftTrace, FinishReason, InvalidToolCall, Segment, ToolCall
@@ -104,7 +104,8 @@ class Session:
 
     async def keep_best(self) -> Draft:
         best = self.pool.best_rejected
-        assert best is not None  # a segment has one draft at least
+        if best is None:
+            raise CardsError("keep_best() has nothing to keep: reject() a draft of this segment first.")
         best.verdict = "best"
         await self.keep(best)
         return best

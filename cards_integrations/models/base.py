@@ -35,7 +35,7 @@ CLOSE_WITHIN = 32  # tokens before the limit; arguments that are still to come t
 class Boundary(BaseModel):
     """Where a candidate segment ends, besides end-of-sequence, stop strings and the tokens that remain."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     def ends_before(self, logits: torch.Tensor, log_p: torch.Tensor, rows: list[int]) -> torch.Tensor | None:
         """Decide whether a segment ends before the token that these logits are for.
