@@ -39,7 +39,9 @@ class Detokenizer:
         self.ids = list(ids)
         self.text = chat.decode(ids) if text is None else text
         self._local = decodes_locally(chat)
-        self._decode_all()
+        self._start = 0  # index of the id that the window begins with
+        self._known = ""  # text of the window's ids that is not new
+        self._before = ""  # text of all ids that is not new
         if not self.text.endswith(PARTIAL_CHARACTER):
             self._move()
 
@@ -70,9 +72,7 @@ class Detokenizer:
 
     def _decode_all(self) -> None:
         """Let the window begin with the first id."""
-        self._start = 0
-        self._known = ""  # text of the window's ids that is not new
-        self._before = ""  # text of all ids that is not new
+        self._start, self._known, self._before = 0, "", ""
 
     def _move(self) -> None:
         """Let the window begin a few ids before the end, if what these are decoded to is the end of the text."""
