@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import pytest
 from pydantic import BaseModel, Field, TypeAdapter
@@ -80,7 +80,8 @@ def classes() -> dict[str, type[BaseModel]]:
     """All settings of this package; other tests may have registered rewards of their own."""
     own = [reward for reward in rewards.REWARDS.values() if reward.__module__.startswith("cards_integrations.")]
     ends = [decoding.OptimalStopping, decoding.Uncertainty, decoding.Punctuation, decoding.FixedLength]
-    found = [Options, EngineSettings, LocalModel, VllmModel, *decoding.METHODS.values(), *ends, rewards.Reward, *own]
+    found: list[type[BaseModel]] = [Options, EngineSettings, LocalModel, VllmModel, rewards.Reward]
+    found += [*decoding.METHODS.values(), *ends, *own]
     return {each.__name__: each for each in found}
 
 
@@ -99,7 +100,7 @@ def test_the_defaults_are_as_documented(owner: str) -> None:
         assert (written == "required") == field.is_required(), name
         if written not in ("required", "built in"):
             value = eval(written, {**vars(decoding), "EngineSettings": EngineSettings})
-            adapter = TypeAdapter(Annotated[field.annotation, Field(), *field.metadata])
+            adapter: TypeAdapter[Any] = TypeAdapter(Annotated[field.annotation, Field(), *field.metadata])
             assert adapter.validate_python(value) == field.default, name
 
 
