@@ -250,7 +250,7 @@ def test_a_classifier_in_two_composites_is_loaded_once(
         judge,
     ]
     engine.run_many([request(reward) for reward in rewards])
-    built: dict[Any, Any] = worker(engine).rewards.built
+    built: Any = worker(engine).rewards.built
     assert Counter(settings.kind for settings in built) == {
         "classifier": 1,
         "length": 1,

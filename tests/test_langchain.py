@@ -324,7 +324,7 @@ async def test_the_cache_answers_an_equal_question(cache):
     assert other.content != answer.content
 
 
-OTHER = {
+OTHER: dict[str, Any] = {
     "model": "another/model",
     "reward": ClassifierReward(model="another/model"),
     "decoding": Cards(target_reward=1.0, beta=0.5, max_rejections=3, boundary=FixedLength(length=6)),

@@ -506,7 +506,7 @@ LOOP = THEN.join(
 )
 
 
-async def run(agent: Any, text: str, **more: Any) -> tuple[str, list[tuple[str, str]], list[AgentStream]]:
+async def run(agent: Any, text: str, **more: Any) -> tuple[str, list[tuple[str, str]], list[Any]]:
     """The answer, the results of tools, and what was streamed."""
     handler = agent.run(user_msg=text, **more)
     events = [event async for event in handler.stream_events()]

@@ -41,7 +41,7 @@ from cards_integrations.llm import as_prompt
 from cards_integrations.settings import Options
 
 
-def kind(value: object) -> str:
+def kind(value: Any) -> str:
     """A name that is the same in every process, for the ids of tests."""
     return value.__name__ if isinstance(value, type) or callable(value) else type(value).__name__
 

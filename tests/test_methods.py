@@ -7,7 +7,7 @@ import json
 import math
 import re
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -486,7 +486,7 @@ def score(text: str) -> float:
 
 def plain_law(rows: Rows) -> Law:
     """p(text), for texts of at most two letters."""
-    found: Counter[str] = Counter()
+    found: Law = defaultdict(float)
     for one, p in rows[""].items():
         for other, q in (rows[one] if one else {"": 1.0}).items():
             found[one + other] += p * q
@@ -521,7 +521,7 @@ def off(law: Law, found: list[str]) -> float:
 
 def law_of_two(rows: Rows, threshold: float) -> Law:
     """What two particles keep, exactly, one letter at a time."""
-    found: Counter[str] = Counter()
+    found: Law = defaultdict(float)
     for one, p in rows[""].items():
         for other, q in rows[""].items():
             w = [math.exp((score(text) - score("")) / BETA) for text in (one, other)]
@@ -1108,8 +1108,9 @@ def test_settings_go_round(method: Any) -> None:
     assert as_decoding(method.model_dump()) == method
     assert as_decoding(method.model_dump_json()) == method
     assert as_decoding(json.loads(method.model_dump_json())) == method
-    assert type(as_decoding(method.method)) is type(method)
-    assert as_decoding(method.method) == type(method)()
+    kind: type[Any] = type(method)
+    assert as_decoding(method.method) == kind()
+    assert type(as_decoding(method.method)) is kind
     assert hash(as_decoding(method.model_dump())) == hash(method)
     told = CardsSettings(decoding=method.model_dump_json())
     assert told.decoding == method

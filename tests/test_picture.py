@@ -255,10 +255,11 @@ def test_a_page_opens_offline(tmp_path: Path) -> None:
 def test_plot_on_given_axes(shape: str) -> None:
     from matplotlib.figure import Figure
 
-    axes: Any = Figure().subplots()
+    figure = Figure()
+    axes = figure.subplots()
     answer = SHAPES[shape]
     assert answer.plot(axes) is axes
-    axes.figure.savefig(io.BytesIO(), format="png")
+    figure.savefig(io.BytesIO(), format="png")
     assert axes.get_xlabel() == "tokens"
     assert axes.get_ylabel() == "reward"
     assert (axes.get_legend() is None) == all(segment.reward is None for segment in answer.segments)
