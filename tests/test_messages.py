@@ -41,9 +41,9 @@ from cards_integrations.llm import as_prompt
 from cards_integrations.settings import Options
 
 
-def kind(value: Any) -> str:
+def kind(value: object) -> str:
     """A name that is the same in every process, for the ids of tests."""
-    return value.__name__ if isinstance(value, type) or callable(value) else type(value).__name__
+    return str(getattr(value, "__name__", type(value).__name__))
 
 
 def as_chat(messages: list[Any]) -> list[Message]:
