@@ -133,7 +133,7 @@ LLAMA_INDEX = [
 ]
 
 
-async def call(llm: Any, method: str, prompt: str = "Hello", **more: Any) -> Any:
+async def call(llm: Any, method: str, prompt: Any = "Hello", **more: Any) -> Any:
     """What one of the methods of either framework returns: an answer, or an iterator over its chunks."""
     found = getattr(llm, method)([ChatMessage(content=prompt)] if "chat" in method else prompt, **more)
     return await found if inspect.isawaitable(found) else found

@@ -70,7 +70,7 @@ def test_a_lone_surrogate(models: Callable[..., str], start: Start, template: st
 def test_characters_that_are_rare_but_right(readable: str, start: Start) -> None:
     engine, prompt = start(readable), "nul \0, \u202eright to left\u202c, \U0001f600, \ufeff"
     answer = engine.run(Request(prompt, PLAIN, max_tokens=5))
-    assert engine.loaded().decode(answer.prompt_ids) == prompt
+    assert engine.loaded().chat.decode(answer.prompt_ids) == prompt
 
 
 # --- chat templates ---
@@ -203,7 +203,8 @@ def test_temperature_zero_is_the_greedy_answer(models: Callable[..., str], start
 
 def streamed(engine: Engine, request: Request) -> tuple[list[str], Alignment]:
     *chunks, answer = engine.stream(request)
-    return [chunk.text for chunk in chunks], answer  # type: ignore[union-attr]
+    assert isinstance(answer, Alignment)
+    return [chunk.text for chunk in chunks], answer
 
 
 def test_stop_strings_that_span_tokens_and_segments(models: Callable[..., str], start: Start) -> None:
@@ -236,7 +237,7 @@ def test_streamed_text_is_the_text(tmp_path: Path, tokenizer: Any, start: Start)
         chunks, answer = streamed(
             engine, Request("the", Sampling(chunk=1), None, Sampler(temperature=1.5, top_k=0), 40, seed=seed)
         )
-        assert "".join(chunks) == answer.text == engine.loaded().decode(answer.token_ids)
+        assert "".join(chunks) == answer.text == engine.loaded().chat.decode(answer.token_ids)
         assert [segment.text for segment in answer.segments] == chunks
         halves += "\ufffd" in answer.text
     assert halves

@@ -65,7 +65,7 @@ class Tokens(BaseCallbackHandler):
     def __init__(self) -> None:
         self.seen: list[str] = []
 
-    def on_llm_new_token(self, token: str, **kwargs: Any) -> None:
+    def on_llm_new_token(self, token: Any, **kwargs: Any) -> None:
         self.seen.append(token)
 
 

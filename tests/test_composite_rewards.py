@@ -231,7 +231,8 @@ def test_a_gate_that_the_empty_answer_does_not_pass_still_lets_the_reward_guide(
     reward = GateReward(gate=FunctionReward(function=nonempty), reward=judge, threshold=1.0)
     answers = [engine.run(request(reward, seed, target=3.0)) for seed in range(4)]
     assert any(draft.verdict == "rejected" for answer in answers for draft in answer.segments[0].drafts)
-    assert min(answer.segments[0].threshold for answer in answers) > -10
+    thresholds: list[Any] = [answer.segments[0].threshold for answer in answers]
+    assert min(thresholds) > -10
 
 
 # --- models, rows and counts ---
@@ -249,7 +250,7 @@ def test_a_classifier_in_two_composites_is_loaded_once(
         judge,
     ]
     engine.run_many([request(reward) for reward in rewards])
-    built = worker(engine).rewards.built
+    built: Any = worker(engine).rewards.built
     assert Counter(settings.kind for settings in built) == {
         "classifier": 1,
         "length": 1,
@@ -365,7 +366,8 @@ async def test_a_part_that_fails_is_named_and_harms_its_request_only(
     good = around(FunctionReward(function=count, scale=(0, 1)))
     expected = [engine.run(request(good, seed)) for seed in range(2)]
     requests = [request(good, 0), request(around(bad), 3), request(good, 1)]
-    first, failed, second = await asyncio.gather(*map(engine.arun, requests), return_exceptions=True)
+    answers: list[Any] = await asyncio.gather(*map(engine.arun, requests), return_exceptions=True)
+    first, failed, second = answers
     assert [answer.token_ids for answer in (first, second)] == [answer.token_ids for answer in expected]
     with pytest.raises(RewardError, match=says):
         raise failed
@@ -386,7 +388,8 @@ async def test_one_prompt_that_breaks_a_part_harms_no_request_with_the_same_rewa
     good = [request(reward, seed) for seed in range(3)]
     expected = [engine.run(one) for one in good]
     bad = Request("w10", good[0].decoding, reward, good[0].sampler, 16, seed=5)
-    *found, failed = await asyncio.gather(*map(engine.arun, [*good, bad]), return_exceptions=True)
+    answers: list[Any] = await asyncio.gather(*map(engine.arun, [*good, bad]), return_exceptions=True)
+    *found, failed = answers
     assert [answer.token_ids for answer in found] == [answer.token_ids for answer in expected]
     assert isinstance(failed, RewardError)
     assert "only_of_w9" in str(failed)

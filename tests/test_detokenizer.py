@@ -109,7 +109,12 @@ def test_only_the_last_tokens_are_decoded(name: str, monkeypatch: pytest.MonkeyP
     assert decodes_locally(chat)
     lengths: list[int] = []
     decode = ChatTokenizer.decode
-    monkeypatch.setattr(ChatTokenizer, "decode", lambda self, ids: lengths.append(len(ids)) or decode(self, ids))
+
+    def counted(self: ChatTokenizer, ids: list[int]) -> str:
+        lengths.append(len(ids))
+        return decode(self, ids)
+
+    monkeypatch.setattr(ChatTokenizer, "decode", counted)
     growing = Detokenizer(chat)
     for token in Random(0).choices(letters, k=300):
         growing.push([token])

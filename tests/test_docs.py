@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import pytest
 from pydantic import BaseModel, Field, TypeAdapter
@@ -79,9 +79,9 @@ def documented() -> dict[str, dict[str, str]]:
 def classes() -> dict[str, type[BaseModel]]:
     """All settings of this package; other tests may have registered rewards of their own."""
     own = [reward for reward in rewards.REWARDS.values() if reward.__module__.startswith("cards_integrations.")]
-    ends = [decoding.OptimalStopping, decoding.Uncertainty, decoding.Punctuation, decoding.FixedLength]
-    found = [Options, EngineSettings, LocalModel, VllmModel, *decoding.METHODS.values(), *ends, rewards.Reward, *own]
-    return {each.__name__: each for each in found}
+    ends: list[Any] = [decoding.OptimalStopping, decoding.Uncertainty, decoding.Punctuation, decoding.FixedLength]
+    found: list[Any] = [Options, EngineSettings, LocalModel, VllmModel, rewards.Reward, *decoding.METHODS.values()]
+    return {each.__name__: each for each in [*found, *ends, *own]}
 
 
 def test_the_settings_are_all_documented() -> None:
@@ -99,7 +99,8 @@ def test_the_defaults_are_as_documented(owner: str) -> None:
         assert (written == "required") == field.is_required(), name
         if written not in ("required", "built in"):
             value = eval(written, {**vars(decoding), "EngineSettings": EngineSettings})
-            adapter = TypeAdapter(Annotated[field.annotation, Field(), *field.metadata])
+            annotation: Any = Annotated[field.annotation, Field(), *field.metadata]
+            adapter: TypeAdapter[Any] = TypeAdapter(annotation)
             assert adapter.validate_python(value) == field.default, name
 
 

@@ -232,7 +232,8 @@ async def test_a_bad_reward_harms_its_request_only(
     engine = start(models("llama"), width=2)
     expected = [await engine.arun(short(judge, seed)) for seed in range(3)]
     requests = [short(judge, 0), short(FunctionReward(function=function)), short(judge, 1), short(judge, 2)]
-    first, bad, *rest = await asyncio.gather(*map(engine.arun, requests), return_exceptions=True)
+    answers: list[Any] = await asyncio.gather(*map(engine.arun, requests), return_exceptions=True)
+    first, bad, *rest = answers
     assert [a.token_ids for a in (first, *rest)] == [a.token_ids for a in expected]
     assert isinstance(bad, RewardError)
     with pytest.raises(RewardError, match=message):
@@ -254,7 +255,8 @@ async def test_one_answer_too_long_for_the_reward_model_harms_no_other(
     expected = start(models("llama"), width=1).run_many(good)
     requests = [good[0], request(2, room=24), *good[1:]]  # all wait while the engine loads
     engine = start(models("llama"), width=1)
-    first, bad, *rest = await asyncio.gather(*map(engine.arun, requests), return_exceptions=True)
+    answers: list[Any] = await asyncio.gather(*map(engine.arun, requests), return_exceptions=True)
+    first, bad, *rest = answers
     assert [a.token_ids for a in (first, *rest)] == [a.token_ids for a in expected]
     with pytest.raises(RewardError, match=r"18.*max_tokens"):
         raise bad

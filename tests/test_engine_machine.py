@@ -24,7 +24,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from cards_integrations.decoding import Args, BestOfN, Cards, Decoding, FixedLength, Particles, Sampling
 from cards_integrations.engine import Engine, EngineSettings, Request
-from cards_integrations.engine.session import Chunk
+from cards_integrations.engine.request import Chunk
 from cards_integrations.errors import CardsTimeout, EngineClosed, RewardError
 from cards_integrations.models.local.settings import LocalModel
 from cards_integrations.rewards import ClassifierReward, FunctionReward

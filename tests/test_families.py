@@ -73,7 +73,7 @@ class Walk:
 
     @torch.inference_mode()
     def forward(self, feeds: list[ForwardInput]) -> None:
-        logits = self.transformer.logits(feeds)
+        logits: list[Any] = self.transformer.logits(feeds)
         for feed, row in zip(feeds, logits, strict=True):
             path = feed.branch.tree.ids[: feed.branch.base] + feed.branch.ids
             plain = self.model(torch.tensor([path])).logits[0, -1]

@@ -37,6 +37,7 @@ from cards_integrations.decoding import Cards, Decoding, FixedLength, Sampling
 from cards_integrations.engine import Engine, Request
 from cards_integrations.engine import worker as worker_module
 from cards_integrations.errors import CardsError, CardsTimeout, EngineClosed, ModelError, OutOfMemory, RewardError
+from cards_integrations.models import sources
 from cards_integrations.models.local import embedded
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import ClassifierReward, FunctionReward, Reward
@@ -264,7 +265,7 @@ def test_rewards_of_single_requests_are_given_up_with_them(models: Callable[...,
 class Forwards:
     """Let some forwards of a module fail, at their very end."""
 
-    def __init__(self, body: Any, error: Exception, fails: Callable[[int], bool]) -> None:
+    def __init__(self, body: Any, error: BaseException, fails: Callable[[int], bool]) -> None:
         self.body, self.error, self.fails = body, error, fails
         self.forward, self.calls, self.failed = body.forward, 0, 0
         body.forward = self
@@ -400,7 +401,7 @@ def test_closing_in_the_very_moment_of_a_call_says_that_it_was_closed(
 @pytest.fixture
 def slow_to_load(gate: threading.Event, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """A model is there only once this is set."""
-    build = worker_module.build_model
+    build = sources.build_model
 
     def slow(*args: Any) -> Any:
         gate.wait(WITHIN)
@@ -449,7 +450,7 @@ def test_closing_does_not_wait_for_a_load(
     models: Callable[..., str], start: Start, slow_to_load: threading.Event
 ) -> None:
     engine = start(models("llama"))
-    asked = [engine.submit(request(None, decoding=Sampling())), engine._running().loaded]
+    asked: list[Any] = [engine.submit(request(None, decoding=Sampling())), engine._running().loaded]
     engine.close()
     assert not slow_to_load.is_set()
     for future in asked:

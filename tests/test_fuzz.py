@@ -108,18 +108,21 @@ PLAIN = st.recursive(
 @given(PLAIN, st.sampled_from(["user", "assistant", "system", "tool"]))
 def test_any_text_is_a_prompt_or_refused(content: Any, role: str) -> None:
     try:
-        (message,) = as_prompt([{"role": role, "content": content}])
+        prompt = as_prompt([{"role": role, "content": content}])
     except CardsError:
         assert not isinstance(content, str) or not content
     else:
+        assert isinstance(prompt, list)
+        (message,) = prompt
         assert isinstance(message["content"], str)
 
 
 @settings(max_examples=150)
 @given(st.sampled_from(sorted(FORMATS)), st.lists(st.sampled_from(fuzz.WRITTEN[:24]) | st.text(max_size=9), max_size=8))
-def test_what_is_streamed_of_calls_is_what_the_whole_text_calls(name: str, parts: list[str]) -> None:
+def test_what_is_streamed_of_calls_is_what_the_whole_text_calls(name: Any, parts: list[str]) -> None:
     tools = as_tools([{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}])
-    reader, text, calls = ToolReader(tools, FORMATS[name]), "", []
+    reader, text = ToolReader(tools, FORMATS[name]), ""
+    calls: list[Any] = []
     for number, part in enumerate(parts):
         text += part
         calls += reader.update(text, number == len(parts) - 1)[1]

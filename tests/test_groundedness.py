@@ -150,7 +150,7 @@ DOCUMENT = "The tower is 330 metres high.\n\nIt was finished in 1889."
 def test_prompts_of_llama_index(name: str, chat: bool) -> None:
     template, slot = LLAMA_INDEX[name]
     document = [ChatMessage(content=DOCUMENT)] if slot == "context_messages" else DOCUMENT
-    values = {slot: document, "query_str": "How high is it?", "existing_answer": "Rather high."}
+    values: dict[str, Any] = {slot: document, "query_str": "How high is it?", "existing_answer": "Rather high."}
     prompt = template.format_messages(**values) if chat else template.format(**values)
     context, other = found_in(prompt)
     assert tuple(one.strip() for one in context) == (DOCUMENT,)
@@ -275,7 +275,7 @@ def test_a_context_with_a_slot_in_it() -> None:
 
 def test_a_prompt_in_the_model_s_own_format(models: Callable[..., str], start: Start) -> None:
     both = [f"<user> {one} </user>\n<assistant> " for one in (PROMPT, f"Context: \nQuestion: {QUESTION}")]
-    naive = gain(tiny.causal(), *both, ids("w7"))
+    naive = gain(tiny.causal(), both[0], both[1], ids("w7"))
     engine = start(models("llama", chat_template=tiny.CHAT))
     assert engine.score(BY_LIKELIHOOD, FormattedPrompt(both[0]), ["w7"]) == pytest.approx([naive], abs=1e-4)
 

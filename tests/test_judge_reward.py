@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tiny
 from conftest import Start
-from internals import assert_idle, reward_models
+from internals import assert_idle, language_model, reward_models
 from naive import Freed, drafts, margin, parameters, said
 from pydantic import ValidationError
 
@@ -159,7 +159,7 @@ def test_weights_are_the_language_model_s(models: Callable[..., str], start: Sta
     named = JudgeReward(model=models("llama"), rubric=RUBRIC, words=("w6", "w8"))
     for reward in (SELF, named, GroundednessReward()):
         engine.score(reward, "Context: w7\nQuestion: w8", ["w9"])
-    own = {name: weight.data_ptr() for name, weight in engine.loaded().model.named_parameters()}
+    own = {name: weight.data_ptr() for name, weight in language_model(engine).model.named_parameters()}
     for built in reward_models(engine):
         for part in getattr(built, "models", [built]):
             model = part.transformer.model

@@ -336,6 +336,7 @@ async def test_requests_that_fit_one_after_another_finish_in_order(llamas: Pair,
 
     async def run(request: Request) -> Alignment:
         alignment = await engine.arun(request)
+        assert request.seed is not None
         finished.append(request.seed)
         return alignment
 

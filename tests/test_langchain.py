@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from operator import add
+from typing import Any
 
 import faces
 import pytest
@@ -17,6 +18,7 @@ from langchain_core.rate_limiters import InMemoryRateLimiter
 from langchain_core.runnables import RunnableLambda, RunnableParallel
 from pydantic import create_model
 
+from cards_integrations import ChatCards
 from cards_integrations.decoding import Cards, FixedLength, Sampling
 from cards_integrations.engine import EngineSettings
 from cards_integrations.errors import SettingsError
@@ -90,7 +92,7 @@ def test_the_answer_says_what_it_cost(llm):
 
 
 def test_reasoning_of_other_models_is_left_out(llm):
-    thought = [{"type": "reasoning", "reasoning": "Hm."}, {"type": "text", "text": "Hi."}]
+    thought: list[Any] = [{"type": "reasoning", "reasoning": "Hm."}, {"type": "text", "text": "Hi."}]
     chat = [HumanMessage("Hello"), AIMessage(thought), HumanMessage("And?")]
     assert llm.invoke(chat).content == llm.invoke([("user", "Hello"), ("ai", "Hi."), ("user", "And?")]).content
 
@@ -104,8 +106,8 @@ def test_no_two_answers_are_alike_without_a_seed():
 
 
 def test_the_real_pair_writes_a_story():
-    llm = faces.ChatCards(**faces.stories())
-    answer = llm.invoke("Once upon a time, there was a happy girl")
+    llm = ChatCards(**faces.stories())
+    answer: Any = llm.invoke("Once upon a time, there was a happy girl")
     plain = llm.invoke("Once upon a time, there was a happy girl", decoding="sampling")
     assert len(answer.content.split()) > 10
     assert answer.response_metadata["cards"]["reward"] > 0.3
@@ -137,7 +139,7 @@ async def test_a_stream_does_not_show_half_a_stop_string(llm):
 
 def test_stop_strings_may_be_the_objects_own():
     plain = {"decoding": Sampling(), "max_tokens": 40}
-    text = faces.chat_cards(**plain).invoke("Hello").content
+    text: Any = faces.chat_cards(**plain).invoke("Hello").content
     llm = faces.chat_cards(**plain, stop=text[8:10])
     assert llm.invoke("Hello").content == text[: text.index(text[8:10])]
     assert llm.invoke("Hello", stop=[text[4:6]]).content == text[: text.index(text[4:6])]  # the call's go before
@@ -185,7 +187,7 @@ def test_a_batch_takes_no_more_threads_than_the_engine_has_rows():
         def on_llm_end(self, *args, run_id, **kwargs):
             live.remove(run_id)
 
-    assert len(llm.batch(PROMPTS, {"callbacks": [Counting()]})) == len(PROMPTS)
+    assert len(llm.batch([*PROMPTS], {"callbacks": [Counting()]})) == len(PROMPTS)
     assert max(most) <= 3
 
 
@@ -322,7 +324,7 @@ async def test_the_cache_answers_an_equal_question(cache):
     assert other.content != answer.content
 
 
-OTHER = {
+OTHER: dict[str, Any] = {
     "model": "another/model",
     "reward": ClassifierReward(model="another/model"),
     "decoding": Cards(target_reward=1.0, beta=0.5, max_rejections=3, boundary=FixedLength(length=6)),
@@ -345,7 +347,8 @@ def test_the_cache_key_has_every_option(name):
 @pytest.mark.parametrize("name", ["response_format", "grammar"])
 def test_the_cache_key_tells_classes_of_one_name_apart(name):
     llm = faces.chat_cards()
-    one, other = (create_model("Answer", **{field: (bool, ...)}) for field in "ab")
+    fields: list[dict[str, Any]] = [{field: (bool, ...)} for field in "ab"]
+    one, other = (create_model("Answer", **each) for each in fields)
     assert llm._get_llm_string(**{name: one}) == llm._get_llm_string(**{name: one.model_json_schema()})
     assert llm._get_llm_string(**{name: one}) != llm._get_llm_string(**{name: other})
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import jsonschema
 import pytest
 import scripted
-from langchain.agents import create_agent
+from langchain import agents
 from langchain.agents.middleware import wrap_tool_call
 from langchain.agents.structured_output import ProviderStrategy, ToolStrategy
 from langchain_core.caches import InMemoryCache
@@ -24,7 +24,7 @@ from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, Sys
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.rate_limiters import InMemoryRateLimiter
-from langchain_core.runnables import ConfigurableField, RunnableLambda, RunnableParallel
+from langchain_core.runnables import ConfigurableField, RunnableConfig, RunnableLambda, RunnableParallel
 from langchain_core.tools import StructuredTool, tool
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.config import get_stream_writer
@@ -40,6 +40,7 @@ from cards_integrations.decoding import Cards, FixedLength
 from cards_integrations.errors import SettingsError
 
 Face = ChatCards | CardsLLM
+create_agent: Any = agents.create_agent  # it takes a `CardsLLM`, too, and messages as tuples
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def called(message: AIMessage) -> list[tuple[str, dict[str, Any]]]:
     return [(call["name"], call["args"]) for call in message.tool_calls]
 
 
-def total(chunks: Any) -> AIMessageChunk:
+def total(chunks: Any) -> Any:
     first, *rest = chunks
     return sum(rest, first)
 
@@ -257,6 +258,7 @@ def test_what_cannot_be_bound_is_refused_at_once(llm: Face, tools: list[Any], mo
 
 def test_other_options_may_be_bound_along(llm: Face) -> None:
     answer = llm.bind_tools([paint], max_tokens=3).invoke("Hello to you")
+    assert answer.usage_metadata is not None
     assert answer.usage_metadata["output_tokens"] == 3
 
 
@@ -265,7 +267,9 @@ def test_the_prompt_counts_the_tools(llm: Face) -> None:
     counts = llm if isinstance(llm, ChatCards) else llm.as_langchain()
     count = counts.get_num_tokens_from_messages(messages, tools=[paint, add])
     assert count > counts.get_num_tokens_from_messages(messages)
-    assert count == llm.bind_tools([paint, add]).invoke(messages).usage_metadata["input_tokens"]
+    usage = llm.bind_tools([paint, add]).invoke(messages).usage_metadata
+    assert usage is not None
+    assert count == usage["input_tokens"]
 
 
 # --- calls that are none ---
@@ -277,8 +281,8 @@ def test_a_call_that_is_no_json_is_invalid(llm: Face) -> None:
     answer = llm.bind_tools([paint]).invoke(f"Now: {BROKEN}\n{call('add', a=1, b=2)}")
     [invalid] = answer.invalid_tool_calls
     assert (invalid["name"], invalid["type"]) == ("paint", "invalid_tool_call")
-    assert "not JSON" in invalid["error"]
-    assert '"level": }' in invalid["args"]
+    assert "not JSON" in str(invalid["error"])
+    assert '"level": }' in str(invalid["args"])
     assert called(answer) == [("add", {"a": 1, "b": 2})]
     assert answer.content == "Now:"
     assert len({invalid["id"], answer.tool_calls[0]["id"]}) == 2
@@ -329,7 +333,7 @@ SEVERAL = {
 
 @pytest.mark.parametrize("which", SEVERAL)
 async def test_chunks_add_up_to_the_answer(llm: Face, which: str) -> None:
-    bound = llm.bind_tools([add, paint])
+    bound: Any = llm.bind_tools([add, paint])
     whole = bound.invoke(SEVERAL[which])
     for chunks in (list(bound.stream(SEVERAL[which])), [chunk async for chunk in bound.astream(SEVERAL[which])]):
         summed = total(chunks)
@@ -346,7 +350,7 @@ async def test_chunks_add_up_to_the_answer(llm: Face, which: str) -> None:
 
 def test_text_streams_before_the_call(llm: Face) -> None:
     text = "First there is a sentence that is long enough for several segments."
-    chunks = list(llm.bind_tools([add]).stream(f"{text} {call('add', a=1, b=2)}"))
+    chunks: list[Any] = list(llm.bind_tools([add]).stream(f"{text} {call('add', a=1, b=2)}"))
     first = next(i for i, chunk in enumerate(chunks) if chunk.tool_call_chunks)
     assert sum(bool(chunk.content) for chunk in chunks[:first]) > 1
     assert "".join(chunk.content for chunk in chunks[: first + 1]) == text
@@ -373,7 +377,7 @@ async def test_batches_of_calls(llm: Face) -> None:
 
 def test_results_of_tools_are_read(llm: Face) -> None:
     asked = HumanMessage(call("add", a=1, b=2) + THEN + "It is $1.")
-    bound = llm.bind_tools([add])
+    bound: Any = llm.bind_tools([add])
     first = bound.invoke([asked])
     result = add.invoke(first.tool_calls[0])
     assert isinstance(result, ToolMessage)
@@ -385,7 +389,7 @@ def test_results_of_tools_are_read(llm: Face) -> None:
 
 def test_a_streamed_answer_may_be_part_of_the_conversation(llm: Face) -> None:
     asked = HumanMessage(call("add", a=1, b=2) + THEN + "It is $1.")
-    bound = llm.bind_tools([add])
+    bound: Any = llm.bind_tools([add])
     first = total(bound.stream([asked]))
     assert bound.invoke([asked, first, add.invoke(first.tool_calls[0])]).content == "It is 3."
 
@@ -435,7 +439,7 @@ class Tree(BaseModel):
     branches: list[Tree] = []
 
 
-RED = {"color": "red", "level": 2}
+RED: dict[str, Any] = {"color": "red", "level": 2}
 SCHEMAS: dict[str, Any] = {
     "pydantic": (Paint, "Paint", Paint(**RED)),
     "pydantic v1": (PaintV1, "PaintV1", PaintV1(**RED)),
@@ -498,7 +502,7 @@ def test_json_mode_needs_no_schema_and_holds_to_no_schema(llm: Face) -> None:
 
 def test_what_is_no_way_of_structured_output_is_refused(llm: Face) -> None:
     with pytest.raises(SettingsError, match="json_schema, function_calling, json_mode"):
-        llm.with_structured_output(Paint, method="yaml")
+        llm.with_structured_output(Paint, method="yaml")  # type: ignore[arg-type]
     with pytest.raises(SettingsError, match="needs a schema"):
         llm.with_structured_output()
     with pytest.raises(SettingsError, match="Did you mean 'max_tokens'"):
@@ -593,14 +597,14 @@ def test_an_object_that_is_closed_at_the_limit_is_one(chat: ChatCards, method: A
 def test_tools_beside_a_schema(llm: Face) -> None:
     """Until it has called all it wants, and then the answer is of the schema."""
     wanted = {"type": "json_schema", "json_schema": {"schema": Paint.model_json_schema()}}
-    bound = llm.bind_tools([add], response_format=wanted)
+    bound: Any = llm.bind_tools([add], response_format=wanted)
     assert called(bound.invoke("Hello" + OR + call("add", a=1, b=2))) == [("add", {"a": 1, "b": 2})]
     assert json.loads(bound.invoke("Hello" + OR + dumps(RED)).content) == RED
 
 
 # --- callbacks, traces and events ---
 
-DRAFTED = {
+DRAFTED: dict[str, Any] = {
     "decoding": Cards(target_reward=1.0, beta=0.5, max_rejections=3, boundary=FixedLength(length=5)),
     "reward": lambda prompt, texts: [float(len(text) % 3) for text in texts],
     "temperature": 0.7,
@@ -671,7 +675,7 @@ def assert_segments(events: list[tuple[str, Any]], answer: AIMessage) -> None:
 async def test_each_kept_segment_is_an_event(llm: Face, kind: Callable[[], Any], way: str) -> None:
     expected = llm.invoke(HELLO, **DRAFTED)
     heard = kind()
-    config = {"callbacks": [heard], "tags": ["mine"], "metadata": {"who": "me"}}
+    config: RunnableConfig = {"callbacks": [heard], "tags": ["mine"], "metadata": {"who": "me"}}
     match way:
         case "invoke":
             llm.invoke(HELLO, config, **DRAFTED)
@@ -885,7 +889,8 @@ def test_a_graph_of_ones_own(llm: Face) -> None:
 
     graph = StateGraph(MessagesState).add_node("model", model).add_node("tools", ToolNode([add]))
     graph.add_edge(START, "model").add_conditional_edges("model", tools_condition).add_edge("tools", "model")
-    state = graph.compile().invoke({"messages": [("user", THEN.join([call("add", a=1, b=2), "It is $1."]))]})
+    compiled: Any = graph.compile()
+    state = compiled.invoke({"messages": [("user", THEN.join([call("add", a=1, b=2), "It is $1."]))]})
     assert said(state)[-1] == ("ai", "It is 3.")
 
 
@@ -968,11 +973,15 @@ def test_tools_within_other_runnables(llm: Face) -> None:
     assert "mine" in heard.starts[0]["tags"]
     chain = ChatPromptTemplate.from_messages([("system", "Be brief."), ("human", "{text}")]) | bound
     assert called(chain.invoke({"text": call("add", a=1, b=2)})) == [("add", {"a": 1, "b": 2})]
-    run = bound | RunnableLambda(lambda message: [add.invoke(each).content for each in message.tool_calls])
+
+    def results(message: Any) -> list[Any]:
+        return [add.invoke(each).content for each in message.tool_calls]
+
+    run = bound | RunnableLambda(results)
     assert run.invoke(f"{call('add', a=1, b=2)}\n{call('add', a=3, b=4)}") == ["3", "7"]
 
 
-def test_fields_may_be_configured(llm: Face) -> None:
+def test_fields_may_be_configured(llm: Any) -> None:
     llm = llm.configurable_fields(max_tokens=ConfigurableField(id="most"))
     assert llm.invoke("Hello to you").content == "Hello to you"
     short = llm.with_config(configurable={"most": 2}).invoke("Hello to you")
@@ -981,7 +990,7 @@ def test_fields_may_be_configured(llm: Face) -> None:
     assert called(bound.invoke(call("add", a=1, b=2))) == [("add", {"a": 1, "b": 2})]
 
 
-def test_alternatives_may_be_configured(llm: Face, options: dict[str, Any]) -> None:
+def test_alternatives_may_be_configured(llm: Any, options: dict[str, Any]) -> None:
     llm = llm.configurable_alternatives(
         ConfigurableField(id="which"), default_key="long", short=ChatCards(**{**options, "max_tokens": 2})
     )

@@ -7,6 +7,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import tiny
@@ -167,7 +168,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     fast = Tokenizer(WordLevel({letter: i for i, letter in enumerate(LETTERS)}, unk_token="a"))
     fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="</s>")
-    sizes = {"vocab_size": 6, "eos_token_id": EOS, "pad_token_id": None, "max_position_embeddings": 16}
+    sizes: dict[str, Any] = {"vocab_size": 6, "eos_token_id": EOS, "pad_token_id": None, "max_position_embeddings": 16}
     model = tiny.causal(seed=23, initializer_range=0.2, **sizes)
     return tiny.save(tmp_path_factory.mktemp("letters"), model, tokenizer)
 

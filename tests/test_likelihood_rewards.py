@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 from conftest import Start
-from internals import assert_idle, worker
+from internals import assert_idle, language_model, worker
 from naive import Freed, drafts, log_p, lora, parameters, said
 from transformers import AutoTokenizer
 
@@ -227,7 +227,7 @@ def test_one_adapter_of_two_rewards_is_loaded_once_and_shares_what_it_does_not_c
     engine = start(models("llama"), width=2)
     for reward in (ImplicitReward(tuned=spec), ImplicitReward(tuned=spec, beta=2.0)):
         engine.run(request(reward, 0, max_tokens=4))
-    own = engine.loaded().model
+    own = language_model(engine).model
     adapted, _ = worker(engine).loader.causal(spec)
     mine = {weight.data_ptr() for weight in own.parameters()}
     new = {name for name, weight in adapted.named_parameters() if weight.data_ptr() not in mine}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import faces
 import pytest
@@ -234,8 +235,8 @@ FACTS = [
 class MiniLM(BaseEmbedding):
     """Sentence embeddings of all-MiniLM-L6-v2: the mean over its tokens, of length one."""
 
-    _tokenizer: object = PrivateAttr()
-    _model: object = PrivateAttr()
+    _tokenizer: Any = PrivateAttr()
+    _model: Any = PrivateAttr()
 
     def __init__(self, folder: Path):
         from transformers import AutoModel, AutoTokenizer
@@ -332,7 +333,7 @@ def test_pickling_never_changes_the_reward():
 
 def test_pickling_leaves_a_callback_manager_behind():
     llm = faces.cards_llm()
-    handler = LlamaDebugHandler(print_trace_on_end=False)
+    handler: Any = LlamaDebugHandler(print_trace_on_end=False)
     handler.unpicklable = lambda: None
     llm.callback_manager = CallbackManager([handler])
     assert pickle.loads(pickle.dumps(llm)).options() == llm.options()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from enum import Enum
 from importlib.util import find_spec
 from itertools import pairwise
@@ -88,7 +88,7 @@ async def with_tools(llm: CardsLLM, way: str, tools: list[Any], text: str, **mor
     return await responses(llm, way, tools, suffix="_with_tools", user_msg=text, **more)
 
 
-def blocks(response: ChatResponse) -> list[tuple[str, dict[str, Any]]]:
+def blocks(response: ChatResponse) -> list[tuple[str, dict[str, Any] | str]]:
     """The calls of a message."""
     return [(b.tool_name, b.tool_kwargs) for b in response.message.blocks if b.block_type == "tool_call"]
 
@@ -100,6 +100,7 @@ def blocks(response: ChatResponse) -> list[tuple[str, dict[str, Any]]]:
 async def test_an_answer_says_and_calls(llm: CardsLLM, way: str) -> None:
     text = f"Let me see what there is. {call('add', a=1, b=2)}"
     *_, last = await with_tools(llm, way, [ADD, PAINT], text)
+    assert last.raw is not None
     assert last.message.content == "Let me see what there is."
     assert blocks(last) == [("add", {"a": 1, "b": 2})]
     assert last.message.role == MessageRole.ASSISTANT
@@ -118,11 +119,13 @@ async def test_streams_grow_by_words_and_whole_calls(llm: CardsLLM, way: str) ->
     *growing, last = await with_tools(llm, way, [ADD, PAINT], text, allow_parallel_tool_calls=True)
     expected = [("add", {"a": 1, "b": 2}), ("paint", RED)]
     assert blocks(last) == expected
-    texts, counts = [r.message.content for r in growing], [len(blocks(r)) for r in growing]
+    texts: list[Any] = [r.message.content for r in growing]
+    counts = [len(blocks(r)) for r in growing]
     assert texts[-1] == last.message.content == said
     assert len(set(texts)) > 2
     assert all(more.startswith(less) for less, more in pairwise(texts))
-    assert "".join(r.delta for r in growing) == said
+    deltas: list[Any] = [r.delta for r in growing]
+    assert "".join(deltas) == said
     assert counts == sorted(counts)
     assert {0, 1, 2} >= set(counts) >= {0, 2}
     assert all(blocks(r) == expected[:count] for r, count in zip(growing, counts, strict=True))
@@ -186,6 +189,7 @@ async def test_parallel_calls_are_off_when_the_model_decides(llm: CardsLLM, way:
 async def test_calls_that_are_none(llm: CardsLLM, way: str) -> None:
     broken = '<tool_call>\n{"name": "paint", "arguments": {"color": "red", "level": }}\n</tool_call>'
     *_, last = await with_tools(llm, way, [ADD, PAINT], f"Now: {broken}\n{call('add', a=1, b=2)}")
+    assert last.raw is not None
     [invalid] = last.raw["invalid_tool_calls"]
     assert invalid["name"] == "paint"
     assert '"level": }' in invalid["arguments"]
@@ -202,6 +206,7 @@ async def test_calls_that_are_none(llm: CardsLLM, way: str) -> None:
 async def test_a_call_that_is_cut_is_none(llm: CardsLLM, way: str) -> None:
     for more in ({}, {"tool_required": True}):
         *growing, last = await with_tools(llm, way, [PAINT], call("paint", **RED), max_tokens=28, **more)
+        assert last.raw is not None
         assert last.raw["finish_reason"] == "length"
         assert all(blocks(response) == [] for response in [*growing, last])
         assert [each["name"] for each in last.raw["invalid_tool_calls"]] == ["paint"]
@@ -212,6 +217,7 @@ async def test_a_call_that_is_cut_is_none(llm: CardsLLM, way: str) -> None:
 
 def test_a_call_that_is_cut_within_its_name_has_none(llm: CardsLLM) -> None:
     response = llm.chat_with_tools([PAINT], user_msg=call("paint", **RED), max_tokens=12)
+    assert response.raw is not None
     assert [each["name"] for each in response.raw["invalid_tool_calls"]] == [None]
 
 
@@ -316,7 +322,7 @@ async def test_structured_predict(llm: CardsLLM, schema: type[BaseModel], value:
 
 
 async def test_structured_streams_grow(llm: CardsLLM) -> None:
-    grown = list(llm.stream_structured_predict(Room, TEXT, text=dumps(ROOM)))
+    grown: list[Any] = list(llm.stream_structured_predict(Room, TEXT, text=dumps(ROOM)))
     assert len(grown) > 3
     assert grown[-1] == Room.model_validate(ROOM)
     coats = [len(each.coats or []) for each in grown]
@@ -500,7 +506,7 @@ LOOP = THEN.join(
 )
 
 
-async def run(agent: Any, text: str, **more: Any) -> tuple[str, list[tuple[str, str]], list[AgentStream]]:
+async def run(agent: Any, text: str, **more: Any) -> tuple[str, list[tuple[str, str]], list[Any]]:
     """The answer, the results of tools, and what was streamed."""
     handler = agent.run(user_msg=text, **more)
     events = [event async for event in handler.stream_events()]
@@ -600,7 +606,7 @@ async def test_one_agent_hands_off_to_another(llm: CardsLLM) -> None:
     text = THEN.join(
         [call("add", a=1, b=2), call("handoff", to_agent="painter", reason="paint"), call("paint", **RED), "Done: $3."]
     )
-    handler = workflow.run(user_msg=text)
+    handler: Any = workflow.run(user_msg=text)
     events = [event async for event in handler.stream_events()]
     result = await handler
     done = [(e.tool_name, e.tool_output.content) for e in events if isinstance(e, ToolCallResult)]
@@ -645,7 +651,7 @@ async def test_several_react_agents_at_once(options: dict[str, Any]) -> None:
 async def test_an_agent_answers_with_an_object(llm: CardsLLM) -> None:
     """It asks again, with the whole conversation in one message."""
     agent = FunctionAgent(tools=[ADD], llm=llm, output_cls=Room)
-    result = await agent.run(user_msg=f"{call('add', a=1, b=2)}{OR}{dumps(SHORT)}{OR}{THEN}It is $1.")
+    result: Any = await agent.run(user_msg=f"{call('add', a=1, b=2)}{OR}{dumps(SHORT)}{OR}{THEN}It is $1.")
     assert str(result) == "It is 3."
     assert result.get_pydantic_model(Room) == Room.model_validate(SHORT)
 
@@ -678,14 +684,14 @@ class Flow(Workflow):
 
 
 async def test_a_workflow_calls_the_llm(llm: CardsLLM) -> None:
-    asked = {"call": call("add", a=1, b=2), "room": dumps(SHORT)}
+    asked: dict[str, Any] = {"call": call("add", a=1, b=2), "room": dumps(SHORT)}
     assert await Flow(llm).run(**asked) == "3 Bad"
     assert await asyncio.gather(*(Flow(llm).run(**asked) for _ in range(3))) == ["3 Bad"] * 3
 
 
 async def test_a_stream_of_calls_that_is_closed_stops(llm: CardsLLM) -> None:
     text = "One sentence after the other, and so on, and so on. " * 6
-    stream: AsyncIterator[ChatResponse] = await llm.astream_chat_with_tools([ADD], user_msg=text)
+    stream: Any = await llm.astream_chat_with_tools([ADD], user_msg=text)
     first = await anext(stream)
     assert text.startswith(first.message.content)
     await stream.aclose()

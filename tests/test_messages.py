@@ -27,6 +27,7 @@ from pydantic import BaseModel, Field
 from pydantic.v1 import BaseModel as OldBaseModel
 
 from cards_integrations.chat.grammar import Grammar
+from cards_integrations.chat.message import Message
 from cards_integrations.chat.response_format import ResponseFormat, as_response_format
 from cards_integrations.chat.template import FormattedPrompt
 from cards_integrations.chat.tools import Tools, as_tools
@@ -42,7 +43,13 @@ from cards_integrations.settings import Options
 
 def kind(value: object) -> str:
     """A name that is the same in every process, for the ids of tests."""
-    return value.__name__ if isinstance(value, type) or callable(value) else type(value).__name__
+    return str(getattr(value, "__name__", type(value).__name__))
+
+
+def as_chat(messages: list[Any]) -> list[Message]:
+    prompt = as_prompt(messages)
+    assert isinstance(prompt, list)
+    return prompt
 
 
 def call(call_id: str | None, name: str, arguments: Any) -> dict[str, Any]:
@@ -57,6 +64,7 @@ RESULT = {"role": "tool", "content": "sunny", "tool_call_id": "id1", "name": "ge
 
 OPENAI = {"id": "id1", "type": "function", "function": {"name": "get_weather", "arguments": json.dumps(ARGUMENTS)}}
 LANGCHAIN = tool_call(id="id1", name="get_weather", args=ARGUMENTS)
+TOOL_CALL: Any = {**LANGCHAIN, "type": "tool_call"}
 BLOCK = ToolCallBlock(tool_call_id="id1", tool_name="get_weather", tool_kwargs=ARGUMENTS)
 
 
@@ -70,7 +78,7 @@ BLOCK = ToolCallBlock(tool_call_id="id1", tool_name="get_weather", tool_kwargs=A
              {"type": "tool_use", "id": "id1", "name": "get_weather", "input": ARGUMENTS}],
             tool_calls=[LANGCHAIN],
         ),
-        AIMessage(content_blocks=[{"type": "text", "text": "One moment."}, {**LANGCHAIN, "type": "tool_call"}]),
+        AIMessage(content_blocks=[{"type": "text", "text": "One moment."}, TOOL_CALL]),
         AIMessage("One moment.", additional_kwargs={"tool_calls": [OPENAI]}),
         LlamaIndexMessage(role=MessageRole.ASSISTANT, blocks=[TextBlock(text="One moment."), BLOCK]),
         LlamaIndexMessage(
@@ -91,20 +99,22 @@ BLOCK = ToolCallBlock(tool_call_id="id1", tool_name="get_weather", tool_kwargs=A
     ],
 )  # fmt: skip
 def test_calls_of_every_form(message: Any) -> None:
-    [found] = as_prompt([message])
+    [found] = as_chat([message])
     assert found == SAID
     assert list(found["tool_calls"][0]["function"]["arguments"]) == ["city", "days"]  # in their order
 
 
 def test_chunks_of_a_stream_are_messages() -> None:
     chunks = [
-        AIMessageChunk("One "),
-        AIMessageChunk("moment."),
-        AIMessageChunk("", tool_call_chunks=[tool_call_chunk(id="id1", name="get_weather", args=None, index=0)]),
-        AIMessageChunk("", tool_call_chunks=[tool_call_chunk(args=json.dumps(ARGUMENTS), index=0)]),
+        AIMessageChunk(content="One "),
+        AIMessageChunk(content="moment."),
+        AIMessageChunk(
+            content="", tool_call_chunks=[tool_call_chunk(id="id1", name="get_weather", args=None, index=0)]
+        ),
+        AIMessageChunk(content="", tool_call_chunks=[tool_call_chunk(args=json.dumps(ARGUMENTS), index=0)]),
     ]
     assert as_prompt([sum(chunks[1:], chunks[0])]) == [SAID]
-    assert as_prompt([HumanMessageChunk("Hi.")]) == [{"role": "user", "content": "Hi."}]
+    assert as_prompt([HumanMessageChunk(content="Hi.")]) == [{"role": "user", "content": "Hi."}]
 
 
 @pytest.mark.parametrize(
@@ -127,9 +137,9 @@ def test_several_calls_keep_their_order() -> None:
     calls = [tool_call(id=f"id{i}", name=f"f{i}", args={"i": i}) for i in range(3)]
     blocks = [ToolCallBlock(tool_call_id=f"id{i}", tool_name=f"f{i}", tool_kwargs={"i": i}) for i in range(3)]
     expected = [call(f"id{i}", f"f{i}", {"i": i}) for i in range(3)]
-    assert as_prompt([AIMessage("", tool_calls=calls)])[0]["tool_calls"] == expected
-    assert as_prompt([LlamaIndexMessage(role="assistant", blocks=blocks)])[0]["tool_calls"] == expected
-    assert as_prompt([{"role": "assistant", "tool_calls": calls}])[0]["tool_calls"] == expected
+    assert as_chat([AIMessage("", tool_calls=calls)])[0]["tool_calls"] == expected
+    assert as_chat([LlamaIndexMessage(role="assistant", blocks=blocks)])[0]["tool_calls"] == expected
+    assert as_chat([{"role": "assistant", "tool_calls": calls}])[0]["tool_calls"] == expected
 
 
 @pytest.mark.parametrize("message", [AIMessage("Hi."), AIMessage("Hi.", tool_calls=[]), ("ai", "Hi.")])
@@ -144,31 +154,31 @@ def test_arguments_that_are_no_json_are_said_as_well_as_it_can_be(arguments: str
     broken = {"id": "id1", "type": "function", "function": {"name": "f", "arguments": arguments}}
     block = ToolCallBlock(tool_call_id="id1", tool_name="f", tool_kwargs=arguments)
     expected = [call("id1", "f", {"input": arguments})]
-    assert as_prompt([{"role": "assistant", "tool_calls": [broken]}])[0]["tool_calls"] == expected
-    assert as_prompt([LlamaIndexMessage(role="assistant", blocks=[block])])[0]["tool_calls"] == expected
+    assert as_chat([{"role": "assistant", "tool_calls": [broken]}])[0]["tool_calls"] == expected
+    assert as_chat([LlamaIndexMessage(role="assistant", blocks=[block])])[0]["tool_calls"] == expected
 
 
 def test_an_empty_string_is_no_arguments() -> None:
     found = {"id": "id1", "type": "function", "function": {"name": "now", "arguments": ""}}
-    assert as_prompt([{"role": "assistant", "tool_calls": [found]}])[0]["tool_calls"] == [call("id1", "now", {})]
+    assert as_chat([{"role": "assistant", "tool_calls": [found]}])[0]["tool_calls"] == [call("id1", "now", {})]
 
 
 def test_the_prompt_is_a_copy() -> None:
     given = {"role": "tool", "content": "sunny", "tool_call_id": "id1"}
-    assert as_prompt([SAID, given])[1]["name"] == "get_weather"
+    assert as_chat([SAID, given])[1]["name"] == "get_weather"
     assert "name" not in given
 
 
 def test_invalid_calls_are_part_of_the_history() -> None:
     wrong = invalid_tool_call(id="id1", name="get_weather", args="{city", error="not JSON")
-    found = as_prompt([AIMessage("", invalid_tool_calls=[wrong]), ToolMessage("not JSON", tool_call_id="id1")])
+    found = as_chat([AIMessage("", invalid_tool_calls=[wrong]), ToolMessage("not JSON", tool_call_id="id1")])
     assert found[0]["tool_calls"] == [call("id1", "get_weather", {"input": "{city"})]
     assert found[1]["name"] == "get_weather"
 
 
 def test_invalid_calls_beside_valid_ones() -> None:
     wrong = invalid_tool_call(id="id2", name="f", args="{city", error="not JSON")
-    [found] = as_prompt([AIMessage("One moment.", tool_calls=[LANGCHAIN], invalid_tool_calls=[wrong])])
+    [found] = as_chat([AIMessage("One moment.", tool_calls=[LANGCHAIN], invalid_tool_calls=[wrong])])
     assert found["content"] == "One moment."
     assert found["tool_calls"][0] == SAID["tool_calls"][0]
 
@@ -199,19 +209,19 @@ def test_results_of_every_form(message: Any) -> None:
 
 def test_a_result_that_is_an_error_is_told() -> None:
     message = ToolMessage("ValueError: no such city", tool_call_id="id1", status="error")
-    assert as_prompt([SAID, message])[1] == {**RESULT, "content": "ValueError: no such city"}
+    assert as_chat([SAID, message])[1] == {**RESULT, "content": "ValueError: no such city"}
 
 
 @pytest.mark.parametrize(
     "message",
     [
-        FunctionMessage("sunny", name="get_weather"),
+        FunctionMessage(content="sunny", name="get_weather"),
         {"role": "function", "name": "get_weather", "content": "sunny"},
         LlamaIndexMessage(role=MessageRole.FUNCTION, content="sunny", additional_kwargs={"name": "get_weather"}),
     ],
 )
 def test_results_of_functions(message: Any) -> None:
-    [_, found] = as_prompt([SAID, message])
+    [_, found] = as_chat([SAID, message])
     assert (found["role"], found["name"], found["content"]) == ("tool", "get_weather", "sunny")
     assert found.get("tool_call_id") is None
 
@@ -220,23 +230,23 @@ def test_names_of_results_are_found_by_their_ids() -> None:
     calls = [tool_call(id=f"id{i}", name=f"f{i}", args={}) for i in range(3)]
     results = [ToolMessage(f"r{i}", tool_call_id=f"id{i}") for i in (2, 0, 1)]
     own = ToolMessage("r", tool_call_id="id0", name="own")
-    found = as_prompt([HumanMessage("Go."), AIMessage("", tool_calls=calls), *results, own])
+    found = as_chat([HumanMessage("Go."), AIMessage("", tool_calls=calls), *results, own])
     assert [message["name"] for message in found[2:]] == ["f2", "f0", "f1", "own"]
 
 
 @pytest.mark.parametrize("call_id", [None, "id9", ""])
 def test_results_of_no_call_have_a_name_too(call_id: str | None) -> None:
-    [_, found] = as_prompt([SAID, {"role": "tool", "content": "sunny", "tool_call_id": call_id}])
+    [_, found] = as_chat([SAID, {"role": "tool", "content": "sunny", "tool_call_id": call_id}])
     assert found["name"] == "tool"
 
 
 def test_an_empty_result_stays() -> None:
-    found = as_prompt([SAID, ToolMessage("", tool_call_id="id1")])
+    found = as_chat([SAID, ToolMessage("", tool_call_id="id1")])
     assert found == [SAID, {**RESULT, "content": ""}]
 
 
 def test_ids_that_are_used_again_in_a_later_turn() -> None:
-    found = as_prompt(
+    found = as_chat(
         [
             AIMessage("", tool_calls=[tool_call(id="0", name="first", args={})]),
             ToolMessage("a", tool_call_id="0"),
@@ -255,7 +265,7 @@ def test_ids_that_are_used_again_in_a_later_turn() -> None:
     [
         (HumanMessage("x"), "user"),
         (SystemMessage("x"), "system"),
-        (ChatMessage("x", role="developer"), "system"),
+        (ChatMessage(content="x", role="developer"), "system"),
         (LlamaIndexMessage(role="model", content="x"), "assistant"),
         (LlamaIndexMessage(role="chatbot", content="x"), "assistant"),
         (("human", "x"), "user"),
@@ -269,7 +279,7 @@ def test_roles(message: Any, role: str) -> None:
 
 @pytest.mark.parametrize("kind", ["reasoning", "thinking", "redacted_thinking", "tool_use", "input_json_delta"])
 def test_parts_that_are_not_said(kind: str) -> None:
-    [found] = as_prompt([AIMessage([{"type": kind, "text": "y", "thinking": "y"}, {"type": "text", "text": "x"}])])
+    [found] = as_chat([AIMessage([{"type": kind, "text": "y", "thinking": "y"}, {"type": "text", "text": "x"}])])
     assert found["content"] == "x"
 
 
@@ -327,7 +337,7 @@ def test_arguments_that_are_no_object(arguments: Any) -> None:
     """An error, or said as well as it can be."""
     message = {"role": "assistant", "tool_calls": [{"id": "a", "name": "f", "args": arguments}]}
     with suppress(PromptError):
-        assert isinstance(as_prompt([message])[0]["tool_calls"][0]["function"]["arguments"], dict)
+        assert isinstance(as_chat([message])[0]["tool_calls"][0]["function"]["arguments"], dict)
 
 
 # --- tools ---
@@ -598,7 +608,7 @@ def test_the_model_is_told_of_the_schema() -> None:
     assert wanted.instruct(messages) == [{"role": "system", "content": f"Be kind.\n\n{told}"}, user]
     assert messages[0]["content"] == "Be kind."
     assert wanted.instruct(FormattedPrompt("<s>Hi.")) == "<s>Hi."
-    assert ResponseFormat().told("Hi.") == "Hi."
+    assert ResponseFormat().instruct("Hi.") == "Hi."
 
 
 # --- arguments of one call ---

@@ -70,7 +70,8 @@ def test_a_plug_in_is_found_by_its_name(plug: Callable[[str, str], None], tmp_pa
     assert settings.decoding.model_dump() == {"method": "mine", "length": 7}
     assert METHODS["mine"] is type(settings.decoding)
     assert CardsSettings.model_validate_json(settings.model_dump_json()) == settings
-    assert as_decoding("mine") == as_decoding('{"method": "mine"}') == type(settings.decoding)()
+    mine: type[Any] = type(settings.decoding)
+    assert as_decoding("mine") == as_decoding('{"method": "mine"}') == mine()
     with pytest.raises(ValueError, match="size"):
         as_decoding({"method": "mine", "size": 3})
 

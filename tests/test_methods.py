@@ -7,7 +7,7 @@ import json
 import math
 import re
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -61,7 +61,7 @@ from cards_integrations.decoding.resampling import (
     weighted_choice,
 )
 from cards_integrations.engine import Request
-from cards_integrations.engine.session import Chunk
+from cards_integrations.engine.request import Chunk
 from cards_integrations.errors import CardsError, EngineClosed, RewardError, SettingsError
 from cards_integrations.models.local.language_model import LONG
 from cards_integrations.models.randomness import Uniforms
@@ -457,6 +457,7 @@ def test_no_method_keeps_less_than_it_says(llama: Models, start: Start) -> None:
         if isinstance(method, SegmentBestOfN) or (kept.verdict == "best" and isinstance(method, RejectionSampling)):
             assert alignment.reward == max(rewards)
         if isinstance(method, RejectionSampling) and kept.verdict == "accepted":
+            assert alignment.reward is not None
             assert method.acceptance == "soft" or alignment.reward >= float(method.target_reward)
         seen[kept.verdict] += 1
     assert min(seen["best"], seen["accepted"]) > 10
@@ -485,7 +486,7 @@ def score(text: str) -> float:
 
 def plain_law(rows: Rows) -> Law:
     """p(text), for texts of at most two letters."""
-    found: Law = Counter()
+    found: Law = defaultdict(float)
     for one, p in rows[""].items():
         for other, q in (rows[one] if one else {"": 1.0}).items():
             found[one + other] += p * q
@@ -501,7 +502,7 @@ def texts(method: Decoding, rows: Rows, samples: int = SAMPLES) -> list[str]:
     """What a method writes with random drafts from a table."""
     dice, found = np.random.default_rng(5), []
     for _ in range(samples):
-        table = naive_methods.Table(rows, score, dice, 2)
+        table: Any = naive_methods.Table(rows, score, dice, 2)
         with pytest.raises(StopIteration):
             method.generate(table).send(None)  # nothing in it waits
         assert table.finished
@@ -520,7 +521,7 @@ def off(law: Law, found: list[str]) -> float:
 
 def law_of_two(rows: Rows, threshold: float) -> Law:
     """What two particles keep, exactly, one letter at a time."""
-    found: Law = Counter()
+    found: Law = defaultdict(float)
     for one, p in rows[""].items():
         for other, q in rows[""].items():
             w = [math.exp((score(text) - score("")) / BETA) for text in (one, other)]
@@ -668,7 +669,8 @@ def test_drawn_by_weight() -> None:
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """A model that knows no end of sequence, and a reward model for its texts."""
-    size, words = {"max_position_embeddings": 8192}, tiny.words(eos_token=None)
+    size: dict[str, Any] = {"max_position_embeddings": 8192}
+    words = tiny.words(eos_token=None)
     folder = tmp_path_factory.mktemp("endless")
     model = tiny.save(folder / "model", tiny.causal(**size, eos_token_id=None), words)
     return model, tiny.save(folder / "judge", tiny.classifier(**size), words)
@@ -877,7 +879,7 @@ def letters(folder: Path, merges: Sequence[tuple[str, str]], classifier: bool) -
     fast = Tokenizer(BPE({name: i for i, name in enumerate(names)}, [*merges]))
     fast.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=fast, model_max_length=256)
-    size = {"vocab_size": len(names), "eos_token_id": None, "pad_token_id": None}
+    size: dict[str, Any] = {"vocab_size": len(names), "eos_token_id": None, "pad_token_id": None}
     return tiny.save(folder, tiny.classifier(**size) if classifier else tiny.causal(**size), tokenizer)
 
 
@@ -1097,14 +1099,18 @@ NOT_DEFAULT: list[Decoding] = [
 ]
 
 
-@pytest.mark.parametrize("method", [*SEVEN, *NOT_DEFAULT, *(METHODS[each.method]() for each in SEVEN)])
-def test_settings_go_round(method: Decoding) -> None:
+KINDS: dict[str, type[Any]] = METHODS
+
+
+@pytest.mark.parametrize("method", [*SEVEN, *NOT_DEFAULT, *(KINDS[each.method]() for each in SEVEN)])
+def test_settings_go_round(method: Any) -> None:
     assert as_decoding(method) is method
     assert as_decoding(method.model_dump()) == method
     assert as_decoding(method.model_dump_json()) == method
     assert as_decoding(json.loads(method.model_dump_json())) == method
-    assert type(as_decoding(method.method)) is type(method)
-    assert as_decoding(method.method) == type(method)()
+    kind: type[Any] = type(method)
+    assert as_decoding(method.method) == kind()
+    assert type(as_decoding(method.method)) is kind
     assert hash(as_decoding(method.model_dump())) == hash(method)
     told = CardsSettings(decoding=method.model_dump_json())
     assert told.decoding == method
@@ -1137,7 +1143,7 @@ def test_nonsense_is_refused(method: str, wrong: dict[str, Any]) -> None:
 
 def test_what_a_method_asks_for() -> None:
     assert all(method.needs_reward for method in SEVEN)
-    scaled = {method for method in METHODS if METHODS[method]().needs_scale}
+    scaled = {method for method in METHODS if KINDS[method]().needs_scale}
     assert scaled == {"cards", "rejection", "particles"}
     assert RejectionSampling(target_reward=1.0).needs_scale  # its beta
     assert RejectionSampling(beta=1.0).needs_scale  # its target

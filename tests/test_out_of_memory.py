@@ -86,7 +86,8 @@ async def test_what_does_not_fit_fails_alone(
     forward = body.forward
     refused = limit(body, 20, error)
     asked = [*requests[:2], request(reward, 9, BIG), *requests[2:]]
-    first, second, big, *rest = await asyncio.gather(*map(engine.arun, asked), return_exceptions=True)
+    answers: list[Any] = await asyncio.gather(*map(engine.arun, asked), return_exceptions=True)
+    first, second, big, *rest = answers
     assert [a.token_ids for a in (first, second, *rest)] == [a.token_ids for a in expected]
     with pytest.raises(CardsError if in_reward else OutOfMemory, match=r"No memory for 40 more tokens.*shorter prompt"):
         raise big

@@ -40,7 +40,9 @@ def test_the_longer_answer_wins_in_both_orders():
     found = judge(OURS, THEIRS, asked(by_length), progress=False)
     assert [row["verdict"] for row in found.rows] == ["win", "loss", "tie", "loss"]
     assert found.counts == {"win": 1, "tie": 1, "loss": 2, "unparsed": 0}
+    assert found.win_tie is not None
     assert found.win_tie.value == 0.5
+    assert found.win_rate is not None
     assert found.win_rate.value == pytest.approx(1.5 / 4)
     assert found.first_wins == 0.5
 
@@ -52,6 +54,7 @@ def test_a_preference_for_a_place_cancels(bias):
     fair = judge(OURS, THEIRS, asked(by_length), progress=False)
     biased = judge(OURS, THEIRS, asked(lambda prompt: by_length(prompt, bias)), progress=False)
     assert [row["verdict"] for row in biased.rows] == [row["verdict"] for row in fair.rows]
+    assert biased.first_wins is not None
     assert (biased.first_wins > 0.6) == (bias > 0)
     assert (biased.first_wins < 0.4) == (bias < 0)
 
@@ -62,6 +65,7 @@ def test_what_cannot_be_read_is_no_tie():
 
     found = judge(OURS, THEIRS, asked(sulks), progress=False)
     assert [row["verdict"] for row in found.rows] == ["win", "loss", "unparsed", "loss"]
+    assert found.win_tie is not None
     assert found.win_tie.value == pytest.approx(1 / 3)
     nothing = judge(OURS, THEIRS, asked(lambda prompt: ""), progress=False)
     assert (nothing.win_tie, nothing.win_rate, nothing.first_wins) == (None, None, None)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import pytest
@@ -74,7 +75,7 @@ class Read(HTMLParser):
     def handle_comment(self, data: str) -> None:
         raise AssertionError(data)
 
-    handle_decl = handle_pi = unknown_decl = handle_comment
+    handle_decl = handle_pi = unknown_decl = handle_comment  # type: ignore[assignment]
 
 
 def draft(text: str, reward: float | None, verdict: Verdict, tokens: int = 3, **more: object) -> DraftTrace:
@@ -254,10 +255,11 @@ def test_a_page_opens_offline(tmp_path: Path) -> None:
 def test_plot_on_given_axes(shape: str) -> None:
     from matplotlib.figure import Figure
 
-    axes = Figure().subplots()
+    figure = Figure()
+    axes = figure.subplots()
     answer = SHAPES[shape]
     assert answer.plot(axes) is axes
-    axes.figure.savefig(io.BytesIO(), format="png")
+    figure.savefig(io.BytesIO(), format="png")
     assert axes.get_xlabel() == "tokens"
     assert axes.get_ylabel() == "reward"
     assert (axes.get_legend() is None) == all(segment.reward is None for segment in answer.segments)
@@ -266,7 +268,7 @@ def test_plot_on_given_axes(shape: str) -> None:
 def test_plot_makes_axes_of_its_own() -> None:
     from matplotlib import pyplot
 
-    axes = SHAPES["a hundred"].plot()
+    axes: Any = SHAPES["a hundred"].plot()
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["kept", "rejected", "threshold"]
     assert [list(line.get_ydata())[-1] for line in axes.lines] == pytest.approx([99 / 7, -99 / 7, 9.9])
     pyplot.close(axes.figure)

@@ -264,5 +264,6 @@ def test_guided_answers_speak_about_the_question(
     for request, answer in zip(requests, found, strict=True):
         assert answer.text == engine.run(request).text
         assert [answer.reward] == pytest.approx(engine.score(reward, request.prompt, [answer.text]), abs=1e-6)
-        assert answer.reward == max(draft.reward for draft in answer.segments[0].drafts)
+        rewards: list[Any] = [draft.reward for draft in answer.segments[0].drafts]
+        assert answer.reward == max(rewards)
         assert answer.usage.rm_tokens > 8

@@ -63,7 +63,7 @@ def contexts() -> set[tuple[str, ...]]:
 
 
 def test_a_chain_hands_the_documents_to_the_reward(llm):
-    retriever = RunnableLambda(lambda question: DOCUMENTS)
+    retriever: RunnableLambda[str, Any] = RunnableLambda(lambda question: DOCUMENTS)
     chain = {"context": retriever, "question": RunnablePassthrough()} | documents_chain(llm, PROMPT)
     message = chain.invoke(QUESTION)
     texts = tuple(document.page_content for document in DOCUMENTS)

@@ -92,10 +92,10 @@ async def test_nothing_stays_referenced(models: Callable[..., str], kind: str) -
     for part in parts(model):
         if hasattr(part, "transformer"):
             assert not part.transformer.cache.trees
-    gone = [weakref.ref(talk)]
+    ended = weakref.ref(talk)
     del talk
     gc.collect()
-    assert gone[0]() is None
+    assert ended() is None
 
 
 async def test_a_kept_response_is_read_no_more(models: Callable[..., str]) -> None:

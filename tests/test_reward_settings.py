@@ -136,7 +136,7 @@ def test_every_kind_is_tried() -> None:
     assert set(KINDS) == set(REWARDS)
 
 
-def assert_same(found: Reward, expected: Reward) -> None:
+def assert_same(found: Reward | None, expected: Reward | None) -> None:
     assert found == expected
     assert hash(found) == hash(expected)
     assert type(found) is type(expected)

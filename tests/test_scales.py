@@ -425,7 +425,7 @@ async def test_closing_while_measuring(start: Start, models: Callable[..., str])
     words.wait = threading.Event()
     reward = FunctionReward(function=words)
     try:
-        tasks = [asyncio.create_task(engine.arun(request(reward, seed))) for seed in range(2)]
+        tasks: list[asyncio.Task[Any]] = [asyncio.create_task(engine.arun(request(reward, seed))) for seed in range(2)]
         tasks.append(
             asyncio.create_task(asyncio.to_thread(engine.score, WeightedReward(rewards=[reward]), "w6", ["w7"]))
         )

@@ -122,7 +122,7 @@ def test_the_most_gain_per_second_is_chosen() -> None:
             for _ in range(dice.randint(1, 5))
         ]
         sessions: Any = [Offered(row, dice.randint(0, len(row)), scoring) for row in chances]
-        idle = SimpleNamespace(pool=SimpleNamespace(current=None))
+        idle: Any = SimpleNamespace(pool=SimpleNamespace(current=None))
         chosen: list[Any] = BestPerSecond(times).candidates([*sessions, idle])
 
         best = sorted((chance for row in chances for chance in row), reverse=True)

@@ -27,6 +27,7 @@ from conftest import Start
 from langchain_core.callbacks import BaseCallbackHandler
 from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.instrumentation.event_handlers import BaseEventHandler
+from llama_index.core.llms import ChatMessage
 
 from cards_integrations import CardsLLM, CardsSettings, ChatCards
 from cards_integrations.decoding import Cards, FixedLength, Sampling
@@ -35,6 +36,7 @@ from cards_integrations.errors import CardsError, ModelError, RewardError, Setti
 from cards_integrations.models import VllmModel
 from cards_integrations.models.local.loader import ModelLoader
 from cards_integrations.models.local.settings import LocalModel, Placement
+from cards_integrations.models.sources import context_window
 from cards_integrations.rewards import ClassifierReward, GroundednessReward, LengthReward, RemoteReward, as_reward
 
 PACKAGE = Path(__file__).parents[1] / "cards_integrations"
@@ -211,7 +213,7 @@ def test_the_code_of_a_model_does_not_run(tmp_path: Path, mark: Path, start: Sta
     with pytest.raises(ModelError, match="own"):
         start(models("llama")).run(Request("w6", GUIDED, ClassifierReward(model=folder), max_tokens=2))
     with pytest.raises(ModelError, match="own"):
-        LocalModel(model=folder).context_window()
+        context_window(LocalModel(model=folder))
     assert not mark.exists()
 
 
@@ -440,7 +442,7 @@ class Events(BaseEventHandler):
         return "Events"
 
     def handle(self, event: Any, **kwargs: Any) -> None:
-        self.told += [repr(event), event.model_dump_json(fallback=repr)]
+        type(self).told += [repr(event), event.model_dump_json(fallback=repr)]
 
 
 @pytest.fixture
@@ -475,7 +477,7 @@ def test_the_key_is_sent_and_nobody_else_is_told(
     list(chat.stream("Hello", config={"callbacks": [callbacks]}))
     told += [repr(message), message.model_dump_json(), repr(chat._get_ls_params()), repr(chat._identifying_params)]
     told += [repr(chat._get_invocation_params()), repr(chat.dict()), json.dumps(chat.to_json(), default=repr)]
-    told += [repr(llm.chat([faces.ChatMessage(content="Hello")])), repr(llm.to_dict())]
+    told += [repr(llm.chat([ChatMessage(content="Hello")])), repr(llm.to_dict())]
     answer = llm.align("Hello")
     told += [repr(answer), repr(answer.to_dict()), repr(answer.summary()), answer._repr_html_()]
     settings = CardsSettings(reward=remote(server))
@@ -542,7 +544,7 @@ def test_the_key_is_in_no_pickle(name: str) -> None:
     assert SECRET.encode() not in pickle.dumps(SECRETS[name]())
 
 
-WRONG = {
+WRONG: dict[str, dict[str, Any]] = {
     "a setting too many": {"nonsense": 1},
     "a wrong value": {"retries": -1},
     "a wrong address": {"url": "nowhere"},
@@ -639,10 +641,10 @@ def test_what_a_model_writes_is_never_markup(text: str) -> None:
             model=text, method=text, content=text, tool_calls=(ToolCall("1", text, {text: text}),),
         )  # fmt: skip
         seen: list[Any] = []
-        parser = HTMLParser()
-        parser.handle_starttag = lambda tag, attrs: seen.append((tag, attrs))  # type: ignore[method-assign]
-        parser.handle_endtag = lambda tag: seen.append(tag)  # type: ignore[method-assign]
-        parser.handle_comment = parser.handle_pi = parser.handle_decl = seen.append  # type: ignore[method-assign]
+        parser: Any = HTMLParser()
+        parser.handle_starttag = lambda tag, attrs: seen.append((tag, attrs))
+        parser.handle_endtag = lambda tag: seen.append(tag)
+        parser.handle_comment = parser.handle_pi = parser.handle_decl = seen.append
         parser.feed(answer._repr_html_())
         parser.close()
         return seen

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ REWARD = st.floats(-1e3, 1e3)
 def test_uncertainty_is_read_from_the_raw_logits(values: list[float]) -> None:
     logits = torch.tensor([values, values[::-1]])
     p = torch.tensor(values, dtype=torch.double).softmax(-1)
-    expected = {
+    expected: dict[Any, float] = {
         "entropy": entropy(p.numpy()),
         "max_probability": 1 - float(p.max()),
         "evidential": len(values) / sum(max(v, 0) + 1 for v in values),
@@ -113,15 +114,16 @@ def test_auto_follows_the_scale_of_the_reward() -> None:
     class Scaled:
         reward_scale: Scale | None = Scale(mean=1.0, std=0.5)
 
-    target, beta = Cards().target_and_beta(Scaled())
+    scaled: Any = Scaled()
+    target, beta = Cards().target_and_beta(scaled)
     assert 1.0 < target <= 2.0
     assert 0 < beta < 0.5
-    assert Cards(target_reward=7.0, beta=0.2).target_and_beta(Scaled()) == (7.0, 0.2)
+    assert Cards(target_reward=7.0, beta=0.2).target_and_beta(scaled) == (7.0, 0.2)
     Scaled.reward_scale = Scale(mean=1.0, std=0.5, target=3.0, beta=0.25)  # a calibration has chosen
-    assert Cards().target_and_beta(Scaled()) == (3.0, 0.25)
-    assert Cards(target_reward=7.0, beta=0.2).target_and_beta(Scaled()) == (7.0, 0.2)
+    assert Cards().target_and_beta(scaled) == (3.0, 0.25)
+    assert Cards(target_reward=7.0, beta=0.2).target_and_beta(scaled) == (7.0, 0.2)
     Scaled.reward_scale = Scale(mean=1.0, std=0.0)  # nothing to go by
-    assert Cards().target_and_beta(Scaled()) == (1.0, 0.7)
+    assert Cards().target_and_beta(scaled) == (1.0, 0.7)
 
 
 def test_which_settings_need_the_scale() -> None:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -253,13 +254,13 @@ async def test_where_nobody_is_up_the_one_that_has_rested_most_is_asked(replicas
     servers = of(one, two)
     for affinity in range(20):
         for replica, seconds in zip(servers.replicas, (1000.0, 500.0), strict=True):
-            replica.failures, replica.retry_at = 3, module.time.monotonic() + seconds
+            replica.failures, replica.retry_at = 3, time.monotonic() + seconds
         await post(servers, affinity)
     assert counts([one, two]) == [0, 20]
 
 
 def test_a_replica_is_left_alone_longer_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.time, "monotonic", lambda: 100.0)
+    monkeypatch.setattr(time, "monotonic", lambda: 100.0)
     replica, rests = Replica("http://host"), []
     assert replica.available
     for _ in range(8):

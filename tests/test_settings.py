@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from typing import Any
 
 import faces
 import pytest
@@ -140,10 +141,12 @@ def test_settings_are_frozen():
 
 
 def test_settings_take_no_unknown_names():
-    for kind in (Cards, Sampling, Uncertainty, FixedLength, Punctuation, LocalModel, EngineSettings):
+    kinds: list[Any] = [Cards, Sampling, Uncertainty, FixedLength, Punctuation, LocalModel, EngineSettings]
+    for kind in kinds:
         with pytest.raises(ValidationError, match="nonsense"):
             kind(nonsense=1)
-    for face in (CardsSettings, CardsLLM, ChatCards):
+    faces: list[Any] = [CardsSettings, CardsLLM, ChatCards]
+    for face in faces:
         with pytest.raises(ValidationError, match="Did you mean 'temperature'"):
             face(temprature=1)
 
@@ -187,7 +190,9 @@ def test_what_is_given_replaces_what_the_environment_says(monkeypatch, tmp_path)
     monkeypatch.setenv("CARDS_REWARD__KIND", "length")
     monkeypatch.setenv("CARDS_REWARD__TARGET", "40")
     monkeypatch.setenv("CARDS_MAX_TOKENS", "9")
-    assert CardsSettings().reward.kind == "length"
+    reward = CardsSettings().reward
+    assert reward is not None
+    assert reward.kind == "length"
     file = tmp_path / "cards.yaml"
     file.write_text("reward: {kind: classifier, model: some/reward}")
     given = {"kind": "classifier", "model": "some/reward"}

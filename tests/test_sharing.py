@@ -15,6 +15,7 @@ from cards_integrations.decoding import Cards, Sampling, Uncertainty
 from cards_integrations.engine import Engine, EngineSettings, Request
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import ClassifierReward
+from cards_integrations.trace import Alignment
 
 
 def test_sixteen_at_once_take_a_third_of_the_steps(shared_models: Path, start: Start) -> None:
@@ -83,6 +84,7 @@ def test_engines_in_use_stay(make: Callable[[int], CardsLLM]) -> None:
     assert loaded(make) == 4  # one is owned, one answers, one never had an owner, one is new
     assert kept.align("w9 w20").text
     *_, answer = stream
+    assert isinstance(answer, Alignment)
     assert len(answer.token_ids) > 6
 
 

@@ -343,7 +343,8 @@ def test_memory_does_not_grow(llm: CardsLLM, alone: dict[tuple[int, int, bool], 
     """Over rounds of the same requests, once the first has made what stays."""
     engine = engine_of(llm)
     asked = wishes(60, 2)
-    sizes, states = [], []
+    sizes: list[int] = []
+    states: list[State] = []
     run_all(llm, asked, alone)
     tracemalloc.start()
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import reference
@@ -50,7 +51,7 @@ def test_stop_strings_in_candidates_that_were_drafted_ahead(models: Callable[...
     requests, expected = [], []
     for seed in range(16):
         decoding = Cards(target_reward=1.0, beta=0.2, boundary=BOUNDARY if seed % 2 else FixedLength(length=3))
-        loop = reference.plain(model, tokenizer, None, prompt, temperature=1.0, stop=STOP)
+        loop: Any = reference.plain(model, tokenizer, None, prompt, temperature=1.0, stop=STOP)
         loop.reward = lambda answer, decode=loop.decode: value(cut(decode(answer)))
         expected.append(loop.generate(prompt, decoding, 30, seed))
         requests.append(Request(PROMPT, decoding, FunctionReward(function=late), SAMPLER, 30, STOP, seed))
@@ -68,7 +69,7 @@ def test_stop_strings_in_candidates_that_were_drafted_ahead(models: Callable[...
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ClassifierReward]:
     """A model that knows no end of sequence, and a reward model for its texts."""
-    size = {"max_position_embeddings": 8192}
+    size: dict[str, Any] = {"max_position_embeddings": 8192}
     folder = tmp_path_factory.mktemp("endless")
     words = tiny.words(eos_token=None)
     model = tiny.save(folder / "model", tiny.causal(**size, eos_token_id=None), words)

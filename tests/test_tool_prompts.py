@@ -19,7 +19,7 @@ from cards_integrations.chat.template import ChatTokenizer, as_text
 from cards_integrations.chat.tools import FormatName, as_tools
 from cards_integrations.decoding import Cards, Sampling, Uncertainty
 from cards_integrations.engine import Engine, EngineSettings, Request
-from cards_integrations.engine.session import Chunk
+from cards_integrations.engine.request import Chunk
 from cards_integrations.models.local.loader import ModelLoader
 from cards_integrations.models.local.settings import LocalModel, Placement
 from cards_integrations.models.sampling import Sampler
@@ -311,7 +311,7 @@ def test_a_reward_on_the_same_weights_shares_them_whatever_the_form(tmp_path: Pa
     folder = tiny.save(tmp_path, tiny.causal(vocab_size=len(tokenizer)), tokenizer)
     loader = ModelLoader(Placement(device="cpu", dtype="float32"))
     loader.causal(LocalModel(model=folder, tool_format="json"))
-    assert RewardLoader(loader).causal(LocalModel(model=folder), "a reward").own
+    assert RewardLoader(loader).causal(LocalModel(model=folder), "a reward").is_language_model
 
 
 # --- prompts of templates that know tools ---
@@ -428,7 +428,7 @@ def test_a_template_that_takes_one_call_only() -> None:
 
 @pytest.mark.parametrize("call_id", ["call_12345678", "", "1"])
 def test_ids_that_a_template_refuses(call_id: str) -> None:
-    history = [
+    history: list[Message] = [
         {"role": "user", "content": "Weather?"},
         {"role": "assistant", "content": "", "tool_calls": [called(call_id, "get_weather", city="Köln", days=2)]},
         {"role": "tool", "content": "sunny", "tool_call_id": call_id, "name": "get_weather"},
@@ -440,7 +440,7 @@ def test_ids_that_a_template_refuses(call_id: str) -> None:
 
 
 def test_calls_without_ids_for_a_template_that_measures_them() -> None:
-    history = [
+    history: list[Message] = [
         {"role": "user", "content": "Weather?"},
         {"role": "assistant", "content": "", "tool_calls": [called(None, "get_weather", city="Köln", days=2)]},
         {"role": "tool", "content": "sunny", "tool_call_id": None, "name": "get_weather"},
@@ -478,6 +478,7 @@ def test_roles_that_do_not_alternate() -> None:
 def test_those_who_know_no_tools_read_the_same_in_plain_messages(template: str) -> None:
     chat = chat_of(template)
     plain = chat.without_tools(HISTORY)
+    assert isinstance(plain, list)
     assert [message["role"] for message in plain] == ["system", "user", "assistant", "user", "assistant", "user"]
     assert all(message.keys() == {"role", "content"} for message in plain)
     assert plain[2]["content"] == chat.tool_format.write(HISTORY[2]["tool_calls"])
@@ -489,6 +490,7 @@ def test_those_who_know_no_tools_read_the_same_in_plain_messages(template: str) 
 
 def test_what_a_call_says_comes_before_it() -> None:
     plain = chat_of("qwen").without_tools(TWO_CALLS)
+    assert isinstance(plain, list)
     assert plain[1]["content"].startswith("Sure.\n<tool_call>\n")
     assert plain[1]["content"].count("<tool_call>") == 2
 
@@ -615,14 +617,14 @@ def test_one_tool_is_forced(engine: Engine, name: str) -> None:
         check_calls(answer)
         assert {call.name for call in answer.tool_calls} <= {name}
         assert len(answer.tool_calls) == (answer.finish_reason == "stop")
-        assert "get_weather" in engine.loaded().decode(answer.prompt_ids)  # it is told of all of them
+        assert "get_weather" in engine.loaded().chat.decode(answer.prompt_ids)  # it is told of all of them
 
 
 def test_no_tool_may_be_called(engine: Engine) -> None:
     [answer] = engine.run_many([asked("none", prompt="Weather?", max_tokens=20)])
     assert answer.prompt_ids == tuple(engine.loaded().chat.prompt("Weather?")[1])
-    assert "get_weather" not in engine.loaded().decode(answer.prompt_ids)
-    assert answer.tool_calls == answer.invalid_tool_calls == ()
+    assert "get_weather" not in engine.loaded().chat.decode(answer.prompt_ids)
+    assert (answer.tool_calls, answer.invalid_tool_calls) == ((), ())
     assert answer.content == answer.text
 
 
@@ -636,9 +638,10 @@ def test_free_and_strict_choices_end(engine: Engine) -> None:
 
 
 def test_calls_are_streamed_as_they_are_read(engine: Engine) -> None:
-    *chunks, answer = list(engine.stream(asked("any", 4)))
+    *streamed, answer = list(engine.stream(asked("any", 4)))
     assert isinstance(answer, Alignment)
-    assert all(isinstance(chunk, Chunk) for chunk in chunks)
+    chunks = [chunk for chunk in streamed if isinstance(chunk, Chunk)]
+    assert chunks == streamed
     assert "".join(chunk.text for chunk in chunks) == answer.content
     calls = [call for chunk in chunks for call in chunk.calls]
     assert tuple(call for call in calls if isinstance(call, ToolCall)) == answer.tool_calls
@@ -649,7 +652,7 @@ def test_what_was_called_can_be_answered(engine: Engine) -> None:
     """Calls go back as history, with their results; the next prompt has both."""
     answer = next(a for a in engine.run_many([asked("note", seed) for seed in range(4)]) if a.finish_reason == "stop")
     [call] = answer.tool_calls
-    history = [
+    history: list[Message] = [
         {"role": "user", "content": "Note!"},
         {"role": "assistant", "content": answer.content, "tool_calls": [called(call.id, call.name, **call.arguments)]},
         {"role": "tool", "content": "noted down", "tool_call_id": call.id, "name": call.name},

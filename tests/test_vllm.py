@@ -42,7 +42,7 @@ from cards_integrations.decoding import (
     Uncertainty,
 )
 from cards_integrations.engine import EngineSettings
-from cards_integrations.engine.session import Chunk
+from cards_integrations.engine.request import Chunk
 from cards_integrations.errors import (
     CardsTimeout,
     EngineClosed,
@@ -51,8 +51,7 @@ from cards_integrations.errors import (
     RewardError,
     SettingsError,
 )
-from cards_integrations.models import LocalModel, VllmModel
-from cards_integrations.models.vllm import language_model as vllm_module
+from cards_integrations.models import LocalModel, VllmModel, sources
 from cards_integrations.rewards import ClassifierReward, FunctionReward, RemoteReward
 from cards_integrations.settings import CardsSettings
 from cards_integrations.trace import Alignment
@@ -115,7 +114,7 @@ def server(running: VllmServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Vll
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     for variable in ("CARDS_VLLM_API_KEY", "CARDS_REWARD_API_KEY"):
         monkeypatch.delenv(variable, raising=False)
-    vllm_module._context_window.cache_clear()
+    sources._served_context_window.cache_clear()
     running.reset()
     yield running
     running.wait_until_idle()
@@ -291,7 +290,7 @@ def letters(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
     fast = Tokenizer(WordLevel({letter: i for i, letter in enumerate(LETTERS)}, unk_token="a"))
     fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = with_sentinel(PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="</s>"))
-    sizes = {"vocab_size": 7, "eos_token_id": 0, "pad_token_id": None, "max_position_embeddings": 16}
+    sizes: dict[str, Any] = {"vocab_size": 7, "eos_token_id": 0, "pad_token_id": None, "max_position_embeddings": 16}
     model = never_writes(tiny.causal(seed=23, initializer_range=0.2, **sizes), 6)
     server = VllmServer(tiny.save(tmp_path_factory.mktemp("letters"), model, tokenizer)).start()
     yield server
@@ -534,9 +533,10 @@ def test_a_mark_ends_the_segment_before_the_end_of_sequence(letters: VllmServer,
 
 def test_a_stream(remote: Make) -> None:
     llm = remote()
-    *chunks, answer = llm.align_stream(PROMPT, seed=3)
+    *streamed, answer = llm.align_stream(PROMPT, seed=3)
     assert isinstance(answer, Alignment)
-    assert all(isinstance(chunk, Chunk) for chunk in chunks)
+    chunks = [chunk for chunk in streamed if isinstance(chunk, Chunk)]
+    assert chunks == streamed
     assert "".join(chunk.text for chunk in chunks) == answer.text == llm.align(PROMPT, seed=3).text
     assert [chunk.segment.text for chunk in chunks] == segments(answer)
 
@@ -546,6 +546,7 @@ async def test_langchain(remote: Make) -> None:
     expected = (await llm.aalign(PROMPT)).text
     message = llm.invoke(PROMPT)
     assert message.content == expected
+    assert message.usage_metadata is not None
     assert message.usage_metadata["input_tokens"] == 4
     assert message.response_metadata["cards"]["method"] == "cards"
     assert (await llm.ainvoke(PROMPT)).content == expected
@@ -564,7 +565,8 @@ async def test_llama_index(remote: Make) -> None:
     assert (await llm.acomplete(PROMPT)).text == expected
     assert llm.chat([ChatMessage(content=PROMPT)]).message.content == expected
     assert list(llm.stream_complete(PROMPT))[-1].text == expected
-    assert "".join([chunk.delta async for chunk in await llm.astream_chat([ChatMessage(content=PROMPT)])]) == expected
+    deltas: list[Any] = [chunk.delta async for chunk in await llm.astream_chat([ChatMessage(content=PROMPT)])]
+    assert "".join(deltas) == expected
 
 
 def test_a_remote_reward_gives_the_rewards_of_the_model_here(remote: Make, server: VllmServer, judge: str) -> None:
@@ -626,7 +628,7 @@ async def test_cancelling_one_leaves_the_others(remote: Make, slow: VllmServer) 
 
 async def test_closing_a_stream_aborts(remote: Make, slow: VllmServer) -> None:
     llm = remote(**long(decoding=Sampling(chunk=3)))
-    stream = llm.align_stream("w7", seed=1, top_k=2)
+    stream: Any = llm.align_stream("w7", seed=1, top_k=2)
     await asyncio.to_thread(next, stream)
     await wait_until(lambda: slow.in_flight > 0)
     stream.close()
@@ -635,7 +637,8 @@ async def test_closing_a_stream_aborts(remote: Make, slow: VllmServer) -> None:
 
 async def test_leaving_an_async_stream_aborts(remote: Make, slow: VllmServer) -> None:
     llm = remote(**long(decoding=Sampling(chunk=3)))
-    async with aclosing(llm.aalign_stream("w7", seed=1, top_k=2)) as stream:
+    endless: Any = llm.aalign_stream("w7", seed=1, top_k=2)
+    async with aclosing(endless) as stream:
         async for _ in stream:
             break
         await wait_until(lambda: slow.in_flight > 0)

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 PAD, EOS = 0, 1
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 48,
     "hidden_size": 32,
     "intermediate_size": 48,

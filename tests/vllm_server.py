@@ -121,7 +121,9 @@ class VllmServer:
     def __post_init__(self) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(self.folder).float().eval()
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
-        self.classifier = self.judge and AutoModelForSequenceClassification.from_pretrained(self.judge).float().eval()
+        self.classifier: Any = None
+        if self.judge:
+            self.classifier = AutoModelForSequenceClassification.from_pretrained(self.judge).float().eval()
         self.logits: dict[tuple[int, ...], torch.Tensor] = {}
         self.cache: set[tuple[int, ...]] = set()
         self.healths = 0

@@ -29,7 +29,7 @@ from cards_integrations.chat.message import Message
 pytestmark = pytest.mark.framework_suite
 
 JOKE = {"setup": "Why do cats win video games?", "punchline": "They have nine lives."}
-CALLS = {
+CALLS: dict[str, tuple[str, dict[str, Any]]] = {
     "magic_function(3)": ("magic_function", {"input": 3}),
     "magic_function_no_args()": ("magic_function_no_args", {}),
     "Pirate greeting": ("greeting_generator", {"answer_style": "Pirate"}),
@@ -194,13 +194,13 @@ class ItIsCardsLLM:
     """
 
     @pytest.fixture
-    def model(self, request: Any) -> CardsLLM:
+    def model(self: Any, request: Any) -> Any:
         llm = CardsLLM(**{**self.standard_chat_model_params, **self.chat_model_params})
         llm.as_langchain().output_version = getattr(request, "param", {}).get("output_version")
         return llm
 
     @property
-    def chat_model_class(self) -> type[CardsLLM]:
+    def chat_model_class(self) -> type[Any]:
         return CardsLLM
 
 
