@@ -39,7 +39,7 @@ def llm() -> Iterator[CardsLLM]:
 
 @pytest.fixture(scope="module")
 def found(llm: CardsLLM) -> Comparison:
-    return compare(llm, ARMS, PROMPTS, judge=vowels, seeds=(1, 2), progress=False)  # type: ignore[arg-type]
+    return compare(llm, ARMS, PROMPTS, judge=vowels, seeds=(1, 2), progress=False)
 
 
 def test_every_arm_answers_every_prompt_with_every_seed(llm, found):

@@ -408,8 +408,8 @@ def test_settings_that_are_written_and_read(site: Site) -> None:
     reward = site.reward("classify", model="rm", label=1, retries=0, scale=(1.0, 2.0), timeout=9)
     assert as_reward(json.loads(reward.model_dump_json())) == reward
     assert as_reward(yaml.safe_load(yaml.safe_dump(reward.model_dump(mode="json")))) == reward
-    assert reward.lasting
-    assert not site.reward("json").lasting
+    assert reward.is_reproducible
+    assert not site.reward("json").is_reproducible
     written = CardsSettings(reward=site.reward(api_key=SECRET)).model_dump(mode="json")["reward"]
     with pytest.raises(ValueError, match=r"api_key=.\*+.*give the key again.*CARDS_REWARD_API_KEY"):
         as_reward(written)

@@ -202,7 +202,7 @@ class Reward(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, use_attribute_docstrings=True)
 
-    standardises: ClassVar[bool] = False
+    needs_part_scales: ClassVar[bool] = False
     """True if the parts have to come with their scales."""
 
     kind: str
@@ -232,9 +232,9 @@ class Reward(BaseModel):
         return hash((type(self), *(_hash(getattr(self, name)) for name in type(self).model_fields)))
 
     @property
-    def scaled_like(self) -> Reward:
+    def scale_source(self) -> Reward:
         """The reward whose scale is also the scale of this one."""
-        return self.with_parts([part.scaled_like for part in self.parts])
+        return self.with_parts([part.scale_source for part in self.parts])
 
     def has_signal_for(self, conversation: Conversation) -> bool:
         """Return True if the reward can guide an answer here; otherwise a plain answer is written."""
@@ -246,9 +246,9 @@ class Reward(BaseModel):
         return self.granularity == "sentence"
 
     @property
-    def lasting(self) -> bool:
+    def is_reproducible(self) -> bool:
         """True if equal settings mean the same reward in another process; code of a notebook may change."""
-        return type(self).__module__ != "__main__" and all(part.lasting for part in self.parts)
+        return type(self).__module__ != "__main__" and all(part.is_reproducible for part in self.parts)
 
     @property
     def stays_loaded(self) -> bool:

@@ -15,7 +15,7 @@ from cards_integrations.rewards.scorers.composite import Composite
 class CompositeReward(Reward):
     """Settings with `rewards`, each of which is standardised: (r - mean) / std, over plain answers."""
 
-    standardises: ClassVar[bool] = True
+    needs_part_scales: ClassVar[bool] = True
 
     rewards: Annotated[tuple[AnyReward, ...], Len(1)]
     """The parts, standardised by their `scale`; where it is None it is measured at first use."""

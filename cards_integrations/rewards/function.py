@@ -70,7 +70,7 @@ class FunctionReward(Reward):
         return f"function {getattr(self.function, '__name__', repr(self.function))}"
 
     @property
-    def lasting(self) -> bool:
+    def is_reproducible(self) -> bool:
         return False
 
     @property

@@ -42,8 +42,8 @@ class GateReward(Reward):
         return (self.gate, self.reward)
 
     @property
-    def scaled_like(self) -> Reward:
-        return self.reward.scaled_like  # `closed` is no measure of anything
+    def scale_source(self) -> Reward:
+        return self.reward.scale_source  # `closed` is no measure of anything
 
     def with_parts(self, parts: Sequence[Reward]) -> Reward:
         gate, reward = parts

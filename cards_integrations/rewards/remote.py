@@ -113,8 +113,8 @@ class RemoteReward(Keyed, Reward):
         return (self.url,) if isinstance(self.url, str) else self.url
 
     @property
-    def lasting(self) -> bool:
-        return self.model is not None and super().lasting
+    def is_reproducible(self) -> bool:
+        return self.model is not None and super().is_reproducible
 
     def build(self, loader: Loader) -> RewardModel:
         model = PROTOCOLS[self.protocol](self, self.key)

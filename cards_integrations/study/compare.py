@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ def compare(
     prompts: Sequence[Any],
     *,
     contexts: Sequence[Any] | None = None,
-    judge: AnyReward | str | None = None,
+    judge: AnyReward | str | Callable[..., Any] | None = None,
     seeds: Iterable[int] = (0,),
     at_once: int = 16,
     out: str | Path | None = None,
