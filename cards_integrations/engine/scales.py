@@ -95,7 +95,7 @@ class Scales:
 
     async def _measure(self, reward: Reward) -> Scale:
         log.warning(
-            "measuring the scale of reward %r on %d plain answers of %s, once; set target_reward= and beta= to skip this",
+            "measuring the scale of reward %r on %d plain answers of %s, once; not with target_reward= and beta=",
             reward.name, len(reward.prompts), self.model.model,
         )  # fmt: skip
         found = await self.measure(reward)

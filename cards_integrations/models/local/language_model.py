@@ -423,9 +423,9 @@ class LocalLanguageModel:
     def reset(self) -> None:
         """Forget every row, after an error in the middle of a forward."""
         self._requests, self._ready, self._failed = {}, [], []
-        old = self.transformer.cache
-        self.transformer = Transformer(self.model, self.memory)
-        self.memory.replace(old, self.transformer.cache)
+        old, self.transformer = self.transformer, Transformer(self.model, self.memory)
+        self.transformer.forwards, self.transformer.tokens = old.forwards, old.tokens
+        self.memory.replace(old.cache, self.transformer.cache)
 
 
 def _stacked(logits: list[Output]) -> tuple[torch.Tensor, list[int]]:
