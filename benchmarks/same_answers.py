@@ -90,6 +90,8 @@ from cards_integrations.rewards import (
     WeightedReward,
 )
 
+RAIN_STOPS = "value_threshold" if "value_threshold" in Rain.model_fields else "enough"  # as it was called before
+
 Row = dict[str, Any]
 TOLERANCE = 1e-4
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "models"
@@ -371,7 +373,7 @@ METHODS: dict[str, Decoding] = {
     "particles": Particles(n=4, beta=0.5, boundary=ENTROPY),
     "particles, best": Particles(n=4, beta=0.5, threshold=1.0, keep="best", boundary=FixedLength(length=6)),
     "rain": Rain(width=2, searches=3, boundary=FixedLength(length=8)),
-    "rain, enough": Rain(width=3, searches=4, value_threshold=1.0, boundary=FixedLength(length=10)),
+    "rain, enough": Rain(width=3, searches=4, boundary=FixedLength(length=10), **{RAIN_STOPS: 1.0}),
 }
 
 
