@@ -297,7 +297,7 @@ def local() -> Callable[..., Any]:
 @pytest.mark.parametrize("function", [lambda prompt, texts: [0.0], local(), Holder.method, Holder().method, Holder()])
 def test_a_function_without_a_name_has_no_yaml(function: Callable[..., Any]) -> None:
     for reward in (function, WeightedReward(rewards=[function]), GateReward(gate="sentiment", reward=function)):
-        with pytest.raises(SettingsError, match="have no YAML"):
+        with pytest.raises(SettingsError, match="cannot be written as YAML"):
             CardsSettings(reward=reward).to_yaml()
 
 
