@@ -42,7 +42,7 @@ quick: setup
 
 # Two at once, but for what measures how much runs at once.
 unit: setup
-	$(BIN)/pytest -n 2 --dist worksteal -m "not soak"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not soak"
 	$(BIN)/pytest -m soak
 
 # Against real servers on the CPU. Their environment has vLLM, and of this package what `--no-deps` brings.

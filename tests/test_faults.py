@@ -590,7 +590,7 @@ def test_a_tokenizer_that_breaks_over_one_prompt(
     judge = ClassifierReward(model=models("llama", classifier=True, chat_template=tiny.CHAT))
     engine = start(models("llama", chat_template=tiny.CHAT), width=2)
     expected = ids(outcomes(engine, request(judge, 1), request(judge, 2)))
-    chat = reward_model(engine).layout.chat if of_reward else engine.loaded().chat
+    chat = reward_model(engine).input_format.chat if of_reward else engine.loaded().chat
     chat.tokenizer = Brittle(chat.tokenizer, where, error)
     first, told, second = outcomes(engine, request(judge, 1), request(judge, 0, BREAKS), request(judge, 2))
     assert chat.tokenizer.broke
