@@ -35,10 +35,11 @@ types: setup
 
 # What needs no model (settings, messages, formats, metrics), then counts and the plain references.
 QUICK := tests/test_messages.py tests/test_settings.py tests/test_reward_settings.py tests/test_segmentation_acceptance.py \
-	tests/test_pair_judge.py tests/test_scheduler.py tests/test_counts.py tests/test_reference.py
+	tests/test_pair_judge.py tests/test_scheduler.py tests/test_counts.py \
+	"tests/test_reference.py::test_alone[llama-1]" "tests/test_reference.py::test_alone[llama-8]"
 
 quick: setup
-	$(BIN)/pytest -m "not slow and not law" $(QUICK)
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not law" $(QUICK)
 
 # Two at once, but for what measures how much runs at once.
 unit: setup

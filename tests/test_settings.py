@@ -171,6 +171,7 @@ def test_equal_settings_are_equal_and_hashable():
 CORE = ["settings", "engine.engine", "decoding", "rewards", "models.local.language_model", "trace"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("code", "absent"),
     [
