@@ -447,7 +447,7 @@ def test_strict_tools_that_are_in_openai_form(given: Any) -> None:
     assert as_tools(tool_schemas([given], strict=True)).strict  # type: ignore[union-attr]
 
 
-def test_arguments_of_a_call_are_convert_options() -> None:
+def test_arguments_of_a_call_are_converted() -> None:
     given = {"tools": [get_weather], "max_tokens": 5}
     found = convert_options(given)
     assert found["max_tokens"] == 5
