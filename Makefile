@@ -41,9 +41,9 @@ QUICK := tests/test_messages.py tests/test_settings.py tests/test_reward_setting
 quick: setup
 	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not law" $(QUICK)
 
-# Two at once, but for what measures how much runs at once.
+# Two files at once, but for what measures how much runs at once; in order, so that notebooks do not come last.
 unit: setup
-	$(BIN)/pytest -n 2 --dist loadfile -m "not soak"
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not soak"
 	$(BIN)/pytest -m soak
 
 # Against real servers on the CPU. Their environment has vLLM, and of this package what `--no-deps` brings.
