@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from cards_integrations.errors import ModelError, OutOfMemory, RewardError
+from cards_integrations.errors import CardsError, ModelError, RewardError
 from cards_integrations.models.local.resolve import max_positions
 from cards_integrations.rewards.base import Conversation, Response, RewardModel, count_forward
 from cards_integrations.rewards.scorers.head import Head
@@ -191,11 +191,11 @@ class Incremental(RewardModel):
     def _score_batch(self, batch: list[ForwardInput]) -> list[float]:
         """One forward, and the scores of the responses in it."""
 
-    def _counted(self, batch: list[ForwardInput], outputs: list[Output | OutOfMemory]) -> list[Output]:
-        """The outputs of a forward, which is counted; the error if memory ran out."""
+    def _counted(self, batch: list[ForwardInput], outputs: list[Output | CardsError]) -> list[Output]:
+        """The outputs of a forward, which is counted; the first error of its inputs."""
         found = []
         for output in outputs:
-            if isinstance(output, OutOfMemory):
+            if isinstance(output, CardsError):
                 raise output
             found.append(output)
         count_forward((_conversation(each.owner), len(each.ids)) for each in batch)
