@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +16,17 @@ import pytest
 import tiny
 import torch
 from conftest import Start
-from internals import assert_idle, held, language_model, replace_scheduler
+from internals import assert_idle, caches, held, is_idle, language_model, memory, replace_scheduler, wait_until
 
 from cards_integrations.chat.grammar import Grammar, GrammarTokenizer, Matcher
-from cards_integrations.decoding import Cards, Decoding, FixedLength
+from cards_integrations.decoding import BestOfN, Cards, Decoding, FixedLength
 from cards_integrations.decoding.base import Draft
 from cards_integrations.engine import Engine, Request
 from cards_integrations.engine.scheduler import BestPerSecond
-from cards_integrations.errors import CardsError, ModelError, RewardError
+from cards_integrations.errors import CardsError, CardsTimeout, ModelError, PromptError, RewardError
 from cards_integrations.models.local.language_model import prefill_shares
 from cards_integrations.models.sampling import Sampler
-from cards_integrations.rewards import ClassifierReward, FunctionReward, LengthReward, Reward
+from cards_integrations.rewards import ClassifierReward, FunctionReward, LengthReward, Reward, WeightedReward
 from cards_integrations.rewards.base import Conversation, Response, RewardModel
 from cards_integrations.trace import Alignment
 from cards_integrations.transformer.step_times import StepTimes
@@ -233,6 +238,76 @@ def test_a_prompt_that_a_reward_refuses_leaves_nothing_open(engine: Engine, judg
 
     error = check(engine, judge, request(FunctionReward(function=nothing), 7))
     assert isinstance(error, RewardError)
+
+
+# --- batches ---
+
+
+def test_errors_in_the_places_of_their_answers(engine: Engine, judge: ClassifierReward) -> None:
+    requests = [request(judge, 0), request(judge, 1, prompt=" ".join(["w9"] * 3000)), request(judge, 2)]
+    found = engine.run_many(requests, return_exceptions=True)
+    assert isinstance(found.pop(1), PromptError)
+    assert [each.token_ids for each in found if isinstance(each, Alignment)] == [
+        engine.run(requests[i]).token_ids for i in (0, 2)
+    ]
+    with pytest.raises(PromptError):
+        engine.run_many(requests)
+    assert_idle(engine)
+
+
+def test_answers_as_they_end(engine: Engine, judge: ClassifierReward) -> None:
+    """The short one first; giving up after it stops the drafting of the other."""
+    long = replace(request(judge, 0), max_tokens=100)
+    with closing(engine.stream_many([long, request(judge, 1)])) as answers:
+        index, answer = next(answers)
+    assert index == 1
+    assert isinstance(answer, Alignment)
+    assert answer.token_ids == engine.run(request(judge, 1)).token_ids
+    wait_until(lambda: is_idle(engine))
+
+
+def test_the_time_limit_of_a_batch_is_each_answer_s_own(models: Callable[..., str], start: Start) -> None:
+    """Waiting for a row behind the others of the batch does not count."""
+    engine, begun = start(models("llama"), max_rows=1), []
+
+    async def slow(prompt: str, texts: list[str]) -> list[float]:
+        begun.append(prompt)
+        await asyncio.sleep(0.1)
+        return [0.0] * len(texts)
+
+    reward = FunctionReward(function=slow, scale=(0.0, 1.0))
+    requests = [request(reward, seed, decoding=BestOfN(n=1), timeout=WITHIN / 4) for seed in range(3)]
+    engine.run_many(requests)
+    tight = [replace(each, timeout=0.25) for each in requests]
+    assert len(engine.run_many(tight * 3)) == 9  # 0.9 seconds in all
+    found = outcomes(engine, tight * 3)
+    assert any(isinstance(each, CardsTimeout) for each in found)  # of separate requests it does
+
+
+def test_a_request_waits_for_the_memory_of_a_score(models: Callable[..., str], start: Start) -> None:
+    """Only a score holds it, of no request."""
+    judge = ClassifierReward(model=models("llama", classifier=True), scale=(0.0, 1.0))
+    scoring, go_on = threading.Event(), threading.Event()
+
+    def slow(prompt: str, texts: list[str]) -> list[float]:
+        scoring.set()
+        assert go_on.wait(WITHIN)
+        return [0.0] * len(texts)
+
+    both = WeightedReward(rewards=(judge, FunctionReward(function=slow, scale=(0.0, 1.0))))
+    engine = start(models("llama"))
+    engine.run(request(judge, 0))
+    memory(engine).limit = int(1.3 * sum(cache.bytes_with(1, 500) for cache in caches(engine)))
+    with ThreadPoolExecutor() as pool:
+        scored = pool.submit(engine.score, both, PROMPT, ["w1 " * 200] * 8)
+        assert scoring.wait(WITHIN)
+        answer = engine.submit(replace(request(judge, 0), max_tokens=200))
+        wait_until(lambda: engine.inspect().waiting == 2)
+        assert not answer.done()
+        go_on.set()
+        assert answer.result(WITHIN)
+        assert len(scored.result(WITHIN)) == 8
+    assert_idle(engine)
 
 
 # --- the budget of a step ---
