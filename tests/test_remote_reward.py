@@ -21,10 +21,10 @@ import yaml
 from conftest import Start
 from pydantic import ValidationError
 
-from cards_integrations import http_client as servers
 from cards_integrations.decoding import Cards, FixedLength, Sampling
 from cards_integrations.engine import Request
 from cards_integrations.errors import RewardError, SettingsError
+from cards_integrations.http_client import service
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import FunctionReward, RemoteReward, as_reward, remote
 from cards_integrations.rewards.base import Conversation, Response, scores
@@ -192,7 +192,7 @@ def site(server: str, monkeypatch: pytest.MonkeyPatch) -> Site:
 
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(servers, "BACK_OFF", tenacity.wait_none())
+    monkeypatch.setattr(service, "BACK_OFF", tenacity.wait_none())
 
 
 def conversation(prompt: Any = "How many?", context: tuple[str, ...] = ()) -> Conversation:

@@ -23,7 +23,6 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from vllm_server import CLASSIFY, COMPLETIONS, MODELS, TOKENIZE, VllmServer
 
 from cards_integrations import CardsLLM
-from cards_integrations import http_client as servers_module
 from cards_integrations.chat.grammar import Grammar
 from cards_integrations.decoding import (
     Args,
@@ -51,6 +50,7 @@ from cards_integrations.errors import (
     RewardError,
     SettingsError,
 )
+from cards_integrations.http_client import service
 from cards_integrations.models import LocalModel, VllmModel, sources
 from cards_integrations.rewards import ClassifierReward, FunctionReward, RemoteReward
 from cards_integrations.settings import CardsSettings
@@ -133,7 +133,7 @@ def two(folder: str, judge: str, server: VllmServer) -> Iterator[list[VllmServer
 
 @pytest.fixture
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(servers_module, "BACK_OFF", lambda state: 0.0)
+    monkeypatch.setattr(service, "BACK_OFF", lambda state: 0.0)
 
 
 def options(**more: Any) -> dict[str, Any]:
@@ -419,7 +419,8 @@ def test_what_is_sent(remote: Make, server: VllmServer) -> None:
     assert first == {
         "model": "served", "prompt": [9, 20, 31, 2], "max_tokens": 6, "temperature": 1.0, "top_k": 40, "top_p": 1.0,
         "min_p": 0.0, "repetition_penalty": 1.0, "seed": first["seed"],
-        "logprobs": 0, "return_token_ids": True, "stop": ["w99"], "stop_token_ids": [SEGMENT],
+        "logprobs": 0, "return_token_ids": True, "stop": ["w99"], "skip_special_tokens": True,
+        "stop_token_ids": [SEGMENT],
         "vllm_xargs": {
             "cards_measure": "entropy", "cards_threshold": 2.95, "cards_min_length": 2, "cards_sentinel": SEGMENT
         },

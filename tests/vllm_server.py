@@ -191,6 +191,11 @@ class VllmServer:
         return [asked for asked in self.of(COMPLETIONS) if asked.body.get("return_token_ids")]
 
     @property
+    def connections(self) -> int:
+        """How many are open."""
+        return len(self.server.server_state.connections)
+
+    @property
     def aborted(self) -> int:
         return sum(asked.aborted for asked in self.asked)
 
