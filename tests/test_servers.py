@@ -18,8 +18,8 @@ from vllm_server import TOKENIZE, VllmServer
 
 from cards_integrations.errors import ModelError, SettingsError
 from cards_integrations.http_client import (
-    Reply,
     Replica,
+    Reply,
     ServerUrl,
     ServiceClient,
     TransientError,
