@@ -15,8 +15,7 @@ import pytest
 from conftest import Start
 from raw_server import Answer, RawServer, head, whole
 
-from cards_integrations.decoding import Sampling
-from cards_integrations.engine import Engine, Request
+from cards_integrations.engine import Engine
 from cards_integrations.errors import ModelError, RewardError
 from cards_integrations.http_client import connections, service
 from cards_integrations.models import VllmModel
@@ -298,7 +297,7 @@ def test_many_rewards_share_a_connection_and_a_task(serve: Serve, models: Callab
     """Of each engine; and each request has its own key."""
     server, engines = serve(scored), [start(models("llama")) for _ in range(2)]
     for number, engine in enumerate(engines, 1):
-        engine.run(Request("w7", Sampling(), max_tokens=1))
+        engine.loaded()
         before = engine.inspect().tasks
         score_each(engine, tenants(server))
         assert engine.inspect().tasks == before + 1
@@ -318,7 +317,7 @@ def test_many_servers_leave_no_connections(
     """Those that nobody uses are closed, and so is the client; the next reward opens another."""
     monkeypatch.setattr(connections, "IDLE_SECONDS", 0.05)
     servers, engine = [serve(scored) for _ in range(8)], start(models("llama"))
-    engine.run(Request("w7", Sampling(), max_tokens=1))
+    engine.loaded()
     before = engine.inspect().tasks
     for _ in range(2):
         for server in servers:
