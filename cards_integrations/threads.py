@@ -58,13 +58,13 @@ def in_own_loop(work: Coroutine[Any, Any, T]) -> T:
     """
     future: Future[T] = Future()
 
-    def run() -> None:
+    async def settle() -> None:
         try:
-            future.set_result(asyncio.run(work))
+            future.set_result(await work)  # the end of the loop may have to wait, say for a name server
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=copy_context().run, args=(run,), name="cards-thread", daemon=True).start()
+    threading.Thread(target=copy_context().run, args=(asyncio.run, settle()), name="cards-thread", daemon=True).start()
     return future.result()
 
 

@@ -60,7 +60,7 @@ def answer(path, asked, mode):
     elif path == "predict":
         found = []
         for [text] in asked["inputs"]:
-            labels = [{"label": "LABEL_1", "score": score(text)}]
+            labels = [{"label": "LABEL_1", "score": score(text)}] * (2 if mode == "namesakes" else 1)
             if mode == "labels":
                 labels += [{"label": "LABEL_0", "score": 9.0}, {"label": "LABEL_2", "score": -9.0}]
             found.append(sorted(labels, key=lambda label: -label["score"]))  # as TEI does
@@ -253,6 +253,12 @@ async def test_the_label(site: Site, protocol: str, label: int | str) -> None:
     other: Any = 3 if protocol == "classify" else "LABEL_3"
     with pytest.raises(RewardError, match=r"label=.*3'?: choose one of"):
         await asked(site.reward(protocol, "mode=labels", label=other), "4")
+
+
+async def test_labels_of_one_name(site: Site) -> None:
+    """Which of them is meant cannot be told."""
+    with pytest.raises(RewardError, match=r"label='LABEL_1': choose one of \['LABEL_1', 'LABEL_1'\]"):
+        await asked(site.reward("predict", "mode=namesakes", label="LABEL_1"), "4")
 
 
 @pytest.mark.parametrize("protocol", ["classify", "score"])

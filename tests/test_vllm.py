@@ -53,6 +53,7 @@ from cards_integrations.errors import (
 )
 from cards_integrations.http_client import service
 from cards_integrations.models import LocalModel, VllmModel, sources
+from cards_integrations.models.vllm.replies import Completion
 from cards_integrations.rewards import ClassifierReward, FunctionReward, RemoteReward
 from cards_integrations.settings import CardsSettings
 from cards_integrations.trace import Alignment
@@ -1188,6 +1189,18 @@ async def test_the_server_of_these_tests_answers_as_a_real_one(server: VllmServe
     if "error" in expected and exchange["path"] == COMPLETIONS:
         words = expected["error"]["message"].split()[:4]
         assert found["error"]["message"].split()[:3] == words[:3]
+
+
+def test_what_was_recorded_is_right() -> None:
+    """A real server's completions pass the checks that every completion has to pass."""
+    checked = 0
+    for exchange in exchanges():
+        asked, reply = exchange["request"], exchange["response"]
+        if asked and asked.get("return_token_ids") and exchange["status"] == 200:
+            found = Completion.model_validate_json(json.dumps(reply))
+            assert found.fault(len(asked["prompt"]), asked["max_tokens"], 48) is None, exchange["name"]
+            checked += 1
+    assert checked >= 10 or not RECORDED.exists()
 
 
 def test_what_was_recorded_ends_in_all_ways() -> None:

@@ -37,7 +37,7 @@ TokenId = Annotated[int, Field(ge=0), Strict()]
 class TokenizeReply(BaseModel):
     """Of POST /tokenize."""
 
-    tokens: list[int]
+    tokens: Annotated[list[int], FailFast()]
 
 
 class ModelCard(BaseModel):
@@ -50,7 +50,7 @@ class ModelCard(BaseModel):
 class ModelList(BaseModel):
     """Of GET /v1/models."""
 
-    data: list[ModelCard]
+    data: Annotated[list[ModelCard], FailFast()]
 
 
 class LogProbs(BaseModel):
