@@ -169,6 +169,15 @@ async def test_what_cannot_be_decompressed(serve: Serve, encoding: str, told: st
         await score(remote(server))
 
 
+async def test_the_status_of_an_error_page_that_cannot_be_read(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may pass, and so it is tried again."""
+    monkeypatch.setattr(service, "BACK_OFF", lambda state: 0.0)
+    server = serve(saying(whole(b"?", "503 Busy", Content_Encoding="br")))
+    with pytest.raises(RewardError, match=r"HTTP 503: ''.*Tries: 3"):
+        await score(remote(server, retries=2))
+    assert len(server.heads) == 3
+
+
 async def test_an_error_page_is_read_as_far_as_it_is_quoted(serve: Serve) -> None:
     page = endless(head("500 Oops", Content_Length=50 * MIB), b"<b> its own words " * 2**14)
     server = serve(page)

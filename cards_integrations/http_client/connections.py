@@ -11,6 +11,7 @@ import ssl
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from contextvars import Context
 from functools import lru_cache
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any
@@ -71,7 +72,7 @@ class LoopClient:
         self.in_flight = 0
         self.used_at = self.loop.time()
         self.closing = False
-        self.closer = self.loop.create_task(self._close_when_idle())
+        self.closer = self.loop.create_task(self._close_when_idle(), context=Context())  # not that of a request
 
     @property
     def usable(self) -> bool:

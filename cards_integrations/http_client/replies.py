@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import cast
 
@@ -46,7 +46,9 @@ async def read_reply(response: httpx.Response, limit: int) -> Reply:
         ReplyError: It is longer, or cannot be decompressed.
     """
     if not response.is_success:
-        return Reply(response.status_code, await _beginning(response, ERROR_BYTES))
+        with suppress(ReplyError):
+            return Reply(response.status_code, await _beginning(response, ERROR_BYTES))
+        return Reply(response.status_code, b"")  # its status says enough
     declared = response.headers.get("Content-Length", "")
     long = declared.isdecimal() and int(declared) > limit
     content = b"" if long else await _beginning(response, limit + 1)
