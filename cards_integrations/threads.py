@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
 from contextlib import suppress
 from contextvars import copy_context
 from typing import Any, TypeVar
@@ -45,6 +46,26 @@ async def in_thread(function: Callable[..., T], *args: Any) -> T:
 
     threading.Thread(target=run, name="cards-thread", daemon=True).start()
     return await future
+
+
+def in_own_loop(work: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine in a new event loop and a new daemon thread, and wait for its result.
+
+    So a blocking call may use what is asynchronous, even where the caller's thread has a running loop.
+
+    Raises:
+        Exception: Whatever the coroutine raises.
+    """
+    future: Future[T] = Future()
+
+    async def settle() -> None:
+        try:
+            future.set_result(await work)  # the end of the loop may have to wait, say for a name server
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=copy_context().run, args=(asyncio.run, settle()), name="cards-thread", daemon=True).start()
+    return future.result()
 
 
 def _fits_future(error: BaseException) -> bool:
