@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
 from weakref import WeakValueDictionary
 
 from cards_integrations.chat.template import ChatTokenizer, same_vocabulary
 from cards_integrations.errors import CardsError, ModelError, RewardError
+from cards_integrations.models.local.checks import embedding_rows
 from cards_integrations.models.local.loader import ModelLoader
 from cards_integrations.models.local.settings import LocalModel
 from cards_integrations.rewards.base import CausalModel, Loader, Reward, RewardModel
@@ -30,10 +32,10 @@ class RewardLoader(Loader):
         own, model, tokenizer = self.models.language_model
         memory = self.models.memory
         if spec is None or spec.same_weights(own):
-            return CausalModel(model, ChatTokenizer(tokenizer), True, True, memory)
+            return CausalModel(model, _chat(tokenizer, model), True, True, memory)
         other, its_tokenizer = self.models.causal(spec)
         same = same_vocabulary(its_tokenizer, tokenizer)
-        return CausalModel(other, ChatTokenizer(its_tokenizer), False, same, memory)
+        return CausalModel(other, _chat(its_tokenizer, other), False, same, memory)
 
     def __getitem__(self, settings: Reward) -> RewardModel:
         key = settings if settings.parts else settings.model_copy(update={"scale": None})
@@ -55,3 +57,7 @@ class RewardLoader(Loader):
             model = WholeSentences(model)
         model.timeout = settings.timeout
         return model
+
+
+def _chat(tokenizer: Any, model: Any) -> ChatTokenizer:
+    return ChatTokenizer(tokenizer, rows=embedding_rows(model))

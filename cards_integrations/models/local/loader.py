@@ -10,7 +10,8 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cards_integrations.errors import ModelError
-from cards_integrations.models.local.adapters import can_share_weights, label_options, merge_adapter
+from cards_integrations.models.local.adapters import brought_by, can_share_weights, label_options, merge_adapter
+from cards_integrations.models.local.checks import check_complete, check_finite, check_vocabulary, embedding_rows
 from cards_integrations.models.local.load_lock import load_errors, load_lock
 from cards_integrations.models.local.resolve import read_config, resolve_model
 from cards_integrations.models.local.settings import DType, LocalModel, Placement
@@ -71,7 +72,7 @@ class ModelLoader:
         own, shared = self.language_model, self._on_language_model(spec)
         model = _copy_modules(own[1]) if own and shared else self._load(spec, AutoModelForCausalLM)
         model = self._adapted(spec, model, shared)
-        tokenizer = self.tokenizer(spec)
+        tokenizer = self._fitting_tokenizer(spec, model)
         self.language_model = own or (spec, model, tokenizer)
         return model, tokenizer
 
@@ -91,7 +92,8 @@ class ModelLoader:
             model = self._on_shared_body(spec)
         else:
             model = self._load(spec, AutoModelForSequenceClassification, label_options(spec.adapter))
-        return self._adapted(spec, model, shared), self.tokenizer(spec)
+        model = self._adapted(spec, model, shared)
+        return model, self._fitting_tokenizer(spec, model)
 
     def _on_language_model(self, spec: LocalModel) -> bool:
         """True if it is an adapter that can share the language model's own weights."""
@@ -104,7 +106,14 @@ class ModelLoader:
         """The model with its adapter, if it has one, on the device."""
         if spec.adapter:
             model = merge_adapter(spec, model, shared)
+        check_finite(f"model={spec.model!r}", model.state_dict())
         return model.to(self.device).eval()
+
+    def _fitting_tokenizer(self, spec: LocalModel, model: Any) -> Any:
+        """A new tokenizer of the model, whose ids the model knows."""
+        tokenizer = self.tokenizer(spec)
+        check_vocabulary(f"model={spec.model!r}", tokenizer, embedding_rows(model))
+        return tokenizer
 
     def on_device(self, device: str | None, dtype: DType | None) -> ModelLoader:
         """Return a loader for another device or dtype, with the same memory for caches; itself if both are None."""
@@ -178,9 +187,8 @@ class ModelLoader:
                     use_safetensors=True,
                     output_loading_info=True,
                 )
-        if report["missing_keys"] and not spec.adapter:  # transformers would leave them random
-            missing = ", ".join(sorted(report["missing_keys"])[:3])
-            raise ModelError(f"model={spec.model!r} has no weights for {missing} of {type(model).__name__}.")
+        # transformers would leave them random
+        check_complete(f"model={spec.model!r}", report["missing_keys"], brought_by(spec), type(model).__name__)
         return model.to(self.device).eval()
 
     def _dtype(self, config: Any) -> Any:
@@ -200,6 +208,7 @@ class ModelLoader:
 
         assert self.language_model is not None
         causal = self.language_model[1]
+        check_complete(f"adapter={spec.adapter!r}", {"score.weight"}, brought_by(spec), "a classifier")
         config = copy.deepcopy(causal.config)
         config.num_labels = label_options(spec.adapter)["num_labels"]
         with load_lock(), torch.device("meta"):
