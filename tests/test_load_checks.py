@@ -20,10 +20,18 @@ from transformers import AutoModelForSequenceClassification
 from cards_integrations.decoding import BestOfN, Sampling
 from cards_integrations.engine import Engine, EngineSettings, Request
 from cards_integrations.errors import ModelError, PromptError, RewardError
+from cards_integrations.models.local.embedded import embedded_model
 from cards_integrations.models.local.loader import ModelLoader
 from cards_integrations.models.local.settings import LocalModel, Placement
 from cards_integrations.models.sampling import Sampler
-from cards_integrations.rewards import ClassifierReward, GroundednessReward, JudgeReward, Reward
+from cards_integrations.rewards import (
+    ClassifierReward,
+    GroundednessReward,
+    JudgeReward,
+    RelevanceReward,
+    Reward,
+    RewardLoader,
+)
 from cards_integrations.trace import Alignment
 
 PROMPT = "w9 w20 w31"
@@ -89,7 +97,9 @@ def test_an_adapter_with_nan_is_named(models: Callable[..., str], adapter: str, 
         models_of.causal(LocalModel(model=models("llama"), adapter=bad))
 
 
-def test_the_language_model_of_an_engine_and_its_reward(models: Callable[..., str], start: Start, tmp_path: Path) -> None:
+def test_the_language_model_of_an_engine_and_its_reward(
+    models: Callable[..., str], start: Start, tmp_path: Path
+) -> None:
     bad = changed(models("llama", True), tmp_path / "bad", with_number("score", float("nan")))
     engine = start(models("llama"))
     with pytest.raises(ModelError, match=r"score\.weight"):
@@ -141,7 +151,7 @@ def test_an_adapter_of_some_layers_is_refused(
 
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("task", ["SEQ_CLS", None])
-def test_a_head_must_come_from_somewhere(models: Callable[..., str], tmp_path: Path, shared: bool, task: str) -> None:
+def test_a_head_must_come_from_somewhere(models: Callable[..., str], tmp_path: Path, shared: bool, task: Any) -> None:
     """With a task type peft keeps the head beside the adapter; without one nobody has it."""
     base = AutoModelForSequenceClassification.from_pretrained(models("llama"), num_labels=1)
     get_peft_model(base, LoraConfig(task_type=task, r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
@@ -154,6 +164,16 @@ def test_a_head_must_come_from_somewhere(models: Callable[..., str], tmp_path: P
     else:
         model, _ = models_of.classifier(spec)
         torch.testing.assert_close(model.score.weight, base.score.weight.float())
+
+
+def test_an_embedding_model_with_holes_is_refused(tmp_path: Path) -> None:
+    whole = str(embedded_model("minilm"))
+    holed = changed(whole, tmp_path / "holed", without(".output.dense.weight"))
+    with pytest.raises(ModelError, match=r"holed.*no weights for encoder\.layer.* and 9 more"):
+        RewardLoader(loader())[RelevanceReward(model=holed)]
+    bad = changed(whole, tmp_path / "bad", with_number("layer.3.output.dense.weight", float("nan")))
+    with pytest.raises(ModelError, match=r"bad.*layer\.3\.output\.dense\.weight.*NaN"):
+        RewardLoader(loader())[RelevanceReward(model=bad)]
 
 
 # --- tokens beyond the embedding ---
@@ -175,7 +195,9 @@ def test_the_tokenizer_of_a_larger_model_is_refused(models: Callable[..., str], 
         loader().causal(LocalModel(model=small))
 
 
-async def test_a_prompt_with_an_unknown_token_ends_no_other(models: Callable[..., str], start: Start, tmp_path: Path) -> None:
+async def test_a_prompt_with_an_unknown_token_ends_no_other(
+    models: Callable[..., str], start: Start, tmp_path: Path
+) -> None:
     engine = start(with_tokens(models("llama"), tmp_path / "more", "<extra>"))
     prompts = [PROMPT, "w9 <extra> w20", "w7"]
     asked = [engine.arun(Request(prompt, Sampling(), max_tokens=6, seed=1)) for prompt in prompts]
@@ -208,6 +230,8 @@ async def test_an_answer_with_a_token_that_the_reward_does_not_know(
     def scored(text: str) -> Any:
         return asyncio.to_thread(engine.score, reward, PROMPT, [text], context)
 
+    good: Any
+    bad: Any
     good, bad = await asyncio.gather(scored("w9 ."), scored("w9 <extra> ."), return_exceptions=True)
     assert isinstance(good, list)
     assert isinstance(bad, RewardError)

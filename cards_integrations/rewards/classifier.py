@@ -63,7 +63,8 @@ class ClassifierReward(Reward):
 
         models = loader.models
         model, tokenizer = models.on_device(self.device, self.dtype).classifier(self._spec())
-        input_format = InputFormat(ChatTokenizer(tokenizer, rows=embedding_rows(model)), self.prompt_format, self.end_of_turn)
+        chat = ChatTokenizer(tokenizer, rows=embedding_rows(model))
+        input_format = InputFormat(chat, self.prompt_format, self.end_of_turn)
         head = Head(self.label, self.output, getattr(model.config, "id2label", None))
         if not reads_incrementally(model):
             return RescoringClassifier(self.name, model, input_format, head)
