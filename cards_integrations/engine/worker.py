@@ -15,7 +15,6 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
-from functools import partial
 from typing import Any, TypeVar
 
 from cards_integrations.chat.grammar import Grammar
@@ -37,13 +36,12 @@ from cards_integrations.models.randomness import fresh_seed
 from cards_integrations.models.sources import ModelSource, build_model
 from cards_integrations.rewards.base import Conversation, Response, Reward, RewardModel, scores
 from cards_integrations.rewards.loader import RewardLoader
-from cards_integrations.threads import in_thread
+from cards_integrations.threads import ended_before_exit, in_thread
 from cards_integrations.trace import Alignment, Usage
 from cards_integrations.transformer.kv_memory import CacheNeed, KVMemory, budget
 from cards_integrations.uncertainty import Measure, uncertainty
 
 T = TypeVar("T")
-EXIT_PATIENCE = 10.0  # seconds that the end of the interpreter waits for a model that is being loaded
 DRAFT_COLUMNS = 256  # columns that candidates may take beside the kept text
 log = logging.getLogger("cards_integrations")
 
@@ -132,10 +130,7 @@ class Worker:
             self._driver = self.loop.create_task(self.steps.run())
 
     def _build(self) -> None:
-        # An interpreter that ends amid torch's code aborts.
-        finish = partial(threading.current_thread().join, EXIT_PATIENCE)
-        atexit.register(finish)
-        try:
+        with ended_before_exit():
             self.loader = ModelLoader(
                 self.settings,
                 lambda device: KVMemory(budget(self.settings.kv_memory, device), self.settings.prefix_reuse),
@@ -143,8 +138,6 @@ class Worker:
             self.language_model = build_model(self.model, self.loader, self._wake)
             self.rewards = RewardLoader(self.loader)
             self.steps = StepLoop(self.language_model, self.settings.width, self._give_up)
-        finally:
-            atexit.unregister(finish)
 
     def _wake(self) -> None:
         self.steps.wake()
@@ -174,8 +167,7 @@ class Worker:
             task.add_done_callback(_retrieve_error)
         async with time_limit(request.timeout), self._serving():
             request = self._plain_if_unguided(request)
-            reward_model, scale = await self._reward_model(request)
-            async with self.admission.row():
+            async with self._reward_model(request) as (reward_model, scale), self.admission.row():
                 return await self._decode(request, reward_model, scale, emit)
 
     async def answer_all(self, requests: Sequence[Request], done: Callable[[], None] | None = None) -> list[Alignment]:
@@ -195,8 +187,7 @@ class Worker:
         self, reward: Reward, prompt: str | list[Message], texts: list[str], context: tuple[str, ...] = ()
     ) -> list[float]:
         """Rewards of finished answers to one prompt."""
-        async with self._serving():
-            reward_model = self.rewards[await self.scales.standardised(reward)]
+        async with self._serving(), self.rewards.lease(await self.scales.standardised(reward)) as reward_model:
             conversation = Conversation(self.language_model.chat.without_tools(prompt), Usage(), context)
             reward_model.open(conversation)
             try:
@@ -263,13 +254,15 @@ class Worker:
         log.info("reward %r has no signal for this prompt: writing a plain answer", request.reward.name)
         return replace(request, decoding=Sampling(), reward=None)
 
-    async def _reward_model(self, request: Request) -> tuple[RewardModel | None, Scale | None]:
-        """The reward model of a request, and its scale if the method asks for it."""
+    @asynccontextmanager
+    async def _reward_model(self, request: Request) -> AsyncIterator[tuple[RewardModel | None, Scale | None]]:
+        """The reward model of a request, in use inside the block, and its scale if the method asks for it."""
         if request.reward is None or not request.decoding.needs_reward:
-            return None, None
+            yield None, None
+            return
         settings = await self.scales.standardised(request.reward)
-        model = self.rewards[settings]
-        return model, await self.scales.of(request.reward) if request.decoding.needs_scale else None
+        async with self.rewards.lease(settings, timed=self.settings.width == "auto") as model:
+            yield model, await self.scales.of(request.reward) if request.decoding.needs_scale else None
 
     async def _decode(
         self, request: Request, reward: RewardModel | None, scale: Scale | None, emit: Callable[[Chunk], None] | None
