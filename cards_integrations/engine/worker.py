@@ -26,7 +26,7 @@ from cards_integrations.decoding.sampling import Sampling
 from cards_integrations.engine.admission import Admission, check_length, time_limit
 from cards_integrations.engine.inspection import CacheState, EngineState
 from cards_integrations.engine.request import Chunk, EngineSettings, Request
-from cards_integrations.engine.scales import Scales
+from cards_integrations.engine.scales import TRIAL, KnownScale, Scales, remember
 from cards_integrations.engine.session import Session
 from cards_integrations.engine.step_loop import StepLoop
 from cards_integrations.errors import CardsError, EngineClosed, ModelError, SettingsError
@@ -42,6 +42,7 @@ from cards_integrations.transformer.kv_memory import CacheNeed, KVMemory, budget
 from cards_integrations.uncertainty import Measure, uncertainty
 
 T = TypeVar("T")
+MAX_PLAIN = 8  # sets of prompts whose plain answers are kept
 DRAFT_COLUMNS = 256  # columns that candidates may take beside the kept text
 log = logging.getLogger("cards_integrations")
 
@@ -255,19 +256,24 @@ class Worker:
         return replace(request, decoding=Sampling(), reward=None)
 
     @asynccontextmanager
-    async def _reward_model(self, request: Request) -> AsyncIterator[tuple[RewardModel | None, Scale | None]]:
+    async def _reward_model(self, request: Request) -> AsyncIterator[tuple[RewardModel | None, KnownScale | None]]:
         """The reward model of a request, in use inside the block, and its scale if the method asks for it."""
         if request.reward is None or not request.decoding.needs_reward:
             yield None, None
             return
         settings = await self.scales.standardised(request.reward)
         async with self.rewards.lease(settings, timed=self.settings.width == "auto") as model:
-            yield model, await self.scales.of(request.reward) if request.decoding.needs_scale else None
+            yield model, await self.scales.known(request.reward) if request.decoding.needs_scale else None
 
     async def _decode(
-        self, request: Request, reward: RewardModel | None, scale: Scale | None, emit: Callable[[Chunk], None] | None
+        self,
+        request: Request,
+        reward: RewardModel | None,
+        known: KnownScale | None,
+        emit: Callable[[Chunk], None] | None,
     ) -> Alignment:
         began, method = time.perf_counter(), request.decoding.method
+        scale, origin = known or (None, None)
         async with self._session(request, reward, scale, emit) as session:
             log.info(
                 "request %s: %s, prompt of %d tokens, seed %d",
@@ -278,7 +284,8 @@ class Worker:
             except BaseException as error:
                 log.info("request %s: ended by %s: %s", session.request_id, type(error).__name__, error)
                 raise
-        answer = session.alignment(method, time.perf_counter() - began)
+        guidance = request.decoding.guidance(scale, origin)
+        answer = session.alignment(method, time.perf_counter() - began, guidance)
         usage = answer.usage
         log.info(
             "request %s: %s after %d tokens, %d drafts of %d tokens, %.2f s", answer.request_id, answer.finish_reason,
@@ -339,13 +346,16 @@ class Worker:
     async def _rewards_of_plain_answers(self, reward: Reward) -> list[float]:
         """Rewards of plain answers to the prompts that suit a reward, one for each."""
         prompts = tuple(reward.prompts)
-        if prompts not in self._plain:
-            length = min(64, self.language_model.context_window // 4)
-            self._plain[prompts] = await self.answer_all(
+        answers = self._plain.get(prompts)
+        if answers is None:
+            (prompt, context), length = prompts[0], min(64, self.language_model.context_window // 4)
+            await self.score_texts(reward, prompt, [TRIAL], context)  # one that always fails fails here
+            answers = await self.answer_all(
                 [Request(p, Sampling(), max_tokens=length, seed=seed) for seed, (p, _) in enumerate(prompts)]
             )
+            remember(self._plain, prompts, answers, MAX_PLAIN)
         found = []
-        for (prompt, context), answer in zip(prompts, self._plain[prompts], strict=True):
+        for (prompt, context), answer in zip(prompts, answers, strict=True):
             found += await self.score_texts(reward, prompt, [answer.text], context)
         return found
 

@@ -131,13 +131,13 @@ class ModelLoader:
         other.memory, other._cached, other._tokenizers = self.memory, self._cached, self._tokenizers
         return other
 
-    def cached(self, key: tuple[Hashable, ...], build: Callable[[], T]) -> T:
+    def cached(self, key: Hashable, build: Callable[[], T]) -> T:
         """Return what `build` made for this key on this device; built once, and there as long as somebody holds it."""
-        key = (*key, self.device, self.placement.dtype)
+        here = (key, self.device, self.placement.dtype)
         with load_lock():
-            made: T | None = self._cached.get(key)
+            made: T | None = self._cached.get(here)
             if made is None:
-                made = self._cached[key] = build()
+                made = self._cached[here] = build()
             return made
 
     def release(self) -> None:
