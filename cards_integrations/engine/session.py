@@ -16,7 +16,7 @@ from cards_integrations.engine.scoring import ScoreQueue
 from cards_integrations.errors import CardsError, RewardError
 from cards_integrations.models.base import Boundary, Context
 from cards_integrations.rewards.base import Conversation, Response, RewardModel
-from cards_integrations.trace import Alignment, DraftTrace, FinishReason, InvalidToolCall, Segment, ToolCall
+from cards_integrations.trace import Alignment, DraftTrace, FinishReason, Guidance, InvalidToolCall, Segment, ToolCall
 from cards_integrations.transformer.step_times import StepTimes
 
 log = logging.getLogger("cards_integrations")
@@ -160,12 +160,13 @@ class Session:
                 closing.callback(self.scores.cancel)
             self.pool.close()
 
-    def alignment(self, method: str, seconds: float) -> Alignment:
+    def alignment(self, method: str, seconds: float, guidance: Guidance | None = None) -> Alignment:
         """The finished answer.
 
         Args:
             method: Name of the decoding method.
             seconds: What the request took, from its prompt on.
+            guidance: What the rewards were compared with.
         """
         context = self.context
         assert self.finish is not None  # a method goes on until then
@@ -185,6 +186,7 @@ class Session:
             prompt_reward=self._prompt_reward,
             model=self.host.language_model.name,
             method=method,
+            guidance=guidance,
             request_id=self.request_id,
             content=parsed.content,
             tool_calls=tuple(call for call in parsed.calls if isinstance(call, ToolCall)),

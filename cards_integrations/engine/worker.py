@@ -27,7 +27,7 @@ from cards_integrations.decoding.sampling import Sampling
 from cards_integrations.engine.admission import Admission, check_length, time_limit
 from cards_integrations.engine.inspection import CacheState, EngineState
 from cards_integrations.engine.request import Chunk, EngineSettings, Request
-from cards_integrations.engine.scales import Scales
+from cards_integrations.engine.scales import TRIAL, KnownScale, Scales, remember
 from cards_integrations.engine.session import Session
 from cards_integrations.engine.step_loop import StepLoop
 from cards_integrations.errors import CardsError, EngineClosed, ModelError, SettingsError
@@ -37,7 +37,7 @@ from cards_integrations.models.randomness import fresh_seed
 from cards_integrations.models.sources import ModelSource, build_model
 from cards_integrations.rewards.base import Conversation, Response, Reward, RewardModel, scores
 from cards_integrations.rewards.loader import RewardLoader
-from cards_integrations.threads import in_thread
+from cards_integrations.threads import ended_before_exit, in_thread
 from cards_integrations.trace import Alignment, Usage
 from cards_integrations.transformer.kv_memory import CacheNeed, KVMemory, budget
 from cards_integrations.uncertainty import Measure, uncertainty
@@ -45,7 +45,7 @@ from cards_integrations.uncertainty import Measure, uncertainty
 T = TypeVar("T")
 OnDone = Callable[[int, Alignment | Exception], None]
 """Told the index of a request of a batch that has ended, and its answer or error."""
-EXIT_PATIENCE = 10.0  # seconds that the end of the interpreter waits for a model that is being loaded
+MAX_PLAIN = 8  # sets of prompts whose plain answers are kept
 DRAFT_COLUMNS = 256  # columns that candidates may take beside the kept text
 log = logging.getLogger("cards_integrations")
 
@@ -134,10 +134,7 @@ class Worker:
             self._driver = self.loop.create_task(self.steps.run())
 
     def _build(self) -> None:
-        # An interpreter that ends amid torch's code aborts.
-        finish = partial(threading.current_thread().join, EXIT_PATIENCE)
-        atexit.register(finish)
-        try:
+        with ended_before_exit():
             self.loader = ModelLoader(
                 self.settings,
                 lambda device: KVMemory(budget(self.settings.kv_memory, device), self.settings.prefix_reuse),
@@ -145,8 +142,6 @@ class Worker:
             self.language_model = build_model(self.model, self.loader, self._wake)
             self.rewards = RewardLoader(self.loader)
             self.steps = StepLoop(self.language_model, self.settings.width, self._give_up)
-        finally:
-            atexit.unregister(finish)
 
     def _wake(self) -> None:
         self.steps.wake()
@@ -180,8 +175,9 @@ class Worker:
         whole, own = (None, request.timeout) if in_batch else (request.timeout, None)
         async with time_limit(whole), self._serving():
             request = self._plain_if_unguided(request)
-            reward_model, scale = await self._reward_model(request)
-            async with self.admission.row(), time_limit(own):
+            async with (
+                self._reward_model(request) as (reward_model, scale), self.admission.row(), time_limit(own),
+            ):  # fmt: skip
                 return await self._decode(request, reward_model, scale, emit)
 
     async def answer_all(
@@ -209,8 +205,7 @@ class Worker:
         self, reward: Reward, prompt: str | list[Message], texts: list[str], context: tuple[str, ...] = ()
     ) -> list[float]:
         """Rewards of finished answers to one prompt."""
-        async with self._serving():
-            reward_model = self.rewards[await self.scales.standardised(reward)]
+        async with self._serving(), self.rewards.lease(await self.scales.standardised(reward)) as reward_model:
             chat = self.language_model.chat
             conversation = Conversation(chat.without_tools(prompt), Usage(), context)
             tokens = len(chat.prompt(prompt)[1]) + sum(len(chat.encode(text)) for text in texts)
@@ -280,18 +275,25 @@ class Worker:
         log.info("reward %r has no signal for this prompt: writing a plain answer", request.reward.name)
         return replace(request, decoding=Sampling(), reward=None)
 
-    async def _reward_model(self, request: Request) -> tuple[RewardModel | None, Scale | None]:
-        """The reward model of a request, and its scale if the method asks for it."""
+    @asynccontextmanager
+    async def _reward_model(self, request: Request) -> AsyncIterator[tuple[RewardModel | None, KnownScale | None]]:
+        """The reward model of a request, in use inside the block, and its scale if the method asks for it."""
         if request.reward is None or not request.decoding.needs_reward:
-            return None, None
+            yield None, None
+            return
         settings = await self.scales.standardised(request.reward)
-        model = self.rewards[settings]
-        return model, await self.scales.of(request.reward) if request.decoding.needs_scale else None
+        async with self.rewards.lease(settings, timed=self.settings.width == "auto") as model:
+            yield model, await self.scales.known(request.reward) if request.decoding.needs_scale else None
 
     async def _decode(
-        self, request: Request, reward: RewardModel | None, scale: Scale | None, emit: Callable[[Chunk], None] | None
+        self,
+        request: Request,
+        reward: RewardModel | None,
+        known: KnownScale | None,
+        emit: Callable[[Chunk], None] | None,
     ) -> Alignment:
         began, method = time.perf_counter(), request.decoding.method
+        scale, origin = known or (None, None)
         async with self._session(request, reward, scale, emit) as session:
             log.info(
                 "request %s: %s, prompt of %d tokens, seed %d",
@@ -302,7 +304,8 @@ class Worker:
             except BaseException as error:
                 log.info("request %s: ended by %s: %s", session.request_id, type(error).__name__, error)
                 raise
-        answer = session.alignment(method, time.perf_counter() - began)
+        guidance = request.decoding.guidance(scale, origin)
+        answer = session.alignment(method, time.perf_counter() - began, guidance)
         usage = answer.usage
         log.info(
             "request %s: %s after %d tokens, %d drafts of %d tokens, %.2f s", answer.request_id, answer.finish_reason,
@@ -363,13 +366,16 @@ class Worker:
     async def _rewards_of_plain_answers(self, reward: Reward) -> list[float]:
         """Rewards of plain answers to the prompts that suit a reward, one for each."""
         prompts = tuple(reward.prompts)
-        if prompts not in self._plain:
-            length = min(64, self.language_model.context_window // 4)
-            self._plain[prompts] = await self.answer_all(
+        answers = self._plain.get(prompts)
+        if answers is None:
+            (prompt, context), length = prompts[0], min(64, self.language_model.context_window // 4)
+            await self.score_texts(reward, prompt, [TRIAL], context)  # one that always fails fails here
+            answers = await self.answer_all(
                 [Request(p, Sampling(), max_tokens=length, seed=seed) for seed, (p, _) in enumerate(prompts)]
             )
+            remember(self._plain, prompts, answers, MAX_PLAIN)
         found = []
-        for (prompt, context), answer in zip(prompts, self._plain[prompts], strict=True):
+        for (prompt, context), answer in zip(prompts, answers, strict=True):
             found += await self.score_texts(reward, prompt, [answer.text], context)
         return found
 

@@ -117,6 +117,11 @@ class Transformer:
         self.tokens += len(flat.ids)
         return tensors, metadata
 
+    def release(self) -> None:
+        """Give the memory of the cache back; nothing is read any more."""
+        self.memory.forget(self.cache)
+        del self._logits, self._hidden  # they reference this object, and through it the model
+
     def time(self, tokens: int) -> float:
         """Return the seconds of a forward of the body with so many tokens, after a short text."""
         aside = Transformer(self.model)

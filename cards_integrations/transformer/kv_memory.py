@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -51,6 +51,7 @@ class KVMemory:
         self.reuse = reuse
         self.caches: list[TreeCache] = []
         self.prefixes: list[CachedPrefix] = []  # least recently used first
+        self.reclaim: Callable[[], bool] = lambda: False  # gives back a cache that nobody uses; False if there is none
 
     @property
     def used(self) -> int:
@@ -70,6 +71,8 @@ class KVMemory:
     def admits(self, needs: Sequence[CacheNeed]) -> bool:
         """Return True if the caches can grow as needed; finished texts are evicted for it."""
         more = sum(cache.bytes_with(rows, columns) - cache.bytes for cache, rows, columns in needs)
+        while more > self.spare and self.reclaim():
+            pass
         return self.evict_for(more)
 
     def evict_for(self, more: int) -> bool:
@@ -115,6 +118,12 @@ class KVMemory:
         else:
             states = tree.cache.read(source, tokens)
         tree.cache.write(tree, ids[:tokens], states)
+
+    def forget(self, cache: TreeCache) -> None:
+        """Give back the memory of a cache that is not used any more, and its finished texts."""
+        self.caches.remove(cache)
+        self.prefixes = [prefix for prefix in self.prefixes if prefix.cache is not cache]
+        cache.layers.clear()
 
     def replace(self, old: TreeCache, new: TreeCache) -> None:
         """Put a new cache in the place of an old one, whose finished texts are evicted."""

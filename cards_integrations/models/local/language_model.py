@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,7 +14,7 @@ from cards_integrations.chat.detokenizer import Detokenizer, decodes_locally
 from cards_integrations.chat.grammar import Grammar, GrammarTokenizer, Matcher
 from cards_integrations.chat.stop_strings import StopStrings
 from cards_integrations.chat.template import ChatTokenizer
-from cards_integrations.errors import CardsError, as_cards_error
+from cards_integrations.errors import CardsError, ModelError, as_cards_error
 from cards_integrations.models.base import Boundary, Candidate, Context
 from cards_integrations.models.local.resolve import max_positions
 from cards_integrations.models.randomness import Uniforms
@@ -272,6 +273,8 @@ class LocalLanguageModel:
             self._decode(candidate, frontier)  # its logits stay for whoever comes next
             return True
         candidate.context.usage.drafted_tokens += 1
+        if math.isnan(drawn.log_p):
+            raise self._not_a_number()
         if drawn.token in self.eos:
             candidate.finish = "length" if candidate.matcher is not None and candidate.matcher.closed else "stop"
             candidate.end_log_p = drawn.log_p
@@ -284,6 +287,13 @@ class LocalLanguageModel:
             return True
         frontier.waiting.append(candidate)
         return False
+
+    def _not_a_number(self) -> ModelError:
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return ModelError(
+            f"model {self.name!r} gave NaN in place of logits, in {dtype}: a number in it was too large. "
+            "Use EngineSettings(dtype='bfloat16') or dtype='float32'."
+        )
 
     def _tokens(
         self, sampler: Sampler, group: list[Candidate], logits: torch.Tensor, at: torch.Tensor, uniforms: torch.Tensor

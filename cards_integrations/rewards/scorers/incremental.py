@@ -87,6 +87,13 @@ class Incremental(RewardModel):
     def step_times(self) -> StepTimes:
         return step_times(self.name, self.model, self.transformer.time)
 
+    @property
+    def cache_bytes(self) -> int:
+        return self.transformer.cache.bytes
+
+    def release(self) -> None:
+        self.transformer.release()
+
     def cache_needs(self, conversation: Conversation, tokens: int) -> list[CacheNeed]:
         return [CacheNeed(self.transformer.cache, 1, tokens)]
 
