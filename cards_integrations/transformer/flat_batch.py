@@ -272,9 +272,7 @@ def attention_groups(inputs: Sequence[ForwardInput]) -> list[AttentionGroup]:
             many.append(AttentionGroup({tree: row}))
         else:
             by_block.setdefault(tree.block, {})[tree] = row
-    short = [
-        AttentionGroup(dict(sorted(rows.items(), key=lambda pair: pair[0].row))) for rows in by_block.values()
-    ]
+    short = [AttentionGroup(dict(sorted(rows.items(), key=lambda pair: pair[0].row))) for rows in by_block.values()]
     return sorted([*short, *many, *long], key=lambda group: group.block.columns)
 
 
