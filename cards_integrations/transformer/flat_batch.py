@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain, groupby
 from typing import Any
 
@@ -47,13 +47,15 @@ class FlatBatch:
     Attributes:
         rounded: Whether they are.
         read: Number of tokens, without padding.
-        outputs: Number of outputs, likewise.
+        ends: Where the tokens of each input end.
+        output_indices: Those of the tokens with outputs, likewise.
         sections: The blocks, each with its tokens.
     """
 
     def __init__(self, inputs: Sequence[ForwardInput], cache: TreeCache, rounded: bool = False) -> None:
-        _make_room(inputs, cache)
-        self.groups = attention_groups(inputs)
+        rows = _by_tree(inputs)
+        cache.make_room({tree: row.tokens for tree, row in rows.items() if not tree.has_room(row.tokens)})
+        self.groups = attention_groups(rows)
         self.rounded = rounded and _can_be_rounded(self.groups)
         self.ids: list[int] = []
         self.positions: list[int] = []
@@ -61,15 +63,16 @@ class FlatBatch:
         self.columns: list[int] = []
         self.mask_rows: list[int] = []
         self.runs: list[tuple[int, list[int]]] = []  # where inputs of several tokens begin, and their columns
-        self.output_indices: list[range] = [range(0)] * len(inputs)
+        self.ends = [0] * len(inputs)
         self.sections: list[tuple[RowBlock, slice]] = []
         for block, groups in groupby(self.groups, key=lambda group: group.block):
             self._append_section(block, [*groups])
         self.arrays = _Arrays(*(np.array(each) for each in (self.positions, self.rows, self.columns, self.mask_rows)))
         for block, tokens in self.sections:
             self.arrays.note(block, tokens)
-        self.read = sum(len(item.ids) for item in inputs)
-        self.outputs = sum(item.outputs for item in inputs)
+        self.read = sum(row.tokens for row in rows.values())
+        ranges = [range(end - item.outputs, end) for end, item in zip(self.ends, inputs, strict=True)]
+        self.output_indices = [*chain(*ranges)]
 
     def _append_section(self, block: RowBlock, groups: list[AttentionGroup]) -> None:
         start = len(self.ids)
@@ -82,25 +85,39 @@ class FlatBatch:
 
     def _append_group(self, group: AttentionGroup) -> None:
         group.start = len(self.ids)
-        for tree, row in group.inputs.items():
-            at = group.index[tree] * group.length
-            for i, item in row:
-                n = len(item.ids)
-                group.restore += range(at, at + n)
-                at += n
-                self._append(item, n)
-                self.output_indices[i] = range(len(self.ids) - item.outputs, len(self.ids))
+        for row in group.inputs:
+            tree, at = row.tree, group.index[row.tree] * group.length
+            for i, item in zip(row.indices, row.items):  # noqa: B905 (as long as each other, and this is a hot loop)
+                if len(item.ids) == 1:
+                    self._append_one(item, tree)
+                    group.restore.append(at)
+                else:
+                    self._append_run(item, tree)
+                    group.restore += range(at, at + len(item.ids))
+                at += len(item.ids)
+                self.ends[i] = len(self.ids)
         group.end = len(self.ids)
 
-    def _append(self, item: ForwardInput, n: int) -> None:
-        branch, position = item.branch, item.branch.length
-        columns = branch.append(item.ids)
-        if n > 1:
-            self.runs.append((len(self.ids), columns))
+    def _append_one(self, item: ForwardInput, tree: Tree) -> None:
+        """What `_append_run` does for a single token, in half of the time: most steps have one a candidate."""
+        branch, [token] = item.branch, item.ids
+        column = tree.allocate_one()
+        self.positions.append(branch.base + len(branch.columns))
+        branch.columns.append(column)
+        branch.ids.append(token)
+        self.ids.append(token)
+        self.columns.append(column)
+        self.rows.append(tree.row)
+        self.mask_rows.append(branch.mask_row)
+
+    def _append_run(self, item: ForwardInput, tree: Tree) -> None:
+        branch, n = item.branch, len(item.ids)
+        position, columns = branch.length, branch.append(item.ids)
+        self.runs.append((len(self.ids), columns))
         self.ids += item.ids
         self.positions += range(position, position + n)
         self.columns += columns
-        self.rows += [branch.tree.row] * n
+        self.rows += [tree.row] * n
         self.mask_rows += [branch.mask_row] * n
 
     def _pad(self, more: int) -> None:
@@ -115,9 +132,9 @@ class FlatBatch:
             `ids`, `positions` and `write_indices` (tokens,), the last as indices into rows * columns of
             the token's block, and `output_indices` (outputs,) of the tokens with outputs.
         """
-        n, outputs = len(self.ids), [*chain(*self.output_indices)]
+        n, outputs = len(self.ids), self.output_indices
         if self.rounded:
-            outputs += [0] * (next_power(len(outputs)) - len(outputs))
+            outputs = outputs + [0] * (next_power(len(outputs)) - len(outputs))
         write_indices = self.arrays.columns.copy()
         for block, tokens in self.sections:
             write_indices[tokens] += self.arrays.rows[tokens] * block.columns
@@ -149,8 +166,7 @@ class FlatBatch:
             masks[SLIDING] = visible & (self.arrays.positions[own, None] - keys < window)
         tokens = np.zeros(group.rows * group.length, dtype=np.int64)
         tokens[group.restore] = range(group.start, group.end)
-        in_order = len(tokens) == group.end - group.start == len(group.restore) and not self.rounded
-        in_order = in_order and group.restore == list(range(len(tokens)))
+        in_order = not self.rounded and group.restore == list(range(len(tokens)))
         restore = group.restore + [0] * (group.padded - len(group.restore))
         return GroupMetadata(
             group.block,
@@ -196,6 +212,16 @@ class _Arrays:
         block.visible[self.mask_rows[tokens][seen], self.columns[tokens][seen]] = True
 
 
+@dataclass
+class RowInputs:
+    """The inputs of one row of the cache, with their indices among all, and how many tokens they have together."""
+
+    tree: Tree
+    indices: list[int] = field(default_factory=list)
+    items: list[ForwardInput] = field(default_factory=list)
+    tokens: int = 0
+
+
 class AttentionGroup:
     """Inputs that attend together: consecutive rows of a block, or scattered ones, or one long input `alone`.
 
@@ -204,23 +230,23 @@ class AttentionGroup:
     places in rows * length. `padded` is how many outputs it gives at least.
     """
 
-    def __init__(self, inputs: dict[Tree, list[tuple[int, ForwardInput]]], alone: bool = False) -> None:
-        rows = [tree.row for tree in inputs]
+    def __init__(self, inputs: list[RowInputs], alone: bool = False) -> None:
+        rows = [row.tree.row for row in inputs]
         self.inputs = inputs
-        self.block = next(iter(inputs)).block
+        self.block = inputs[0].tree.block
         self.alone = alone  # reads the columns of its own path only
-        self.length = max(sum(len(item.ids) for _, item in row) for row in inputs.values())
+        self.length = max([row.tokens for row in inputs])
         self.first, span = min(rows), max(rows) - min(rows) + 1
         self.dense = span <= 2 * len(inputs)  # then idle rows between them cost less than a copy of the others
         self.rows = span if self.dense else len(inputs)
-        self.index = {tree: tree.row - self.first if self.dense else i for i, tree in enumerate(inputs)}
+        self.index = {row.tree: row.tree.row - self.first if self.dense else i for i, row in enumerate(inputs)}
         self.start = self.end = self.padded = 0
         self.restore: list[int] = []
 
     @property
     def used_columns(self) -> int:
         """A bound on the columns that its tokens see."""
-        return max(tree.untouched for tree in self.inputs)
+        return max([row.tree.untouched for row in self.inputs])
 
     def round_up(self, tokens: int) -> None:
         """Have rows from the block's first on, and numbers of rows and of tokens in each that are powers of two."""
@@ -232,10 +258,10 @@ class AttentionGroup:
         """Return the group's rows in the block."""
         if self.dense:
             return slice(self.first, self.first + self.rows)
-        return torch.tensor([tree.row for tree in self.inputs], device=device)
+        return torch.tensor([row.tree.row for row in self.inputs], device=device)
 
     def additive_mask(self, visible: NDArray[np.bool_], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Return 0 where a token attends and -inf elsewhere.
+        """Return 0 where a token attends, and elsewhere what makes its probability 0.
 
         Args:
             visible: (tokens, columns) of the group's tokens.
@@ -246,48 +272,66 @@ class AttentionGroup:
             (rows, 1, length, columns).
         """
         hidden = np.ones((self.rows * self.length, visible.shape[1]), dtype=bool)
-        hidden[:, 0] = False  # padding must see something, or its softmax is NaN
+        hidden[:, 0] = False  # padding must see something
         hidden[self.restore] = ~visible
-        masked = torch.from_numpy(hidden).to(device)
-        mask = torch.zeros(masked.shape, dtype=dtype, device=device).masked_fill_(masked, -torch.inf)
+        lowest = torch.finfo(dtype).min
+        if dtype == torch.float32 and device.type == "cpu":  # the same, faster
+            mask = torch.from_numpy(hidden * np.float32(lowest))
+        else:
+            mask = torch.from_numpy(hidden).to(device).to(dtype).mul_(lowest)
         return mask.view(self.rows, 1, self.length, -1)
 
 
-def attention_groups(inputs: Sequence[ForwardInput]) -> list[AttentionGroup]:
+def attention_groups(inputs: Mapping[Tree, RowInputs]) -> list[AttentionGroup]:
     """Return the groups of these inputs, those of a block one after another.
 
     All short rows of a block are one group; a row of many short inputs, and a long input, are groups of their own.
     """
-    long: list[AttentionGroup] = []
-    by_tree: dict[Tree, list[tuple[int, ForwardInput]]] = {}
+    groups: list[AttentionGroup] = []
+    short: dict[RowBlock, list[RowInputs]] = {}
+    for tree, row in inputs.items():
+        if row.tokens <= SHORT:
+            short.setdefault(tree.block, []).append(row)
+        else:
+            groups += _large(row)
+    groups += [AttentionGroup(sorted(rows, key=_place)) for rows in short.values()]
+    return sorted(groups, key=lambda group: group.block.columns)
+
+
+def _large(row: RowInputs) -> list[AttentionGroup]:
+    """The groups of a row with many tokens: one for each long input, and one for all short ones."""
+    pairs = [*zip(row.indices, row.items, strict=True)]
+    parts = [[pair] for pair in pairs if len(pair[1].ids) > SHORT]
+    if rest := [pair for pair in pairs if len(pair[1].ids) <= SHORT]:
+        parts.append(rest)
+    return [_group_of(row.tree, part) for part in parts]
+
+
+def _group_of(tree: Tree, part: list[tuple[int, ForwardInput]]) -> AttentionGroup:
+    tokens = [len(item.ids) for _, item in part]
+    row = RowInputs(tree, [i for i, _ in part], [item for _, item in part], sum(tokens))
+    return AttentionGroup([row], alone=max(tokens) > SHORT)
+
+
+def _place(row: RowInputs) -> int:
+    return row.tree.row
+
+
+def _by_tree(inputs: Sequence[ForwardInput]) -> dict[Tree, RowInputs]:
+    rows: dict[Tree, RowInputs] = {}
     for i, item in enumerate(inputs):
-        if len(item.ids) > SHORT:
-            long.append(AttentionGroup({item.branch.tree: [(i, item)]}, alone=True))
-        else:
-            by_tree.setdefault(item.branch.tree, []).append((i, item))
-    many: list[AttentionGroup] = []
-    by_block: dict[RowBlock, dict[Tree, list[tuple[int, ForwardInput]]]] = {}
-    for tree, row in by_tree.items():
-        if sum(len(item.ids) for _, item in row) > SHORT:
-            many.append(AttentionGroup({tree: row}))
-        else:
-            by_block.setdefault(tree.block, {})[tree] = row
-    short = [AttentionGroup(dict(sorted(rows.items(), key=lambda pair: pair[0].row))) for rows in by_block.values()]
-    return sorted([*short, *many, *long], key=lambda group: group.block.columns)
+        tree = item.branch.tree
+        if (row := rows.get(tree)) is None:
+            row = rows[tree] = RowInputs(tree)
+        row.indices.append(i)
+        row.items.append(item)
+        row.tokens += len(item.ids)
+    return rows
 
 
 def next_power(n: int) -> int:
     """Return the smallest power of two that is at least n."""
     return 1 << (n - 1).bit_length()
-
-
-def _make_room(inputs: Sequence[ForwardInput], cache: TreeCache) -> None:
-    """Have the rows wide enough for what will be appended."""
-    more: dict[Tree, int] = {}
-    for item in inputs:
-        tree = item.branch.tree
-        more[tree] = more.get(tree, 0) + len(item.ids)
-    cache.make_room(more)
 
 
 def _can_be_rounded(groups: Sequence[AttentionGroup]) -> bool:

@@ -91,7 +91,7 @@ class Transformer:
         try:
             flat = FlatBatch(inputs, self.cache, run.rounding)
             self.memory.evict_for(0)  # the cache may have grown
-            batch = run(*self._prepare(flat))[: flat.outputs]
+            batch = run(*self._prepare(flat))[: len(flat.output_indices)]
             ends = accumulate(item.outputs for item in inputs)
             return [Output(batch, end - 1, item.outputs) for item, end in zip(inputs, ends, strict=True)]
         except RuntimeError as error:

@@ -153,15 +153,25 @@ class Tree:
         """Columns in use, including the scratch column."""
         return self.untouched - len(self.freed)
 
+    def has_room(self, count: int) -> bool:
+        """True if the row is wide enough for so many more columns."""
+        return self.untouched - len(self.freed) + count <= self.block.columns
+
     def allocate(self, count: int) -> list[int]:
         """Take the `count` lowest free columns."""
-        if self.taken + count > self.block.columns:
+        if not self.has_room(count):
             self.cache.make_room({self: count})
-        columns = [heappop(self.freed) for _ in range(min(count, len(self.freed)))]
-        more = count - len(columns)
-        columns += range(self.untouched, self.untouched + more)
-        self.untouched += more
+        columns = [heappop(self.freed) for _ in range(min(count, len(self.freed)))] if self.freed else []
+        first, self.untouched = self.untouched, self.untouched + count - len(columns)
+        columns += range(first, self.untouched)
         return columns
+
+    def allocate_one(self) -> int:
+        """Take the lowest free column of a row that has room."""
+        if self.freed:
+            return heappop(self.freed)
+        self.untouched += 1
+        return self.untouched - 1
 
     def free(self, columns: list[int]) -> None:
         """Let columns be allocated again."""
@@ -299,8 +309,8 @@ class TreeCache(Cache):
         """
         moving: dict[tuple[RowBlock, int], list[Tree]] = {}
         for tree, count in more.items():
-            if (columns := tree.taken + count) > tree.block.columns:
-                moving.setdefault((tree.block, self._width(columns)), []).append(tree)
+            if not tree.has_room(count):
+                moving.setdefault((tree.block, self._width(tree.taken + count)), []).append(tree)
         for (source, width), trees in moving.items():
             self._move(trees, source, self._block(width))
 
