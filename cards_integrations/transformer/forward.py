@@ -61,14 +61,14 @@ class Transformer:
         self.patterns = _patterns(self.config)
         self.window: int = getattr(self.config, "sliding_window", None) or 0
         self.memory = memory or KVMemory(2**62, reuse=False)
-        size = (8, 1024) if model.device.type == "cuda" else (1, 64)  # a graph is lost when its cache grows
+        size = (8, 256) if model.device.type == "cuda" else (1, 64)  # graphs are lost when their block grows
         self.cache = TreeCache(self.config.num_hidden_layers, _bytes_per_token(self.config, model.dtype), size)
         self.memory.caches.append(self.cache)
         self.forwards = 0
         self.tokens = 0
         model.set_attn_implementation(NAME)
-        self._logits = StaticSteps(self.cache, self._run_model, model.device)
-        self._hidden = StaticSteps(self.cache, self._run_body, model.device)
+        self._logits = StaticSteps(self._run_model, model.device)
+        self._hidden = StaticSteps(self._run_body, model.device)
 
     @staticmethod
     def check(model: Any) -> None:
@@ -91,9 +91,9 @@ class Transformer:
         """One forward; when it fails, two of one half each, down to the input that the error belongs to."""
         before = [len(item.branch.columns) for item in inputs]
         try:
-            tensors, metadata = self._prepare(inputs)
+            flat = FlatBatch(inputs, self.cache, run.rounding)
             self.memory.evict_for(0)  # the cache may have grown
-            batch = run(tensors, metadata)
+            batch = run(*self._prepare(flat))[: len(flat.output_indices)]
             ends = accumulate(item.outputs for item in inputs)
             return [Output(batch, end - 1, item.outputs) for item, end in zip(inputs, ends, strict=True)]
         except Exception as error:
@@ -108,14 +108,13 @@ class Transformer:
         half = len(inputs) // 2
         return self._forward(inputs[:half], run) + self._forward(inputs[half:], run)
 
-    def _prepare(self, inputs: Sequence[ForwardInput]) -> tuple[dict[str, torch.Tensor], AttentionMetadata]:
-        """Append the tokens to their branches; the tensors of the forward, and who attends to what."""
-        flat = FlatBatch(inputs, self.cache)
+    def _prepare(self, flat: FlatBatch) -> tuple[dict[str, torch.Tensor], AttentionMetadata]:
+        """The tensors of the forward, and who attends to what."""
         metadata = flat.metadata(self.patterns, self.window, self.model.dtype, self.model.device)
-        tensors = flat.tensors(self.model.device)
+        self.cache.written = flat.sections
         self.forwards += 1
-        self.tokens += len(flat.ids)
-        return tensors, metadata
+        self.tokens += flat.read
+        return flat.tensors(self.model.device), metadata
 
     def release(self) -> None:
         """Give the memory of the cache back; nothing is read any more."""

@@ -178,9 +178,8 @@ class LocalLanguageModel:
         cache = self.transformer.cache
         longest = min(boundary.max_tokens, context.max_tokens)
         if longest > LONG:
-            row = cache.bytes_with(0, len(tree.ids) + longest) // cache.rows
-            return self.memory.spare // max(1, row)
-        return (cache.columns_within(self.memory.spare_columns) - tree.taken) // longest
+            return self.memory.spare // max(1, cache.row_bytes(len(tree.ids) + longest))
+        return (cache.columns_within(tree, self.memory.spare_columns) - tree.taken) // longest
 
     def drop(self, candidate: Candidate) -> None:
         """Give up a candidate, finished or not."""

@@ -20,7 +20,8 @@ from cards_integrations.rewards.scorers.input_format import InputFormat, without
 from cards_integrations.transformer.flat_batch import ForwardInput
 from cards_integrations.transformer.forward import Output, Transformer
 from cards_integrations.transformer.kv_cache import Branch, Tree
-from cards_integrations.transformer.kv_memory import CacheNeed, KVMemory, common
+from cards_integrations.transformer.kv_memory import CacheNeed, KVMemory
+from cards_integrations.transformer.prefix_tree import common
 from cards_integrations.transformer.step_times import StepTimes, step_times
 
 log = logging.getLogger("cards_integrations")
