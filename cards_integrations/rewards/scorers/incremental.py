@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from abc import abstractmethod
 from collections import Counter
@@ -18,7 +19,7 @@ from cards_integrations.rewards.base import Conversation, Response, RewardModel,
 from cards_integrations.rewards.scorers.head import Head
 from cards_integrations.rewards.scorers.input_format import InputFormat, without_final_padding
 from cards_integrations.transformer.flat_batch import ForwardInput
-from cards_integrations.transformer.forward import Output, Transformer
+from cards_integrations.transformer.forward import PREFILL_CHUNK, Output, Transformer
 from cards_integrations.transformer.kv_cache import Branch, Tree
 from cards_integrations.transformer.kv_memory import CacheNeed, KVMemory
 from cards_integrations.transformer.prefix_tree import common
@@ -83,6 +84,7 @@ class Incremental(RewardModel):
         self.transformer = Transformer(model, memory)
         self.window = max_positions(model.config)
         self.rows: dict[Conversation, ConversationRow] = {}
+        self._turn = asyncio.Lock()  # to score
 
     @cached_property
     def step_times(self) -> StepTimes:
@@ -110,32 +112,58 @@ class Incremental(RewardModel):
             self.transformer.cache.close(row.tree)
 
     async def score(self, responses: Sequence[Response]) -> list[float]:
-        self._read_prompts(responses)
-        inputs = [self._forward_input(response) for response in responses]
-        try:
-            return [score for batch in self.transformer.batches(inputs) for score in self._score_batch(batch)]
-        except Exception:
-            for each in inputs:
-                each.branch.tree.drop(each.branch)
-            raise
+        async with self._turn:  # others go on between two forwards, and may ask for scores, too
+            await self._read_prompts(responses)
+            inputs = [self._forward_input(response) for response in responses if response.conversation in self.rows]
+            found: dict[Response, float] = {}
+            try:
+                for number, batch in enumerate(self.transformer.batches(inputs)):
+                    if number:
+                        await asyncio.sleep(0)
+                    if asked := [each for each in batch if self._is_asked(each.owner)]:
+                        found |= zip((each.owner for each in asked), self._score_batch(asked), strict=True)
+            except Exception:
+                for each in inputs:
+                    each.branch.tree.drop(each.branch)
+                raise
+            return [found.get(response, 0.0) for response in responses]  # nobody waits for those that were given up
 
-    def _read_prompts(self, responses: Sequence[Response]) -> None:
+    def _is_asked(self, response: Response) -> bool:
+        """True unless a response was given up meanwhile."""
+        row = self.rows.get(response.conversation)
+        return row is not None and response in row.branches
+
+    async def _read_prompts(self, responses: Sequence[Response]) -> None:
         """Read the prompts of new answers first, so that not each of the answers reads them again."""
         answers = Counter(r.conversation for r in responses if not self.rows[r.conversation].tree.ids)
         answered = {r.conversation for r in responses if r.text}  # others may follow before anything is kept
-        inputs = []
+        unread: dict[Conversation, list[int]] = {}
         for conversation, n in answers.items():
             row = self.rows[conversation]
             prompt = row.before_ids[: self.window - 1]
             if (n > 1 or conversation in answered) and len(prompt) > 1:
                 self.transformer.memory.recall(row.tree, prompt)
-                if unread := prompt[len(row.tree.ids) :]:
-                    inputs.append(ForwardInput(row.tree.branch(), unread, conversation))
-        for batch in self.transformer.batches(inputs):
-            self._counted(batch, self.transformer.hidden(batch))
-            for each in batch:
-                each.branch.tree.keep(each.branch, len(each.ids))
-                each.branch.tree.drop(each.branch)
+                if rest := prompt[len(row.tree.ids) :]:
+                    unread[conversation] = rest
+        while unread:
+            self._read_pieces(unread)
+            unread = {each: rest for each, rest in unread.items() if rest}
+            if unread:
+                await asyncio.sleep(0)
+                unread = {each: rest for each, rest in unread.items() if each in self.rows}
+
+    def _read_pieces(self, unread: dict[Conversation, list[int]]) -> None:
+        """One forward of as much of these prompts, from the first on, as fits into it."""
+        inputs, left = [], PREFILL_CHUNK
+        for conversation, rest in unread.items():
+            if left:
+                inputs.append(ForwardInput(self.rows[conversation].tree.branch(), rest[:left], conversation))
+                del rest[:left]
+                left -= len(inputs[-1].ids)
+        self._counted(inputs, self.transformer.hidden(inputs))
+        for each in inputs:
+            each.branch.tree.keep(each.branch, len(each.ids))
+            each.branch.tree.drop(each.branch)
 
     def keep(self, response: Response) -> None:
         if (scored := self._forget(response)) is not None:
