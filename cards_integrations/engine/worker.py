@@ -15,7 +15,8 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
-from typing import Any, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cards_integrations.chat.grammar import Grammar
 from cards_integrations.chat.message import Message
@@ -40,9 +41,13 @@ from cards_integrations.rewards.base import Conversation, Response, Reward, Rewa
 from cards_integrations.rewards.loader import RewardLoader
 from cards_integrations.threads import ended_before_exit, in_thread
 from cards_integrations.trace import Alignment, Usage
+from cards_integrations.transformer.free_memory import free_memory
 from cards_integrations.transformer.kv_memory import CacheNeed, KVMemory, budget
 from cards_integrations.transformer.step_times import StepTimes
 from cards_integrations.uncertainty import Measure, uncertainty
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 MAX_PLAIN = 8  # sets of prompts whose plain answers are kept
@@ -136,13 +141,14 @@ class Worker:
 
     def _build(self) -> None:
         with ended_before_exit():
-            self.loader = ModelLoader(
-                self.settings,
-                lambda device: KVMemory(budget(self.settings.kv_memory, device), self.settings.prefix_reuse),
-            )
+            self.loader = ModelLoader(self.settings, self._kv_memory)
             self.language_model = build_model(self.model, self.loader, self._wake)
             self.rewards = RewardLoader(self.loader)
             self.steps = StepLoop(self.language_model, self.settings.width, self._give_up)
+
+    def _kv_memory(self, device: torch.device) -> KVMemory:
+        limit = budget(self.settings.kv_memory, device)
+        return KVMemory(limit, self.settings.prefix_reuse, partial(free_memory, device))
 
     def _wake(self) -> None:
         self.steps.wake()
