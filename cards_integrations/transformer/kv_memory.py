@@ -120,12 +120,16 @@ class KVMemory:
         tokens = max(finished, live)
         if tokens < MIN_PREFIX:
             return
+        if self.evict_for(live * cache.bytes_per_token):
+            cache.share(tree, begins, source, live)
+        if tokens <= tree.prefix:
+            return
         if source is not None and live >= finished:
-            states = cache.read(source, tokens)
+            states = cache.read(source, tokens, tree.prefix)
         else:
             texts.use(path)
-            states = texts.read(path, tokens)
-        cache.write(tree, begins[:tokens], states)
+            states = texts.read(path, tokens, tree.prefix)
+        cache.write(tree, begins[tree.prefix : tokens], states)
 
     def replace(self, old: TreeCache, new: TreeCache) -> None:
         """Put a new cache in the place of an old one, whose finished texts are evicted."""
