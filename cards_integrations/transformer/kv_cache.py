@@ -429,13 +429,15 @@ class TreeCache(Cache):
             source: The live row that begins most like these, if there is one.
             live: How many tokens they have in common.
         """
-        if self.min_shared is None or live < self.min_shared:
+        tokens = live // STEP * STEP  # or two questions that begin alike would have a prefix that others do not
+        if self.min_shared is None or tokens < self.min_shared:
             return
         prefix = max((each for each in self.prefixes if each.begins(ids)), key=len, default=None)
         known = len(prefix) if prefix is not None else 0
-        if source is not None and live - known >= max(self.min_shared, known) and source.can_share(live):
-            prefix = SharedPrefix(source.ids[:live], self.read(source, live))
-            self.attach(source, prefix)
+        if source is not None and tokens - known >= max(self.min_shared, known) and source.can_share(tokens):
+            prefix = SharedPrefix(source.ids[:tokens], self.read(source, tokens))
+            if source.prefix < tokens:
+                self.attach(source, prefix)
         if prefix is not None:
             self.attach(tree, prefix)
 
