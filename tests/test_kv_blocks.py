@@ -290,7 +290,7 @@ def test_a_common_beginning_is_held_once() -> None:
     transformer = Transformer(tiny.causal(max_position_embeddings=4096), KVMemory(2**40))
     memory, cache = transformer.memory, transformer.cache
     system = random.Random(5).choices(TOKENS, k=400)
-    trees = []
+    trees: list[Tree] = []
     for seed in range(16):
         tree = cache.open()
         text = [*system, *random.Random(seed).choices(TOKENS, k=20)]

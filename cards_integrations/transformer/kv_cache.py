@@ -384,6 +384,14 @@ class TreeCache(Cache):
                 for stored, moved in zip(target.fit(layer, pair) or (), pair, strict=True):
                     stored[first : first + len(rows), :widest] = moved[at]
 
+    def release(self) -> None:
+        """Free all memory; the cache is not used any more."""
+        for block in self.blocks.values():
+            block.release()
+        self.blocks.clear()
+        self.prefixes.clear()
+        self.layers.clear()
+
     def _give_back(self, blocks: Iterable[RowBlock]) -> None:
         """Release what these blocks need no more."""
         for block in blocks:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,6 +39,7 @@ class KVMemory:
         self.reuse = reuse
         self.caches: list[TreeCache] = []
         self._finished: dict[TreeCache, PrefixTree] = {}
+        self.reclaim: Callable[[], bool] = lambda: False  # gives back a cache that nobody uses; False if there is none
         self._recent: OrderedDict[PrefixNode, PrefixTree] = OrderedDict()  # least recently used first
 
     @property
@@ -69,6 +70,8 @@ class KVMemory:
     def admits(self, needs: Sequence[CacheNeed]) -> bool:
         """Return True if the caches can grow as needed; finished texts are evicted for it."""
         more = sum(cache.bytes_with(rows, columns) - cache.bytes for cache, rows, columns in needs)
+        while more > self.spare and self.reclaim():
+            pass
         return self.evict_for(more)
 
     def evict_for(self, more: int) -> bool:
@@ -131,10 +134,19 @@ class KVMemory:
             states = texts.read(path, tokens, tree.prefix)
         cache.write(tree, begins[tree.prefix : tokens], states)
 
+    def forget(self, cache: TreeCache) -> None:
+        """Give back the memory of a cache that is not used any more, and its finished texts."""
+        self.caches.remove(cache)
+        self._forget_texts(cache)
+        cache.release()
+
     def replace(self, old: TreeCache, new: TreeCache) -> None:
         """Put a new cache in the place of an old one, whose finished texts are evicted."""
         self.caches = [cache for cache in self.caches if cache not in (old, new)] + [new]
-        for node in self._finished.pop(old).nodes() if old in self._finished else ():
+        self._forget_texts(old)
+
+    def _forget_texts(self, cache: TreeCache) -> None:
+        for node in self._finished.pop(cache).nodes() if cache in self._finished else ():
             del self._recent[node]
 
 

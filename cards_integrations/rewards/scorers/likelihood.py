@@ -128,6 +128,8 @@ class MutualInformation(Composite):
         other_prompt: Makes the second prompt from the one as it is.
     """
 
+    owns_parts = True
+
     def __init__(self, name: str, causal: CausalModel, other_prompt: OtherPrompt) -> None:
         self.own = likelihood(causal, "log p")
         super().__init__(name, [self.own, likelihood(causal, "log p, other prompt", from_drafting=False)])
