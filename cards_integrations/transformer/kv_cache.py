@@ -428,6 +428,10 @@ class TreeCache(Cache):
 
     # --- what rows share ---
 
+    def shares(self, tokens: int) -> bool:
+        """True if so many tokens in common are worth being held once."""
+        return self.min_shared is not None and tokens >= self.min_shared
+
     def share(self, tree: Tree, ids: Sequence[int], source: Tree | None, live: int) -> None:
         """Let an empty row begin with what is held for several rows, or can be from now on.
 
@@ -438,7 +442,7 @@ class TreeCache(Cache):
             live: How many tokens they have in common.
         """
         tokens = live // STEP * STEP  # or two questions that begin alike would have a prefix that others do not
-        if self.min_shared is None or tokens < self.min_shared:
+        if self.min_shared is None or not self.shares(tokens):
             return
         prefix = max((each for each in self.prefixes if each.begins(ids)), key=len, default=None)
         known = len(prefix) if prefix is not None else 0

@@ -123,7 +123,7 @@ class KVMemory:
         tokens = max(finished, live)
         if tokens < MIN_PREFIX:
             return
-        if self.evict_for(live * cache.bytes_per_token):
+        if cache.shares(live) and self.evict_for(live * cache.bytes_per_token):
             cache.share(tree, begins, source, live)
         if tokens <= tree.prefix:
             return

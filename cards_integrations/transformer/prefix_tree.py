@@ -57,8 +57,8 @@ class PrefixTree:
     def use(self, path: Sequence[PrefixNode]) -> None:
         """Note that the nodes of a path from the root have been used."""
         for node in reversed(path):
-            self.recent[node] = self
-            self.recent.move_to_end(node)
+            if node in self.recent:  # else it has been evicted meanwhile
+                self.recent.move_to_end(node)
 
     def read(self, path: Sequence[PrefixNode], tokens: int, first: int = 0) -> States:
         """Return the keys and values of the tokens of a path from `first` up to `tokens`."""
@@ -89,6 +89,7 @@ class PrefixTree:
         leaf = PrefixNode(path[-1] if path else self.root, ids, states)
         (path[-1] if path else self.root).children[ids[0]] = leaf
         self.tokens += len(ids)
+        self.recent[leaf] = self
         self.use([*path, leaf])
 
     def _split(self, node: PrefixNode, tokens: int) -> PrefixNode:
@@ -97,6 +98,7 @@ class PrefixTree:
         assert parent is not None
         upper = PrefixNode(parent, node.ids[:tokens], part(node.states, 0, tokens))
         node.parent, node.ids, node.states = upper, node.ids[tokens:], part(node.states, tokens, len(node.ids))
+        self.recent[upper] = self
         upper.children[node.ids[0]], parent.children[upper.ids[0]] = node, upper
         return upper
 
