@@ -23,7 +23,8 @@ from cards_integrations.trace import Usage
 from cards_integrations.transformer.flat_batch import ForwardInput
 from cards_integrations.transformer.forward import PREFILL_CHUNK, Output, Transformer
 from cards_integrations.transformer.kv_cache import Branch
-from cards_integrations.transformer.kv_memory import CacheNeed, KVMemory, first_to_read
+from cards_integrations.transformer.kv_memory import MIN_PREFIX, CacheNeed, KVMemory, first_to_read
+from cards_integrations.transformer.prefix_tree import common
 from cards_integrations.transformer.step_times import StepTimes, least_seconds, step_times
 
 PREFILL_BESIDE = 512  # tokens of prompts that are read before a step of others
@@ -51,6 +52,11 @@ class Frontier:
     logits: Output | None = None
     waiting: list[Candidate] = field(default_factory=list)
     detokenizer: Detokenizer | None = None
+
+    def own_logits(self) -> None:
+        """Keep a copy of its own logits only: those of the whole step would stay alive as long."""
+        if self.logits is not None and len(self.logits.batch) > 1:
+            self.logits = Output(self.logits.value[None].clone(), 0)
 
 
 @dataclass(eq=False)
@@ -205,8 +211,7 @@ class LocalLanguageModel:
         request = self._requests[context]
         old, new = request.kept, request.candidates.pop(candidate)
         new.branch.tree.keep(new.branch)
-        if new.logits is not None:
-            new.logits = Output(new.logits.value[None].clone(), 0)  # or those of its whole batch stay as long
+        new.own_logits()
         request.kept, new.own_row = new, False
         self._free(old, row=old.branch.tree is not new.branch.tree)
         context.matcher = candidate.matcher
@@ -243,6 +248,7 @@ class LocalLanguageModel:
             try:
                 if self._take(candidate, frontier, token):
                     ended.append(candidate)
+                    frontier.own_logits()
             except BaseException as error:
                 ended.append(_failed(candidate, error))
         return ended
@@ -395,6 +401,9 @@ class LocalLanguageModel:
             for frontier, context in unread.items()
             if frontier is self._requests[context].kept and not frontier.branch.tree.ids
         ]
+        reading = [frontier for frontier in unread if frontier.branch.tree.ids and len(frontier.unread) > 1]
+        behind = {frontier for frontier in fresh if any(_reads_for(other, frontier.unread) for other in reading)}
+        fresh = [frontier for frontier in fresh if frontier not in behind]
         for frontier in fresh:
             tree = frontier.branch.tree
             self.memory.recall(tree, frontier.unread)
@@ -405,7 +414,8 @@ class LocalLanguageModel:
                 unread[frontier].usage.cached_tokens += len(tree.ids)
         unknown = [frontier for frontier in fresh if not frontier.branch.tree.ids]
         first = {unknown[index] for index in first_to_read([frontier.unread for frontier in unknown])}
-        return {f: context for f, context in unread.items() if f in first or f not in unknown}
+        later = behind | (set(unknown) - first)
+        return {frontier: context for frontier, context in unread.items() if frontier not in later}
 
     def _run(self, inputs: Sequence[ForwardInput]) -> None:
         """One forward; frontiers that have nothing unread any more get their logits."""
@@ -473,6 +483,13 @@ class LocalLanguageModel:
         old, self.transformer = self.transformer, Transformer(self.model, self.memory)
         self.transformer.forwards, self.transformer.tokens = old.forwards, old.tokens
         self.memory.replace(old.cache, self.transformer.cache)
+
+
+def _reads_for(frontier: Frontier, ids: Sequence[int]) -> bool:
+    """True if a prompt that is read in pieces is still to read what another one can then reuse."""
+    read = frontier.branch.tree.ids
+    shared = common([*read, *frontier.unread], ids[:-1]) if ids[: len(read)] == read else 0
+    return shared > max(len(read), MIN_PREFIX - 1)
 
 
 def prefill_shares(unread: Sequence[int], budget: int) -> list[int]:

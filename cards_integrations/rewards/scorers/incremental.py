@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from abc import abstractmethod
 from collections import Counter
@@ -18,9 +19,9 @@ from cards_integrations.rewards.base import Conversation, Response, RewardModel,
 from cards_integrations.rewards.scorers.head import Head
 from cards_integrations.rewards.scorers.input_format import InputFormat, without_final_padding
 from cards_integrations.transformer.flat_batch import ForwardInput
-from cards_integrations.transformer.forward import Output, Transformer
+from cards_integrations.transformer.forward import PREFILL_CHUNK, Output, Transformer
 from cards_integrations.transformer.kv_cache import Branch, Tree
-from cards_integrations.transformer.kv_memory import CacheNeed, KVMemory
+from cards_integrations.transformer.kv_memory import CacheNeed, KVMemory, first_to_read
 from cards_integrations.transformer.prefix_tree import common
 from cards_integrations.transformer.step_times import StepTimes, step_times
 
@@ -101,6 +102,7 @@ class Incremental(RewardModel):
         self.transformer = Transformer(model, memory)
         self.window = max_positions(model.config)
         self.rows: dict[Conversation, ConversationRow] = {}
+        self._turn = asyncio.Lock()
 
     @cached_property
     def step_times(self) -> StepTimes:
@@ -128,51 +130,92 @@ class Incremental(RewardModel):
             self.transformer.cache.close(row.tree)
 
     async def score(self, responses: Sequence[Response]) -> list[float]:
-        texts = {response: self._fitted(response) for response in responses}
-        self._read_prompts(texts)
-        self._read_shortened(texts)
-        inputs = [self._forward_input(response, text) for response, text in texts.items()]
-        try:
-            scores = [score for batch in self.transformer.batches(inputs) for score in self._score_batch(batch)]
-        except Exception:
-            for each in inputs:
-                each.branch.tree.drop(each.branch)
-            raise
-        found = dict(zip(texts, scores, strict=True))
-        return [found[response] for response in responses]
+        async with self._turn:  # others go on between two forwards, and may ask for scores, too
+            texts = {response: self._fitted(response) for response in responses if response.conversation in self.rows}
+            await self._read_prompts(texts)
+            await self._read_shortened(texts)
+            inputs = [self._forward_input(r, text) for r, text in texts.items() if r.conversation in self.rows]
+            found: dict[Response, float] = {}
+            try:
+                for number, batch in enumerate(self.transformer.batches(inputs)):
+                    if number:
+                        await asyncio.sleep(0)
+                    if asked := [each for each in batch if self._is_asked(each.owner)]:
+                        found |= zip((each.owner for each in asked), self._score_batch(asked), strict=True)
+            except Exception:
+                for each in inputs:
+                    each.branch.tree.drop(each.branch)
+                raise
+            return [found.get(response, 0.0) for response in responses]  # nobody waits for those that were given up
 
-    def _read_prompts(self, texts: Mapping[Response, FittedText]) -> None:
+    def _is_asked(self, response: Response) -> bool:
+        """True unless a response was given up meanwhile."""
+        row = self.rows.get(response.conversation)
+        return row is not None and response in row.branches
+
+    async def _read_prompts(self, texts: Mapping[Response, FittedText]) -> None:
         """Read the prompts of new answers first, so that not each of the answers reads them again."""
+        waiting = self._new_prompts(texts)
+        while waiting:
+            chosen = self._recalled(waiting)
+            known = {each: len(self.rows[each].tree.ids) for each in chosen}
+            await self._read_in_pieces({each: waiting[each][known[each] :] for each in chosen})
+            waiting = {each: ids for each, ids in waiting.items() if each in self.rows and each not in known}
+
+    def _new_prompts(self, texts: Mapping[Response, FittedText]) -> dict[Conversation, list[int]]:
+        """The prompts, as far as they fit, of answers of which nothing has been read."""
         answers = Counter(r.conversation for r in texts if not self.rows[r.conversation].tree.ids)
         answered = {r.conversation for r in texts if r.text}  # others may follow before anything is kept
-        inputs = []
+        prompts = {}
         for conversation, n in answers.items():
             row = self.rows[conversation]
-            cut = min(text.cut for response, text in texts.items() if response.conversation is conversation)
-            prompt = row.before_ids[cut:][: self.window - 1]
+            row.cut = min(text.cut for response, text in texts.items() if response.conversation is conversation)
+            prompt = row.before_ids[row.cut :][: self.window - 1]
             if (n > 1 or conversation in answered) and len(prompt) > 1:
-                self._recall(row, prompt, cut)
-                if unread := prompt[len(row.tree.ids) :]:
-                    inputs.append(ForwardInput(row.tree.branch(), unread, conversation))
-        self._read(inputs)
+                prompts[conversation] = prompt
+        return prompts
+
+    def _recalled(self, prompts: Mapping[Conversation, list[int]]) -> list[Conversation]:
+        """Those whose rest is to be read now: the others begin like one of them, and can reuse that."""
+        for conversation, prompt in prompts.items():
+            self.transformer.memory.recall(self.rows[conversation].tree, prompt)
+        unknown = [each for each in prompts if not self.rows[each].tree.ids]
+        first = {unknown[index] for index in first_to_read([prompts[each] for each in unknown])}
+        return [each for each in prompts if each in first or each not in unknown]
+
+    async def _read_in_pieces(self, unread: dict[Conversation, list[int]]) -> None:
+        unread = {each: rest for each, rest in unread.items() if rest}
+        while unread:
+            self._read_pieces(unread)
+            unread = {each: rest for each, rest in unread.items() if rest}
+            if unread:
+                await asyncio.sleep(0)
+                unread = {each: rest for each, rest in unread.items() if each in self.rows}
+
+    def _read_pieces(self, unread: dict[Conversation, list[int]]) -> None:
+        """One forward of as much of these prompts, from the first on, as fits into it."""
+        inputs, left = [], PREFILL_CHUNK
+        for conversation, rest in unread.items():
+            if left:
+                inputs.append(ForwardInput(self.rows[conversation].tree.branch(), rest[:left], conversation))
+                del rest[:left]
+                left -= len(inputs[-1].ids)
+        self._counted(inputs, self.transformer.hidden(inputs))
         for each in inputs:
             each.branch.tree.keep(each.branch, len(each.ids))
             each.branch.tree.drop(each.branch)
 
-    def _read_shortened(self, texts: Mapping[Response, FittedText]) -> None:
+    async def _read_shortened(self, texts: Mapping[Response, FittedText]) -> None:
         """Read what is kept without its first tokens, for answers that are too long for all of it."""
-        inputs = []
         for response, text in texts.items():
-            row = self.rows[response.conversation]
-            kept = row.tree.ids[text.cut - row.cut :] if text.cut > row.cut else []
-            if kept and text.cut not in row.shortened:
+            row = self.rows.get(response.conversation)
+            if row is None or text.cut <= row.cut or text.cut in row.shortened:
+                continue
+            if kept := row.tree.ids[text.cut - row.cut :]:
                 branch = row.shortened[text.cut] = row.tree.branch(0)
-                inputs.append(ForwardInput(branch, kept, response.conversation))
-        self._read(inputs)
-
-    def _read(self, inputs: Sequence[ForwardInput]) -> None:
-        for batch in self.transformer.batches(inputs):
-            self._counted(batch, self.transformer.hidden(batch))
+                batch = [ForwardInput(branch, kept, response.conversation)]
+                self._counted(batch, self.transformer.hidden(batch))
+                await asyncio.sleep(0)
 
     def _recall(self, row: ConversationRow, ids: list[int], cut: int) -> None:
         """Fill an empty row with what is known of a text."""
