@@ -168,6 +168,19 @@ def width_within(columns: int) -> int:
     return max(takewhile(lambda width: width <= columns, widths()), default=0)
 
 
+def part(states: States, start: int, end: int) -> States:
+    """Return a copy of some tokens' states: the memory of the others can be given back."""
+    return [(keys[start:end].clone(), values[start:end].clone()) for keys, values in states]
+
+
+def joined(parts: Sequence[States]) -> States:
+    """Return the states of consecutive tokens as one."""
+    return [
+        (torch.cat([keys for keys, _ in layer]), torch.cat([values for _, values in layer]))
+        for layer in zip(*parts, strict=True)
+    ]
+
+
 def _resized(array: NDArray[Any], shape: tuple[int, int]) -> NDArray[Any]:
     resized = np.zeros(shape, dtype=array.dtype)
     rows = min(len(array), len(resized))

@@ -147,12 +147,16 @@ class KVMemory:
         tokens = max(finished, live)
         if tokens < MIN_PREFIX:
             return
+        if cache.shares(live) and self.evict_for(live * cache.bytes_per_token):
+            cache.share(tree, begins, source, live)
+        if tokens <= tree.prefix:
+            return
         if source is not None and live >= finished:
-            states = cache.read(source, tokens)
+            states = cache.read(source, tokens, tree.prefix)
         else:
             texts.use(path)
-            states = texts.read(path, tokens)
-        cache.write(tree, begins[:tokens], states)
+            states = texts.read(path, tokens, tree.prefix)
+        cache.write(tree, begins[tree.prefix : tokens], states)
 
     def forget(self, cache: TreeCache) -> None:
         """Give back the memory of a cache that is not used any more, and its finished texts."""
