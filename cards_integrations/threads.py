@@ -8,7 +8,8 @@ import ctypes
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from typing import Any, TypeVar
@@ -55,6 +56,26 @@ async def in_thread(function: Callable[..., T], *args: Any) -> T:
 
     threading.Thread(target=run, name="cards-thread", daemon=True).start()
     return await future
+
+
+def in_own_loop(work: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine in a new event loop and a new daemon thread, and wait for its result.
+
+    So a blocking call may use what is asynchronous, even where the caller's thread has a running loop.
+
+    Raises:
+        Exception: Whatever the coroutine raises.
+    """
+    future: Future[T] = Future()
+
+    async def settle() -> None:
+        try:
+            future.set_result(await work)  # the end of the loop may have to wait, say for a name server
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=copy_context().run, args=(asyncio.run, settle()), name="cards-thread", daemon=True).start()
+    return future.result()
 
 
 def _fits_future(error: BaseException) -> bool:

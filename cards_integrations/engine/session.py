@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from uuid import uuid4
 
 from cards_integrations.chat.message import PARTIAL_CHARACTER
@@ -73,9 +74,12 @@ class Session:
         self._prompt_reward: float | None = None
         self._reader = reader
         self._emit = emit
-        if reward_model is not None:
-            reward_model.open(conversation)  # may refuse the prompt, and then nothing else is open
-        host.language_model.open(context)
+        with ExitStack() as opened:  # what is refused leaves nothing open
+            if reward_model is not None:
+                reward_model.open(conversation)
+                opened.callback(reward_model.close, conversation)
+            host.language_model.open(context)
+            opened.pop_all()
 
     # --- what a decoding method sees ---
 
@@ -147,13 +151,14 @@ class Session:
             self.scores.fail(error)
 
     def close(self) -> None:
-        """Free the rows; nothing of this request is computed any more."""
-        self.pool.close()
-        if self.scores is not None:
-            self.scores.cancel()
-        self.host.language_model.close(self.context)
-        if self.reward_model is not None:
-            self.reward_model.close(self.conversation)
+        """Free the rows, each whatever the others raise; nothing of this request is computed any more."""
+        with ExitStack() as closing:
+            if self.reward_model is not None:
+                closing.callback(self.reward_model.close, self.conversation)
+            closing.callback(self.host.language_model.close, self.context)
+            if self.scores is not None:
+                closing.callback(self.scores.cancel)
+            self.pool.close()
 
     def alignment(self, method: str, seconds: float, guidance: Guidance | None = None) -> Alignment:
         """The finished answer.

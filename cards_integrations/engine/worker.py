@@ -50,6 +50,8 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+OnDone = Callable[[int, Alignment | Exception], None]
+"""Told the index of a request of a batch that has ended, and its answer or error."""
 MAX_PLAIN = 8  # sets of prompts whose plain answers are kept
 DRAFT_COLUMNS = 256  # columns that candidates may take beside the kept text
 log = logging.getLogger("cards_integrations")
@@ -167,29 +169,43 @@ class Worker:
 
     # --- answering ---
 
-    async def answer(self, request: Request, emit: Callable[[Chunk], None] | None = None) -> Alignment:
+    async def answer(
+        self, request: Request, emit: Callable[[Chunk], None] | None = None, in_batch: bool = False
+    ) -> Alignment:
         """One request, from its prompt to its alignment.
 
         Args:
             request: What to answer.
             emit: Called in this thread with each kept segment.
+            in_batch: Count the time limit from the row on, for which it waits behind others of the same batch.
         """
         if task := asyncio.current_task():
             task.add_done_callback(_retrieve_error)
-        async with time_limit(request.timeout), self._serving():
+        whole, own = (None, request.timeout) if in_batch else (request.timeout, None)
+        async with time_limit(whole), self._serving():
             request = self._plain_if_unguided(request)
-            async with self._reward_model(request) as (reward_model, scale), self.admission.row():
+            async with (
+                self._reward_model(request) as (reward_model, scale), self.admission.row(), time_limit(own),
+            ):  # fmt: skip
                 return await self._decode(request, reward_model, scale, emit)
 
-    async def answer_all(self, requests: Sequence[Request], done: Callable[[], None] | None = None) -> list[Alignment]:
-        """Answers to all, begun at the same moment; the first error cancels the rest. `done` is called for each."""
-        tasks = [self.loop.create_task(self.answer(request)) for request in requests]
-        if done is not None:
-            for task in tasks:
-                task.add_done_callback(lambda _: done())
+    async def answer_all(
+        self, requests: Sequence[Request], on_done: OnDone | None = None, return_exceptions: bool = False
+    ) -> list[Any]:
+        """Answers to all, begun at the same moment.
+
+        Args:
+            requests: What to answer.
+            on_done: Called in this thread with the index of each request that ends, and what became of it.
+            return_exceptions: Return errors in the places of their answers; else the first one cancels the rest.
+        """
+        tasks = [self.loop.create_task(self.answer(request, in_batch=True)) for request in requests]
+        if on_done is not None:
+            for index, task in enumerate(tasks):
+                task.add_done_callback(partial(_report, on_done, index))
         try:
             async with self._serving():
-                return await asyncio.gather(*tasks)
+                return await asyncio.gather(*tasks, return_exceptions=return_exceptions)
         finally:
             for task in tasks:
                 task.cancel()
@@ -199,13 +215,16 @@ class Worker:
     ) -> list[float]:
         """Rewards of finished answers to one prompt."""
         async with self._serving(), self.rewards.lease(await self.scales.standardised(reward)) as reward_model:
-            conversation = Conversation(self.language_model.chat.without_tools(prompt), Usage(), context)
-            reward_model.open(conversation)
+            chat = self.language_model.chat
+            conversation = Conversation(chat.without_tools(prompt), Usage(), context)
+            tokens = len(chat.prompt(prompt)[1]) + sum(len(chat.encode(text)) for text in texts)
+            async with self.admission.memory_to_score(reward_model.cache_needs(conversation, tokens)):
+                reward_model.open(conversation)
             try:
                 return await scores(reward_model, [Response(conversation, text, finished=True) for text in texts])
             finally:
                 reward_model.close(conversation)
-                self.admission.freed()
+                self.admission.scored()
 
     async def uncertainties(self, measure: Measure, answers: Sequence[Alignment]) -> list[list[float]]:
         """Predictive uncertainty before each token of these answers."""
@@ -233,8 +252,8 @@ class Worker:
             tasks=tasks,
             caches=tuple(map(CacheState.of, memory.caches)),
             memory_limit=memory.limit,
-            cached_prefixes=tuple(len(prefix.ids) for prefix in memory.prefixes),
-            prefix_bytes=sum(prefix.bytes for prefix in memory.prefixes),
+            cached_prefixes=memory.prefix_lengths,
+            prefix_bytes=memory.prefix_bytes,
             rewards=tuple(model.name for model in self.rewards.built.values()),
             measured_scales=self.scales.measured,
             steps=stepwise.steps if stepwise else 0,
@@ -377,6 +396,13 @@ class Worker:
         for (prompt, context), answer in zip(prompts, answers, strict=True):
             found += await self.score_texts(reward, prompt, [answer.text], context)
         return found
+
+
+def _report(on_done: OnDone, index: int, task: asyncio.Task[Alignment]) -> None:
+    """Say what became of a request of a batch, unless it was given up."""
+    error = asyncio.CancelledError() if task.cancelled() else task.exception()
+    if not isinstance(error, asyncio.CancelledError):
+        on_done(index, error if isinstance(error, Exception) else task.result())
 
 
 def _retrieve_error(task: asyncio.Task[Any]) -> None:

@@ -145,7 +145,7 @@ class ModelLoader:
         import torch
 
         for cache in self.memory.caches if self.memory is not None else ():
-            cache.layers.clear()
+            cache.release()
         for made in list(self._cached.values()):
             if isinstance(made, torch.nn.Module):
                 for tensor in chain(made.parameters(), made.buffers()):
