@@ -258,8 +258,8 @@ def test_hundreds_of_rewards_and_schemas_leave_an_engine_as_it_was(start: Start,
 
     sizes = []
     for half in range(2):
-        for number in range(1, 11):
-            engine.run_many(requests(10.0 * half + number))
+        for number in range(1, 21):
+            engine.run_many(requests(20.0 * half + number))
         state = engine.inspect()
         open_files = psutil.Process().num_fds()
         sizes.append((len(state.rewards), len(state.caches), state.tasks, threading.active_count(), open_files))
