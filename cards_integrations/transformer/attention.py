@@ -85,7 +85,7 @@ def tree_attention(
     Args:
         module: The attention layer.
         query: (1, heads, tokens, head size).
-        key: (rows, columns, KV heads, head size), all of the layer's cache.
+        key: (rows, columns, KV heads, head size), all of the layer's cache; in its precision everything is computed.
         value: Like `key`.
         attention_mask: Unused, except without metadata; then it, `query`, `key` and `value` are the
             usual (batch, heads, length, size).
@@ -106,9 +106,9 @@ def tree_attention(
         heads = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(heads, 1), value.repeat_interleave(heads, 1)
         return _attend(query, key, value, attention_mask, scaling, softcap).transpose(1, 2), None
-    pattern, flat = metadata.patterns[module.layer_idx], query[0].transpose(0, 1)
+    pattern, flat = metadata.patterns[module.layer_idx], query[0].transpose(0, 1).to(key.dtype)
     outputs = [_attend_by_rows(group, pattern, flat, key, value, scaling, softcap) for group in metadata.groups]
-    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None], None
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None].to(query.dtype), None
 
 
 def _attend_by_rows(
@@ -144,7 +144,7 @@ def _attend(
         return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
     scores = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     scores = softcap * torch.tanh(scores / softcap) + (0 if mask is None else mask)
-    return scores.float().softmax(-1).to(value.dtype) @ value
+    return scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(-1).to(value.dtype) @ value
 
 
 AttentionInterface.register(NAME, tree_attention)

@@ -14,6 +14,7 @@ from cards_integrations.transformer.cuda_graphs import StaticSteps
 from cards_integrations.transformer.flat_batch import FlatBatch, ForwardInput
 from cards_integrations.transformer.kv_cache import TreeCache
 from cards_integrations.transformer.kv_memory import KVMemory
+from cards_integrations.transformer.quantization import attention_dtype
 from cards_integrations.transformer.step_times import least_seconds
 
 NO_TREES = {  # architectures that would be silently wrong, for they do not go by positions and mask alone
@@ -60,7 +61,9 @@ class Transformer:
         self.window: int = getattr(self.config, "sliding_window", None) or 0
         self.memory = memory or KVMemory(2**62, reuse=False)
         size = (8, 1024) if model.device.type == "cuda" else (1, 64)  # a graph is lost when its cache grows
-        self.cache = TreeCache(self.config.num_hidden_layers, _bytes_per_token(self.config, model.dtype), size)
+        self.dtype = attention_dtype(model)
+        bytes_per_token = _bytes_per_token(self.config, self.dtype)
+        self.cache = TreeCache(self.config.num_hidden_layers, bytes_per_token, size, self.dtype)
         self.memory.caches.append(self.cache)
         self.forwards = 0
         self.tokens = 0
@@ -110,7 +113,7 @@ class Transformer:
     def _prepare(self, inputs: Sequence[ForwardInput]) -> tuple[dict[str, torch.Tensor], AttentionMetadata]:
         """Append the tokens to their branches; the tensors of the forward, and who attends to what."""
         flat = FlatBatch(inputs, self.cache)
-        metadata = flat.metadata(self.patterns, self.window, self.model.dtype, self.model.device)
+        metadata = flat.metadata(self.patterns, self.window, self.dtype, self.model.device)
         tensors = flat.tensors(self.model.device)
         self.forwards += 1
         self.tokens += len(flat.ids)

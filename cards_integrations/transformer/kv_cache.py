@@ -155,7 +155,9 @@ class TreeLayer(CacheLayerMixin):
         self.cache = cache
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.keys, self.values = (states.new_empty(0, 0, *states.shape[1:]) for states in (key_states, value_states))
+        self.keys, self.values = (
+            states.new_empty(0, 0, *states.shape[1:], dtype=self.cache.dtype) for states in (key_states, value_states)
+        )
         self.is_initialized = True
 
     def update(
@@ -164,8 +166,8 @@ class TreeLayer(CacheLayerMixin):
         """Write (1, heads, tokens, head size) at the cache's `write_indices`; return keys and values of all rows."""
         keys, values = key_states[0].transpose(0, 1), value_states[0].transpose(0, 1)
         self.fit(keys, values)
-        self.keys.flatten(0, 1).index_copy_(0, self.cache.write_indices, keys)
-        self.values.flatten(0, 1).index_copy_(0, self.cache.write_indices, values)
+        self.keys.flatten(0, 1).index_copy_(0, self.cache.write_indices, keys.to(self.keys.dtype))
+        self.values.flatten(0, 1).index_copy_(0, self.cache.write_indices, values.to(self.values.dtype))
         return self.keys, self.values
 
     def fit(self, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -198,15 +200,23 @@ class TreeCache(Cache):
         layers: Number of layers of the model.
         bytes_per_token: Bytes of keys and values of one token, of all layers.
         size: Rows and columns to begin with.
+        dtype: Of keys and values; None for what the model computes.
 
     `visible` (mask rows, columns) says which columns each path attends to, `positions` (rows, columns)
     at which position the token of a column is, and `write_indices` (tokens,) where the next forward
     writes, as indices into rows * columns.
     """
 
-    def __init__(self, layers: int, bytes_per_token: int = 0, size: tuple[int, int] = (1, BLOCK)) -> None:
+    def __init__(
+        self,
+        layers: int,
+        bytes_per_token: int = 0,
+        size: tuple[int, int] = (1, BLOCK),
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__(layers=[TreeLayer(self) for _ in range(layers)])
         self.size = size
+        self.dtype = dtype
         self.bytes_per_token = bytes_per_token
         self.trees: list[Tree] = []
         self.write_indices: torch.Tensor
