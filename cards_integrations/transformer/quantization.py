@@ -62,6 +62,8 @@ class QuantizedLinear(nn.Module):
         bias: (outputs,), or None.
     """
 
+    bias: Tensor | None
+
     def __init__(self, shape: Sequence[int], bias: Tensor | None) -> None:
         super().__init__()
         self.out_features, self.in_features = shape
@@ -79,6 +81,9 @@ class QuantizedLinear(nn.Module):
 
 class Int4Linear(QuantizedLinear):
     """16 values between a minimum and a maximum for each group of 32 weights; `weight` is what the kernel packs."""
+
+    weight: Tensor
+    scales: Tensor
 
     def __init__(self, groups: Groups, bias: Tensor | None = None) -> None:
         super().__init__(groups.values.shape, bias)
@@ -100,6 +105,9 @@ class Int4Linear(QuantizedLinear):
 class Int8Linear(QuantizedLinear):
     """255 values around zero for each row of the weight."""
 
+    weight: Tensor
+    scale: Tensor
+
     def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> None:
         super().__init__(weight.shape, bias)
         self.register_buffer("weight", weight)
@@ -117,6 +125,9 @@ class Int8Linear(QuantizedLinear):
 
 class Int8Embedding(nn.Module):
     """An embedding in the form of an `Int8Linear`, with which it may share its weight."""
+
+    weight: Tensor
+    scale: Tensor
 
     def __init__(self, weight: Tensor, scale: Tensor) -> None:
         super().__init__()
@@ -187,6 +198,9 @@ class LowRank(nn.Module):
         down: (rank, inputs).
         up: (outputs, rank), scaled.
     """
+
+    down: Tensor
+    up: Tensor
 
     def __init__(self, base: nn.Module, down: Tensor, up: Tensor) -> None:
         super().__init__()

@@ -93,7 +93,9 @@ def quantize(model: Any, bits: Bits, known: Mapping[str, Groups]) -> None:
         if all(layer in names and _takes(bits, layer) for layer in layers):
             _replace(places, layers, bits, [known.get(f"{names[layer]}.weight") for layer in layers])
     if not any(isinstance(module, QuantizedLinear) for module in model.modules()):
-        raise ModelError(f"quantization={bits!r}: {type(model).__name__} has no linear layer that torch's kernel takes.")
+        raise ModelError(
+            f"quantization={bits!r}: {type(model).__name__} has no linear layer that torch's kernel takes."
+        )
     _quantize_vocabulary(model)
     for parameter in model.parameters():
         parameter.data = parameter.data.float()
@@ -110,7 +112,9 @@ def _with_one_input(model: Any) -> list[list[Place]]:
     places = [(parent, name) for parent in model.base_model.modules() for name in dict(parent.named_children())]
     places = [place for place in places if type(getattr(*place)) is nn.Linear]
     inputs: dict[nn.Module, torch.Tensor] = {}
-    hooks = [getattr(*place).register_forward_pre_hook(lambda m, given: inputs.update({m: given[0]})) for place in places]
+    hooks = [
+        getattr(*place).register_forward_pre_hook(lambda m, given: inputs.update({m: given[0]})) for place in places
+    ]
     try:
         model.base_model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
     finally:
