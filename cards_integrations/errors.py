@@ -46,6 +46,20 @@ class CardsTimeout(CardsError, TimeoutError):
     """The answer was not ready within `timeout` seconds."""
 
 
+def as_cards_error(error: BaseException, what: str) -> CardsError:
+    """The error itself if it is one of this package, else a `ModelError` that it is the cause of.
+
+    Args:
+        error: What was raised.
+        what: What failed, at the beginning of the message.
+    """
+    if isinstance(error, CardsError):
+        return error
+    wrapped = ModelError(f"{what}: {type(error).__name__}: {error}")
+    wrapped.__cause__ = error
+    return wrapped
+
+
 def short_repr(value: object) -> str:
     """A value as errors quote it, in a few lines at most."""
     try:

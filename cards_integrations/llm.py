@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 from langchain_core.language_models import LanguageModelInput
 from langchain_core.messages import AIMessage, BaseMessage
@@ -17,6 +18,7 @@ from cards_integrations.chat import message
 from cards_integrations.chat.message import Message
 from cards_integrations.engine.engine import Engine
 from cards_integrations.engine.request import Chunk, Request
+from cards_integrations.errors import PromptError
 from cards_integrations.langchain.chat_model import ChatCards
 from cards_integrations.langchain.convert import as_message as from_langchain
 from cards_integrations.llama_index.convert import as_message as from_llama_index
@@ -133,41 +135,87 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
         """Async version of `align_stream`."""
         return self._engine(options).astream(self._align_request(prompt, options))
 
+    @overload
+    def align_batch(
+        self, prompts: Sequence[Any], seeds: Sequence[int] | None = None, contexts: Sequence[Any] | None = None,
+        progress: bool | str = False, *, return_exceptions: Literal[False] = False, **options: Any,
+    ) -> list[Alignment]: ...  # fmt: skip
+    @overload
+    def align_batch(
+        self, prompts: Sequence[Any], seeds: Sequence[int] | None = None, contexts: Sequence[Any] | None = None,
+        progress: bool | str = False, *, return_exceptions: bool, **options: Any,
+    ) -> list[Alignment | Exception]: ...  # fmt: skip
+
     def align_batch(
         self,
         prompts: Sequence[Any],
         seeds: Sequence[int] | None = None,
         contexts: Sequence[Any] | None = None,
         progress: bool | str = False,
+        *,
+        return_exceptions: bool = False,
         **options: Any,
-    ) -> list[Alignment]:
+    ) -> list[Any]:
         """Write the answers to all prompts in one batch.
 
-        An answer does not depend on the others. The first error cancels all of them.
+        An answer does not depend on the others.
 
         Args:
             prompts: As for `align`.
             seeds: One for each prompt.
             contexts: One for each prompt.
             progress: Show a progress bar, with this text if it is one.
-            options: For all answers, as for `align`.
+            return_exceptions: Return errors in the places of their answers; else the first one cancels the rest.
+            options: For all answers, as for `align`. `timeout` counts from the moment on in which an answer is begun.
 
         Returns:
             The answers in the order of the prompts.
+        """
+        found: list[Any] = [None] * len(prompts)
+        answers = self.align_as_completed(prompts, seeds, contexts, return_exceptions=return_exceptions, **options)
+        with _progress_bar(progress, len(prompts)) as advance:
+            for index, answer in answers:
+                found[index] = answer
+                advance()
+        return found
+
+    def align_as_completed(
+        self,
+        prompts: Sequence[Any],
+        seeds: Sequence[int] | None = None,
+        contexts: Sequence[Any] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **options: Any,
+    ) -> Iterator[tuple[int, Any]]:
+        """Write the answers to all prompts in one batch, and yield each as soon as it is written.
+
+        Closing the iterator stops the drafting of the rest.
+
+        Args:
+            prompts: As for `align_batch`, and so are the other arguments.
+
+        Yields:
+            The index of the prompt and its answer; with `return_exceptions`, or its error.
         """
         each = [dict(options) for _ in prompts]
         for name, values in (("seed", seeds), ("context", contexts)):
             if values is not None:
                 each = [{**one, name: value} for one, value in zip(each, values, strict=True)]
-        requests = [self._align_request(prompt, one) for prompt, one in zip(prompts, each, strict=True)]
-        engine = self._engine(options)
-        if not progress:
-            return engine.run_many(requests)
-        from rich.progress import Progress
-
-        with Progress(transient=True) as bar:
-            task = bar.add_task(progress if isinstance(progress, str) else "answers", total=len(requests))
-            return engine.run_many(requests, lambda: bar.advance(task))
+        requests: dict[int, Request] = {}
+        for index, (prompt, one) in enumerate(zip(prompts, each, strict=True)):
+            try:
+                requests[index] = self._align_request(prompt, one)
+            except PromptError as error:
+                if not return_exceptions:
+                    raise
+                yield index, error
+        places = list(requests)
+        with closing(self._engine(options).stream_many(list(requests.values()))) as answers:
+            for place, answer in answers:
+                if isinstance(answer, Exception) and not return_exceptions:
+                    raise answer
+                yield places[place], answer
 
     def score(
         self, prompt: Any, texts: Sequence[str], reward: AnyReward | str | None = None, context: Any = None
@@ -314,6 +362,19 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
         if _is_llama_index_call(*args, **kwargs):
             return super().astream(*args, **kwargs)
         return self.as_langchain().astream(*args, **kwargs)
+
+
+@contextmanager
+def _progress_bar(text: bool | str, total: int) -> Iterator[Callable[[], None]]:
+    """Show a progress bar, unless the text is False; yields what advances it by one answer."""
+    if not text:
+        yield lambda: None
+        return
+    from rich.progress import Progress
+
+    with Progress(transient=True) as bar:
+        task = bar.add_task(text if isinstance(text, str) else "answers", total=total)
+        yield lambda: bar.advance(task)
 
 
 def _is_llama_index_call(prompt: Any = None, *_: Any, **__: Any) -> bool:

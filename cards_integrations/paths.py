@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 from pathlib import Path
 
 import platformdirs
@@ -38,6 +39,6 @@ def write_atomically(file: Path, text: str) -> None:
         OSError: The directory cannot be written.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    fresh = file.with_suffix(f".{os.getpid()}")
+    fresh = file.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
     fresh.write_text(text)
     fresh.replace(file)

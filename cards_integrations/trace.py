@@ -11,6 +11,10 @@ if TYPE_CHECKING:
 
 Verdict = Literal["accepted", "rejected", "best", "unscored"]
 FinishReason = Literal["stop", "length"]
+ScaleOrigin = Literal["published", "remembered", "measured"]
+"""Where a reward's scale came from: its settings, the cache directory, or a measurement by this engine."""
+GuidanceOrigin = Literal["given", "calibrated", "default"] | ScaleOrigin
+"""Where a target or a beta came from: the method's settings, a calibration, the reward's scale, or none of them."""
 
 
 @dataclass
@@ -113,6 +117,21 @@ class InvalidToolCall:
 
 
 @dataclass(frozen=True)
+class Guidance:
+    """What the rewards of an answer were compared with."""
+
+    target: float | None
+    """The reward to be reached; None for a method without a target."""
+    beta: float | None
+    """The temperature of the reward, in its units; None if it makes no difference."""
+    target_origin: GuidanceOrigin | None = None
+    """"given" in the settings of the method, "calibrated", or by the scale of the reward, which was "published" with
+    it, "remembered" in the cache directory, or "measured" by this engine."""
+    beta_origin: GuidanceOrigin | None = None
+    """The same for beta; "default" where nothing was known."""
+
+
+@dataclass(frozen=True)
 class Alignment:
     """A finished answer."""
 
@@ -141,6 +160,8 @@ class Alignment:
     invalid_tool_calls: tuple[InvalidToolCall, ...] = ()
     request_id: str = ""
     """The name of the request in the log."""
+    guidance: Guidance | None = None
+    """The target and the beta that the method went by, and where they came from; None for a method without them."""
 
     def __str__(self) -> str:
         return self.text

@@ -42,8 +42,12 @@ class StopRule(NamedTuple):
 class EntropyStop(LogitsProcessor, LogitsProcessorV2):
     """Forces the sentinel token where the uncertainty of the raw logits reaches the threshold; forbids it elsewhere.
 
-    It is never forced before `cards_min_length` tokens of output. One class serves both of vLLM's model runners:
-    V1 maps rows of the batch to requests in `update_state`, V2 in the context that it passes to `apply`.
+    It is never forced before `cards_min_length` tokens of output, and never where it is masked already: vLLM masks
+    what a grammar (or `min_tokens`, or `allowed_token_ids`) forbids before processors run, and a grammar fails on any
+    such token. Where a grammar allows the sentinel alone, it is not forbidden.
+
+    One class serves both of vLLM's model runners: V1 maps rows of the batch to requests in `update_state`, V2 in the
+    context that it passes to `apply`.
     """
 
     def __init__(self, vllm_config: Any, *placement: Any) -> None:
@@ -129,6 +133,10 @@ class EntropyStop(LogitsProcessor, LogitsProcessorV2):
         limit = torch.tensor(thresholds, device=logits.device)
         sentinels = torch.tensor([[rule.sentinel] for _, rule, _ in rows], device=logits.device)
         own = logits[at]
-        risen = uncertainty(measure, own, own.log_softmax(-1)) >= limit
+        log_p = own.log_softmax(-1).clamp_min(torch.finfo(own.dtype).min)  # p log p of a masked token is 0, and not NaN
+        masked = own.gather(1, sentinels) == -math.inf
+        risen = (uncertainty(measure, own, log_p) >= limit).unsqueeze(1) & ~masked
+        forbidden = own.scatter(1, sentinels, -math.inf)
+        left = forbidden.amax(1, keepdim=True) > -math.inf  # it may be all that a grammar allows
         forced = torch.full_like(own, -math.inf).scatter_(1, sentinels, 0.0)
-        logits[at] = torch.where(risen.unsqueeze(1), forced, own.scatter(1, sentinels, -math.inf))
+        logits[at] = torch.where(risen, forced, torch.where(left, forbidden, own))

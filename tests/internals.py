@@ -20,6 +20,7 @@ from cards_integrations.engine.worker import Worker
 from cards_integrations.rewards.base import RewardModel
 from cards_integrations.transformer.kv_cache import TreeCache
 from cards_integrations.transformer.kv_memory import KVMemory
+from cards_integrations.transformer.prefix_tree import PrefixNode
 
 T = TypeVar("T")
 
@@ -97,7 +98,7 @@ def assert_idle(engine: Engine) -> None:
     assert state.idle, state
     for cache in caches(engine):
         balance(cache)
-        assert len(cache.free_mask_rows) == len(cache.visible)
+        assert_empty(cache)
 
 
 def is_idle(engine: Engine) -> bool:
@@ -109,14 +110,35 @@ def is_idle(engine: Engine) -> bool:
     return True
 
 
+def assert_empty(cache: TreeCache) -> None:
+    """No row is taken, and only the block that is always there is left."""
+    [block] = cache.blocks.values()
+    assert not block.trees
+    assert len(block.free_mask_rows) == len(block.visible)
+
+
 def balance(cache: TreeCache) -> None:
-    """Every row of the mask is a tree's or free; every column that a row has taken is on a path or free, never both."""
-    mask_rows = [*cache.free_mask_rows, *(row for tree in cache.trees for row in tree.mask_rows)]
-    assert sorted(mask_rows) == list(range(len(cache.visible)))
-    for row, tree in enumerate(cache.trees):
-        assert tree.row == row
-        seen = np.flatnonzero(cache.visible[sorted(tree.mask_rows)].any(0)).tolist()
-        assert sorted([*seen, *tree.freed]) == list(range(1, tree.untouched))
+    """Every row of a mask is a tree's or free; every column that a row has taken is on a path or free, never both."""
+    assert {tree for block in cache.blocks.values() for tree in block.trees} == {*cache.trees}
+    for columns, block in cache.blocks.items():
+        mask_rows = [*block.free_mask_rows, *(row for tree in block.trees for row in tree.mask_rows)]
+        assert sorted(mask_rows) == list(range(len(block.visible)))
+        assert block.visible.shape[1] == block.columns == columns
+        assert len(block.trees) <= block.rows == len(block.positions)
+        for row, tree in enumerate(block.trees):
+            assert (tree.block, tree.row) == (block, row)
+            seen = np.flatnonzero(block.visible[sorted(tree.mask_rows)].any(0)).tolist()
+            assert sorted([*seen, *tree.freed]) == list(range(1, tree.untouched))
+            assert tree.untouched <= columns
+
+
+def finished_texts(memory: KVMemory, cache: TreeCache) -> list[list[int]]:
+    """Those that may be used again and do not go on in another, the least recently used first."""
+    return [_text(node) for node, tree in memory._recent.items() if not node.children and tree is memory._texts(cache)]
+
+
+def _text(node: PrefixNode) -> list[int]:
+    return [*(_text(node.parent) if node.parent else []), *node.ids]
 
 
 async def until(condition: Callable[[], bool]) -> None:

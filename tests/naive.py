@@ -69,8 +69,8 @@ def lora(folder: Path, base: str, targets: Iterable[str], **options: Any) -> str
 
 def parameters(engine: Engine) -> int:
     """How many numbers the weights of all loaded models have, shared ones counted once."""
-    cached: dict[Any, Any] = internals.worker(engine).loader._cached
-    loaded = [cached[key][0] for key in cached if key[0] in KINDS]
+    cached: Any = internals.worker(engine).loader._cached
+    loaded = [model for (key, *_), model in cached.items() if key[0] in KINDS]
     return sum({w.data_ptr(): w.numel() for model in loaded for w in model.parameters()}.values())
 
 

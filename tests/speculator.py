@@ -64,7 +64,7 @@ class Watch:
     def candidates(self, sessions: Collection[Session]) -> list[Candidate]:
         self.live = max(self.live, len(sessions))
         self.rows = max(self.rows, len(self.model.transformer.cache.trees))
-        self.kept = max(self.kept, len(self.memory.prefixes))
+        self.kept = max(self.kept, len(self.memory.prefix_lengths))
         self.bytes = max(self.bytes, self.memory.used)
         for cache in self.memory.caches:
             internals.balance(cache)

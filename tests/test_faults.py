@@ -39,6 +39,7 @@ from cards_integrations.engine import worker as worker_module
 from cards_integrations.errors import CardsError, CardsTimeout, EngineClosed, ModelError, OutOfMemory, RewardError
 from cards_integrations.models import sources
 from cards_integrations.models.local import embedded
+from cards_integrations.models.local.load_lock import load_lock
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import ClassifierReward, FunctionReward, Reward
 from cards_integrations.trace import Alignment
@@ -355,7 +356,7 @@ def cannot_begin_afresh(engine: Engine) -> Request:
     """The driver's own task ends with an error."""
     model = language_model(engine)
     model.reset = raising(MemoryError())
-    Forwards(model.model, RuntimeError("boom"), lambda call: call == 1)
+    model.sample = raising(RuntimeError("boom"))
     return request(None, decoding=Sampling())
 
 
@@ -461,7 +462,9 @@ def test_engines_load_one_after_another(
     models: Callable[..., str], start: Start, judge: ClassifierReward, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two loads at once would leave methods of transformers replaced, and every later load without tied weights."""
-    load, tie, most = PreTrainedModel.from_pretrained.__func__, PreTrainedModel.tie_weights, []
+    with load_lock():  # a load for an engine that a test before closed may still be under way
+        load, tie = PreTrainedModel.from_pretrained.__func__, PreTrainedModel.tie_weights
+    most: list[int] = []
     loads: list[int] = []
 
     def slow(cls: Any, *args: Any, **options: Any) -> Any:
@@ -482,7 +485,8 @@ def test_engines_load_one_after_another(
         thread.join(WITHIN)
     assert len(most) >= 12
     assert max(most) == 1
-    assert PreTrainedModel.tie_weights is tie
+    with load_lock():
+        assert PreTrainedModel.tie_weights is tie
 
 
 class Unbuilt(Reward):
@@ -607,8 +611,10 @@ def test_a_tokenizer_that_cannot_decode_once(models: Callable[..., str], start: 
     chat.tokenizer = Brittle(chat.tokenizer, "decode", UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid"))
     found = outcomes(engine, *requests)
     assert chat.tokenizer.broke == 1
-    assert [type(error) for error in found] == [ModelError] * 3
-    assert all("UnicodeDecodeError" in str(error) for error in found)
+    [error] = [each for each in found if not isinstance(each, Alignment)]
+    assert isinstance(error, ModelError)
+    assert "UnicodeDecodeError" in str(error)
+    assert sum(one == other for one, other in zip(ids(found), expected, strict=True)) == 2
     assert ids(outcomes(engine, *requests)) == expected
     assert_idle(engine)
 

@@ -16,7 +16,7 @@ import pytest
 import tiny
 import torch
 from conftest import Start
-from internals import balance, language_model, reward_models, until
+from internals import balance, finished_texts, language_model, reward_models, until
 from internals import caches as caches_of
 from speculator import Watch
 
@@ -242,14 +242,14 @@ def text(seed: int, length: int) -> list[int]:
 
 def test_the_least_recently_used_goes_first() -> None:
     texts = Texts(tiny.causal())
-    texts.memory.limit = texts.cache.bytes_with(0, LONG) + 5 * LONG // 2 * texts.cache.bytes_per_token
+    texts.memory.limit = texts.cache.bytes_with(1, LONG + 1) + 5 * LONG // 2 * texts.cache.bytes_per_token
     a, b, c = (text(seed, LONG) for seed in range(3))
     assert texts.read(a) == texts.read(b) == 0
     tree = texts.cache.open()
     texts.memory.recall(tree, a)
     texts.cache.close(tree)
     assert texts.read(c) == 0
-    assert [kept.ids for kept in texts.memory.prefixes] == [a, c]
+    assert finished_texts(texts.memory, texts.cache) == [a, c]
     assert [texts.read(ids) for ids in (a, c, b)] == [LONG - 1, LONG - 1, 0]
 
 
@@ -260,13 +260,13 @@ def test_a_text_takes_the_place_of_its_own_beginning() -> None:
         MIN_PREFIX,
         MIN_PREFIX + 8,
     ]
-    assert ids in [kept.ids for kept in texts.memory.prefixes]
-    assert ids[:MIN_PREFIX] not in [kept.ids for kept in texts.memory.prefixes]
+    assert ids in finished_texts(texts.memory, texts.cache)
+    assert ids[:MIN_PREFIX] not in finished_texts(texts.memory, texts.cache)
 
 
 def test_a_text_larger_than_the_budget_is_not_kept() -> None:
     texts = Texts(tiny.causal())
-    texts.memory.limit = texts.cache.bytes_with(0, LONG) + (LONG - 1) * texts.cache.bytes_per_token
+    texts.memory.limit = texts.cache.bytes_with(1, LONG + 1) + (LONG - 1) * texts.cache.bytes_per_token
     assert [texts.read(text(0, length)) for length in (LONG, LONG, LONG - 1, LONG)] == [0, 0, 0, LONG - 1]
 
 
@@ -379,7 +379,8 @@ def test_memory_is_flat(llamas: Pair, start: Start) -> None:
         seeds = range(100 * batch, 100 * batch + 100)
         engine.run_many([guided(words(MIN_PREFIX + seed % 14, seed), llamas.reward, CHOOSY, seed, 6) for seed in seeds])
         assert [len(cache.trees) for cache in caches] == [1, 1]
-        sizes.append([(c.rows, c.columns, c.visible.shape, tensors(c.layers)) for c in caches])
+        blocks = [block for cache in caches for block in cache.blocks.values()]
+        sizes.append([(block.rows, block.columns, tensors(block.states)) for block in blocks])
         gc.collect()
         kinds = Counter(map(type, gc.get_objects()))
         objects.append([kinds[kind] for kind in (Tree, Branch, Candidate, Session)])
@@ -389,4 +390,4 @@ def test_memory_is_flat(llamas: Pair, start: Start) -> None:
 
 
 def tensors(layers: Iterable[Any]) -> list[tuple[int, ...]]:
-    return [tuple(states.shape) for layer in layers for states in (layer.keys, layer.values)]
+    return [tuple(states.shape) for pair in layers for states in pair or ()]

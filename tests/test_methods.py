@@ -21,7 +21,7 @@ import reference
 import tiny
 import torch
 from conftest import Start
-from internals import assert_idle, caches, is_idle, until
+from internals import assert_empty, assert_idle, caches, is_idle, until
 from naive import Freed
 from pydantic import ValidationError
 from reference import Ids
@@ -765,7 +765,8 @@ async def test_nothing_is_held_after_the_engine_is_closed(endless: tuple[str, st
     await asyncio.to_thread(engine.close)
     assert [type(e) for e in await asyncio.gather(*tasks, return_exceptions=True)] == [EngineClosed] * len(SEVEN)
     assert len(held) == 2
-    assert all(not cache.trees and len(cache.free_mask_rows) == len(cache.visible) for cache in held)
+    for cache in held:
+        assert_empty(cache)
 
 
 def in_step(llama: Models, judge: str, method: Decoding) -> Case:

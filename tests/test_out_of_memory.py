@@ -103,11 +103,11 @@ def test_finished_texts_are_given_up_first(models: Callable[..., str], start: St
     model = language_model(engine)
     asked = Request("w9 w20 w31 " * 50, Sampling(), max_tokens=16, seed=0)
     expected = engine.run(asked)
-    assert model.memory.prefixes
+    assert model.memory.prefix_lengths
     forward, refused = model.model.forward, []
 
     def full(*args: Any, **inputs: Any) -> Any:
-        if model.memory.prefixes:
+        if model.memory.prefix_lengths:
             refused.append(inputs["input_ids"].shape[1])
             raise ERRORS[0]
         return forward(*args, **inputs)
@@ -116,4 +116,4 @@ def test_finished_texts_are_given_up_first(models: Callable[..., str], start: St
     again = engine.run(asked)
     assert again.token_ids == expected.token_ids
     assert refused == [1]  # the last token of the prompt; then there was room
-    assert [len(kept.ids) for kept in model.memory.prefixes] == [len(again.prompt_ids) + 15]
+    assert model.memory.prefix_lengths == (len(again.prompt_ids) + 15,)

@@ -21,10 +21,10 @@ import yaml
 from conftest import Start
 from pydantic import ValidationError
 
-from cards_integrations import http_client as servers
 from cards_integrations.decoding import Cards, FixedLength, Sampling
 from cards_integrations.engine import Request
 from cards_integrations.errors import RewardError, SettingsError
+from cards_integrations.http_client import service
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import FunctionReward, RemoteReward, as_reward, remote
 from cards_integrations.rewards.base import Conversation, Response, scores
@@ -60,7 +60,7 @@ def answer(path, asked, mode):
     elif path == "predict":
         found = []
         for [text] in asked["inputs"]:
-            labels = [{"label": "LABEL_1", "score": score(text)}]
+            labels = [{"label": "LABEL_1", "score": score(text)}] * (2 if mode == "namesakes" else 1)
             if mode == "labels":
                 labels += [{"label": "LABEL_0", "score": 9.0}, {"label": "LABEL_2", "score": -9.0}]
             found.append(sorted(labels, key=lambda label: -label["score"]))  # as TEI does
@@ -192,7 +192,7 @@ def site(server: str, monkeypatch: pytest.MonkeyPatch) -> Site:
 
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(servers, "BACK_OFF", tenacity.wait_none())
+    monkeypatch.setattr(service, "BACK_OFF", tenacity.wait_none())
 
 
 def conversation(prompt: Any = "How many?", context: tuple[str, ...] = ()) -> Conversation:
@@ -253,6 +253,12 @@ async def test_the_label(site: Site, protocol: str, label: int | str) -> None:
     other: Any = 3 if protocol == "classify" else "LABEL_3"
     with pytest.raises(RewardError, match=r"label=.*3'?: choose one of"):
         await asked(site.reward(protocol, "mode=labels", label=other), "4")
+
+
+async def test_labels_of_one_name(site: Site) -> None:
+    """Which of them is meant cannot be told."""
+    with pytest.raises(RewardError, match=r"label='LABEL_1': choose one of \['LABEL_1', 'LABEL_1'\]"):
+        await asked(site.reward("predict", "mode=namesakes", label="LABEL_1"), "4")
 
 
 @pytest.mark.parametrize("protocol", ["classify", "score"])

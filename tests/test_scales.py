@@ -9,6 +9,7 @@ import math
 import statistics
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,11 +21,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import integrate, optimize, stats
 
-from cards_integrations.decoding import Cards, FixedLength, OptimalStopping
+from cards_integrations.decoding import Cards, FixedLength, OptimalStopping, Sampling
 from cards_integrations.decoding.base import Scale
 from cards_integrations.decoding.stopping import pooled_std
 from cards_integrations.engine import Engine, Request, scales
 from cards_integrations.errors import CardsTimeout, EngineClosed, RewardError
+from cards_integrations.models.local.settings import LocalModel
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import (
     ClassifierReward,
@@ -37,7 +39,7 @@ from cards_integrations.rewards import (
     WeightedReward,
 )
 from cards_integrations.rewards.prompts import PLAIN, WITH_CONTEXT
-from cards_integrations.trace import Alignment
+from cards_integrations.trace import Alignment, Guidance
 
 PROMPT = "w9 w20 w31 w5"
 SEGMENTS = FixedLength(length=4)
@@ -68,7 +70,7 @@ class Words:
         self.found: list[float] = []
 
     def __call__(self, prompt: str, texts: list[str]) -> list[float]:
-        if prompt == PROMPT:
+        if prompt == PROMPT or texts == [scales.TRIAL]:
             return [float(len(text.split())) for text in texts]
         self.begun.set()
         self.measured.append(prompt)
@@ -280,7 +282,13 @@ def test_a_remembered_target_and_beta_are_used(
     engine.run(request(judge))
     [file] = cache.iterdir()
     file.write_text(Scale(mean=0, std=1, target=-90.0, beta=0.25).model_dump_json())
+    before = engine.run(request(judge))
+    assert before.guidance is not None
+    assert before.guidance.target_origin == "measured"  # a running engine does not look again
+    engine.close()
+    engine = start(models("llama"))
     answer = engine.run(request(judge))
+    assert answer.guidance == Guidance(-90.0, 0.25, "calibrated", "calibrated")
     assert answer.segments[-1].threshold == pytest.approx(-90 if len(answer.token_ids) == 12 else -45, abs=45)
     assert {d.verdict for segment in answer.segments for d in segment.drafts} == {"accepted"}
     assert engine.run(request(judge.model_copy(update={"scale": (50.0, 1.0)}))).token_ids == answer.token_ids
@@ -344,7 +352,96 @@ def test_a_reward_that_has_no_json_is_measured_all_the_same(start: Start, models
     assert start(models("llama")).run(request(Opaque(how=lambda text: float(len(text))))).text
 
 
+def test_what_another_process_stores_changes_no_answer_of_this_one(
+    start: Start, models: Callable[..., str], judge: ClassifierReward
+) -> None:
+    engine, store = start(models("llama")), scales.ScaleStore()
+    model = engine.model
+    store.put(model, judge, Scale(mean=0.0, std=1.0))
+    gate = GateReward(gate=LengthReward(target=3), reward=judge)
+    whole = WeightedReward(rewards=[judge])
+    before = [engine.run(request(reward, seed)).to_dict() for reward in (judge, gate, whole) for seed in range(2)]
+    store.put(model, judge, Scale(mean=5.0, std=3.0, target=-90.0, beta=9.0))
+    store.put(model, whole, Scale(mean=5.0, std=3.0, target=-90.0, beta=9.0))
+    after = [engine.run(request(reward, seed)).to_dict() for reward in (judge, gate, whole) for seed in range(2)]
+    assert [a["segments"] for a in after] == [b["segments"] for b in before]
+    assert [a["guidance"] for a in after] == [b["guidance"] for b in before]
+
+
+def test_what_this_process_calibrates_holds_at_once(
+    start: Start, models: Callable[..., str], judge: ClassifierReward
+) -> None:
+    engine = start(models("llama"))
+    engine.run(request(judge))
+    scales.ScaleStore().calibrate(engine.model, judge, Scale(mean=0.0, std=1.0, target=-90.0, beta=0.25))
+    assert engine.run(request(judge)).guidance == Guidance(-90.0, 0.25, "calibrated", "calibrated")
+
+
+def test_the_trace_says_what_guided_an_answer_and_where_it_came_from(
+    start: Start, models: Callable[..., str], judge: ClassifierReward
+) -> None:
+    engine = start(models("llama"))
+    asked = request(judge)
+    measured = engine.run(asked)
+    scale = scale_of(engine, judge)
+    expected = Guidance(scale.mean + 1.5 * scale.std, scale.std / 5, "measured", "measured")
+    assert measured.guidance == expected
+    assert measured.to_dict()["guidance"]["target_origin"] == "measured"
+    engine.close()
+    engine = start(models("llama"))
+    assert engine.run(asked).guidance == replace(expected, target_origin="remembered", beta_origin="remembered")
+    published = request(FunctionReward(function=Words(), scale=(4.0, 2.0)))
+    assert engine.run(published).guidance == Guidance(7.0, 0.4, "published", "published")
+    told = replace(published, decoding=Cards(target_reward=2.0, boundary=SEGMENTS))
+    assert engine.run(told).guidance == Guidance(2.0, 0.4, "given", "published")
+    hard = replace(published, decoding=Cards(target_reward=2.0, acceptance="hard", boundary=SEGMENTS))
+    assert engine.run(hard).guidance == Guidance(2.0, None, "given", None)
+    constant = request(FunctionReward(function=Words(), scale=(4.0, 0.0)))
+    assert engine.run(constant).guidance == Guidance(4.0, 0.7, "published", "default")
+    assert engine.run(replace(published, decoding=Sampling())).guidance is None
+
+
+def test_the_files_of_scales_have_a_bound_and_calibrations_go_last(cache: Path) -> None:
+    store, model = scales.ScaleStore(), LocalModel(model="m/m")
+    chosen = [LengthReward(target=target) for target in range(1, 31)]
+    for reward in chosen:
+        store.put(model, reward, Scale(mean=0.0, std=1.0, target=2.0, beta=1.0))
+    measured = [LengthReward(target=target) for target in range(100, 100 + 2 * scales.MAX_FILES)]
+    for reward in measured:
+        store.put(model, reward, Scale(mean=0.0, std=1.0))
+    assert len(list(cache.iterdir())) <= scales.MAX_FILES
+    assert all(store.get(model, reward) is not None for reward in [*chosen, *measured[-50:]])
+    assert store.get(model, measured[0]) is None
+
+
+def test_an_engine_remembers_the_scales_of_so_many_rewards(start: Start, models: Callable[..., str]) -> None:
+    engine = start(models("llama"))
+    own = internals.worker(engine).scales
+    known = [
+        run_known(engine, LengthReward(target=n, scale=(0.0, float(n)))) for n in range(1, scales.MAX_LOOKED_UP + 50)
+    ]
+    assert known[-1] == (Scale(mean=0.0, std=scales.MAX_LOOKED_UP + 49.0), "published")
+    assert len(own.looked_up) == scales.MAX_LOOKED_UP
+
+
+def run_known(engine: Engine, reward: Reward) -> Any:
+    return internals.run_inside(engine, internals.worker(engine).scales.known(reward))
+
+
 # --- giving up, and failing ---
+
+
+def test_a_reward_that_always_fails_fails_before_anything_is_drafted_for_its_scale(
+    start: Start, models: Callable[..., str]
+) -> None:
+    def needs_three(prompt: str, texts: list[str], more: int) -> list[float]:
+        return [0.0]
+
+    engine = start(models("llama"))
+    with pytest.raises(RewardError, match=r"needs_three.*TypeError"):
+        engine.run(request(FunctionReward(function=needs_three)))
+    state = engine.inspect()
+    assert (state.tokens, state.forwards) == (0, 0)
 
 
 async def until(event: threading.Event) -> None:

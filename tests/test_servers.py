@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import subprocess
 import sys
@@ -11,14 +12,21 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import httpx
 import pytest
 from pydantic import TypeAdapter, ValidationError
 from vllm_server import TOKENIZE, VllmServer
 
-from cards_integrations import http_client as module
 from cards_integrations.errors import ModelError, SettingsError
-from cards_integrations.http_client import Replica, ServerUrl, ServiceClient, TransientError, gathered, usable_key
+from cards_integrations.http_client import (
+    Replica,
+    Reply,
+    ServerUrl,
+    ServiceClient,
+    TransientError,
+    gathered,
+    service,
+    usable_key,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("error::ResourceWarning"),
@@ -55,7 +63,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         found.append(state.attempt_number)
         return 0.0
 
-    monkeypatch.setattr(module, "BACK_OFF", no_time)
+    monkeypatch.setattr(service, "BACK_OFF", no_time)
     return found
 
 
@@ -67,7 +75,7 @@ def of(*replicas: VllmServer | str, **settings: Any) -> ServiceClient:
 
 async def post(servers: ServiceClient, affinity: Any = None, **more: Any) -> list[int]:
     reply = await servers.post(TOKENIZE, BODY, affinity=affinity, **more)
-    found: list[int] = reply.json()["tokens"]
+    found: list[int] = json.loads(reply.content)["tokens"]
     return found
 
 
@@ -117,12 +125,7 @@ async def test_what_is_near_goes_to_one_replica(replicas: list[VllmServer]) -> N
     assert set(places) == {0, 1, 2}
     again = of(*replicas[::-1])
     for affinity, place in enumerate(places):
-        assert str((await _chosen(again, affinity)).url) == replicas[place].url
-
-
-async def _chosen(servers: ServiceClient, affinity: Any) -> Replica:
-    servers._connect()
-    return await servers._choose(affinity)
+        assert str((await again._choose(affinity)).url) == replicas[place].url
 
 
 async def test_what_is_near_nothing_is_spread(replicas: list[VllmServer]) -> None:
@@ -377,18 +380,19 @@ async def test_giving_up_closes_the_connection_and_frees_the_turn(replicas: list
 
 
 def test_several_loops_one_after_another(replicas: list[VllmServer]) -> None:
-    servers, clients = of(*replicas), []
+    """Each has a client of its own, which goes with it."""
+    servers, open_within = of(replicas[0]), []
 
     async def several() -> list[list[int]]:
         found = await asyncio.gather(*(post(servers) for _ in range(4)))
-        clients.append(servers.client)
+        open_within.append(replicas[0].connections)
         return found
 
     for _ in range(3):
         assert asyncio.run(several()) == [[7, 8]] * 4
-        assert servers.client.is_closed
-    assert len({id(client) for client in clients}) == 3
-    assert sum(counts(replicas)) == 12
+        asyncio.run(until(lambda: replicas[0].connections == 0))
+    assert open_within == [4, 4, 4]
+    assert len(replicas[0].asked) == 12
 
 
 def test_a_loop_that_ends_in_the_middle(replicas: list[VllmServer]) -> None:
@@ -432,7 +436,7 @@ async def test_the_key_is_not_shown(replicas: list[VllmServer]) -> None:
 
 def test_what_a_server_says_is_cut() -> None:
     servers = of("http://host", key=SECRET)
-    said = servers.excerpt(httpx.Response(500, text=f"  many\n words {SECRET} " + "x" * 500))
+    said = servers.excerpt(Reply(500, f"  many\n words {SECRET} {'x' * 500}".encode()))
     assert said.startswith("'many words ********** xxx")
     assert said.endswith("x ...'")
     assert len(said) == 200 + len(" ...") + 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import pickle
 import threading
 import zlib
@@ -23,7 +24,6 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from vllm_server import CLASSIFY, COMPLETIONS, MODELS, TOKENIZE, VllmServer
 
 from cards_integrations import CardsLLM
-from cards_integrations import http_client as servers_module
 from cards_integrations.chat.grammar import Grammar
 from cards_integrations.decoding import (
     Args,
@@ -51,7 +51,9 @@ from cards_integrations.errors import (
     RewardError,
     SettingsError,
 )
+from cards_integrations.http_client import service
 from cards_integrations.models import LocalModel, VllmModel, sources
+from cards_integrations.models.vllm.replies import Completion
 from cards_integrations.rewards import ClassifierReward, FunctionReward, RemoteReward
 from cards_integrations.settings import CardsSettings
 from cards_integrations.trace import Alignment
@@ -133,7 +135,7 @@ def two(folder: str, judge: str, server: VllmServer) -> Iterator[list[VllmServer
 
 @pytest.fixture
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(servers_module, "BACK_OFF", lambda state: 0.0)
+    monkeypatch.setattr(service, "BACK_OFF", lambda state: 0.0)
 
 
 def options(**more: Any) -> dict[str, Any]:
@@ -419,7 +421,8 @@ def test_what_is_sent(remote: Make, server: VllmServer) -> None:
     assert first == {
         "model": "served", "prompt": [9, 20, 31, 2], "max_tokens": 6, "temperature": 1.0, "top_k": 40, "top_p": 1.0,
         "min_p": 0.0, "repetition_penalty": 1.0, "seed": first["seed"],
-        "logprobs": 0, "return_token_ids": True, "stop": ["w99"], "stop_token_ids": [SEGMENT],
+        "logprobs": 0, "return_token_ids": True, "stop": ["w99"], "skip_special_tokens": True,
+        "stop_token_ids": [SEGMENT],
         "vllm_xargs": {
             "cards_measure": "entropy", "cards_threshold": 2.95, "cards_min_length": 2, "cards_sentinel": SEGMENT
         },
@@ -728,6 +731,96 @@ async def test_a_failure_harms_its_request_only(
         await llm.aalign("w7", seed=1)
     assert (await llm.aalign(PROMPT, seed=3)).token_ids == expected.token_ids
     assert (server.in_flight, server.aborted) == (0, 0)
+
+
+def choice(**changed: Any) -> Callable[[dict[str, Any]], None]:
+    """A completion whose one choice has other fields."""
+    return lambda reply: reply["choices"][0].update(changed)
+
+
+def log_p(values: list[Any]) -> Callable[[dict[str, Any]], None]:
+    return lambda reply: reply["choices"][0]["logprobs"].update(token_logprobs=values)
+
+
+def drafted(ids: list[int], **changed: Any) -> Callable[[dict[str, Any]], None]:
+    """A completion of these tokens."""
+
+    def spoil(reply: dict[str, Any]) -> None:
+        choice(token_ids=ids, **changed)(reply)
+        log_p([-1.0] * len(ids))(reply)
+
+    return spoil
+
+
+NO_COMPLETION: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
+    "no choice": (lambda reply: reply.update(choices=[]), r"choices: List should have at least 1 item"),
+    "two choices": (lambda reply: reply.update(choices=reply["choices"] * 2), r"choices: List should have at most 1"),
+    "nothing, cut": (choice(token_ids=[], finish_reason="length"), r"no token, and finish_reason 'length'"),
+    "nothing, stopped": (choice(token_ids=[], finish_reason="stop"), r"no token, and finish_reason 'stop'"),
+    "no reason": (choice(finish_reason=None), r"finish_reason: Input should be 'stop' or 'length'"),
+    "aborted": (choice(finish_reason="abort"), r"finish_reason: Input should be 'stop' or 'length'"),
+    "too few": (choice(token_ids=[7]), r"1 token ids and 6 log-probabilities"),
+    "cut too early": (
+        drafted([7]),
+        r"1 tokens and finish_reason 'length' for max_tokens=6",
+    ),
+    "too many": (
+        drafted([7] * 7),
+        r"7 tokens and finish_reason 'length' for max_tokens=6",
+    ),
+    "no token": (choice(token_ids=[7] * 5 + [SEGMENT + 1]), r"token 49, and the tokenizer has 49"),
+    "a negative token": (choice(token_ids=[7] * 5 + [-1]), r"token_ids: 5: .*greater than or equal to 0"),
+    "words": (choice(token_ids=["7"] * 6), r"token_ids: 0: .*valid integer"),
+    "no log-probability": (log_p([-1.0] * 5), r"6 token ids and 5 log-probabilities"),
+    "log-probabilities of nobody": (log_p([None] * 6), r"token_logprobs: 0: .*valid number"),
+    "text for log-probabilities": (log_p(["-1.0"] * 6), r"token_logprobs: 0: .*valid number"),
+    "NaN": (log_p([-1.0, math.nan] * 3), r"token_logprobs: 1: .*finite"),
+    "infinite": (log_p([-1.0, -math.inf] * 3), r"token_logprobs: 1: .*finite"),
+    "logits": (log_p([-1.0, 3.5] * 3), r"log-probability 3\.5, above 0: .*--logprobs-mode"),
+    "another end": (
+        choice(finish_reason="stop", stop_reason=5, token_ids=[7] * 6), r"stop_reason 5, and token 7 is the last"
+    ),
+    "another prompt": (lambda reply: reply["usage"].update(prompt_tokens=3), r"3 prompt tokens, 0 cached, .* of 4"),
+    "a cache of more": (
+        lambda reply: reply["usage"]["prompt_tokens_details"].update(cached_tokens=5), r"4 prompt tokens, 5 cached"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", NO_COMPLETION)
+def test_a_completion_that_is_none_ends_its_request(remote: Make, server: VllmServer, what: str) -> None:
+    """At once, whatever it was asked for; and no other one."""
+    spoil, message = NO_COMPLETION[what]
+    llm = remote(decoding=Cards(target_reward=0.5, beta=0.3, boundary=FixedLength(length=6)), top_k=2)
+    expected = llm.align(PROMPT, seed=3)
+    before = len(server.drafted)
+    server.spoil = spoil
+    with pytest.raises(ModelError, match=rf"^model 'served' answered '.*{message}.*vLLM of 0\.11 or later\?$"):
+        llm.align(PROMPT, seed=3)
+    assert len(server.drafted) - before == 1
+    server.spoil = None
+    assert llm.align(PROMPT, seed=3).token_ids == expected.token_ids
+
+
+@pytest.mark.parametrize("written", [0, 1])
+def test_a_segment_that_ends_before_it_begins(remote: Make, server: VllmServer, written: int) -> None:
+    """Without a token one would draft for ever; with too few, the law is not the one that was asked for."""
+    llm = remote()
+    llm.align(PROMPT, seed=3)
+    before = len(server.drafted)
+    server.spoil = drafted([7] * written + [SEGMENT], finish_reason="stop", stop_reason=SEGMENT)
+    with pytest.raises(ModelError, match=rf"ended a segment of at least 2 tokens after {written}\..*EntropyStop"):
+        llm.align(PROMPT, seed=3)
+    assert len(server.drafted) - before == 1
+
+
+def test_a_completion_has_a_limit(remote: Make, server: VllmServer) -> None:
+    llm = remote(decoding=Sampling(chunk=4), max_tokens=4)
+    server.spoil = lambda reply: reply.update(metrics=" " * (2**20 + 4 * 2**10))
+    with pytest.raises(ModelError, match=rf"^model 'served' \({server.url}/v1/completions\) .*1,052,736 bytes"):
+        llm.align(PROMPT, seed=3)
+    server.spoil = lambda reply: reply.update(metrics=" " * 2**20)
+    assert llm.align(PROMPT, seed=3).text
 
 
 async def test_the_first_error_of_many_ends_the_rest(remote: Make, server: VllmServer) -> None:
@@ -1096,6 +1189,18 @@ async def test_the_server_of_these_tests_answers_as_a_real_one(server: VllmServe
     if "error" in expected and exchange["path"] == COMPLETIONS:
         words = expected["error"]["message"].split()[:4]
         assert found["error"]["message"].split()[:3] == words[:3]
+
+
+def test_what_was_recorded_is_right() -> None:
+    """A real server's completions pass the checks that every completion has to pass."""
+    checked = 0
+    for exchange in exchanges():
+        asked, reply = exchange["request"], exchange["response"]
+        if asked and asked.get("return_token_ids") and exchange["status"] == 200:
+            found = Completion.model_validate_json(json.dumps(reply))
+            assert found.fault(len(asked["prompt"]), asked["max_tokens"], 48) is None, exchange["name"]
+            checked += 1
+    assert checked >= 10 or not RECORDED.exists()
 
 
 def test_what_was_recorded_ends_in_all_ways() -> None:

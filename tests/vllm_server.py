@@ -6,7 +6,7 @@ import asyncio
 import json
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,7 +98,7 @@ class Rule:
 class VllmServer:
     """One replica on 127.0.0.1; `folder` holds the drafting model, `judge` the reward model.
 
-    `pace` are seconds that a token takes at least.
+    `pace` are seconds that a token takes at least; `spoil` changes a completion before it is sent.
     """
 
     folder: str
@@ -111,6 +111,7 @@ class VllmServer:
     port: int = 0
     wrong_tokenizer: bool = False
     healthy: bool = True
+    spoil: Callable[[dict[str, Any]], None] | None = None
     asked: list[Asked] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     in_flight: int = 0
@@ -176,7 +177,7 @@ class VllmServer:
         self.asked, self.faults, self.cache = [], [], set()
         self.peak = self.tokens = self.healths = 0
         self.pace, self.key, self.plugin, self.details = 0.0, None, True, True
-        self.wrong_tokenizer, self.healthy = False, True
+        self.wrong_tokenizer, self.healthy, self.spoil = False, True, None
 
     def fail(self, kind: int | str, times: float = math.inf, path: str = COMPLETIONS) -> None:
         self.faults.append(Fault(kind, times, path))
@@ -189,6 +190,11 @@ class VllmServer:
     def drafted(self) -> list[Asked]:
         """Completions that a client asked for, without its question about the plug-in."""
         return [asked for asked in self.of(COMPLETIONS) if asked.body.get("return_token_ids")]
+
+    @property
+    def connections(self) -> int:
+        """How many are open."""
+        return len(self.server.server_state.connections)
 
     @property
     def aborted(self) -> int:
@@ -258,7 +264,10 @@ class VllmServer:
             if asked.path == TOKENIZE:
                 return 200, self._tokenized(asked.body)
             if asked.path == COMPLETIONS:
-                return 200, await self._completed(asked.body, gone)
+                found = await self._completed(asked.body, gone)
+                if self.spoil is not None:
+                    self.spoil(found)
+                return 200, found
             if asked.path == CLASSIFY and self.classifier is not None:
                 return 200, self._classified(asked.body)
         except Refused as error:

@@ -82,6 +82,13 @@ def context(rows):
 assert torch.equal(two.apply(logits.clone(), context(list(range(6)))), expected)
 guessed = [0, 0, 1, 2, 3, 4, 5, 5]  # two rows for some
 assert torch.equal(two.apply(logits[guessed].clone(), context(guessed)), expected[guessed])
+written[0] = [7] * 4
+held = EntropyStop(config, torch.device("cpu"), False)
+held.update_state(BatchUpdate(2, [], [(i, params(0), [9], written[0]) for i in range(2)], []))
+masked = logits[[0, 0]].clone()
+masked[0, SENTINEL] = -torch.inf  # by a grammar: the row is left alone
+masked[1, :SENTINEL] = masked[1, SENTINEL + 1 :] = -torch.inf  # by a grammar that allows nothing else
+assert torch.equal(held.apply(masked.clone()), masked)
 print("as expected")
 """
 

@@ -32,20 +32,38 @@ class FormattedPrompt(str):
 
 
 class ChatTokenizer:
-    """A tokenizer and its chat template, if it has one."""
+    """A tokenizer and its chat template, if it has one.
 
-    def __init__(self, tokenizer: Any, tool_format: FormatName | None = None) -> None:
+    Args:
+        tokenizer: A tokenizer of transformers.
+        tool_format: How the model writes a tool call; None to read it off the template.
+        rows: How many token ids the model knows; None if that is not known here.
+    """
+
+    def __init__(self, tokenizer: Any, tool_format: FormatName | None = None, rows: int | None = None) -> None:
         self.tokenizer = tokenizer
         self.has_template = bool(getattr(tokenizer, "chat_template", None))
         self._tool_format = tool_format
+        self._rows = rows
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """The token ids of a text; `special` adds what the tokenizer adds to a plain text, such as a BOS."""
         check_unicode(text)
         try:
-            return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+            ids = list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
         except Exception as error:
             raise PromptError(f"The tokenizer cannot read the text: {type(error).__name__}: {error}") from error
+        self.check_ids(ids)
+        return ids
+
+    def check_ids(self, ids: Sequence[int]) -> None:
+        """Raise a `PromptError` if the model has no row for one of these token ids."""
+        token = max(ids, default=0)
+        if self._rows is not None and token >= self._rows:
+            raise PromptError(
+                f"The text has the token {self.tokenizer.convert_ids_to_tokens(token)!r}, which was added to the "
+                f"tokenizer as {token}; the model knows {self._rows} tokens only. Leave it out of the text."
+            )
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids. A partial character is one U+FFFD, the only text that more ids can change."""

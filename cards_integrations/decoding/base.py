@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Protocol
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from cards_integrations.models.base import Boundary
-from cards_integrations.trace import Verdict
+from cards_integrations.trace import Guidance, ScaleOrigin, Verdict
 
 
 class Scale(BaseModel):
@@ -172,6 +172,15 @@ class Decoding(BaseModel):
     def needs_scale(self) -> bool:
         """True if the method reads `Session.reward_scale`, which may have to be measured first."""
         return False
+
+    def guidance(self, scale: Scale | None, origin: ScaleOrigin | None) -> Guidance | None:
+        """Return what the trace says of the target and the beta; None for a method without them.
+
+        Args:
+            scale: `Session.reward_scale`.
+            origin: Where that came from.
+        """
+        return None
 
     async def generate(self, session: Session) -> None:
         """Draft and keep until `session.finished`."""

@@ -7,11 +7,12 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from cards_integrations.decoding.acceptance import Acceptance, Threshold
-from cards_integrations.decoding.base import Draft, Session
+from cards_integrations.decoding.base import Draft, Scale, Session
 from cards_integrations.decoding.registry import register_method
 from cards_integrations.decoding.segmentation import AnyBoundary, Uncertainty
 from cards_integrations.decoding.stopping import OptimalStopping
 from cards_integrations.decoding.targets import RewardTargeted
+from cards_integrations.trace import Guidance, ScaleOrigin
 
 ONLY_WITH_A_TARGET = ("target_reward", "alpha", "beta")  # settings that OptimalStopping makes no use of
 
@@ -49,6 +50,9 @@ class Cards(RewardTargeted):
     @property
     def needs_scale(self) -> bool:
         return super().needs_scale and not isinstance(self.acceptance, OptimalStopping)
+
+    def guidance(self, scale: Scale | None, origin: ScaleOrigin | None) -> Guidance | None:
+        return None if isinstance(self.acceptance, OptimalStopping) else super().guidance(scale, origin)
 
     @model_validator(mode="after")
     def _has_one_rule(self) -> Cards:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from cards_integrations.decoding.base import Decoding, Session
+from cards_integrations.decoding.base import Decoding, Scale, Session
 from cards_integrations.decoding.registry import register_method
 from cards_integrations.decoding.resampling import (
     effective_sample_size,
@@ -15,7 +15,8 @@ from cards_integrations.decoding.resampling import (
     weighted_choice,
 )
 from cards_integrations.decoding.segmentation import AnyBoundary, Uncertainty
-from cards_integrations.decoding.targets import Beta, beta_for
+from cards_integrations.decoding.targets import Beta, beta_for, chosen_beta
+from cards_integrations.trace import Guidance, ScaleOrigin
 
 
 @register_method
@@ -45,6 +46,10 @@ class Particles(Decoding):
     @property
     def needs_scale(self) -> bool:
         return self.beta == "auto"
+
+    def guidance(self, scale: Scale | None, origin: ScaleOrigin | None) -> Guidance | None:
+        beta, beta_origin = chosen_beta(self.beta, scale, origin)
+        return Guidance(None, beta, None, beta_origin)
 
     async def generate(self, session: Session) -> None:
         beta, start = beta_for(self.beta, session), await session.prompt_reward()

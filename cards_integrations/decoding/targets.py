@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, FiniteFloat
 
-from cards_integrations.decoding.base import Decoding, Session
+from cards_integrations.decoding.base import Decoding, Scale, Session
+from cards_integrations.trace import Guidance, GuidanceOrigin, ScaleOrigin
 
 Beta = Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["auto"]
 
@@ -17,10 +18,20 @@ def beta_for(beta: float | Literal["auto"], session: Session) -> float:
     "auto" is what a calibration has chosen, else a fifth of the reward's standard deviation over plain answers, or
     0.7 where that is not known or 0.
     """
-    scale = session.reward_scale
+    return chosen_beta(beta, session.reward_scale)[0]
+
+
+def chosen_beta(
+    beta: float | Literal["auto"], scale: Scale | None, origin: ScaleOrigin | None = None
+) -> tuple[float, GuidanceOrigin | None]:
+    """Return beta as `beta_for` does, and where it came from."""
     if beta != "auto":
-        return beta
-    return (scale and (scale.beta or scale.std / 5)) or 0.7
+        return beta, "given"
+    if scale is not None and scale.beta is not None:
+        return scale.beta, "calibrated"
+    if scale is not None and scale.std > 0:
+        return scale.std / 5, origin
+    return 0.7, "default"
 
 
 class RewardTargeted(Decoding):
@@ -42,8 +53,19 @@ class RewardTargeted(Decoding):
 
     def target_and_beta(self, session: Session) -> tuple[float, float]:
         """Return both in units of the reward, from the reward's scale where they are "auto"."""
-        target, scale = self.target_reward, session.reward_scale
-        if target == "auto":
-            assert scale is not None  # the engine knows it, if `needs_scale`
-            target = scale.mean + 1.5 * scale.std if scale.target is None else scale.target
-        return target, beta_for(self.beta, session)
+        return self._target(session.reward_scale)[0], beta_for(self.beta, session)
+
+    def guidance(self, scale: Scale | None, origin: ScaleOrigin | None) -> Guidance | None:
+        (target, target_origin), (beta, beta_origin) = (
+            self._target(scale, origin),
+            chosen_beta(self.beta, scale, origin) if self.acceptance == "soft" else (None, None),
+        )
+        return Guidance(target, beta, target_origin, beta_origin)
+
+    def _target(self, scale: Scale | None, origin: ScaleOrigin | None = None) -> tuple[float, GuidanceOrigin | None]:
+        if self.target_reward != "auto":
+            return self.target_reward, "given"
+        assert scale is not None  # the engine knows it, if `needs_scale`
+        if scale.target is not None:
+            return scale.target, "calibrated"
+        return scale.mean + 1.5 * scale.std, origin

@@ -26,6 +26,7 @@ class Admission:
         self._rows = asyncio.Semaphore(max_rows)
         self._memory = memory
         self._live = live
+        self._scores = 0  # texts that are scored outside of any request hold memory, too
         self._turn = asyncio.Lock()  # to wait for memory
         self._freed = asyncio.Event()
 
@@ -52,16 +53,40 @@ class Admission:
             for need in needs:
                 need.cache.reserve(need.columns)
 
+    @asynccontextmanager
+    async def memory_to_score(self, needs: Sequence[CacheNeed]) -> AsyncIterator[None]:
+        """Wait until there is room to score texts outside of any request, or until nobody else will free any.
+
+        The rows have to be opened inside the block, and `scored` to be called once they are closed.
+        """
+        async with nullcontext() if scoring.get() else self._turn:
+            while not self._memory.admits(needs) and self._others_end():
+                await self._next_end()
+            yield
+            self._scores += 1
+
+    def scored(self) -> None:
+        """Note that texts have been scored, and their rows closed."""
+        self._scores -= 1
+        self.freed()
+
     def freed(self) -> None:
         """Note that a request has given back what it held."""
         self._freed.set()
 
     async def _wait(self, needs: Sequence[CacheNeed]) -> None:
-        if not self._live or scoring.get():
+        if not self._others_end():
             raise OutOfMemory(
                 f"A request of {needs[0].columns} tokens needs more than the {self._memory.limit / 2**20:,.1f} MiB of "
                 "EngineSettings.kv_memory: use a shorter prompt, a smaller max_tokens, or more kv_memory."
             )
+        await self._next_end()
+
+    def _others_end(self) -> bool:
+        """True if somebody else will free memory, who does not wait for the one that asks."""
+        return bool(self._live or self._scores) and not scoring.get()
+
+    async def _next_end(self) -> None:
         self._freed.clear()
         await self._freed.wait()
 

@@ -10,11 +10,13 @@ import asyncio
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 from cards_integrations.decoding.base import Draft
 from cards_integrations.engine.scoring import ScoreQueue, ScoreRequest
+from cards_integrations.errors import as_cards_error
 from cards_integrations.models.base import Boundary, Candidate, Context, LanguageModel
 from cards_integrations.models.randomness import Uniforms
 from cards_integrations.rewards.base import Conversation, Response
@@ -234,6 +236,14 @@ class DraftPool:
         for pending in self.current.ahead if self.current else ():
             if not pending.score.done():
                 pending.score.set_exception(error)
+
+    @contextmanager
+    def own_errors(self) -> Iterator[None]:
+        """Let whatever is raised inside the block end this request alone."""
+        try:
+            yield
+        except BaseException as error:
+            self.fail(error if isinstance(error, Exception) else as_cards_error(error, "Drafting failed"))
 
     def close(self) -> None:
         """Free everything."""

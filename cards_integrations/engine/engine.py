@@ -14,12 +14,12 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Gene
 from concurrent.futures import CancelledError, Future
 from contextlib import aclosing, closing, suppress
 from dataclasses import replace
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, overload
 
 from cards_integrations.chat.message import Message
 from cards_integrations.engine.inspection import EngineState
 from cards_integrations.engine.request import Chunk, EngineSettings, Request
-from cards_integrations.engine.worker import Worker
+from cards_integrations.engine.worker import OnDone, Worker
 from cards_integrations.errors import EngineClosed
 from cards_integrations.models.base import LanguageModel
 from cards_integrations.models.sources import ModelSource
@@ -158,24 +158,53 @@ class Engine:
 
     # --- several answers ---
 
-    def run_many(self, requests: Sequence[Request], on_done: Callable[[], None] | None = None) -> list[Alignment]:
-        """Answers to all requests, drafted together; the first error cancels the rest.
+    @overload
+    def run_many(
+        self, requests: Sequence[Request], on_done: OnDone | None = None, *, return_exceptions: Literal[False] = False
+    ) -> list[Alignment]: ...
+    @overload
+    def run_many(
+        self, requests: Sequence[Request], on_done: OnDone | None = None, *, return_exceptions: bool
+    ) -> list[Alignment | Exception]: ...
+
+    def run_many(
+        self, requests: Sequence[Request], on_done: OnDone | None = None, *, return_exceptions: bool = False
+    ) -> list[Any]:
+        """Answers to all requests, drafted together.
+
+        A request's `timeout` counts from the moment on in which it has a row: it does not wait for the others.
 
         Args:
             requests: What to answer.
-            on_done: Called in the engine's thread when one of them ends.
+            on_done: Called in the engine's thread with the index of each request that ends, and its answer or error.
+            return_exceptions: Return errors in the places of their answers; else the first one cancels the rest.
         """
-        return self._wait(self.submit_many(requests, on_done))
+        return self._wait(self.submit_many(requests, on_done, return_exceptions=return_exceptions))
 
     async def arun_many(self, requests: Sequence[Request]) -> list[Alignment]:
         """Like `run_many`, without blocking the event loop."""
         return await asyncio.wrap_future(self.submit_many(requests))
 
     def submit_many(
-        self, requests: Sequence[Request], on_done: Callable[[], None] | None = None
-    ) -> Future[list[Alignment]]:
+        self, requests: Sequence[Request], on_done: OnDone | None = None, *, return_exceptions: bool = False
+    ) -> Future[list[Any]]:
         """Begin all answers at the same moment, without waiting for them."""
-        return self._ask(lambda worker: worker.answer_all(requests, on_done))
+        return self._ask(lambda worker: worker.answer_all(requests, on_done, return_exceptions))
+
+    def stream_many(self, requests: Sequence[Request]) -> Generator[tuple[int, Alignment | Exception], None, None]:
+        """Yield the index of each request and its answer or error, in the order in which they end.
+
+        Closing the iterator stops the drafting of the rest.
+        """
+        inbox: queue.SimpleQueue[tuple[int, Alignment | Exception] | Future[Any]] = queue.SimpleQueue()
+        future = self.submit_many(requests, lambda index, found: inbox.put((index, found)), return_exceptions=True)
+        future.add_done_callback(inbox.put)
+        try:
+            while not isinstance(item := inbox.get(), Future):
+                yield item
+            item.result()
+        finally:
+            future.cancel()
 
     # --- what else its models can do ---
 

@@ -16,7 +16,7 @@ class CacheState:
         rows: Requests that hold a row.
         columns: Columns that their texts and candidates take, one a token, summed over the rows.
         allocated_rows: Rows that there is memory for.
-        allocated_columns: Columns of each of these rows.
+        allocated_columns: Columns of these rows, summed over them; short texts have narrow rows.
         bytes: Memory for their keys and values.
     """
 
@@ -30,7 +30,9 @@ class CacheState:
     def of(cls, cache: TreeCache) -> CacheState:
         """The state of a cache now."""
         columns = sum(tree.taken - 1 for tree in cache.trees)  # without the scratch column
-        return cls(len(cache.trees), columns, cache.rows, cache.columns, cache.bytes)
+        blocks = cache.blocks.values()
+        rows, width = sum(block.rows for block in blocks), sum(block.rows * block.columns for block in blocks)
+        return cls(len(cache.trees), columns, rows, width, cache.bytes)
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,12 @@ import asyncio
 import hashlib
 import json
 import logging
+import os
 import statistics
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 from pydantic_core import PydanticSerializationError
 
@@ -17,26 +19,64 @@ from cards_integrations.decoding.base import Scale
 from cards_integrations.models.sources import ModelSource
 from cards_integrations.paths import cache_dir, write_atomically
 from cards_integrations.rewards.base import Reward
+from cards_integrations.trace import ScaleOrigin
 
+K = TypeVar("K")
+V = TypeVar("V")
 MAX_MEASURED = 128  # rewards whose measured scales an engine keeps
+MAX_LOOKED_UP = 1024  # rewards of which an engine knows what was stored when it first asked
+MAX_FILES = 200
+FILES_LEFT = 150  # where there were more than `MAX_FILES`
+TRIAL = "Yes."  # what a reward is tried on before answers are drafted for its scale
 log = logging.getLogger("cards_integrations")
+CALIBRATED: dict[Path, Scale] = {}
+"""What this process has calibrated, by file: it holds from that moment on, in all of its engines."""
+
+
+class KnownScale(NamedTuple):
+    """A scale, and where it came from."""
+
+    scale: Scale
+    origin: ScaleOrigin
 
 
 class ScaleStore:
-    """Scales on disk, by model and reward, for rewards that mean the same in another process."""
+    """Scales on disk, by model and reward, for rewards that mean the same in another process.
+
+    The files that were not used for the longest time are removed, those without a calibration first.
+    """
 
     def get(self, model: ModelSource, reward: Reward) -> Scale | None:
         """Return the stored scale; None if there is none, or if its file is damaged."""
         with suppress(OSError, ValueError, PydanticSerializationError):
             if reward.is_reproducible:
-                return Scale.model_validate_json(self._file(model, reward).read_text())
+                file = self._file(model, reward)
+                scale = Scale.model_validate_json(file.read_text())
+                with suppress(OSError):  # of another user
+                    os.utime(file)
+                return scale
         return None
 
     def put(self, model: ModelSource, reward: Reward, scale: Scale) -> None:
         """Store a scale; if that is not possible, it is measured again next time."""
         with suppress(OSError, PydanticSerializationError):
             if reward.is_reproducible:
-                write_atomically(self._file(model, reward), scale.model_dump_json())
+                file = self._file(model, reward)
+                write_atomically(file, scale.model_dump_json())
+                _tidy(file.parent)
+
+    def calibrate(self, model: ModelSource, reward: Reward, scale: Scale) -> None:
+        """Store what a calibration has chosen; the engines of this process go by it from now on."""
+        self.put(model, reward, scale)
+        with suppress(PydanticSerializationError):
+            if reward.is_reproducible:
+                remember(CALIBRATED, self._file(model, reward), scale, MAX_LOOKED_UP)
+
+    def calibrated(self, model: ModelSource, reward: Reward) -> Scale | None:
+        """Return what this process has calibrated; None if it has not."""
+        with suppress(PydanticSerializationError):
+            return CALIBRATED.get(self._file(model, reward)) if CALIBRATED and reward.is_reproducible else None
+        return None
 
     def _file(self, model: ModelSource, reward: Reward) -> Path:
         settings = [model.model_dump(mode="json"), reward.model_dump(mode="json", exclude={"scale"})]
@@ -47,6 +87,8 @@ class ScaleStore:
 class Scales:
     """The scales that one engine needs; each is measured once, however many requests wait for it.
 
+    What is stored is read once: another process that calibrates does not change the answers of a running one.
+
     Args:
         model: The language model that writes the plain answers.
         measure: Gives the rewards of plain answers to the prompts that suit a reward.
@@ -56,6 +98,7 @@ class Scales:
         self.model = model
         self.measure = measure
         self.store = ScaleStore()
+        self.looked_up: dict[Reward, KnownScale | None] = {}
         self.measuring: dict[Reward, asyncio.Task[Scale]] = {}  # and what was measured
 
     @property
@@ -64,21 +107,39 @@ class Scales:
         return len(self.measuring)
 
     async def of(self, reward: Reward) -> Scale:
+        """The scale of a reward."""
+        return (await self.known(reward)).scale
+
+    async def known(self, reward: Reward) -> KnownScale:
         """The scale of a reward: what a calibration stored, else what the reward publishes, else measured now."""
         source = reward.scale_source
-        for known in (reward, source):
-            stored = self.store.get(self.model, known)
-            if stored is not None:
-                return stored
-            if known.scale is not None:
-                mean, std = known.scale
-                return Scale(mean=mean, std=std)
+        for each in (reward, source):
+            if (known := self._look_up(each)) is not None:
+                return known
         if source not in self.measuring:
             for old in [measured for measured, task in self.measuring.items() if task.done()][: -MAX_MEASURED + 1]:
                 del self.measuring[old]  # there may be a reward for each request
             self.measuring[source] = task = asyncio.create_task(self._measure(source))
             task.add_done_callback(lambda task: self._forget_failure(source, task))
-        return await asyncio.shield(self.measuring[source])  # whoever gives up does not stop it for the others
+        # whoever gives up does not stop it for the others
+        return KnownScale(await asyncio.shield(self.measuring[source]), "measured")
+
+    def _look_up(self, reward: Reward) -> KnownScale | None:
+        """What is known without measuring."""
+        if (calibrated := self.store.calibrated(self.model, reward)) is not None:
+            return KnownScale(calibrated, "remembered")
+        if reward not in self.looked_up:
+            remember(self.looked_up, reward, self._read(reward), MAX_LOOKED_UP)
+        return self.looked_up[reward]
+
+    def _read(self, reward: Reward) -> KnownScale | None:
+        stored = self.store.get(self.model, reward)
+        if stored is not None:
+            return KnownScale(stored, "remembered")
+        if reward.scale is not None:
+            mean, std = reward.scale
+            return KnownScale(Scale(mean=mean, std=std), "published")
+        return None
 
     async def standardised(self, reward: Reward) -> Reward:
         """The reward with the scales of its parts, as far as it needs them."""
@@ -110,3 +171,25 @@ class Scales:
         """Let the next request measure again what could not be measured."""
         if task.cancelled() or task.exception() is not None:
             self.measuring.pop(reward, None)
+
+
+def remember(table: dict[K, V], key: K, value: V, most: int) -> None:
+    """Put a value into a table that forgets the oldest ones."""
+    table[key] = value
+    while len(table) > most:
+        del table[next(iter(table))]
+
+
+def _tidy(folder: Path) -> None:
+    files = list(folder.iterdir())
+    if len(files) > MAX_FILES:
+        oldest = sorted(files, key=lambda file: (_is_calibrated(file), file.lstat().st_mtime))
+        for file in oldest[:-FILES_LEFT]:
+            with suppress(OSError):  # another process was faster
+                file.unlink()
+
+
+def _is_calibrated(file: Path) -> bool:
+    with suppress(OSError, ValueError):
+        return Scale.model_validate_json(file.read_text()).target is not None
+    return False

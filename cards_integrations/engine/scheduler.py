@@ -34,13 +34,14 @@ class FixedWidth:
         self.width = width
 
     def candidates(self, sessions: Collection[Session]) -> list[Candidate]:
-        chosen = []
+        chosen: list[Candidate] = []
         for session in sessions:
             drafts = session.pool.current
             if drafts is not None:
-                while len(drafts.ahead) < self.width and drafts.vacancies > 0:
-                    drafts.begin()
-                chosen += [pending.candidate for pending in drafts.ahead if not pending.ended]
+                with session.pool.own_errors():
+                    while len(drafts.ahead) < self.width and drafts.vacancies > 0:
+                        drafts.begin()
+                    chosen += [pending.candidate for pending in drafts.ahead if not pending.ended]
         return chosen
 
     def score_now(self, sessions: Collection[Session]) -> bool:
@@ -70,7 +71,8 @@ class BestPerSecond:
         scoring = 0.0
         for session in sessions:
             if session.pool.current is not None:
-                found += session.pool.current.ranked_candidates(1.0, session.acceptance_rate.value)
+                with session.pool.own_errors():  # the method's `passes` is asked
+                    found += list(session.pool.current.ranked_candidates(1.0, session.acceptance_rate.value))
                 scoring = max(scoring, session.seconds_to_score.per_token)
         if not found:
             return []
@@ -79,7 +81,11 @@ class BestPerSecond:
         drafting = self.times.upto(len(found))
         n = int(np.argmax(gain / (drafting + scoring * np.arange(1, len(found) + 1)))) + 1
         self.step = float(drafting[n - 1])
-        return [(pending or drafts.begin()).candidate for _, drafts, pending in found[:n]]
+        chosen = []
+        for _, drafts, pending in found[:n]:
+            with drafts.pool.own_errors():
+                chosen.append((pending or drafts.begin()).candidate)
+        return chosen
 
     def score_now(self, sessions: Collection[Session]) -> bool:
         waiting = [(session, request) for session in sessions if session.scores for request in session.scores.waiting]

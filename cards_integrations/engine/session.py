@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from uuid import uuid4
 
 from cards_integrations.chat.message import PARTIAL_CHARACTER
@@ -15,7 +16,7 @@ from cards_integrations.engine.scoring import ScoreQueue
 from cards_integrations.errors import CardsError, RewardError
 from cards_integrations.models.base import Boundary, Context
 from cards_integrations.rewards.base import Conversation, Response, RewardModel
-from cards_integrations.trace import Alignment, DraftTrace, FinishReason, InvalidToolCall, Segment, ToolCall
+from cards_integrations.trace import Alignment, DraftTrace, FinishReason, Guidance, InvalidToolCall, Segment, ToolCall
 from cards_integrations.transformer.step_times import StepTimes
 
 log = logging.getLogger("cards_integrations")
@@ -73,9 +74,12 @@ class Session:
         self._prompt_reward: float | None = None
         self._reader = reader
         self._emit = emit
-        if reward_model is not None:
-            reward_model.open(conversation)  # may refuse the prompt, and then nothing else is open
-        host.language_model.open(context)
+        with ExitStack() as opened:  # what is refused leaves nothing open
+            if reward_model is not None:
+                reward_model.open(conversation)
+                opened.callback(reward_model.close, conversation)
+            host.language_model.open(context)
+            opened.pop_all()
 
     # --- what a decoding method sees ---
 
@@ -147,20 +151,22 @@ class Session:
             self.scores.fail(error)
 
     def close(self) -> None:
-        """Free the rows; nothing of this request is computed any more."""
-        self.pool.close()
-        if self.scores is not None:
-            self.scores.cancel()
-        self.host.language_model.close(self.context)
-        if self.reward_model is not None:
-            self.reward_model.close(self.conversation)
+        """Free the rows, each whatever the others raise; nothing of this request is computed any more."""
+        with ExitStack() as closing:
+            if self.reward_model is not None:
+                closing.callback(self.reward_model.close, self.conversation)
+            closing.callback(self.host.language_model.close, self.context)
+            if self.scores is not None:
+                closing.callback(self.scores.cancel)
+            self.pool.close()
 
-    def alignment(self, method: str, seconds: float) -> Alignment:
+    def alignment(self, method: str, seconds: float, guidance: Guidance | None = None) -> Alignment:
         """The finished answer.
 
         Args:
             method: Name of the decoding method.
             seconds: What the request took, from its prompt on.
+            guidance: What the rewards were compared with.
         """
         context = self.context
         assert self.finish is not None  # a method goes on until then
@@ -180,6 +186,7 @@ class Session:
             prompt_reward=self._prompt_reward,
             model=self.host.language_model.name,
             method=method,
+            guidance=guidance,
             request_id=self.request_id,
             content=parsed.content,
             tool_calls=tuple(call for call in parsed.calls if isinstance(call, ToolCall)),

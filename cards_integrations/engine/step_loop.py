@@ -92,7 +92,8 @@ class StepLoop:
             if session is not None and candidate.error is not None:
                 session.fail(candidate.error)
             elif session is not None:
-                session.pool.candidate_ended(candidate)
+                with session.pool.own_errors():
+                    session.pool.candidate_ended(candidate)
         return bool(ended)
 
     def _scores_wait(self) -> bool:

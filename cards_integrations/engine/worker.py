@@ -27,7 +27,7 @@ from cards_integrations.decoding.sampling import Sampling
 from cards_integrations.engine.admission import Admission, check_length, time_limit
 from cards_integrations.engine.inspection import CacheState, EngineState
 from cards_integrations.engine.request import Chunk, EngineSettings, Request
-from cards_integrations.engine.scales import Scales
+from cards_integrations.engine.scales import TRIAL, KnownScale, Scales, remember
 from cards_integrations.engine.session import Session
 from cards_integrations.engine.step_loop import StepLoop
 from cards_integrations.errors import CardsError, EngineClosed, ModelError, SettingsError
@@ -37,13 +37,15 @@ from cards_integrations.models.randomness import fresh_seed
 from cards_integrations.models.sources import ModelSource, build_model
 from cards_integrations.rewards.base import Conversation, Response, Reward, RewardModel, scores
 from cards_integrations.rewards.loader import RewardLoader
-from cards_integrations.threads import in_thread
+from cards_integrations.threads import ended_before_exit, in_thread
 from cards_integrations.trace import Alignment, Usage
 from cards_integrations.transformer.kv_memory import CacheNeed, KVMemory, budget
 from cards_integrations.uncertainty import Measure, uncertainty
 
 T = TypeVar("T")
-EXIT_PATIENCE = 10.0  # seconds that the end of the interpreter waits for a model that is being loaded
+OnDone = Callable[[int, Alignment | Exception], None]
+"""Told the index of a request of a batch that has ended, and its answer or error."""
+MAX_PLAIN = 8  # sets of prompts whose plain answers are kept
 DRAFT_COLUMNS = 256  # columns that candidates may take beside the kept text
 log = logging.getLogger("cards_integrations")
 
@@ -132,10 +134,7 @@ class Worker:
             self._driver = self.loop.create_task(self.steps.run())
 
     def _build(self) -> None:
-        # An interpreter that ends amid torch's code aborts.
-        finish = partial(threading.current_thread().join, EXIT_PATIENCE)
-        atexit.register(finish)
-        try:
+        with ended_before_exit():
             self.loader = ModelLoader(
                 self.settings,
                 lambda device: KVMemory(budget(self.settings.kv_memory, device), self.settings.prefix_reuse),
@@ -143,8 +142,6 @@ class Worker:
             self.language_model = build_model(self.model, self.loader, self._wake)
             self.rewards = RewardLoader(self.loader)
             self.steps = StepLoop(self.language_model, self.settings.width, self._give_up)
-        finally:
-            atexit.unregister(finish)
 
     def _wake(self) -> None:
         self.steps.wake()
@@ -163,30 +160,43 @@ class Worker:
 
     # --- answering ---
 
-    async def answer(self, request: Request, emit: Callable[[Chunk], None] | None = None) -> Alignment:
+    async def answer(
+        self, request: Request, emit: Callable[[Chunk], None] | None = None, in_batch: bool = False
+    ) -> Alignment:
         """One request, from its prompt to its alignment.
 
         Args:
             request: What to answer.
             emit: Called in this thread with each kept segment.
+            in_batch: Count the time limit from the row on, for which it waits behind others of the same batch.
         """
         if task := asyncio.current_task():
             task.add_done_callback(_retrieve_error)
-        async with time_limit(request.timeout), self._serving():
+        whole, own = (None, request.timeout) if in_batch else (request.timeout, None)
+        async with time_limit(whole), self._serving():
             request = self._plain_if_unguided(request)
-            reward_model, scale = await self._reward_model(request)
-            async with self.admission.row():
+            async with (
+                self._reward_model(request) as (reward_model, scale), self.admission.row(), time_limit(own),
+            ):  # fmt: skip
                 return await self._decode(request, reward_model, scale, emit)
 
-    async def answer_all(self, requests: Sequence[Request], done: Callable[[], None] | None = None) -> list[Alignment]:
-        """Answers to all, begun at the same moment; the first error cancels the rest. `done` is called for each."""
-        tasks = [self.loop.create_task(self.answer(request)) for request in requests]
-        if done is not None:
-            for task in tasks:
-                task.add_done_callback(lambda _: done())
+    async def answer_all(
+        self, requests: Sequence[Request], on_done: OnDone | None = None, return_exceptions: bool = False
+    ) -> list[Any]:
+        """Answers to all, begun at the same moment.
+
+        Args:
+            requests: What to answer.
+            on_done: Called in this thread with the index of each request that ends, and what became of it.
+            return_exceptions: Return errors in the places of their answers; else the first one cancels the rest.
+        """
+        tasks = [self.loop.create_task(self.answer(request, in_batch=True)) for request in requests]
+        if on_done is not None:
+            for index, task in enumerate(tasks):
+                task.add_done_callback(partial(_report, on_done, index))
         try:
             async with self._serving():
-                return await asyncio.gather(*tasks)
+                return await asyncio.gather(*tasks, return_exceptions=return_exceptions)
         finally:
             for task in tasks:
                 task.cancel()
@@ -195,15 +205,17 @@ class Worker:
         self, reward: Reward, prompt: str | list[Message], texts: list[str], context: tuple[str, ...] = ()
     ) -> list[float]:
         """Rewards of finished answers to one prompt."""
-        async with self._serving():
-            reward_model = self.rewards[await self.scales.standardised(reward)]
-            conversation = Conversation(self.language_model.chat.without_tools(prompt), Usage(), context)
-            reward_model.open(conversation)
+        async with self._serving(), self.rewards.lease(await self.scales.standardised(reward)) as reward_model:
+            chat = self.language_model.chat
+            conversation = Conversation(chat.without_tools(prompt), Usage(), context)
+            tokens = len(chat.prompt(prompt)[1]) + sum(len(chat.encode(text)) for text in texts)
+            async with self.admission.memory_to_score(reward_model.cache_needs(conversation, tokens)):
+                reward_model.open(conversation)
             try:
                 return await scores(reward_model, [Response(conversation, text, finished=True) for text in texts])
             finally:
                 reward_model.close(conversation)
-                self.admission.freed()
+                self.admission.scored()
 
     async def uncertainties(self, measure: Measure, answers: Sequence[Alignment]) -> list[list[float]]:
         """Predictive uncertainty before each token of these answers."""
@@ -231,8 +243,8 @@ class Worker:
             tasks=tasks,
             caches=tuple(map(CacheState.of, memory.caches)),
             memory_limit=memory.limit,
-            cached_prefixes=tuple(len(prefix.ids) for prefix in memory.prefixes),
-            prefix_bytes=sum(prefix.bytes for prefix in memory.prefixes),
+            cached_prefixes=memory.prefix_lengths,
+            prefix_bytes=memory.prefix_bytes,
             rewards=tuple(model.name for model in self.rewards.built.values()),
             measured_scales=self.scales.measured,
             steps=stepwise.steps if stepwise else 0,
@@ -263,18 +275,25 @@ class Worker:
         log.info("reward %r has no signal for this prompt: writing a plain answer", request.reward.name)
         return replace(request, decoding=Sampling(), reward=None)
 
-    async def _reward_model(self, request: Request) -> tuple[RewardModel | None, Scale | None]:
-        """The reward model of a request, and its scale if the method asks for it."""
+    @asynccontextmanager
+    async def _reward_model(self, request: Request) -> AsyncIterator[tuple[RewardModel | None, KnownScale | None]]:
+        """The reward model of a request, in use inside the block, and its scale if the method asks for it."""
         if request.reward is None or not request.decoding.needs_reward:
-            return None, None
+            yield None, None
+            return
         settings = await self.scales.standardised(request.reward)
-        model = self.rewards[settings]
-        return model, await self.scales.of(request.reward) if request.decoding.needs_scale else None
+        async with self.rewards.lease(settings, timed=self.settings.width == "auto") as model:
+            yield model, await self.scales.known(request.reward) if request.decoding.needs_scale else None
 
     async def _decode(
-        self, request: Request, reward: RewardModel | None, scale: Scale | None, emit: Callable[[Chunk], None] | None
+        self,
+        request: Request,
+        reward: RewardModel | None,
+        known: KnownScale | None,
+        emit: Callable[[Chunk], None] | None,
     ) -> Alignment:
         began, method = time.perf_counter(), request.decoding.method
+        scale, origin = known or (None, None)
         async with self._session(request, reward, scale, emit) as session:
             log.info(
                 "request %s: %s, prompt of %d tokens, seed %d",
@@ -285,7 +304,8 @@ class Worker:
             except BaseException as error:
                 log.info("request %s: ended by %s: %s", session.request_id, type(error).__name__, error)
                 raise
-        answer = session.alignment(method, time.perf_counter() - began)
+        guidance = request.decoding.guidance(scale, origin)
+        answer = session.alignment(method, time.perf_counter() - began, guidance)
         usage = answer.usage
         log.info(
             "request %s: %s after %d tokens, %d drafts of %d tokens, %.2f s", answer.request_id, answer.finish_reason,
@@ -346,15 +366,25 @@ class Worker:
     async def _rewards_of_plain_answers(self, reward: Reward) -> list[float]:
         """Rewards of plain answers to the prompts that suit a reward, one for each."""
         prompts = tuple(reward.prompts)
-        if prompts not in self._plain:
-            length = min(64, self.language_model.context_window // 4)
-            self._plain[prompts] = await self.answer_all(
+        answers = self._plain.get(prompts)
+        if answers is None:
+            (prompt, context), length = prompts[0], min(64, self.language_model.context_window // 4)
+            await self.score_texts(reward, prompt, [TRIAL], context)  # one that always fails fails here
+            answers = await self.answer_all(
                 [Request(p, Sampling(), max_tokens=length, seed=seed) for seed, (p, _) in enumerate(prompts)]
             )
+            remember(self._plain, prompts, answers, MAX_PLAIN)
         found = []
-        for (prompt, context), answer in zip(prompts, self._plain[prompts], strict=True):
+        for (prompt, context), answer in zip(prompts, answers, strict=True):
             found += await self.score_texts(reward, prompt, [answer.text], context)
         return found
+
+
+def _report(on_done: OnDone, index: int, task: asyncio.Task[Alignment]) -> None:
+    """Say what became of a request of a batch, unless it was given up."""
+    error = asyncio.CancelledError() if task.cancelled() else task.exception()
+    if not isinstance(error, asyncio.CancelledError):
+        on_done(index, error if isinstance(error, Exception) else task.result())
 
 
 def _retrieve_error(task: asyncio.Task[Any]) -> None:

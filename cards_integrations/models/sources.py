@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, SerializeAsAny
 
 from cards_integrations.errors import short_repr
 from cards_integrations.models.base import CustomModel, LanguageModel
+from cards_integrations.models.local.checks import embedding_rows
 from cards_integrations.models.local.loader import ModelLoader
 from cards_integrations.models.local.resolve import max_positions, read_config
 from cards_integrations.models.local.settings import LocalModel, as_local_model
@@ -68,7 +69,7 @@ def build_model(source: ModelSource, loader: ModelLoader, wake: Callable[[], Non
     match source:
         case LocalModel():
             model, tokenizer = loader.causal(source)
-            chat = ChatTokenizer(tokenizer, source.tool_format)
+            chat = ChatTokenizer(tokenizer, source.tool_format, embedding_rows(model))
             return LocalLanguageModel(model, chat, source.model, loader.memory)
         case VllmModel():
             chat = ChatTokenizer(loader.tokenizer(_tokenizer_of(source)), source.tool_format)

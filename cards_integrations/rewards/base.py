@@ -77,8 +77,16 @@ class RewardModel(ABC):
 
     @property
     def step_times(self) -> StepTimes | None:
-        """Seconds of a call by its number of tokens; None if it does not occupy the language model's device."""
+        """Seconds of a call by its number of tokens; None if it does not occupy the language model's device.
+
+        Read for the first time in a thread of its own, where they may be measured.
+        """
         return None
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory of the KV caches that are this model's alone."""
+        return 0
 
     def cache_needs(self, conversation: Conversation, tokens: int) -> list[CacheNeed]:
         """Return the rows and columns that a request of `tokens` tokens takes in the KV caches of this model."""
@@ -110,6 +118,12 @@ class RewardModel(ABC):
 
     def close(self, conversation: Conversation) -> None:
         """End the request. Does nothing if it is not open."""
+
+    def release(self) -> None:
+        """Give back what this model alone holds: caches, connections, tasks. It is not used any more.
+
+        Models that it got from its loader are others', too, and not released here.
+        """
 
 
 scoring: ContextVar[bool] = ContextVar("scoring", default=False)
@@ -194,7 +208,7 @@ class Loader(Protocol):
         """
 
     def __getitem__(self, settings: Reward) -> RewardModel:
-        """Return the reward model of these settings; built once."""
+        """Return the reward model of these settings; built once, and there as long as the one that asks for it."""
 
 
 class Reward(BaseModel):
@@ -252,7 +266,7 @@ class Reward(BaseModel):
 
     @property
     def stays_loaded(self) -> bool:
-        """True if it is kept as long as the engine; False if only while a request needs it, being cheap to build."""
+        """True if it is kept for later requests; False if only while a request needs it, being cheap to build."""
         return not self.parts
 
     @property
@@ -276,7 +290,7 @@ class Reward(BaseModel):
         raise NotImplementedError(f"{type(self).__name__} has neither score() nor build().")
 
     def build(self, loader: Loader) -> RewardModel:
-        """Load the reward model; called once per engine, in the engine's thread."""
+        """Load the reward model; called in a thread of its own, while other requests go on."""
         return CallableModel(self.name, self.score)
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from cards_integrations.chat.template import ChatTokenizer, same_vocabulary
+from cards_integrations.models.local.checks import embedding_rows
 from cards_integrations.models.local.settings import DType, LocalModel
 from cards_integrations.rewards.base import Loader, Reward, RewardModel
 from cards_integrations.rewards.registry import register_reward
@@ -62,7 +63,8 @@ class ClassifierReward(Reward):
 
         models = loader.models
         model, tokenizer = models.on_device(self.device, self.dtype).classifier(self._spec())
-        input_format = InputFormat(ChatTokenizer(tokenizer), self.prompt_format, self.end_of_turn)
+        chat = ChatTokenizer(tokenizer, rows=embedding_rows(model))
+        input_format = InputFormat(chat, self.prompt_format, self.end_of_turn)
         head = Head(self.label, self.output, getattr(model.config, "id2label", None))
         if not reads_incrementally(model):
             return RescoringClassifier(self.name, model, input_format, head)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 from pydantic import (
     BaseModel,
     ConfigDict,
+    FailFast,
     Field,
     FiniteFloat,
     TypeAdapter,
@@ -19,13 +20,14 @@ from pydantic import (
 
 from cards_integrations.chat.template import ChatTokenizer, as_text
 from cards_integrations.errors import RewardError
-from cards_integrations.http_client import Keyed, ServerUrl, ServiceClient, gathered
+from cards_integrations.http_client import REPLY_BYTES, Keyed, ServerUrl, ServiceClient, gathered, shortened
 from cards_integrations.models.local.settings import LocalModel
 from cards_integrations.rewards.base import Loader, Response, Reward, RewardModel
 from cards_integrations.rewards.registry import register_reward
 from cards_integrations.rewards.scorers.input_format import InputFormat, around_response, without_final_padding
 
 KEY = "CARDS_REWARD_API_KEY"
+SCORE_BYTES = 2**16  # of a reply for each text at most: the scores of a thousand labels
 HINTS = {
     400: "Check reward.url, reward.protocol and reward.model.",
     401: f"Set reward.api_key, or {KEY}.",
@@ -169,8 +171,8 @@ class RemoteModel(RewardModel):
             for conversation in dict.fromkeys(response.conversation for response in responses):
                 conversation.usage.rm_forwards += 1
 
-        body = self.body(responses)
-        reply = await self.servers.post(self.path, body, on_try=paid)
+        body, limit = self.body(responses), REPLY_BYTES + SCORE_BYTES * len(responses)
+        reply = await self.servers.post(self.path, body, limit=limit, on_try=paid)
         try:
             found = self.read(reply.content)
         except ValueError as error:
@@ -194,12 +196,16 @@ def _reason(error: ValueError) -> str:
 # --- the protocols ---
 
 
+T = TypeVar("T")
+Entries = Annotated[list[T], FailFast()]  # an error of the first that is wrong, and not of each of a million
+
+
 class IndexedEntry(BaseModel):
     index: int
 
 
 class ClassScores(IndexedEntry):
-    probs: list[FiniteFloat]  # raw scores, without the activation
+    probs: Entries[FiniteFloat]  # raw scores, without the activation
 
 
 class PairScore(IndexedEntry):
@@ -212,19 +218,19 @@ class LabelScore(BaseModel):
 
 
 class ScoreList(BaseModel):
-    scores: list[FiniteFloat]
+    scores: Entries[FiniteFloat]
 
 
 class Classifications(BaseModel):
-    data: list[ClassScores]
+    data: Entries[ClassScores]
 
 
 class PairScores(BaseModel):
-    data: list[PairScore]
+    data: Entries[PairScore]
 
 
 E = TypeVar("E", bound=IndexedEntry)
-Predictions = TypeAdapter(list[list[LabelScore]])
+Predictions = TypeAdapter(Entries[Entries[LabelScore]])
 
 
 def _in_order(entries: list[E]) -> list[E]:
@@ -271,7 +277,7 @@ class Classify(JoinedText):
         if label is None and len(probs) == 1:
             return probs[0]
         if not isinstance(label, int) or label >= len(probs):
-            raise ValueError(f"reward.label={label!r}: choose one of {list(range(len(probs)))}.")
+            raise ValueError(f"reward.label={label!r}: choose one of {shortened(str(list(range(len(probs)))))}.")
         return probs[label]
 
 
@@ -287,12 +293,13 @@ class Predict(JoinedText):
 
     def _chosen(self, labels: list[LabelScore]) -> float:
         """The score of the label by its name: the server puts the highest score first."""
-        scores = {label.label: label.score for label in labels}
         if self.settings.label is None and len(labels) == 1:
             return labels[0].score
-        if self.settings.label not in scores:
-            raise ValueError(f"reward.label={self.settings.label!r}: choose one of {sorted(scores)}.")
-        return scores[str(self.settings.label)]
+        named = [label.score for label in labels if label.label == self.settings.label]
+        if len(named) != 1:
+            names = shortened(str(sorted(label.label for label in labels)))
+            raise ValueError(f"reward.label={self.settings.label!r}: choose one of {names}.")
+        return named[0]
 
 
 class Score(RemoteModel):

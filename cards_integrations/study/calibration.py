@@ -106,7 +106,7 @@ class Calibration:
     def remember(self) -> None:
         """Store target and beta: from now on "auto" uses them for this language model and this reward."""
         scale = self.scale.model_copy(update={"target": self.chosen.target, "beta": self.chosen.beta})
-        ScaleStore().put(self.model, self.reward, scale)
+        ScaleStore().calibrate(self.model, self.reward, scale)
 
     def plot(self, axes: Sequence[Axes] | None = None) -> Figure:
         """Draw the mean reward over tokens, how well a beginning predicts the end, and the lengths of segments.

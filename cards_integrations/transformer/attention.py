@@ -18,6 +18,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from cards_integrations.errors import ModelError
+from cards_integrations.transformer.kv_block import RowBlock
 
 NAME = "cards_tree"
 FULL, SLIDING = "full_attention", "sliding_attention"  # attention patterns, as configs call them
@@ -28,8 +29,9 @@ class GroupMetadata:
     """Rows that attend in one call, with up to n tokens each.
 
     Attributes:
-        rows: The rows in the cache.
-        columns: (columns,) those that a single row reads; None for all columns of the masks.
+        block: The block of the cache that has the rows.
+        rows: The rows in the block.
+        columns: Those that are read, the same in each row.
         tokens: (rows, n) indices into the flat sequence.
         restore: (tokens of the group,) indices into rows * n that put the outputs back in order.
         start: Where the group's tokens begin in the flat sequence if they are in order there, without
@@ -38,8 +40,9 @@ class GroupMetadata:
         repeated: The masks repeated for several heads, the same in all layers.
     """
 
+    block: RowBlock
     rows: slice | torch.Tensor
-    columns: torch.Tensor | None
+    columns: slice | torch.Tensor
     tokens: torch.Tensor
     restore: torch.Tensor
     start: int | None
@@ -51,6 +54,10 @@ class GroupMetadata:
         """Number of columns that are read."""
         return next(iter(self.masks.values())).shape[-1]
 
+    def states(self, layer: int) -> list[torch.Tensor]:
+        """Return the keys and values that the group reads in a layer, (rows, KV heads, columns, head size)."""
+        return [states[self.rows, self.columns].transpose(1, 2) for states in self.block.states[layer] or ()]
+
     def mask(self, pattern: str, heads: int) -> torch.Tensor:
         """Return the mask for `heads` query heads that share a key head, (rows, 1, heads * n, columns)."""
         if (pattern, heads) not in self.repeated:
@@ -60,10 +67,14 @@ class GroupMetadata:
 
 @dataclass
 class AttentionMetadata:
-    """The groups of one forward, in the order of their tokens; `patterns` names the mask of each layer."""
+    """The groups of one forward, in the order of their tokens; `patterns` names the mask of each layer.
+
+    `rounded` says that all numbers of tokens, rows and columns have been rounded up.
+    """
 
     groups: list[GroupMetadata]
     patterns: list[str]
+    rounded: bool = False
 
 
 METADATA: ContextVar[AttentionMetadata | None] = ContextVar("METADATA", default=None)
@@ -85,10 +96,9 @@ def tree_attention(
     Args:
         module: The attention layer.
         query: (1, heads, tokens, head size).
-        key: (rows, columns, KV heads, head size), all of the layer's cache; in its precision everything is computed.
+        key: Unused, except without metadata: what it was is in the cache by now.
         value: Like `key`.
-        attention_mask: Unused, except without metadata; then it, `query`, `key` and `value` are the
-            usual (batch, heads, length, size).
+        attention_mask: Like `key`; without metadata, all are the usual (batch, heads, length, size).
         scaling: Factor of the scores; None for 1 / sqrt(head size).
         softcap: Scores become softcap * tanh(scores / softcap).
         kwargs: Other options of transformers, which are ignored.
@@ -106,23 +116,23 @@ def tree_attention(
         heads = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(heads, 1), value.repeat_interleave(heads, 1)
         return _attend(query, key, value, attention_mask, scaling, softcap).transpose(1, 2), None
-    pattern, flat = metadata.patterns[module.layer_idx], query[0].transpose(0, 1).to(key.dtype)
-    outputs = [_attend_by_rows(group, pattern, flat, key, value, scaling, softcap) for group in metadata.groups]
-    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None].to(query.dtype), None
+    pattern, flat = metadata.patterns[module.layer_idx], query[0].transpose(0, 1)
+    outputs = [
+        _attend_by_rows(group, pattern, flat, group.states(module.layer_idx), scaling, softcap)
+        for group in metadata.groups
+    ]
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None], None
 
 
 def _attend_by_rows(
-    group: GroupMetadata, pattern: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    group: GroupMetadata, pattern: str, query: torch.Tensor, states: list[torch.Tensor],
     scaling: float | None, softcap: float | None,
 ) -> torch.Tensor:  # fmt: skip
-    """query (tokens, heads, size) of all groups -> (tokens of this group, heads, size)."""
-    (rows, n), (heads, size), kv = group.tokens.shape, query.shape[1:], key.shape[2]
-    if group.columns is None:
-        key, value = (states[group.rows, : group.width].transpose(1, 2) for states in (key, value))
-    else:
-        key, value = (states[group.rows][:, group.columns].transpose(1, 2) for states in (key, value))
+    """query (tokens, heads, size) of all groups -> (tokens of this group, heads, size), computed as the cache is."""
+    key, value = states
+    (rows, n), (heads, size), kv = group.tokens.shape, query.shape[1:], key.shape[1]
     own = query[group.tokens.flatten()] if group.start is None else query[group.start : group.start + rows * n]
-    by_rows = own.view(rows, n, kv, heads // kv, size)
+    by_rows = own.to(key.dtype).view(rows, n, kv, heads // kv, size)
     if rows == 1:  # (heads // kv, kv, n, size): the keys of one row serve as a batch, unrepeated
         by_rows = by_rows[0].permute(2, 1, 0, 3)
         key, value = key.expand(len(by_rows), -1, -1, -1), value.expand(len(by_rows), -1, -1, -1)
@@ -130,8 +140,8 @@ def _attend_by_rows(
     else:  # (rows, kv, heads // kv * n, size)
         by_rows = by_rows.permute(0, 2, 3, 1, 4).flatten(2, 3)
         out = _attend(by_rows, key, value, group.mask(pattern, heads // kv), scaling, softcap)
-        out = out.view(rows, kv, heads // kv, n, size).permute(0, 3, 1, 2, 4)
-    out = out.reshape(rows * n, heads, size)
+        out = out.view(rows, kv, heads // kv, n, -1).permute(0, 3, 1, 2, 4)
+    out = out.reshape(rows * n, heads, -1).to(query.dtype)
     return out[group.restore] if group.start is None else out
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, groupby
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,12 @@ import torch
 from numpy.typing import NDArray
 
 from cards_integrations.transformer.attention import FULL, SLIDING, AttentionMetadata, GroupMetadata
+from cards_integrations.transformer.kv_block import RowBlock
 from cards_integrations.transformer.kv_cache import Branch, Tree, TreeCache
 
 SHORT = 32  # rows with at most so many tokens attend together, padded to the longest
+COLUMNS = 256  # a rounded step reads whole blocks of so many columns
+LARGEST = 512  # tokens; larger steps are not rounded
 
 
 @dataclass
@@ -31,70 +34,114 @@ class ForwardInput:
 
 
 class FlatBatch:
-    """The tokens of all inputs one after another, ordered by attention groups.
+    """The tokens of all inputs one after another, ordered by blocks of the cache and attention groups.
 
     Making it appends the tokens to their branches.
 
     Args:
         inputs: What the forward is to read.
         cache: The cache of their branches.
+        rounded: Whether the numbers of tokens, rows and columns are rounded up to a few sizes, if the step
+            is small. Padding is written to the scratch column of a block's first row, which no token sees.
+
+    Attributes:
+        rounded: Whether they are.
+        read: Number of tokens, without padding.
+        ends: Where the tokens of each input end.
+        output_indices: Those of the tokens with outputs, likewise.
+        sections: The blocks, each with its tokens.
     """
 
-    def __init__(self, inputs: Sequence[ForwardInput], cache: TreeCache) -> None:
-        self.cache = cache
+    def __init__(self, inputs: Sequence[ForwardInput], cache: TreeCache, rounded: bool = False) -> None:
+        rows = _by_tree(inputs)
+        cache.make_room({tree: row.tokens for tree, row in rows.items() if not tree.has_room(row.tokens)})
+        self.groups = attention_groups(rows)
+        self.rounded = rounded and _can_be_rounded(self.groups)
         self.ids: list[int] = []
         self.positions: list[int] = []
         self.rows: list[int] = []
         self.columns: list[int] = []
         self.mask_rows: list[int] = []
         self.runs: list[tuple[int, list[int]]] = []  # where inputs of several tokens begin, and their columns
-        self.output_indices: list[range] = [range(0)] * len(inputs)
-        self.groups = attention_groups(inputs)
-        for group in self.groups:
+        self.ends = [0] * len(inputs)
+        self.sections: list[tuple[RowBlock, slice]] = []
+        for block, groups in groupby(self.groups, key=lambda group: group.block):
+            self._append_section(block, [*groups])
+        self.arrays = _Arrays(*(np.array(each) for each in (self.positions, self.rows, self.columns, self.mask_rows)))
+        for block, tokens in self.sections:
+            self.arrays.note(block, tokens)
+        self.read = sum(row.tokens for row in rows.values())
+        ranges = [range(end - item.outputs, end) for end, item in zip(self.ends, inputs, strict=True)]
+        self.output_indices = [*chain(*ranges)]
+
+    def _append_section(self, block: RowBlock, groups: list[AttentionGroup]) -> None:
+        start = len(self.ids)
+        for group in groups:
             self._append_group(group)
-        self.visible = self._visible()
+        if self.rounded:
+            self._pad(next_power(len(self.ids) - start) - (len(self.ids) - start))
+            groups[0].round_up(len(self.ids) - start)
+        self.sections.append((block, slice(start, len(self.ids))))
 
     def _append_group(self, group: AttentionGroup) -> None:
         group.start = len(self.ids)
-        for tree, row in group.inputs.items():
-            at = group.index[tree] * group.length
-            for i, item in row:
-                group.restore += range(at, at + len(item.ids))
+        for row in group.inputs:
+            tree, at = row.tree, group.index[row.tree] * group.length
+            for i, item in zip(row.indices, row.items):  # noqa: B905 (as long as each other, and this is a hot loop)
+                if len(item.ids) == 1:
+                    self._append_one(item, tree)
+                    group.restore.append(at)
+                else:
+                    self._append_run(item, tree)
+                    group.restore += range(at, at + len(item.ids))
                 at += len(item.ids)
-                self._append(item)
-                self.output_indices[i] = range(len(self.ids) - item.outputs, len(self.ids))
+                self.ends[i] = len(self.ids)
         group.end = len(self.ids)
 
-    def _append(self, item: ForwardInput) -> None:
+    def _append_one(self, item: ForwardInput, tree: Tree) -> None:
+        """What `_append_run` does for a single token, in half of the time: most steps have one a candidate."""
+        branch, [token] = item.branch, item.ids
+        column = tree.allocate_one()
+        self.positions.append(branch.base + len(branch.columns))
+        branch.columns.append(column)
+        branch.ids.append(token)
+        self.ids.append(token)
+        self.columns.append(column)
+        self.rows.append(tree.row)
+        self.mask_rows.append(branch.mask_row)
+
+    def _append_run(self, item: ForwardInput, tree: Tree) -> None:
         branch, n = item.branch, len(item.ids)
-        self.positions += range(branch.length, branch.length + n)
-        columns = branch.extend(item.ids)
-        if n > 1:
-            self.runs.append((len(self.ids), columns))
+        position, columns = branch.length, branch.append(item.ids)
+        self.runs.append((len(self.ids), columns))
         self.ids += item.ids
+        self.positions += range(position, position + n)
         self.columns += columns
-        self.rows += [branch.tree.row] * n
+        self.rows += [tree.row] * n
         self.mask_rows += [branch.mask_row] * n
 
-    def _visible(self) -> NDArray[np.bool_]:
-        """The columns that each token attends to, those of its path up to itself: (tokens, columns)."""
-        visible: NDArray[np.bool_] = self.cache.visible[self.mask_rows]
-        for start, columns in self.runs:
-            visible[start : start + len(columns), columns] = np.tri(len(columns), dtype=bool)
-        return visible
+    def _pad(self, more: int) -> None:
+        for values, padding in ((self.ids, 0), (self.positions, 0), (self.rows, 0), (self.columns, 0)):
+            values += [padding] * more
+        self.mask_rows += [-1] * more
 
     def tensors(self, device: torch.device) -> dict[str, torch.Tensor]:
         """Return the model's inputs.
 
         Returns:
             `ids`, `positions` and `write_indices` (tokens,), the last as indices into rows * columns of
-            the cache, and `output_indices` (outputs,) of the tokens with outputs.
+            the token's block, and `output_indices` (outputs,) of the tokens with outputs.
         """
-        width, n = self.cache.columns, len(self.ids)
-        write_indices = [row * width + column for row, column in zip(self.rows, self.columns, strict=True)]
-        numbers = torch.tensor([*self.ids, *self.positions, *write_indices, *chain(*self.output_indices)]).to(device)
+        n, outputs = len(self.ids), self.output_indices
+        if self.rounded:
+            outputs = outputs + [0] * (next_power(len(outputs)) - len(outputs))
+        write_indices = self.arrays.columns.copy()
+        for block, tokens in self.sections:
+            write_indices[tokens] += self.arrays.rows[tokens] * block.columns
+        numbers = np.concatenate([self.ids, self.arrays.positions, write_indices, outputs])
         names = ("ids", "positions", "write_indices", "output_indices")
-        return dict(zip(names, numbers.tensor_split((n, 2 * n, 3 * n)), strict=True))
+        parts = torch.from_numpy(numbers).to(device).tensor_split((n, 2 * n, 3 * n))
+        return dict(zip(names, parts, strict=True))
 
     def metadata(self, patterns: list[str], window: int, dtype: torch.dtype, device: torch.device) -> AttentionMetadata:
         """Return who attends to what.
@@ -105,61 +152,116 @@ class FlatBatch:
             dtype: Of the additive masks.
             device: Where the forward runs.
         """
-        return AttentionMetadata(
-            [self._group(group, patterns, window, dtype, device) for group in self.groups], patterns
-        )
+        groups = [self._group(group, patterns, window, dtype, device) for group in self.groups]
+        return AttentionMetadata(groups, patterns, self.rounded)
 
     def _group(
         self, group: AttentionGroup, patterns: list[str], window: int, dtype: torch.dtype, device: torch.device
     ) -> GroupMetadata:
         own = slice(group.start, group.end)
-        columns = np.flatnonzero(self.visible[own].any(0))
-        if not group.alone:
-            columns = np.arange(columns[-1] + 1)
-        visible = {FULL: self.visible[own][:, columns]}
+        columns, visible = self._visible(group)
+        masks = {FULL: visible}
         if SLIDING in patterns:
-            keys = self.cache.positions[self.rows[own]][:, columns]
-            visible[SLIDING] = visible[FULL] & (np.array(self.positions[own])[:, None] - keys < window)
+            keys = group.block.positions[self.arrays.rows[own]][:, columns]
+            masks[SLIDING] = visible & (self.arrays.positions[own, None] - keys < window)
         tokens = np.zeros(group.rows * group.length, dtype=np.int64)
         tokens[group.restore] = range(group.start, group.end)
+        in_order = not self.rounded and group.restore == list(range(len(tokens)))
+        restore = group.restore + [0] * (group.padded - len(group.restore))
         return GroupMetadata(
+            group.block,
             group.cache_rows(device),
-            torch.from_numpy(columns).to(device) if group.alone else None,
+            columns if isinstance(columns, slice) else torch.from_numpy(columns).to(device),
             torch.from_numpy(tokens).view(group.rows, group.length).to(device),
-            torch.tensor(group.restore, device=device),
-            group.start if group.restore == list(range(len(tokens))) else None,
-            {pattern: group.additive_mask(visible[pattern], dtype, device) for pattern in set(patterns)},
+            torch.tensor(restore, device=device),
+            group.start if in_order else None,
+            {pattern: group.additive_mask(masks[pattern], dtype, device) for pattern in set(patterns)},
         )
+
+    def _visible(self, group: AttentionGroup) -> tuple[slice | NDArray[np.int64], NDArray[np.bool_]]:
+        """The columns that a group reads, and those of them that each token attends to, (tokens, columns)."""
+        mask_rows, used = self.arrays.mask_rows[group.start : group.end], group.used_columns
+        visible: NDArray[np.bool_] = group.block.visible[mask_rows, :used]
+        for start, columns in self.runs:
+            if group.start <= start < group.end:
+                at = start - group.start
+                visible[at : at + len(columns), columns] = np.tri(len(columns), dtype=bool)
+        seen = np.flatnonzero(visible.any(0))
+        first, end = (int(seen[0]), int(seen[-1]) + 1) if group.alone else (0, int(seen[-1]) + 1)
+        if group.alone and len(seen) < end - first:
+            return seen, visible[:, seen]
+        if self.rounded:
+            end = min(-(-end // COLUMNS) * COLUMNS, group.block.columns)
+            visible = np.pad(visible, ((0, 0), (0, max(0, end - used))))
+        return slice(first, end), visible[:, first:end]
+
+
+@dataclass
+class _Arrays:
+    """Of the tokens: their positions, their rows and columns in their blocks, and the mask rows of their branches."""
+
+    positions: NDArray[np.int64]
+    rows: NDArray[np.int64]
+    columns: NDArray[np.int64]
+    mask_rows: NDArray[np.int64]
+
+    def note(self, block: RowBlock, tokens: slice) -> None:
+        """Let a block know where its tokens are, and their branches see them."""
+        block.positions[self.rows[tokens], self.columns[tokens]] = self.positions[tokens]
+        seen = self.columns[tokens] > 0  # not the padding
+        block.visible[self.mask_rows[tokens][seen], self.columns[tokens][seen]] = True
+
+
+@dataclass
+class RowInputs:
+    """The inputs of one row of the cache, with their indices among all, and how many tokens they have together."""
+
+    tree: Tree
+    indices: list[int] = field(default_factory=list)
+    items: list[ForwardInput] = field(default_factory=list)
+    tokens: int = 0
 
 
 class AttentionGroup:
-    """Inputs that attend together: consecutive rows of the cache, or scattered ones, or one long input `alone`.
+    """Inputs that attend together: consecutive rows of a block, or scattered ones, or one long input `alone`.
 
     `index` is the place of each tree among the group's `rows`, each of which is padded to `length`
     tokens; `start` and `end` bound the group's tokens in the flat sequence, and `restore` are their
-    places in rows * length.
+    places in rows * length. `padded` is how many outputs it gives at least.
     """
 
-    def __init__(self, inputs: dict[Tree, list[tuple[int, ForwardInput]]], alone: bool = False) -> None:
-        rows = [tree.row for tree in inputs]
+    def __init__(self, inputs: list[RowInputs], alone: bool = False) -> None:
+        rows = [row.tree.row for row in inputs]
         self.inputs = inputs
+        self.block = inputs[0].tree.block
         self.alone = alone  # reads the columns of its own path only
-        self.length = max(sum(len(item.ids) for _, item in row) for row in inputs.values())
+        self.length = max([row.tokens for row in inputs])
         self.first, span = min(rows), max(rows) - min(rows) + 1
         self.dense = span <= 2 * len(inputs)  # then idle rows between them cost less than a copy of the others
         self.rows = span if self.dense else len(inputs)
-        self.index = {tree: tree.row - self.first if self.dense else i for i, tree in enumerate(inputs)}
-        self.start = self.end = 0
+        self.index = {row.tree: row.tree.row - self.first if self.dense else i for i, row in enumerate(inputs)}
+        self.start = self.end = self.padded = 0
         self.restore: list[int] = []
 
+    @property
+    def used_columns(self) -> int:
+        """A bound on the columns that its tokens see."""
+        return max([row.tree.untouched for row in self.inputs])
+
+    def round_up(self, tokens: int) -> None:
+        """Have rows from the block's first on, and numbers of rows and of tokens in each that are powers of two."""
+        long, total = next_power(self.length), min(next_power(self.first + self.rows), self.block.rows)
+        self.restore = [(self.first + at // self.length) * long + at % self.length for at in self.restore]
+        self.first, self.rows, self.length, self.padded = 0, total, long, tokens
+
     def cache_rows(self, device: torch.device) -> slice | torch.Tensor:
-        """Return the group's rows in the cache."""
+        """Return the group's rows in the block."""
         if self.dense:
             return slice(self.first, self.first + self.rows)
-        return torch.tensor([tree.row for tree in self.inputs], device=device)
+        return torch.tensor([row.tree.row for row in self.inputs], device=device)
 
     def additive_mask(self, visible: NDArray[np.bool_], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Return 0 where a token attends and -inf elsewhere.
+        """Return 0 where a token attends, and elsewhere what makes its probability 0.
 
         Args:
             visible: (tokens, columns) of the group's tokens.
@@ -170,23 +272,70 @@ class AttentionGroup:
             (rows, 1, length, columns).
         """
         hidden = np.ones((self.rows * self.length, visible.shape[1]), dtype=bool)
-        hidden[:, 0] = False  # padding must see something, or its softmax is NaN
+        hidden[:, 0] = False  # padding must see something
         hidden[self.restore] = ~visible
-        masked = torch.from_numpy(hidden).to(device)
-        mask = torch.zeros(masked.shape, dtype=dtype, device=device).masked_fill_(masked, -torch.inf)
+        lowest = torch.finfo(dtype).min
+        if dtype == torch.float32 and device.type == "cpu":  # the same, faster
+            mask = torch.from_numpy(hidden * np.float32(lowest))
+        else:
+            mask = torch.from_numpy(hidden).to(device).to(dtype).mul_(lowest)
         return mask.view(self.rows, 1, self.length, -1)
 
 
-def attention_groups(inputs: Sequence[ForwardInput]) -> list[AttentionGroup]:
-    """Return all short rows as one group; a row of many short inputs, and a long input, are groups of their own."""
-    long: list[AttentionGroup] = []
-    by_tree: dict[Tree, list[tuple[int, ForwardInput]]] = {}
-    for i, item in enumerate(inputs):
-        if len(item.ids) > SHORT:
-            long.append(AttentionGroup({item.branch.tree: [(i, item)]}, alone=True))
+def attention_groups(inputs: Mapping[Tree, RowInputs]) -> list[AttentionGroup]:
+    """Return the groups of these inputs, those of a block one after another.
+
+    All short rows of a block are one group; a row of many short inputs, and a long input, are groups of their own.
+    """
+    groups: list[AttentionGroup] = []
+    short: dict[RowBlock, list[RowInputs]] = {}
+    for tree, row in inputs.items():
+        if row.tokens <= SHORT:
+            short.setdefault(tree.block, []).append(row)
         else:
-            by_tree.setdefault(item.branch.tree, []).append((i, item))
-    short = {tree: row for tree, row in by_tree.items() if sum(len(item.ids) for _, item in row) <= SHORT}
-    short = dict(sorted(short.items(), key=lambda row: row[0].row))
-    many = [AttentionGroup({tree: row}) for tree, row in by_tree.items() if tree not in short]
-    return ([AttentionGroup(short)] if short else []) + many + long
+            groups += _large(row)
+    groups += [AttentionGroup(sorted(rows, key=_place)) for rows in short.values()]
+    return sorted(groups, key=lambda group: group.block.columns)
+
+
+def _large(row: RowInputs) -> list[AttentionGroup]:
+    """The groups of a row with many tokens: one for each long input, and one for all short ones."""
+    pairs = [*zip(row.indices, row.items, strict=True)]
+    parts = [[pair] for pair in pairs if len(pair[1].ids) > SHORT]
+    if rest := [pair for pair in pairs if len(pair[1].ids) <= SHORT]:
+        parts.append(rest)
+    return [_group_of(row.tree, part) for part in parts]
+
+
+def _group_of(tree: Tree, part: list[tuple[int, ForwardInput]]) -> AttentionGroup:
+    tokens = [len(item.ids) for _, item in part]
+    row = RowInputs(tree, [i for i, _ in part], [item for _, item in part], sum(tokens))
+    return AttentionGroup([row], alone=max(tokens) > SHORT)
+
+
+def _place(row: RowInputs) -> int:
+    return row.tree.row
+
+
+def _by_tree(inputs: Sequence[ForwardInput]) -> dict[Tree, RowInputs]:
+    rows: dict[Tree, RowInputs] = {}
+    for i, item in enumerate(inputs):
+        tree = item.branch.tree
+        if (row := rows.get(tree)) is None:
+            row = rows[tree] = RowInputs(tree)
+        row.indices.append(i)
+        row.items.append(item)
+        row.tokens += len(item.ids)
+    return rows
+
+
+def next_power(n: int) -> int:
+    """Return the smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
+def _can_be_rounded(groups: Sequence[AttentionGroup]) -> bool:
+    """True for a small step with one group of neighbouring rows in each block."""
+    blocks = {group.block for group in groups}
+    tokens = sum(group.rows * group.length for group in groups)
+    return tokens <= LARGEST and len(blocks) == len(groups) and all(g.dense and not g.alone for g in groups)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 
-from cards_integrations.errors import ModelError, OutOfMemory
+from cards_integrations.errors import CardsError, ModelError, OutOfMemory, as_cards_error
 from cards_integrations.transformer.attention import FULL, METADATA, NAME, SLIDING, AttentionMetadata
 from cards_integrations.transformer.cuda_graphs import StaticSteps
 from cards_integrations.transformer.flat_batch import FlatBatch, ForwardInput
@@ -21,6 +22,7 @@ NO_TREES = {  # architectures that would be silently wrong, for they do not go b
     "bloom": "ALiBi", "falcon": "ALiBi", "mpt": "ALiBi", "gpt_neo": "a causal mask of its own",
     "openai-gpt": "no KV cache", "rwkv": "a recurrent state",
 }  # fmt: skip
+log = logging.getLogger("cards_integrations")
 PREFILL_CHUNK = 2048  # tokens that a forward reads at most, where they can be read in several
 
 
@@ -60,7 +62,7 @@ class Transformer:
         self.patterns = _patterns(self.config)
         self.window: int = getattr(self.config, "sliding_window", None) or 0
         self.memory = memory or KVMemory(2**62, reuse=False)
-        size = (8, 1024) if model.device.type == "cuda" else (1, 64)  # a graph is lost when its cache grows
+        size = (8, 256) if model.device.type == "cuda" else (1, 64)  # graphs are lost when their block grows
         self.dtype = attention_dtype(model)
         bytes_per_token = _bytes_per_token(self.config, self.dtype)
         self.cache = TreeCache(self.config.num_hidden_layers, bytes_per_token, size, self.dtype)
@@ -68,8 +70,8 @@ class Transformer:
         self.forwards = 0
         self.tokens = 0
         model.set_attn_implementation(NAME)
-        self._logits = StaticSteps(self.cache, self._run_model, model.device)
-        self._hidden = StaticSteps(self.cache, self._run_body, model.device)
+        self._logits = StaticSteps(self._run_model, model.device)
+        self._hidden = StaticSteps(self._run_body, model.device)
 
     @staticmethod
     def check(model: Any) -> None:
@@ -80,51 +82,60 @@ class Transformer:
             what = NO_TREES.get(config.model_type) or ", ".join(strange) or "attention of its own"
             raise ModelError(f"model type {config.model_type!r} uses {what}, which has no exact tree mask here.")
 
-    def logits(self, inputs: Sequence[ForwardInput]) -> list[Output | OutOfMemory]:
-        """Run a causal model: logits (vocabulary,) after the last tokens of each input; an error where memory ends."""
+    def logits(self, inputs: Sequence[ForwardInput]) -> list[Output | CardsError]:
+        """Run a causal model: logits (vocabulary,) after the last tokens of each input, or why it cannot be read."""
         return self._forward(inputs, self._logits)
 
-    def hidden(self, inputs: Sequence[ForwardInput]) -> list[Output | OutOfMemory]:
-        """Run the body: hidden states (hidden size,) of the last tokens of each input; an error where memory ends."""
+    def hidden(self, inputs: Sequence[ForwardInput]) -> list[Output | CardsError]:
+        """Run the body: hidden states (hidden size,) of the last tokens of each input, or why it cannot be read."""
         return self._forward(inputs, self._hidden)
 
-    def _forward(self, inputs: Sequence[ForwardInput], run: StaticSteps) -> list[Output | OutOfMemory]:
-        """One forward; when memory runs out, two of one half each, down to the input that does not fit."""
+    def _forward(self, inputs: Sequence[ForwardInput], run: StaticSteps) -> list[Output | CardsError]:
+        """One forward; when it fails, two of one half each, down to the input that the error belongs to."""
         before = [len(item.branch.columns) for item in inputs]
         try:
-            tensors, metadata = self._prepare(inputs)
+            flat = FlatBatch(inputs, self.cache, run.rounding)
             self.memory.evict_for(0)  # the cache may have grown
-            batch = run(tensors, metadata)
+            batch = run(*self._prepare(flat))[: len(flat.output_indices)]
             ends = accumulate(item.outputs for item in inputs)
             return [Output(batch, end - 1, item.outputs) for item, end in zip(inputs, ends, strict=True)]
-        except RuntimeError as error:
-            if not _out_of_memory(error):
-                raise
+        except Exception as error:
+            problem = error
         for item, columns in zip(inputs, before, strict=True):
             item.branch.retract(len(item.branch.columns) - columns)
-        if self.memory.evict_all():
+        if _out_of_memory(problem) and self.memory.evict_all():
             return self._forward(inputs, run)
         if len(inputs) == 1:
-            n = len(inputs[0].ids)
-            return [OutOfMemory(f"No memory for {n} more tokens: use a shorter prompt, or a smaller max_rows.")]
+            return [_error_of(inputs[0], problem)]
+        log.warning("a forward of %d inputs failed, and is repeated in halves: %r", len(inputs), problem)
         half = len(inputs) // 2
         return self._forward(inputs[:half], run) + self._forward(inputs[half:], run)
 
-    def _prepare(self, inputs: Sequence[ForwardInput]) -> tuple[dict[str, torch.Tensor], AttentionMetadata]:
-        """Append the tokens to their branches; the tensors of the forward, and who attends to what."""
-        flat = FlatBatch(inputs, self.cache)
+    def _prepare(self, flat: FlatBatch) -> tuple[dict[str, torch.Tensor], AttentionMetadata]:
+        """The tensors of the forward, and who attends to what."""
         metadata = flat.metadata(self.patterns, self.window, self.dtype, self.model.device)
-        tensors = flat.tensors(self.model.device)
+        self.cache.written = flat.sections
         self.forwards += 1
-        self.tokens += len(flat.ids)
-        return tensors, metadata
+        self.tokens += flat.read
+        return flat.tensors(self.model.device), metadata
+
+    def release(self) -> None:
+        """Give the memory of the cache back; nothing is read any more."""
+        self.memory.forget(self.cache)
+        del self._logits, self._hidden  # they reference this object, and through it the model
 
     def time(self, tokens: int) -> float:
         """Return the seconds of a forward of the body with so many tokens, after a short text."""
         aside = Transformer(self.model)
         trunk = aside.cache.open().branch()
         aside.hidden([ForwardInput(trunk, [0] * 32)])
-        return least_seconds(lambda: aside.hidden([ForwardInput(trunk.branch(), [0] * tokens)]), self.model.device)
+
+        def step() -> None:
+            [output] = aside.hidden([ForwardInput(trunk.branch(), [0] * tokens)])
+            if isinstance(output, CardsError):
+                raise output
+
+        return least_seconds(step, self.model.device)
 
     def _run_model(self, tensors: dict[str, torch.Tensor], metadata: AttentionMetadata) -> torch.Tensor:
         indices = tensors["output_indices"]
@@ -178,6 +189,16 @@ def _patterns(config: Any) -> list[str]:
     return list(layers) if layers else [pattern] * config.num_hidden_layers
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
+def _error_of(item: ForwardInput, problem: Exception) -> CardsError:
+    """Why an input cannot be read, for the request that it belongs to."""
+    if _out_of_memory(problem):
+        return OutOfMemory(f"No memory for {len(item.ids)} more tokens: use a shorter prompt, or a smaller max_rows.")
+    log.error("a forward failed for one input", exc_info=problem)
+    return as_cards_error(problem, "The model failed")
+
+
+def _out_of_memory(error: Exception) -> bool:
     """True if memory ran out; torch has a class for that on a GPU only."""
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    )

@@ -3,25 +3,25 @@
 A row holds the *trunk* (prompt and kept text) once, and the *branches* (candidates) that grow from
 it. Every token takes one column of its row. Which columns a path attends to is a boolean vector, a
 *mask row*, so a candidate sees its own path and nothing else. Keeping a candidate makes its columns
-part of the trunk, and rejecting one frees them: no key or value is copied or computed again.
+part of the trunk, and rejecting one frees them: no key or value is computed again. A row that outgrows
+its block of rows moves to a wider one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from heapq import heapify, heappop
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-SCRATCH = 0  # column 0 of every row takes the padding of a batch; no token sees it
-BLOCK = 64  # columns are allocated in multiples of it
+from cards_integrations.transformer.kv_block import STEP, RowBlock, States, width_for, width_within
+from cards_integrations.transformer.live_texts import LiveTexts
 
-States = list[tuple[torch.Tensor, torch.Tensor]]
-"""Keys and values of consecutive tokens, (tokens, heads, head size) for each layer."""
+SCRATCH = 0  # column 0 of every row takes the padding of a batch; no token sees it
+SPARSE = 4  # a row that uses less than this fraction of its columns moves to a narrower block
 
 
 class Branch:
@@ -44,10 +44,15 @@ class Branch:
 
     def extend(self, ids: Sequence[int]) -> list[int]:
         """Append tokens, which the branch sees from now on; returns their columns."""
-        columns, position = self.tree.allocate(len(ids)), self.length
-        cache = self.tree.cache
-        cache.positions[self.tree.row, columns] = range(position, position + len(ids))
-        cache.visible[self.mask_row, columns] = True
+        columns, position = self.append(ids), self.length - len(ids)
+        block = self.tree.block
+        block.positions[self.tree.row, columns] = range(position, position + len(ids))
+        block.visible[self.mask_row, columns] = True
+        return columns
+
+    def append(self, ids: Sequence[int]) -> list[int]:
+        """Like `extend`, but leaves it to the caller to note the positions, and that the branch sees the columns."""
+        columns = self.tree.allocate(len(ids))
         self.columns += columns
         self.ids += ids
         return columns
@@ -56,73 +61,90 @@ class Branch:
         """Remove the last tokens, and free their columns."""
         end = len(self.columns) - tokens
         last, self.columns, self.ids = self.columns[end:], self.columns[:end], self.ids[:end]
-        self.tree.cache.visible[self.mask_row, last] = False
+        self.tree.block.visible[self.mask_row, last] = False
         self.tree.free(last)
 
     def branch(self, own: int | None = None) -> Branch:
         """Return a new branch that grows from this one, after its first `own` own tokens (default: all)."""
         beyond = self.columns[own:] if own is not None else []
         branch = self.tree.add_branch(self.length - len(beyond), self.mask_row)
-        self.tree.cache.visible[branch.mask_row, beyond] = False
+        self.tree.block.visible[branch.mask_row, beyond] = False
         return branch
 
 
 class Tree:
     """One row of the cache: the trunk's tokens and columns in order, and which columns are free.
 
-    `mask_row` is the trunk's, `mask_rows` are those of the trunk and of all branches. `orphaned` are
-    columns that are no longer the trunk's, but that branches which left it earlier still see.
+    `mask_row` is the trunk's, `branches` are all that have not been dropped. `orphaned` are columns that
+    are no longer the trunk's, but that branches which left it earlier still see. `block` and `row` say
+    where the row is.
     """
 
-    def __init__(self, cache: TreeCache, row: int) -> None:
+    block: RowBlock
+    row: int
+
+    def __init__(self, cache: TreeCache) -> None:
         self.cache = cache
-        self.row = row
-        self.mask_row = cache.allocate_mask_row()
-        self.mask_rows = {self.mask_row}
+        self.mask_row = -1
+        self.branches: dict[Branch, None] = {}
         self.ids: list[int] = []
         self.columns: list[int] = []
         self.untouched = SCRATCH + 1  # the first column that was never used
         self.freed: list[int] = []  # a heap
         self.orphaned: list[int] = []
+        self.reserved = 0  # columns that it will have use for
+        self.chunks: list[int] = []  # see LiveTexts
+
+    @property
+    def paths(self) -> list[Tree | Branch]:
+        """The trunk and all branches."""
+        return [self, *self.branches]
+
+    @property
+    def mask_rows(self) -> list[int]:
+        """Those of the trunk and of all branches."""
+        return [path.mask_row for path in self.paths]
 
     def branch(self, base: int | None = None) -> Branch:
         """Return a new branch that leaves the trunk after `base` tokens (default: at its tip)."""
         branch = self.add_branch(len(self.columns) if base is None else base, self.mask_row)
         if base is not None:
-            self.cache.visible[branch.mask_row, self.columns[base:]] = False
+            self.block.visible[branch.mask_row, self.columns[base:]] = False
         return branch
 
     def add_branch(self, base: int, like: int) -> Branch:
         """Return a new branch that sees what the mask row `like` sees."""
-        mask_row = self.cache.allocate_mask_row(like)
-        self.mask_rows.add(mask_row)
-        return Branch(self, base, mask_row)
+        branch = Branch(self, base, self.block.allocate_mask_row(like))
+        self.branches[branch] = None
+        return branch
 
     def keep(self, branch: Branch, tokens: int | None = None) -> None:
         """Make a branch, or its first `tokens` own tokens, the trunk; the branch is then empty, at the new tip."""
-        beyond = branch.columns[tokens:] if tokens is not None else []
-        self.cache.visible[branch.mask_row, beyond] = False
-        self.cache.visible[self.mask_row] = self.cache.visible[branch.mask_row]
+        beyond, visible = branch.columns[tokens:] if tokens is not None else [], self.block.visible
+        self.cache.live_texts.forget(self, branch.base)
+        visible[branch.mask_row, beyond] = False
+        visible[self.mask_row] = visible[branch.mask_row]
         self.free(beyond)
         self.orphaned += self.columns[branch.base :]
         self._free_orphaned()
         self.columns[branch.base :] = branch.columns[:tokens]
         self.ids[branch.base :] = branch.ids[:tokens]
         branch.base, branch.columns, branch.ids = len(self.columns), [], []
+        self.cache.shrink(self)
 
     def drop(self, branch: Branch) -> None:
         """Free the branch's own columns and its mask row; a dropped branch may be dropped again."""
         if branch.mask_row >= 0:
             self.free(branch.columns)
-            self.mask_rows.remove(branch.mask_row)
-            self.cache.free_mask_rows.append(branch.mask_row)
+            del self.branches[branch]
+            self.block.free_mask_rows.append(branch.mask_row)
             branch.mask_row, branch.columns, branch.ids = -1, [], []
             self._free_orphaned()
 
     def _free_orphaned(self) -> None:
         """Free orphaned columns that no branch sees any more."""
         if self.orphaned:
-            seen = np.any(self.cache.visible[sorted(self.mask_rows)][:, self.orphaned], axis=0).tolist()
+            seen = np.any(self.block.visible[self.mask_rows][:, self.orphaned], axis=0).tolist()
             self.free([column for column, held in zip(self.orphaned, seen, strict=True) if not held])
             self.orphaned = [column for column, held in zip(self.orphaned, seen, strict=True) if held]
 
@@ -131,14 +153,25 @@ class Tree:
         """Columns in use, including the scratch column."""
         return self.untouched - len(self.freed)
 
+    def has_room(self, count: int) -> bool:
+        """True if the row is wide enough for so many more columns."""
+        return self.untouched - len(self.freed) + count <= self.block.columns
+
     def allocate(self, count: int) -> list[int]:
         """Take the `count` lowest free columns."""
-        columns = [heappop(self.freed) for _ in range(min(count, len(self.freed)))]
-        more = count - len(columns)
-        columns += range(self.untouched, self.untouched + more)
-        self.untouched += more
-        self.cache.reserve(self.untouched)
+        if not self.has_room(count):
+            self.cache.make_room({self: count})
+        columns = [heappop(self.freed) for _ in range(min(count, len(self.freed)))] if self.freed else []
+        first, self.untouched = self.untouched, self.untouched + count - len(columns)
+        columns += range(first, self.untouched)
         return columns
+
+    def allocate_one(self) -> int:
+        """Take the lowest free column of a row that has room."""
+        if self.freed:
+            return heappop(self.freed)
+        self.untouched += 1
+        return self.untouched - 1
 
     def free(self, columns: list[int]) -> None:
         """Let columns be allocated again."""
@@ -146,42 +179,43 @@ class Tree:
             self.freed += columns
             heapify(self.freed)
 
+    def used_columns(self) -> list[int]:
+        """Return the columns in use, the scratch column first."""
+        gone = set(self.freed)
+        return [column for column in range(self.untouched) if column not in gone]
+
+    def renumber(self, used: Sequence[int]) -> None:
+        """Let the columns in use be the first ones."""
+        if self.freed:
+            now = {column: i for i, column in enumerate(used)}
+            for path in self.paths:
+                path.columns = [now[column] for column in path.columns]
+            self.orphaned = [now[column] for column in self.orphaned]
+            self.untouched, self.freed = len(used), []
+
 
 class TreeLayer(CacheLayerMixin):
-    """Keys and values of one layer, (rows, columns, heads, head size); grows when the cache does."""
+    """One layer of the cache, as transformers sees it."""
 
-    def __init__(self, cache: TreeCache) -> None:
+    def __init__(self, cache: TreeCache, index: int) -> None:
         super().__init__()
         self.cache = cache
+        self.index = index
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.keys, self.values = (
-            states.new_empty(0, 0, *states.shape[1:], dtype=self.cache.dtype) for states in (key_states, value_states)
-        )
-        self.is_initialized = True
+        """The blocks make their tensors themselves."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write (1, heads, tokens, head size) at the cache's `write_indices`; return keys and values of all rows."""
-        keys, values = key_states[0].transpose(0, 1), value_states[0].transpose(0, 1)
-        self.fit(keys, values)
-        self.keys.flatten(0, 1).index_copy_(0, self.cache.write_indices, keys.to(self.keys.dtype))
-        self.values.flatten(0, 1).index_copy_(0, self.cache.write_indices, values.to(self.values.dtype))
-        return self.keys, self.values
-
-    def fit(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Grow to the cache's rows and columns, for states (tokens, heads, head size) like these."""
-        if not self.is_initialized:
-            self.lazy_initialization(keys, values)
-        if self.keys.shape[:2] != (self.cache.rows, self.cache.columns):
-            self.keys, self.values = self._grown(self.keys), self._grown(self.values)
-
-    def _grown(self, old: torch.Tensor) -> torch.Tensor:
-        # Zeros, not empty: a masked column still takes part in 0 * value, and 0 * NaN is NaN.
-        new = old.new_zeros(self.cache.rows, self.cache.columns, *old.shape[2:])
-        new[: old.shape[0], : old.shape[1]] = old
-        return new
+        """Write (1, heads, tokens, head size) to the blocks; attention finds them there, and gets these back."""
+        dtype = self.cache.dtype or key_states.dtype
+        states = key_states[0].transpose(0, 1).to(dtype), value_states[0].transpose(0, 1).to(dtype)
+        for block, tokens in self.cache.written:
+            indices = self.cache.write_indices[tokens]
+            for stored, new in zip(block.fit(self.index, states) or (), states, strict=True):
+                stored.flatten(0, 1).index_copy_(0, indices, new[tokens])
+        return key_states, value_states
 
     def get_seq_length(self) -> int:
         return 0  # positions are always passed in
@@ -194,122 +228,178 @@ class TreeLayer(CacheLayerMixin):
 
 
 class TreeCache(Cache):
-    """The rows of all live requests, kept dense: closing one moves the last row into its place.
+    """The rows of all live requests, in blocks of equal width.
 
     Args:
         layers: Number of layers of the model.
         bytes_per_token: Bytes of keys and values of one token, of all layers.
-        size: Rows and columns to begin with.
-        dtype: Of keys and values; None for what the model computes.
+        size: Rows and columns of a block that is always there, in which every text begins.
+        dtype: Of the keys and values; None for what the model computes.
 
-    `visible` (mask rows, columns) says which columns each path attends to, `positions` (rows, columns)
-    at which position the token of a column is, and `write_indices` (tokens,) where the next forward
-    writes, as indices into rows * columns.
+    `written` are the blocks that the next forward writes to, each with its part of the forward's tokens;
+    `write_indices` (tokens,) are indices into the rows * columns of the token's block.
     """
 
     def __init__(
         self,
         layers: int,
         bytes_per_token: int = 0,
-        size: tuple[int, int] = (1, BLOCK),
+        size: tuple[int, int] = (1, STEP),
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(layers=[TreeLayer(self) for _ in range(layers)])
-        self.size = size
+        super().__init__(layers=[TreeLayer(self, index) for index in range(layers)])
         self.dtype = dtype
         self.bytes_per_token = bytes_per_token
-        self.trees: list[Tree] = []
+        least, self.narrowest = size
+        self.trees: dict[Tree, None] = {}
+        self.live_texts = LiveTexts()
+        self.blocks: dict[int, RowBlock] = {self.narrowest: RowBlock(layers, self.narrowest, least)}
+        self.written: list[tuple[RowBlock, slice]] = []
         self.write_indices: torch.Tensor
-        self._allocate()
-
-    def _allocate(self) -> None:
-        self.rows, self.columns = self.size
-        self.visible: NDArray[np.bool_] = np.zeros((16, self.columns), dtype=bool)
-        self.positions: NDArray[np.int64] = np.zeros((self.rows, self.columns), dtype=np.int64)
-        self.free_mask_rows = list(range(len(self.visible)))
-        for layer in self.layers:
-            layer.is_initialized = False
-            layer.keys = layer.values = None
 
     @property
     def bytes(self) -> int:
         """Bytes of the cache as it is."""
-        return self.bytes_with(0, 0)
+        return sum(block.rows * block.columns for block in self.blocks.values()) * self.bytes_per_token
 
     def bytes_with(self, rows: int, columns: int) -> int:
-        """Return its bytes with `rows` more rows, and at least `columns` columns in each row."""
-        return self._rows_for(len(self.trees) + rows) * self._columns_for(columns) * self.bytes_per_token
+        """Return its bytes with `rows` more rows of at least `columns` columns each."""
+        width = self._width(columns)
+        block = self.blocks.get(width)
+        now, then = (block.rows, block.rows_for(len(block.trees) + rows)) if block else (0, rows + rows // 4)
+        return self.bytes + (then - now) * width * self.bytes_per_token
 
-    def _rows_for(self, rows: int) -> int:
-        """A quarter more than is needed, so that the cache seldom grows."""
-        return self.rows if rows <= self.rows else rows + rows // 4
+    def _width(self, columns: int) -> int:
+        """The width of a row of so many columns; a block that is there serves before a narrower new one.
 
-    def _columns_for(self, columns: int) -> int:
-        """A quarter more than is needed, rounded up to whole blocks."""
-        return self.columns if columns <= self.columns else -(-columns * 5 // 4 // BLOCK) * BLOCK
+        Few blocks with some columns to spare cost less than many: each is a call of the attention.
+        """
+        width = max(width_for(columns), self.narrowest)
+        there = [each for each in self.blocks if width <= each <= max(width + STEP, width * 5 // 4)]
+        return min(there, default=width)
 
-    def columns_within(self, more: int) -> int:
-        """Return how many columns may be in use before the cache grows by over `more` columns."""
-        return max(self.columns, (self.columns + more) // BLOCK * BLOCK * 4 // 5)
+    def row_bytes(self, columns: int) -> int:
+        """Return the bytes of a row of at least so many columns."""
+        return self._width(columns) * self.bytes_per_token
 
-    def open(self) -> Tree:
-        """Return a new, empty row."""
-        if len(self.trees) == self.rows:
-            self.rows = self._rows_for(self.rows + 1)
-            self.positions = _padded(self.positions, (self.rows, self.columns))
-        tree = Tree(self, len(self.trees))
-        self.trees.append(tree)
+    def columns_within(self, tree: Tree, more: int) -> int:
+        """Return how many columns a tree may have in use before the cache grows by over `more` columns."""
+        return max(tree.block.columns, width_within(more * 4 // 5))
+
+    def open(self, columns: int = 0) -> Tree:
+        """Return a new, empty row of at least `columns` columns."""
+        tree = Tree(self)
+        self.trees[tree] = None
+        block = self._block(columns)
+        block.add([tree])
+        tree.mask_row = block.allocate_mask_row()
         return tree
 
-    @torch.inference_mode()
     def close(self, tree: Tree) -> None:
         """Free a row, with all its branches."""
-        self.free_mask_rows += tree.mask_rows
-        last = self.trees.pop()
-        if last is not tree:
-            self.positions[tree.row] = self.positions[last.row]
-            for layer in self._initialized_layers():
-                if last.row < len(layer.keys):  # else nothing has been written there yet
-                    for states in (layer.keys, layer.values):
-                        states[tree.row, : last.untouched] = states[last.row, : last.untouched]
-            last.row = tree.row
-            self.trees[last.row] = last
-        if not self.trees and (self.rows, self.columns) != self.size:  # release what a large request took
-            self._allocate()
-
-    def allocate_mask_row(self, like: int | None = None) -> int:
-        """Return a free mask row that sees what the mask row `like` sees, or nothing."""
-        if not self.free_mask_rows:
-            count = len(self.visible)
-            self.visible = _padded(self.visible, (2 * count, self.columns))
-            self.free_mask_rows = list(range(count, 2 * count))
-        mask_row = self.free_mask_rows.pop()
-        self.visible[mask_row] = False if like is None else self.visible[like]
-        return mask_row
+        del self.trees[tree]
+        self.live_texts.forget(tree)
+        tree.block.free_mask_rows += tree.mask_rows
+        tree.block.remove(tree, tree.row)
+        self._give_back([tree.block])
 
     def reserve(self, columns: int) -> None:
-        """Have at least so many columns from now on."""
-        if columns > self.columns:
-            self.columns = self._columns_for(columns)
-            self.visible = _padded(self.visible, (len(self.visible), self.columns))
-            self.positions = _padded(self.positions, (self.rows, self.columns))
+        """Give the newest row at least so many columns."""
+        if self.trees:
+            newest = next(reversed(self.trees))
+            newest.reserved = columns
+            self.make_room({newest: columns - newest.taken})
+
+    def make_room(self, more: Mapping[Tree, int]) -> None:
+        """Move rows that are about to outgrow their blocks; those that have the same way go together.
+
+        Args:
+            more: Columns that will be allocated.
+        """
+        moving: dict[tuple[RowBlock, int], list[Tree]] = {}
+        for tree, count in more.items():
+            if not tree.has_room(count):
+                moving.setdefault((tree.block, self._width(tree.taken + count)), []).append(tree)
+        for (source, width), trees in moving.items():
+            self._move(trees, source, self._block(width))
+
+    def shrink(self, tree: Tree) -> None:
+        """Move a row that uses a small part of its columns to a narrower block."""
+        needed, source = max(tree.taken, tree.reserved), tree.block
+        if needed * SPARSE < source.columns and self._width(2 * needed) < source.columns:
+            self._move([tree], source, self._block(2 * needed))
+
+    def _block(self, columns: int) -> RowBlock:
+        """The block for rows of so many columns."""
+        width = self._width(columns)
+        if width not in self.blocks:
+            self.blocks[width] = RowBlock(len(self.layers), width)
+        return self.blocks[width]
 
     @torch.inference_mode()
-    def read(self, tree: Tree, tokens: int) -> States:
-        """Return a copy of the keys and values of the first `tokens` tokens of the trunk."""
-        columns = tree.columns[:tokens]
-        return [
-            (layer.keys[tree.row, columns], layer.values[tree.row, columns]) for layer in self._initialized_layers()
-        ]
+    def _move(self, trees: Sequence[Tree], source: RowBlock, target: RowBlock) -> None:
+        rows, columns = [tree.row for tree in trees], [tree.used_columns() for tree in trees]
+        try:  # memory may run out here, before anything has moved
+            self._copy_states(source, target, rows, columns)
+        except RuntimeError:
+            self._give_back([target])
+            raise
+        target.add(trees)
+        for tree, row, used in zip(trees, rows, columns, strict=True):
+            tree.renumber(used)
+            target.positions[tree.row, : len(used)] = source.positions[row, used]
+            for path in tree.paths:
+                mask_row = target.allocate_mask_row()
+                target.visible[mask_row, : len(used)] = source.visible[path.mask_row, used]
+                source.free_mask_rows.append(path.mask_row)
+                path.mask_row = mask_row
+        for row, tree in sorted(zip(rows, trees, strict=True), key=lambda pair: -pair[0]):
+            source.remove(tree, row)
+        self._give_back([source])
+
+    def _copy_states(self, source: RowBlock, target: RowBlock, rows: list[int], columns: list[list[int]]) -> None:
+        """Copy what these columns hold to the next free rows of another block."""
+        first, widest = len(target.trees), max(map(len, columns))
+        target.make_rows(first + len(rows))
+        if widest == 1:  # only the scratch columns
+            return
+        device = next((pair[0].device for pair in source.states if pair is not None), None)
+        padded = [used + [0] * (widest - len(used)) for used in columns]
+        at = torch.tensor(rows, device=device)[:, None], torch.tensor(padded, device=device)
+        for layer in range(len(self.layers)):
+            if (pair := source.fit(layer)) is not None:
+                for stored, moved in zip(target.fit(layer, pair) or (), pair, strict=True):
+                    stored[first : first + len(rows), :widest] = moved[at]
+
+    def release(self) -> None:
+        """Free all memory; the cache is not used any more."""
+        for block in self.blocks.values():
+            block.release()
+        self.blocks.clear()
+        self.layers.clear()
+
+    def _give_back(self, blocks: Iterable[RowBlock]) -> None:
+        """Release what these blocks need no more."""
+        for block in blocks:
+            block.give_back()
+            if not block.rows:
+                block.release()
+                del self.blocks[block.columns]
+
+    @torch.inference_mode()
+    def read(self, tree: Tree, tokens: int, first: int = 0) -> States:
+        """Return a copy of the keys and values of the trunk's tokens from `first` up to `tokens`."""
+        columns = tree.columns[first:tokens]
+        return [(keys[tree.row, columns], values[tree.row, columns]) for keys, values in self._states(tree.block)]
 
     @torch.inference_mode()
     def write(self, tree: Tree, ids: Sequence[int], states: States) -> None:
         """Make tokens, with keys and values that were read before, the trunk of an empty tree."""
         branch = tree.branch()
         columns = branch.extend(ids)
-        for layer, (keys, values) in zip(self.layers, states, strict=False):
-            layer.fit(keys, values)
-            layer.keys[tree.row, columns], layer.values[tree.row, columns] = keys, values
+        for layer, pair in enumerate(states):
+            for stored, new in zip(tree.block.fit(layer, pair) or (), pair, strict=True):
+                stored[tree.row, columns] = new
         tree.keep(branch)
         tree.drop(branch)
 
@@ -317,11 +407,6 @@ class TreeCache(Cache):
         """Copy the trunk of a tree to an empty one."""
         self.write(target, source.ids, self.read(source, len(source.ids)))
 
-    def _initialized_layers(self) -> list[TreeLayer]:
-        return [layer for layer in self.layers if layer.is_initialized]
-
-
-def _padded(array: NDArray[Any], shape: tuple[int, int]) -> NDArray[Any]:
-    padded = np.zeros(shape, dtype=array.dtype)
-    padded[: array.shape[0], : array.shape[1]] = array
-    return padded
+    @staticmethod
+    def _states(block: RowBlock) -> States:
+        return [pair for pair in block.states if pair is not None]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 
-from cards_integrations.transformer.kv_cache import States, Tree, TreeCache
+from cards_integrations.transformer.kv_cache import Tree, TreeCache
+from cards_integrations.transformer.prefix_tree import PrefixNode, PrefixTree
 
 MIN_PREFIX = 64  # tokens; shorter prefixes are read again, which takes a single step
 
@@ -19,19 +20,6 @@ class CacheNeed(NamedTuple):
     cache: TreeCache
     rows: int
     columns: int
-
-
-@dataclass(eq=False)
-class CachedPrefix:
-    """A finished text: its tokens, and their keys and values."""
-
-    cache: TreeCache
-    ids: list[int]
-    states: States
-
-    @property
-    def bytes(self) -> int:
-        return sum(keys.nbytes + values.nbytes for keys, values in self.states)
 
 
 class KVMemory:
@@ -50,12 +38,24 @@ class KVMemory:
         self.limit = limit
         self.reuse = reuse
         self.caches: list[TreeCache] = []
-        self.prefixes: list[CachedPrefix] = []  # least recently used first
+        self._finished: dict[TreeCache, PrefixTree] = {}
+        self.reclaim: Callable[[], bool] = lambda: False  # gives back a cache that nobody uses; False if there is none
+        self._recent: OrderedDict[PrefixNode, PrefixTree] = OrderedDict()  # least recently used first
+
+    @property
+    def prefix_bytes(self) -> int:
+        """Bytes of the finished texts."""
+        return sum(tree.bytes for tree in self._finished.values())
+
+    @property
+    def prefix_lengths(self) -> tuple[int, ...]:
+        """Tokens of each finished text that does not go on in another, the least recently used first."""
+        return tuple(node.end for node in self._recent if not node.children)
 
     @property
     def used(self) -> int:
         """Bytes of all caches and of the finished texts."""
-        return sum(cache.bytes for cache in self.caches) + sum(prefix.bytes for prefix in self.prefixes)
+        return self.limit - self.spare + self.prefix_bytes
 
     @property
     def spare(self) -> int:
@@ -64,70 +64,86 @@ class KVMemory:
 
     @property
     def spare_columns(self) -> int:
-        """Columns that all caches may still grow by."""
-        return self.spare // max(1, sum(cache.rows * cache.bytes_per_token for cache in self.caches))
+        """Columns that every row of all caches may still grow by."""
+        return self.spare // max(1, sum(len(cache.trees) * cache.bytes_per_token for cache in self.caches))
 
     def admits(self, needs: Sequence[CacheNeed]) -> bool:
         """Return True if the caches can grow as needed; finished texts are evicted for it."""
         more = sum(cache.bytes_with(rows, columns) - cache.bytes for cache, rows, columns in needs)
+        while more > self.spare and self.reclaim():
+            pass
         return self.evict_for(more)
 
     def evict_for(self, more: int) -> bool:
         """Evict finished texts until `more` bytes fit; False if they never will."""
         if more > self.spare:
             return False
-        while self.prefixes and self.used + more > self.limit:
-            self.prefixes.pop(0)
+        while self._recent and self.used + more > self.limit:
+            self._evict()
         return True
+
+    def _evict(self) -> None:
+        leaf, tree = next(iter(self._recent.items()))
+        tree.remove(leaf)
 
     def evict_all(self) -> bool:
         """Evict all finished texts; False if there were none."""
-        had, self.prefixes = bool(self.prefixes), []
+        had = bool(self._recent)
+        self._finished.clear()
+        self._recent.clear()
         if had and torch.cuda.is_available():
             torch.cuda.empty_cache()
         return had
 
+    def _texts(self, cache: TreeCache) -> PrefixTree:
+        """The finished texts of a cache."""
+        if cache not in self._finished:
+            self._finished[cache] = PrefixTree(cache.bytes_per_token, self._recent)
+        return self._finished[cache]
+
     def keep(self, tree: Tree) -> None:
-        """Keep the text of a row that is about to be closed; texts that it begins with are evicted."""
+        """Keep the text of a row that is about to be closed, as far as it is not known."""
         if not self.reuse or len(tree.ids) < MIN_PREFIX:
             return
-        size = len(tree.ids) * tree.cache.bytes_per_token
-        if size <= self.spare:
-            self.prefixes = [p for p in self.prefixes if p.cache is not tree.cache or tree.ids[: len(p.ids)] != p.ids]
-            self.evict_for(size)
-            self.prefixes.append(CachedPrefix(tree.cache, tree.ids.copy(), tree.cache.read(tree, len(tree.ids))))
+        cache, texts, length = tree.cache, self._texts(tree.cache), len(tree.ids)
+        path, known = texts.match(tree.ids)
+        texts.use(path)
+        if length * cache.bytes_per_token <= self.spare and known < length:
+            path = texts.cut(path, known)
+            self.evict_for((length - known) * cache.bytes_per_token)
+            texts.insert(path, tree.ids[known:], cache.read(tree, length, first=known))
 
     def recall(self, tree: Tree, ids: Sequence[int]) -> None:
         """Fill an empty row with the longest known prefix of a text; at least the text's last token is left to read."""
         if not self.reuse or len(ids) <= MIN_PREFIX:
             return
-        live = [(common(t.ids, ids), t) for t in tree.cache.trees if t is not tree]
-        finished = [(common(p.ids, ids), p) for p in self.prefixes if p.cache is tree.cache]
-        found: list[tuple[int, Tree | CachedPrefix]] = [*live, *finished]
-        tokens, source = max(found, key=lambda each: each[0], default=(0, tree))
-        tokens = min(tokens, len(ids) - 1)
+        cache, texts, begins = tree.cache, self._texts(tree.cache), [*ids[:-1]]
+        path, finished = texts.match(begins)
+        source, live = cache.live_texts.longest(cache.trees, begins)
+        tokens = max(finished, live)
         if tokens < MIN_PREFIX:
             return
-        if isinstance(source, CachedPrefix):
-            self.prefixes.remove(source)
-            self.prefixes.append(source)  # used last
-            states = [(keys[:tokens], values[:tokens]) for keys, values in source.states]
+        if source is not None and live >= finished:
+            states = cache.read(source, tokens)
         else:
-            states = tree.cache.read(source, tokens)
-        tree.cache.write(tree, ids[:tokens], states)
+            texts.use(path)
+            states = texts.read(path, tokens)
+        cache.write(tree, begins[:tokens], states)
+
+    def forget(self, cache: TreeCache) -> None:
+        """Give back the memory of a cache that is not used any more, and its finished texts."""
+        self.caches.remove(cache)
+        self._forget_texts(cache)
+        cache.release()
 
     def replace(self, old: TreeCache, new: TreeCache) -> None:
         """Put a new cache in the place of an old one, whose finished texts are evicted."""
         self.caches = [cache for cache in self.caches if cache not in (old, new)] + [new]
-        self.prefixes = [prefix for prefix in self.prefixes if prefix.cache is not old]
+        self._forget_texts(old)
 
-
-def common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Return the length of the longest common prefix of two texts, in tokens."""
-    n = min(len(one), len(other))
-    if one[:n] == other[:n]:
-        return n
-    return next(i for i in range(n) if one[i] != other[i])
+    def _forget_texts(self, cache: TreeCache) -> None:
+        for node in self._finished.pop(cache).nodes() if cache in self._finished else ():
+            del self._recent[node]
 
 
 def first_to_read(texts: Sequence[Sequence[int]]) -> list[int]:
@@ -136,11 +152,12 @@ def first_to_read(texts: Sequence[Sequence[int]]) -> list[int]:
     The others can reuse what they have in common with one of these, once it has been read.
     """
     first: list[int] = []
+    beginnings: set[tuple[int, ...]] = set()
     for index, text in enumerate(texts):
-        if len(text) <= MIN_PREFIX or not any(
-            min(common(texts[other], text), len(text) - 1) >= MIN_PREFIX for other in first
-        ):
+        beginning = tuple(text[:MIN_PREFIX])
+        if len(text) <= MIN_PREFIX or beginning not in beginnings:
             first.append(index)
+            beginnings.add(beginning)
     return first
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 from typing import Any
 
 from cards_integrations.errors import ModelError
+from cards_integrations.models.local.checks import check_complete, check_finite
 from cards_integrations.models.local.load_lock import load_errors
 from cards_integrations.models.local.settings import LocalModel
 from cards_integrations.paths import is_directory
 
 WEIGHTS = "adapter_model.safetensors"
+MISSING = "Found missing adapter keys while loading the checkpoint: "  # how peft's warning begins
 
 
 def can_share_weights(spec: LocalModel) -> bool:
@@ -37,21 +40,34 @@ def merge_adapter(spec: LocalModel, model: Any, shared: bool) -> Any:
         shared: Whether its weights are another model's, too; those that the adapter changes are copied.
     """
     with load_errors(spec.model):
-        adapted = load_adapter(spec, model)
+        adapted = _load_adapter(spec, model)
     if shared:
         _copy_adapted_weights(adapted)
     return adapted.merge_and_unload()
 
 
-def load_adapter(spec: LocalModel, model: Any) -> Any:
-    """Return peft's model of a base model, which is changed, and an adapter."""
-    assert spec.adapter is not None
+def _load_adapter(spec: LocalModel, model: Any) -> Any:
+    """peft's model of a base model, which is changed, and an adapter."""
     from peft import PeftModel
 
     with warnings.catch_warnings():
         # peft reads an attribute that transformers has renamed
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-        return PeftModel.from_pretrained(model, _without_pickle(spec.adapter), autocast_adapter_dtype=False)
+        warnings.filterwarnings("error", MISSING)
+        check_finite(f"adapter={spec.adapter!r}", _tensors(spec.adapter or ""))
+        try:
+            return PeftModel.from_pretrained(model, spec.adapter or "", autocast_adapter_dtype=False)
+        except UserWarning as missing:
+            names = re.findall(r"'(.*?)'", str(missing))
+            return check_complete(f"adapter={spec.adapter!r}", names, (), f"model={spec.model!r}")
+
+
+def brought_by(spec: LocalModel) -> set[str]:
+    """Return the names of a model's own weights that its adapter replaces, such as a head that the model lacks."""
+    if spec.adapter is None:
+        return set()
+    with load_errors(spec.model):
+        return {name.removeprefix("base_model.model.") for name in _tensors(spec.adapter)}
 
 
 def add_adapter(spec: LocalModel, model: Any) -> Any:
@@ -82,7 +98,7 @@ def add_adapter(spec: LocalModel, model: Any) -> Any:
     for name, layer in layers.items():
         model.set_submodule(name, _without_weights(layer.out_features, layer.in_features))
     with load_errors(spec.model), torch.no_grad():
-        adapted = load_adapter(spec, model)
+        adapted = _load_adapter(spec, model)
         factors = {name: _factors(spec, layer) for name, layer in _tuned(adapted).items()}
         adapted.unload()
     for name, layer in layers.items():
@@ -135,16 +151,18 @@ def label_options(adapter: str | None) -> dict[str, int]:
         return {"num_labels": tensors.get_slice(heads[0]).get_shape()[0] if heads else 1}
 
 
-def _without_pickle(adapter: str) -> str:
-    """The adapter, if it has safetensors; peft would fall back on `adapter_model.bin`."""
-    if is_directory(adapter):
-        if not (Path(adapter) / WEIGHTS).is_file():
-            raise ModelError(f"adapter={adapter!r} has no {WEIGHTS}; weights are not read from pickles.")
-        return adapter
-    from huggingface_hub import hf_hub_download
+def _tensors(adapter: str) -> dict[str, Any]:
+    """The adapter's own weights, from safetensors; peft would fall back on `adapter_model.bin`."""
+    from safetensors.torch import load_file
 
-    hf_hub_download(adapter, WEIGHTS)
-    return adapter
+    if not is_directory(adapter):
+        from huggingface_hub import hf_hub_download
+
+        return load_file(hf_hub_download(adapter, WEIGHTS))
+    file = Path(adapter) / WEIGHTS
+    if not file.is_file():
+        raise ModelError(f"adapter={adapter!r} has no {WEIGHTS}; weights are not read from pickles.")
+    return load_file(file)
 
 
 def _copy_adapted_weights(adapted: Any) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,7 +14,7 @@ from cards_integrations.chat.detokenizer import Detokenizer, decodes_locally
 from cards_integrations.chat.grammar import Grammar, GrammarTokenizer, Matcher
 from cards_integrations.chat.stop_strings import StopStrings
 from cards_integrations.chat.template import ChatTokenizer
-from cards_integrations.errors import CardsError, OutOfMemory
+from cards_integrations.errors import CardsError, ModelError, as_cards_error
 from cards_integrations.models.base import Boundary, Candidate, Context
 from cards_integrations.models.local.resolve import max_positions
 from cards_integrations.models.randomness import Uniforms
@@ -25,6 +26,7 @@ from cards_integrations.transformer.kv_cache import Branch
 from cards_integrations.transformer.kv_memory import CacheNeed, KVMemory, first_to_read
 from cards_integrations.transformer.step_times import StepTimes, least_seconds, step_times
 
+PREFILL_BESIDE = 512  # tokens of prompts that are read before a step of others
 LONG = 96  # tokens from which on a candidate does not share a row
 
 
@@ -60,6 +62,20 @@ class OpenRequest:
 
     kept: Frontier
     candidates: dict[Candidate, Frontier] = field(default_factory=dict)
+
+
+class Drawn(NamedTuple):
+    """A token that was drawn for a candidate.
+
+    Attributes:
+        token: Its id.
+        log_p: Its log-probability in nats, full vocabulary, temperature 1.
+        rises: True if the segment ends before it.
+    """
+
+    token: int
+    log_p: float
+    rises: bool
 
 
 class LocalLanguageModel:
@@ -162,9 +178,8 @@ class LocalLanguageModel:
         cache = self.transformer.cache
         longest = min(boundary.max_tokens, context.max_tokens)
         if longest > LONG:
-            row = cache.bytes_with(0, len(tree.ids) + longest) // cache.rows
-            return self.memory.spare // max(1, row)
-        return (cache.columns_within(self.memory.spare_columns) - tree.taken) // longest
+            return self.memory.spare // max(1, cache.row_bytes(len(tree.ids) + longest))
+        return (cache.columns_within(tree, self.memory.spare_columns) - tree.taken) // longest
 
     def drop(self, candidate: Candidate) -> None:
         """Give up a candidate, finished or not."""
@@ -214,43 +229,70 @@ class LocalLanguageModel:
             ended += self._sample(boundary, sampler, group)
         return ended
 
-    @torch.inference_mode()
     def _sample(self, boundary: Boundary, sampler: Sampler, group: list[Candidate]) -> list[Candidate]:
+        """Give each candidate of a group its token; what one of them raises ends that one alone."""
         frontiers = [self._requests[c.context].candidates[c] for c in group]
+        try:
+            drawn = self._draw(boundary, sampler, group, frontiers)
+        except BaseException as error:
+            if len(group) == 1:
+                return [_failed(group[0], error)]
+            return [ended for each in group for ended in self._sample(boundary, sampler, [each])]
+        ended = []
+        for candidate, frontier, token in zip(group, frontiers, drawn, strict=True):
+            try:
+                if self._take(candidate, frontier, token):
+                    ended.append(candidate)
+            except BaseException as error:
+                ended.append(_failed(candidate, error))
+        return ended
+
+    @torch.inference_mode()
+    def _draw(
+        self, boundary: Boundary, sampler: Sampler, group: list[Candidate], frontiers: list[Frontier]
+    ) -> list[Drawn]:
+        """A token for each candidate of a group, from the logits at its frontier."""
         logits, rows = _stacked([frontier.logits for frontier in frontiers if frontier.logits is not None])
         uniforms = torch.tensor([c.uniforms[len(c.ids)] for c in group], dtype=torch.float64, device=logits.device)
         at = torch.tensor(rows, device=logits.device)
         tokens, forced = self._tokens(sampler, group, logits, at, uniforms)
         log_p = logits.float().log_softmax(-1)
         asked = [i for i, c in enumerate(group) if len(c.ids) >= boundary.min_tokens and i not in forced]
-        which = [rows[i] for i in asked]
-        rises = boundary.ends_before(logits, log_p, which) if asked else None
+        rises = boundary.ends_before(logits, log_p, [rows[i] for i in asked]) if asked else None
         log_p = log_p[at, tokens]
-        drawn = [tokens.double(), log_p.double(), *([] if rises is None else [rises.double()])]
-        numbers, n = torch.cat(drawn).tolist(), len(group)  # the one transfer of a step
-        ids, gains = map(int, numbers[:n]), numbers[n : 2 * n]
-        risen = {i for i, rise in zip(asked, numbers[2 * n :], strict=False) if rise}
-        ended = []
-        for i, (candidate, frontier, token, gain) in enumerate(zip(group, frontiers, ids, gains, strict=True)):
-            if i in risen:
-                self._decode(candidate, frontier)  # ends before this token; its logits stay for whoever comes next
-                ended.append(candidate)
-                continue
-            candidate.context.usage.drafted_tokens += 1
-            if token in self.eos:
-                candidate.finish = "length" if candidate.matcher is not None and candidate.matcher.closed else "stop"
-                candidate.end_log_p = gain
-                self._decode(candidate, frontier)
-                ended.append(candidate)
-                continue
-            candidate.log_likelihood += gain
-            candidate.ids.append(token)
-            frontier.logits, frontier.unread = None, [token]
-            if self._ends_after(candidate, frontier):
-                ended.append(candidate)
-            else:
-                frontier.waiting.append(candidate)
-        return ended
+        together = [tokens.double(), log_p.double(), *([] if rises is None else [rises.double()])]
+        numbers, n = torch.cat(together).tolist(), len(group)  # the one transfer of a step
+        risen = {} if rises is None else dict(zip(asked, numbers[2 * n :], strict=True))
+        pairs = zip(numbers[:n], numbers[n : 2 * n], strict=True)
+        return [Drawn(int(token), gain, bool(risen.get(i))) for i, (token, gain) in enumerate(pairs)]
+
+    def _take(self, candidate: Candidate, frontier: Frontier, drawn: Drawn) -> bool:
+        """Append a token to a candidate, unless it ends before; True if it has ended."""
+        if drawn.rises:
+            self._decode(candidate, frontier)  # its logits stay for whoever comes next
+            return True
+        candidate.context.usage.drafted_tokens += 1
+        if math.isnan(drawn.log_p):
+            raise self._not_a_number()
+        if drawn.token in self.eos:
+            candidate.finish = "length" if candidate.matcher is not None and candidate.matcher.closed else "stop"
+            candidate.end_log_p = drawn.log_p
+            self._decode(candidate, frontier)
+            return True
+        candidate.log_likelihood += drawn.log_p
+        candidate.ids.append(drawn.token)
+        frontier.logits, frontier.unread = None, [drawn.token]
+        if self._ends_after(candidate, frontier):
+            return True
+        frontier.waiting.append(candidate)
+        return False
+
+    def _not_a_number(self) -> ModelError:
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return ModelError(
+            f"model {self.name!r} gave NaN in place of logits, in {dtype}: a number in it was too large. "
+            "Use EngineSettings(dtype='bfloat16') or dtype='float32'."
+        )
 
     def _tokens(
         self, sampler: Sampler, group: list[Candidate], logits: torch.Tensor, at: torch.Tensor, uniforms: torch.Tensor
@@ -330,15 +372,18 @@ class LocalLanguageModel:
         return found
 
     def forward(self, candidates: Iterable[Candidate]) -> None:
-        """Read what these candidates wait for; of long prompts a piece, so that the others take a step in between."""
-        unread = self._recalled(self._unread(candidates))
-        inputs = [
-            ForwardInput(frontier.branch, frontier.unread[:PREFILL_CHUNK], (frontier, context))
-            for frontier, context in unread.items()
+        """Read what these candidates wait for; of prompts a bounded piece, so that others go on in between."""
+        unread = self._recalled(self._unread(candidates)).items()
+        step = [ForwardInput(f.branch, f.unread.copy(), (f, context)) for f, context in unread if len(f.unread) == 1]
+        prompts = [(f, context) for f, context in unread if len(f.unread) > 1]
+        shares = prefill_shares([len(f.unread) for f, _ in prompts], PREFILL_BESIDE if step else PREFILL_CHUNK)
+        pieces = [
+            ForwardInput(f.branch, f.unread[:share], (f, context))
+            for (f, context), share in zip(prompts, shares, strict=True)
+            if share
         ]
-        step = [each for each in inputs if len(each.ids) == 1]
-        for batch in self.transformer.batches([each for each in inputs if len(each.ids) > 1]):
-            self._run(batch)
+        if pieces:
+            self._run(pieces)
         if step:
             self._run(step)
             self.steps += 1
@@ -367,7 +412,7 @@ class LocalLanguageModel:
         served = {}
         for each, logits in zip(inputs, self.transformer.logits(inputs), strict=True):
             frontier, context = each.owner
-            if isinstance(logits, OutOfMemory):
+            if isinstance(logits, CardsError):
                 self._fail(frontier, logits)
                 continue
             del frontier.unread[: len(each.ids)]
@@ -397,7 +442,7 @@ class LocalLanguageModel:
             [row] = self.transformer.logits([ForwardInput(tree.branch(), [*prompt_ids, *ids], outputs=len(ids) + 1)])
         finally:
             self.transformer.cache.close(tree)
-        if isinstance(row, OutOfMemory):
+        if isinstance(row, CardsError):
             raise row
         return row.values[:-1].float()
 
@@ -416,7 +461,9 @@ class LocalLanguageModel:
 
         def step() -> None:
             aside.forward(begun)
-            aside.sample()
+            for candidate in aside.sample():
+                if candidate.error is not None:
+                    raise candidate.error
 
         return least_seconds(step, self.model.device)
 
@@ -428,6 +475,25 @@ class LocalLanguageModel:
         self.memory.replace(old.cache, self.transformer.cache)
 
 
+def prefill_shares(unread: Sequence[int], budget: int) -> list[int]:
+    """How many tokens of each prompt are read next.
+
+    The shortest come first, so that they do not wait for long ones; the oldest has half of the budget, so that it is
+    read, however many come after it.
+
+    Args:
+        unread: Tokens of each prompt that have not been read, in order of arrival.
+        budget: Tokens that are read at most.
+    """
+    shares = [min(n, budget // 2) if i == 0 else 0 for i, n in enumerate(unread)]
+    left = budget - sum(shares)
+    for i in sorted(range(len(unread)), key=unread.__getitem__):
+        more = min(unread[i] - shares[i], left)
+        shares[i] += more
+        left -= more
+    return shares
+
+
 def _stacked(logits: list[Output]) -> tuple[torch.Tensor, list[int]]:
     """Distinct logits (n, vocabulary), and where each of the given ones is among them."""
     places = {(id(row.batch), row.last): row.value for row in logits}  # siblings begin from the same ones
@@ -436,6 +502,12 @@ def _stacked(logits: list[Output]) -> tuple[torch.Tensor, list[int]]:
         return batch, [row.last for row in logits]  # a few rows too many cost less than a copy of the others
     index = {place: i for i, place in enumerate(places)}
     return torch.stack(list(places.values())), [index[id(row.batch), row.last] for row in logits]
+
+
+def _failed(candidate: Candidate, error: BaseException) -> Candidate:
+    """The candidate, with the error that ends its request."""
+    candidate.error = as_cards_error(error, "Drafting failed")
+    return candidate
 
 
 class _Long(Boundary):

@@ -8,9 +8,17 @@ from contextlib import contextmanager
 from functools import cached_property
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from cards_integrations.errors import ModelError
-from cards_integrations.models.local.adapters import add_adapter, can_share_weights, label_options, merge_adapter
+from cards_integrations.models.local.adapters import (
+    add_adapter,
+    brought_by,
+    can_share_weights,
+    label_options,
+    merge_adapter,
+)
+from cards_integrations.models.local.checks import check_complete, check_finite, check_vocabulary, embedding_rows
 from cards_integrations.models.local.embedded import SMOLLM2, embedded_groups
 from cards_integrations.models.local.load_lock import load_errors, load_lock
 from cards_integrations.models.local.resolve import read_config, resolve_model
@@ -27,6 +35,8 @@ T = TypeVar("T")
 
 class ModelLoader:
     """Loads the models of one engine, each once. Models that are adapters on the language model share its weights.
+
+    The language model stays; others stay as long as somebody, such as a reward model, holds them.
 
     Args:
         placement: Where and how weights are held.
@@ -52,7 +62,8 @@ class ModelLoader:
             torch.set_num_threads(placement.threads)
         self.budget = budget
         self.language_model: tuple[LocalModel, Any, Any] | None = None
-        self._cached: dict[Hashable, Any] = {}
+        self._cached: WeakValueDictionary[Hashable, Any] = WeakValueDictionary()
+        self._tokenizers: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # by their model
 
     @cached_property
     def memory(self) -> KVMemory | None:
@@ -65,17 +76,17 @@ class ModelLoader:
         Raises:
             ModelError: It cannot be loaded, or has no weights for a part.
         """
-        return self.cached(("causal", spec), lambda: self._causal(spec))
+        return self._with_tokenizer(self.cached(("causal", spec), lambda: self._causal(spec)))
 
-    def _causal(self, spec: LocalModel) -> tuple[Any, Any]:
+    def _causal(self, spec: LocalModel) -> Any:
         from transformers import AutoModelForCausalLM
 
         own, shared = self.language_model, self._on_language_model(spec)
         model = _copy_modules(own[1]) if own and shared else self._load(spec, AutoModelForCausalLM)
         model = self._adapted(spec, model, shared)
-        tokenizer = self.tokenizer(spec)
-        self.language_model = own or (spec, model, tokenizer)
-        return model, tokenizer
+        self._tokenizers[model] = self._fitting_tokenizer(spec, model)
+        self.language_model = own or (spec, model, self._tokenizers[model])
+        return model
 
     def classifier(self, spec: LocalModel) -> tuple[Any, Any]:
         """Return (model, tokenizer) for scoring; `adapter` may bring the head that the checkpoint lacks.
@@ -83,9 +94,9 @@ class ModelLoader:
         Raises:
             ModelError: It cannot be loaded, or has no weights for a part.
         """
-        return self.cached(("classifier", spec), lambda: self._classifier(spec))
+        return self._with_tokenizer(self.cached(("classifier", spec), lambda: self._classifier(spec)))
 
-    def _classifier(self, spec: LocalModel) -> tuple[Any, Any]:
+    def _classifier(self, spec: LocalModel) -> Any:
         from transformers import AutoModelForSequenceClassification
 
         shared = self._on_language_model(spec)
@@ -93,7 +104,12 @@ class ModelLoader:
             model = self._on_shared_body(spec)
         else:
             model = self._load(spec, AutoModelForSequenceClassification, label_options(spec.adapter))
-        return self._adapted(spec, model, shared), self.tokenizer(spec)
+        model = self._adapted(spec, model, shared)
+        self._tokenizers[model] = self._fitting_tokenizer(spec, model)
+        return model
+
+    def _with_tokenizer(self, model: Any) -> tuple[Any, Any]:
+        return model, self._tokenizers[model]
 
     def _on_language_model(self, spec: LocalModel) -> bool:
         """True if it is an adapter that can share the language model's own weights."""
@@ -108,41 +124,42 @@ class ModelLoader:
 
         if spec.adapter:
             model = add_adapter(spec, model) if is_quantized(model) else merge_adapter(spec, model, shared)
+        check_finite(f"model={spec.model!r}", model.state_dict())
         return self._placed(model)
+
+    def _fitting_tokenizer(self, spec: LocalModel, model: Any) -> Any:
+        """A new tokenizer of the model, whose ids the model knows."""
+        tokenizer = self.tokenizer(spec)
+        check_vocabulary(f"model={spec.model!r}", tokenizer, embedding_rows(model))
+        return tokenizer
 
     def on_device(self, device: str | None, dtype: DType | None) -> ModelLoader:
         """Return a loader for another device or dtype, with the same memory for caches; itself if both are None."""
         if device is None and dtype is None:
             return self
-        placement = Placement(device=device or str(self.device), dtype=dtype or self.placement.dtype)
-
-        def build() -> ModelLoader:
-            other = ModelLoader(placement)
-            other.memory = self.memory
-            return other
-
-        return self.cached(("at", placement), build)
+        other = ModelLoader(Placement(device=device or str(self.device), dtype=dtype or self.placement.dtype))
+        other.memory, other._cached, other._tokenizers = self.memory, self._cached, self._tokenizers
+        return other
 
     def cached(self, key: Hashable, build: Callable[[], T]) -> T:
-        """Return what `build` made for this key, which is built once."""
-        if key not in self._cached:
-            self._cached[key] = build()
-        made: T = self._cached[key]
-        return made
+        """Return what `build` made for this key on this device; built once, and there as long as somebody holds it."""
+        here = (key, self.device, self.placement.dtype)
+        with load_lock():
+            made: T | None = self._cached.get(here)
+            if made is None:
+                made = self._cached[here] = build()
+            return made
 
     def release(self) -> None:
         """Free the memory of weights and caches, which reference cycles would hold until a garbage collection."""
         import torch
 
         for cache in self.memory.caches if self.memory is not None else ():
-            cache.layers.clear()
-        for made in self._cached.values():
-            if isinstance(made, ModelLoader):
-                made.release()
-            for part in made if isinstance(made, tuple) else (made,):
-                if isinstance(part, torch.nn.Module):
-                    for tensor in chain(part.parameters(), part.buffers()):
-                        tensor.data = tensor.data.new_empty(0)
+            cache.release()
+        for made in list(self._cached.values()):
+            if isinstance(made, torch.nn.Module):
+                for tensor in chain(made.parameters(), made.buffers()):
+                    tensor.data = tensor.data.new_empty(0)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -188,9 +205,8 @@ class ModelLoader:
                     use_safetensors=True,
                     output_loading_info=True,
                 )
-        if report["missing_keys"] and not spec.adapter:  # transformers would leave them random
-            missing = ", ".join(sorted(report["missing_keys"])[:3])
-            raise ModelError(f"model={spec.model!r} has no weights for {missing} of {type(model).__name__}.")
+        # transformers would leave them random
+        check_complete(f"model={spec.model!r}", report["missing_keys"], brought_by(spec), type(model).__name__)
         if bits and on_cpu:
             quantize(model.eval(), bits, embedded_groups(spec.model) if bits == "int4" else {})
         return self._placed(model)
@@ -234,6 +250,7 @@ class ModelLoader:
 
         assert self.language_model is not None
         causal = self.language_model[1]
+        check_complete(f"adapter={spec.adapter!r}", {"score.weight"}, brought_by(spec), "a classifier")
         config = copy.deepcopy(causal.config)
         config.num_labels = label_options(spec.adapter)["num_labels"]
         with load_lock(), torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Turns a loaded model into one with weights of 4 or 8 bits, and finds out which of its layers can be computed at once."""
+"""Turns a loaded model into one with weights of 4 or 8 bits, some of whose layers are computed together."""
 
 from __future__ import annotations
 

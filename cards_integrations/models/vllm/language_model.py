@@ -12,9 +12,17 @@ from pydantic import ValidationError
 
 from cards_integrations.chat.template import ChatTokenizer
 from cards_integrations.errors import CardsError, ModelError, SettingsError
-from cards_integrations.http_client import ServiceClient
+from cards_integrations.http_client import REPLY_BYTES, Reply, ServiceClient
 from cards_integrations.models.base import Boundary, Candidate, Context
-from cards_integrations.models.vllm.replies import COMPLETIONS, HINTS, PROBE, Completion, ServerHandshake
+from cards_integrations.models.vllm.replies import (
+    COMPLETIONS,
+    HINTS,
+    PROBE,
+    PROMPT_TOKEN_BYTES,
+    TOKEN_BYTES,
+    Completion,
+    ServerHandshake,
+)
 from cards_integrations.models.vllm.settings import VllmModel
 
 log = logging.getLogger("cards_integrations")
@@ -60,6 +68,11 @@ class VllmLanguageModel:
             self.name, self.spec.without_plugin,
         )  # fmt: skip
         return self.spec.without_plugin
+
+    @cached_property
+    def vocabulary(self) -> int:
+        """How many ids an answer's tokens may have."""
+        return 1 + max(self.spec.sentinel or 0, *map(int, self.chat.tokenizer.get_vocab().values()))
 
     @cached_property
     def sentinel(self) -> int:
@@ -108,16 +121,9 @@ class VllmLanguageModel:
             body = self._body(candidate)
             near, calls = self._affinity[context], context.usage
             calls.lm_forwards += 1
-            reply = await self.servers.post(COMPLETIONS, body, affinity=near)
-            try:
-                found = Completion.model_validate_json(reply.content)
-            except ValidationError as error:
-                told = error.errors(include_url=False)[0]
-                raise ModelError(
-                    f"model {self.name!r} answered {self.servers.excerpt(reply)}: {told['loc']}: {told['msg']}. "
-                    "Is the server a vLLM of 0.11 or later?"
-                ) from None
-            self._take(candidate, found)
+            limit = REPLY_BYTES + TOKEN_BYTES * body["max_tokens"] + PROMPT_TOKEN_BYTES * len(body["prompt"])
+            reply = await self.servers.post(COMPLETIONS, body, limit=limit, affinity=near)
+            self._take(candidate, self._completion(reply, body))
         except CardsError as error:
             candidate.error = error
         except Exception as error:
@@ -125,6 +131,22 @@ class VllmLanguageModel:
             candidate.error = ModelError(f"model {self.name!r}: {type(error).__name__}: {error}")
         self._ended.append(candidate)
         self.wake()
+
+    def _completion(self, reply: Reply, body: dict[str, Any]) -> Completion:
+        """What was asked for, or an error that says what else came."""
+        try:
+            found = Completion.model_validate_json(reply.content)
+        except ValidationError as error:
+            told = error.errors(include_url=False)[0]
+            fault: str | None = ": ".join([*(str(part) for part in told["loc"]), told["msg"]])
+        else:
+            fault = found.fault(len(body["prompt"]), body["max_tokens"], self.vocabulary)
+        if fault is None:
+            return found
+        raise ModelError(
+            f"model {self.name!r} answered {self.servers.excerpt(reply)}: {fault}. Is the server a vLLM of 0.11 or "
+            "later?"
+        )
 
     def _body(self, candidate: Candidate) -> dict[str, Any]:
         context, boundary, sampler = candidate.context, candidate.boundary, candidate.context.sampler
@@ -143,6 +165,7 @@ class VllmLanguageModel:
             "logprobs": 0,
             "return_token_ids": True,
             "stop": list(context.stop.strings),
+            "skip_special_tokens": True,  # in what stop strings are looked for; 0.33 has another default than 0.32
         }
         if boundary.served is None:
             return body
@@ -163,16 +186,20 @@ class VllmLanguageModel:
         """Make the completion the candidate's: what the server did not cut is cut here."""
         [choice], paid, usage = found.choices, found.usage, candidate.context.usage
         ids, log_p = choice.token_ids, choice.logprobs.token_logprobs
-        cached = (paid.prompt_tokens_details and paid.prompt_tokens_details.cached_tokens) or 0
-        usage.lm_tokens += paid.prompt_tokens - cached + paid.completion_tokens
+        usage.lm_tokens += paid.prompt_tokens - paid.cached_tokens + paid.completion_tokens
         if not candidate.before and candidate.index == 0:  # the others find what this one has read
-            usage.cached_tokens = min(cached, usage.prompt_tokens)
-        by_token = choice.finish_reason == "stop" and not isinstance(choice.stop_reason, str)
+            usage.cached_tokens = min(paid.cached_tokens, usage.prompt_tokens)
+        by_token = choice.ends_with_token
         risen = by_token and self._served(candidate.boundary) and choice.stop_reason == self.sentinel
         usage.drafted_tokens += len(ids) - risen
         ended = by_token and not risen
         if by_token:
             ids = ids[:-1]
+        if risen and len(ids) < candidate.boundary.min_tokens:
+            raise ModelError(
+                f"model {self.name!r}: the server ended a segment of at least {candidate.boundary.min_tokens} tokens "
+                f"after {len(ids)}. Does it have EntropyStop of this version of cards-integrations?"
+            )
         length = self._cut(candidate, ids)
         candidate.ids = ids[:length]
         candidate.log_likelihood = sum(log_p[: len(candidate.ids)])

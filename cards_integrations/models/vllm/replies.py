@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import httpx
-from pydantic import BaseModel, Field, FiniteFloat, ValidationError
+from pydantic import BaseModel, FailFast, Field, FiniteFloat, Strict, ValidationError
 
 from cards_integrations.errors import ModelError
-from cards_integrations.http_client import HIDDEN
+from cards_integrations.http_client import HIDDEN, Reply, ReplyError, excerpt, exchange, shortened
 from cards_integrations.models.vllm.settings import KEY, VllmModel
+from cards_integrations.threads import in_own_loop
 
 if TYPE_CHECKING:
     from cards_integrations.chat.template import ChatTokenizer
 
 COMPLETIONS, MODELS, TOKENIZE = "/v1/completions", "/v1/models", "/tokenize"
 PROBE = "The café's 1,000 guests:\n\t- said «no» 👍 (twice)."  # tokenizers that agree on it are taken to be the same
+HANDSHAKE_TIMEOUT = 30.0  # seconds for each of the three questions, whatever the number of replicas
+MODELS_BYTES = 2**22  # of the list of models at most: adapters may be thousands
+TOKEN_BYTES = 2**10  # of a completion for each of its tokens at most: its text thrice, escaped
+PROMPT_TOKEN_BYTES = 16  # for each of the prompt, which comes back with it
+ROUNDING = 1e-3  # by which a log-probability may be above 0
 M = TypeVar("M", bound=BaseModel)
 HINTS = {
     401: f"Set model.api_key, or {KEY}.",
     403: f"Set model.api_key, or {KEY}.",
     404: "Check model.base_url and model.model.",
 }
+Count = Annotated[int, Field(ge=0), Strict()]
+TokenId = Annotated[int, Field(ge=0), Strict()]
 
 
 class TokenizeReply(BaseModel):
     """Of POST /tokenize."""
 
-    tokens: list[int]
+    tokens: Annotated[list[int], FailFast()]
 
 
 class ModelCard(BaseModel):
@@ -41,36 +50,46 @@ class ModelCard(BaseModel):
 class ModelList(BaseModel):
     """Of GET /v1/models."""
 
-    data: list[ModelCard]
+    data: Annotated[list[ModelCard], FailFast()]
 
 
 class LogProbs(BaseModel):
     """Log-probabilities of the generated tokens, in nats."""
 
-    token_logprobs: list[FiniteFloat]
+    token_logprobs: Annotated[list[Annotated[FiniteFloat, Strict()]], FailFast()]
 
 
 class Choice(BaseModel):
     """The one completion of a request; `stop_reason` is the stop string, or the id of the stop token, that ended it."""
 
     finish_reason: Literal["stop", "length"]
-    stop_reason: int | str | None = None
-    token_ids: list[int]
+    stop_reason: Annotated[int, Strict()] | str | None = None
+    token_ids: Annotated[list[TokenId], FailFast()]
     logprobs: LogProbs
+
+    @property
+    def ends_with_token(self) -> bool:
+        """True if its last token ended it: the end of sequence, or one of `stop_token_ids`."""
+        return self.finish_reason == "stop" and not isinstance(self.stop_reason, str)
 
 
 class PromptTokensDetails(BaseModel):
     """How many tokens of the prompt the server had in its prefix cache."""
 
-    cached_tokens: int | None = None
+    cached_tokens: Count | None = None
 
 
 class TokenUsage(BaseModel):
     """Tokens of a request."""
 
-    prompt_tokens: int
-    completion_tokens: int = 0
+    prompt_tokens: Count
+    completion_tokens: Count = 0
     prompt_tokens_details: PromptTokensDetails | None = None
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that the server did not have to read; 0 if it does not say."""
+        return (self.prompt_tokens_details and self.prompt_tokens_details.cached_tokens) or 0
 
 
 class Completion(BaseModel):
@@ -79,9 +98,31 @@ class Completion(BaseModel):
     choices: Annotated[list[Choice], Field(min_length=1, max_length=1)]
     usage: TokenUsage
 
+    def fault(self, prompt_tokens: int, max_tokens: int, vocabulary: int) -> str | None:
+        """What is wrong with it as an answer to a request of such sizes; None if nothing is."""
+        [choice], usage = self.choices, self.usage
+        ids, log_p, finish = choice.token_ids, choice.logprobs.token_logprobs, choice.finish_reason
+        if not ids:
+            return f"no token, and finish_reason {finish!r}"
+        if len(ids) != len(log_p):
+            return f"{len(ids)} token ids and {len(log_p)} log-probabilities"
+        if len(ids) > max_tokens or (finish == "length" and len(ids) < max_tokens):
+            return f"{len(ids)} tokens and finish_reason {finish!r} for max_tokens={max_tokens}"
+        if max(ids) >= vocabulary:
+            return f"token {max(ids)}, and the tokenizer has {vocabulary}"
+        if max(log_p) > ROUNDING:
+            return f"log-probability {max(log_p)}, above 0: its --logprobs-mode has to be raw_logprobs, the default"
+        if choice.ends_with_token and choice.stop_reason not in (None, ids[-1]):
+            return f"stop_reason {choice.stop_reason}, and token {ids[-1]} is the last"
+        if usage.prompt_tokens != prompt_tokens or usage.cached_tokens > prompt_tokens:
+            return f"{usage.prompt_tokens} prompt tokens, {usage.cached_tokens} cached, for a prompt of {prompt_tokens}"
+        return None
+
 
 class ServerHandshake:
     """Learns what has to be known of a server before it drafts, from all replicas that answer.
+
+    Its methods block, each for `HANDSHAKE_TIMEOUT` at most. They may be called in a thread with a running loop.
 
     Args:
         spec: The model, and where it is served.
@@ -95,9 +136,9 @@ class ServerHandshake:
         self.key = spec.key
         self.replicas: dict[str, ModelList] = {}
         errors = []
-        for url in spec.urls:
+        for url, reply in self._ask(spec.urls, "GET", MODELS).items():
             try:
-                self.replicas[url] = self._parse(ModelList, url, self._request("GET", url, MODELS))
+                self.replicas[url] = self._parse(ModelList, url, reply)
             except ModelError as error:
                 errors.append(error)
         if not self.replicas:
@@ -113,7 +154,8 @@ class ServerHandshake:
         for url, models in self.replicas.items():
             served = {card.id: card for card in models.data}
             if self.spec.model not in served:
-                raise self._error(url, f"serves {', '.join(served)}, and not model.model={self.spec.model!r}.")
+                names = shortened(", ".join(served))
+                raise self._error(url, f"serves {names}, and not model.model={self.spec.model!r}.")
             window = min(window, served[self.spec.model].max_model_len or window)
         return window
 
@@ -124,10 +166,9 @@ class ServerHandshake:
             ModelError: They differ.
         """
         ours = chat.encode(PROBE)
-        for url in self.replicas:
-            body = {"model": self.spec.model, "prompt": PROBE, "add_special_tokens": False}
-            theirs = self._parse(TokenizeReply, url, self._request("POST", url, TOKENIZE, body)).tokens
-            if ours != theirs:
+        body = {"model": self.spec.model, "prompt": PROBE, "add_special_tokens": False}
+        for url, reply in self._ask(self.replicas, "POST", TOKENIZE, body).items():
+            if ours != self._parse(TokenizeReply, url, reply).tokens:
                 named = self.spec.tokenizer or self.spec.model
                 raise self._error(url, f"and tokenizer {named!r} disagree: set model.tokenizer to the served one's.")
 
@@ -138,30 +179,57 @@ class ServerHandshake:
         """
         body = {"model": self.spec.model, "prompt": list(prompt_ids), "max_tokens": 1}
         body["vllm_xargs"] = {"cards_threshold": "is there a plug-in?"}
-        replies = [self._request("POST", url, COMPLETIONS, body, refused=400) for url in self.replicas]
-        return all(reply.status_code == 400 and "cards_threshold" in reply.text for reply in replies)
+        found = self._ask(self.replicas, "POST", COMPLETIONS, body, refused=400)
+        replies = [_or_raise(reply) for reply in found.values()]
+        return all(reply.status == 400 and b"cards_threshold" in reply.content for reply in replies)
 
-    def _request(
-        self, method: str, url: str, path: str, body: Any = None, refused: int | None = None
-    ) -> httpx.Response:
+    def _ask(
+        self, urls: Iterable[str], method: str, path: str, body: Any = None, refused: int | None = None
+    ) -> dict[str, Reply | BaseException]:
+        """What each replica answers, all asked at once; or why it does not."""
+
+        async def together() -> dict[str, Reply | BaseException]:
+            work = [self._reply(url, method, path, body, refused) for url in urls]
+            return dict(zip(urls, await asyncio.gather(*work, return_exceptions=True), strict=True))
+
+        return in_own_loop(together())
+
+    async def _reply(self, url: str, method: str, path: str, body: Any, refused: int | None) -> Reply:
         """The reply if it is successful, or has the status `refused`."""
-        headers = {"Authorization": f"Bearer {self.key}"} if self.key else None
+        limits: dict[str, Any] = {"timeout": HANDSHAKE_TIMEOUT, "limit": MODELS_BYTES}
         try:
-            reply = httpx.request(method, url + path, json=body, headers=headers, timeout=30.0)
+            reply = await exchange(method, httpx.URL(url + path), key=self.key, body=body, **limits)
+        except TimeoutError as error:
+            raise self._error(url, f"gave no answer at {path} within {HANDSHAKE_TIMEOUT} seconds.") from error
         except httpx.HTTPError as error:
-            problem = f"cannot be reached: {type(error).__name__}: {error}. Is it running, and model.base_url right?"
+            what = shortened(self._hidden(f"{type(error).__name__}: {error}"))
+            problem = f"cannot be reached: {what}. Is it running, and model.base_url right?"
             raise self._error(url, problem) from error
-        if not reply.is_success and reply.status_code != refused:
-            hint = HINTS.get(reply.status_code, "See its log.")
-            raise self._error(url, f"answered HTTP {reply.status_code} at {path}: {reply.text[:200]!r}. {hint}")
+        except ReplyError as error:
+            raise self._error(url, f"{error} Check model.base_url.") from None
+        if not reply.is_success and reply.status != refused:
+            hint = HINTS.get(reply.status, "See its log.")
+            raise self._error(url, f"answered HTTP {reply.status} at {path}: {self._excerpt(reply)}. {hint}")
         return reply
 
-    def _parse(self, reply_type: type[M], url: str, reply: httpx.Response) -> M:
+    def _parse(self, reply_type: type[M], url: str, reply: Reply | BaseException) -> M:
+        found = _or_raise(reply)
         try:
-            return reply_type.model_validate_json(reply.content)
+            return reply_type.model_validate_json(found.content)
         except ValidationError:  # it would quote a reply that may repeat the key
-            raise self._error(url, f"answered {reply.text[:200]!r}, which is not vLLM's.") from None
+            raise self._error(url, f"answered {self._excerpt(found)}, which is not vLLM's.") from None
 
     def _error(self, url: str, problem: str) -> ModelError:
-        text = f"model {self.spec.model!r}: the server at {url} {problem}"
-        return ModelError(text.replace(self.key, HIDDEN) if self.key else text)
+        return ModelError(self._hidden(f"model {self.spec.model!r}: the server at {url} {problem}"))
+
+    def _excerpt(self, reply: Reply) -> str:
+        return excerpt(reply.content, self.key)
+
+    def _hidden(self, text: str) -> str:
+        return text.replace(self.key, HIDDEN) if self.key else text
+
+
+def _or_raise(reply: Reply | BaseException) -> Reply:
+    if isinstance(reply, BaseException):
+        raise reply
+    return reply

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from cards_integrations.rewards.base import Conversation, Response, RewardModel, scores
 from cards_integrations.transformer.step_times import StepTimes
@@ -28,6 +28,8 @@ class Composite(RewardModel):
     """A model over `models`, its parts. A subclass says in `score` which of them are asked, and combines them."""
 
     across_requests = True
+    owns_parts: ClassVar[bool] = False
+    """True if the parts are its own; False if they come from its loader, and are others', too."""
 
     def __init__(self, name: str, models: Sequence[RewardModel]) -> None:
         self.name = name
@@ -39,6 +41,14 @@ class Composite(RewardModel):
     def step_times(self) -> StepTimes | None:
         known = [model.step_times for model in self.models if model.step_times is not None]
         return StepTimes.together(known) if known else None
+
+    @property
+    def cache_bytes(self) -> int:
+        return sum(model.cache_bytes for model in self.models) if self.owns_parts else 0
+
+    def release(self) -> None:
+        for model in self.models if self.owns_parts else ():
+            model.release()
 
     def cache_needs(self, conversation: Conversation, tokens: int) -> list[CacheNeed]:
         return [need for model in self.models for need in model.cache_needs(conversation, tokens)]

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from cards_integrations.errors import CardsError, ModelError
+from cards_integrations.models.local.checks import check_complete, check_finite
 from cards_integrations.models.local.load_lock import load_lock
-from cards_integrations.models.local.loader import ModelLoader
+from cards_integrations.models.local.loader import ModelLoader, quiet_transformers
 from cards_integrations.models.local.resolve import resolve_model
 from cards_integrations.models.local.settings import LocalModel
 
@@ -41,10 +42,12 @@ class Embedder:
                     trust_remote_code=spec.trust_remote_code,
                     model_kwargs={"dtype": torch.float32, "use_safetensors": True},
                 )
+                check_complete(f"model={spec.model!r}", _missing(self.model, spec), (), "its transformer")
         except CardsError:
             raise
         except Exception as error:
             raise ModelError(f"model={spec.model!r} cannot be loaded for embeddings: {error}") from error
+        check_finite(f"model={spec.model!r}", self.model.state_dict())
         if hasattr(self.model.tokenizer, "truncation_side"):  # that of static embeddings cuts nothing
             self.model.tokenizer.truncation_side = "left"
 
@@ -71,6 +74,19 @@ class Embedder:
         has_text = torch.tensor([bool(text.strip()) for text in texts], device=vectors.device)
         tokens = [int(each["attention_mask"].sum()) if "attention_mask" in each else 0 for each in found]
         return torch.nn.functional.normalize(vectors, dim=-1) * has_text[:, None], tokens
+
+
+def _missing(model: Any, spec: LocalModel) -> list[str]:
+    """Names of weights that the library has left random, from a load without weights; a pooler is not used."""
+    body: Any = getattr(model[0], "auto_model", None)
+    if not hasattr(body, "from_pretrained"):  # static embeddings
+        return []
+    with quiet_transformers():
+        _, report = type(body).from_pretrained(
+            resolve_model(spec.model), revision=spec.revision, device_map="meta", use_safetensors=True,
+            trust_remote_code=spec.trust_remote_code, output_loading_info=True,
+        )  # fmt: skip
+    return [name for name in report["missing_keys"] if not name.startswith("pooler.")]
 
 
 def similarity(ones: torch.Tensor, others: torch.Tensor) -> list[float]:

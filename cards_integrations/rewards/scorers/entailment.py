@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
+from cards_integrations.chat.template import ChatTokenizer
 from cards_integrations.errors import SettingsError
+from cards_integrations.models.local.checks import embedding_rows
 from cards_integrations.rewards.base import Conversation, Response, RewardModel, count_forward
 from cards_integrations.rewards.scorers.sentences import split_sentences
 from cards_integrations.rewards.scorers.support import support
@@ -39,6 +41,7 @@ class Entailment(RewardModel):
         self.name = name
         self.context = context
         self.model, self.tokenizer = model, tokenizer
+        self.chat = ChatTokenizer(tokenizer, rows=embedding_rows(model))
         self.index = self._index(label, self.model.config.id2label)
         self.contexts: dict[Conversation, Sequence[str]] = {}  # of open conversations
 
@@ -79,6 +82,7 @@ class Entailment(RewardModel):
         """The probability of support for each pair, and how many tokens it has."""
         contexts, texts = map(list, zip(*pairs, strict=True))
         inputs = self.tokenizer(contexts, texts, padding=True, truncation="only_first", return_tensors="pt")
+        self.chat.check_ids(inputs["input_ids"].flatten().tolist())
         with torch.inference_mode():
             logits = self.model(**inputs.to(self.model.device)).logits.float()
         single = logits.shape[-1] == 1

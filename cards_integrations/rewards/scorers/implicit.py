@@ -12,6 +12,8 @@ from cards_integrations.rewards.scorers.likelihood import Likelihood
 class Implicit(Composite):
     """Scores by the difference of its two parts' log p."""
 
+    owns_parts = True
+
     def __init__(self, name: str, models: Sequence[Likelihood], beta: float) -> None:
         super().__init__(name, models)
         self.beta = beta

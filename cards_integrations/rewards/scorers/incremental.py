@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from cards_integrations.errors import ModelError, OutOfMemory, RewardError
+from cards_integrations.errors import CardsError, ModelError, RewardError
 from cards_integrations.models.local.resolve import max_positions
 from cards_integrations.rewards.base import Conversation, Response, RewardModel, count_forward
 from cards_integrations.rewards.scorers.head import Head
@@ -20,7 +20,8 @@ from cards_integrations.rewards.scorers.input_format import InputFormat, without
 from cards_integrations.transformer.flat_batch import ForwardInput
 from cards_integrations.transformer.forward import Output, Transformer
 from cards_integrations.transformer.kv_cache import Branch, Tree
-from cards_integrations.transformer.kv_memory import CacheNeed, KVMemory, common
+from cards_integrations.transformer.kv_memory import CacheNeed, KVMemory
+from cards_integrations.transformer.prefix_tree import common
 from cards_integrations.transformer.step_times import StepTimes, step_times
 
 log = logging.getLogger("cards_integrations")
@@ -86,6 +87,13 @@ class Incremental(RewardModel):
     @cached_property
     def step_times(self) -> StepTimes:
         return step_times(self.name, self.model, self.transformer.time)
+
+    @property
+    def cache_bytes(self) -> int:
+        return self.transformer.cache.bytes
+
+    def release(self) -> None:
+        self.transformer.release()
 
     def cache_needs(self, conversation: Conversation, tokens: int) -> list[CacheNeed]:
         return [CacheNeed(self.transformer.cache, 1, tokens)]
@@ -191,11 +199,11 @@ class Incremental(RewardModel):
     def _score_batch(self, batch: list[ForwardInput]) -> list[float]:
         """One forward, and the scores of the responses in it."""
 
-    def _counted(self, batch: list[ForwardInput], outputs: list[Output | OutOfMemory]) -> list[Output]:
-        """The outputs of a forward, which is counted; the error if memory ran out."""
+    def _counted(self, batch: list[ForwardInput], outputs: list[Output | CardsError]) -> list[Output]:
+        """The outputs of a forward, which is counted; the first error of its inputs."""
         found = []
         for output in outputs:
-            if isinstance(output, OutOfMemory):
+            if isinstance(output, CardsError):
                 raise output
             found.append(output)
         count_forward((_conversation(each.owner), len(each.ids)) for each in batch)

@@ -14,7 +14,8 @@ from cards_integrations.rewards.scorers.incremental import ConversationRow, Incr
 from cards_integrations.rewards.scorers.input_format import InputFormat
 from cards_integrations.transformer.flat_batch import ForwardInput
 from cards_integrations.transformer.forward import Output
-from cards_integrations.transformer.kv_memory import CacheNeed, common
+from cards_integrations.transformer.kv_memory import CacheNeed
+from cards_integrations.transformer.prefix_tree import common
 
 OtherPrompt = Callable[[Conversation], tuple[str | list[Message], bool]]
 """Another prompt for a conversation, and whether that one has the context."""
@@ -126,6 +127,8 @@ class MutualInformation(Composite):
         causal: The model that reads the answer after both prompts.
         other_prompt: Makes the second prompt from the one as it is.
     """
+
+    owns_parts = True
 
     def __init__(self, name: str, causal: CausalModel, other_prompt: OtherPrompt) -> None:
         self.own = likelihood(causal, "log p")

@@ -45,9 +45,10 @@ class RescoringClassifier(RewardModel):
             truncation=True,
             max_length=self.window,
             return_tensors="pt",
-        ).to(self.model.device)
+        )
+        self.input_format.chat.check_ids(inputs["input_ids"].flatten().tolist())
         with torch.inference_mode():
-            logits = self.model(**inputs).logits
+            logits = self.model(**inputs.to(self.model.device)).logits
         read = inputs["attention_mask"].sum(-1).tolist()
         count_forward((response.conversation, tokens) for response, tokens in zip(responses, read, strict=True))
         return self.head(logits)

@@ -49,6 +49,8 @@ Score = tuple[float, dict[str, float]]
 class WholeSentences(Composite):
     """Scores an unfinished answer up to its last complete sentence, and each such text once."""
 
+    owns_parts = True
+
     def __init__(self, model: RewardModel) -> None:
         super().__init__(model.name, [model])
         self.known: dict[Conversation, dict[Scored, Score]] = {}

@@ -1,16 +1,14 @@
-"""Models behind HTTP: replicas, retries where they are safe, and keys that stay out of errors and settings."""
+"""A service with one or more replicas, and retries where they are safe."""
 
 from __future__ import annotations
 
 import asyncio
-import os
 import time
-from collections.abc import Callable, Coroutine, Hashable, Iterable, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, TypeVar
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
 from zlib import crc32
 
 import httpx
-from pydantic import AfterValidator, BaseModel, ConfigDict, SecretStr, field_validator
 from tenacity import (
     AsyncRetrying,
     RetryCallState,
@@ -20,84 +18,13 @@ from tenacity import (
     wait_random,
 )
 
-from cards_integrations.errors import CardsError, SettingsError
+from cards_integrations.errors import CardsError
+from cards_integrations.http_client.connections import exchange
+from cards_integrations.http_client.replies import REPLY_BYTES, Reply, ReplyError, excerpt, shortened
+from cards_integrations.http_client.settings import HIDDEN
 
-HIDDEN = "**********"  # what pydantic writes in place of a secret
-EXCERPT = 200  # characters of a server's reply in an error
 BACK_OFF = wait_exponential(multiplier=0.25, max=8) + wait_random(0, 0.25)  # seconds between two tries
 HEALTH_TIMEOUT = 2.0  # seconds
-CLOSING: set[asyncio.Task[None]] = set()  # loops hold tasks weakly
-
-
-def usable_key(key: str, name: str, variable: str) -> str:
-    """Return a key that can be sent in a header; httpx would quote any other in its error.
-
-    Args:
-        key: The key.
-        name: What errors call it.
-        variable: The environment variable that could hold it instead.
-
-    Raises:
-        SettingsError: The key is the placeholder for a secret, or not printable ASCII without spaces.
-    """
-    if key == HIDDEN:
-        raise SettingsError(
-            f"{name}='{HIDDEN}' stands for a key that was left out when the settings were written: "
-            f"give the key again, or leave api_key out and set the environment variable {variable}."
-        )
-    if not key or not key.isascii() or not key.isprintable() or " " in key:
-        raise SettingsError(f"{name} must be printable ASCII without spaces.")
-    return key
-
-
-def _server_url(value: str) -> str:
-    try:
-        url = httpx.URL(value)
-    except httpx.InvalidURL as error:
-        raise ValueError(f"this is no URL: {error}") from None
-    if url.userinfo:
-        raise ValueError("url must not carry a password, which errors would show: use api_key")
-    if url.scheme not in ("http", "https") or not url.host:
-        raise ValueError(f"url={value!r} must be like http://localhost:8000")
-    return value
-
-
-class Keyed(BaseModel):
-    """Settings with an API key. It is not pickled: where they are unpickled, it comes from the environment.
-
-    Subclasses name the setting (`key_setting`, for errors) and the environment variable (`key_variable`).
-    """
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
-
-    key_setting: ClassVar[str]
-    key_variable: ClassVar[str]
-
-    api_key: SecretStr | None = None
-    """Sent as a Bearer token; None for the environment variable, if that is set. Not written with the settings."""
-
-    @field_validator("api_key")
-    @classmethod
-    def _is_usable(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is not None:
-            usable_key(value.get_secret_value(), cls.key_setting, cls.key_variable)
-        return value
-
-    @property
-    def key(self) -> str | None:
-        """The secret, from the settings or the environment."""
-        if self.api_key is not None:
-            return self.api_key.get_secret_value()
-        key = os.environ.get(self.key_variable, "").strip()
-        return usable_key(key, self.key_variable, self.key_variable) if key else None
-
-    def __getstate__(self) -> dict[Any, Any]:
-        state = super().__getstate__()
-        return {**state, "__dict__": {**state["__dict__"], "api_key": None}}
-
-
-ServerUrl = Annotated[str, AfterValidator(_server_url)]
-T = TypeVar("T")
 
 
 class TransientError(Exception):
@@ -141,7 +68,7 @@ class ServiceClient:
         service: What errors call the service; they begin with it.
         urls: Those of the replicas.
         key: Sent as a Bearer token, and masked in errors.
-        timeout: Seconds for one try.
+        timeout: Seconds for one try, from its first byte to the last of the reply.
         retries: Further tries after a failure that may pass.
         concurrency: Requests in flight at most.
         error: The type of the errors.
@@ -175,16 +102,23 @@ class ServiceClient:
         self.setting = setting
         self.health = health
         self.choices = 0  # so far
-        self.closing: asyncio.Task[None] | None = None
+        self._turns: tuple[asyncio.AbstractEventLoop, asyncio.Semaphore] | None = None
 
     async def post(
-        self, path: str, body: Any, *, affinity: Hashable = None, on_try: Callable[[], None] | None = None
-    ) -> httpx.Response:
+        self,
+        path: str,
+        body: Any,
+        *,
+        limit: int = REPLY_BYTES,
+        affinity: Hashable = None,
+        on_try: Callable[[], None] | None = None,
+    ) -> Reply:
         """Send a request, and return the successful reply.
 
         Args:
             path: Appended to the URL of the replica.
             body: Sent as JSON.
+            limit: Bytes of the reply at most.
             affinity: Requests with the same value go to the same replica as long as it is available, and
                 find its prefix cache. None spreads them.
             on_try: Called before each try, for counting.
@@ -192,13 +126,12 @@ class ServiceClient:
         Raises:
             CardsError: Of the client's error type; no try succeeded, or the failure will not pass.
         """
-        self._connect()
         tries = 1 + self.retries
         retrying = AsyncRetrying(
             stop=stop_after_attempt(tries), wait=self._wait, retry=retry_if_exception_type(TransientError), reraise=True
         )
         try:
-            reply: httpx.Response = await retrying(self._post, path, body, affinity, on_try)
+            reply: Reply = await retrying(self._post, path, body, limit, affinity, on_try)
             return reply
         except TransientError as error:
             raise self.error_type(f"{error} Tries: {tries}.") from error.__cause__
@@ -207,28 +140,21 @@ class ServiceClient:
         """Return an error that names the service and the URL."""
         return (kind or self.error_type)(self.without_key(f"{self.service} ({replica.url_for(path)}) {problem}"))
 
-    def excerpt(self, reply: httpx.Response) -> str:
+    def excerpt(self, reply: Reply) -> str:
         """Return the beginning of a reply's text, quoted."""
-        text = self.without_key(" ".join(reply.text.split()))
-        return repr(text if len(text) <= EXCERPT else text[:EXCERPT] + " ...")
+        return excerpt(reply.content, self.key)
 
     def without_key(self, text: str) -> str:
         """Return a text with the key masked; a server may repeat what it was sent."""
         return text.replace(self.key, HIDDEN) if self.key else text
 
-    def _connect(self) -> None:
-        """Open a client for the running loop, closed when the loop cancels its tasks (an engine's, or asyncio.run)."""
-        if self.closing is None or self.closing.done():
-            width = self.concurrency
-            self.semaphore = asyncio.Semaphore(width)
-            self.client = httpx.AsyncClient(
-                headers={"Authorization": f"Bearer {self.key}"} if self.key else None,
-                limits=httpx.Limits(max_connections=width, max_keepalive_connections=width),
-                timeout=None,
-            )
-            self.closing = asyncio.create_task(_close_at_the_end(self.client))
-            CLOSING.add(self.closing)
-            self.closing.add_done_callback(CLOSING.discard)
+    @property
+    def _turn(self) -> asyncio.Semaphore:
+        """So many requests at once, of the running loop."""
+        loop = asyncio.get_running_loop()
+        if self._turns is None or self._turns[0] is not loop:
+            self._turns = loop, asyncio.Semaphore(self.concurrency)
+        return self._turns[1]
 
     def _wait(self, state: RetryCallState) -> float:
         """Seconds before the next try; none as long as another replica is available."""
@@ -249,28 +175,28 @@ class ServiceClient:
     async def _healthy(self, replica: Replica) -> bool:
         if self.health is None:
             return True
+        url, timeout = replica.url_for(self.health), min(HEALTH_TIMEOUT, self.timeout)
         try:
-            reply = await self.client.get(replica.url_for(self.health), timeout=HEALTH_TIMEOUT)
-        except httpx.HTTPError:
-            replica.mark_failed()
-            return False
-        if reply.is_success:
+            healthy = (await exchange("GET", url, timeout=timeout, limit=REPLY_BYTES, key=self.key)).is_success
+        except (TimeoutError, httpx.HTTPError, ReplyError):
+            healthy = False
+        if healthy:
             replica.mark_healthy()
         else:
             replica.mark_failed()
-        return reply.is_success
+        return healthy
 
     async def _post(
-        self, path: str, body: Any, affinity: Hashable, on_try: Callable[[], None] | None
-    ) -> httpx.Response:
+        self, path: str, body: Any, limit: int, affinity: Hashable, on_try: Callable[[], None] | None
+    ) -> Reply:
         """One HTTP request."""
-        async with self.semaphore:
+        async with self._turn:
             replica = await self._choose(affinity)
             try:
-                async with asyncio.timeout(self.timeout):
-                    if on_try is not None:
-                        on_try()
-                    reply = await self.client.post(replica.url_for(path), json=body)
+                if on_try is not None:
+                    on_try()
+                url = replica.url_for(path)
+                reply = await exchange("POST", url, timeout=self.timeout, limit=limit, key=self.key, body=body)
             except TimeoutError as error:
                 replica.mark_failed()
                 problem = f"gave no answer within request_timeout={self.timeout} seconds. Use a larger request_timeout"
@@ -280,39 +206,23 @@ class ServiceClient:
                 transient = isinstance(error, (httpx.NetworkError, httpx.RemoteProtocolError))
                 kind = TransientError if transient else None
                 raise self.error(replica, path, self._unreachable(error), kind) from error
+            except ReplyError as error:
+                raise self.error(replica, path, f"{error} Check {self.setting}.") from None
         return self._successful(reply, replica, path)
 
-    def _successful(self, reply: httpx.Response, replica: Replica, path: str) -> httpx.Response:
+    def _successful(self, reply: Reply, replica: Replica, path: str) -> Reply:
         """The reply, or an error that says what to do about its status."""
         if reply.is_success:
             replica.mark_healthy()
             return reply
-        problem = f"answered HTTP {reply.status_code}: {self.excerpt(reply)}."
-        if reply.status_code == 429 or reply.is_server_error:
+        problem = f"answered HTTP {reply.status}: {self.excerpt(reply)}."
+        if reply.status == 429 or reply.status >= 500:
             replica.mark_failed()
             problem = f"{problem} The server is overloaded or has failed: see its log."
             raise self.error(replica, path, problem, TransientError)
-        hint = self.hints.get(reply.status_code, f"Check {self.setting} and the settings of the server.")
+        hint = self.hints.get(reply.status, f"Check {self.setting} and the settings of the server.")
         raise self.error(replica, path, f"{problem} {hint}")
 
     def _unreachable(self, error: httpx.HTTPError) -> str:
-        return f"cannot be reached: {type(error).__name__}: {error}. Is the server running, and {self.setting} right?"
-
-
-async def gathered(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Run coroutines together, and return their results; the first error cancels the others, and is raised as it is."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(each) for each in work]
-    except ExceptionGroup as errors:
-        first = errors.exceptions[0]
-        raise first from first.__cause__
-    return [task.result() for task in tasks]
-
-
-async def _close_at_the_end(client: httpx.AsyncClient) -> None:
-    try:
-        await asyncio.get_running_loop().create_future()  # forever
-    finally:
-        await asyncio.sleep(0.01)  # requests that are cancelled at the same moment close their connections first
-        await client.aclose()
+        what = shortened(self.without_key(f"{type(error).__name__}: {error}"))  # it may quote what was received
+        return f"cannot be reached: {what}. Is the server running, and {self.setting} right?"

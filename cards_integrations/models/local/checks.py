@@ -1,0 +1,93 @@
+"""What is checked of a model when it is loaded: that its weights are numbers, and all there, and fit its tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from cards_integrations.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def check_finite(name: str, tensors: Mapping[str, Any]) -> None:
+    """Read all weights once, without a copy of them.
+
+    Args:
+        name: What the error calls the model or the adapter.
+        tensors: As `state_dict` gives them; the parts of quantized ones are looked at each.
+
+    Raises:
+        ModelError: One of them holds NaN or infinity.
+    """
+    seen = set()
+    for tensor_name, tensor in _parts(tensors.items()):
+        place = (tensor.data_ptr(), tensor.shape)
+        if place not in seen and not _is_finite(tensor):
+            raise ModelError(
+                f"{name}: the weights {tensor_name!r} hold NaN or infinity in {str(tensor.dtype)[6:]}. Download the "
+                "model again or, if the numbers in its files are too large for this dtype, use dtype='float32'."
+            )
+        seen.add(place)
+
+
+def check_complete(name: str, missing: Collection[str], brought: Collection[str], kind: str) -> None:
+    """Check that nothing was left random.
+
+    Args:
+        name: What the error calls the model or the adapter.
+        missing: Names of weights that its files do not have.
+        brought: Names of weights that an adapter brings.
+        kind: What lacks them.
+
+    Raises:
+        ModelError: Weights are missing; it names the first of them.
+    """
+    random = sorted(set(missing) - set(brought))
+    if random:
+        more = f" and {len(random) - 3} more" if len(random) > 3 else ""
+        raise ModelError(f"{name} has no weights for {', '.join(random[:3])}{more} of {kind}.")
+
+
+def check_vocabulary(name: str, tokenizer: Any, rows: int) -> None:
+    """Check that the model has a row for every ordinary token.
+
+    Tokens that were added to a vocabulary may have none: they are ids of a text only where somebody writes their
+    name, and then `ChatTokenizer` refuses that text.
+
+    Raises:
+        ModelError: Texts would have ids that the model has no row for.
+    """
+    added = tokenizer.added_tokens_decoder
+    beyond = [token for token, i in tokenizer.get_vocab().items() if i >= rows and i not in added]
+    if beyond:
+        raise ModelError(
+            f"{name}: {len(beyond)} tokens of its tokenizer, such as {min(beyond)!r}, lie beyond the {rows} rows of "
+            "its embedding. The tokenizer is that of another model: check the files."
+        )
+
+
+def embedding_rows(model: Any) -> int:
+    """How many token ids a model knows."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def _parts(named: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The plain floating-point tensors, those inside of quantized ones included."""
+    import torch
+
+    for name, tensor in named:
+        if hasattr(tensor, "__tensor_flatten__"):
+            yield from _parts((f"{name}.{part}", getattr(tensor, part)) for part in tensor.__tensor_flatten__()[0])
+        elif isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.numel() and not tensor.is_meta:
+            yield name, tensor
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    import torch
+
+    if tensor.dtype.itemsize == 1:  # float8 has no minimum
+        tensor = tensor.half()
+    low, high = torch.aminmax(tensor)  # NaN if one is; ten times faster than isfinite
+    return bool(torch.isfinite(low) & torch.isfinite(high))

@@ -1,0 +1,175 @@
+"""Rows of one width: their keys and values in all layers, and what the host knows of their columns.
+
+A cache has a few blocks, narrow ones for short texts and wide ones for long texts, so that no row pays
+for the longest. A block is dense: closing a row moves the last one into its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import count, takewhile
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from cards_integrations.transformer.kv_cache import Tree
+
+STEP = 64  # widths are multiples of it
+MASK_ROWS = 16  # of a new block
+_serial = count()
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values of one layer."""
+
+States = list[Pair]
+"""Keys and values of consecutive tokens, (tokens, heads, head size) for each layer."""
+
+
+class RowBlock:
+    """Rows of `columns` columns each.
+
+    Args:
+        layers: Number of layers of the model.
+        columns: Width of the rows.
+        least: Rows that it has in any case.
+
+    `visible` (mask rows, columns) says which columns each path attends to, and `positions` (rows, columns)
+    at which position the token of a column is. `states` are the keys and values of each layer, (rows,
+    columns, heads, head size), None until a forward has told their shape. `version` changes when they move.
+    """
+
+    def __init__(self, layers: int, columns: int, least: int = 0) -> None:
+        self.columns = columns
+        self.least = least
+        self.serial = next(_serial)
+        self.version = 0
+        self.states: list[Pair | None] = [None] * layers
+        self.trees: list[Tree] = []
+        self._begin()
+
+    def _begin(self) -> None:
+        self.rows = self.least
+        self.positions: NDArray[np.int64] = np.zeros((self.rows, self.columns), dtype=np.int64)
+        self.visible: NDArray[np.bool_] = np.zeros((MASK_ROWS, self.columns), dtype=bool)
+        self.free_mask_rows = list(range(MASK_ROWS))
+
+    def rows_for(self, used: int) -> int:
+        """Return the rows that it has when so many are in use: a quarter more, so that it seldom grows."""
+        return self.rows if used <= self.rows else used + used // 4
+
+    def add(self, trees: Sequence[Tree]) -> None:
+        """Give trees a row each."""
+        self.make_rows(len(self.trees) + len(trees))
+        for tree in trees:
+            tree.block, tree.row = self, len(self.trees)
+            self.trees.append(tree)
+
+    def make_rows(self, used: int) -> None:
+        """Have at least so many rows from now on."""
+        if used > self.rows:
+            self._resize(self.rows_for(used))
+
+    @torch.inference_mode()
+    def remove(self, tree: Tree, row: int) -> None:
+        """Take a tree's row away, which the last one fills."""
+        last = self.trees.pop()
+        if last is not tree:
+            self.positions[row] = self.positions[last.row]
+            for states in self._written(last.row):
+                states[row, : last.untouched] = states[last.row, : last.untouched]
+            last.row, self.trees[row] = row, last
+
+    def give_back(self) -> None:
+        """Shrink if less than half of the rows are in use."""
+        used = len(self.trees)
+        if 2 * used < self.rows and self.rows > self.least:
+            self._resize(max(self.least, used + used // 4))
+            for layer in range(len(self.states)):
+                self.fit(layer)
+        if not used and len(self.visible) > MASK_ROWS:
+            self._begin()
+
+    def release(self) -> None:
+        """Let go of the keys and values; a graph that was captured with them may still know the block."""
+        self.states = [None] * len(self.states)
+        self.version += 1
+
+    def _resize(self, rows: int) -> None:
+        self.rows = rows
+        self.positions = _resized(self.positions, (rows, self.columns))
+
+    def _written(self, row: int) -> Iterator[torch.Tensor]:
+        """Keys and values in which a row can have been written."""
+        for pair in self.states:
+            yield from (states for states in pair or () if row < len(states))
+
+    def fit(self, layer: int, like: Pair | None = None) -> Pair | None:
+        """Return the layer's keys and values, which have all rows from now on.
+
+        Args:
+            layer: Its index.
+            like: States (..., heads, head size) of the shape and type that they have; without them, what
+                no forward has written is not made.
+        """
+        pair = self.states[layer]
+        if pair is not None and len(pair[0]) == self.rows:
+            return pair
+        source = pair or like
+        if source is None:
+            return None
+        self.version += 1
+        keys, values = source
+        made = self._made(keys, pair is not None), self._made(values, pair is not None)
+        self.states[layer] = made
+        return made
+
+    @property
+    def ready(self) -> bool:
+        """True if no forward has to make or move its keys and values."""
+        return all(pair is not None and len(pair[0]) == self.rows for pair in self.states)
+
+    def _made(self, like: torch.Tensor, copied: bool) -> torch.Tensor:
+        # Zeros, not empty: a masked column still takes part in 0 * value, and 0 * NaN is NaN.
+        new = like.new_zeros(self.rows, self.columns, *like.shape[-2:])
+        if copied:
+            rows = min(len(like), self.rows)
+            new[:rows] = like[:rows]
+        return new
+
+    def allocate_mask_row(self, like: int | None = None) -> int:
+        """Return a free mask row that sees what the mask row `like` sees, or nothing."""
+        if not self.free_mask_rows:
+            rows = len(self.visible)
+            self.visible = _resized(self.visible, (2 * rows, self.columns))
+            self.free_mask_rows = list(range(rows, 2 * rows))
+        mask_row = self.free_mask_rows.pop()
+        self.visible[mask_row] = False if like is None else self.visible[like]
+        return mask_row
+
+
+def widths() -> Iterator[int]:
+    """Yield the widths that blocks have: multiples of 64, each about a quarter more than the one before."""
+    width = STEP
+    while True:
+        yield width
+        width = -(-width * 5 // 4 // STEP) * STEP
+
+
+def width_for(columns: int) -> int:
+    """Return the smallest width of at least so many columns."""
+    return next(width for width in widths() if width >= columns)
+
+
+def width_within(columns: int) -> int:
+    """Return the largest width of at most so many columns, or 0."""
+    return max(takewhile(lambda width: width <= columns, widths()), default=0)
+
+
+def _resized(array: NDArray[Any], shape: tuple[int, int]) -> NDArray[Any]:
+    resized = np.zeros(shape, dtype=array.dtype)
+    rows = min(len(array), len(resized))
+    resized[:rows] = array[:rows]
+    return resized

@@ -1,0 +1,64 @@
+"""Which of the live rows begin like a new text, found in the time of reading the text once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from cards_integrations.transformer.prefix_tree import common
+
+if TYPE_CHECKING:
+    from cards_integrations.transformer.kv_cache import Tree
+
+CHUNK = 64  # tokens
+
+
+class LiveTexts:
+    """The trunks of live rows by hashes of their beginnings, of one chunk, of two chunks, and so on."""
+
+    def __init__(self) -> None:
+        self._beginning: dict[int, dict[Tree, None]] = {}
+
+    def longest(self, trees: Iterable[Tree], ids: Sequence[int]) -> tuple[Tree | None, int]:
+        """Return the tree that begins most like a text, and how many tokens they have in common.
+
+        Args:
+            trees: All live ones.
+            ids: The text; beginnings shorter than a chunk are not found.
+        """
+        for tree in trees:
+            self._note(tree)
+        alike: dict[Tree, None] = {}
+        known = 0
+        for beginning in _beginnings(ids, 0):
+            if beginning not in self._beginning:
+                break
+            alike, known = self._beginning[beginning], known + CHUNK
+        rest = ids[known : known + CHUNK]
+        best = max(alike, key=lambda tree: common(tree.ids[known : known + CHUNK], rest), default=None)
+        return best, 0 if best is None else common(best.ids, ids)
+
+    def _note(self, tree: Tree) -> None:
+        """Take in what a trunk has grown by."""
+        before, start = (tree.chunks[-1] if tree.chunks else 0), len(tree.chunks) * CHUNK
+        if len(tree.ids) - start >= CHUNK:
+            for beginning in _beginnings(tree.ids[start:], before):
+                tree.chunks.append(beginning)
+                self._beginning.setdefault(beginning, {})[tree] = None
+
+    def forget(self, tree: Tree, tokens: int = 0) -> None:
+        """Leave out what comes after so many tokens of a trunk."""
+        after = tokens // CHUNK
+        for beginning in tree.chunks[after:]:
+            alike = self._beginning[beginning]
+            del alike[tree]
+            if not alike:
+                del self._beginning[beginning]
+        del tree.chunks[after:]
+
+
+def _beginnings(ids: Sequence[int], before: int) -> Iterator[int]:
+    """The hashes of ever longer beginnings of a text, which goes on from one with the hash `before`."""
+    for start in range(0, len(ids) - CHUNK + 1, CHUNK):
+        before = hash((before, *ids[start : start + CHUNK]))
+        yield before

@@ -1,0 +1,139 @@
+"""Finished texts in a radix tree: what several have in common is held once, and found in the time of one reading."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from cards_integrations.transformer.kv_block import States
+
+
+class PrefixNode:
+    """Tokens that follow those of the parent, with their keys and values; `end` is their number with all before them.
+
+    `children` are known by their first token.
+    """
+
+    def __init__(self, parent: PrefixNode | None, ids: list[int], states: States) -> None:
+        self.parent = parent
+        self.ids = ids
+        self.states = states
+        self.children: dict[int, PrefixNode] = {}
+        self.end: int = len(ids) + (parent.end if parent else 0)
+
+
+class PrefixTree:
+    """The finished texts of one cache.
+
+    Args:
+        bytes_per_token: Bytes of keys and values of one token.
+        recent: All nodes of all trees of a memory, the least recently used first. A node is used whenever
+            one of its descendants is, and after it: so the first of all is always a leaf.
+    """
+
+    def __init__(self, bytes_per_token: int, recent: OrderedDict[PrefixNode, PrefixTree]) -> None:
+        self.root = PrefixNode(None, [], [])
+        self.bytes_per_token = bytes_per_token
+        self.recent = recent
+        self.tokens = 0
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the keys and values of all texts."""
+        return self.tokens * self.bytes_per_token
+
+    def match(self, ids: Sequence[int]) -> tuple[list[PrefixNode], int]:
+        """Return the nodes that a text begins with, and how many tokens that are; of the last node maybe a part."""
+        node, path, known = self.root, [], 0
+        while known < len(ids) and (child := node.children.get(ids[known])) is not None:
+            shared = common(child.ids, ids[known : known + len(child.ids)])
+            path.append(child)
+            known += shared
+            if shared < len(child.ids):
+                break
+            node = child
+        return path, known
+
+    def use(self, path: Sequence[PrefixNode]) -> None:
+        """Note that the nodes of a path from the root have been used."""
+        for node in reversed(path):
+            self.recent[node] = self
+            self.recent.move_to_end(node)
+
+    def read(self, path: Sequence[PrefixNode], tokens: int) -> States:
+        """Return the keys and values of the first tokens of a path."""
+        parts = [
+            [(keys[: tokens - start], values[: tokens - start]) for keys, values in node.states]
+            for node in path
+            if (start := node.end - len(node.ids)) < tokens
+        ]
+        return parts[0] if len(parts) == 1 else _joined(parts)
+
+    def cut(self, path: list[PrefixNode], tokens: int) -> list[PrefixNode]:
+        """Return a path of just so many tokens; its last node may have to be split for it."""
+        if path and (beyond := path[-1].end - tokens) > 0:
+            path = [*path[:-1], self._split(path[-1], len(path[-1].ids) - beyond)]
+            self.use(path)
+        return path
+
+    def insert(self, path: list[PrefixNode], ids: list[int], states: States) -> None:
+        """Add the rest of a text.
+
+        Args:
+            path: The nodes of its beginning, all of the last one included.
+            ids: The tokens after these.
+            states: Their keys and values.
+        """
+        leaf = PrefixNode(path[-1] if path else self.root, ids, states)
+        (path[-1] if path else self.root).children[ids[0]] = leaf
+        self.tokens += len(ids)
+        self.use([*path, leaf])
+
+    def _split(self, node: PrefixNode, tokens: int) -> PrefixNode:
+        """Make a node of the first tokens of another; returns it."""
+        parent = node.parent
+        assert parent is not None
+        upper = PrefixNode(parent, node.ids[:tokens], _part(node.states, 0, tokens))
+        node.parent, node.ids, node.states = upper, node.ids[tokens:], _part(node.states, tokens, len(node.ids))
+        upper.children[node.ids[0]], parent.children[upper.ids[0]] = node, upper
+        return upper
+
+    def remove(self, leaf: PrefixNode) -> None:
+        """Forget a leaf."""
+        assert leaf.parent is not None
+        assert not leaf.children
+        del leaf.parent.children[leaf.ids[0]], self.recent[leaf]
+        self.tokens -= len(leaf.ids)
+
+    def nodes(self) -> Iterator[PrefixNode]:
+        """Yield all nodes."""
+        rest = [*self.root.children.values()]
+        while rest:
+            node = rest.pop()
+            rest += node.children.values()
+            yield node
+
+
+def common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return the length of the longest common prefix of two texts, in tokens."""
+    low, high = 0, min(len(one), len(other))
+    if one[:high] == other[:high]:
+        return high
+    while high - low > 1:  # what is before `low` is equal, and something before `high` is not
+        middle = (low + high) // 2
+        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle)
+    return low
+
+
+def _part(states: States, start: int, end: int) -> States:
+    """A copy, so that the memory of the other part is given back with it."""
+    return [(keys[start:end].clone(), values[start:end].clone()) for keys, values in states]
+
+
+def _joined(parts: Sequence[States]) -> States:
+    return [
+        (torch.cat([keys for keys, _ in layer]), torch.cat([values for _, values in layer]))
+        for layer in zip(*parts, strict=True)
+    ]

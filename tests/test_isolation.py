@@ -1,0 +1,330 @@
+"""What one request raises, in the engine's own steps, ends that request; its neighbours' texts stay as they are."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from conftest import Start
+from internals import assert_idle, caches, held, is_idle, language_model, memory, replace_scheduler, wait_until
+
+from cards_integrations.chat.grammar import Grammar, GrammarTokenizer, Matcher
+from cards_integrations.decoding import BestOfN, Cards, Decoding, FixedLength
+from cards_integrations.decoding.base import Draft
+from cards_integrations.engine import Engine, Request
+from cards_integrations.engine.scheduler import BestPerSecond
+from cards_integrations.errors import CardsError, CardsTimeout, ModelError, PromptError, RewardError
+from cards_integrations.models.local.language_model import prefill_shares
+from cards_integrations.models.sampling import Sampler
+from cards_integrations.rewards import ClassifierReward, FunctionReward, LengthReward, Reward, WeightedReward
+from cards_integrations.rewards.base import Conversation, Response, RewardModel
+from cards_integrations.trace import Alignment
+from cards_integrations.transformer.step_times import StepTimes
+
+PROMPT = "w9 w20 w31 w5"
+WITHIN = 30.0  # seconds for an answer that takes some milliseconds
+BREAKS = "w47"
+DECODING = Cards(target_reward=0.5, beta=0.3, boundary=FixedLength(length=3))
+
+
+class Broken(Exception):
+    """What the tests raise."""
+
+
+def request(reward: Reward, seed: int, prompt: str = PROMPT, **options: Any) -> Request:
+    return Request(prompt, options.pop("decoding", DECODING), reward, Sampler(), 12, seed=seed, **options)
+
+
+def outcomes(engine: Engine, requests: list[Request]) -> list[Alignment | BaseException]:
+    """What became of each of them, submitted at the same moment."""
+    with held(engine, WITHIN):
+        futures = [engine.submit(each) for each in requests]
+    return [future.exception(WITHIN) or future.result() for future in futures]
+
+
+@pytest.fixture
+def judge(models: Callable[..., str]) -> ClassifierReward:
+    return ClassifierReward(model=models("llama", classifier=True))
+
+
+@pytest.fixture
+def engine(models: Callable[..., str], start: Start) -> Engine:
+    engine = start(models("llama"))
+    engine.loaded()
+    return engine
+
+
+def check(engine: Engine, judge: Reward, bad: Request) -> BaseException:
+    """The error of a request, whose neighbours write what they write without it."""
+    neighbours = [request(judge, seed) for seed in range(3)]
+    expected = [answer.token_ids for answer in engine.run_many(neighbours)]
+    error, *others = outcomes(engine, [bad, *neighbours])
+    assert [other.token_ids if isinstance(other, Alignment) else other for other in others] == expected
+    assert_idle(engine)
+    assert isinstance(error, BaseException)
+    return error
+
+
+# --- boundaries ---
+
+
+class RaisesBefore(FixedLength):
+    """Fails where it looks at logits."""
+
+    def ends_before(self, logits: torch.Tensor, log_p: torch.Tensor, rows: list[int]) -> torch.Tensor | None:
+        raise Broken("before")
+
+    @property
+    def min_tokens(self) -> int:
+        return 0
+
+
+class RaisesAfter(FixedLength):
+    """Fails where it looks at text."""
+
+    def ends_after(self, text: str) -> bool:
+        raise Broken("after")
+
+    @property
+    def min_tokens(self) -> int:
+        return 0
+
+
+class Leaves(RaisesAfter):
+    """Its author meant to end a script."""
+
+    def ends_after(self, text: str) -> bool:
+        raise SystemExit(3)
+
+
+class TooFew(RaisesBefore):
+    """Decides for fewer candidates than it was asked about."""
+
+    def ends_before(self, logits: torch.Tensor, log_p: torch.Tensor, rows: list[int]) -> torch.Tensor | None:
+        return torch.zeros(len(rows) + 1, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("boundary", [RaisesBefore, RaisesAfter, Leaves, TooFew])
+def test_a_boundary(engine: Engine, judge: ClassifierReward, boundary: type[FixedLength]) -> None:
+    decoding = DECODING.model_copy(update={"boundary": boundary(length=3)})
+    error = check(engine, judge, request(judge, 7, decoding=decoding))
+    assert isinstance(error, ModelError)
+    assert "Drafting failed" in str(error)
+
+
+# --- methods ---
+
+
+class Uneven(FixedLength):
+    """Ends some segments earlier than others, so that later drafts have rewards before earlier ones."""
+
+    def ends_after(self, text: str) -> bool:
+        return len(text) % 3 == 0
+
+    @property
+    def min_tokens(self) -> int:
+        return 1
+
+
+class Undecided(Decoding):
+    """Cannot say what it will keep."""
+
+    method: str = "undecided"
+
+    async def generate(self, session: Any) -> None:
+        while not session.finished:
+            async for draft in session.drafts(until=Uneven(length=8), limit=8, passes=self._passes):
+                session.reject(draft)
+            await session.keep_best()
+
+    def _passes(self, draft: Draft) -> bool:
+        raise Broken("passes")
+
+
+def test_a_method_that_cannot_say_what_passes(engine: Engine, judge: ClassifierReward) -> None:
+    """The scheduler asks for it, amid a step of all."""
+    replace_scheduler(engine, BestPerSecond(StepTimes({1: 1.0, 64: 1.001})))
+    error = check(engine, judge, request(judge, 7, decoding=Undecided()))
+    assert isinstance(error, Broken)
+
+
+# --- grammars ---
+
+
+@pytest.mark.parametrize("where", ["fork", "take", "mask"])
+def test_a_grammar(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    def broken(*_: Any) -> Any:
+        raise Broken(where)
+
+    engine = start(tiny.save(tmp_path, tiny.causal(vocab_size=280), tiny.byte_pairs()))
+    engine.loaded()
+    if where == "mask":
+        monkeypatch.setattr(GrammarTokenizer, "allowed", broken)
+    else:
+        monkeypatch.setattr(Matcher, where, broken)
+    length = LengthReward(target=12)
+    error = check(engine, length, request(length, 7, grammar=Grammar.regex("[ab]{2,40}")))
+    assert isinstance(error, Broken | ModelError)
+    assert where in str(error)
+
+
+# --- the model's forward ---
+
+
+def test_an_input_that_the_model_cannot_read(
+    engine: Engine, judge: ClassifierReward, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A forward that fails is repeated in halves, down to the input that the error belongs to."""
+    model = language_model(engine).model
+    forward, token = model.forward, engine.loaded().chat.encode(BREAKS)[-1]
+
+    def fails(*args: Any, **inputs: Any) -> Any:
+        if ((inputs["input_ids"] == token) & (inputs["position_ids"] < 2)).any():  # a prompt that begins with it
+            raise Broken("in a forward")
+        return forward(*args, **inputs)
+
+    monkeypatch.setattr(model, "forward", fails)
+    error = check(engine, judge, request(judge, 7, BREAKS))
+    assert isinstance(error, ModelError)
+    assert isinstance(error.__cause__, Broken)
+
+
+# --- rewards that fail where nothing is scored ---
+
+
+class Careless(RewardModel):
+    """Fails in one of its methods."""
+
+    name = "careless"
+
+    def __init__(self, wrong: str) -> None:
+        setattr(self, wrong, self._broken)
+
+    def _broken(self, _: Conversation | Response) -> None:
+        raise Broken("in a reward")
+
+    async def score(self, responses: Any) -> list[float]:
+        return [float(-len(response.text)) for response in responses]
+
+
+class CarelessReward(Reward):
+    kind: str = "careless"
+    wrong: str
+
+    def build(self, loader: Any) -> RewardModel:
+        return Careless(self.wrong)
+
+
+@pytest.mark.parametrize("wrong", ["open", "keep", "drop", "close"])
+def test_a_reward_model_that_fails_where_nothing_is_scored(engine: Engine, judge: ClassifierReward, wrong: str) -> None:
+    strict = DECODING.model_copy(update={"target_reward": 0.0})
+    error = check(engine, judge, request(CarelessReward(wrong=wrong), 7, decoding=strict))
+    assert isinstance(error, Broken | CardsError)
+
+
+def test_a_prompt_that_a_reward_refuses_leaves_nothing_open(engine: Engine, judge: ClassifierReward) -> None:
+    def nothing(prompt: str, texts: list[str]) -> list[float]:
+        return [math.nan] * len(texts)
+
+    error = check(engine, judge, request(FunctionReward(function=nothing), 7))
+    assert isinstance(error, RewardError)
+
+
+# --- batches ---
+
+
+def test_errors_in_the_places_of_their_answers(engine: Engine, judge: ClassifierReward) -> None:
+    requests = [request(judge, 0), request(judge, 1, prompt=" ".join(["w9"] * 3000)), request(judge, 2)]
+    found = engine.run_many(requests, return_exceptions=True)
+    assert isinstance(found.pop(1), PromptError)
+    assert [each.token_ids for each in found if isinstance(each, Alignment)] == [
+        engine.run(requests[i]).token_ids for i in (0, 2)
+    ]
+    with pytest.raises(PromptError):
+        engine.run_many(requests)
+    assert_idle(engine)
+
+
+def test_answers_as_they_end(engine: Engine, judge: ClassifierReward) -> None:
+    """The short one first; giving up after it stops the drafting of the other."""
+    long = replace(request(judge, 0), max_tokens=100)
+    with closing(engine.stream_many([long, request(judge, 1)])) as answers:
+        index, answer = next(answers)
+    assert index == 1
+    assert isinstance(answer, Alignment)
+    assert answer.token_ids == engine.run(request(judge, 1)).token_ids
+    wait_until(lambda: is_idle(engine))
+
+
+def test_the_time_limit_of_a_batch_is_each_answer_s_own(models: Callable[..., str], start: Start) -> None:
+    """Waiting for a row behind the others of the batch does not count."""
+    engine, begun = start(models("llama"), max_rows=1), []
+
+    async def slow(prompt: str, texts: list[str]) -> list[float]:
+        begun.append(prompt)
+        await asyncio.sleep(0.1)
+        return [0.0] * len(texts)
+
+    reward = FunctionReward(function=slow, scale=(0.0, 1.0))
+    requests = [request(reward, seed, decoding=BestOfN(n=1), timeout=WITHIN / 4) for seed in range(3)]
+    engine.run_many(requests)
+    tight = [replace(each, timeout=0.25) for each in requests]
+    assert len(engine.run_many(tight * 3)) == 9  # 0.9 seconds in all
+    found = outcomes(engine, tight * 3)
+    assert any(isinstance(each, CardsTimeout) for each in found)  # of separate requests it does
+
+
+def test_a_request_waits_for_the_memory_of_a_score(models: Callable[..., str], start: Start) -> None:
+    """Only a score holds it, of no request."""
+    judge = ClassifierReward(model=models("llama", classifier=True), scale=(0.0, 1.0))
+    scoring, go_on = threading.Event(), threading.Event()
+
+    def slow(prompt: str, texts: list[str]) -> list[float]:
+        scoring.set()
+        assert go_on.wait(WITHIN)
+        return [0.0] * len(texts)
+
+    both = WeightedReward(rewards=(judge, FunctionReward(function=slow, scale=(0.0, 1.0))))
+    engine = start(models("llama"))
+    engine.run(request(judge, 0))
+    memory(engine).limit = int(1.3 * sum(cache.bytes_with(1, 500) for cache in caches(engine)))
+    with ThreadPoolExecutor() as pool:
+        scored = pool.submit(engine.score, both, PROMPT, ["w1 " * 200] * 8)
+        assert scoring.wait(WITHIN)
+        answer = engine.submit(replace(request(judge, 0), max_tokens=200))
+        wait_until(lambda: engine.inspect().waiting == 2)
+        assert not answer.done()
+        go_on.set()
+        assert answer.result(WITHIN)
+        assert len(scored.result(WITHIN)) == 8
+    assert_idle(engine)
+
+
+# --- the budget of a step ---
+
+
+@pytest.mark.parametrize(
+    ("unread", "budget", "expected"),
+    [
+        ([], 8, []),
+        ([3], 8, [3]),
+        ([20], 8, [8]),
+        ([20, 3], 8, [5, 3]),
+        ([20, 20, 3], 8, [5, 0, 3]),
+        ([20, 6, 6], 8, [4, 4, 0]),
+        ([2, 20, 20], 8, [2, 6, 0]),
+    ],
+)
+def test_shares_of_a_step(unread: list[int], budget: int, expected: list[int]) -> None:
+    """The oldest prompt has half of it, and the shortest the rest."""
+    assert prefill_shares(unread, budget) == expected
