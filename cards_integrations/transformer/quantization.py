@@ -236,6 +236,12 @@ def is_quantized(model: nn.Module) -> bool:
     return any(isinstance(module, QuantizedLinear) for module in model.modules())
 
 
+def precision(model: Any) -> str:
+    """Return what tells a model's weights from those of the same model loaded in another way."""
+    kinds = {type(module).__name__ for module in model.modules() if isinstance(module, QuantizedLinear)}
+    return " ".join([*sorted(kinds), str(model.dtype)])
+
+
 def attention_dtype(model: Any) -> torch.dtype:
     """Return the precision of a model's keys, values and attention."""
     own: torch.dtype = model.dtype

@@ -74,9 +74,11 @@ def step_times(what: str, model: Any, measure: Callable[[int], float]) -> StepTi
     """
     import torch
 
+    from cards_integrations.transformer.quantization import precision
+
     device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.node()
     threads = torch.get_num_threads()
-    key = f"{what} {model.name_or_path} {model.dtype} on {device} {threads} torch {torch.__version__}"
+    key = f"{what} {model.name_or_path} {precision(model)} on {device} {threads} torch {torch.__version__}"
     known = _remembered()
     if key not in known:
         known = dict(list(known.items())[-MOST + 1 :]) | {key: {n: measure(n) for n in POINTS}}
