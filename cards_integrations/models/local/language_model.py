@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ from cards_integrations.transformer.kv_cache import Branch
 from cards_integrations.transformer.kv_memory import MIN_PREFIX, CacheNeed, KVMemory, first_to_read
 from cards_integrations.transformer.prefix_tree import common
 from cards_integrations.transformer.step_times import StepTimes, least_seconds, step_times
+from cards_integrations.transformer.thread_tuner import ThreadTuner
 
 PREFILL_BESIDE = 512  # tokens of prompts that are read before a step of others
 LONG = 96  # tokens from which on a candidate does not share a row
@@ -92,12 +94,17 @@ class LocalLanguageModel:
         chat: Its tokenizer and chat template.
         name: What errors and metadata call it.
         memory: The budget that its KV cache shares with others; unlimited by default.
+        threads: Chooses the CPU threads of each step; None leaves them as they are.
     """
 
-    def __init__(self, model: Any, chat: ChatTokenizer, name: str, memory: KVMemory | None = None) -> None:
+    def __init__(
+        self, model: Any, chat: ChatTokenizer, name: str, memory: KVMemory | None = None,
+        threads: ThreadTuner | None = None,
+    ) -> None:  # fmt: skip
         self.name = name
         self.model = model
         self.chat = chat
+        self.threads = threads
         self.transformer = Transformer(model, memory)
         self.memory = self.transformer.memory
         self.context_window = max_positions(model.config)
@@ -391,7 +398,8 @@ class LocalLanguageModel:
         if pieces:
             self._run(pieces)
         if step:
-            self._run(step)
+            with self.threads.step(len(step)) if self.threads else nullcontext():
+                self._run(step)
             self.steps += 1
 
     def _recalled(self, unread: dict[Frontier, Context]) -> dict[Frontier, Context]:
