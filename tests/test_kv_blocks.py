@@ -277,6 +277,27 @@ def test_short_rows_do_not_read_the_width_of_the_longest() -> None:
     assert cells([*short, 1900]) <= 1.1 * cells(short) + cells([1900])
 
 
+def test_captured_steps_survive_the_growth_of_another_width() -> None:
+    """They know the addresses of their own blocks only; when one of these grows, they are given up."""
+    transformer = Transformer(tiny.causal(max_position_embeddings=4096))
+    static = transformer._logits
+    static.rounding = True
+    branches = [tree.branch() for tree in opened(transformer, [30] * 4)]
+
+    def captured_after(steps: int) -> set[int]:
+        for _ in range(steps):
+            transformer.logits([ForwardInput(branch, [7]) for branch in branches])
+        return {id(step) for step in static.steps.values() if step is not None}
+
+    before = captured_after(3)
+    assert len(before) == 1
+    opened(transformer, [1900, 300])
+    assert captured_after(2) == before
+    more = opened(transformer, [30] * 20)
+    branches += [tree.branch() for tree in more]
+    assert not before & captured_after(3)
+
+
 def test_widths() -> None:
     assert [width_for(n) for n in (1, 64, 65, 129, 257, 321, 33_000)] == [64, 64, 128, 192, 320, 448, 36_352]
     assert [width_within(n) for n in (0, 63, 64, 191, 450)] == [0, 0, 64, 128, 448]

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import count, takewhile
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-
-if TYPE_CHECKING:
-    from cards_integrations.transformer.kv_cache import Tree
 
 STEP = 64  # widths are multiples of it
 MASK_ROWS = 16  # of a new block
@@ -26,6 +23,14 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 States = list[Pair]
 """Keys and values of consecutive tokens, (tokens, heads, head size) for each layer."""
+
+
+class Row(Protocol):
+    """What a block knows of a row: where it is, and the first column that was never used."""
+
+    block: RowBlock
+    row: int
+    untouched: int
 
 
 class RowBlock:
@@ -47,7 +52,7 @@ class RowBlock:
         self.serial = next(_serial)
         self.version = 0
         self.states: list[Pair | None] = [None] * layers
-        self.trees: list[Tree] = []
+        self.trees: list[Row] = []
         self._begin()
 
     def _begin(self) -> None:
@@ -60,7 +65,7 @@ class RowBlock:
         """Return the rows that it has when so many are in use: a quarter more, so that it seldom grows."""
         return self.rows if used <= self.rows else used + used // 4
 
-    def add(self, trees: Sequence[Tree]) -> None:
+    def add(self, trees: Sequence[Row]) -> None:
         """Give trees a row each."""
         self.make_rows(len(self.trees) + len(trees))
         for tree in trees:
@@ -73,7 +78,7 @@ class RowBlock:
             self._resize(self.rows_for(used))
 
     @torch.inference_mode()
-    def remove(self, tree: Tree, row: int) -> None:
+    def remove(self, tree: Row, row: int) -> None:
         """Take a tree's row away, which the last one fills."""
         last = self.trees.pop()
         if last is not tree:

@@ -271,7 +271,7 @@ class TreeCache(Cache):
         self.prefixes: dict[SharedPrefix, None] = {}
         least, self.narrowest = size
         self.trees: dict[Tree, None] = {}
-        self.live_texts = LiveTexts()
+        self.live_texts: LiveTexts[Tree] = LiveTexts()
         self.blocks: dict[int, RowBlock] = {self.narrowest: RowBlock(layers, self.narrowest, least)}
         self.written: list[tuple[RowBlock, slice]] = []
         self.write_indices: torch.Tensor

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from cards_integrations.transformer.kv_block import States
-
-if TYPE_CHECKING:
-    from cards_integrations.transformer.kv_cache import Tree
 
 
 class SharedPrefix:
@@ -20,7 +16,7 @@ class SharedPrefix:
     def __init__(self, ids: list[int], states: States) -> None:
         self.ids = ids
         self.states = states
-        self.users: set[Tree] = set()
+        self.users: set[object] = set()
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -167,13 +167,21 @@ class Incremental(RewardModel):
         answers = Counter(r.conversation for r in texts if not self.rows[r.conversation].tree.ids)
         answered = {r.conversation for r in texts if r.text}  # others may follow before anything is kept
         prompts = {}
-        for conversation, n in answers.items():
+        for conversation in answers:
             row = self.rows[conversation]
             row.cut = min(text.cut for response, text in texts.items() if response.conversation is conversation)
-            prompt = row.before_ids[row.cut :][: self.window - 1]
-            if (n > 1 or conversation in answered) and len(prompt) > 1:
-                prompts[conversation] = prompt
-        return prompts
+            prompts[conversation] = row.before_ids[row.cut :][: self.window - 1]
+        several = {each for each, n in answers.items() if n > 1} | answered | self._shared(prompts)
+        return {each: prompt for each, prompt in prompts.items() if each in several and len(prompt) > 1}
+
+    def _shared(self, prompts: Mapping[Conversation, list[int]]) -> set[Conversation]:
+        """The first of those that begin alike for so long that the others will share what has been read of it."""
+        alike: dict[tuple[int, ...], list[Conversation]] = {}
+        least = self.transformer.cache.min_shared
+        for conversation, prompt in prompts.items():
+            if least is not None and len(prompt) > least:
+                alike.setdefault(tuple(prompt[:least]), []).append(conversation)
+        return {conversations[0] for conversations in alike.values() if len(conversations) > 1}
 
     def _recalled(self, prompts: Mapping[Conversation, list[int]]) -> list[Conversation]:
         """Those whose rest is to be read now: the others begin like one of them, and can reuse that."""
