@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import Future
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -177,16 +177,16 @@ class Worker:
         Args:
             request: What to answer.
             emit: Called in this thread with each kept segment.
-            in_batch: Count the time limit from the row on, for which it waits behind others of the same batch.
+            in_batch: Leave out of the time limit how long it waits for a row, behind others of the same batch.
         """
         if task := asyncio.current_task():
             task.add_done_callback(_retrieve_error)
-        whole, own = (None, request.timeout) if in_batch else (request.timeout, None)
-        async with time_limit(whole), self._serving():
+        whole, each = (None, request.timeout) if in_batch else (request.timeout, None)
+        async with time_limit(whole), self._serving(), AsyncExitStack() as leased:
             request = self._plain_if_unguided(request)
-            async with (
-                self._reward_model(request) as (reward_model, scale), self.admission.row(), time_limit(own),
-            ):  # fmt: skip
+            async with time_limit(each):
+                reward_model, scale = await leased.enter_async_context(self._reward_model(request))
+            async with self.admission.row(), time_limit(each):
                 return await self._decode(request, reward_model, scale, emit)
 
     async def answer_all(
