@@ -16,6 +16,7 @@ import argparse
 import json
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -154,8 +155,20 @@ def measure(lm: str, rm: str, device: str, batches: list[int], tokens: int) -> d
                 run["share of the floor"] = floor / seconds
             found["methods"][f"{what}, batch {n}"] = run
             print(f"{what:<24} batch {n:<4}", "  ".join(f"{k} {v:.3g}" for k, v in run.items()), flush=True)
+    found["graphs"] = graphs_kept(e, requests(Sampling(), max(batches), 3))
     e.close()
     return found
+
+
+def graphs_kept(e: Engine, requests: list[Request]) -> dict[str, int]:
+    """How many graphs there are, and how many of them are left after a long request has come and gone."""
+    e.run_many(requests)
+    steps = e.loaded().transformer._logits.steps
+    before = {id(step) for step in steps.values() if step is not None}
+    long = replace(requests[0], prompt=" ".join([PROMPT] * 20))
+    e.run_many([*requests, long])
+    e.run_many(requests)
+    return {"captured": len(before), "left": len(before & {id(step) for step in steps.values()})}
 
 
 def main() -> None:

@@ -322,10 +322,10 @@ class Profile:
 
             return run
 
-        def counted_feed(response: Any) -> Any:
+        def counted_feed(response: Any, *text: Any) -> Any:
             read = judge.rows[response.conversation]
             kept = len(read.tree.ids)
-            made = feed(response)
+            made = feed(response, *text)
             if kept:  # else it reads the prompt
                 self.rm_tokens += len(made.ids)
                 self.new_tokens += len(read.before_ids) + len(response.ids or []) - kept or 1

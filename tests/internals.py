@@ -119,14 +119,15 @@ def assert_empty(cache: TreeCache) -> None:
 
 def balance(cache: TreeCache) -> None:
     """Every row of a mask is a tree's or free; every column that a row has taken is on a path or free, never both."""
-    assert {tree for block in cache.blocks.values() for tree in block.trees} == {*cache.trees}
+    rows = {block: [tree for tree in cache.trees if tree.block is block] for block in cache.blocks.values()}
+    assert sum(map(len, rows.values())) == len(cache.trees)
     for columns, block in cache.blocks.items():
-        mask_rows = [*block.free_mask_rows, *(row for tree in block.trees for row in tree.mask_rows)]
+        mask_rows = [*block.free_mask_rows, *(row for tree in rows[block] for row in tree.mask_rows)]
         assert sorted(mask_rows) == list(range(len(block.visible)))
         assert block.visible.shape[1] == block.columns == columns
         assert len(block.trees) <= block.rows == len(block.positions)
-        for row, tree in enumerate(block.trees):
-            assert (tree.block, tree.row) == (block, row)
+        assert {*enumerate(block.trees)} == {(tree.row, tree) for tree in rows[block]}
+        for tree in rows[block]:
             seen = np.flatnonzero(block.visible[sorted(tree.mask_rows)].any(0)).tolist()
             assert sorted([*seen, *tree.freed]) == list(range(1, tree.untouched))
             assert tree.untouched <= columns

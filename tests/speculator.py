@@ -58,7 +58,7 @@ class Watch:
         self.model = internals.language_model(engine)
         self.memory = self.model.memory
         self.scheduler = internals.scheduler(engine)
-        self.live = self.rows = self.kept = self.bytes = 0
+        self.live = self.rows = self.kept = self.bytes = self.shared = 0
         internals.replace_scheduler(engine, self)
 
     def candidates(self, sessions: Collection[Session]) -> list[Candidate]:
@@ -66,6 +66,7 @@ class Watch:
         self.rows = max(self.rows, len(self.model.transformer.cache.trees))
         self.kept = max(self.kept, len(self.memory.prefix_lengths))
         self.bytes = max(self.bytes, self.memory.used)
+        self.shared = max(self.shared, sum(len(p.users) for cache in self.memory.caches for p in cache.prefixes))
         for cache in self.memory.caches:
             internals.balance(cache)
         return self.scheduler.candidates(sessions)

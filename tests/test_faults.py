@@ -28,7 +28,7 @@ import tiny
 import torch
 from conftest import Start
 from gguf import GGUFWriter
-from internals import assert_idle, held, is_closed, language_model, reward_model
+from internals import assert_idle, held, is_closed, language_model, reward_model, wait_until
 from tokenizers import pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -41,7 +41,7 @@ from cards_integrations.models import sources
 from cards_integrations.models.local import embedded
 from cards_integrations.models.local.load_lock import load_lock
 from cards_integrations.models.sampling import Sampler
-from cards_integrations.rewards import ClassifierReward, FunctionReward, Reward
+from cards_integrations.rewards import ClassifierReward, FunctionReward, Reward, hung_calls
 from cards_integrations.trace import Alignment
 
 PROMPT = "w9 w20 w31 w5"
@@ -228,6 +228,32 @@ def test_rewards_that_hang_do_not_keep_others_from_being_asked(
     good = FunctionReward(function=lambda prompt, texts: [1.0] * len(texts))
     [answer] = outcomes(engine, request(good), within=3)
     assert isinstance(answer, Alignment)
+
+
+def test_a_reward_may_leave_so_many_calls_hanging_and_is_then_refused_by_name(
+    models: Callable[..., str], start: Start, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if it is made anew for each request; another function is asked, and so is this one when they are back."""
+    monkeypatch.setattr(hung_calls, "MOST", 3)
+
+    def made() -> FunctionReward:
+        def hangs_here(prompt: str, texts: list[str]) -> list[float]:
+            gate.wait()
+            return [0.0] * len(texts)
+
+        return FunctionReward(function=hangs_here, timeout=0.05)
+
+    engine = start(models("llama"), width=1)
+    told = [str(outcomes(engine, request(made(), seed))[0]) for seed in range(6)]
+    assert ["no scores within" in each for each in told] == [True] * 3 + [False] * 3
+    assert all("hangs_here" in each and "not asked any more" in each for each in told[3:])
+    assert sum(thread.name == "cards-thread" for thread in threading.enumerate()) == 3
+    good = FunctionReward(function=lambda prompt, texts: [1.0] * len(texts))
+    assert isinstance(outcomes(engine, request(good))[0], Alignment)
+    gate.set()
+    wait_until(lambda: not any(thread.name == "cards-thread" for thread in threading.enumerate()))
+    assert isinstance(outcomes(engine, request(made()))[0], Alignment)
+    assert not hung_calls.HUNG_CALLS._hanging
 
 
 def test_a_reward_that_nobody_waits_for_is_cancelled(models: Callable[..., str], start: Start) -> None:

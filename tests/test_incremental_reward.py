@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,12 +12,12 @@ import pytest
 import tiny
 import torch
 from conftest import Start
-from internals import worker
+from internals import assert_idle, worker
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from cards_integrations.chat.template import ChatTokenizer
-from cards_integrations.decoding import Cards, Uncertainty
+from cards_integrations.decoding import Cards, FixedLength, Uncertainty
 from cards_integrations.engine import Request
 from cards_integrations.errors import RewardError
 from cards_integrations.models.local.loader import ModelLoader
@@ -195,6 +196,43 @@ async def test_padding_at_the_end_is_not_where_the_score_is_read() -> None:
         reward.keep(response)
 
 
+def within(whole: list[int], prompt: int, window: int) -> list[int]:
+    """What is read of a text: its beginning is left out in quarters of the window, but never all of the prompt."""
+    surplus, step = max(0, len(whole) - window), window // 4
+    return whole[min(math.ceil(surplus / step) * step, prompt - 1) if surplus else 0 :]
+
+
+@pytest.mark.parametrize("template", [None, tiny.CHAT], ids=["plain", "chat"])
+def test_a_full_window_is_not_read_again_for_each_candidate(
+    models: Callable[..., str], start: Start, tmp_path: Path, template: str | None
+) -> None:
+    """The window moves in steps, and between two of them a candidate costs its own tokens."""
+    window, prompt, length, room = 128, " ".join(f"w{7 + i % 40}" for i in range(150)), 4, 80
+    tokenizer = tiny.words(eos_token=None)
+    tokenizer.chat_template = template
+    model = tiny.classifier(max_position_embeddings=window)
+    judge = ClassifierReward(model=tiny.save(tmp_path / "judge", model, tokenizer))
+    drafter = tiny.save(tmp_path / "model", tiny.causal(eos_token_id=None), tiny.words(eos_token=None))
+    engine = start(drafter, width=4)
+    method = Cards(target_reward=9.0, acceptance="hard", max_rejections=6, boundary=FixedLength(length=length))
+    answer = engine.run(Request(prompt, method, judge, max_tokens=room, seed=1))
+    drafts = sum(len(segment.drafts) for segment in answer.segments)
+    suffix, moves = 1 if template else 0, room // (window // 4) + 2
+    assert drafts == 7 * room // length
+    assert answer.usage.rm_tokens <= drafts * (length + suffix) + (moves + 1) * window
+    before, after = (f"<user> {prompt} </user> <assistant> ", " </assistant>") if template else (prompt, "")
+    before_ids, kept = tokenizer(before)["input_ids"], list[int]()
+    for segment in answer.segments:
+        for draft in segment.drafts[::3]:
+            whole = [*before_ids, *kept, *draft.token_ids, *tokenizer(after)["input_ids"]]
+            while whole[-1] == tiny.PAD:  # is not where the score is read
+                whole.pop()
+            fitting = within(whole, len(before_ids), window)
+            assert draft.reward == pytest.approx(full_score(model, fitting), abs=1e-4)
+        kept += segment.token_ids
+    assert_idle(engine)
+
+
 @pytest.mark.parametrize("template", [None, tiny.CHAT], ids=["plain", "chat"])
 def test_a_prompt_loses_its_beginning_where_the_window_is_full(
     models: Callable[..., str], start: Start, tmp_path: Path, template: str | None
@@ -215,14 +253,16 @@ def test_a_prompt_loses_its_beginning_where_the_window_is_full(
                 whole = tokenizer(before)["input_ids"] + kept + [*draft.token_ids] + tokenizer(after)["input_ids"]
                 while whole[-1] == tiny.PAD:  # is not where the score is read
                     whole.pop()
-                assert draft.reward == pytest.approx(full_score(model, whole[-window:]), abs=1e-4)
+                fitting = within(whole, len(tokenizer(before)["input_ids"]), window)
+                assert draft.reward == pytest.approx(full_score(model, fitting), abs=1e-4)
                 cut += len(whole) > window
             kept += segment.token_ids
     assert cut > 5
     longest = window - 1 - bool(template)
     texts = [" " + tokenizer.decode([*range(20, 20 + n)]) for n in (longest, longest + 1)]
     whole = tokenizer(before + texts[0] + after)["input_ids"]
-    assert engine.score(judge, prompt, texts[:1]) == pytest.approx([full_score(model, whole[-window:])], abs=1e-4)
+    fitting = within(whole, len(tokenizer(before)["input_ids"]), window)
+    assert engine.score(judge, prompt, texts[:1]) == pytest.approx([full_score(model, fitting)], abs=1e-4)
     with pytest.raises(RewardError, match=rf"the answer takes {window} tokens.*{window} of its window.*max_tokens"):
         engine.score(judge, prompt, texts[1:])
 

@@ -19,11 +19,12 @@ from conftest import Start
 from internals import assert_idle, caches, held, is_idle, language_model, memory, replace_scheduler, wait_until
 
 from cards_integrations.chat.grammar import Grammar, GrammarTokenizer, Matcher
-from cards_integrations.decoding import BestOfN, Cards, Decoding, FixedLength
+from cards_integrations.decoding import BestOfN, Cards, Decoding, FixedLength, Sampling
 from cards_integrations.decoding.base import Draft
 from cards_integrations.engine import Engine, Request
 from cards_integrations.engine.scheduler import BestPerSecond
 from cards_integrations.errors import CardsError, CardsTimeout, ModelError, PromptError, RewardError
+from cards_integrations.models.local import language_model as local
 from cards_integrations.models.local.language_model import prefill_shares
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import ClassifierReward, FunctionReward, LengthReward, Reward, WeightedReward
@@ -272,14 +273,14 @@ def test_the_time_limit_of_a_batch_is_each_answer_s_own(models: Callable[..., st
 
     async def slow(prompt: str, texts: list[str]) -> list[float]:
         begun.append(prompt)
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.4)
         return [0.0] * len(texts)
 
     reward = FunctionReward(function=slow, scale=(0.0, 1.0))
-    requests = [request(reward, seed, decoding=BestOfN(n=1), timeout=WITHIN / 4) for seed in range(3)]
+    requests = [request(reward, seed, decoding=BestOfN(n=1)) for seed in range(3)]
     engine.run_many(requests)
-    tight = [replace(each, timeout=0.25) for each in requests]
-    assert len(engine.run_many(tight * 3)) == 9  # 0.9 seconds in all
+    tight = [replace(each, timeout=2.4) for each in requests]
+    assert len(engine.run_many(tight * 3)) == 9  # 3.6 seconds in all
     found = outcomes(engine, tight * 3)
     assert any(isinstance(each, CardsTimeout) for each in found)  # of separate requests it does
 
@@ -328,3 +329,20 @@ def test_a_request_waits_for_the_memory_of_a_score(models: Callable[..., str], s
 def test_shares_of_a_step(unread: list[int], budget: int, expected: list[int]) -> None:
     """The oldest prompt has half of it, and the shortest the rest."""
     assert prefill_shares(unread, budget) == expected
+
+
+def test_a_prompt_waits_for_what_another_is_reading_in_pieces(
+    engine: Engine, judge: ClassifierReward, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reuses all that they share, not what had been read when it came."""
+    shared = " ".join(f"w{6 + i * i % 41}" for i in range(200))
+    requests = [
+        replace(request(judge, seed, f"{shared} w{6 + seed}"), decoding=Sampling(), reward=None) for seed in range(3)
+    ]
+    expected = [engine.run(each).token_ids for each in requests]
+    monkeypatch.setattr(local, "PREFILL_CHUNK", 60)
+    monkeypatch.setattr(local, "PREFILL_BESIDE", 30)
+    memory(engine).evict_all()
+    answers = [answer for answer in outcomes(engine, requests) if isinstance(answer, Alignment)]
+    assert [answer.token_ids for answer in answers] == expected
+    assert sorted(answer.usage.cached_tokens for answer in answers) == [0, 200, 200]

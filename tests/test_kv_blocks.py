@@ -48,30 +48,33 @@ class Model:
 class Walk:
     """Opens, branches, grows, keeps, cuts, drops and closes at random, and compares with plain forwards."""
 
-    def __init__(self, family: str, seed: int, rounded: bool, reuse: bool = True) -> None:
+    def __init__(self, family: str, seed: int, rounded: bool, **options: Any) -> None:
         self.dice = random.Random(seed)
-        self.plain = tiny.causal(family, max_position_embeddings=2048)
-        twin = tiny.causal(family, max_position_embeddings=2048)
+        self.plain = tiny.causal(family, max_position_embeddings=2048, **options)
+        twin = tiny.causal(family, max_position_embeddings=2048, **options)
         twin.load_state_dict(self.plain.state_dict())
-        self.memory = KVMemory(2**40, reuse)
+        self.memory = KVMemory(2**40)
         self.transformer = Transformer(twin.eval(), self.memory)
         self.transformer._logits.rounding = rounded
         self.cache = self.transformer.cache
+        if self.cache.min_shared is not None:
+            self.cache.min_shared = 50
         self.live: dict[Tree, Model] = {}
         self.beginnings = [self.dice.choices(TOKENS, k=n) for n in (70, 130, 300)]
         self.widths: set[int] = set()
-        self.recalled = 0
+        self.recalled = self.shared = self.unshared = 0
         self.worst = 0.0
 
     def ids(self, count: int) -> list[int]:
         return self.dice.choices(TOKENS, k=count)
 
-    def open(self) -> None:
+    def open(self, beginning: list[int]) -> None:
         tree = self.cache.open()
-        text = self.dice.choice([[], *self.beginnings])[: self.dice.choice([65, 100, 300])] + self.ids(3)
+        text = beginning + self.ids(3)
         self.memory.recall(tree, text)
         assert tree.ids == text[: len(tree.ids)]
         self.recalled += bool(tree.ids)
+        self.shared += bool(tree.shared)
         self.live[tree] = Model(list(tree.ids))
         branch = tree.branch()
         self.live[tree].branches[branch] = list(tree.ids)
@@ -97,6 +100,7 @@ class Walk:
             model.branches[tree.branch()] = list(model.trunk)
         elif kind == 1:
             base = self.dice.randrange(1, len(model.trunk) + 1)
+            self.unshared += base < tree.prefix
             model.branches[tree.branch(base)] = model.trunk[:base]
         else:
             parent = self.dice.choice([*model.branches])
@@ -143,7 +147,7 @@ class Walk:
             keepable = model.keepable()
             if keepable and (len(model.branches) > 4 or self.dice.random() < 0.4):
                 self.keep(tree, self.dice.choice(keepable))
-            if self.dice.random() < 0.15:
+            if self.dice.random() < 0.2:
                 self.close(tree)
 
     def close(self, tree: Tree) -> None:
@@ -153,23 +157,36 @@ class Walk:
 
     def step(self) -> None:
         while len(self.live) < 3:
-            self.open()
+            beginning = self.dice.choice([[], *self.beginnings, *self.beginnings])
+            for _ in range(2):
+                self.open(beginning[: self.dice.choice([65, 100, 300])])
         self.grow()
         balance(self.cache)
         self.prune()
         balance(self.cache)
 
 
+FULL = {"layer_types": ["full_attention"] * tiny.SIZES["num_hidden_layers"]}
+"""Of a family with windows, and with scores that are capped."""
+
+
 @pytest.mark.parametrize("rounded", [False, True], ids=["", "rounded"])
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
-def test_random_walks_give_the_plain_logits(family: str, rounded: bool) -> None:
-    """Across widths, with prefixes of finished and of live texts, and trunks that are cut."""
-    walk = Walk(family, 0, rounded)
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("llama", {}), ("gpt2", {}), ("mistral", {}), ("gemma2", {}), ("gemma2", FULL)],
+    ids=["llama", "gpt2", "mistral", "gemma2", "gemma2 without windows"],
+)
+def test_random_walks_give_the_plain_logits(family: str, options: dict[str, Any], rounded: bool) -> None:
+    """Across widths, with prefixes of finished and of live texts, held once or copied, and trunks that are cut."""
+    walk = Walk(family, 0, rounded, **options)
     for _ in range(12):
         walk.step()
     assert walk.worst < 1e-4
     assert len(walk.widths) > 3
     assert walk.recalled
+    if walk.cache.min_shared is not None:
+        assert walk.shared
+        assert walk.unshared
     for tree in [*walk.live]:
         walk.close(tree)
     assert_empty(walk.cache)
@@ -260,9 +277,61 @@ def test_short_rows_do_not_read_the_width_of_the_longest() -> None:
     assert cells([*short, 1900]) <= 1.1 * cells(short) + cells([1900])
 
 
+def test_captured_steps_survive_the_growth_of_another_width() -> None:
+    """They know the addresses of their own blocks only; when one of these grows, they are given up."""
+    transformer = Transformer(tiny.causal(max_position_embeddings=4096))
+    static = transformer._logits
+    static.rounding = True
+    branches = [tree.branch() for tree in opened(transformer, [30] * 4)]
+
+    def captured_after(steps: int) -> set[int]:
+        for _ in range(steps):
+            transformer.logits([ForwardInput(branch, [7]) for branch in branches])
+        return {id(step) for step in static.steps.values() if step is not None}
+
+    before = captured_after(3)
+    assert len(before) == 1
+    opened(transformer, [1900, 300])
+    assert captured_after(2) == before
+    more = opened(transformer, [30] * 20)
+    branches += [tree.branch() for tree in more]
+    assert not before & captured_after(3)
+
+
 def test_widths() -> None:
     assert [width_for(n) for n in (1, 64, 65, 129, 257, 321, 33_000)] == [64, 64, 128, 192, 320, 448, 36_352]
     assert [width_within(n) for n in (0, 63, 64, 191, 450)] == [0, 0, 64, 128, 448]
+
+
+# --- what live rows share ---
+
+
+def test_a_common_beginning_is_held_once() -> None:
+    """Sixteen rows that begin with the same 400 tokens take these once, and a few columns each."""
+    transformer = Transformer(tiny.causal(max_position_embeddings=4096), KVMemory(2**40))
+    memory, cache = transformer.memory, transformer.cache
+    system = random.Random(5).choices(TOKENS, k=400)
+    trees: list[Tree] = []
+    for seed in range(16):
+        tree = cache.open()
+        text = [*system, *random.Random(seed).choices(TOKENS, k=20)]
+        memory.recall(tree, text)
+        assert len(tree.ids) == max((common(text, other.ids) for other in trees), default=0)
+        branch = tree.branch()
+        transformer.logits([ForwardInput(branch, text[len(tree.ids) :])])
+        tree.keep(branch)
+        trees.append(tree)
+    [prefix] = cache.prefixes
+    assert (len(prefix), prefix.users) == (384, {*trees})  # a multiple of 64
+    assert all(tree.block.columns == 64 for tree in trees)
+    assert cache.bytes <= (400 + 64 * 20) * cache.bytes_per_token
+    for tree in trees:
+        memory.keep(tree)
+        cache.close(tree)
+    assert not cache.prefixes
+    assert_empty(cache)
+    assert memory.prefix_lengths == (420,) * 16
+    assert memory.prefix_bytes <= (400 + 16 * 20) * cache.bytes_per_token
 
 
 # --- finished texts ---

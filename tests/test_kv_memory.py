@@ -16,7 +16,7 @@ import pytest
 import tiny
 import torch
 from conftest import Start
-from internals import balance, finished_texts, language_model, reward_models, until
+from internals import assert_idle, balance, finished_texts, language_model, reward_models, until
 from internals import caches as caches_of
 from speculator import Watch
 
@@ -155,6 +155,21 @@ def test_a_prompt_shared_by_sixteen_at_once_is_read_once(llamas: Pair, start: St
     assert [a.token_ids for a in together] == [a.token_ids for a in expected]
     assert sorted(a.usage.cached_tokens for a in together) == [0, *[LONG] * 15]
     assert engine.inspect().tokens == LONG + 1 + 15 * 1 + 16 * (ROOM - 1)
+
+
+def test_a_long_beginning_is_held_once_by_both_models(llamas: Pair, start: Start) -> None:
+    """Eight requests with one system prompt, of which texts, rewards and what is read are as without; nothing stays."""
+    engine, system = start(llamas.model, width=2), words(300, 0)
+    asked = [guided(f"{system} {words(5, seed + 1)}", llamas.reward, CHOOSY, seed) for seed in range(8)]
+    expected = start(llamas.model, width=2, prefix_reuse=False).run_many(asked)
+    watch = Watch(engine)
+    together = engine.run_many(asked)
+    assert watch.shared == 16  # rows of both models
+    for one, other in zip(together, expected, strict=True):
+        assert one.token_ids == other.token_ids
+        assert [s.reward for s in one.segments] == pytest.approx([s.reward for s in other.segments], abs=1e-4)
+    assert sorted(answer.usage.cached_tokens >= 300 for answer in together) == [False] + [True] * 7
+    assert_idle(engine)
 
 
 def test_without_reuse_nothing_is_kept(llamas: Pair, start: Start) -> None:

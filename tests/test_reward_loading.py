@@ -8,12 +8,16 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import internals
+import psutil
 import pytest
+import tiny
 from conftest import Start
 
+from cards_integrations.chat.grammar import Grammar
 from cards_integrations.decoding import BestOfN, Sampling
 from cards_integrations.engine import Engine, Request
 from cards_integrations.errors import CardsTimeout, EngineClosed, RewardError
@@ -237,24 +241,28 @@ def test_another_dtype_is_loaded_once_and_goes(start: Start, models: Callable[..
     assert held() is None
 
 
-def test_hundreds_of_rewards_leave_an_engine_as_it_was(start: Start, models: Callable[..., str]) -> None:
-    engine = start(models("llama"), width=1)
+def test_hundreds_of_rewards_and_schemas_leave_an_engine_as_it_was(start: Start, tmp_path: Path) -> None:
+    engine = start(tiny.save(tmp_path / "bytes", tiny.causal(vocab_size=280), tiny.byte_pairs()), width=1)
 
-    def made(weight: float) -> list[Reward]:
-        return [
-            FunctionReward(function=lambda prompt, texts: [weight * len(text) for text in texts]),
-            LengthReward(target=1 + int(weight)),
+    def requests(number: float) -> list[Request]:
+        rewards: list[Reward] = [
+            FunctionReward(function=lambda prompt, texts: [number * len(text) for text in texts]),
+            LengthReward(target=int(number)),
             MinReward(
-                rewards=[LengthReward(target=1 + int(weight), scale=(0, weight)), LengthReward(target=5, scale=(0, 1))]
+                rewards=[LengthReward(target=int(number), scale=(0, number)), LengthReward(target=5, scale=(0, 1))]
             ),
         ]
+        schema = Grammar.json_schema({"type": "object", "properties": {f"p{int(number)}": {"type": "boolean"}}})
+        written = Request("the cat", Sampling(), max_tokens=4, grammar=schema, seed=1)
+        return [written, *(replace(guided(reward), prompt="the cat") for reward in rewards)]
 
     sizes = []
     for half in range(2):
-        for weight in range(1, 26):
-            engine.run_many([guided(reward) for reward in made(25.0 * half + weight)])
+        for number in range(1, 21):
+            engine.run_many(requests(20.0 * half + number))
         state = engine.inspect()
-        sizes.append((len(state.rewards), len(state.caches), state.tasks, threading.active_count()))
+        open_files = psutil.Process().num_fds()
+        sizes.append((len(state.rewards), len(state.caches), state.tasks, threading.active_count(), open_files))
     assert sizes[0] == sizes[1]
     assert sizes[0][0] <= KEPT
 

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import internals
 import numpy as np
 import pytest
 import tiny
+from conftest import Start
 
 from cards_integrations.chat.stop_strings import StopStrings
 from cards_integrations.chat.template import ChatTokenizer
 from cards_integrations.chat.tool_formats import FORMATS
 from cards_integrations.chat.tool_reader import ToolReader
-from cards_integrations.decoding import FixedLength
+from cards_integrations.decoding import BestOfN, FixedLength
+from cards_integrations.engine import Request, idle
 from cards_integrations.engine.draft_pool import MIN_REACH, PendingDraft, SegmentDrafts
 from cards_integrations.engine.scheduler import BestPerSecond
 from cards_integrations.engine.session import AcceptanceRate, Session
@@ -27,9 +31,9 @@ from cards_integrations.models.local.language_model import LocalLanguageModel
 from cards_integrations.models.local.loader import ModelLoader
 from cards_integrations.models.local.settings import Placement
 from cards_integrations.models.sampling import Sampler
-from cards_integrations.rewards import Conversation, FunctionReward, RewardLoader
+from cards_integrations.rewards import ClassifierReward, Conversation, FunctionReward, RewardLoader
 from cards_integrations.trace import Usage
-from cards_integrations.transformer.step_times import POINTS, StepTimes, step_times
+from cards_integrations.transformer.step_times import POINTS, StepTimes, confirm, is_plausible, step_times
 
 # --- times ---
 
@@ -80,6 +84,105 @@ def test_damaged_step_times_are_measured_again(tmp_path: Path, monkeypatch: pyte
     file.write_text(json.dumps(damaged[damage]))
     assert step_times("drafting", model, float).upto(70).tolist() == expected
     assert file.read_text() == whole
+
+
+SLOW, FAST = {1: 0.40, 16: 0.21, 64: 0.81}, {1: 0.040, 16: 0.055, 64: 0.064}  # the same, busy and quiet
+
+
+@pytest.fixture
+def remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("CARDS_CACHE_DIR", str(tmp_path))
+    return tmp_path / "step_times.json"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "right"),
+    [(FAST, True), (SLOW, False), ({1: 1, 16: 16, 64: 64}, True), ({1: 1, 16: 40, 64: 64}, False),
+     ({1: 1, 16: 0.9, 64: 0.85}, True), ({1: 1, 16: 1.1, 64: 0.7}, False)],
+)  # fmt: skip
+def test_what_cannot_be_right(seconds: dict[int, float], right: bool) -> None:
+    assert is_plausible(seconds) == right
+
+
+def test_what_cannot_be_right_is_measured_again(remembered: Path) -> None:
+    tries = iter([SLOW, FAST])
+    now: dict[int, float] = {}
+
+    def measure(tokens: int) -> float:
+        if tokens == 1:
+            now.update(next(tries))
+        return now[tokens]
+
+    assert step_times("drafting", tiny.causal(), measure).fixed == FAST[1]
+    [(key, found)] = json.loads(remembered.read_text()).items()
+    assert found == {str(n): seconds for n, seconds in FAST.items()}
+    remembered.write_text(json.dumps({key: SLOW}))  # as an earlier version has left it
+    assert step_times("drafting", tiny.causal(), FAST.__getitem__).fixed == FAST[1]
+
+
+def test_what_is_far_off_is_thrown_away_when_nothing_runs(remembered: Path) -> None:
+    times = step_times("drafting", tiny.causal(), lambda n: 10 * FAST[n])
+    assert times.fixed == 10 * FAST[1]
+    measured = [lambda: FAST]
+    times.unconfirmed = measured[0], times.unconfirmed[1]  # type: ignore[index]
+    confirm(times, lambda: False)  # a request came
+    assert times.fixed == 10 * FAST[1]
+    confirm(times, lambda: True)
+    assert times.fixed == FAST[1]
+    confirm(times, lambda: pytest.fail("it is measured once"))
+    assert step_times("drafting", tiny.causal(), lambda n: 99.0).fixed == FAST[1]
+
+
+def test_what_is_about_the_same_stays(remembered: Path) -> None:
+    times = step_times("drafting", tiny.causal(), FAST.__getitem__)
+    assert times.unconfirmed is not None
+    times.unconfirmed = (lambda: {n: seconds / 1.2 for n, seconds in FAST.items()}), times.unconfirmed[1]
+    confirm(times, lambda: True)
+    assert times.fixed == FAST[1]
+
+
+def test_step_times_are_those_of_a_machine_and_not_of_a_container(
+    remembered: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step_times("drafting", tiny.causal(), FAST.__getitem__)
+    monkeypatch.setattr(platform, "node", lambda: "3f2a9c77b1d0")
+    assert step_times("drafting", tiny.causal(), lambda n: 99.0).fixed == FAST[1]
+    assert platform.node() not in remembered.read_text()
+
+
+def test_processes_write_beside_each_other(remembered: Path) -> None:
+    """Each has read the file before the others have written."""
+
+    def others(tokens: int) -> float:
+        if tokens == 64:
+            step_times("scoring", tiny.causal(), FAST.__getitem__)
+            step_times("drafting", tiny.causal(), lambda n: FAST[n] / 2)
+        return FAST[tokens]
+
+    assert step_times("drafting", tiny.causal(), others).fixed == FAST[1] / 2
+    assert len(json.loads(remembered.read_text())) == 2
+    assert step_times("scoring", tiny.causal(), lambda n: 99.0).fixed == FAST[1]
+
+
+def test_an_idle_engine_measures_again(
+    start: Start, models: Callable[..., str], remembered: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(idle, "IDLE_AFTER", 0.05)
+    engine = start(models("llama"))
+    judge = ClassifierReward(model=models("llama", classifier=True))
+    asked = Request("w9", BestOfN(n=2), judge, max_tokens=3, seed=1)
+    engine.loaded()
+    [key] = json.loads(remembered.read_text())
+    engine.close()
+    remembered.write_text(json.dumps({key: dict.fromkeys(POINTS, 1000.0)}))
+    engine = start(models("llama"))
+    engine.loaded()
+    times = internals.scheduler(engine).times  # type: ignore[attr-defined]
+    assert times.fixed == 1000.0
+    text = engine.run(asked).text
+    internals.wait_until(lambda: times.fixed < 100.0)
+    internals.wait_until(lambda: times.unconfirmed is None)
+    assert engine.run(asked).text == text
 
 
 # --- the choice ---

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager, nullcontext
 
-from cards_integrations.errors import CardsTimeout, OutOfMemory, PromptError, SettingsError
+from cards_integrations.errors import CardsTimeout, PromptError, SettingsError
 from cards_integrations.rewards.base import scoring
 from cards_integrations.transformer.kv_memory import CacheNeed, KVMemory
 
@@ -76,10 +76,7 @@ class Admission:
 
     async def _wait(self, needs: Sequence[CacheNeed]) -> None:
         if not self._others_end():
-            raise OutOfMemory(
-                f"A request of {needs[0].columns} tokens needs more than the {self._memory.limit / 2**20:,.1f} MiB of "
-                "EngineSettings.kv_memory: use a shorter prompt, a smaller max_tokens, or more kv_memory."
-            )
+            raise self._memory.refusal(needs[0].columns)
         await self._next_end()
 
     def _others_end(self) -> bool:

@@ -14,9 +14,10 @@ class CacheState:
 
     Attributes:
         rows: Requests that hold a row.
-        columns: Columns that their texts and candidates take, one a token, summed over the rows.
+        columns: Columns that their texts and candidates take, one a token, summed over the rows; what several rows
+            share counts once.
         allocated_rows: Rows that there is memory for.
-        allocated_columns: Columns of these rows, summed over them; short texts have narrow rows.
+        allocated_columns: Columns of these rows and of what they share, summed; short texts have narrow rows.
         bytes: Memory for their keys and values.
     """
 
@@ -29,10 +30,11 @@ class CacheState:
     @classmethod
     def of(cls, cache: TreeCache) -> CacheState:
         """The state of a cache now."""
-        columns = sum(tree.taken - 1 for tree in cache.trees)  # without the scratch column
+        shared = sum(map(len, cache.prefixes))
+        columns = sum(tree.taken - 1 for tree in cache.trees) + shared  # without the scratch columns
         blocks = cache.blocks.values()
         rows, width = sum(block.rows for block in blocks), sum(block.rows * block.columns for block in blocks)
-        return cls(len(cache.trees), columns, rows, width, cache.bytes)
+        return cls(len(cache.trees), columns, rows, width + shared, cache.bytes)
 
 
 @dataclass(frozen=True)

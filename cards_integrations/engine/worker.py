@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cards_integrations.chat.grammar import Grammar
 from cards_integrations.chat.message import Message
@@ -25,9 +25,11 @@ from cards_integrations.chat.tool_reader import ToolReader
 from cards_integrations.decoding.base import Scale
 from cards_integrations.decoding.sampling import Sampling
 from cards_integrations.engine.admission import Admission, check_length, time_limit
+from cards_integrations.engine.idle import IdleMoments
 from cards_integrations.engine.inspection import CacheState, EngineState
 from cards_integrations.engine.request import Chunk, EngineSettings, Request
 from cards_integrations.engine.scales import TRIAL, KnownScale, Scales, remember
+from cards_integrations.engine.scheduler import BestPerSecond
 from cards_integrations.engine.session import Session
 from cards_integrations.engine.step_loop import StepLoop
 from cards_integrations.errors import CardsError, EngineClosed, ModelError, SettingsError
@@ -39,8 +41,13 @@ from cards_integrations.rewards.base import Conversation, Response, Reward, Rewa
 from cards_integrations.rewards.loader import RewardLoader
 from cards_integrations.threads import ended_before_exit, in_thread
 from cards_integrations.trace import Alignment, Usage
+from cards_integrations.transformer.free_memory import free_memory
 from cards_integrations.transformer.kv_memory import CacheNeed, KVMemory, budget
+from cards_integrations.transformer.step_times import StepTimes
 from cards_integrations.uncertainty import Measure, uncertainty
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 OnDone = Callable[[int, Alignment | Exception], None]
@@ -71,6 +78,7 @@ class Worker:
         self.steps: StepLoop
         self.admission: Admission
         self.scales = Scales(model, self._rewards_of_plain_answers)
+        self.idle = IdleMoments(self._step_times)
         self._plain: dict[tuple[Any, ...], list[Alignment]] = {}
         self._stopping = False
         self.thread = threading.Thread(target=self._main, name="cards-engine", daemon=True)
@@ -135,13 +143,14 @@ class Worker:
 
     def _build(self) -> None:
         with ended_before_exit():
-            self.loader = ModelLoader(
-                self.settings,
-                lambda device: KVMemory(budget(self.settings.kv_memory, device), self.settings.prefix_reuse),
-            )
+            self.loader = ModelLoader(self.settings, self._kv_memory)
             self.language_model = build_model(self.model, self.loader, self._wake)
             self.rewards = RewardLoader(self.loader)
             self.steps = StepLoop(self.language_model, self.settings.width, self._give_up)
+
+    def _kv_memory(self, device: torch.device) -> KVMemory:
+        limit = budget(self.settings.kv_memory, device)
+        return KVMemory(limit, self.settings.prefix_reuse, partial(free_memory, device))
 
     def _wake(self) -> None:
         self.steps.wake()
@@ -278,12 +287,21 @@ class Worker:
     @asynccontextmanager
     async def _reward_model(self, request: Request) -> AsyncIterator[tuple[RewardModel | None, KnownScale | None]]:
         """The reward model of a request, in use inside the block, and its scale if the method asks for it."""
-        if request.reward is None or not request.decoding.needs_reward:
-            yield None, None
-            return
-        settings = await self.scales.standardised(request.reward)
-        async with self.rewards.lease(settings, timed=self.settings.width == "auto") as model:
-            yield model, await self.scales.known(request.reward) if request.decoding.needs_scale else None
+        self.idle.enter()
+        try:
+            if request.reward is None or not request.decoding.needs_reward:
+                yield None, None
+                return
+            settings = await self.scales.standardised(request.reward)
+            async with self.rewards.lease(settings, timed=self.settings.width == "auto") as model:
+                yield model, await self.scales.known(request.reward) if request.decoding.needs_scale else None
+        finally:
+            self.idle.leave()
+
+    def _step_times(self) -> list[StepTimes]:
+        """Those that plan the drafting now."""
+        own = [self.steps.scheduler.times] if isinstance(self.steps.scheduler, BestPerSecond) else []
+        return [*own, *self.rewards.step_times]
 
     async def _decode(
         self,

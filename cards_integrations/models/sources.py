@@ -70,7 +70,7 @@ def build_model(source: ModelSource, loader: ModelLoader, wake: Callable[[], Non
         case LocalModel():
             model, tokenizer = loader.causal(source)
             chat = ChatTokenizer(tokenizer, source.tool_format, embedding_rows(model))
-            return LocalLanguageModel(model, chat, source.model, loader.memory)
+            return LocalLanguageModel(model, chat, source.model, loader.memory, loader.thread_tuner())
         case VllmModel():
             chat = ChatTokenizer(loader.tokenizer(_tokenizer_of(source)), source.tool_format)
             return VllmLanguageModel(source, chat, wake)

@@ -22,8 +22,8 @@ from cards_integrations.chat.template import ChatTokenizer, as_text
 from cards_integrations.errors import OutOfMemory, RewardError
 from cards_integrations.models.local.loader import ModelLoader
 from cards_integrations.models.local.settings import LocalModel
+from cards_integrations.rewards.hung_calls import HUNG_CALLS
 from cards_integrations.rewards.prompts import PLAIN
-from cards_integrations.threads import in_thread
 from cards_integrations.trace import Usage
 
 if TYPE_CHECKING:
@@ -315,7 +315,7 @@ class CallableModel(RewardModel):
         if inspect.iscoroutinefunction(self.function):
             found: Scores = self.function(prompt, texts)
         else:
-            found = await in_thread(self.function, prompt, texts)
+            found = await HUNG_CALLS.call(self.name, self.function, prompt, texts)
         if inspect.isawaitable(found):
             found = await found
         conversation.usage.rm_forwards += 1

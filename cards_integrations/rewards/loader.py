@@ -17,6 +17,7 @@ from cards_integrations.models.local.settings import LocalModel
 from cards_integrations.rewards.base import CausalModel, Loader, Reward, RewardModel
 from cards_integrations.rewards.scorers.sentences import WholeSentences
 from cards_integrations.threads import InterpreterExit, ended_before_exit, in_thread
+from cards_integrations.transformer.step_times import StepTimes
 
 KEPT = 16  # reward models that nobody uses now
 CACHE_SHARE = 0.25  # of the memory for caches, that those may hold
@@ -59,6 +60,11 @@ class RewardLoader(Loader):
             yield await self._loaded(settings, timed)
         finally:
             self._give_back(key)
+
+    @property
+    def step_times(self) -> list[StepTimes]:
+        """Those that have been asked for, of the models that are there."""
+        return [times for model in list(self._timed) if (times := model.step_times) is not None]
 
     async def _loaded(self, settings: Reward, timed: bool) -> RewardModel:
         key = _key(settings)

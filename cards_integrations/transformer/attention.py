@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -18,7 +18,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from cards_integrations.errors import ModelError
-from cards_integrations.transformer.kv_block import RowBlock
+from cards_integrations.transformer.kv_block import RowBlock, States
 
 NAME = "cards_tree"
 FULL, SLIDING = "full_attention", "sliding_attention"  # attention patterns, as configs call them
@@ -66,15 +66,25 @@ class GroupMetadata:
 
 
 @dataclass
+class SharedMetadata:
+    """A shared prefix, and the tokens that see all of it: indices into the flat sequence."""
+
+    states: States
+    tokens: slice | torch.Tensor
+
+
+@dataclass
 class AttentionMetadata:
     """The groups of one forward, in the order of their tokens; `patterns` names the mask of each layer.
 
-    `rounded` says that all numbers of tokens, rows and columns have been rounded up.
+    `rounded` says that all numbers of tokens, rows and columns have been rounded up; `shared` are prefixes that rows
+    have in common and not in their columns.
     """
 
     groups: list[GroupMetadata]
     patterns: list[str]
     rounded: bool = False
+    shared: list[SharedMetadata] = field(default_factory=list)
 
 
 METADATA: ContextVar[AttentionMetadata | None] = ContextVar("METADATA", default=None)
@@ -115,19 +125,34 @@ def tree_attention(
     if metadata is None:
         heads = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(heads, 1), value.repeat_interleave(heads, 1)
-        return _attend(query, key, value, attention_mask, scaling, softcap).transpose(1, 2), None
+        out, _ = _attend(query, key, value, attention_mask, ScoreOptions(scaling, softcap))
+        return out.transpose(1, 2), None
     pattern, flat = metadata.patterns[module.layer_idx], query[0].transpose(0, 1)
-    outputs = [
-        _attend_by_rows(group, pattern, flat, group.states(module.layer_idx), scaling, softcap)
-        for group in metadata.groups
-    ]
-    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None], None
+    layer, options = module.layer_idx, ScoreOptions(scaling, softcap, with_sums=bool(metadata.shared))
+    attended = [_attend_by_rows(group, pattern, flat, group.states(layer), options) for group in metadata.groups]
+    out = torch.cat([each for each, _ in attended]) if len(attended) > 1 else attended[0][0]
+    if metadata.shared:
+        sums = torch.cat([each for _, each in attended if each is not None])
+        for shared in metadata.shared:
+            _add_shared(out, sums, shared.tokens, _attend_to_shared(shared, flat, layer, options))
+    return out[None].to(query.dtype), None
+
+
+class ScoreOptions(NamedTuple):
+    """How scores are made of queries and keys, and whether the logarithms of their sums of exponentials are wanted."""
+
+    scaling: float | None
+    softcap: float | None
+    with_sums: bool = False
+
+
+Attended = tuple[torch.Tensor, torch.Tensor | None]
+"""Outputs (..., size), and the logarithm of the sum of exponentials of each query's scores, (...)."""
 
 
 def _attend_by_rows(
-    group: GroupMetadata, pattern: str, query: torch.Tensor, states: list[torch.Tensor],
-    scaling: float | None, softcap: float | None,
-) -> torch.Tensor:  # fmt: skip
+    group: GroupMetadata, pattern: str, query: torch.Tensor, states: list[torch.Tensor], options: ScoreOptions
+) -> Attended:
     """query (tokens, heads, size) of all groups -> (tokens of this group, heads, size), computed as the cache is."""
     key, value = states
     (rows, n), (heads, size), kv = group.tokens.shape, query.shape[1:], key.shape[1]
@@ -136,25 +161,58 @@ def _attend_by_rows(
     if rows == 1:  # (heads // kv, kv, n, size): the keys of one row serve as a batch, unrepeated
         by_rows = by_rows[0].permute(2, 1, 0, 3)
         key, value = key.expand(len(by_rows), -1, -1, -1), value.expand(len(by_rows), -1, -1, -1)
-        out = _attend(by_rows, key, value, group.masks[pattern], scaling, softcap).permute(2, 1, 0, 3)
+        out, sums = _attend(by_rows, key, value, group.masks[pattern], options)
+        out, sums = out.permute(2, 1, 0, 3), sums if sums is None else sums.permute(2, 1, 0)
     else:  # (rows, kv, heads // kv * n, size)
         by_rows = by_rows.permute(0, 2, 3, 1, 4).flatten(2, 3)
-        out = _attend(by_rows, key, value, group.mask(pattern, heads // kv), scaling, softcap)
+        out, sums = _attend(by_rows, key, value, group.mask(pattern, heads // kv), options)
         out = out.view(rows, kv, heads // kv, n, -1).permute(0, 3, 1, 2, 4)
-    out = out.reshape(rows * n, heads, -1).to(query.dtype)
-    return out[group.restore] if group.start is None else out
+        sums = sums if sums is None else sums.reshape(rows, kv, heads // kv, n).permute(0, 3, 1, 2)
+    out, sums = out.reshape(rows * n, heads, -1), sums if sums is None else sums.reshape(rows * n, heads)
+    if group.start is None:
+        out, sums = out[group.restore], sums if sums is None else sums[group.restore]
+    return out, sums
+
+
+def _attend_to_shared(shared: SharedMetadata, query: torch.Tensor, layer: int, options: ScoreOptions) -> Attended:
+    """query (tokens, heads, size) -> (tokens that share the prefix, heads, size): all of them see all of it."""
+    keys, values = (states.transpose(0, 1)[None] for states in shared.states[layer])  # (1, kv, columns, size)
+    own, kv = query[shared.tokens].to(keys.dtype), keys.shape[1]
+    n, heads, size = own.shape
+    by_head = own.view(n, kv, heads // kv, size).permute(1, 2, 0, 3).reshape(1, kv, heads // kv * n, size)
+    out, sums = _attend(by_head, keys, values, None, options)
+    out = out.reshape(kv, heads // kv, n, -1).permute(2, 0, 1, 3).reshape(n, heads, -1)
+    return out, sums if sums is None else sums.reshape(kv, heads // kv, n).permute(2, 0, 1).reshape(n, heads)
+
+
+def _add_shared(out: torch.Tensor, sums: torch.Tensor, tokens: slice | torch.Tensor, attended: Attended) -> None:
+    """Make the outputs of these tokens those of one softmax over their own columns and the shared ones."""
+    other, other_sums = attended
+    assert other_sums is not None
+    share = torch.sigmoid(other_sums - sums[tokens])[..., None]
+    precise = torch.promote_types(out.dtype, share.dtype)
+    out[tokens] = torch.lerp(out[tokens].to(precise), other.to(precise), share.to(precise)).to(out.dtype)
 
 
 def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None,
-    scaling: float | None, softcap: float | None,
-) -> torch.Tensor:  # fmt: skip
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, options: ScoreOptions
+) -> Attended:
     """softmax(query key^T * scaling + mask) value, with the scores capped softly if the model says so."""
-    if softcap is None:
-        return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    scaling, softcap, with_sums = options
+    if softcap is None and not with_sums:
+        return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling), None
+    if softcap is None and query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
+        found: Attended = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, attn_mask=mask, scale=scaling
+        )
+        return found
     scores = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    scores = softcap * torch.tanh(scores / softcap) + (0 if mask is None else mask)
-    return scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(-1).to(value.dtype) @ value
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores + (0 if mask is None else mask)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    sums = scores.logsumexp(-1) if with_sums else None
+    return scores.softmax(-1).to(value.dtype) @ value, sums
 
 
 AttentionInterface.register(NAME, tree_attention)

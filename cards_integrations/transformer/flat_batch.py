@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cards_integrations.transformer.attention import FULL, SLIDING, AttentionMetadata, GroupMetadata
+from cards_integrations.transformer.attention import FULL, SLIDING, AttentionMetadata, GroupMetadata, SharedMetadata
 from cards_integrations.transformer.kv_block import RowBlock
 from cards_integrations.transformer.kv_cache import Branch, Tree, TreeCache
+from cards_integrations.transformer.shared_prefix import SharedPrefix
 
 SHORT = 32  # rows with at most so many tokens attend together, padded to the longest
 COLUMNS = 256  # a rounded step reads whole blocks of so many columns
@@ -47,6 +48,7 @@ class FlatBatch:
     Attributes:
         rounded: Whether they are.
         read: Number of tokens, without padding.
+        sharing: Prefixes that rows share, and the tokens of these rows.
         ends: Where the tokens of each input end.
         output_indices: Those of the tokens with outputs, likewise.
         sections: The blocks, each with its tokens.
@@ -56,7 +58,8 @@ class FlatBatch:
         rows = _by_tree(inputs)
         cache.make_room({tree: row.tokens for tree, row in rows.items() if not tree.has_room(row.tokens)})
         self.groups = attention_groups(rows)
-        self.rounded = rounded and _can_be_rounded(self.groups)
+        self.rounded = rounded and _can_be_rounded(self.groups) and not any(tree.shared for tree in rows)
+        self.sharing: dict[SharedPrefix, list[int]] = {}
         self.ids: list[int] = []
         self.positions: list[int] = []
         self.rows: list[int] = []
@@ -96,6 +99,8 @@ class FlatBatch:
                     group.restore += range(at, at + len(item.ids))
                 at += len(item.ids)
                 self.ends[i] = len(self.ids)
+            if tree.shared is not None:
+                self.sharing.setdefault(tree.shared, []).extend(range(len(self.ids) - row.tokens, len(self.ids)))
         group.end = len(self.ids)
 
     def _append_one(self, item: ForwardInput, tree: Tree) -> None:
@@ -153,7 +158,8 @@ class FlatBatch:
             device: Where the forward runs.
         """
         groups = [self._group(group, patterns, window, dtype, device) for group in self.groups]
-        return AttentionMetadata(groups, patterns, self.rounded)
+        shared = [SharedMetadata(each.states, _compact(tokens, device)) for each, tokens in self.sharing.items()]
+        return AttentionMetadata(groups, patterns, self.rounded, shared)
 
     def _group(
         self, group: AttentionGroup, patterns: list[str], window: int, dtype: torch.dtype, device: torch.device
@@ -327,6 +333,12 @@ def _by_tree(inputs: Sequence[ForwardInput]) -> dict[Tree, RowInputs]:
         row.items.append(item)
         row.tokens += len(item.ids)
     return rows
+
+
+def _compact(indices: list[int], device: torch.device) -> slice | torch.Tensor:
+    """Rising indices as a slice if they are consecutive."""
+    first, end = indices[0], indices[-1] + 1
+    return slice(first, end) if end - first == len(indices) else torch.tensor(indices, device=device)
 
 
 def next_power(n: int) -> int:

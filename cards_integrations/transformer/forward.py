@@ -22,6 +22,7 @@ NO_TREES = {  # architectures that would be silently wrong, for they do not go b
     "bloom": "ALiBi", "falcon": "ALiBi", "mpt": "ALiBi", "gpt_neo": "a causal mask of its own",
     "openai-gpt": "no KV cache", "rwkv": "a recurrent state",
 }  # fmt: skip
+SHARED = {"cpu": 256, "cuda": 2048}  # tokens from which on a common beginning is held once; then a graph is not used
 log = logging.getLogger("cards_integrations")
 PREFILL_CHUNK = 2048  # tokens that a forward reads at most, where they can be read in several
 
@@ -63,9 +64,10 @@ class Transformer:
         self.window: int = getattr(self.config, "sliding_window", None) or 0
         self.memory = memory or KVMemory(2**62, reuse=False)
         size = (8, 256) if model.device.type == "cuda" else (1, 64)  # graphs are lost when their block grows
+        shares = None if SLIDING in self.patterns else SHARED.get(model.device.type, max(SHARED.values()))
         self.dtype = attention_dtype(model)
         bytes_per_token = _bytes_per_token(self.config, self.dtype)
-        self.cache = TreeCache(self.config.num_hidden_layers, bytes_per_token, size, self.dtype)
+        self.cache = TreeCache(self.config.num_hidden_layers, bytes_per_token, size, shares, self.dtype)
         self.memory.caches.append(self.cache)
         self.forwards = 0
         self.tokens = 0

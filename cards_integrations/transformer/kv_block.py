@@ -8,14 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import count, takewhile
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-
-if TYPE_CHECKING:
-    from cards_integrations.transformer.kv_cache import Tree
 
 STEP = 64  # widths are multiples of it
 MASK_ROWS = 16  # of a new block
@@ -26,6 +23,14 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 States = list[Pair]
 """Keys and values of consecutive tokens, (tokens, heads, head size) for each layer."""
+
+
+class Row(Protocol):
+    """What a block knows of a row: where it is, and the first column that was never used."""
+
+    block: RowBlock
+    row: int
+    untouched: int
 
 
 class RowBlock:
@@ -47,7 +52,7 @@ class RowBlock:
         self.serial = next(_serial)
         self.version = 0
         self.states: list[Pair | None] = [None] * layers
-        self.trees: list[Tree] = []
+        self.trees: list[Row] = []
         self._begin()
 
     def _begin(self) -> None:
@@ -60,7 +65,7 @@ class RowBlock:
         """Return the rows that it has when so many are in use: a quarter more, so that it seldom grows."""
         return self.rows if used <= self.rows else used + used // 4
 
-    def add(self, trees: Sequence[Tree]) -> None:
+    def add(self, trees: Sequence[Row]) -> None:
         """Give trees a row each."""
         self.make_rows(len(self.trees) + len(trees))
         for tree in trees:
@@ -73,7 +78,7 @@ class RowBlock:
             self._resize(self.rows_for(used))
 
     @torch.inference_mode()
-    def remove(self, tree: Tree, row: int) -> None:
+    def remove(self, tree: Row, row: int) -> None:
         """Take a tree's row away, which the last one fills."""
         last = self.trees.pop()
         if last is not tree:
@@ -166,6 +171,19 @@ def width_for(columns: int) -> int:
 def width_within(columns: int) -> int:
     """Return the largest width of at most so many columns, or 0."""
     return max(takewhile(lambda width: width <= columns, widths()), default=0)
+
+
+def part(states: States, start: int, end: int) -> States:
+    """Return a copy of some tokens' states: the memory of the others can be given back."""
+    return [(keys[start:end].clone(), values[start:end].clone()) for keys, values in states]
+
+
+def joined(parts: Sequence[States]) -> States:
+    """Return the states of consecutive tokens as one."""
+    return [
+        (torch.cat([keys for keys, _ in layer]), torch.cat([values for _, values in layer]))
+        for layer in zip(*parts, strict=True)
+    ]
 
 
 def _resized(array: NDArray[Any], shape: tuple[int, int]) -> NDArray[Any]:

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from cards_integrations.transformer.kv_block import STEP, RowBlock, States, width_for, width_within
+from cards_integrations.transformer.kv_block import STEP, RowBlock, States, joined, part, width_for, width_within
 from cards_integrations.transformer.live_texts import LiveTexts
+from cards_integrations.transformer.shared_prefix import SharedPrefix
 
 SCRATCH = 0  # column 0 of every row takes the padding of a batch; no token sees it
 SPARSE = 4  # a row that uses less than this fraction of its columns moves to a narrower block
@@ -75,6 +76,7 @@ class Branch:
 class Tree:
     """One row of the cache: the trunk's tokens and columns in order, and which columns are free.
 
+    The first tokens of the trunk may be those of a prefix that the row shares with others; the columns begin after it.
     `mask_row` is the trunk's, `branches` are all that have not been dropped. `orphaned` are columns that
     are no longer the trunk's, but that branches which left it earlier still see. `block` and `row` say
     where the row is.
@@ -94,6 +96,12 @@ class Tree:
         self.orphaned: list[int] = []
         self.reserved = 0  # columns that it will have use for
         self.chunks: list[int] = []  # see LiveTexts
+        self.shared: SharedPrefix | None = None  # the first tokens of the trunk, which have no columns here
+
+    @property
+    def prefix(self) -> int:
+        """Number of tokens of the shared prefix."""
+        return len(self.shared) if self.shared is not None else 0
 
     @property
     def paths(self) -> list[Tree | Branch]:
@@ -107,9 +115,11 @@ class Tree:
 
     def branch(self, base: int | None = None) -> Branch:
         """Return a new branch that leaves the trunk after `base` tokens (default: at its tip)."""
-        branch = self.add_branch(len(self.columns) if base is None else base, self.mask_row)
+        if base is not None and base < self.prefix:
+            self.cache.unshare(self)
+        branch = self.add_branch(len(self.ids) if base is None else base, self.mask_row)
         if base is not None:
-            self.block.visible[branch.mask_row, self.columns[base:]] = False
+            self.block.visible[branch.mask_row, self.columns[base - self.prefix :]] = False
         return branch
 
     def add_branch(self, base: int, like: int) -> Branch:
@@ -125,12 +135,17 @@ class Tree:
         visible[branch.mask_row, beyond] = False
         visible[self.mask_row] = visible[branch.mask_row]
         self.free(beyond)
-        self.orphaned += self.columns[branch.base :]
+        tip = branch.base - self.prefix
+        self.orphaned += self.columns[tip:]
         self._free_orphaned()
-        self.columns[branch.base :] = branch.columns[:tokens]
+        self.columns[tip:] = branch.columns[:tokens]
         self.ids[branch.base :] = branch.ids[:tokens]
-        branch.base, branch.columns, branch.ids = len(self.columns), [], []
+        branch.base, branch.columns, branch.ids = len(self.ids), [], []
         self.cache.shrink(self)
+
+    def can_share(self, tokens: int) -> bool:
+        """True if all branches see the first so many tokens of the trunk, so that these need not be columns here."""
+        return not self.orphaned and all(branch.base >= tokens for branch in self.branches)
 
     def drop(self, branch: Branch) -> None:
         """Free the branch's own columns and its mask row; a dropped branch may be dropped again."""
@@ -234,6 +249,7 @@ class TreeCache(Cache):
         layers: Number of layers of the model.
         bytes_per_token: Bytes of keys and values of one token, of all layers.
         size: Rows and columns of a block that is always there, in which every text begins.
+        min_shared: Tokens from which on a beginning that live rows have in common is held once; None for never.
         dtype: Of the keys and values; None for what the model computes.
 
     `written` are the blocks that the next forward writes to, each with its part of the forward's tokens;
@@ -245,14 +261,17 @@ class TreeCache(Cache):
         layers: int,
         bytes_per_token: int = 0,
         size: tuple[int, int] = (1, STEP),
+        min_shared: int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(layers=[TreeLayer(self, index) for index in range(layers)])
         self.dtype = dtype
         self.bytes_per_token = bytes_per_token
+        self.min_shared = min_shared
+        self.prefixes: dict[SharedPrefix, None] = {}
         least, self.narrowest = size
         self.trees: dict[Tree, None] = {}
-        self.live_texts = LiveTexts()
+        self.live_texts: LiveTexts[Tree] = LiveTexts()
         self.blocks: dict[int, RowBlock] = {self.narrowest: RowBlock(layers, self.narrowest, least)}
         self.written: list[tuple[RowBlock, slice]] = []
         self.write_indices: torch.Tensor
@@ -260,7 +279,8 @@ class TreeCache(Cache):
     @property
     def bytes(self) -> int:
         """Bytes of the cache as it is."""
-        return sum(block.rows * block.columns for block in self.blocks.values()) * self.bytes_per_token
+        rows = sum(block.rows * block.columns for block in self.blocks.values())
+        return (rows + sum(map(len, self.prefixes))) * self.bytes_per_token
 
     def bytes_with(self, rows: int, columns: int) -> int:
         """Return its bytes with `rows` more rows of at least `columns` columns each."""
@@ -299,6 +319,7 @@ class TreeCache(Cache):
         """Free a row, with all its branches."""
         del self.trees[tree]
         self.live_texts.forget(tree)
+        self._leave_prefix(tree)
         tree.block.free_mask_rows += tree.mask_rows
         tree.block.remove(tree, tree.row)
         self._give_back([tree.block])
@@ -323,11 +344,11 @@ class TreeCache(Cache):
         for (source, width), trees in moving.items():
             self._move(trees, source, self._block(width))
 
-    def shrink(self, tree: Tree) -> None:
-        """Move a row that uses a small part of its columns to a narrower block."""
+    def shrink(self, tree: Tree, sparse: int = SPARSE) -> None:
+        """Move a row that uses less than 1 / `sparse` of its columns to a narrower block."""
         needed, source = max(tree.taken, tree.reserved), tree.block
-        if needed * SPARSE < source.columns and self._width(2 * needed) < source.columns:
-            self._move([tree], source, self._block(2 * needed))
+        if needed * sparse < source.columns and self._width(needed * sparse // 2) < source.columns:
+            self._move([tree], source, self._block(needed * sparse // 2))
 
     def _block(self, columns: int) -> RowBlock:
         """The block for rows of so many columns."""
@@ -376,6 +397,7 @@ class TreeCache(Cache):
         for block in self.blocks.values():
             block.release()
         self.blocks.clear()
+        self.prefixes.clear()
         self.layers.clear()
 
     def _give_back(self, blocks: Iterable[RowBlock]) -> None:
@@ -389,23 +411,93 @@ class TreeCache(Cache):
     @torch.inference_mode()
     def read(self, tree: Tree, tokens: int, first: int = 0) -> States:
         """Return a copy of the keys and values of the trunk's tokens from `first` up to `tokens`."""
-        columns = tree.columns[first:tokens]
-        return [(keys[tree.row, columns], values[tree.row, columns]) for keys, values in self._states(tree.block)]
+        start = tree.prefix
+        columns = tree.columns[max(0, first - start) : max(0, tokens - start)]
+        own = [(keys[tree.row, columns], values[tree.row, columns]) for keys, values in self._states(tree.block)]
+        if tree.shared is None or first >= start:
+            return own
+        shared = part(tree.shared.states, first, min(tokens, start))
+        return joined([shared, own]) if columns else shared
 
     @torch.inference_mode()
     def write(self, tree: Tree, ids: Sequence[int], states: States) -> None:
         """Make tokens, with keys and values that were read before, the trunk of an empty tree."""
         branch = tree.branch()
         columns = branch.extend(ids)
-        for layer, pair in enumerate(states):
-            for stored, new in zip(tree.block.fit(layer, pair) or (), pair, strict=True):
-                stored[tree.row, columns] = new
+        self._put(tree, columns, states)
         tree.keep(branch)
         tree.drop(branch)
 
     def copy(self, source: Tree, target: Tree) -> None:
         """Copy the trunk of a tree to an empty one."""
-        self.write(target, source.ids, self.read(source, len(source.ids)))
+        if source.shared is not None:
+            self.attach(target, source.shared)
+        self.write(target, source.ids[source.prefix :], self.read(source, len(source.ids), source.prefix))
+
+    # --- what rows share ---
+
+    def shares(self, tokens: int) -> bool:
+        """True if so many tokens in common are worth being held once."""
+        return self.min_shared is not None and tokens >= self.min_shared
+
+    def share(self, tree: Tree, ids: Sequence[int], source: Tree | None, live: int) -> None:
+        """Let an empty row begin with what is held for several rows, or can be from now on.
+
+        Args:
+            tree: The row.
+            ids: Tokens that it will have.
+            source: The live row that begins most like these, if there is one.
+            live: How many tokens they have in common.
+        """
+        tokens = live // STEP * STEP  # or two questions that begin alike would have a prefix that others do not
+        if self.min_shared is None or not self.shares(tokens):
+            return
+        prefix = max((each for each in self.prefixes if each.begins(ids)), key=len, default=None)
+        known = len(prefix) if prefix is not None else 0
+        if source is not None and tokens - known >= max(self.min_shared, known) and source.can_share(tokens):
+            prefix = SharedPrefix(source.ids[:tokens], self.read(source, tokens))
+            if source.prefix < tokens:
+                self.attach(source, prefix)
+        if prefix is not None:
+            self.attach(tree, prefix)
+
+    def attach(self, tree: Tree, prefix: SharedPrefix) -> None:
+        """Let a row share a prefix; it gives up its own columns for these tokens."""
+        columns, own = tree.columns[: len(prefix) - tree.prefix], len(prefix) - tree.prefix
+        tree.columns = tree.columns[own:]
+        tree.ids = tree.ids or [*prefix.ids]
+        self._leave_prefix(tree)
+        for mask_row in tree.mask_rows:
+            tree.block.visible[mask_row, columns] = False
+        tree.free(columns)
+        tree.shared, tree.reserved = prefix, max(0, tree.reserved - own)
+        prefix.users.add(tree)
+        self.prefixes[prefix] = None
+        self.shrink(tree, sparse=2)
+
+    @torch.inference_mode()
+    def unshare(self, tree: Tree) -> None:
+        """Copy a row's shared prefix to columns of its own, so that branches can leave the trunk within it."""
+        if (prefix := tree.shared) is not None:
+            columns = tree.allocate(len(prefix))
+            self._put(tree, columns, prefix.states)
+            tree.block.positions[tree.row, columns] = range(len(prefix))
+            for mask_row in tree.mask_rows:
+                tree.block.visible[mask_row, columns] = True
+            self._leave_prefix(tree)
+            tree.columns = columns + tree.columns
+
+    def _leave_prefix(self, tree: Tree) -> None:
+        if tree.shared is not None:
+            tree.shared.users.remove(tree)
+            if not tree.shared.users:
+                del self.prefixes[tree.shared]
+            tree.shared = None
+
+    def _put(self, tree: Tree, columns: list[int], states: States) -> None:
+        for layer, pair in enumerate(states):
+            for stored, new in zip(tree.block.fit(layer, pair) or (), pair, strict=True):
+                stored[tree.row, columns] = new
 
     @staticmethod
     def _states(block: RowBlock) -> States:

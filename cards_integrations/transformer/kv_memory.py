@@ -8,9 +8,12 @@ from typing import NamedTuple
 
 import torch
 
+from cards_integrations.errors import OutOfMemory
+from cards_integrations.transformer.free_memory import free_memory
 from cards_integrations.transformer.kv_cache import Tree, TreeCache
 from cards_integrations.transformer.prefix_tree import PrefixNode, PrefixTree
 
+RESERVE = 2**28  # bytes of the machine's memory that caches leave free
 MIN_PREFIX = 64  # tokens; shorter prefixes are read again, which takes a single step
 
 
@@ -32,11 +35,13 @@ class KVMemory:
     Args:
         limit: The budget in bytes.
         reuse: Whether texts are kept and reused.
+        free: Tells how many bytes the machine has left, which other processes share.
     """
 
-    def __init__(self, limit: int, reuse: bool = True) -> None:
+    def __init__(self, limit: int, reuse: bool = True, free: Callable[[], int] = lambda: 2**62) -> None:
         self.limit = limit
         self.reuse = reuse
+        self.free = free
         self.caches: list[TreeCache] = []
         self._finished: dict[TreeCache, PrefixTree] = {}
         self.reclaim: Callable[[], bool] = lambda: False  # gives back a cache that nobody uses; False if there is none
@@ -76,7 +81,7 @@ class KVMemory:
 
     def evict_for(self, more: int) -> bool:
         """Evict finished texts until `more` bytes fit; False if they never will."""
-        if more > self.spare:
+        if more > self.spare or not self._machine_has(more):
             return False
         while self._recent and self.used + more > self.limit:
             self._evict()
@@ -85,6 +90,25 @@ class KVMemory:
     def _evict(self) -> None:
         leaf, tree = next(iter(self._recent.items()))
         tree.remove(leaf)
+
+    def _machine_has(self, more: int) -> bool:
+        """True if the machine has so many bytes left; finished texts are evicted for them."""
+        while more > 0 and more > self.free() - RESERVE:
+            if not self.evict_all():
+                return False
+        return True
+
+    def refusal(self, tokens: int) -> OutOfMemory:
+        """The error for a request that does not fit."""
+        if self.free() < 2 * RESERVE:
+            return OutOfMemory(
+                f"This machine has {self.free() / 2**20:,.0f} MiB of memory left, too little for a request of {tokens} "
+                "tokens: end other processes, or use a shorter prompt or a smaller max_tokens."
+            )
+        return OutOfMemory(
+            f"A request of {tokens} tokens needs more than the {self.limit / 2**20:,.1f} MiB of "
+            "EngineSettings.kv_memory: use a shorter prompt, a smaller max_tokens, or more kv_memory."
+        )
 
     def evict_all(self) -> bool:
         """Evict all finished texts; False if there were none."""
@@ -123,12 +147,16 @@ class KVMemory:
         tokens = max(finished, live)
         if tokens < MIN_PREFIX:
             return
+        if cache.shares(live) and self.evict_for(live * cache.bytes_per_token):
+            cache.share(tree, begins, source, live)
+        if tokens <= tree.prefix:
+            return
         if source is not None and live >= finished:
-            states = cache.read(source, tokens)
+            states = cache.read(source, tokens, tree.prefix)
         else:
             texts.use(path)
-            states = texts.read(path, tokens)
-        cache.write(tree, begins[:tokens], states)
+            states = texts.read(path, tokens, tree.prefix)
+        cache.write(tree, begins[tree.prefix : tokens], states)
 
     def forget(self, cache: TreeCache) -> None:
         """Give back the memory of a cache that is not used any more, and its finished texts."""
@@ -170,8 +198,4 @@ def budget(share: float, device: torch.device) -> int:
     """
     if share > 1:
         return int(share)
-    if device.type == "cuda":
-        return int(share * torch.cuda.mem_get_info(device)[0])
-    import psutil
-
-    return int(share * psutil.virtual_memory().available)
+    return int(share * free_memory(device))

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import Generic, Protocol, TypeVar
 
 from cards_integrations.transformer.prefix_tree import common
-
-if TYPE_CHECKING:
-    from cards_integrations.transformer.kv_cache import Tree
 
 CHUNK = 64  # tokens
 
 
-class LiveTexts:
+class Trunk(Protocol):
+    """A live text; `chunks` are the hashes of its beginnings that are known."""
+
+    ids: list[int]
+    chunks: list[int]
+
+
+T = TypeVar("T", bound=Trunk)
+
+
+class LiveTexts(Generic[T]):
     """The trunks of live rows by hashes of their beginnings, of one chunk, of two chunks, and so on."""
 
     def __init__(self) -> None:
-        self._beginning: dict[int, dict[Tree, None]] = {}
+        self._beginning: dict[int, dict[T, None]] = {}
 
-    def longest(self, trees: Iterable[Tree], ids: Sequence[int]) -> tuple[Tree | None, int]:
+    def longest(self, trees: Iterable[T], ids: Sequence[int]) -> tuple[T | None, int]:
         """Return the tree that begins most like a text, and how many tokens they have in common.
 
         Args:
@@ -28,7 +35,7 @@ class LiveTexts:
         """
         for tree in trees:
             self._note(tree)
-        alike: dict[Tree, None] = {}
+        alike: dict[T, None] = {}
         known = 0
         for beginning in _beginnings(ids, 0):
             if beginning not in self._beginning:
@@ -38,7 +45,7 @@ class LiveTexts:
         best = max(alike, key=lambda tree: common(tree.ids[known : known + CHUNK], rest), default=None)
         return best, 0 if best is None else common(best.ids, ids)
 
-    def _note(self, tree: Tree) -> None:
+    def _note(self, tree: T) -> None:
         """Take in what a trunk has grown by."""
         before, start = (tree.chunks[-1] if tree.chunks else 0), len(tree.chunks) * CHUNK
         if len(tree.ids) - start >= CHUNK:
@@ -46,7 +53,7 @@ class LiveTexts:
                 tree.chunks.append(beginning)
                 self._beginning.setdefault(beginning, {})[tree] = None
 
-    def forget(self, tree: Tree, tokens: int = 0) -> None:
+    def forget(self, tree: T, tokens: int = 0) -> None:
         """Leave out what comes after so many tokens of a trunk."""
         after = tokens // CHUNK
         for beginning in tree.chunks[after:]:

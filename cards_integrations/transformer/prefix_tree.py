@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
-import torch
-
-from cards_integrations.transformer.kv_block import States
+from cards_integrations.transformer.kv_block import States, joined, part
 
 
 class PrefixNode:
@@ -59,17 +57,19 @@ class PrefixTree:
     def use(self, path: Sequence[PrefixNode]) -> None:
         """Note that the nodes of a path from the root have been used."""
         for node in reversed(path):
-            self.recent[node] = self
-            self.recent.move_to_end(node)
+            if node in self.recent:  # else it has been evicted meanwhile
+                self.recent.move_to_end(node)
 
-    def read(self, path: Sequence[PrefixNode], tokens: int) -> States:
-        """Return the keys and values of the first tokens of a path."""
+    def read(self, path: Sequence[PrefixNode], tokens: int, first: int = 0) -> States:
+        """Return the keys and values of the tokens of a path from `first` up to `tokens`."""
+        starts = [node.end - len(node.ids) for node in path]
         parts = [
-            [(keys[: tokens - start], values[: tokens - start]) for keys, values in node.states]
-            for node in path
-            if (start := node.end - len(node.ids)) < tokens
-        ]
-        return parts[0] if len(parts) == 1 else _joined(parts)
+            [(keys[max(0, first - start) : tokens - start], values[max(0, first - start) : tokens - start])
+             for keys, values in node.states]
+            for node, start in zip(path, starts, strict=True)
+            if start < tokens and node.end > first
+        ]  # fmt: skip
+        return parts[0] if len(parts) == 1 else joined(parts)
 
     def cut(self, path: list[PrefixNode], tokens: int) -> list[PrefixNode]:
         """Return a path of just so many tokens; its last node may have to be split for it."""
@@ -89,14 +89,16 @@ class PrefixTree:
         leaf = PrefixNode(path[-1] if path else self.root, ids, states)
         (path[-1] if path else self.root).children[ids[0]] = leaf
         self.tokens += len(ids)
+        self.recent[leaf] = self
         self.use([*path, leaf])
 
     def _split(self, node: PrefixNode, tokens: int) -> PrefixNode:
         """Make a node of the first tokens of another; returns it."""
         parent = node.parent
         assert parent is not None
-        upper = PrefixNode(parent, node.ids[:tokens], _part(node.states, 0, tokens))
-        node.parent, node.ids, node.states = upper, node.ids[tokens:], _part(node.states, tokens, len(node.ids))
+        upper = PrefixNode(parent, node.ids[:tokens], part(node.states, 0, tokens))
+        node.parent, node.ids, node.states = upper, node.ids[tokens:], part(node.states, tokens, len(node.ids))
+        self.recent[upper] = self
         upper.children[node.ids[0]], parent.children[upper.ids[0]] = node, upper
         return upper
 
@@ -125,15 +127,3 @@ def common(one: Sequence[int], other: Sequence[int]) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle)
     return low
-
-
-def _part(states: States, start: int, end: int) -> States:
-    """A copy, so that the memory of the other part is given back with it."""
-    return [(keys[start:end].clone(), values[start:end].clone()) for keys, values in states]
-
-
-def _joined(parts: Sequence[States]) -> States:
-    return [
-        (torch.cat([keys for keys, _ in layer]), torch.cat([values for _, values in layer]))
-        for layer in zip(*parts, strict=True)
-    ]

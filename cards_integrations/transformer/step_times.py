@@ -1,20 +1,26 @@
-"""How long a forward takes, by its number of tokens: measured once on a machine, and remembered.
+"""How long a forward takes, by its number of tokens: measured on a machine, and remembered.
 
-What is drafted ahead depends on it, so it must not change from run to run: in half precision the
-rounding of a product depends on the shape of the batch, and a seed would not give the same text.
+What is drafted ahead depends on it, so it should not change from run to run: in half precision the
+rounding of a product depends on the shape of the batch, and a seed would not give the same text. Only
+what was measured on a busy machine is thrown away: what cannot be right at once, and what is far off
+when nothing else runs.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 from pydantic import Field, TypeAdapter
 
@@ -25,6 +31,9 @@ if TYPE_CHECKING:
 
 POINTS = (1, 16, 64)  # numbers of tokens that are measured
 MOST = 200  # models to remember
+TRIES = 3  # measurements, if the first ones cannot be right
+FAR_OFF = 1.5  # times as fast as was remembered
+LOCK_TIMEOUT = 5.0  # seconds to wait for another process that writes
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 REMEMBERED = TypeAdapter(dict[str, dict[int, Seconds]])
@@ -40,6 +49,11 @@ class StepTimes:
     """
 
     def __init__(self, measured: dict[int, float]) -> None:
+        self.unconfirmed: tuple[Callable[[], dict[int, float]], str] | None = None  # how to measure again, and the key
+        self.set(measured)
+
+    def set(self, measured: dict[int, float]) -> None:
+        """Go by other measurements from now on."""
         self.tokens = np.array(sorted(measured))
         self.seconds = np.maximum.accumulate([measured[n] for n in self.tokens])
         last = slice(-2, None)
@@ -72,19 +86,75 @@ def step_times(what: str, model: Any, measure: Callable[[int], float]) -> StepTi
         model: The transformers model.
         measure: Measures the seconds of a forward with so many tokens.
     """
-    import torch
-
     from cards_integrations.transformer.quantization import precision
 
-    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.node()
-    threads = torch.get_num_threads()
-    key = f"{what} {model.name_or_path} {precision(model)} on {device} {threads} torch {torch.__version__}"
-    known = _remembered()
-    if key not in known:
-        known = dict(list(known.items())[-MOST + 1 :]) | {key: {n: measure(n) for n in POINTS}}
-        with suppress(OSError):  # then it is measured again next time
-            write_atomically(_file(), json.dumps(known, indent=1))
-    return StepTimes(known[key])
+    key = f"{what} {model.name_or_path} {precision(model)} on {_machine(model.device)}"
+    known = _remembered().get(key)
+    if known is None:
+        known = _store(key, _measured(measure))
+    times = StepTimes(known)
+    if model.device.type == "cpu":  # nobody else computes on a GPU
+        times.unconfirmed = lambda: _measured(measure), key
+    return times
+
+
+def confirm(times: StepTimes, undisturbed: Callable[[], bool]) -> None:
+    """Measure step times again, once: those of a busy machine are thrown away if a quiet one is far faster.
+
+    Args:
+        times: What was measured or remembered; changed in place, and in the file.
+        undisturbed: Tells, after the measurement, whether nothing else ran in this process.
+    """
+    if times.unconfirmed is None:
+        return
+    measure, key = times.unconfirmed
+    again = measure()
+    if not undisturbed():
+        return
+    times.unconfirmed = None
+    known = {int(n): float(seconds) for n, seconds in zip(times.tokens, times.seconds, strict=True)}
+    if any(known[n] > FAR_OFF * again[n] for n in POINTS):
+        times.set(_store(key, again))
+
+
+def _measured(measure: Callable[[int], float]) -> dict[int, float]:
+    """Seconds by the number of tokens; on a busy machine the least of several tries."""
+    found = {n: measure(n) for n in POINTS}
+    for _ in range(TRIES - 1):
+        if is_plausible(found):
+            break
+        found = {n: min(seconds, measure(n)) for n, seconds in found.items()}
+    return found
+
+
+def is_plausible(seconds: Mapping[int, float]) -> bool:
+    """Return True unless more tokens are much faster than fewer, or slower than one by one."""
+    return all(
+        0.8 * seconds[fewer] <= seconds[more] <= 2 * more / fewer * seconds[fewer]
+        for fewer, more in pairwise(sorted(seconds))
+    )
+
+
+def _machine(device: torch.device) -> str:
+    """What step times depend on, the same in every container; a host name is another in each."""
+    import torch
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_cpu()} {_cpus()}"
+    return f"{name} {torch.get_num_threads()} torch {torch.__version__}"
+
+
+@cache
+def _cpu() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _file() -> Path:
@@ -95,8 +165,21 @@ def _remembered() -> dict[str, dict[int, float]]:
     """What the file says; nothing if there is none, or if it is damaged."""
     with suppress(OSError, ValueError):
         known = REMEMBERED.validate_json(_file().read_bytes())
-        return {key: times for key, times in known.items() if set(times) == set(POINTS)}
+        return {key: times for key, times in known.items() if set(times) == set(POINTS) and is_plausible(times)}
     return {}
+
+
+def _store(key: str, found: dict[int, float]) -> dict[int, float]:
+    """Write step times into the file beside those of other processes; of two measurements the faster one counts."""
+    with suppress(OSError):  # then it is measured again next time
+        _file().parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{_file()}.lock", timeout=LOCK_TIMEOUT):
+            known = _remembered()
+            earlier = known.pop(key, found)
+            found = {n: min(seconds, earlier[n]) for n, seconds in found.items()}
+            known = dict(list(known.items())[-MOST + 1 :]) | {key: found}
+            write_atomically(_file(), json.dumps(known, indent=1))
+    return found
 
 
 def least_seconds(work: Callable[[], Any], device: torch.device, times: int = 5) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -23,8 +24,10 @@ from cards_integrations.trace import Usage
 from cards_integrations.transformer.flat_batch import ForwardInput
 from cards_integrations.transformer.forward import PREFILL_CHUNK, Output, Transformer
 from cards_integrations.transformer.kv_cache import Branch
-from cards_integrations.transformer.kv_memory import CacheNeed, KVMemory, first_to_read
+from cards_integrations.transformer.kv_memory import MIN_PREFIX, CacheNeed, KVMemory, first_to_read
+from cards_integrations.transformer.prefix_tree import common
 from cards_integrations.transformer.step_times import StepTimes, least_seconds, step_times
+from cards_integrations.transformer.thread_tuner import ThreadTuner
 
 PREFILL_BESIDE = 512  # tokens of prompts that are read before a step of others
 LONG = 96  # tokens from which on a candidate does not share a row
@@ -51,6 +54,11 @@ class Frontier:
     logits: Output | None = None
     waiting: list[Candidate] = field(default_factory=list)
     detokenizer: Detokenizer | None = None
+
+    def own_logits(self) -> None:
+        """Keep a copy of its own logits only: those of the whole step would stay alive as long."""
+        if self.logits is not None and len(self.logits.batch) > 1:
+            self.logits = Output(self.logits.value[None].clone(), 0)
 
 
 @dataclass(eq=False)
@@ -86,12 +94,17 @@ class LocalLanguageModel:
         chat: Its tokenizer and chat template.
         name: What errors and metadata call it.
         memory: The budget that its KV cache shares with others; unlimited by default.
+        threads: Chooses the CPU threads of each step; None leaves them as they are.
     """
 
-    def __init__(self, model: Any, chat: ChatTokenizer, name: str, memory: KVMemory | None = None) -> None:
+    def __init__(
+        self, model: Any, chat: ChatTokenizer, name: str, memory: KVMemory | None = None,
+        threads: ThreadTuner | None = None,
+    ) -> None:  # fmt: skip
         self.name = name
         self.model = model
         self.chat = chat
+        self.threads = threads
         self.transformer = Transformer(model, memory)
         self.memory = self.transformer.memory
         self.context_window = max_positions(model.config)
@@ -205,8 +218,7 @@ class LocalLanguageModel:
         request = self._requests[context]
         old, new = request.kept, request.candidates.pop(candidate)
         new.branch.tree.keep(new.branch)
-        if new.logits is not None:
-            new.logits = Output(new.logits.value[None].clone(), 0)  # or those of its whole batch stay as long
+        new.own_logits()
         request.kept, new.own_row = new, False
         self._free(old, row=old.branch.tree is not new.branch.tree)
         context.matcher = candidate.matcher
@@ -243,6 +255,7 @@ class LocalLanguageModel:
             try:
                 if self._take(candidate, frontier, token):
                     ended.append(candidate)
+                    frontier.own_logits()
             except BaseException as error:
                 ended.append(_failed(candidate, error))
         return ended
@@ -385,7 +398,8 @@ class LocalLanguageModel:
         if pieces:
             self._run(pieces)
         if step:
-            self._run(step)
+            with self.threads.step(len(step)) if self.threads else nullcontext():
+                self._run(step)
             self.steps += 1
 
     def _recalled(self, unread: dict[Frontier, Context]) -> dict[Frontier, Context]:
@@ -395,6 +409,9 @@ class LocalLanguageModel:
             for frontier, context in unread.items()
             if frontier is self._requests[context].kept and not frontier.branch.tree.ids
         ]
+        reading = [frontier for frontier in unread if frontier.branch.tree.ids and len(frontier.unread) > 1]
+        behind = {frontier for frontier in fresh if any(_reads_for(other, frontier.unread) for other in reading)}
+        fresh = [frontier for frontier in fresh if frontier not in behind]
         for frontier in fresh:
             tree = frontier.branch.tree
             self.memory.recall(tree, frontier.unread)
@@ -405,7 +422,8 @@ class LocalLanguageModel:
                 unread[frontier].usage.cached_tokens += len(tree.ids)
         unknown = [frontier for frontier in fresh if not frontier.branch.tree.ids]
         first = {unknown[index] for index in first_to_read([frontier.unread for frontier in unknown])}
-        return {f: context for f, context in unread.items() if f in first or f not in unknown}
+        later = behind | (set(unknown) - first)
+        return {frontier: context for frontier, context in unread.items() if frontier not in later}
 
     def _run(self, inputs: Sequence[ForwardInput]) -> None:
         """One forward; frontiers that have nothing unread any more get their logits."""
@@ -473,6 +491,13 @@ class LocalLanguageModel:
         old, self.transformer = self.transformer, Transformer(self.model, self.memory)
         self.transformer.forwards, self.transformer.tokens = old.forwards, old.tokens
         self.memory.replace(old.cache, self.transformer.cache)
+
+
+def _reads_for(frontier: Frontier, ids: Sequence[int]) -> bool:
+    """True if a prompt that is read in pieces is still to read what another one can then reuse."""
+    read = frontier.branch.tree.ids
+    shared = common([*read, *frontier.unread], ids[:-1]) if ids[: len(read)] == read else 0
+    return shared > max(len(read), MIN_PREFIX - 1)
 
 
 def prefill_shares(unread: Sequence[int], budget: int) -> list[int]:

@@ -23,6 +23,7 @@ from cards_integrations.models.local.embedded import SMOLLM2, embedded_groups
 from cards_integrations.models.local.load_lock import load_errors, load_lock
 from cards_integrations.models.local.resolve import read_config, resolve_model
 from cards_integrations.models.local.settings import Bits, DType, LocalModel, Placement
+from cards_integrations.transformer.thread_tuner import ThreadTuner
 
 if TYPE_CHECKING:
     import torch
@@ -57,12 +58,20 @@ class ModelLoader:
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:
             raise ModelError(f"device={placement.device!r} cannot be used here: {error}") from error
-        if placement.threads is not None:
+        if isinstance(placement.threads, int):
             torch.set_num_threads(placement.threads)
         self.budget = budget
         self.language_model: tuple[LocalModel, Any, Any] | None = None
         self._cached: WeakValueDictionary[Hashable, Any] = WeakValueDictionary()
         self._tokenizers: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # by their model
+
+    def thread_tuner(self) -> ThreadTuner | None:
+        """Return what chooses the number of threads for each step; None if it is not to change."""
+        import torch
+
+        if self.placement.threads != "auto" or self.device.type != "cpu" or torch.get_num_threads() == 1:
+            return None
+        return ThreadTuner(torch.get_num_threads(), torch.set_num_threads)
 
     @cached_property
     def memory(self) -> KVMemory | None:

@@ -60,8 +60,10 @@ class Placement(BaseModel):
     """Precision of the weights. "auto" is bf16 on a GPU, and on a CPU that computes bf16 in hardware if
     the checkpoint is in half precision; float32 otherwise."""
 
-    threads: Annotated[int, Field(ge=1)] | None = None
-    """CPU threads of torch, one number for the whole process, set when the engine loads; None leaves it as it is."""
+    threads: Annotated[int, Field(ge=1)] | Literal["auto"] | None = "auto"
+    """CPU threads of torch. "auto" gives a step fewer than torch would take while other processes keep cores busy, and
+    leaves the process's number as it is; a number is set for the whole process when the engine loads; None changes
+    nothing."""
 
 
 def as_local_model(value: Any) -> Any:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,13 +19,21 @@ from cards_integrations.rewards.base import Conversation, Response, RewardModel,
 from cards_integrations.rewards.scorers.head import Head
 from cards_integrations.rewards.scorers.input_format import InputFormat, without_final_padding
 from cards_integrations.transformer.flat_batch import ForwardInput
-from cards_integrations.transformer.forward import Output, Transformer
+from cards_integrations.transformer.forward import PREFILL_CHUNK, Output, Transformer
 from cards_integrations.transformer.kv_cache import Branch, Tree
-from cards_integrations.transformer.kv_memory import CacheNeed, KVMemory
+from cards_integrations.transformer.kv_memory import CacheNeed, KVMemory, first_to_read
 from cards_integrations.transformer.prefix_tree import common
 from cards_integrations.transformer.step_times import StepTimes, step_times
 
 log = logging.getLogger("cards_integrations")
+
+
+class FittedText(NamedTuple):
+    """A conversation with an answer as it is read: the first `cut` tokens are left out, `suffix` follow the answer."""
+
+    ids: list[int]
+    suffix: int
+    cut: int
 
 
 @dataclass
@@ -32,6 +41,10 @@ class ScoredBranch:
     """A scored response in the cache."""
 
     branch: Branch
+    cut: int
+    """Tokens that its path leaves out."""
+    root: Branch | None
+    """Where its path left the trunk: at one of the row's `shortened`, or directly."""
     kept: int
     """How many of the branch's own tokens, from its first on, go into the trunk if the response is kept."""
     path: list[int]
@@ -52,6 +65,12 @@ class ConversationRow:
     log_p: list[float] = field(default_factory=list)
     """In nats, of each token of the kept answer, where a likelihood is read."""
     branches: dict[Response, ScoredBranch] = field(default_factory=dict)
+    cut: int = 0
+    """Tokens that the trunk leaves out, because the window was full."""
+    shortened: dict[int, Branch] = field(default_factory=dict)
+    """What is kept, without that many of its first tokens: for answers with which the window gets full."""
+    outdated: list[Branch] = field(default_factory=list)
+    """Such branches that are of no more use; scored branches may go on from them."""
     warned_about_window: bool = False
 
 
@@ -83,6 +102,7 @@ class Incremental(RewardModel):
         self.transformer = Transformer(model, memory)
         self.window = max_positions(model.config)
         self.rows: dict[Conversation, ConversationRow] = {}
+        self._turn = asyncio.Lock()
 
     @cached_property
     def step_times(self) -> StepTimes:
@@ -110,80 +130,183 @@ class Incremental(RewardModel):
             self.transformer.cache.close(row.tree)
 
     async def score(self, responses: Sequence[Response]) -> list[float]:
-        self._read_prompts(responses)
-        inputs = [self._forward_input(response) for response in responses]
-        try:
-            return [score for batch in self.transformer.batches(inputs) for score in self._score_batch(batch)]
-        except Exception:
-            for each in inputs:
-                each.branch.tree.drop(each.branch)
-            raise
+        async with self._turn:  # others go on between two forwards, and may ask for scores, too
+            texts = {response: self._fitted(response) for response in responses if response.conversation in self.rows}
+            await self._read_prompts(texts)
+            await self._read_shortened(texts)
+            inputs = [self._forward_input(r, text) for r, text in texts.items() if r.conversation in self.rows]
+            found: dict[Response, float] = {}
+            try:
+                for number, batch in enumerate(self.transformer.batches(inputs)):
+                    if number:
+                        await asyncio.sleep(0)
+                    if asked := [each for each in batch if self._is_asked(each.owner)]:
+                        found |= zip((each.owner for each in asked), self._score_batch(asked), strict=True)
+            except Exception:
+                for each in inputs:
+                    each.branch.tree.drop(each.branch)
+                raise
+            return [found.get(response, 0.0) for response in responses]  # nobody waits for those that were given up
 
-    def _read_prompts(self, responses: Sequence[Response]) -> None:
+    def _is_asked(self, response: Response) -> bool:
+        """True unless a response was given up meanwhile."""
+        row = self.rows.get(response.conversation)
+        return row is not None and response in row.branches
+
+    async def _read_prompts(self, texts: Mapping[Response, FittedText]) -> None:
         """Read the prompts of new answers first, so that not each of the answers reads them again."""
-        answers = Counter(r.conversation for r in responses if not self.rows[r.conversation].tree.ids)
-        answered = {r.conversation for r in responses if r.text}  # others may follow before anything is kept
-        inputs = []
-        for conversation, n in answers.items():
+        waiting = self._new_prompts(texts)
+        while waiting:
+            chosen = self._recalled(waiting)
+            known = {each: len(self.rows[each].tree.ids) for each in chosen}
+            await self._read_in_pieces({each: waiting[each][known[each] :] for each in chosen})
+            waiting = {each: ids for each, ids in waiting.items() if each in self.rows and each not in known}
+
+    def _new_prompts(self, texts: Mapping[Response, FittedText]) -> dict[Conversation, list[int]]:
+        """The prompts, as far as they fit, of answers of which nothing has been read."""
+        answers = Counter(r.conversation for r in texts if not self.rows[r.conversation].tree.ids)
+        answered = {r.conversation for r in texts if r.text}  # others may follow before anything is kept
+        prompts = {}
+        for conversation in answers:
             row = self.rows[conversation]
-            prompt = row.before_ids[: self.window - 1]
-            if (n > 1 or conversation in answered) and len(prompt) > 1:
-                self.transformer.memory.recall(row.tree, prompt)
-                if unread := prompt[len(row.tree.ids) :]:
-                    inputs.append(ForwardInput(row.tree.branch(), unread, conversation))
-        for batch in self.transformer.batches(inputs):
-            self._counted(batch, self.transformer.hidden(batch))
-            for each in batch:
-                each.branch.tree.keep(each.branch, len(each.ids))
-                each.branch.tree.drop(each.branch)
+            row.cut = min(text.cut for response, text in texts.items() if response.conversation is conversation)
+            prompts[conversation] = row.before_ids[row.cut :][: self.window - 1]
+        several = {each for each, n in answers.items() if n > 1} | answered | self._shared(prompts)
+        return {each: prompt for each, prompt in prompts.items() if each in several and len(prompt) > 1}
+
+    def _shared(self, prompts: Mapping[Conversation, list[int]]) -> set[Conversation]:
+        """The first of those that begin alike for so long that the others will share what has been read of it."""
+        alike: dict[tuple[int, ...], list[Conversation]] = {}
+        least = self.transformer.cache.min_shared
+        for conversation, prompt in prompts.items():
+            if least is not None and len(prompt) > least:
+                alike.setdefault(tuple(prompt[:least]), []).append(conversation)
+        return {conversations[0] for conversations in alike.values() if len(conversations) > 1}
+
+    def _recalled(self, prompts: Mapping[Conversation, list[int]]) -> list[Conversation]:
+        """Those whose rest is to be read now: the others begin like one of them, and can reuse that."""
+        for conversation, prompt in prompts.items():
+            self.transformer.memory.recall(self.rows[conversation].tree, prompt)
+        unknown = [each for each in prompts if not self.rows[each].tree.ids]
+        first = {unknown[index] for index in first_to_read([prompts[each] for each in unknown])}
+        return [each for each in prompts if each in first or each not in unknown]
+
+    async def _read_in_pieces(self, unread: dict[Conversation, list[int]]) -> None:
+        unread = {each: rest for each, rest in unread.items() if rest}
+        while unread:
+            self._read_pieces(unread)
+            unread = {each: rest for each, rest in unread.items() if rest}
+            if unread:
+                await asyncio.sleep(0)
+                unread = {each: rest for each, rest in unread.items() if each in self.rows}
+
+    def _read_pieces(self, unread: dict[Conversation, list[int]]) -> None:
+        """One forward of as much of these prompts, from the first on, as fits into it."""
+        inputs, left = [], PREFILL_CHUNK
+        for conversation, rest in unread.items():
+            if left:
+                inputs.append(ForwardInput(self.rows[conversation].tree.branch(), rest[:left], conversation))
+                del rest[:left]
+                left -= len(inputs[-1].ids)
+        self._counted(inputs, self.transformer.hidden(inputs))
+        for each in inputs:
+            each.branch.tree.keep(each.branch, len(each.ids))
+            each.branch.tree.drop(each.branch)
+
+    async def _read_shortened(self, texts: Mapping[Response, FittedText]) -> None:
+        """Read what is kept without its first tokens, for answers that are too long for all of it."""
+        for response, text in texts.items():
+            row = self.rows.get(response.conversation)
+            if row is None or text.cut <= row.cut or text.cut in row.shortened:
+                continue
+            if kept := row.tree.ids[text.cut - row.cut :]:
+                branch = row.shortened[text.cut] = row.tree.branch(0)
+                batch = [ForwardInput(branch, kept, response.conversation)]
+                self._counted(batch, self.transformer.hidden(batch))
+                await asyncio.sleep(0)
+
+    def _recall(self, row: ConversationRow, ids: list[int], cut: int) -> None:
+        """Fill an empty row with what is known of a text."""
+        row.cut = cut
+        self.transformer.memory.recall(row.tree, ids)
 
     def keep(self, response: Response) -> None:
         if (scored := self._forget(response)) is not None:
-            tree = scored.branch.tree
+            row, tree = self.rows[response.conversation], scored.branch.tree
+            if scored.root is not None and scored.root in row.shortened.values():
+                tree.keep(scored.root)
             tree.keep(scored.branch, scored.kept)
             tree.drop(scored.branch)
+            row.outdated += row.shortened.values()
+            row.cut, row.shortened = scored.cut, {}
+            self._drop_outdated(row)
 
     def drop(self, response: Response) -> None:
         if (scored := self._forget(response)) is not None:
             scored.branch.tree.drop(scored.branch)
+            self._drop_outdated(self.rows[response.conversation])
+
+    @staticmethod
+    def _drop_outdated(row: ConversationRow) -> None:
+        """Free what no scored branch can need any more."""
+        if not row.branches:
+            for branch in row.outdated:
+                branch.tree.drop(branch)
+            row.outdated = []
 
     def _forget(self, response: Response) -> ScoredBranch | None:
         row = self.rows.get(response.conversation)
         return row.branches.pop(response, None) if row else None
 
-    def _forward_input(self, response: Response) -> ForwardInput:
+    def _forward_input(self, response: Response, text: FittedText) -> ForwardInput:
         """What has to be read to score a response, on a new branch."""
-        row = self.rows[response.conversation]
-        ids, suffix = self._fitting(*self._ids(response, row), response)
+        row, (ids, suffix, cut) = self.rows[response.conversation], text
         if not row.tree.ids:
-            self.transformer.memory.recall(row.tree, ids[: len(ids) - suffix])
+            self._recall(row, ids[: len(ids) - suffix], cut)
         most = len(ids) - max(1, suffix)  # the score is read at the last token
         parent = row.branches.get(response.parent) if response.parent else None
         again = 0 if parent is None else max(0, len(parent.path) - most)  # nothing new: the last token is read again
         if parent is not None and again <= parent.kept and common(ids, parent.path) == len(parent.path):
-            shared, branch = len(parent.path) - again, parent.branch.branch(parent.kept - again)
+            root, shared = parent.root, len(parent.path) - again
+            branch = parent.branch.branch(parent.kept - again)
         else:
-            shared = min(common(ids, row.tree.ids), most)
-            branch = row.tree.branch(shared)
-        row.branches[response] = ScoredBranch(branch, len(ids) - suffix - shared, ids[: len(ids) - suffix])
+            root, shared, branch = self._leave(row, text, most)
+        row.branches[response] = ScoredBranch(branch, cut, root, len(ids) - suffix - shared, ids[: len(ids) - suffix])
         return ForwardInput(branch, ids[shared:], response)
 
-    def _fitting(self, ids: list[int], suffix: int, response: Response) -> tuple[list[int], int]:
-        """As many of the last ids as the window holds: the prompt may lose its beginning, the answer nothing."""
-        surplus = len(ids) - self.window
+    @staticmethod
+    def _leave(row: ConversationRow, text: FittedText, most: int) -> tuple[Branch | None, int, Branch]:
+        """The root of a new branch, how many tokens of a text are known, up to `most`, and the branch after these."""
+        root = row.shortened.get(text.cut)
+        shared = min(common(text.ids, row.tree.ids if root is None else root.ids), most)
+        return root, shared, row.tree.branch(shared) if root is None else root.branch(shared)
+
+    def _fitted(self, response: Response) -> FittedText:
+        """What is read of a conversation with this answer."""
+        ids, suffix = self._ids(response, self.rows[response.conversation])
+        cut = self._cut(len(ids), response)
+        return FittedText(ids[cut:], suffix, cut)
+
+    def _cut(self, length: int, response: Response) -> int:
+        """How many of the first ids are left out: the prompt may lose its beginning, the answer nothing.
+
+        A quarter of the window at once, so that what was read serves for a while; and by the length alone, so
+        that a text has one score, however it was written.
+        """
+        surplus = length - self.window
         if surplus <= 0:
-            return ids, suffix
+            return 0
         row = self.rows[response.conversation]
-        prompt = len(row.before_ids)
+        prompt, step = len(row.before_ids), max(1, self.window // 4)
         if surplus >= prompt:
             raise RewardError(
-                f"reward {self.name!r}: the answer takes {len(ids) - prompt} tokens, more than the {self.window} of "
+                f"reward {self.name!r}: the answer takes {length - prompt} tokens, more than the {self.window} of "
                 "its window; use a smaller max_tokens."
             )
         if not row.warned_about_window:
             log.warning("reward %r does not read the first tokens of a prompt: its window is full", self.name)
             row.warned_about_window = True
-        return ids[surplus:], suffix
+        return min(-(-surplus // step) * step, prompt - 1)
 
     def _ids(self, response: Response, row: ConversationRow) -> tuple[list[int], int]:
         """All ids of the conversation with this answer, and how many of them come after the answer."""

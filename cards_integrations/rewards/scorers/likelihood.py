@@ -10,7 +10,7 @@ import torch
 from cards_integrations.chat.message import Message
 from cards_integrations.rewards.base import CausalModel, Conversation, Response
 from cards_integrations.rewards.scorers.composite import Composite
-from cards_integrations.rewards.scorers.incremental import ConversationRow, Incremental, ScoredBranch
+from cards_integrations.rewards.scorers.incremental import ConversationRow, FittedText, Incremental, ScoredBranch
 from cards_integrations.rewards.scorers.input_format import InputFormat
 from cards_integrations.transformer.flat_batch import ForwardInput
 from cards_integrations.transformer.forward import Output
@@ -40,19 +40,19 @@ class Likelihood(Incremental):
             return response.ids
         return self.input_format.chat.encode(response.text)
 
-    def _forward_input(self, response: Response) -> ForwardInput:
-        row = self.rows[response.conversation]
-        whole = [*row.before_ids, *self.answer_ids(response)]
-        ids, _ = self._fitting(whole, 0, response)
-        lost = len(whole) - len(ids)
-        prompt = len(row.before_ids) - lost
+    def _ids(self, response: Response, row: ConversationRow) -> tuple[list[int], int]:
+        return [*row.before_ids, *self.answer_ids(response)], 0
+
+    def _forward_input(self, response: Response, text: FittedText) -> ForwardInput:
+        row, (ids, _, cut) = self.rows[response.conversation], text
+        prompt = len(row.before_ids) - cut
         if not row.tree.ids:
-            self.transformer.memory.recall(row.tree, row.before_ids)
-        shared = common(ids, row.tree.ids)
-        known = 0 if lost else max(0, min(shared, len(ids) - 1) - prompt)
-        start = min(shared, prompt + known - 1)  # its output says how probable the first unknown token is
-        branch = row.tree.branch(start)
-        row.branches[response] = ScoredBranch(branch, len(ids) - start, ids, row.log_p[:known])
+            self._recall(row, ids[:prompt], cut)
+        shared = min(common(ids, row.tree.ids), len(ids) - 1) if cut == row.cut else 0
+        known = max(0, shared - prompt)
+        # The output of the first token says how probable the first unknown one is.
+        root, start, branch = self._leave(row, text, prompt + known - 1)
+        row.branches[response] = ScoredBranch(branch, cut, root, len(ids) - start, ids, row.log_p[:known])
         return ForwardInput(branch, ids[start:], response, outputs=len(ids) - prompt - known + 1)
 
     def _score_batch(self, batch: list[ForwardInput]) -> list[float]:
