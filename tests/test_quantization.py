@@ -155,15 +155,11 @@ def test_a_quantized_model_is_the_model_of_its_rounded_weights(folder: str, bits
 @pytest.mark.parametrize("method", ["plain", "CARDS"])
 def test_a_seed_gives_the_same_text_alone_and_in_company(folder: str, tmp_path: Path, bits: Any, method: str) -> None:
     judge = tiny.save(tmp_path / "judge", tiny.classifier(**SHAPE), tiny.words())
-    boundary = FixedLength(length=4)
-    decoding, reward = {
-        "plain": (Sampling(), None),
-        "CARDS": (
-            Cards(target_reward=0.5, beta=0.2, boundary=boundary), ClassifierReward(model=judge, end_of_turn=False)
-        ),
-    }[method]  # fmt: skip
+    cards = Cards(target_reward=0.5, beta=0.2, boundary=FixedLength(length=4))
+    guide = ClassifierReward(model=judge, end_of_turn=False, quantization=bits)
+    decoding, reward = {"plain": (Sampling(), None), "CARDS": (cards, guide)}[method]
     texts = [f"w{6 + i} w{20 + i} w9" for i in range(16)]
-    engine = Engine(LocalModel(model=folder, quantization=bits), EngineSettings(device="cpu"))
+    engine = Engine(LocalModel(model=folder, quantization=bits), EngineSettings(device="cpu", width=4))
     try:
         requests = [Request(text, decoding, reward, max_tokens=24, seed=i) for i, text in enumerate(texts)]
         together = engine.run_many(requests)

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 
 from cards_integrations.chat.template import ChatTokenizer, same_vocabulary
 from cards_integrations.models.local.checks import embedding_rows
-from cards_integrations.models.local.settings import DType, LocalModel
+from cards_integrations.models.local.settings import Bits, DType, LocalModel
 from cards_integrations.rewards.base import Loader, Reward, RewardModel
 from cards_integrations.rewards.registry import register_reward
 
@@ -34,6 +34,8 @@ class ClassifierReward(Reward):
     """A torch device; None is the engine's."""
     dtype: DType | None = None
     """Number format of the weights; None is the engine's."""
+    quantization: Bits | None = None
+    """Bits of the weights, as for `LocalModel`; an adapter shares the language model's if they have the same."""
     label: int | str | None = None
     """Index or name of the label that is the score, for a model with several labels."""
     output: Literal["logit", "probability", "log_odds"] = "logit"
@@ -76,5 +78,9 @@ class ClassifierReward(Reward):
         if adapter is not None and (ADAPTERS / adapter).is_dir():
             adapter = str(ADAPTERS / adapter)
         return LocalModel(
-            model=self.model, revision=self.revision, adapter=adapter, trust_remote_code=self.trust_remote_code
+            model=self.model,
+            revision=self.revision,
+            adapter=adapter,
+            trust_remote_code=self.trust_remote_code,
+            quantization=self.quantization,
         )

@@ -10,12 +10,11 @@ bits alone and in company, at the price of keys and values of 8 bytes a number.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-Bits = Literal["int4", "int8"]
 GROUP = 32  # weights that share a scale and a minimum
 ALIGNED = 16  # rows that the int4 kernel takes together; columns that the int8 kernel reads at once, unchecked
 

@@ -22,14 +22,13 @@ from cards_integrations.models.local.checks import check_complete, check_finite,
 from cards_integrations.models.local.embedded import SMOLLM2, embedded_groups
 from cards_integrations.models.local.load_lock import load_errors, load_lock
 from cards_integrations.models.local.resolve import read_config, resolve_model
-from cards_integrations.models.local.settings import DType, LocalModel, Placement
+from cards_integrations.models.local.settings import Bits, DType, LocalModel, Placement
 from cards_integrations.transformer.thread_tuner import ThreadTuner
 
 if TYPE_CHECKING:
     import torch
 
     from cards_integrations.transformer.kv_memory import KVMemory
-    from cards_integrations.transformer.quantization import Bits
 
 T = TypeVar("T")
 

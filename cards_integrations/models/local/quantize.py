@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from cards_integrations.errors import ModelError
-from cards_integrations.models.local.settings import LocalModel
+from cards_integrations.models.local.settings import Bits, LocalModel
 from cards_integrations.transformer.quantization import (
-    Bits,
     FusedRMSNorm,
     Groups,
     Int4Linear,
@@ -116,7 +115,7 @@ def _with_one_input(model: Any) -> list[list[Place]]:
         getattr(*place).register_forward_pre_hook(lambda m, given: inputs.update({m: given[0]})) for place in places
     ]
     try:
-        model.base_model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+        model.base_model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device))
     finally:
         for hook in hooks:
             hook.remove()

@@ -11,6 +11,7 @@ from cards_integrations.chat.tools import FormatName
 from cards_integrations.models.local.embedded import SMOLLM2
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+Bits = Literal["int4", "int8"]
 
 
 class LocalModel(BaseModel):
@@ -33,7 +34,7 @@ class LocalModel(BaseModel):
     trust_remote_code: bool = False
     """Whether to run Python code that comes with the model."""
 
-    quantization: Literal["int4", "int8"] | None = None
+    quantization: Bits | None = None
     """Bits of the weights. None leaves them as the checkpoint has them: one that is quantized (GPTQ, AWQ, bitsandbytes,
     torchao) is loaded as transformers does, and the embedded smollm2 runs in its own 4 bits where `dtype` is "auto" and
     the CPU has a kernel for them. "int4" (groups of 32) and "int8" round the linear layers of any other model at load:
