@@ -12,6 +12,7 @@ concurrent  16 CARDS requests at once and one after another
 profile     where a CARDS second goes, and what the reward model reads
 turns       time to the first segment of a second turn on a 1,500-token history
 frontier    best-of-N and CARDS at equal reward on a tiny pair (frontier.py)
+quantized   a step of SmolLM2 in its own 4 bits against float32, and the bytes of its weights (quantized.py)
 
 Contenders take turns, so that a noisy machine is noisy for all; medians and ranges of the repeats.
 Writes results/speed.json and results/speed.png. Ratios, not seconds, travel between machines.
@@ -267,6 +268,20 @@ class Bench:
                 what = f"best-of-{n} / CARDS at equal {judged_by}, tiny pair"
                 self.ratio(what, [ratio], [1.0], wanted if judged_by == "reward" else None)
 
+    def do_quantized(self) -> None:
+        from quantized import measured
+
+        self.llm.close()
+        wanted = {
+            "resident weights": 0.225,
+            "a step, 1 requests": 0.3,
+            "a step, 4 requests": 0.45,
+            "a step, 16 requests": 0.75,
+        }
+        for what, ratios in measured("float32", torch.get_num_threads(), steps=30).items():
+            name = f"SmolLM2, 4 bits / float32, {what}"
+            self.ratio(name, ratios, [1.0] * len(ratios), wanted.get(what), at_most=True)
+
     def report(self) -> None:
         table = Table(title=f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
         for column in ("what", "ratio", "range", "wanted"):
@@ -347,7 +362,7 @@ def counted(answers: list[Alignment], seconds: float) -> dict[str, float]:
     }
 
 
-PARTS = ("profile", "turns", "concurrent", "plain", "methods", "frontier", "long")
+PARTS = ("profile", "turns", "concurrent", "plain", "methods", "frontier", "quantized", "long")
 
 
 def main() -> None:

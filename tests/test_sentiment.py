@@ -13,6 +13,7 @@ from cards_integrations import CardsLLM
 from cards_integrations.cli.demo import JUDGE
 from cards_integrations.rewards import NAMED
 from cards_integrations.rewards.classifier import ADAPTERS
+from cards_integrations.transformer.quantization import has_fast_kernels, is_quantized
 
 pytestmark = [
     pytest.mark.slow,
@@ -52,13 +53,28 @@ def test_reward_is_on_the_language_models_own_weights(llm: CardsLLM) -> None:
     assert answer.text
     worker = internals.worker(llm._engine({}))
     judge: Any = worker.rewards[NAMED["sentiment"]].model  # type: ignore[attr-defined]
-    theirs = dict(judge.base_model.named_parameters())
-    shared = {
-        name: theirs[name].data_ptr() == weight.data_ptr()
-        for name, weight in internals.language_model(llm._engine({})).model.base_model.named_parameters()
-    }
-    adapted = ("q_proj.weight", "v_proj.weight", "o_proj.weight")
-    assert all(is_shared != name.endswith(adapted) for name, is_shared in shared.items())
+    body = internals.language_model(llm._engine({})).model.base_model
+    theirs = {tensor.data_ptr() for tensor in [*judge.parameters(), *judge.buffers()]}
+    copied = [
+        name for name, tensor in [*body.named_parameters(), *body.named_buffers()] if tensor.data_ptr() not in theirs
+    ]
+    if has_fast_kernels():  # in 4 bits, what the adapter adds stands beside the weights
+        assert copied == []
+        assert is_quantized(body)
+    else:
+        assert {name.rpartition("self_attn.")[2] for name in copied} == {
+            "q_proj.weight",
+            "v_proj.weight",
+            "o_proj.weight",
+        }
+
+
+@pytest.mark.skipif(not has_fast_kernels(), reason="this CPU has no fast kernels for 4 bits")
+def test_a_seed_gives_the_same_text_alone_and_in_company(llm: CardsLLM) -> None:
+    questions = [f"Write one sentence about {subject}." for subject in ("bread", "the sea", "a dog", "an old house")]
+    together = llm.align_batch(questions, seeds=range(4), max_tokens=8)
+    alone = [llm.align(question, seed=seed, max_tokens=8) for seed, question in enumerate(questions)]
+    assert [(a.text, a.reward) for a in alone] == [(a.text, a.reward) for a in together]
 
 
 @pytest.mark.parametrize(("name", "megabytes"), [("sentiment-smollm2", 4), ("sentiment-minilm", 3)])

@@ -135,7 +135,7 @@ def tree_attention(
         sums = torch.cat([each for _, each in attended if each is not None])
         for shared in metadata.shared:
             _add_shared(out, sums, shared.tokens, _attend_to_shared(shared, flat, layer, options))
-    return out[None], None
+    return out[None].to(query.dtype), None
 
 
 class ScoreOptions(NamedTuple):
@@ -153,11 +153,11 @@ Attended = tuple[torch.Tensor, torch.Tensor | None]
 def _attend_by_rows(
     group: GroupMetadata, pattern: str, query: torch.Tensor, states: list[torch.Tensor], options: ScoreOptions
 ) -> Attended:
-    """query (tokens, heads, size) of all groups -> (tokens of this group, heads, size)."""
+    """query (tokens, heads, size) of all groups -> (tokens of this group, heads, size), computed as the cache is."""
     key, value = states
     (rows, n), (heads, size), kv = group.tokens.shape, query.shape[1:], key.shape[1]
     own = query[group.tokens.flatten()] if group.start is None else query[group.start : group.start + rows * n]
-    by_rows = own.view(rows, n, kv, heads // kv, size)
+    by_rows = own.to(key.dtype).view(rows, n, kv, heads // kv, size)
     if rows == 1:  # (heads // kv, kv, n, size): the keys of one row serve as a batch, unrepeated
         by_rows = by_rows[0].permute(2, 1, 0, 3)
         key, value = key.expand(len(by_rows), -1, -1, -1), value.expand(len(by_rows), -1, -1, -1)
@@ -177,7 +177,7 @@ def _attend_by_rows(
 def _attend_to_shared(shared: SharedMetadata, query: torch.Tensor, layer: int, options: ScoreOptions) -> Attended:
     """query (tokens, heads, size) -> (tokens that share the prefix, heads, size): all of them see all of it."""
     keys, values = (states.transpose(0, 1)[None] for states in shared.states[layer])  # (1, kv, columns, size)
-    own, kv = query[shared.tokens], keys.shape[1]
+    own, kv = query[shared.tokens].to(keys.dtype), keys.shape[1]
     n, heads, size = own.shape
     by_head = own.view(n, kv, heads // kv, size).permute(1, 2, 0, 3).reshape(1, kv, heads // kv * n, size)
     out, sums = _attend(by_head, keys, values, None, options)
@@ -190,7 +190,8 @@ def _add_shared(out: torch.Tensor, sums: torch.Tensor, tokens: slice | torch.Ten
     other, other_sums = attended
     assert other_sums is not None
     share = torch.sigmoid(other_sums - sums[tokens])[..., None]
-    out[tokens] = torch.lerp(out[tokens].float(), other.float(), share).to(out.dtype)
+    precise = torch.promote_types(out.dtype, share.dtype)
+    out[tokens] = torch.lerp(out[tokens].to(precise), other.to(precise), share.to(precise)).to(out.dtype)
 
 
 def _attend(
@@ -208,7 +209,8 @@ def _attend(
     scores = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = (scores + (0 if mask is None else mask)).float()
+    scores = scores + (0 if mask is None else mask)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     sums = scores.logsumexp(-1) if with_sums else None
     return scores.softmax(-1).to(value.dtype) @ value, sums
 

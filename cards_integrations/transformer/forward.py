@@ -15,6 +15,7 @@ from cards_integrations.transformer.cuda_graphs import StaticSteps
 from cards_integrations.transformer.flat_batch import FlatBatch, ForwardInput
 from cards_integrations.transformer.kv_cache import TreeCache
 from cards_integrations.transformer.kv_memory import KVMemory
+from cards_integrations.transformer.quantization import attention_dtype
 from cards_integrations.transformer.step_times import least_seconds
 
 NO_TREES = {  # architectures that would be silently wrong, for they do not go by positions and mask alone
@@ -64,7 +65,9 @@ class Transformer:
         self.memory = memory or KVMemory(2**62, reuse=False)
         size = (8, 256) if model.device.type == "cuda" else (1, 64)  # graphs are lost when their block grows
         shares = None if SLIDING in self.patterns else SHARED.get(model.device.type, max(SHARED.values()))
-        self.cache = TreeCache(self.config.num_hidden_layers, _bytes_per_token(self.config, model.dtype), size, shares)
+        self.dtype = attention_dtype(model)
+        bytes_per_token = _bytes_per_token(self.config, self.dtype)
+        self.cache = TreeCache(self.config.num_hidden_layers, bytes_per_token, size, shares, self.dtype)
         self.memory.caches.append(self.cache)
         self.forwards = 0
         self.tokens = 0
@@ -112,7 +115,7 @@ class Transformer:
 
     def _prepare(self, flat: FlatBatch) -> tuple[dict[str, torch.Tensor], AttentionMetadata]:
         """The tensors of the forward, and who attends to what."""
-        metadata = flat.metadata(self.patterns, self.window, self.model.dtype, self.model.device)
+        metadata = flat.metadata(self.patterns, self.window, self.dtype, self.model.device)
         self.cache.written = flat.sections
         self.forwards += 1
         self.tokens += flat.read

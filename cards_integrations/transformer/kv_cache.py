@@ -224,7 +224,8 @@ class TreeLayer(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write (1, heads, tokens, head size) to the blocks; attention finds them there, and gets these back."""
-        states = key_states[0].transpose(0, 1), value_states[0].transpose(0, 1)
+        dtype = self.cache.dtype or key_states.dtype
+        states = key_states[0].transpose(0, 1).to(dtype), value_states[0].transpose(0, 1).to(dtype)
         for block, tokens in self.cache.written:
             indices = self.cache.write_indices[tokens]
             for stored, new in zip(block.fit(self.index, states) or (), states, strict=True):
@@ -249,15 +250,22 @@ class TreeCache(Cache):
         bytes_per_token: Bytes of keys and values of one token, of all layers.
         size: Rows and columns of a block that is always there, in which every text begins.
         min_shared: Tokens from which on a beginning that live rows have in common is held once; None for never.
+        dtype: Of the keys and values; None for what the model computes.
 
     `written` are the blocks that the next forward writes to, each with its part of the forward's tokens;
     `write_indices` (tokens,) are indices into the rows * columns of the token's block.
     """
 
     def __init__(
-        self, layers: int, bytes_per_token: int = 0, size: tuple[int, int] = (1, STEP), min_shared: int | None = None
+        self,
+        layers: int,
+        bytes_per_token: int = 0,
+        size: tuple[int, int] = (1, STEP),
+        min_shared: int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(layers=[TreeLayer(self, index) for index in range(layers)])
+        self.dtype = dtype
         self.bytes_per_token = bytes_per_token
         self.min_shared = min_shared
         self.prefixes: dict[SharedPrefix, None] = {}

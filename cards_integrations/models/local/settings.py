@@ -33,6 +33,12 @@ class LocalModel(BaseModel):
     trust_remote_code: bool = False
     """Whether to run Python code that comes with the model."""
 
+    quantization: Literal["int4", "int8"] | None = None
+    """Bits of the weights. None leaves them as the checkpoint has them: one that is quantized (GPTQ, AWQ, bitsandbytes,
+    torchao) is loaded as transformers does, and the embedded smollm2 runs in its own 4 bits where `dtype` is "auto" and
+    the CPU has a kernel for them. "int4" (groups of 32) and "int8" round the linear layers of any other model at load:
+    on a CPU for torch's own kernels, on a GPU by bitsandbytes."""
+
     tool_format: FormatName | None = None
     """How the model was trained to write a tool call; None to read it off its chat template."""
 

@@ -1,0 +1,248 @@
+"""Linear layers with weights of 4 or 8 bits, by the kernels that torch has for them on a CPU.
+
+On x86 both kernels are vectorized for bf16 only: inputs and outputs are rounded to it, and sums are in float32. They
+give a row the same bits whatever the other rows are, and so do norms and activations. Attention does not: its sums
+run over the columns in another order when other candidates lie between, and a last bit that differs becomes one of
+bf16's. In float64 it differs too little for that. So a model whose products are all of this kind gives a token the same
+bits alone and in company, at the price of keys and values of 8 bytes a number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+Bits = Literal["int4", "int8"]
+GROUP = 32  # weights that share a scale and a minimum
+ALIGNED = 16  # rows that the int4 kernel takes together; columns that the int8 kernel reads at once, unchecked
+
+
+class Groups(NamedTuple):
+    """A weight (rows, columns) in 4 bits: `scale * values + minimum`.
+
+    Attributes:
+        values: (rows, columns), 0 to 15.
+        scale: (rows, columns / 32).
+        minimum: (rows, columns / 32).
+    """
+
+    values: Tensor
+    scale: Tensor
+    minimum: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Groups:
+        """Round a weight to the nearest of 16 values between the least and the greatest of each group."""
+        grouped = weight.float().view(len(weight), -1, GROUP)
+        low, high = grouped.amin(-1), grouped.amax(-1)
+        scale = ((high - low) / 15).bfloat16().float()  # as the kernel will hold it
+        steps = (grouped - low[..., None]) / scale.clamp_min(1e-30)[..., None]
+        return cls(steps.round().clamp(0, 15).view_as(weight).to(torch.uint8), scale, low)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight, in float32."""
+        grouped = self.values.view(len(self.values), -1, GROUP).float()
+        return (grouped * self.scale.float()[..., None] + self.minimum.float()[..., None]).view(self.values.shape)
+
+    @classmethod
+    def cat(cls, several: Sequence[Groups]) -> Groups:
+        """Return the groups of weights one below the other."""
+        return cls(*(torch.cat(parts) for parts in zip(*several, strict=True)))
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer with a kernel for its product, in float32 outside of it.
+
+    Args:
+        shape: (outputs, inputs).
+        bias: (outputs,), or None.
+    """
+
+    bias: Tensor | None
+
+    def __init__(self, shape: Sequence[int], bias: Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self.register_buffer("bias", bias)
+
+    def product(self, rows: Tensor) -> Tensor:
+        """(rows, inputs) in bf16 -> (rows, outputs) in bf16."""
+        raise NotImplementedError
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        rows = inputs.reshape(-1, self.in_features).bfloat16()
+        out = self.product(rows).float().view(*inputs.shape[:-1], self.out_features)
+        return out if self.bias is None else out + self.bias
+
+
+class Int4Linear(QuantizedLinear):
+    """16 values between a minimum and a maximum for each group of 32 weights; `weight` is what the kernel packs."""
+
+    weight: Tensor
+    scales: Tensor
+
+    def __init__(self, groups: Groups, bias: Tensor | None = None) -> None:
+        super().__init__(groups.values.shape, bias)
+        zero = groups.minimum.float() + 8 * groups.scale.float()  # the kernel's weight: (value - 8) * scale + zero
+        scales = torch.stack([groups.scale.float(), zero], -1).transpose(0, 1).contiguous()
+        self.register_buffer("weight", torch.ops.aten._convert_weight_to_int4pack_for_cpu(groups.values.int(), 1))
+        self.register_buffer("scales", scales.bfloat16())
+
+    @staticmethod
+    def takes(shape: Sequence[int]) -> bool:
+        """Return True if the kernel can multiply by a weight (outputs, inputs)."""
+        return shape[0] % ALIGNED == 0 and shape[1] % GROUP == 0
+
+    def product(self, rows: Tensor) -> Tensor:
+        product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.weight, GROUP, self.scales)
+        return product
+
+
+class Int8Linear(QuantizedLinear):
+    """255 values around zero for each row of the weight."""
+
+    weight: Tensor
+    scale: Tensor
+
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__(weight.shape, bias)
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+
+    @staticmethod
+    def takes(shape: Sequence[int]) -> bool:
+        """Return True if the kernel can multiply by a weight (outputs, inputs); it does not check that itself."""
+        return shape[1] % ALIGNED == 0
+
+    def product(self, rows: Tensor) -> Tensor:
+        product: Tensor = torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.scale)
+        return product
+
+
+class Int8Embedding(nn.Module):
+    """An embedding in the form of an `Int8Linear`, with which it may share its weight."""
+
+    weight: Tensor
+    scale: Tensor
+
+    def __init__(self, weight: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = weight.shape
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        found: Tensor = self.weight[ids].float() * self.scale[ids].float()[..., None]
+        return found
+
+
+def int8_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round a weight (rows, columns) to int8; returns it with its scales (rows,) in bf16."""
+    scale = (weight.float().abs().amax(-1) / 127).bfloat16()
+    rounded = torch.empty(weight.shape, dtype=torch.int8)
+    for at in range(0, len(weight), 4096):  # a large vocabulary in float32 takes much memory
+        piece = slice(at, at + 4096)
+        steps = weight[piece].float() / scale[piece].float().clamp_min(1e-30)[:, None]
+        rounded[piece] = steps.round().clamp(-127, 127).to(torch.int8)
+    return rounded, scale
+
+
+class Together(nn.Module):
+    """Linear layers that are always given the same input, computed in one product.
+
+    Args:
+        linear: The product of all.
+        sizes: The outputs of each.
+    """
+
+    def __init__(self, linear: nn.Module, sizes: Sequence[int]) -> None:
+        super().__init__()
+        self.linear = linear
+        self.sizes = list(sizes)
+        self._input: Tensor | None = None
+        self._outputs: dict[int, Tensor] = {}
+
+    def part(self, inputs: Tensor, index: int) -> Tensor:
+        """Return the output of one; the first that is asked computes those of all."""
+        if inputs is not self._input or index not in self._outputs:
+            self._input, self._outputs = inputs, dict(enumerate(self.linear(inputs).split(self.sizes, -1)))
+        output = self._outputs.pop(index)
+        if not self._outputs:
+            self._input = None
+        return output
+
+
+class Part(nn.Module):
+    """One of the layers of a `Together`."""
+
+    def __init__(self, together: Together, index: int) -> None:
+        super().__init__()
+        self.together = together
+        self.index = index
+        self.in_features: Any = together.linear.in_features
+        self.out_features = together.sizes[index]
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.together.part(inputs, self.index)
+
+
+class LowRank(nn.Module):
+    """A layer with what an adapter adds to it, in float64 as the layer's own sums are not all it has to agree with.
+
+    Args:
+        base: The layer.
+        down: (rank, inputs).
+        up: (outputs, rank), scaled.
+    """
+
+    down: Tensor
+    up: Tensor
+
+    def __init__(self, base: nn.Module, down: Tensor, up: Tensor) -> None:
+        super().__init__()
+        self.base = base
+        self.register_buffer("down", down.double().T.contiguous())
+        self.register_buffer("up", up.double().T.contiguous())
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        out: Tensor = self.base(inputs) + (inputs.double() @ self.down @ self.up).float()
+        return out
+
+
+class FusedRMSNorm(nn.Module):
+    """An RMSNorm by torch's own function."""
+
+    def __init__(self, weight: nn.Parameter, eps: float) -> None:
+        super().__init__()
+        self.weight = weight
+        self.eps = eps
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return nn.functional.rms_norm(inputs, self.weight.shape, self.weight, self.eps)
+
+
+def has_fast_kernels() -> bool:
+    """Return True if torch has vectorized kernels for this CPU; without, they are slower than a float32 product."""
+    vectorized = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    return vectorized and hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu")
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Return True if some of the model's layers are `QuantizedLinear`."""
+    return any(isinstance(module, QuantizedLinear) for module in model.modules())
+
+
+def precision(model: Any) -> str:
+    """Return what tells a model's weights from those of the same model loaded in another way."""
+    kinds = {type(module).__name__ for module in model.modules() if isinstance(module, QuantizedLinear)}
+    return " ".join([*sorted(kinds), str(model.dtype)])
+
+
+def attention_dtype(model: Any) -> torch.dtype:
+    """Return the precision of a model's keys, values and attention."""
+    own: torch.dtype = model.dtype
+    return torch.float64 if is_quantized(model) else own
