@@ -15,7 +15,7 @@ from internals import assert_idle, language_model, worker
 from naive import Freed, drafts, log_p, lora, parameters, said
 from transformers import AutoTokenizer
 
-from cards_integrations.decoding import Cards, Uncertainty
+from cards_integrations.decoding import Cards, FixedLength, Uncertainty
 from cards_integrations.engine import Request
 from cards_integrations.errors import RewardError
 from cards_integrations.models.local.loader import ModelLoader
@@ -259,6 +259,32 @@ def test_an_adapter_leaves_the_language_model_as_it_was(models: Callable[..., st
 # --- edges ---
 
 
+def within(prompt: list[int], answer: int, window: int) -> list[int]:
+    """What is read of a prompt before so many tokens: quarters of the window are left out, but never all of it."""
+    surplus, step = max(0, len(prompt) + answer - window), window // 4
+    return prompt[min(-(-surplus // step) * step, len(prompt) - 1) :]
+
+
+def test_drafts_beyond_the_window(models: Callable[..., str], start: Start, tmp_path: Path) -> None:
+    """While it moves, and between two moves."""
+    small, own = tiny.causal(seed=6, max_position_embeddings=32, eos_token_id=None), tiny.causal(eos_token_id=None)
+    reward = ImplicitReward(tuned=tiny.save(tmp_path / "tuned", small, tiny.words(eos_token=None)), beta=1.0)
+    engine = start(tiny.save(tmp_path / "model", own, tiny.words(eos_token=None)), width=4)
+    text = " ".join(f"w{7 + i % 40}" for i in range(40))
+    method = Cards(target_reward=0.5, beta=0.3, max_rejections=5, boundary=FixedLength(length=3))
+    answer = engine.run(Request(text, method, reward, max_tokens=24, seed=2))
+    prompt, kept, cuts = ids(text), list[int](), set()
+    for segment in answer.segments:
+        for draft in segment.drafts:
+            whole = [*kept, *draft.token_ids]
+            read = within(prompt, len(whole), 32)
+            cuts.add(len(read))
+            assert draft.reward == pytest.approx(log_p(small, read, whole) - log_p(own, prompt, whole), abs=1e-4)
+        kept += segment.token_ids
+    assert len(cuts) > 2
+    assert_idle(engine)
+
+
 def test_a_prompt_that_does_not_fit_loses_its_beginning(
     models: Callable[..., str], start: Start, tmp_path: Path
 ) -> None:
@@ -267,8 +293,7 @@ def test_a_prompt_that_does_not_fit_loses_its_beginning(
     engine, prompt, own = start(models("llama")), ids("w7 w8 w9 w10 w11 w12 w13 w14"), tiny.causal()
     for n in (3, 4, 5, 8, 11):
         answer = [*range(20, 20 + n)]
-        kept = prompt[max(0, len(prompt) + n - 12) :]
-        naive = log_p(small, kept, answer) - log_p(own, prompt, answer)
+        naive = log_p(small, within(prompt, n, 12), answer) - log_p(own, prompt, answer)
         found = engine.score(reward, "w7 w8 w9 w10 w11 w12 w13 w14", [WORDS.decode(answer)])
         assert found == pytest.approx([naive], abs=1e-4)
 
