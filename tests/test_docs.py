@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import pytest
 from pydantic import BaseModel, Field, TypeAdapter
+from shorter import shorter
 
 from cards_integrations import decoding, rewards
 from cards_integrations.engine import EngineSettings
@@ -37,7 +38,7 @@ def anchors(page: Path) -> set[str]:
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem)
 def test_its_code_runs(page: Path, tmp_path: Path) -> None:
     script = tmp_path / "page.py"
-    script.write_text("\n".join(blocks(page)), encoding="utf-8")
+    script.write_text(shorter("\n".join(blocks(page))), encoding="utf-8")
     ran = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=900)
     assert ran.returncode == 0, ran.stderr[-3000:]
 
