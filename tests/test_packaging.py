@@ -121,10 +121,9 @@ CORE = [
 ]
 
 
-@pytest.mark.parametrize("name", CORE)
-def test_the_core_needs_neither_framework(name: str) -> None:
-    code = FORBIDDING.replace("FRAMEWORKS", repr(FRAMEWORKS)) + f"import cards_integrations.{name}"
-    assert f"cards_integrations.{name}".partition(".")[0] in imported(code)
+def test_the_core_needs_neither_framework() -> None:
+    modules = "".join(f"import cards_integrations.{name}\n" for name in CORE)
+    assert "cards_integrations" in imported(FORBIDDING.replace("FRAMEWORKS", repr(FRAMEWORKS)) + modules)
 
 
 # --- which way imports run ---
