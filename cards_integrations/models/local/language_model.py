@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
@@ -29,7 +30,9 @@ from cards_integrations.transformer.prefix_tree import common
 from cards_integrations.transformer.step_times import StepTimes, least_seconds, step_times
 from cards_integrations.transformer.thread_tuner import ThreadTuner
 
+log = logging.getLogger("cards_integrations")
 PREFILL_BESIDE = 512  # tokens of prompts that are read before a step of others
+UNKNOWN_TIMES = StepTimes({1: 1.0, 16: 2.0})  # not seconds: more candidates are taken to cost little
 LONG = 96  # tokens from which on a candidate does not share a row
 
 
@@ -466,7 +469,11 @@ class LocalLanguageModel:
 
     def step_times(self) -> StepTimes:
         """Seconds of a step, sampling included, by its number of candidates."""
-        return step_times("drafting", self.model, self._time)
+        try:
+            return step_times("drafting", self.model, self._time)
+        except CardsError as error:  # what is drafted then is as random as the numbers are
+            log.warning("model %r: its steps cannot be timed: %s", self.name, error)
+            return UNKNOWN_TIMES
 
     def _time(self, candidates: int) -> float:
         aside = LocalLanguageModel(self.model, self.chat, self.name)
