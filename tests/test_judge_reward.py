@@ -207,6 +207,12 @@ def test_settings_that_cannot_work(settings: dict[str, Any], message: str) -> No
         JudgeReward(**settings)
 
 
+def fitted(whole: list[int], window: int = 12, prompt: int = 6) -> list[int]:
+    """What is read: the prompt loses quarters of the window, but not its last token."""
+    surplus, step = max(0, len(whole) - window), window // 4
+    return whole[min(-(-surplus // step) * step, prompt - 1) :]
+
+
 def test_a_window_that_is_too_small(models: Callable[..., str], start: Start, tmp_path: Path) -> None:
     """The rubric's beginning is dropped; an answer that does not fit with what follows it is refused."""
     model = tiny.causal(seed=6, max_position_embeddings=12)
@@ -214,13 +220,13 @@ def test_a_window_that_is_too_small(models: Callable[..., str], start: Start, tm
     engine = start(models("llama"), width=4)
     for n in (4, 5, 8):  # of 6 + n + 3 tokens
         text = WORDS.decode([*range(20, 20 + n)])
-        whole = ids(BEFORE + text + AFTER)[-12:]
+        whole = fitted(ids(BEFORE + text + AFTER))
         assert engine.score(judge, PROMPT, [text]) == pytest.approx([margin(model, whole, *ids("w6 w7"))], abs=1e-4)
     with pytest.raises(RewardError, match=r"judge.*12.*max_tokens"):
         engine.score(judge, PROMPT, [WORDS.decode([*range(20, 29)])])
     for alignment in engine.run_many(requests(judge, 4, max_tokens=8, stop=())):
         for draft, answer in drafts(alignment):
-            whole = [*ids(BEFORE), *answer, *ids(AFTER)][-12:]
+            whole = fitted([*ids(BEFORE), *answer, *ids(AFTER)])
             assert draft.reward == pytest.approx(margin(model, whole, *ids("w6 w7")), abs=1e-4)
     assert_idle(engine)
 

@@ -21,7 +21,7 @@ import reference
 import tiny
 import torch
 from conftest import Start
-from internals import assert_empty, assert_idle, caches, is_idle, until
+from internals import assert_idle, caches, is_idle, until
 from naive import Freed
 from pydantic import ValidationError
 from reference import Ids
@@ -765,8 +765,7 @@ async def test_nothing_is_held_after_the_engine_is_closed(endless: tuple[str, st
     await asyncio.to_thread(engine.close)
     assert [type(e) for e in await asyncio.gather(*tasks, return_exceptions=True)] == [EngineClosed] * len(SEVEN)
     assert len(held) == 2
-    for cache in held:
-        assert_empty(cache)
+    assert not any(cache.blocks for cache in held)  # their memory is given back
 
 
 def in_step(llama: Models, judge: str, method: Decoding) -> Case:

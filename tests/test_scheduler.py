@@ -7,6 +7,7 @@ import math
 import platform
 import random
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -203,6 +204,9 @@ class Offered:
 
     def waits_for(self, request: Any) -> bool:
         return request in self.blocking
+
+    def own_errors(self) -> Any:
+        return nullcontext()
 
     def ranked_candidates(self, reach: float, rate: float) -> Iterator[tuple[float, Offered, Any]]:
         for index, chance in enumerate(self.chances):
