@@ -160,26 +160,21 @@ class Engine:
 
     @overload
     def run_many(
-        self, requests: Sequence[Request], on_done: OnDone | None = None, *, return_exceptions: Literal[False] = False
+        self, requests: Sequence[Request], *, return_exceptions: Literal[False] = False
     ) -> list[Alignment]: ...
     @overload
-    def run_many(
-        self, requests: Sequence[Request], on_done: OnDone | None = None, *, return_exceptions: bool
-    ) -> list[Alignment | Exception]: ...
+    def run_many(self, requests: Sequence[Request], *, return_exceptions: bool) -> list[Alignment | Exception]: ...
 
-    def run_many(
-        self, requests: Sequence[Request], on_done: OnDone | None = None, *, return_exceptions: bool = False
-    ) -> list[Any]:
-        """Answers to all requests, drafted together.
+    def run_many(self, requests: Sequence[Request], *, return_exceptions: bool = False) -> list[Any]:
+        """Answers to all requests, drafted together; see `stream_many` for each as it ends.
 
         A request's `timeout` counts from the moment on in which it has a row: it does not wait for the others.
 
         Args:
             requests: What to answer.
-            on_done: Called in the engine's thread with the index of each request that ends, and its answer or error.
             return_exceptions: Return errors in the places of their answers; else the first one cancels the rest.
         """
-        return self._wait(self.submit_many(requests, on_done, return_exceptions=return_exceptions))
+        return self._wait(self.submit_many(requests, return_exceptions=return_exceptions))
 
     async def arun_many(self, requests: Sequence[Request]) -> list[Alignment]:
         """Like `run_many`, without blocking the event loop."""
@@ -188,7 +183,13 @@ class Engine:
     def submit_many(
         self, requests: Sequence[Request], on_done: OnDone | None = None, *, return_exceptions: bool = False
     ) -> Future[list[Any]]:
-        """Begin all answers at the same moment, without waiting for them."""
+        """Begin all answers at the same moment, without waiting for them.
+
+        Args:
+            requests: What to answer.
+            on_done: Called in the engine's thread with the index of each request that ends, and its answer or error.
+            return_exceptions: As for `run_many`.
+        """
         return self._ask(lambda worker: worker.answer_all(requests, on_done, return_exceptions))
 
     def stream_many(self, requests: Sequence[Request]) -> Generator[tuple[int, Alignment | Exception], None, None]:
