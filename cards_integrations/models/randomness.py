@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import secrets
+from threading import Lock
 
-import numpy as np
 from numpy.random import Generator, Philox
 
 _WORD = 2**64
+_BLOCK = 4  # numbers of one value of the counter
+_AT_ONCE = 9 * _BLOCK
+_lock = Lock()  # engines draw in threads of their own
+_philox = Philox(0)  # its state is set for each use: to make one takes several times as long
+_generator = Generator(_philox)
+_state = _philox.state
 
 
 class Uniforms:
@@ -23,17 +29,25 @@ class Uniforms:
     """
 
     def __init__(self, seed: int, segment: int, draft: int) -> None:
-        key = np.array([seed % _WORD, 0], dtype=np.uint64)
-        counter = np.array([0, 0, draft, segment], dtype=np.uint64)
-        self._stream = Generator(Philox(key=key, counter=counter))
-        self.verdict = float(self._stream.random())
-        self._tokens: list[float] = []
+        self._key = seed % _WORD, 0
+        self._place = draft, segment
+        self._numbers: list[float] = []
+        self.verdict = self[-1]
 
     def __getitem__(self, position: int) -> float:
         """Return the uniform of the draft's token at `position` (0 is its first)."""
-        while len(self._tokens) <= position:
-            self._tokens += self._stream.random(32).tolist()
-        return self._tokens[position]
+        while len(self._numbers) < position + 2:
+            self._numbers += self._following()
+        return self._numbers[position + 1]
+
+    def _following(self) -> list[float]:
+        """The next numbers of the stream."""
+        with _lock:
+            _state["state"]["key"][:] = self._key
+            _state["state"]["counter"][:] = len(self._numbers) // _BLOCK, 0, *self._place
+            _philox.state = _state
+            numbers: list[float] = _generator.random(_AT_ONCE).tolist()
+        return numbers
 
 
 def fresh_seed() -> int:

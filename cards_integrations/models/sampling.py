@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 if TYPE_CHECKING:
     import torch
 
+T = TypeVar("T")
 BLOCK = 128  # logits that are searched together
 
 
@@ -28,31 +30,66 @@ class Sampler(BaseModel):
         """True if the most probable token is taken."""
         return self.temperature == 0
 
-    def __call__(self, logits: torch.Tensor, rows: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-        """Draw one token for each uniform.
 
-        Token i is drawn from logits[rows[i]] with uniforms[i]: it is the first one at which the cumulative
-        probability, in order of token ids, exceeds the uniform. The order is that of the ids and not of the
-        probabilities, so that two almost equal logits that change places under another batch shape do not
-        change the outcome.
+def draw(
+    samplers: Sequence[Sampler], logits: torch.Tensor, rows: Sequence[int], uniforms: Sequence[float]
+) -> torch.Tensor:
+    """Draw one token with each sampler, those of one `top_k` together.
 
-        Args:
-            logits: (n, vocabulary).
-            rows: (m,) indices into the logits.
-            uniforms: (m,) in [0, 1).
+    Token i is drawn from logits[rows[i]] with uniforms[i]: it is the first one at which the cumulative
+    probability, in order of token ids, exceeds the uniform. The order is that of the ids and not of the
+    probabilities, so that two almost equal logits that change places under another batch shape do not
+    change the outcome. Nor does the company: which of several equal logits are among the k largest depends
+    on k, so each `top_k` has a search of its own.
 
-        Returns:
-            Token ids (m,).
-        """
-        if self.greedy:
-            return logits.argmax(-1)[rows]
-        ids = None
-        if 0 < self.top_k < logits.shape[-1]:
-            ids = _largest(logits, self.top_k).sort(-1).values
-            logits = logits.gather(-1, ids)
-        cumulative = (logits.double() / self.temperature).softmax(-1).cumsum(-1)[rows]
-        drawn = (cumulative <= (uniforms * cumulative[:, -1]).unsqueeze(-1)).sum(-1).clamp(max=logits.shape[-1] - 1)
-        return drawn if ids is None else ids[rows, drawn]
+    Args:
+        samplers: One for each token; those of one row are equal.
+        logits: (n, vocabulary).
+        rows: The row for each token.
+        uniforms: One in [0, 1) for each token.
+
+    Returns:
+        Token ids (m,).
+    """
+    import torch
+
+    device, pairs = logits.device, [uniforms, [sampler.temperature or 1.0 for sampler in samplers]]
+    at = torch.tensor(rows, device=device)
+    u, temperatures = torch.tensor(pairs, dtype=torch.float64, device=device)
+    alike: dict[int | None, list[int]] = {}
+    for i, sampler in enumerate(samplers):
+        alike.setdefault(None if sampler.greedy else sampler.top_k, []).append(i)
+    if len(alike) == 1:
+        return _draw(*alike, logits, at, u, temperatures)
+    tokens = torch.empty_like(at)
+    for top_k, members in alike.items():
+        own, places = distinct([rows[i] for i in members])
+        some = torch.tensor(members, device=device)
+        tokens[some] = _draw(top_k, logits[own], torch.tensor(places, device=device), u[some], temperatures[some])
+    return tokens
+
+
+def _draw(
+    top_k: int | None, logits: torch.Tensor, rows: torch.Tensor, uniforms: torch.Tensor, temperatures: torch.Tensor
+) -> torch.Tensor:
+    """Token ids (m,) among the `top_k` largest logits of their rows, 0 for all; None for the largest one."""
+    if top_k is None:
+        return logits.argmax(-1)[rows]
+    ids = None
+    if 0 < top_k < logits.shape[-1]:
+        ids = _largest(logits, top_k).sort(-1).values
+        logits = logits.gather(-1, ids)
+    divisors = uniforms.new_ones(len(logits), 1)
+    divisors[rows, 0] = temperatures
+    cumulative = (logits.double() / divisors).softmax(-1).cumsum(-1)[rows]
+    drawn = (cumulative <= (uniforms * cumulative[:, -1]).unsqueeze(-1)).sum(-1).clamp(max=logits.shape[-1] - 1)
+    return drawn if ids is None else ids[rows, drawn]
+
+
+def distinct(items: Sequence[T]) -> tuple[list[T], list[int]]:
+    """Return the distinct ones of some items, and where each of all is among them."""
+    places = {item: place for place, item in enumerate(dict.fromkeys(items))}
+    return [*places], [places[item] for item in items]
 
 
 def _largest(logits: torch.Tensor, k: int) -> torch.Tensor:

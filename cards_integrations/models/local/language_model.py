@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -18,6 +18,7 @@ from cards_integrations.chat.stop_strings import StopStrings
 from cards_integrations.chat.template import ChatTokenizer
 from cards_integrations.errors import CardsError, ModelError, as_cards_error
 from cards_integrations.models.base import Boundary, Candidate, Context
+from cards_integrations.models.local.drawing import Drawn, TokenDrawer
 from cards_integrations.models.local.resolve import max_positions
 from cards_integrations.models.randomness import Uniforms
 from cards_integrations.models.sampling import Sampler
@@ -75,20 +76,6 @@ class OpenRequest:
     candidates: dict[Candidate, Frontier] = field(default_factory=dict)
 
 
-class Drawn(NamedTuple):
-    """A token that was drawn for a candidate.
-
-    Attributes:
-        token: Its id.
-        log_p: Its log-probability in nats, full vocabulary, temperature 1.
-        rises: True if the segment ends before it.
-    """
-
-    token: int
-    log_p: float
-    rises: bool
-
-
 class LocalLanguageModel:
     """A transformers causal model; implements `StepwiseModel`, `ConstrainedModel` and `LogitsReader`.
 
@@ -114,6 +101,7 @@ class LocalLanguageModel:
         self.eos = _end_of_sequence(model, chat.tokenizer)
         decodes_locally(chat)  # tested while nobody waits
         self.steps = 0  # forwards that carried at least one candidate
+        self.drawer = TokenDrawer(lambda: self.grammars)
         self._requests: dict[Context, OpenRequest] = {}  # in order of arrival
         self._ready: list[Candidate] = []  # have logits
         self._failed: list[Candidate] = []
@@ -234,53 +222,35 @@ class LocalLanguageModel:
         Returns:
             Those that have ended.
         """
-        groups: dict[tuple[Boundary, Sampler], list[Candidate]] = {}  # alike in boundary and sampler
-        for candidate in self._ready:
-            if self._frontier(candidate) is not None:
-                groups.setdefault((candidate.boundary, candidate.context.sampler), []).append(candidate)
-        self._ready = []
-        ended, self._failed = self._failed, []
-        for (boundary, sampler), group in groups.items():
-            ended += self._sample(boundary, sampler, group)
-        return ended
+        ready = [(c, frontier) for c in self._ready if (frontier := self._frontier(c)) is not None]
+        ended, self._ready, self._failed = self._failed, [], []
+        return ended + self._sample(ready) if ready else ended
 
-    def _sample(self, boundary: Boundary, sampler: Sampler, group: list[Candidate]) -> list[Candidate]:
-        """Give each candidate of a group its token; what one of them raises ends that one alone."""
-        frontiers = [self._requests[c.context].candidates[c] for c in group]
+    def _sample(self, ready: Sequence[tuple[Candidate, Frontier]]) -> list[Candidate]:
+        """Give each candidate its token; what cannot be drawn together is tried in halves, down to whose error it is.
+
+        Returns:
+            Those that have ended.
+        """
+        candidates = [candidate for candidate, _ in ready]
         try:
-            drawn = self._draw(boundary, sampler, group, frontiers)
+            drawn = self.drawer.draw(candidates, [frontier.logits for _, frontier in ready if frontier.logits])
         except BaseException as error:
-            if len(group) == 1:
-                return [_failed(group[0], error)]
-            return [ended for each in group for ended in self._sample(boundary, sampler, [each])]
-        ended = []
-        for candidate, frontier, token in zip(group, frontiers, drawn, strict=True):
-            try:
-                if self._take(candidate, frontier, token):
-                    ended.append(candidate)
-                    frontier.own_logits()
-            except BaseException as error:
-                ended.append(_failed(candidate, error))
-        return ended
+            if len(ready) == 1:
+                return [_failed(candidates[0], error)]
+            half = len(ready) // 2
+            return self._sample(ready[:half]) + self._sample(ready[half:])
+        return [pair[0] for pair, token in zip(ready, drawn, strict=True) if self._ended(*pair, token)]
 
-    @torch.inference_mode()
-    def _draw(
-        self, boundary: Boundary, sampler: Sampler, group: list[Candidate], frontiers: list[Frontier]
-    ) -> list[Drawn]:
-        """A token for each candidate of a group, from the logits at its frontier."""
-        logits, rows = _stacked([frontier.logits for frontier in frontiers if frontier.logits is not None])
-        uniforms = torch.tensor([c.uniforms[len(c.ids)] for c in group], dtype=torch.float64, device=logits.device)
-        at = torch.tensor(rows, device=logits.device)
-        tokens, forced = self._tokens(sampler, group, logits, at, uniforms)
-        log_p = logits.float().log_softmax(-1)
-        asked = [i for i, c in enumerate(group) if len(c.ids) >= boundary.min_tokens and i not in forced]
-        rises = boundary.ends_before(logits, log_p, [rows[i] for i in asked]) if asked else None
-        log_p = log_p[at, tokens]
-        together = [tokens.double(), log_p.double(), *([] if rises is None else [rises.double()])]
-        numbers, n = torch.cat(together).tolist(), len(group)  # the one transfer of a step
-        risen = {} if rises is None else dict(zip(asked, numbers[2 * n :], strict=True))
-        pairs = zip(numbers[:n], numbers[n : 2 * n], strict=True)
-        return [Drawn(int(token), gain, bool(risen.get(i))) for i, (token, gain) in enumerate(pairs)]
+    def _ended(self, candidate: Candidate, frontier: Frontier, drawn: Drawn) -> bool:
+        """Append a token to a candidate; True if that ends it, or if it raises."""
+        try:
+            if not self._take(candidate, frontier, drawn):
+                return False
+            frontier.own_logits()
+        except BaseException as error:
+            _failed(candidate, error)
+        return True
 
     def _take(self, candidate: Candidate, frontier: Frontier, drawn: Drawn) -> bool:
         """Append a token to a candidate, unless it ends before; True if it has ended."""
@@ -309,37 +279,6 @@ class LocalLanguageModel:
             f"model {self.name!r} gave NaN in place of logits, in {dtype}: a number in it was too large. "
             "Use EngineSettings(dtype='bfloat16') or dtype='float32'."
         )
-
-    def _tokens(
-        self, sampler: Sampler, group: list[Candidate], logits: torch.Tensor, at: torch.Tensor, uniforms: torch.Tensor
-    ) -> tuple[torch.Tensor, set[int]]:
-        """A token for each candidate, and which of them had no choice."""
-        bound = {i: c.matcher for i, c in enumerate(group) if c.matcher is not None}
-        if not bound:
-            return self._drawn(sampler, group, logits, at, uniforms), set()
-        allowed = self.grammars.allowed(list(bound.values()))
-        for (i, matcher), row in zip(bound.items(), allowed, strict=True):
-            if group[i].closing and self.grammars.close(row):
-                matcher.closed = True
-        forced = {i for i, n in zip(bound, allowed.sum(-1).tolist(), strict=True) if n == 1}
-        which = torch.tensor(list(bound), device=logits.device)
-        masked = logits[at[which]].masked_fill(~allowed.to(logits.device), -torch.inf)
-        at = at.clone()
-        at[which] = len(logits) + torch.arange(len(which), device=logits.device)
-        return self._drawn(sampler, group, torch.cat([logits, masked]), at, uniforms), forced
-
-    @staticmethod
-    def _drawn(
-        sampler: Sampler, group: list[Candidate], logits: torch.Tensor, at: torch.Tensor, uniforms: torch.Tensor
-    ) -> torch.Tensor:
-        """The sampler's tokens, but for those that begin with the token of a rank."""
-        tokens = sampler(logits, at, uniforms)
-        for i, candidate in enumerate(group):
-            if candidate.rank is not None and not candidate.ids:
-                allowed = int(logits[at[i]].isfinite().sum())
-                candidate.rank = min(candidate.rank, allowed - 1)
-                tokens[i] = logits[at[i]].topk(candidate.rank + 1).indices[-1]
-        return tokens
 
     def _ends_after(self, candidate: Candidate, frontier: Frontier) -> bool:
         context, boundary, matcher = candidate.context, candidate.boundary, candidate.matcher
@@ -524,16 +463,6 @@ def prefill_shares(unread: Sequence[int], budget: int) -> list[int]:
         shares[i] += more
         left -= more
     return shares
-
-
-def _stacked(logits: list[Output]) -> tuple[torch.Tensor, list[int]]:
-    """Distinct logits (n, vocabulary), and where each of the given ones is among them."""
-    places = {(id(row.batch), row.last): row.value for row in logits}  # siblings begin from the same ones
-    batch = logits[0].batch
-    if len({source for source, _ in places}) == 1 and 4 * len(places) >= 3 * len(batch):
-        return batch, [row.last for row in logits]  # a few rows too many cost less than a copy of the others
-    index = {place: i for i, place in enumerate(places)}
-    return torch.stack(list(places.values())), [index[id(row.batch), row.last] for row in logits]
 
 
 def _failed(candidate: Candidate, error: BaseException) -> Candidate:
