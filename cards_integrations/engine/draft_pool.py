@@ -223,6 +223,7 @@ class DraftPool:
         pending = self._pending.get(candidate)
         if pending is not None:  # else it was given up meanwhile
             pending.ended = True
+            del pending.source.drafting[candidate]
             if pending.source.parent is None:
                 self.submit(pending)
 
@@ -366,6 +367,7 @@ class SegmentDrafts:
         self.parent = parent
         self.begun = begun  # candidates of this segment so far, and so the index of the next one
         self.ahead: deque[PendingDraft] = deque()  # not examined yet
+        self.drafting: dict[Candidate, None] = {}  # those of them that have not ended, in the same order
 
     def open(self) -> None:
         """Let the method draw from these: their parent, if any, has been kept."""
@@ -401,8 +403,8 @@ class SegmentDrafts:
         remaining = self.plan.limit - self.begun
         if remaining <= 0 or not self.ahead:
             return remaining
-        drafting = sum(not pending.ended for pending in self.ahead)
-        return min(remaining, max(0, self.pool.host.vacancies(self.pool.context, self.plan.until) - drafting))
+        more = self.pool.host.vacancies(self.pool.context, self.plan.until) - len(self.drafting)
+        return min(remaining, max(0, more))
 
     def waits_for(self, request: ScoreRequest) -> bool:
         """True if the method gets nothing before this is scored."""
@@ -415,6 +417,7 @@ class SegmentDrafts:
     def _begin(self, parent: PendingDraft | None, rank: int | None = None) -> PendingDraft:
         pending = self.pool.begin(self, self.number, self.begun, parent, rank)
         self.ahead.append(pending)
+        self.drafting[pending.candidate] = None
         self.begun += 1
         return pending
 

@@ -13,7 +13,7 @@ _AT_ONCE = 9 * _BLOCK
 _lock = Lock()  # engines draw in threads of their own
 _philox = Philox(0)  # its state is set for each use: to make one takes several times as long
 _generator = Generator(_philox)
-_state = _philox.state
+_FRESH = {"bit_generator": "Philox", "buffer": (0, 0, 0, 0), "buffer_pos": _BLOCK, "has_uint32": 0, "uinteger": 0}
 
 
 class Uniforms:
@@ -42,10 +42,9 @@ class Uniforms:
 
     def _following(self) -> list[float]:
         """The next numbers of the stream."""
+        state = {"key": self._key, "counter": (len(self._numbers) // _BLOCK, 0, *self._place)}
         with _lock:
-            _state["state"]["key"][:] = self._key
-            _state["state"]["counter"][:] = len(self._numbers) // _BLOCK, 0, *self._place
-            _philox.state = _state
+            _philox.state = _FRESH | {"state": state}
             numbers: list[float] = _generator.random(_AT_ONCE).tolist()
         return numbers
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 if TYPE_CHECKING:
@@ -53,19 +54,16 @@ def draw(
     """
     import torch
 
-    device, pairs = logits.device, [uniforms, [sampler.temperature or 1.0 for sampler in samplers]]
-    at = torch.tensor(rows, device=device)
-    u, temperatures = torch.tensor(pairs, dtype=torch.float64, device=device)
-    alike: dict[int | None, list[int]] = {}
-    for i, sampler in enumerate(samplers):
-        alike.setdefault(None if sampler.greedy else sampler.top_k, []).append(i)
-    if len(alike) == 1:
-        return _draw(*alike, logits, at, u, temperatures)
+    device, kinds = logits.device, [sampler.top_k if sampler.temperature else None for sampler in samplers]
+    temperatures = [sampler.temperature or 1.0 for sampler in samplers]
+    at, u, t = (torch.from_numpy(np.array(each)).to(device) for each in (rows, uniforms, temperatures))
+    if len(alike := set(kinds)) == 1:
+        return _draw(kinds[0], logits, at, u, t)
     tokens = torch.empty_like(at)
-    for top_k, members in alike.items():
+    for top_k in alike:
+        members = [i for i, kind in enumerate(kinds) if kind == top_k]
         own, places = distinct([rows[i] for i in members])
-        some = torch.tensor(members, device=device)
-        tokens[some] = _draw(top_k, logits[own], torch.tensor(places, device=device), u[some], temperatures[some])
+        tokens[members] = _draw(top_k, logits[own], torch.tensor(places, device=device), u[members], t[members])
     return tokens
 
 
@@ -93,16 +91,16 @@ def distinct(items: Sequence[T]) -> tuple[list[T], list[int]]:
 
 
 def _largest(logits: torch.Tensor, k: int) -> torch.Tensor:
-    """Ids of the k largest logits, (n, vocabulary) -> (n, k).
+    """Ids of the k largest logits in any order, (n, vocabulary) -> (n, k).
 
     They are in the k blocks with the largest maxima, and searching those is several times faster than
     searching the whole vocabulary.
     """
     blocks, rest = divmod(logits.shape[-1], BLOCK)
     if rest or blocks <= k:
-        return logits.topk(k).indices
+        return logits.topk(k, sorted=False).indices
     blocked = logits.view(-1, blocks, BLOCK)
-    best = blocked.amax(-1).topk(k).indices
-    found = blocked.gather(1, best.unsqueeze(-1).expand(-1, -1, BLOCK)).flatten(1).topk(k).indices
+    best = blocked.amax(-1).topk(k, sorted=False).indices
+    found = blocked.gather(1, best.unsqueeze(-1).expand(-1, -1, BLOCK)).flatten(1).topk(k, sorted=False).indices
     ids: torch.Tensor = best.gather(1, found // BLOCK) * BLOCK + found % BLOCK
     return ids

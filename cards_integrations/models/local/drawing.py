@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from cards_integrations.chat.grammar import GrammarTokenizer
@@ -44,12 +45,12 @@ class TokenDrawer:
         tokens, forced = self.tokens(candidates, logits, rows)
         log_p = logits.float().log_softmax(-1)
         asked = [*_decisions(candidates, forced, logits, log_p, rows)]
-        gains = log_p[torch.tensor(rows, device=logits.device), tokens]
+        gains = log_p[torch.from_numpy(np.array(rows)).to(logits.device), tokens]
         numbers = torch.cat([tokens.double(), gains.double(), *(rises.double() for _, rises in asked)]).tolist()
-        n, places = len(candidates), [i for members, _ in asked for i in members]
-        risen = {i for i, rises in zip(places, numbers[2 * n :], strict=True) if rises}
-        pairs = enumerate(zip(numbers[:n], numbers[n : 2 * n], strict=True))
-        return [Drawn(int(token), gain, i in risen) for i, (token, gain) in pairs]
+        n, rising = len(candidates), [False] * len(candidates)
+        for i, rises in zip([i for members, _ in asked for i in members], numbers[2 * n :], strict=True):
+            rising[i] = bool(rises)
+        return [*map(Drawn, map(int, numbers[:n]), numbers[n : 2 * n], rising)]
 
     def tokens(
         self, candidates: Sequence[Candidate], logits: torch.Tensor, rows: Sequence[int]
@@ -77,11 +78,11 @@ class TokenDrawer:
 
 def _stacked(outputs: Sequence[Output]) -> tuple[torch.Tensor, list[int]]:
     """Distinct logits (n, vocabulary), and where each of the given ones is among them."""
-    batch = outputs[0].batch
-    places, rows = distinct([(id(output.batch), output.last) for output in outputs])  # siblings begin from the same
-    if all(output.batch is batch for output in outputs) and 4 * len(places) >= 3 * len(batch):
-        return batch, [output.last for output in outputs]  # a few rows too many cost less than a copy of the others
-    values = {(id(output.batch), output.last): output for output in outputs}
+    batch, rows = outputs[0].batch, [output.last for output in outputs]
+    if all(output.batch is batch for output in outputs) and 4 * len(set(rows)) >= 3 * len(batch):
+        return batch, rows  # a few rows too many cost less than a copy of the others
+    values = {(id(output.batch), output.last): output for output in outputs}  # siblings begin from the same ones
+    places, rows = distinct([(id(output.batch), output.last) for output in outputs])
     return torch.stack([values[place].value for place in places]), rows
 
 

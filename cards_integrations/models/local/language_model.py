@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -146,24 +146,23 @@ class LocalLanguageModel:
         request.candidates[candidate] = request.kept if parent is None else request.candidates[parent]
         matcher = candidate.context.matcher if parent is None else parent.matcher
         candidate.matcher = matcher and matcher.fork()
-        self._go_on(candidate)
+        self._go_on(candidate, request.candidates[candidate])
 
     def _frontier(self, candidate: Candidate) -> Frontier | None:
         """That of a candidate; None once it has been given up."""
         request = self._requests.get(candidate.context)
         return None if request is None else request.candidates.get(candidate)
 
-    def _go_on(self, candidate: Candidate) -> None:
+    def _go_on(self, candidate: Candidate, origin: Frontier) -> None:
         """Let a candidate have its next token, as soon as there are logits for it."""
-        frontiers = self._requests[candidate.context].candidates
-        origin = frontiers[candidate]
         if origin.unread:
             origin.waiting.append(candidate)
             return
         if origin.owner is not candidate:
             branch = self._branch(origin.branch, candidate)
-            own_row = branch.tree is not origin.branch.tree
-            frontiers[candidate] = Frontier(branch, candidate, own_row, logits=origin.logits)
+            own_row, text = branch.tree is not origin.branch.tree, origin.detokenizer and origin.detokenizer.fork()
+            frontier = Frontier(branch, candidate, own_row, logits=origin.logits, detokenizer=text)
+            self._requests[candidate.context].candidates[candidate] = frontier
         self._ready.append(candidate)
 
     def _branch(self, origin: Branch, candidate: Candidate) -> Branch:
@@ -289,8 +288,9 @@ class LocalLanguageModel:
                 self._decode(candidate, frontier)
                 return True
         full = candidate.remaining_tokens <= 0
-        if full or context.stop or boundary.reads_text:
-            self._decode(candidate, frontier)
+        if not (full or context.stop or boundary.reads_text):
+            return False
+        self._decode(candidate, frontier)
         if context.stop:
             at = context.stop.find(candidate.response, len(candidate.before_text))
             if at is not None:
@@ -311,24 +311,22 @@ class LocalLanguageModel:
 
     def has_unread(self, candidates: Iterable[Candidate]) -> bool:
         """True if something must be read before these candidates can have their next token."""
-        return bool(self._unread(candidates))
+        return any(True for _ in self._unread(candidates))
 
-    def _unread(self, candidates: Iterable[Candidate]) -> dict[Frontier, Context]:
-        """What must be read for the next token of these candidates.
+    def _unread(self, candidates: Iterable[Candidate]) -> Iterator[tuple[Frontier, Context]]:
+        """What must be read for the next token of these candidates, with the request that it belongs to.
 
         That is a candidate's own last token, or the prompt that it waits for, or the last token of a segment that
         ended by its length.
         """
-        found = {}
         for candidate in candidates:
             frontier = self._frontier(candidate)
             if frontier is not None and frontier.unread and frontier.waiting:
-                found[frontier] = candidate.context
-        return found
+                yield frontier, candidate.context
 
     def forward(self, candidates: Iterable[Candidate]) -> None:
         """Read what these candidates wait for; of prompts a bounded piece, so that others go on in between."""
-        unread = self._recalled(self._unread(candidates)).items()
+        unread = self._recalled(dict(self._unread(candidates))).items()
         step = [ForwardInput(f.branch, f.unread.copy(), (f, context)) for f, context in unread if len(f.unread) == 1]
         prompts = [(f, context) for f, context in unread if len(f.unread) > 1]
         shares = prefill_shares([len(f.unread) for f, _ in prompts], PREFILL_BESIDE if step else PREFILL_CHUNK)
@@ -346,6 +344,8 @@ class LocalLanguageModel:
 
     def _recalled(self, unread: dict[Frontier, Context]) -> dict[Frontier, Context]:
         """Leave out what was read before, or is being read now, for another request."""
+        if all([len(frontier.unread) == 1 for frontier in unread]):
+            return unread
         fresh = [
             frontier
             for frontier, context in unread.items()
@@ -382,7 +382,7 @@ class LocalLanguageModel:
                 frontier.logits = logits
                 waiting, frontier.waiting = frontier.waiting, []
                 for candidate in waiting:
-                    self._go_on(candidate)
+                    self._go_on(candidate, frontier)
             context.usage.lm_tokens += len(each.ids)
             served[id(context)] = context.usage
         for usage in served.values():
