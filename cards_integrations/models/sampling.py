@@ -54,32 +54,36 @@ def draw(
     """
     import torch
 
-    device, kinds = logits.device, [sampler.top_k if sampler.temperature else None for sampler in samplers]
-    temperatures = [sampler.temperature or 1.0 for sampler in samplers]
-    at, u, t = (torch.from_numpy(np.array(each)).to(device) for each in (rows, uniforms, temperatures))
+    divisors = np.ones((len(logits), 1))
+    divisors[rows, 0] = [sampler.temperature or 1.0 for sampler in samplers]
+    arrays = np.array(rows), np.array(uniforms), divisors
+    at, random, temperatures = (torch.from_numpy(array).to(logits.device) for array in arrays)
+    kinds = [sampler.top_k if sampler.temperature else None for sampler in samplers]
     if len(alike := set(kinds)) == 1:
-        return _draw(kinds[0], logits, at, u, t)
+        return _draw(kinds[0], logits, at, random, temperatures)
     tokens = torch.empty_like(at)
     for top_k in alike:
         members = [i for i, kind in enumerate(kinds) if kind == top_k]
         own, places = distinct([rows[i] for i in members])
-        tokens[members] = _draw(top_k, logits[own], torch.tensor(places, device=device), u[members], t[members])
+        where = torch.tensor(places, device=logits.device)
+        tokens[members] = _draw(top_k, logits[own], where, random[members], temperatures[own])
     return tokens
 
 
 def _draw(
     top_k: int | None, logits: torch.Tensor, rows: torch.Tensor, uniforms: torch.Tensor, temperatures: torch.Tensor
 ) -> torch.Tensor:
-    """Token ids (m,) among the `top_k` largest logits of their rows, 0 for all; None for the largest one."""
+    """Draw tokens (m,) among the `top_k` largest logits of their rows, 0 for all; None for the largest one.
+
+    `temperatures` (n, 1) are those of the rows.
+    """
     if top_k is None:
         return logits.argmax(-1)[rows]
     ids = None
     if 0 < top_k < logits.shape[-1]:
         ids = _largest(logits, top_k).sort(-1).values
         logits = logits.gather(-1, ids)
-    divisors = uniforms.new_ones(len(logits), 1)
-    divisors[rows, 0] = temperatures
-    cumulative = (logits.double() / divisors).softmax(-1).cumsum(-1)[rows]
+    cumulative = (logits.double() / temperatures).softmax(-1).cumsum(-1)[rows]
     drawn = (cumulative <= (uniforms * cumulative[:, -1]).unsqueeze(-1)).sum(-1).clamp(max=logits.shape[-1] - 1)
     return drawn if ids is None else ids[rows, drawn]
 

@@ -179,7 +179,7 @@ class FlatBatch:
             torch.from_numpy(tokens).view(group.rows, group.length).to(device),
             torch.from_numpy(restore).to(device),
             group.start if in_order else None,
-            {pattern: group.additive_mask(masks[pattern], dtype, device) for pattern in set(patterns)},
+            {pattern: group.additive_mask(masks[pattern], in_order, dtype, device) for pattern in set(patterns)},
         )
 
     def _visible(self, group: AttentionGroup) -> tuple[slice | NDArray[np.int64], NDArray[np.bool_]]:
@@ -261,20 +261,25 @@ class AttentionGroup:
             return slice(self.first, self.first + self.rows)
         return torch.tensor(self.distinct, device=device)
 
-    def additive_mask(self, visible: NDArray[np.bool_], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    def additive_mask(
+        self, visible: NDArray[np.bool_], in_order: bool, dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
         """Return 0 where a token attends, and elsewhere what makes its probability 0.
 
         Args:
             visible: (tokens, columns) of the group's tokens.
+            in_order: True if the tokens are those of rows * length, in order.
             dtype: Of the mask.
             device: Where it is made.
 
         Returns:
             (rows, 1, length, columns).
         """
-        hidden = np.ones((self.rows * self.length, visible.shape[1]), dtype=bool)
-        hidden[:, 0] = False  # padding must see something
-        hidden[self.restore] = ~visible
+        hidden = ~visible
+        if not in_order:
+            hidden = np.ones((self.rows * self.length, visible.shape[1]), dtype=bool)
+            hidden[:, 0] = False  # padding must see something
+            hidden[self.restore] = ~visible
         lowest = torch.finfo(dtype).min
         if dtype == torch.float32 and device.type == "cpu":  # the same, faster
             mask = torch.from_numpy(hidden * np.float32(lowest))

@@ -280,27 +280,18 @@ class LocalLanguageModel:
         )
 
     def _ends_after(self, candidate: Candidate, frontier: Frontier) -> bool:
-        context, boundary, matcher = candidate.context, candidate.boundary, candidate.matcher
+        """True if a candidate ends with its last token: by its grammar, its length, a stop string or its boundary."""
+        matcher = candidate.matcher
         if matcher is not None:
             matcher.take(candidate.ids[-1])
             if matcher.complete:
                 candidate.finish = "length" if matcher.closed else "stop"
                 self._decode(candidate, frontier)
                 return True
-        full = candidate.remaining_tokens <= 0
-        if not (full or context.stop or boundary.reads_text):
+        if not candidate.watched and len(candidate.ids) < candidate.limit:
             return False
         self._decode(candidate, frontier)
-        if context.stop:
-            at = context.stop.find(candidate.response, len(candidate.before_text))
-            if at is not None:
-                candidate.response, candidate.whole, candidate.finish = candidate.response[:at], False, "stop"
-                return True
-        if full and candidate.end >= context.max_tokens:
-            candidate.finish = "length"
-        asked = boundary.reads_text and len(candidate.ids) >= boundary.min_tokens
-        own = candidate.response[len(candidate.before_text) :]  # with half a character at its end, unlike its text
-        return full or (asked and boundary.ends_after(own))
+        return _ends_by_text(candidate)
 
     def _decode(self, candidate: Candidate, frontier: Frontier) -> None:
         """Bring the candidate's text up to date with its tokens."""
@@ -463,6 +454,20 @@ def prefill_shares(unread: Sequence[int], budget: int) -> list[int]:
         shares[i] += more
         left -= more
     return shares
+
+
+def _ends_by_text(candidate: Candidate) -> bool:
+    """True if a candidate with a text up to date ends here; a stop string is cut off."""
+    context, boundary, full = candidate.context, candidate.boundary, candidate.remaining_tokens <= 0
+    at = context.stop.find(candidate.response, len(candidate.before_text)) if context.stop else None
+    if at is not None:
+        candidate.response, candidate.whole, candidate.finish = candidate.response[:at], False, "stop"
+        return True
+    if full and candidate.end >= context.max_tokens:
+        candidate.finish = "length"
+    asked = boundary.reads_text and len(candidate.ids) >= boundary.min_tokens
+    own = candidate.response[len(candidate.before_text) :]  # with half a character at its end, unlike its text
+    return full or (asked and boundary.ends_after(own))
 
 
 def _failed(candidate: Candidate, error: BaseException) -> Candidate:
