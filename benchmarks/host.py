@@ -10,8 +10,8 @@ model       milliseconds of the model's own forward, that is of transformers and
 whole       of the whole process, without the model's own, for each forward: with what begins and ends a request
 
 once with one sampler for all, once with 64 temperatures, and once with four thresholds of uncertainty beside them.
-With --against, another checkout does the same in a process of its own, in turns with this one; the ratios are medians of
-the ratios of neighbouring runs.
+With --against, another checkout does the same in a process of its own, in turns with this one; the ratios are
+medians of those of neighbouring runs.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ import asyncio
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -102,6 +101,20 @@ class DraftPlan:
     def drafts_like(self, other: DraftPlan) -> bool:
         """True if candidates that were drafted for the other plan serve this one."""
         return (self.until, self.limit, self.scored) == (other.until, other.limit, other.scored)
+
+
+class OwnErrors:
+    """A block whose errors end one request. Entered for each request at each step: a generator would cost more."""
+
+    def __init__(self, fail: Callable[[Exception], None]) -> None:
+        self._fail = fail
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        if error is not None:
+            self._fail(error if isinstance(error, Exception) else as_cards_error(error, "Drafting failed"))
+        return error is not None
 
 
 class DraftPool:
@@ -238,13 +251,9 @@ class DraftPool:
             if not pending.score.done():
                 pending.score.set_exception(error)
 
-    @contextmanager
-    def own_errors(self) -> Iterator[None]:
+    def own_errors(self) -> OwnErrors:
         """Let whatever is raised inside the block end this request alone."""
-        try:
-            yield
-        except BaseException as error:
-            self.fail(error if isinstance(error, Exception) else as_cards_error(error, "Drafting failed"))
+        return OwnErrors(self.fail)
 
     def close(self) -> None:
         """Free everything."""
@@ -446,7 +455,7 @@ class SegmentDrafts:
                     pending.next_segment = SegmentDrafts(self.pool, self.plan, self.number + 1, pending)
                 yield from pending.next_segment.ranked_candidates(reach * passing, acceptance_rate)
             reach *= 1 if examines_all else 1 - passing
-        for _ in range(self.vacancies):
+        for _ in range(self.vacancies if reach >= MIN_REACH else 0):
             if reach < MIN_REACH:
                 return
             yield reach, self, None

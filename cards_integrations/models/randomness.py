@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from threading import Lock
+from typing import Any
 
 from numpy.random import Generator, Philox
 
@@ -42,9 +43,10 @@ class Uniforms:
 
     def _following(self) -> list[float]:
         """The next numbers of the stream."""
-        state = {"key": self._key, "counter": (len(self._numbers) // _BLOCK, 0, *self._place)}
+        at = {"key": self._key, "counter": (len(self._numbers) // _BLOCK, 0, *self._place)}
+        state: Any = _FRESH | {"state": at}
         with _lock:
-            _philox.state = _FRESH | {"state": state}
+            _philox.state = state
             numbers: list[float] = _generator.random(_AT_ONCE).tolist()
         return numbers
 

@@ -335,7 +335,7 @@ class LocalLanguageModel:
 
     def _recalled(self, unread: dict[Frontier, Context]) -> dict[Frontier, Context]:
         """Leave out what was read before, or is being read now, for another request."""
-        if all([len(frontier.unread) == 1 for frontier in unread]):
+        if all(len(frontier.unread) == 1 for frontier in unread):
             return unread
         fresh = [
             frontier
