@@ -236,7 +236,7 @@ class DraftPool:
         pending = self._pending.get(candidate)
         if pending is not None:  # else it was given up meanwhile
             pending.ended = True
-            del pending.source.drafting[candidate]
+            pending.source.drafting.pop(candidate, None)
             if pending.source.parent is None:
                 self.submit(pending)
 

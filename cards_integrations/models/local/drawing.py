@@ -13,6 +13,8 @@ from cards_integrations.models.base import Boundary, Candidate
 from cards_integrations.models.sampling import distinct, draw
 from cards_integrations.transformer.forward import Output
 
+ON_HOST = {"mps"}  # devices without float64; their logits are drawn from on the host
+
 
 class Drawn(NamedTuple):
     """A token that was drawn for a candidate.
@@ -42,6 +44,7 @@ class TokenDrawer:
     def draw(self, candidates: Sequence[Candidate], outputs: Sequence[Output]) -> list[Drawn]:
         """A token for each candidate, from the logits after its last one."""
         logits, rows = _stacked(outputs)
+        logits = logits.cpu() if logits.device.type in ON_HOST else logits
         tokens, forced = self.tokens(candidates, logits, rows)
         log_p = logits.float().log_softmax(-1)
         asked = [*_decisions(candidates, forced, logits, log_p, rows)]
