@@ -33,7 +33,8 @@ class EngineSettings(Placement):
     """How many requests run at once; further ones wait for a row."""
     kv_memory: Annotated[float, Field(gt=0)] = 0.5
     """Memory for the KV caches of all models: bytes or, up to 1, a fraction of what is free once the language model
-    is loaded. Requests that do not fit wait."""
+    is loaded. Requests that do not fit wait: they take memory as they grow, and when it ends, the newest are computed
+    again later."""
     prefix_reuse: bool = True
     """Keep finished texts in the memory that live requests leave free, so that a prompt that begins like one of them
     is read from there on only. False reads every prompt anew."""
