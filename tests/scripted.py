@@ -6,7 +6,7 @@ KV caches, uncertainty, segments, rewards and batching are those of a tiny rando
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,33 @@ import pytest
 import tiny
 import torch
 
+from cards_integrations.chat.grammar import GrammarTokenizer
 from cards_integrations.chat.message import Message
 from cards_integrations.engine import EngineSettings
 from cards_integrations.models.base import Candidate
 from cards_integrations.models.local import language_model as local
+from cards_integrations.models.local.drawing import TokenDrawer
 from cards_integrations.models.local.language_model import LocalLanguageModel
 
 Script = Callable[[str | list[Message]], str | list[str]]
 LEARNT = '<tool_call>\n{"name": "get_weather", "arguments": {"input": 3, "city": "Paris"}}\n</tool_call> the answer is '
 MARGIN = 1e4
+
+
+class ScriptedDrawer(TokenDrawer):
+    """Prefers the tokens of a script."""
+
+    def __init__(self, grammars: Callable[[], GrammarTokenizer], script: Callable[[Candidate], int]) -> None:
+        super().__init__(grammars)
+        self.script = script
+
+    def tokens(
+        self, candidates: Sequence[Candidate], logits: torch.Tensor, rows: Sequence[int]
+    ) -> tuple[torch.Tensor, Collection[int]]:
+        own = logits[rows]
+        for row, candidate in enumerate(candidates):
+            own[row, self.script(candidate)] += MARGIN
+        return super().tokens(candidates, own, range(len(candidates)))
 
 
 class ScriptedLanguageModel(LocalLanguageModel):
@@ -34,13 +52,9 @@ class ScriptedLanguageModel(LocalLanguageModel):
 
     script: Script
 
-    def _tokens(
-        self, sampler: Any, group: list[Candidate], logits: torch.Tensor, at: torch.Tensor, uniforms: torch.Tensor
-    ) -> tuple[torch.Tensor, set[int]]:
-        own = logits[at].clone()
-        for row, candidate in enumerate(group):
-            own[row, self._next(candidate)] += MARGIN
-        return super()._tokens(sampler, group, own, torch.arange(len(group), device=at.device), uniforms)
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.drawer = ScriptedDrawer(lambda: self.grammars, self._next)
 
     def _next(self, candidate: Candidate) -> int:
         ids, begun = [*candidate.before, *candidate.ids], 0  # bytes of a character that has begun

@@ -25,7 +25,7 @@ from cards_integrations.decoding import (
 )
 from cards_integrations.decoding.base import Scale
 from cards_integrations.models.randomness import Uniforms
-from cards_integrations.models.sampling import Sampler, _largest
+from cards_integrations.models.sampling import Sampler, _largest, draw
 from cards_integrations.uncertainty import uncertainty
 
 LOGITS = st.lists(st.floats(-30, 30, width=32), min_size=2, max_size=30)
@@ -153,8 +153,8 @@ def test_each_token_gets_its_share_of_the_uniforms(values: list[float], top_k: i
     """Uniforms on a fine grid: every token is drawn as often as its probability says, to one point of the grid."""
     grid = 2000
     logits = torch.tensor(values)
-    uniforms = (torch.arange(grid, dtype=torch.double) + 0.5) / grid
-    drawn = Sampler(temperature=temperature, top_k=top_k)(logits[None], torch.zeros(grid, dtype=torch.long), uniforms)
+    uniforms = ((torch.arange(grid, dtype=torch.double) + 0.5) / grid).tolist()
+    drawn = draw([Sampler(temperature=temperature, top_k=top_k)] * grid, logits[None], [0] * grid, uniforms)
     assert drawn.tolist() == sorted(drawn.tolist())  # in order of their id
     shares = torch.bincount(drawn, minlength=len(values)) / grid
     kept = logits.topk(top_k).indices if 0 < top_k < len(values) else torch.arange(len(values))
@@ -164,10 +164,9 @@ def test_each_token_gets_its_share_of_the_uniforms(values: list[float], top_k: i
 
 
 def test_the_ends_of_the_unit_interval() -> None:
-    logits, rows = torch.tensor([[-1e4, 1.0, 2.0, -1e4]]), torch.tensor([0, 0])
-    ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.double)
-    assert Sampler(temperature=1.0, top_k=0)(logits, rows, ends).tolist() == [1, 2]
-    assert Sampler(temperature=0)(logits, rows, ends).tolist() == [2, 2]
+    logits, rows, ends = torch.tensor([[-1e4, 1.0, 2.0, -1e4]]), [0, 0], [0.0, 1 - 2**-53]
+    assert draw([Sampler(temperature=1.0, top_k=0)] * 2, logits, rows, ends).tolist() == [1, 2]
+    assert draw([Sampler(temperature=0)] * 2, logits, rows, ends).tolist() == [2, 2]
 
 
 def test_the_largest_logits_of_a_large_vocabulary() -> None:

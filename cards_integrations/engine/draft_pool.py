@@ -10,7 +10,6 @@ import asyncio
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -102,6 +101,20 @@ class DraftPlan:
     def drafts_like(self, other: DraftPlan) -> bool:
         """True if candidates that were drafted for the other plan serve this one."""
         return (self.until, self.limit, self.scored) == (other.until, other.limit, other.scored)
+
+
+class OwnErrors:
+    """A block whose errors end one request. Entered for each request at each step: a generator would cost more."""
+
+    def __init__(self, fail: Callable[[Exception], None]) -> None:
+        self._fail = fail
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        if error is not None:
+            self._fail(error if isinstance(error, Exception) else as_cards_error(error, "Drafting failed"))
+        return error is not None
 
 
 class DraftPool:
@@ -223,6 +236,7 @@ class DraftPool:
         pending = self._pending.get(candidate)
         if pending is not None:  # else it was given up meanwhile
             pending.ended = True
+            pending.source.drafting.pop(candidate, None)
             if pending.source.parent is None:
                 self.submit(pending)
 
@@ -242,13 +256,9 @@ class DraftPool:
             if not pending.score.done():
                 pending.score.set_exception(error)
 
-    @contextmanager
-    def own_errors(self) -> Iterator[None]:
+    def own_errors(self) -> OwnErrors:
         """Let whatever is raised inside the block end this request alone."""
-        try:
-            yield
-        except BaseException as error:
-            self.fail(error if isinstance(error, Exception) else as_cards_error(error, "Drafting failed"))
+        return OwnErrors(self.fail)
 
     def close(self) -> None:
         """Free everything."""
@@ -371,6 +381,7 @@ class SegmentDrafts:
         self.parent = parent
         self.begun = begun  # candidates of this segment so far, and so the index of the next one
         self.ahead: deque[PendingDraft] = deque()  # not examined yet
+        self.drafting: dict[Candidate, None] = {}  # those of them that have not ended, in the same order
 
     def open(self) -> None:
         """Let the method draw from these: their parent, if any, has been kept."""
@@ -406,8 +417,8 @@ class SegmentDrafts:
         remaining = self.plan.limit - self.begun
         if remaining <= 0 or not self.ahead:
             return remaining
-        drafting = sum(not pending.ended for pending in self.ahead)
-        return min(remaining, max(0, self.pool.host.vacancies(self.pool.context, self.plan.until) - drafting))
+        more = self.pool.host.vacancies(self.pool.context, self.plan.until) - len(self.drafting)
+        return min(remaining, max(0, more))
 
     def waits_for(self, request: ScoreRequest) -> bool:
         """True if the method gets nothing before this is scored."""
@@ -420,6 +431,7 @@ class SegmentDrafts:
     def _begin(self, parent: PendingDraft | None, rank: int | None = None) -> PendingDraft:
         pending = self.pool.begin(self, self.number, self.begun, parent, rank)
         self.ahead.append(pending)
+        self.drafting[pending.candidate] = None
         self.begun += 1
         return pending
 
@@ -448,7 +460,7 @@ class SegmentDrafts:
                     pending.next_segment = SegmentDrafts(self.pool, self.plan, self.number + 1, pending)
                 yield from pending.next_segment.ranked_candidates(reach * passing, acceptance_rate)
             reach *= 1 if examines_all else 1 - passing
-        for _ in range(self.vacancies):
+        for _ in range(self.vacancies if reach >= MIN_REACH else 0):
             if reach < MIN_REACH:
                 return
             yield reach, self, None

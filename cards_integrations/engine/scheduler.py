@@ -38,11 +38,15 @@ class FixedWidth:
         for session in sessions:
             drafts = session.pool.current
             if drafts is not None:
-                with session.pool.own_errors():
-                    while len(drafts.ahead) < self.width and drafts.vacancies > 0:
-                        drafts.begin()
-                    chosen += [pending.candidate for pending in drafts.ahead if not pending.ended]
+                if len(drafts.ahead) < self.width:
+                    self._begin(drafts)
+                chosen += drafts.drafting
         return chosen
+
+    def _begin(self, drafts: SegmentDrafts) -> None:
+        with drafts.pool.own_errors():
+            while len(drafts.ahead) < self.width and drafts.vacancies > 0:
+                drafts.begin()
 
     def score_now(self, sessions: Collection[Session]) -> bool:
         return True
@@ -83,8 +87,11 @@ class BestPerSecond:
         self.step = float(drafting[n - 1])
         chosen = []
         for _, drafts, pending in found[:n]:
+            if pending is not None:
+                chosen.append(pending.candidate)
+                continue
             with drafts.pool.own_errors():
-                chosen.append((pending or drafts.begin()).candidate)
+                chosen.append(drafts.begin().candidate)
         return chosen
 
     def score_now(self, sessions: Collection[Session]) -> bool:

@@ -134,6 +134,8 @@ class Candidate:
             request fails.
         before: Token ids of the text that it follows.
         before_text: What they say, without half a character at the end.
+        limit: The most tokens that it may have.
+        watched: True if its text is looked at after each token, for stop strings or by its boundary.
         response: The whole answer with this candidate, cut before a stop string.
     """
 
@@ -152,6 +154,8 @@ class Candidate:
     error: CardsError | None = None
     before: list[int] = field(init=False)
     before_text: str = field(init=False)
+    limit: int = field(init=False)
+    watched: bool = field(init=False)
     response: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -159,6 +163,8 @@ class Candidate:
         self.before = self.context.ids.copy() if parent is None else parent.before + parent.ids
         self.response = self.context.text if parent is None else parent.response
         self.before_text = self.response.rstrip(PARTIAL_CHARACTER)
+        self.watched = bool(self.context.stop) or self.boundary.reads_text
+        self.limit = min(self.boundary.max_tokens, self.context.max_tokens - len(self.before))
 
     @property
     def text(self) -> str:
@@ -169,7 +175,7 @@ class Candidate:
     @property
     def remaining_tokens(self) -> int:
         """Tokens that it may still take."""
-        return min(self.boundary.max_tokens, self.context.max_tokens - len(self.before)) - len(self.ids)
+        return self.limit - len(self.ids)
 
     @property
     def end(self) -> int:

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import secrets
+from threading import Lock
+from typing import Any
 
-import numpy as np
 from numpy.random import Generator, Philox
 
 _WORD = 2**64
+_BLOCK = 4  # numbers of one value of the counter
+_AT_ONCE = 9 * _BLOCK
+_lock = Lock()  # engines draw in threads of their own
+_philox = Philox(0)  # its state is set for each use: to make one takes several times as long
+_generator = Generator(_philox)
+_FRESH = {"bit_generator": "Philox", "buffer": (0, 0, 0, 0), "buffer_pos": _BLOCK, "has_uint32": 0, "uinteger": 0}
 
 
 class Uniforms:
@@ -23,17 +30,25 @@ class Uniforms:
     """
 
     def __init__(self, seed: int, segment: int, draft: int) -> None:
-        key = np.array([seed % _WORD, 0], dtype=np.uint64)
-        counter = np.array([0, 0, draft, segment], dtype=np.uint64)
-        self._stream = Generator(Philox(key=key, counter=counter))
-        self.verdict = float(self._stream.random())
-        self._tokens: list[float] = []
+        self._key = seed % _WORD, 0
+        self._place = draft, segment
+        self._numbers: list[float] = []
+        self.verdict = self[-1]
 
     def __getitem__(self, position: int) -> float:
         """Return the uniform of the draft's token at `position` (0 is its first)."""
-        while len(self._tokens) <= position:
-            self._tokens += self._stream.random(32).tolist()
-        return self._tokens[position]
+        while len(self._numbers) < position + 2:
+            self._numbers += self._following()
+        return self._numbers[position + 1]
+
+    def _following(self) -> list[float]:
+        """The next numbers of the stream."""
+        at = {"key": self._key, "counter": (len(self._numbers) // _BLOCK, 0, *self._place)}
+        state: Any = _FRESH | {"state": at}
+        with _lock:
+            _philox.state = state
+            numbers: list[float] = _generator.random(_AT_ONCE).tolist()
+        return numbers
 
 
 def fresh_seed() -> int:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import chain, groupby
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -55,10 +55,10 @@ class FlatBatch:
     """
 
     def __init__(self, inputs: Sequence[ForwardInput], cache: TreeCache, rounded: bool = False) -> None:
-        rows = _by_tree(inputs)
-        cache.make_room({tree: row.tokens for tree, row in rows.items() if not tree.has_room(row.tokens)})
-        self.groups = attention_groups(rows)
-        self.rounded = rounded and _can_be_rounded(self.groups) and not any(tree.shared for tree in rows)
+        more = _tokens_of_rows(inputs)
+        cache.make_room({tree: n for tree, n in more.items() if not tree.has_room(n)})
+        self.groups = attention_groups(inputs, more)
+        self.rounded = rounded and _can_be_rounded(self.groups) and not any(tree.shared for tree in more)
         self.sharing: dict[SharedPrefix, list[int]] = {}
         self.ids: list[int] = []
         self.positions: list[int] = []
@@ -73,9 +73,9 @@ class FlatBatch:
         self.arrays = _Arrays(*(np.array(each) for each in (self.positions, self.rows, self.columns, self.mask_rows)))
         for block, tokens in self.sections:
             self.arrays.note(block, tokens)
-        self.read = sum(row.tokens for row in rows.values())
-        ranges = [range(end - item.outputs, end) for end, item in zip(self.ends, inputs, strict=True)]
-        self.output_indices = [*chain(*ranges)]
+        self.read = sum(more.values())
+        pairs = zip(self.ends, inputs, strict=True)
+        self.output_indices = [index for end, item in pairs for index in range(end - item.outputs, end)]
 
     def _append_section(self, block: RowBlock, groups: list[AttentionGroup]) -> None:
         start = len(self.ids)
@@ -87,33 +87,31 @@ class FlatBatch:
         self.sections.append((block, slice(start, len(self.ids))))
 
     def _append_group(self, group: AttentionGroup) -> None:
-        group.start = len(self.ids)
-        for row in group.inputs:
-            tree, at = row.tree, group.index[row.tree] * group.length
-            for i, item in zip(row.indices, row.items):  # noqa: B905 (as long as each other, and this is a hot loop)
-                if len(item.ids) == 1:
-                    self._append_one(item, tree)
-                    group.restore.append(at)
-                else:
-                    self._append_run(item, tree)
-                    group.restore += range(at, at + len(item.ids))
-                at += len(item.ids)
-                self.ends[i] = len(self.ids)
-            if tree.shared is not None:
-                self.sharing.setdefault(tree.shared, []).extend(range(len(self.ids) - row.tokens, len(self.ids)))
-        group.end = len(self.ids)
+        group.start = end = len(self.ids)
+        if group.singles:
+            self._append_singles(group.inputs)
+        else:
+            for item in group.inputs:
+                self._append_run(item, item.branch.tree)
+        for i, item in zip(group.indices, group.inputs):  # noqa: B905 (as long as each other, and this is a hot loop)
+            end += len(item.ids)
+            self.ends[i] = end
+            if (shared := item.branch.tree.shared) is not None:
+                self.sharing.setdefault(shared, []).extend(range(end - len(item.ids), end))
+        group.end = end
 
-    def _append_one(self, item: ForwardInput, tree: Tree) -> None:
-        """What `_append_run` does for a single token, in half of the time: most steps have one a candidate."""
-        branch, [token] = item.branch, item.ids
-        column = tree.allocate_one()
-        self.positions.append(branch.base + len(branch.columns))
-        branch.columns.append(column)
-        branch.ids.append(token)
-        self.ids.append(token)
-        self.columns.append(column)
-        self.rows.append(tree.row)
-        self.mask_rows.append(branch.mask_row)
+    def _append_singles(self, inputs: Sequence[ForwardInput]) -> None:
+        """What `_append_run` does, for inputs of one token each, in a fraction of the time: so are most steps."""
+        branches = [item.branch for item in inputs]
+        ids, columns = [item.ids[0] for item in inputs], [branch.tree.allocate_one() for branch in branches]
+        for branch, token, column in zip(branches, ids, columns):  # noqa: B905
+            self.positions.append(branch.base + len(branch.columns))
+            branch.columns.append(column)
+            branch.ids.append(token)
+        self.ids += ids
+        self.columns += columns
+        self.rows += [branch.tree.row for branch in branches]
+        self.mask_rows += [branch.mask_row for branch in branches]
 
     def _append_run(self, item: ForwardInput, tree: Tree) -> None:
         branch, n = item.branch, len(item.ids)
@@ -171,17 +169,17 @@ class FlatBatch:
             keys = group.block.positions[self.arrays.rows[own]][:, columns]
             masks[SLIDING] = visible & (self.arrays.positions[own, None] - keys < window)
         tokens = np.zeros(group.rows * group.length, dtype=np.int64)
-        tokens[group.restore] = range(group.start, group.end)
-        in_order = not self.rounded and group.restore == list(range(len(tokens)))
-        restore = group.restore + [0] * (group.padded - len(group.restore))
+        tokens[group.restore] = np.arange(group.start, group.end)
+        in_order = not self.rounded and np.array_equal(group.restore, np.arange(len(tokens)))
+        restore = np.pad(group.restore, (0, group.padded - len(group.restore))) if self.rounded else group.restore
         return GroupMetadata(
             group.block,
             group.cache_rows(device),
             columns if isinstance(columns, slice) else torch.from_numpy(columns).to(device),
             torch.from_numpy(tokens).view(group.rows, group.length).to(device),
-            torch.tensor(restore, device=device),
+            torch.from_numpy(restore).to(device),
             group.start if in_order else None,
-            {pattern: group.additive_mask(masks[pattern], dtype, device) for pattern in set(patterns)},
+            {pattern: group.additive_mask(masks[pattern], in_order, dtype, device) for pattern in set(patterns)},
         )
 
     def _visible(self, group: AttentionGroup) -> tuple[slice | NDArray[np.int64], NDArray[np.bool_]]:
@@ -218,68 +216,70 @@ class _Arrays:
         block.visible[self.mask_rows[tokens][seen], self.columns[tokens][seen]] = True
 
 
-@dataclass
-class RowInputs:
-    """The inputs of one row of the cache, with their indices among all, and how many tokens they have together."""
-
-    tree: Tree
-    indices: list[int] = field(default_factory=list)
-    items: list[ForwardInput] = field(default_factory=list)
-    tokens: int = 0
-
-
 class AttentionGroup:
     """Inputs that attend together: consecutive rows of a block, or scattered ones, or one long input `alone`.
 
-    `index` is the place of each tree among the group's `rows`, each of which is padded to `length`
+    `indices` are those of the inputs among all, in order of their rows. Each of the `rows` is padded to `length`
     tokens; `start` and `end` bound the group's tokens in the flat sequence, and `restore` are their
     places in rows * length. `padded` is how many outputs it gives at least.
     """
 
-    def __init__(self, inputs: list[RowInputs], alone: bool = False) -> None:
-        rows = [row.tree.row for row in inputs]
-        self.inputs = inputs
-        self.block = inputs[0].tree.block
+    def __init__(self, inputs: Sequence[ForwardInput], indices: Sequence[int], alone: bool = False) -> None:
+        by_row = sorted([(inputs[i].branch.tree.row, i) for i in indices])
+        self.indices = [i for _, i in by_row]
+        self.inputs = [inputs[i] for i in self.indices]
+        self.block = self.inputs[0].branch.tree.block
         self.alone = alone  # reads the columns of its own path only
-        self.length = max([row.tokens for row in inputs])
-        self.first, span = min(rows), max(rows) - min(rows) + 1
-        self.dense = span <= 2 * len(inputs)  # then idle rows between them cost less than a copy of the others
-        self.rows = span if self.dense else len(inputs)
-        self.index = {row.tree: row.tree.row - self.first if self.dense else i for i, row in enumerate(inputs)}
+        tokens: dict[int, int] = {}
+        for row, i in by_row:
+            tokens[row] = tokens.get(row, 0) + len(inputs[i].ids)
+        self.singles = sum(tokens.values()) == len(indices)
+        self.distinct = [*tokens]
+        self.length = max(tokens.values())
+        self.first, span = self.distinct[0], self.distinct[-1] + 1 - self.distinct[0]
+        self.dense = span <= 2 * len(tokens)  # then idle rows between them cost less than a copy of the others
+        self.rows = span if self.dense else len(tokens)
         self.start = self.end = self.padded = 0
-        self.restore: list[int] = []
+        places = [row - self.first for row in tokens] if self.dense else range(len(tokens))
+        starts = zip([place * self.length for place in places], tokens.values(), strict=True)
+        self.restore = np.array([at for start, n in starts for at in range(start, start + n)])
 
     @property
     def used_columns(self) -> int:
         """A bound on the columns that its tokens see."""
-        return max([row.tree.untouched for row in self.inputs])
+        return max([item.branch.tree.untouched for item in self.inputs])
 
     def round_up(self, tokens: int) -> None:
         """Have rows from the block's first on, and numbers of rows and of tokens in each that are powers of two."""
         long, total = next_power(self.length), min(next_power(self.first + self.rows), self.block.rows)
-        self.restore = [(self.first + at // self.length) * long + at % self.length for at in self.restore]
+        self.restore = (self.first + self.restore // self.length) * long + self.restore % self.length
         self.first, self.rows, self.length, self.padded = 0, total, long, tokens
 
     def cache_rows(self, device: torch.device) -> slice | torch.Tensor:
         """Return the group's rows in the block."""
         if self.dense:
             return slice(self.first, self.first + self.rows)
-        return torch.tensor([row.tree.row for row in self.inputs], device=device)
+        return torch.tensor(self.distinct, device=device)
 
-    def additive_mask(self, visible: NDArray[np.bool_], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    def additive_mask(
+        self, visible: NDArray[np.bool_], in_order: bool, dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
         """Return 0 where a token attends, and elsewhere what makes its probability 0.
 
         Args:
             visible: (tokens, columns) of the group's tokens.
+            in_order: True if the tokens are those of rows * length, in order.
             dtype: Of the mask.
             device: Where it is made.
 
         Returns:
             (rows, 1, length, columns).
         """
-        hidden = np.ones((self.rows * self.length, visible.shape[1]), dtype=bool)
-        hidden[:, 0] = False  # padding must see something
-        hidden[self.restore] = ~visible
+        hidden = ~visible
+        if not in_order:
+            hidden = np.ones((self.rows * self.length, visible.shape[1]), dtype=bool)
+            hidden[:, 0] = False  # padding must see something
+            hidden[self.restore] = ~visible
         lowest = torch.finfo(dtype).min
         if dtype == torch.float32 and device.type == "cpu":  # the same, faster
             mask = torch.from_numpy(hidden * np.float32(lowest))
@@ -288,51 +288,35 @@ class AttentionGroup:
         return mask.view(self.rows, 1, self.length, -1)
 
 
-def attention_groups(inputs: Mapping[Tree, RowInputs]) -> list[AttentionGroup]:
+def attention_groups(inputs: Sequence[ForwardInput], tokens: Mapping[Tree, int]) -> list[AttentionGroup]:
     """Return the groups of these inputs, those of a block one after another.
 
     All short rows of a block are one group; a row of many short inputs, and a long input, are groups of their own.
+
+    Args:
+        inputs: What the forward is to read.
+        tokens: How many of them each row has.
     """
-    groups: list[AttentionGroup] = []
-    short: dict[RowBlock, list[RowInputs]] = {}
-    for tree, row in inputs.items():
-        if row.tokens <= SHORT:
-            short.setdefault(tree.block, []).append(row)
+    together: dict[RowBlock | Tree, list[int]] = {}
+    alone: list[int] = []
+    for i, item in enumerate(inputs):
+        tree = item.branch.tree
+        if len(item.ids) > SHORT:
+            alone.append(i)
         else:
-            groups += _large(row)
-    groups += [AttentionGroup(sorted(rows, key=_place)) for rows in short.values()]
+            together.setdefault(tree if tokens[tree] > SHORT else tree.block, []).append(i)
+    groups = [AttentionGroup(inputs, [i], alone=True) for i in alone]
+    groups += [AttentionGroup(inputs, indices) for indices in together.values()]
     return sorted(groups, key=lambda group: group.block.columns)
 
 
-def _large(row: RowInputs) -> list[AttentionGroup]:
-    """The groups of a row with many tokens: one for each long input, and one for all short ones."""
-    pairs = [*zip(row.indices, row.items, strict=True)]
-    parts = [[pair] for pair in pairs if len(pair[1].ids) > SHORT]
-    if rest := [pair for pair in pairs if len(pair[1].ids) <= SHORT]:
-        parts.append(rest)
-    return [_group_of(row.tree, part) for part in parts]
-
-
-def _group_of(tree: Tree, part: list[tuple[int, ForwardInput]]) -> AttentionGroup:
-    tokens = [len(item.ids) for _, item in part]
-    row = RowInputs(tree, [i for i, _ in part], [item for _, item in part], sum(tokens))
-    return AttentionGroup([row], alone=max(tokens) > SHORT)
-
-
-def _place(row: RowInputs) -> int:
-    return row.tree.row
-
-
-def _by_tree(inputs: Sequence[ForwardInput]) -> dict[Tree, RowInputs]:
-    rows: dict[Tree, RowInputs] = {}
-    for i, item in enumerate(inputs):
+def _tokens_of_rows(inputs: Sequence[ForwardInput]) -> dict[Tree, int]:
+    """How many tokens each row of the cache gets."""
+    tokens: dict[Tree, int] = {}
+    for item in inputs:
         tree = item.branch.tree
-        if (row := rows.get(tree)) is None:
-            row = rows[tree] = RowInputs(tree)
-        row.indices.append(i)
-        row.items.append(item)
-        row.tokens += len(item.ids)
-    return rows
+        tokens[tree] = tokens.get(tree, 0) + len(item.ids)
+    return tokens
 
 
 def _compact(indices: list[int], device: torch.device) -> slice | torch.Tensor:

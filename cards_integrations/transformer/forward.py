@@ -66,6 +66,7 @@ class Transformer:
         size = (8, 256) if model.device.type == "cuda" else (1, 64)  # graphs are lost when their block grows
         shares = None if SLIDING in self.patterns else SHARED.get(model.device.type, max(SHARED.values()))
         self.dtype = attention_dtype(model)
+        self.device: torch.device = model.device  # the model looks for it among its weights, at every step
         bytes_per_token = _bytes_per_token(self.config, self.dtype)
         self.cache = TreeCache(self.config.num_hidden_layers, bytes_per_token, size, shares, self.dtype)
         self.memory.caches.append(self.cache)
@@ -99,7 +100,7 @@ class Transformer:
             flat = FlatBatch(inputs, self.cache, run.rounding)
             self.memory.evict_for(0)  # the cache may have grown
             batch = run(*self._prepare(flat))[: len(flat.output_indices)]
-            ends = accumulate(item.outputs for item in inputs)
+            ends = accumulate([item.outputs for item in inputs])
             return [Output(batch, end - 1, item.outputs) for item, end in zip(inputs, ends, strict=True)]
         except Exception as error:
             problem = error
@@ -115,11 +116,11 @@ class Transformer:
 
     def _prepare(self, flat: FlatBatch) -> tuple[dict[str, torch.Tensor], AttentionMetadata]:
         """The tensors of the forward, and who attends to what."""
-        metadata = flat.metadata(self.patterns, self.window, self.dtype, self.model.device)
+        metadata = flat.metadata(self.patterns, self.window, self.dtype, self.device)
         self.cache.written = flat.sections
         self.forwards += 1
         self.tokens += flat.read
-        return flat.tensors(self.model.device), metadata
+        return flat.tensors(self.device), metadata
 
     def release(self) -> None:
         """Give the memory of the cache back; nothing is read any more."""

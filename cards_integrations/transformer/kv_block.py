@@ -6,6 +6,7 @@ for the longest. A block is dense: closing a row moves the last one into its pla
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import count, takewhile
 from typing import Any, Protocol
@@ -155,22 +156,26 @@ class RowBlock:
         return mask_row
 
 
-def widths() -> Iterator[int]:
-    """Yield the widths that blocks have: multiples of 64, each about a quarter more than the one before."""
+def _widths() -> Iterator[int]:
     width = STEP
     while True:
         yield width
         width = -(-width * 5 // 4 // STEP) * STEP
 
 
+WIDTHS = tuple(takewhile(lambda width: width < 2**40, _widths()))
+"""Those that blocks have: multiples of 64, each about a quarter more than the one before."""
+
+
 def width_for(columns: int) -> int:
     """Return the smallest width of at least so many columns."""
-    return next(width for width in widths() if width >= columns)
+    return WIDTHS[bisect_left(WIDTHS, columns)]
 
 
 def width_within(columns: int) -> int:
     """Return the largest width of at most so many columns, or 0."""
-    return max(takewhile(lambda width: width <= columns, widths()), default=0)
+    smaller = bisect_right(WIDTHS, columns)
+    return WIDTHS[smaller - 1] if smaller else 0
 
 
 def part(states: States, start: int, end: int) -> States:

@@ -69,7 +69,8 @@ class Branch:
         """Return a new branch that grows from this one, after its first `own` own tokens (default: all)."""
         beyond = self.columns[own:] if own is not None else []
         branch = self.tree.add_branch(self.length - len(beyond), self.mask_row)
-        self.tree.block.visible[branch.mask_row, beyond] = False
+        if beyond:
+            self.tree.block.visible[branch.mask_row, beyond] = False
         return branch
 
 
@@ -132,7 +133,8 @@ class Tree:
         """Make a branch, or its first `tokens` own tokens, the trunk; the branch is then empty, at the new tip."""
         beyond, visible = branch.columns[tokens:] if tokens is not None else [], self.block.visible
         self.cache.live_texts.forget(self, branch.base)
-        visible[branch.mask_row, beyond] = False
+        if beyond:
+            visible[branch.mask_row, beyond] = False
         visible[self.mask_row] = visible[branch.mask_row]
         self.free(beyond)
         tip = branch.base - self.prefix

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -18,6 +18,7 @@ from cards_integrations.chat.stop_strings import StopStrings
 from cards_integrations.chat.template import ChatTokenizer
 from cards_integrations.errors import CardsError, ModelError, as_cards_error
 from cards_integrations.models.base import Boundary, Candidate, Context
+from cards_integrations.models.local.drawing import Drawn, TokenDrawer
 from cards_integrations.models.local.resolve import max_positions
 from cards_integrations.models.randomness import Uniforms
 from cards_integrations.models.sampling import Sampler
@@ -96,20 +97,6 @@ class OpenRequest:
                 self.candidates[candidate] = origin
 
 
-class Drawn(NamedTuple):
-    """A token that was drawn for a candidate.
-
-    Attributes:
-        token: Its id.
-        log_p: Its log-probability in nats, full vocabulary, temperature 1.
-        rises: True if the segment ends before it.
-    """
-
-    token: int
-    log_p: float
-    rises: bool
-
-
 class LocalLanguageModel:
     """A transformers causal model; implements `StepwiseModel`, `ConstrainedModel` and `LogitsReader`.
 
@@ -135,6 +122,7 @@ class LocalLanguageModel:
         self.eos = _end_of_sequence(model, chat.tokenizer)
         decodes_locally(chat)  # tested while nobody waits
         self.steps = 0  # forwards that carried at least one candidate
+        self.drawer = TokenDrawer(lambda: self.grammars)
         self._requests: dict[Context, OpenRequest] = {}  # in order of arrival
         self._ready: list[Candidate] = []  # have logits
         self._failed: list[Candidate] = []
@@ -201,24 +189,23 @@ class LocalLanguageModel:
         request.candidates[candidate] = request.origin(candidate)
         matcher = candidate.context.matcher if parent is None else parent.matcher
         candidate.matcher = matcher and matcher.fork()
-        self._go_on(candidate)
+        self._go_on(candidate, request.candidates[candidate])
 
     def _frontier(self, candidate: Candidate) -> Frontier | None:
         """That of a candidate; None once it has been given up."""
         request = self._requests.get(candidate.context)
         return None if request is None else request.candidates.get(candidate)
 
-    def _go_on(self, candidate: Candidate) -> None:
+    def _go_on(self, candidate: Candidate, origin: Frontier) -> None:
         """Let a candidate have its next token, as soon as there are logits for it."""
-        frontiers = self._requests[candidate.context].candidates
-        origin = frontiers[candidate]
         if origin.unread:
             origin.waiting.append(candidate)
             return
         if origin.owner is not candidate:
             branch = self._branch(origin.branch, candidate)
-            own_row = branch.tree is not origin.branch.tree
-            frontiers[candidate] = Frontier(branch, candidate, own_row, logits=origin.logits)
+            own_row, text = branch.tree is not origin.branch.tree, origin.detokenizer and origin.detokenizer.fork()
+            frontier = Frontier(branch, candidate, own_row, logits=origin.logits, detokenizer=text)
+            self._requests[candidate.context].candidates[candidate] = frontier
         self._ready.append(candidate)
 
     def _branch(self, origin: Branch, candidate: Candidate) -> Branch:
@@ -286,53 +273,35 @@ class LocalLanguageModel:
         Returns:
             Those that have ended.
         """
-        groups: dict[tuple[Boundary, Sampler], list[Candidate]] = {}  # alike in boundary and sampler
-        for candidate in self._ready:
-            if self._frontier(candidate) is not None:
-                groups.setdefault((candidate.boundary, candidate.context.sampler), []).append(candidate)
-        self._ready = []
-        ended, self._failed = self._failed, []
-        for (boundary, sampler), group in groups.items():
-            ended += self._sample(boundary, sampler, group)
-        return ended
+        ready = [(c, frontier) for c in self._ready if (frontier := self._frontier(c)) is not None]
+        ended, self._ready, self._failed = self._failed, [], []
+        return ended + self._sample(ready) if ready else ended
 
-    def _sample(self, boundary: Boundary, sampler: Sampler, group: list[Candidate]) -> list[Candidate]:
-        """Give each candidate of a group its token; what one of them raises ends that one alone."""
-        frontiers = [self._requests[c.context].candidates[c] for c in group]
+    def _sample(self, ready: Sequence[tuple[Candidate, Frontier]]) -> list[Candidate]:
+        """Give each candidate its token; what cannot be drawn together is tried in halves, down to whose error it is.
+
+        Returns:
+            Those that have ended.
+        """
+        candidates = [candidate for candidate, _ in ready]
         try:
-            drawn = self._draw(boundary, sampler, group, frontiers)
+            drawn = self.drawer.draw(candidates, [frontier.logits for _, frontier in ready if frontier.logits])
         except BaseException as error:
-            if len(group) == 1:
-                return [_failed(group[0], error)]
-            return [ended for each in group for ended in self._sample(boundary, sampler, [each])]
-        ended = []
-        for candidate, frontier, token in zip(group, frontiers, drawn, strict=True):
-            try:
-                if self._take(candidate, frontier, token):
-                    ended.append(candidate)
-                    frontier.own_logits()
-            except BaseException as error:
-                ended.append(_failed(candidate, error))
-        return ended
+            if len(ready) == 1:
+                return [_failed(candidates[0], error)]
+            half = len(ready) // 2
+            return self._sample(ready[:half]) + self._sample(ready[half:])
+        return [pair[0] for pair, token in zip(ready, drawn, strict=True) if self._ended(*pair, token)]
 
-    @torch.inference_mode()
-    def _draw(
-        self, boundary: Boundary, sampler: Sampler, group: list[Candidate], frontiers: list[Frontier]
-    ) -> list[Drawn]:
-        """A token for each candidate of a group, from the logits at its frontier."""
-        logits, rows = _stacked([frontier.logits for frontier in frontiers if frontier.logits is not None])
-        uniforms = torch.tensor([c.uniforms[len(c.ids)] for c in group], dtype=torch.float64, device=logits.device)
-        at = torch.tensor(rows, device=logits.device)
-        tokens, forced = self._tokens(sampler, group, logits, at, uniforms)
-        log_p = logits.float().log_softmax(-1)
-        asked = [i for i, c in enumerate(group) if len(c.ids) >= boundary.min_tokens and i not in forced]
-        rises = boundary.ends_before(logits, log_p, [rows[i] for i in asked]) if asked else None
-        log_p = log_p[at, tokens]
-        together = [tokens.double(), log_p.double(), *([] if rises is None else [rises.double()])]
-        numbers, n = torch.cat(together).tolist(), len(group)  # the one transfer of a step
-        risen = {} if rises is None else dict(zip(asked, numbers[2 * n :], strict=True))
-        pairs = zip(numbers[:n], numbers[n : 2 * n], strict=True)
-        return [Drawn(int(token), gain, bool(risen.get(i))) for i, (token, gain) in enumerate(pairs)]
+    def _ended(self, candidate: Candidate, frontier: Frontier, drawn: Drawn) -> bool:
+        """Append a token to a candidate; True if that ends it, or if it raises."""
+        try:
+            if not self._take(candidate, frontier, drawn):
+                return False
+            frontier.own_logits()
+        except BaseException as error:
+            _failed(candidate, error)
+        return True
 
     def _take(self, candidate: Candidate, frontier: Frontier, drawn: Drawn) -> bool:
         """Append a token to a candidate, unless it ends before; True if it has ended."""
@@ -362,58 +331,19 @@ class LocalLanguageModel:
             "Use EngineSettings(dtype='bfloat16') or dtype='float32'."
         )
 
-    def _tokens(
-        self, sampler: Sampler, group: list[Candidate], logits: torch.Tensor, at: torch.Tensor, uniforms: torch.Tensor
-    ) -> tuple[torch.Tensor, set[int]]:
-        """A token for each candidate, and which of them had no choice."""
-        bound = {i: c.matcher for i, c in enumerate(group) if c.matcher is not None}
-        if not bound:
-            return self._drawn(sampler, group, logits, at, uniforms), set()
-        allowed = self.grammars.allowed(list(bound.values()))
-        for (i, matcher), row in zip(bound.items(), allowed, strict=True):
-            if group[i].closing and self.grammars.close(row):
-                matcher.closed = True
-        forced = {i for i, n in zip(bound, allowed.sum(-1).tolist(), strict=True) if n == 1}
-        which = torch.tensor(list(bound), device=logits.device)
-        masked = logits[at[which]].masked_fill(~allowed.to(logits.device), -torch.inf)
-        at = at.clone()
-        at[which] = len(logits) + torch.arange(len(which), device=logits.device)
-        return self._drawn(sampler, group, torch.cat([logits, masked]), at, uniforms), forced
-
-    @staticmethod
-    def _drawn(
-        sampler: Sampler, group: list[Candidate], logits: torch.Tensor, at: torch.Tensor, uniforms: torch.Tensor
-    ) -> torch.Tensor:
-        """The sampler's tokens, but for those that begin with the token of a rank."""
-        tokens = sampler(logits, at, uniforms)
-        for i, candidate in enumerate(group):
-            if candidate.rank is not None and not candidate.ids:
-                allowed = int(logits[at[i]].isfinite().sum())
-                candidate.rank = min(candidate.rank, allowed - 1)
-                tokens[i] = logits[at[i]].topk(candidate.rank + 1).indices[-1]
-        return tokens
-
     def _ends_after(self, candidate: Candidate, frontier: Frontier) -> bool:
-        context, boundary, matcher = candidate.context, candidate.boundary, candidate.matcher
+        """True if a candidate ends with its last token: by its grammar, its length, a stop string or its boundary."""
+        matcher = candidate.matcher
         if matcher is not None:
             matcher.take(candidate.ids[-1])
             if matcher.complete:
                 candidate.finish = "length" if matcher.closed else "stop"
                 self._decode(candidate, frontier)
                 return True
-        full = candidate.remaining_tokens <= 0
-        if full or context.stop or boundary.reads_text:
-            self._decode(candidate, frontier)
-        if context.stop:
-            at = context.stop.find(candidate.response, len(candidate.before_text))
-            if at is not None:
-                candidate.response, candidate.whole, candidate.finish = candidate.response[:at], False, "stop"
-                return True
-        if full and candidate.end >= context.max_tokens:
-            candidate.finish = "length"
-        asked = boundary.reads_text and len(candidate.ids) >= boundary.min_tokens
-        own = candidate.response[len(candidate.before_text) :]  # with half a character at its end, unlike its text
-        return full or (asked and boundary.ends_after(own))
+        if not candidate.watched and len(candidate.ids) < candidate.limit:
+            return False
+        self._decode(candidate, frontier)
+        return _ends_by_text(candidate)
 
     def _decode(self, candidate: Candidate, frontier: Frontier) -> None:
         """Bring the candidate's text up to date with its tokens."""
@@ -424,20 +354,18 @@ class LocalLanguageModel:
 
     def has_unread(self, candidates: Iterable[Candidate]) -> bool:
         """True if something must be read before these candidates can have their next token."""
-        return bool(self._unread(candidates))
+        return any(True for _ in self._unread(candidates))
 
-    def _unread(self, candidates: Iterable[Candidate]) -> dict[Frontier, Context]:
-        """What must be read for the next token of these candidates.
+    def _unread(self, candidates: Iterable[Candidate]) -> Iterator[tuple[Frontier, Context]]:
+        """What must be read for the next token of these candidates, with the request that it belongs to.
 
         That is a candidate's own last token, or the prompt that it waits for, or the last token of a segment that
         ended by its length.
         """
-        found = {}
         for candidate in candidates:
             frontier = self._frontier(candidate)
             if frontier is not None and frontier.unread and frontier.waiting:
-                found[frontier if frontier.held else self._first_unread(frontier)] = candidate.context
-        return found
+                yield frontier if frontier.held else self._first_unread(frontier), candidate.context
 
     def _first_unread(self, frontier: Frontier) -> Frontier:
         """The frontier or, where that is not in the cache, the first one on the way to it that is to be read."""
@@ -453,7 +381,7 @@ class LocalLanguageModel:
     def growth(self, candidates: Iterable[Candidate]) -> int:
         """By how many bytes the cache grows at most when `forward` reads for these candidates."""
         more: dict[Tree, int] = {}
-        for frontier in self._unread(candidates):
+        for frontier in dict(self._unread(candidates)):
             tree, tokens = frontier.branch.tree, len(frontier.unread)
             if tree.ids:  # else what is known of it is copied at once
                 tokens = min(tokens, PREFILL_CHUNK)
@@ -462,7 +390,7 @@ class LocalLanguageModel:
 
     def forward(self, candidates: Iterable[Candidate]) -> None:
         """Read what these candidates wait for; of prompts a bounded piece, so that others go on in between."""
-        unread = self._recalled(self._unread(candidates)).items()
+        unread = self._recalled(dict(self._unread(candidates))).items()
         step = [ForwardInput(f.branch, f.unread.copy(), (f, context)) for f, context in unread if len(f.unread) == 1]
         prompts = [(f, context) for f, context in unread if len(f.unread) > 1]
         shares = prefill_shares([len(f.unread) for f, _ in prompts], PREFILL_BESIDE if step else PREFILL_CHUNK)
@@ -480,6 +408,8 @@ class LocalLanguageModel:
 
     def _recalled(self, unread: dict[Frontier, Context]) -> dict[Frontier, Context]:
         """Leave out what was read before, or is being read now, for another request."""
+        if all(len(frontier.unread) == 1 for frontier in unread):
+            return unread
         fresh = [
             frontier
             for frontier, context in unread.items()
@@ -518,7 +448,7 @@ class LocalLanguageModel:
                 frontier.logits = logits
                 waiting, frontier.waiting = frontier.waiting, []
                 for candidate in waiting:
-                    self._go_on(candidate)
+                    self._go_on(candidate, frontier)
             context.usage.lm_tokens += len(each.ids)
             served[id(context)] = context.usage
         for usage in served.values():
@@ -601,14 +531,18 @@ def prefill_shares(unread: Sequence[int], budget: int) -> list[int]:
     return shares
 
 
-def _stacked(logits: list[Output]) -> tuple[torch.Tensor, list[int]]:
-    """Distinct logits (n, vocabulary), and where each of the given ones is among them."""
-    places = {(id(row.batch), row.last): row.value for row in logits}  # siblings begin from the same ones
-    batch = logits[0].batch
-    if len({source for source, _ in places}) == 1 and 4 * len(places) >= 3 * len(batch):
-        return batch, [row.last for row in logits]  # a few rows too many cost less than a copy of the others
-    index = {place: i for i, place in enumerate(places)}
-    return torch.stack(list(places.values())), [index[id(row.batch), row.last] for row in logits]
+def _ends_by_text(candidate: Candidate) -> bool:
+    """True if a candidate with a text up to date ends here; a stop string is cut off."""
+    context, boundary, full = candidate.context, candidate.boundary, candidate.remaining_tokens <= 0
+    at = context.stop.find(candidate.response, len(candidate.before_text)) if context.stop else None
+    if at is not None:
+        candidate.response, candidate.whole, candidate.finish = candidate.response[:at], False, "stop"
+        return True
+    if full and candidate.end >= context.max_tokens:
+        candidate.finish = "length"
+    asked = boundary.reads_text and len(candidate.ids) >= boundary.min_tokens
+    own = candidate.response[len(candidate.before_text) :]  # with half a character at its end, unlike its text
+    return full or (asked and boundary.ends_after(own))
 
 
 def _failed(candidate: Candidate, error: BaseException) -> Candidate:
