@@ -308,9 +308,9 @@ def test_the_embedded_model_runs_in_its_own_bits_where_that_is_fast(monkeypatch:
     def bits(dtype: Any, **spec: Any) -> str | None:
         return ModelLoader(Placement(device="cpu", dtype=dtype))._bits(LocalModel(**spec))
 
-    for fast in (True, False):
-        monkeypatch.setattr("cards_integrations.transformer.quantization.has_fast_kernels", lambda fast=fast: fast)
-        assert bits("auto") == ("int4" if fast else None)
+    for fast in ("int4", "float16", None):
+        monkeypatch.setattr("cards_integrations.transformer.quantization.fast_form", lambda fast=fast: fast)
+        assert bits("auto") == fast
         assert bits("auto", quantization="int8") == "int8"
         assert bits("float32") is None
         assert bits("auto", model="a/b") is None
