@@ -143,8 +143,7 @@ def main() -> None:
         found["seeds with the same text alone and at once"] = f"{equal} of {options.seeds}"
     print(json.dumps(found, indent=2))
     if options.results:
-        options.results.write_text(json.dumps(found, indent=2) + "
-")
+        options.results.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":
