@@ -4,9 +4,9 @@
         [--seeds 16] [--tokens 32] [--results benchmarks/results/quantized.json]
 
 All are loaded in one process, and take turns at every step, so that a noisy machine is noisy for all; with one thread
-the time is what that thread spent on the CPU. A step is the model's forward of one token for each of 1, 4 or 16 requests
-on short texts, layout and cache included. "unfused" is float16 with the layers and norms of transformers. With --seeds,
-so many requests are answered one by one and at once in the default form, and those with equal texts are counted.
+the time is what that thread spent on the CPU. A step is the model's forward of one token for each of 1, 4 or 16
+requests on short texts, layout and cache included. "unfused" is float16 with the layers and norms of transformers. With
+--seeds, so many requests are answered one by one and at once in the default form, and those with equal texts counted.
 """
 
 from __future__ import annotations
