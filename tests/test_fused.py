@@ -111,3 +111,13 @@ def test_a_fused_layer_takes_its_products_as_they_are(kind: str) -> None:
     assert count(made, FusedLayer) == 2
     tolerance = 1e-4 if kind != "together" else 0.05
     torch.testing.assert_close(tree_logits(made), tree_logits(plain), rtol=tolerance, atol=tolerance)
+
+
+def test_a_copy_of_a_model_that_has_run_has_forwards_of_its_own() -> None:
+    made = model()
+    fuse(made)
+    expected = tree_logits(made)
+    copied = copy.deepcopy(made)
+    [shared] = {layer.shared for layer in copied.model.layers}
+    assert shared is not made.model.layers[0].shared
+    assert torch.equal(tree_logits(copied), expected)

@@ -50,6 +50,9 @@ class OncePerForward:
         self._given: Any = None
         self._cos = self._sin = torch.empty(0)
 
+    def __deepcopy__(self, memo: Any) -> OncePerForward:
+        return OncePerForward()  # one for all layers of the copy, which has forwards of its own
+
     def begin(self, given: tuple[Tensor, Tensor], config: Any) -> None:
         """Take cos and sin, (batch, tokens, size), which are the same two tensors in all layers of a forward."""
         if given is not self._given:
