@@ -298,7 +298,7 @@ def test_a_request_waits_for_the_memory_of_a_score(models: Callable[..., str], s
     both = WeightedReward(rewards=(judge, FunctionReward(function=slow, scale=(0.0, 1.0))))
     engine = start(models("llama"))
     engine.run(request(judge, 0))
-    memory(engine).limit = int(1.3 * sum(cache.bytes_with(1, 500) for cache in caches(engine)))
+    memory(engine).limit = int(1.3 * sum(cache.bytes + cache.row_bytes(500) for cache in caches(engine)))
     with ThreadPoolExecutor() as pool:
         scored = pool.submit(engine.score, both, PROMPT, ["w1 " * 200] * 8)
         assert scoring.wait(WITHIN)

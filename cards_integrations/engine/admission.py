@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, nullcontext
 
+from cards_integrations.engine.preemption import Preemption
 from cards_integrations.errors import CardsTimeout, PromptError, SettingsError
 from cards_integrations.rewards.base import scoring
 from cards_integrations.transformer.kv_memory import CacheNeed, KVMemory
@@ -19,13 +20,13 @@ class Admission:
     Args:
         max_rows: Requests that run at once.
         memory: The budget of all caches.
-        live: The requests that hold memory now.
+        preemption: The requests that hold memory now, or did and come first.
     """
 
-    def __init__(self, max_rows: int, memory: KVMemory, live: Collection[object]) -> None:
+    def __init__(self, max_rows: int, memory: KVMemory, preemption: Preemption) -> None:
         self._rows = asyncio.Semaphore(max_rows)
         self._memory = memory
-        self._live = live
+        self._preemption = preemption
         self._scores = 0  # texts that are scored outside of any request hold memory, too
         self._turn = asyncio.Lock()  # to wait for memory
         self._freed = asyncio.Event()
@@ -37,21 +38,29 @@ class Admission:
             yield
 
     @asynccontextmanager
-    async def memory(self, needs: Sequence[CacheNeed]) -> AsyncIterator[None]:
+    async def memory(self, soon: Sequence[CacheNeed], whole: Sequence[CacheNeed]) -> AsyncIterator[None]:
         """Wait until the caches have room for one more request, which has to open its rows inside the block.
 
         Args:
-            needs: Rows and columns that the request takes.
+            soon: Rows and columns that the request begins with.
+            whole: What it can come to take.
 
         Raises:
-            OutOfMemory: There is no room, and no other request will free any.
+            OutOfMemory: It does not fit, not even alone, or no other request will free what it begins with.
         """
+        if not self._memory.holds(whole):
+            raise self._memory.refusal(whole[0].columns)
         async with nullcontext() if scoring.get() else self._turn:
-            while not self._memory.admits(needs):
-                await self._wait(needs)
+            while not self._has_room(soon):
+                await self._wait(whole)
             yield
-            for need in needs:
-                need.cache.reserve(need.columns)
+
+    def _has_room(self, needs: Sequence[CacheNeed]) -> bool:
+        """True if there is memory, and nobody who was preempted comes first."""
+        return (scoring.get() or not self._preemption.pending) and self._fits(needs)
+
+    def _fits(self, needs: Sequence[CacheNeed]) -> bool:
+        return self._memory.admits(needs, self._preemption.promised)
 
     @asynccontextmanager
     async def memory_to_score(self, needs: Sequence[CacheNeed]) -> AsyncIterator[None]:
@@ -60,7 +69,7 @@ class Admission:
         The rows have to be opened inside the block, and `scored` to be called once they are closed.
         """
         async with nullcontext() if scoring.get() else self._turn:
-            while not self._memory.admits(needs) and self._others_end():
+            while not self._fits(needs) and self._others_end():
                 await self._next_end()
             yield
             self._scores += 1
@@ -75,13 +84,15 @@ class Admission:
         self._freed.set()
 
     async def _wait(self, needs: Sequence[CacheNeed]) -> None:
+        if scoring.get() and self._preemption.preempt_newest():
+            return
         if not self._others_end():
             raise self._memory.refusal(needs[0].columns)
         await self._next_end()
 
     def _others_end(self) -> bool:
         """True if somebody else will free memory, who does not wait for the one that asks."""
-        return bool(self._live or self._scores) and not scoring.get()
+        return bool(self._preemption.live or self._scores) and not scoring.get()
 
     async def _next_end(self) -> None:
         self._freed.clear()

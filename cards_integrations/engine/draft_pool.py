@@ -226,6 +226,11 @@ class DraftPool:
             if pending.source.parent is None:
                 self.submit(pending)
 
+    @property
+    def drafted_tokens(self) -> int:
+        """Tokens of the candidates that are neither kept nor given up."""
+        return sum(len(candidate.ids) for candidate in self._pending)
+
     def waits_for(self, request: ScoreRequest) -> bool:
         """True if the method gets nothing new before this is scored."""
         return self.current is None or self.current.waits_for(request)

@@ -45,6 +45,7 @@ class EngineState:
         status: "new" before the first use, then "loading", "ready" or "failed", and "closed".
         requests: Requests that are drafting.
         waiting: Calls that have not been answered, those that are drafting included.
+        preempted: How often a request had to give its rows back so far, because the caches were full.
         scoring: Calls of reward models that are under way.
         tasks: Tasks in the engine's event loop, its own two included.
         caches: The KV caches; the language model's is the first.
@@ -61,6 +62,7 @@ class EngineState:
     status: Literal["new", "loading", "ready", "failed", "closed"]
     requests: int = 0
     waiting: int = 0
+    preempted: int = 0
     scoring: int = 0
     tasks: int = 0
     caches: tuple[CacheState, ...] = ()

@@ -36,8 +36,18 @@ class ScoreQueue:
     def __init__(self, reward_model: RewardModel, wake: Callable[[], None]) -> None:
         self.reward_model = reward_model
         self.waiting: list[ScoreRequest] = []
+        self.under_way = 0  # scores that the reward model computes now
+        self.promised = 0  # bytes by which the caches grow for these, at most
+        self._growth: int | None = None
         self.caller = copy_context()  # functions of users see the context variables of whoever asked
         self._wake = wake
+
+    @property
+    def growth(self) -> int:
+        """Bytes by which the caches grow, at most, for the scores that wait."""
+        if self._growth is None:
+            self._growth = self.reward_model.growth([request.response for request in self.waiting])
+        return self._growth
 
     def submit(self, response: Response, score: asyncio.Future[float] | None = None) -> asyncio.Future[float]:
         """Ask for the score of a response; it is scored together with those of other requests.
@@ -48,8 +58,21 @@ class ScoreQueue:
         """
         score = score or asyncio.get_running_loop().create_future()
         self.waiting.append(ScoreRequest(self, response, score))
+        self._growth = None
         self._wake()
         return score
+
+    def dispatched(self) -> None:
+        """Note that the reward model is given all that waits; `answered` follows for each."""
+        self.promised += self.growth
+        self.under_way += len(self.waiting)
+        self.waiting, self._growth = [], None
+
+    def answered(self) -> None:
+        """Note that the reward model has done with one response."""
+        self.under_way -= 1
+        if not self.under_way:
+            self.promised = 0
 
     def fail(self, error: Exception) -> None:
         """Let everything that waits raise."""
@@ -82,14 +105,20 @@ class Scoring:
             alone = None if queue.reward_model.across_requests else queue
             if queue.waiting:
                 groups.setdefault((queue.reward_model, alone), []).extend(queue.waiting)
-                queue.waiting = []
+                queue.dispatched()
         for (reward_model, alone), group in groups.items():
             context = None if alone is None else alone.caller.copy()
             task = asyncio.get_running_loop().create_task(self._score_group(reward_model, group), context=context)
             self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            task.add_done_callback(partial(self._ended, group))
             for request in group:
                 request.score.add_done_callback(partial(_cancel_if_unwanted, task, group))
+
+    def _ended(self, group: list[ScoreRequest], task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        for request in group:
+            request.queue.answered()
+        self._wake()
 
     async def _score_group(self, reward_model: RewardModel, group: list[ScoreRequest]) -> None:
         group = [request for request in group if not request.score.done()]

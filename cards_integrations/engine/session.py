@@ -14,8 +14,8 @@ from cards_integrations.engine.draft_pool import DraftPool, PendingDraft, Segmen
 from cards_integrations.engine.request import Chunk
 from cards_integrations.engine.scoring import ScoreQueue
 from cards_integrations.errors import CardsError, RewardError
-from cards_integrations.models.base import Boundary, Context
-from cards_integrations.rewards.base import Conversation, Response, RewardModel
+from cards_integrations.models.base import Boundary, Context, StepwiseModel
+from cards_integrations.rewards.base import Conversation, Response, RewardModel, scoring
 from cards_integrations.trace import Alignment, DraftTrace, FinishReason, Guidance, InvalidToolCall, Segment, ToolCall
 from cards_integrations.transformer.step_times import StepTimes
 
@@ -71,6 +71,9 @@ class Session:
         self.reward_model = reward_model
         self.scores = ScoreQueue(reward_model, host.wake) if reward_model is not None else None
         self.pool = DraftPool(context, seed, conversation, self.scores, host)
+        self.preempted = False
+        self.nested = scoring.get()  # a reward asked for it
+        self._reward_freed = False
         self._prompt_reward: float | None = None
         self._reader = reader
         self._emit = emit
@@ -143,6 +146,33 @@ class Session:
     def seconds_to_score(self) -> StepTimes:
         """Seconds that the reward model keeps the language model's device busy, by the number of tokens."""
         return FREE if self.reward_model is None else self.reward_model.step_times or FREE
+
+    @property
+    def can_be_preempted(self) -> bool:
+        """True if it has rows to free: not while a reward waits for it, and none that the reward model works on."""
+        return not self.nested and (not self.preempted or self._can_free_reward)
+
+    @property
+    def _can_free_reward(self) -> bool:
+        return not self._reward_freed and self.scores is not None and not self.scores.under_way
+
+    def preempt(self) -> None:
+        """Free the rows; nothing is drafted or scored until `resume`."""
+        if not self.preempted and isinstance(self.host.language_model, StepwiseModel):
+            self.host.language_model.preempt(self.context)
+            log.info("request %s: preempted, for the caches are full", self.request_id)
+        self.preempted = True
+        if self.reward_model is not None and self._can_free_reward:
+            self.reward_model.preempt(self.conversation)
+            self._reward_freed = True
+
+    def resume(self) -> None:
+        """Go on: what was kept and drafted is read again."""
+        if isinstance(self.host.language_model, StepwiseModel):
+            self.host.language_model.resume(self.context)
+        if self.reward_model is not None and self._reward_freed:
+            self.reward_model.resume(self.conversation)
+        self.preempted = self._reward_freed = False
 
     def fail(self, error: Exception) -> None:
         """Let whatever the method waits for, or asks for next, raise this error."""

@@ -6,11 +6,13 @@ import asyncio
 import logging
 from collections.abc import Callable
 
+from cards_integrations.engine.preemption import Preemption
 from cards_integrations.engine.scheduler import BestPerSecond, FixedWidth, Scheduler
 from cards_integrations.engine.scoring import Scoring
 from cards_integrations.engine.session import Session
 from cards_integrations.errors import CardsError, ModelError
 from cards_integrations.models.base import Boundary, Context, LanguageModel, StepwiseModel
+from cards_integrations.transformer.kv_memory import KVMemory
 from cards_integrations.transformer.step_times import StepTimes
 
 MAX_REMOTE = 64  # candidates of one request in a server, at most
@@ -24,22 +26,26 @@ class StepLoop:
     Args:
         language_model: Where candidates are drafted.
         width: Candidates of a request at once, or "auto" (see `EngineSettings.width`).
+        memory: The budget of all caches.
         on_failure: Called when nothing can be drafted any more.
     """
 
     def __init__(
-        self, language_model: LanguageModel, width: int | str, on_failure: Callable[[CardsError], None]
-    ) -> None:
+        self, language_model: LanguageModel, width: int | str, memory: KVMemory,
+        on_failure: Callable[[CardsError], None],
+    ) -> None:  # fmt: skip
         self.language_model = language_model
         self.stepwise = language_model if isinstance(language_model, StepwiseModel) else None
         self.scheduler = self._schedule(width)
         self.scoring = Scoring(self.wake)
         self.live: dict[Context, Session] = {}  # in order of arrival
+        self.preemption = Preemption(memory, self.live, self.stepwise)
         self._on_failure = on_failure
         self._work = asyncio.Event()
 
     def wake(self) -> None:
         """Note that there is something new to draft or to score."""
+        self.preemption.stalled = False
         self._work.set()
 
     def vacancies(self, context: Context, boundary: Boundary) -> int:
@@ -72,13 +78,16 @@ class StepLoop:
         """
         if self._sample():
             return 1  # methods that asked for no reward go on; others may begin in place of what ended
-        candidates = self.scheduler.candidates(self.live.values())
+        self.preemption.resume()
+        candidates = self.scheduler.candidates(self.preemption.running)
         if self._sample():
             return 1
+        candidates = self.preemption.to_draft(candidates)
         idle = self.stepwise is None or not self.stepwise.has_unread(candidates)
-        if self._scores_wait() and (idle or self.scheduler.score_now(self.live.values())):
-            self.scoring.dispatch([session.scores for session in self.live.values() if session.scores])
-            return 2  # the rewards score, and then the methods react
+        if self._scores_wait() and (idle or self.scheduler.score_now(self.preemption.running)):
+            asking = self.preemption.to_score()
+            self.scoring.dispatch([session.scores for session in asking if session.scores])
+            return 2 if asking else 1  # the rewards score, and then the methods react
         if idle:
             return 0
         self.stepwise.forward(candidates)  # type: ignore[union-attr]  # it is not idle
@@ -97,7 +106,7 @@ class StepLoop:
         return bool(ended)
 
     def _scores_wait(self) -> bool:
-        return any(session.scores and session.scores.waiting for session in self.live.values())
+        return any(session.scores and session.scores.waiting for session in self.preemption.running)
 
     def _fail(self, error: BaseException) -> None:
         """Let an error in a model's forward reach every request in it; the next one finds clean rows."""

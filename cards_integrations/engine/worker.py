@@ -27,6 +27,7 @@ from cards_integrations.decoding.sampling import Sampling
 from cards_integrations.engine.admission import Admission, check_length, time_limit
 from cards_integrations.engine.idle import IdleMoments
 from cards_integrations.engine.inspection import CacheState, EngineState
+from cards_integrations.engine.preemption import cache_needs
 from cards_integrations.engine.request import Chunk, EngineSettings, Request
 from cards_integrations.engine.scales import TRIAL, KnownScale, Scales, remember
 from cards_integrations.engine.scheduler import BestPerSecond
@@ -42,7 +43,7 @@ from cards_integrations.rewards.loader import RewardLoader
 from cards_integrations.threads import ended_before_exit, in_thread
 from cards_integrations.trace import Alignment, Usage
 from cards_integrations.transformer.free_memory import free_memory
-from cards_integrations.transformer.kv_memory import CacheNeed, KVMemory, budget
+from cards_integrations.transformer.kv_memory import KVMemory, budget
 from cards_integrations.transformer.step_times import StepTimes
 from cards_integrations.uncertainty import Measure, uncertainty
 
@@ -53,7 +54,6 @@ T = TypeVar("T")
 OnDone = Callable[[int, Alignment | Exception], None]
 """Told the index of a request of a batch that has ended, and its answer or error."""
 MAX_PLAIN = 8  # sets of prompts whose plain answers are kept
-DRAFT_COLUMNS = 256  # columns that candidates may take beside the kept text
 log = logging.getLogger("cards_integrations")
 
 
@@ -137,7 +137,7 @@ class Worker:
             self.error = error if isinstance(error, CardsError) else ModelError(f"{type(error).__name__}: {error}")
             self.loaded.set_exception(self.error)
         else:
-            self.admission = Admission(self.settings.max_rows, self.memory, self.steps.live)
+            self.admission = Admission(self.settings.max_rows, self.memory, self.steps.preemption)
             self.loaded.set_result(self.language_model)
             self._driver = self.loop.create_task(self.steps.run())
 
@@ -146,7 +146,7 @@ class Worker:
             self.loader = ModelLoader(self.settings, self._kv_memory)
             self.language_model = build_model(self.model, self.loader, self._wake)
             self.rewards = RewardLoader(self.loader)
-            self.steps = StepLoop(self.language_model, self.settings.width, self._give_up)
+            self.steps = StepLoop(self.language_model, self.settings.width, self.memory, self._give_up)
 
     def _kv_memory(self, device: torch.device) -> KVMemory:
         limit = budget(self.settings.kv_memory, device)
@@ -255,6 +255,7 @@ class Worker:
             cached_prefixes=memory.prefix_lengths,
             prefix_bytes=memory.prefix_bytes,
             rewards=tuple(model.name for model in self.rewards.built.values()),
+            preempted=self.steps.preemption.count,
             measured_scales=self.scales.measured,
             steps=stepwise.steps if stepwise else 0,
             forwards=stepwise.forwards if stepwise else 0,
@@ -342,11 +343,13 @@ class Worker:
         context = self._context(request, prompt_ids)
         conversation = Conversation(chat.without_tools(request.prompt), context.usage, request.context)
         seed = fresh_seed() if request.seed is None else request.seed
-        async with self.admission.memory(self._cache_needs(context, conversation, reward)):
+        needs = partial(cache_needs, self.steps.stepwise, context, conversation, reward)
+        async with self.admission.memory(needs(), needs(whole=True)):
             if self.error is not None:
                 raise self.error  # while it waited
             reader = ToolReader(request.tools, chat.tool_format)
             session = Session(self.steps, context, seed, conversation, reward, scale, emit, reader)
+            self.memory.evict_for(0)
             self.steps.live[context] = session
         try:
             yield session
@@ -354,6 +357,7 @@ class Worker:
             del self.steps.live[context]
             session.close()
             self.admission.freed()
+            self.steps.wake()  # whoever was preempted
 
     def _context(self, request: Request, prompt_ids: list[int]) -> Context:
         chat, grammar = self.language_model.chat, request.grammar
@@ -374,12 +378,6 @@ class Worker:
                 "a grammar from one segment to the next. Use LocalModel, or tool_choice='auto'."
             )
         return model
-
-    def _cache_needs(self, context: Context, conversation: Conversation, reward: RewardModel | None) -> list[CacheNeed]:
-        """What a request takes in the caches of this machine."""
-        tokens = len(context.prompt_ids) + context.max_tokens + DRAFT_COLUMNS
-        own = self.steps.stepwise.cache_needs(tokens) if self.steps.stepwise else []
-        return [*own, *(reward.cache_needs(conversation, tokens) if reward else [])]
 
     async def _rewards_of_plain_answers(self, reward: Reward) -> list[float]:
         """Rewards of plain answers to the prompts that suit a reward, one for each."""

@@ -245,6 +245,18 @@ class StepwiseModel(LanguageModel, Protocol):
     def vacancies(self, context: Context, boundary: Boundary) -> int:
         """For how many more candidates of a request there is memory."""
 
+    def growth(self, candidates: Iterable[Candidate]) -> int:
+        """By how many bytes the caches grow at most when `forward` is called for these candidates."""
+
+    def preempt(self, context: Context) -> None:
+        """Free what a request holds in the caches; it goes on from its tokens after `resume`.
+
+        Until then it may be kept into, begun and dropped for, but no forward is asked for it.
+        """
+
+    def resume(self, context: Context) -> None:
+        """Let a preempted request be computed again."""
+
     def has_unread(self, candidates: Iterable[Candidate]) -> bool:
         """True if a forward is needed before these candidates can have their next token."""
 

@@ -92,6 +92,16 @@ class RewardModel(ABC):
         """Return the rows and columns that a request of `tokens` tokens takes in the KV caches of this model."""
         return []
 
+    def growth(self, responses: Sequence[Response]) -> int:
+        """Return by how many bytes the KV caches grow at most when these are scored."""
+        return 0
+
+    def preempt(self, conversation: Conversation) -> None:
+        """Free what a conversation holds in KV caches; until `resume` nothing of it is scored."""
+
+    def resume(self, conversation: Conversation) -> None:
+        """Let a preempted conversation be scored again."""
+
     def open(self, conversation: Conversation) -> None:
         """Begin a request.
 

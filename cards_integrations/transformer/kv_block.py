@@ -87,11 +87,11 @@ class RowBlock:
                 states[row, : last.untouched] = states[last.row, : last.untouched]
             last.row, self.trees[row] = row, last
 
-    def give_back(self) -> None:
-        """Shrink if less than half of the rows are in use."""
+    def give_back(self, most: float = 2.0) -> None:
+        """Shrink if there are more than `most` times the rows in use."""
         used = len(self.trees)
-        if 2 * used < self.rows and self.rows > self.least:
-            self._resize(max(self.least, used + used // 4))
+        if most * used < self.rows and self.rows > self.least:
+            self._resize(max(self.least, used if most == 1.0 else used + used // 4))
             for layer in range(len(self.states)):
                 self.fit(layer)
         if not used and len(self.visible) > MASK_ROWS:

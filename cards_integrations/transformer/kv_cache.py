@@ -94,7 +94,7 @@ class Tree:
         self.untouched = SCRATCH + 1  # the first column that was never used
         self.freed: list[int] = []  # a heap
         self.orphaned: list[int] = []
-        self.reserved = 0  # columns that it will have use for
+        self.expected = 0  # columns that its prompt takes, read or not
         self.chunks: list[int] = []  # see LiveTexts
         self.shared: SharedPrefix | None = None  # the first tokens of the trunk, which have no columns here
 
@@ -282,13 +282,6 @@ class TreeCache(Cache):
         rows = sum(block.rows * block.columns for block in self.blocks.values())
         return (rows + sum(map(len, self.prefixes))) * self.bytes_per_token
 
-    def bytes_with(self, rows: int, columns: int) -> int:
-        """Return its bytes with `rows` more rows of at least `columns` columns each."""
-        width = self._width(columns)
-        block = self.blocks.get(width)
-        now, then = (block.rows, block.rows_for(len(block.trees) + rows)) if block else (0, rows + rows // 4)
-        return self.bytes + (then - now) * width * self.bytes_per_token
-
     def _width(self, columns: int) -> int:
         """The width of a row of so many columns; a block that is there serves before a narrower new one.
 
@@ -309,6 +302,7 @@ class TreeCache(Cache):
     def open(self, columns: int = 0) -> Tree:
         """Return a new, empty row of at least `columns` columns."""
         tree = Tree(self)
+        tree.expected = columns
         self.trees[tree] = None
         block = self._block(columns)
         block.add([tree])
@@ -324,12 +318,9 @@ class TreeCache(Cache):
         tree.block.remove(tree, tree.row)
         self._give_back([tree.block])
 
-    def reserve(self, columns: int) -> None:
-        """Give the newest row at least so many columns."""
-        if self.trees:
-            newest = next(reversed(self.trees))
-            newest.reserved = columns
-            self.make_room({newest: columns - newest.taken})
+    def growth(self, more: Mapping[Tree, int]) -> int:
+        """Return by how many bytes the cache grows, at most, when so many more columns of these rows are allocated."""
+        return sum(self.row_bytes(tree.taken + count) for tree, count in more.items() if not tree.has_room(count))
 
     def make_room(self, more: Mapping[Tree, int]) -> None:
         """Move rows that are about to outgrow their blocks; those that have the same way go together.
@@ -346,7 +337,7 @@ class TreeCache(Cache):
 
     def shrink(self, tree: Tree, sparse: int = SPARSE) -> None:
         """Move a row that uses less than 1 / `sparse` of its columns to a narrower block."""
-        needed, source = max(tree.taken, tree.reserved), tree.block
+        needed, source = max(tree.taken, tree.expected), tree.block
         if needed * sparse < source.columns and self._width(needed * sparse // 2) < source.columns:
             self._move([tree], source, self._block(needed * sparse // 2))
 
@@ -399,6 +390,12 @@ class TreeCache(Cache):
         self.blocks.clear()
         self.prefixes.clear()
         self.layers.clear()
+
+    def compact(self) -> None:
+        """Release all rows that are not in use."""
+        for block in [*self.blocks.values()]:
+            block.give_back(most=1.0)
+        self._give_back([*self.blocks.values()])
 
     def _give_back(self, blocks: Iterable[RowBlock]) -> None:
         """Release what these blocks need no more."""
@@ -470,7 +467,7 @@ class TreeCache(Cache):
         for mask_row in tree.mask_rows:
             tree.block.visible[mask_row, columns] = False
         tree.free(columns)
-        tree.shared, tree.reserved = prefix, max(0, tree.reserved - own)
+        tree.shared, tree.expected = prefix, max(0, tree.expected - own)
         prefix.users.add(tree)
         self.prefixes[prefix] = None
         self.shrink(tree, sparse=2)

@@ -72,16 +72,19 @@ class KVMemory:
         """Columns that every row of all caches may still grow by."""
         return self.spare // max(1, sum(len(cache.trees) * cache.bytes_per_token for cache in self.caches))
 
-    def admits(self, needs: Sequence[CacheNeed]) -> bool:
-        """Return True if the caches can grow as needed; finished texts are evicted for it."""
-        more = sum(cache.bytes_with(rows, columns) - cache.bytes for cache, rows, columns in needs)
+    def admits(self, needs: Sequence[CacheNeed], promised: int = 0) -> bool:
+        """Return True if the caches can grow as needed, and by what is promised; finished texts are evicted for it."""
+        more = promised + sum(rows * cache.row_bytes(columns) for cache, rows, columns in needs)
         while more > self.spare and self.reclaim():
             pass
         return self.evict_for(more)
 
     def evict_for(self, more: int) -> bool:
         """Evict finished texts until `more` bytes fit; False if they never will."""
-        if more > self.spare or not self._machine_has(more):
+        if more > self.spare:
+            for cache in self.caches:
+                cache.compact()
+        if more > self.spare or not self.machine_has(more):
             return False
         while self._recent and self.used + more > self.limit:
             self._evict()
@@ -91,7 +94,11 @@ class KVMemory:
         leaf, tree = next(iter(self._recent.items()))
         tree.remove(leaf)
 
-    def _machine_has(self, more: int) -> bool:
+    def holds(self, needs: Sequence[CacheNeed]) -> bool:
+        """True if the budget is enough for these alone."""
+        return sum(rows * cache.row_bytes(columns) for cache, rows, columns in needs) <= self.limit
+
+    def machine_has(self, more: int) -> bool:
         """True if the machine has so many bytes left; finished texts are evicted for them."""
         while more > 0 and more > self.free() - RESERVE:
             if not self.evict_all():

@@ -24,7 +24,7 @@ from cards_integrations.models.sampling import Sampler
 from cards_integrations.trace import Usage
 from cards_integrations.transformer.flat_batch import ForwardInput
 from cards_integrations.transformer.forward import PREFILL_CHUNK, Output, Transformer
-from cards_integrations.transformer.kv_cache import Branch
+from cards_integrations.transformer.kv_cache import Branch, Tree
 from cards_integrations.transformer.kv_memory import MIN_PREFIX, CacheNeed, KVMemory, first_to_read
 from cards_integrations.transformer.prefix_tree import common
 from cards_integrations.transformer.step_times import StepTimes, least_seconds, step_times
@@ -41,7 +41,7 @@ class Frontier:
     """Where a path through the tree ends, the kept text's or a candidate's.
 
     Attributes:
-        branch: The path in the KV cache.
+        held: The path in the KV cache; None while the request is preempted, and then until it is read again.
         owner: The candidate whose path it is; None for the kept text.
         own_row: True if the candidate has a row of the cache to itself.
         unread: The last tokens, which the model has not read yet.
@@ -50,13 +50,23 @@ class Frontier:
         detokenizer: Decodes the owner's text; None until it is looked at.
     """
 
-    branch: Branch
+    held: Branch | None
     owner: Candidate | None = None
     own_row: bool = False
     unread: list[int] = field(default_factory=list)
     logits: Output | None = None
     waiting: list[Candidate] = field(default_factory=list)
     detokenizer: Detokenizer | None = None
+
+    @property
+    def branch(self) -> Branch:
+        """The path of one that is in the cache."""
+        assert self.held is not None
+        return self.held
+
+    def forget(self, ids: Sequence[int]) -> None:
+        """Be what has these tokens to read, none of which is in the cache."""
+        self.held, self.own_row, self.unread, self.logits = None, False, [*ids], None
 
     def own_logits(self) -> None:
         """Keep a copy of its own logits only: those of the whole step would stay alive as long."""
@@ -73,6 +83,17 @@ class OpenRequest:
 
     kept: Frontier
     candidates: dict[Candidate, Frontier] = field(default_factory=dict)
+
+    def origin(self, candidate: Candidate) -> Frontier:
+        """What a candidate goes on from."""
+        return self.kept if candidate.parent is None else self.candidates.get(candidate.parent, self.kept)
+
+    def join(self, frontier: Frontier, origin: Frontier) -> None:
+        """Let everybody at a frontier that adds no token to its origin be at the origin."""
+        origin.waiting += frontier.waiting
+        for candidate, at in self.candidates.items():
+            if at is frontier:
+                self.candidates[candidate] = origin
 
 
 class Drawn(NamedTuple):
@@ -133,7 +154,7 @@ class LocalLanguageModel:
 
     def open(self, context: Context) -> None:
         """Give a context a row; its prompt is read when a candidate needs it."""
-        branch = self.transformer.cache.open().branch()
+        branch = self.transformer.cache.open(len(context.prompt_ids) + 1).branch()
         self._requests[context] = OpenRequest(Frontier(branch, unread=list(context.prompt_ids)))
 
     def close(self, context: Context) -> None:
@@ -142,9 +163,31 @@ class LocalLanguageModel:
         if request is not None:
             for candidate in list(request.candidates):
                 self.drop(candidate)
-            tree = self._requests.pop(context).kept.branch.tree
-            self.memory.keep(tree)
-            self.transformer.cache.close(tree)
+            self._requests.pop(context)
+            if request.kept.held is not None:
+                self.memory.keep(request.kept.branch.tree)
+                self.transformer.cache.close(request.kept.branch.tree)
+
+    def preempt(self, context: Context) -> None:
+        """Free the row; what is kept and what has been drafted is read again, once `resume` allows it."""
+        request = self._requests[context]
+        for candidate in self._ready:
+            if candidate.context is context and candidate in request.candidates:
+                request.candidates[candidate].waiting.append(candidate)
+        self._ready = [candidate for candidate in self._ready if candidate.context is not context]
+        for candidate, frontier in reversed(list(request.candidates.items())):  # who follows another first
+            if frontier.owner is candidate:
+                self._free(frontier, row=frontier.own_row)
+                frontier.forget(candidate.ids)
+                if not candidate.ids:
+                    request.join(frontier, request.origin(candidate))
+        self.transformer.cache.close(request.kept.branch.tree)
+        request.kept.forget([*context.prompt_ids, *context.ids])
+
+    def resume(self, context: Context) -> None:
+        """Let a preempted request be read again."""
+        kept = self._requests[context].kept
+        kept.held = self.transformer.cache.open(len(kept.unread) + 1).branch()
 
     @cached_property
     def grammars(self) -> GrammarTokenizer:
@@ -155,7 +198,7 @@ class LocalLanguageModel:
 
     def begin(self, candidate: Candidate) -> None:
         request, parent = self._requests[candidate.context], candidate.parent
-        request.candidates[candidate] = request.kept if parent is None else request.candidates[parent]
+        request.candidates[candidate] = request.origin(candidate)
         matcher = candidate.context.matcher if parent is None else parent.matcher
         candidate.matcher = matcher and matcher.fork()
         self._go_on(candidate)
@@ -180,17 +223,21 @@ class LocalLanguageModel:
 
     def _branch(self, origin: Branch, candidate: Candidate) -> Branch:
         """A long candidate gets a row of its own: in a shared one it would read its siblings' columns, masked."""
-        cache, columns = self.transformer.cache, origin.length + candidate.remaining_tokens
-        short = candidate.remaining_tokens <= LONG or candidate.index == 0 or candidate.parent is not None
+        longest = len(candidate.ids) + candidate.remaining_tokens
+        cache, columns = self.transformer.cache, origin.length + longest
+        short = longest <= LONG or candidate.index == 0 or candidate.parent is not None
         if short or not self.memory.admits([CacheNeed(cache, 1, columns)]):
             return origin.branch()
         row = cache.open()
         cache.copy(origin.tree, row)
+        self.memory.evict_for(0)  # rows that it has to spare
         return row.branch()
 
     def vacancies(self, context: Context, boundary: Boundary) -> int:
         """For how many more candidates there is memory."""
-        tree = self._requests[context].kept.branch.tree
+        if (branch := self._requests[context].kept.held) is None:
+            return 0
+        tree = branch.tree
         cache = self.transformer.cache
         longest = min(boundary.max_tokens, context.max_tokens)
         if longest > LONG:
@@ -210,6 +257,8 @@ class LocalLanguageModel:
 
     def _free(self, frontier: Frontier, row: bool) -> None:
         """Free a branch, or the row that was opened for it."""
+        if frontier.held is None:
+            return
         if row:
             self.transformer.cache.close(frontier.branch.tree)
         else:
@@ -220,10 +269,13 @@ class LocalLanguageModel:
         context = candidate.context
         request = self._requests[context]
         old, new = request.kept, request.candidates.pop(candidate)
-        new.branch.tree.keep(new.branch)
-        new.own_logits()
+        if new.held is None:  # it is still to be read, after what was kept before
+            new.held, new.unread = old.held, [*old.unread, *(new.unread if new is not old else ())]
+        elif new is not old:
+            new.branch.tree.keep(new.branch)
+            new.own_logits()
+            self._free(old, row=old.branch.tree is not new.branch.tree)
         request.kept, new.own_row = new, False
-        self._free(old, row=old.branch.tree is not new.branch.tree)
         context.matcher = candidate.matcher
         context.ids += candidate.ids
         context.text = candidate.response
@@ -384,8 +436,29 @@ class LocalLanguageModel:
         for candidate in candidates:
             frontier = self._frontier(candidate)
             if frontier is not None and frontier.unread and frontier.waiting:
-                found[frontier] = candidate.context
+                found[frontier if frontier.held else self._first_unread(frontier)] = candidate.context
         return found
+
+    def _first_unread(self, frontier: Frontier) -> Frontier:
+        """The frontier or, where that is not in the cache, the first one on the way to it that is to be read."""
+        if frontier.held is None and (candidate := frontier.owner) is not None:
+            request = self._requests[candidate.context]
+            origin = request.origin(candidate)
+            if origin.unread:
+                return self._first_unread(origin)
+            frontier.held = self._branch(origin.branch, candidate)
+            frontier.own_row = frontier.branch.tree is not origin.branch.tree
+        return frontier
+
+    def growth(self, candidates: Iterable[Candidate]) -> int:
+        """By how many bytes the cache grows at most when `forward` reads for these candidates."""
+        more: dict[Tree, int] = {}
+        for frontier in self._unread(candidates):
+            tree, tokens = frontier.branch.tree, len(frontier.unread)
+            if tree.ids:  # else what is known of it is copied at once
+                tokens = min(tokens, PREFILL_CHUNK)
+            more[tree] = more.get(tree, 0) + tokens
+        return self.transformer.cache.growth(more)
 
     def forward(self, candidates: Iterable[Candidate]) -> None:
         """Read what these candidates wait for; of prompts a bounded piece, so that others go on in between."""
@@ -412,7 +485,8 @@ class LocalLanguageModel:
             for frontier, context in unread.items()
             if frontier is self._requests[context].kept and not frontier.branch.tree.ids
         ]
-        reading = [frontier for frontier in unread if frontier.branch.tree.ids and len(frontier.unread) > 1]
+        reading = [f for f, context in unread.items() if len(f.unread) > 1 and f is self._requests[context].kept]
+        reading = [frontier for frontier in reading if frontier.branch.tree.ids]
         behind = {frontier for frontier in fresh if any(_reads_for(other, frontier.unread) for other in reading)}
         fresh = [frontier for frontier in fresh if frontier not in behind]
         for frontier in fresh:
@@ -420,9 +494,10 @@ class LocalLanguageModel:
             self.memory.recall(tree, frontier.unread)
             if tree.ids:
                 tree.drop(frontier.branch)
-                frontier.branch = tree.branch()
+                frontier.held = tree.branch()
                 del frontier.unread[: len(tree.ids)]
-                unread[frontier].usage.cached_tokens += len(tree.ids)
+                usage = unread[frontier].usage
+                usage.cached_tokens = max(usage.cached_tokens, min(len(tree.ids), usage.prompt_tokens))
         unknown = [frontier for frontier in fresh if not frontier.branch.tree.ids]
         first = {unknown[index] for index in first_to_read([frontier.unread for frontier in unknown])}
         later = behind | (set(unknown) - first)

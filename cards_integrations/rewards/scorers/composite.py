@@ -53,6 +53,20 @@ class Composite(RewardModel):
     def cache_needs(self, conversation: Conversation, tokens: int) -> list[CacheNeed]:
         return [need for model in self.models for need in model.cache_needs(conversation, tokens)]
 
+    def growth(self, responses: Sequence[Response]) -> int:
+        return sum(
+            model.growth([self.response_view(part, response) for response in responses])
+            for part, model in enumerate(self.models)
+        )
+
+    def preempt(self, conversation: Conversation) -> None:
+        for model, view in zip(self.models, self.views[conversation].conversations, strict=True):
+            model.preempt(view)
+
+    def resume(self, conversation: Conversation) -> None:
+        for model, view in zip(self.models, self.views[conversation].conversations, strict=True):
+            model.resume(view)
+
     def conversation_view(self, part: int, conversation: Conversation) -> Conversation:
         """Make the conversation that a part sees."""
         return Conversation(conversation.prompt, conversation.usage, conversation.context)

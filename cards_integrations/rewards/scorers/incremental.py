@@ -62,6 +62,8 @@ class ConversationRow:
     after: str
     before_ids: list[int]
     after_ids: list[int]
+    known_ids: list[int] = field(default_factory=list)
+    """The trunk's tokens when the row was freed, which are read again together."""
     log_p: list[float] = field(default_factory=list)
     """In nats, of each token of the kept answer, where a likelihood is read."""
     branches: dict[Response, ScoredBranch] = field(default_factory=dict)
@@ -72,6 +74,11 @@ class ConversationRow:
     outdated: list[Branch] = field(default_factory=list)
     """Such branches that are of no more use; scored branches may go on from them."""
     warned_about_window: bool = False
+
+    def cut_to(self, tokens: int) -> None:
+        """Leave out so many tokens of what is to be read into the trunk."""
+        self.known_ids = self.known_ids[tokens - self.cut :] if tokens >= self.cut else []
+        self.cut = tokens
 
 
 class Incremental(RewardModel):
@@ -102,6 +109,7 @@ class Incremental(RewardModel):
         self.transformer = Transformer(model, memory)
         self.window = max_positions(model.config)
         self.rows: dict[Conversation, ConversationRow] = {}
+        self._preempted: dict[Conversation, ConversationRow] = {}
         self._turn = asyncio.Lock()
 
     @cached_property
@@ -122,9 +130,38 @@ class Incremental(RewardModel):
         chat, special = self.input_format.chat, self.input_format.adds_special_tokens
         before, after = self.input_format.around(conversation)
         before_ids, after_ids = chat.encode(before, special=special), chat.encode(after)
-        self.rows[conversation] = ConversationRow(self.transformer.cache.open(), before, after, before_ids, after_ids)
+        tree = self.transformer.cache.open(self._columns(before_ids))
+        self.rows[conversation] = ConversationRow(tree, before, after, before_ids, after_ids)
+
+    def _columns(self, ids: Sequence[int]) -> int:
+        """Those of a row in which so many tokens will be read first."""
+        return min(len(ids), self.window) + 1
+
+    def growth(self, responses: Sequence[Response]) -> int:
+        more: dict[Tree, int] = {}
+        for response in responses:
+            if (row := self.rows.get(response.conversation)) is None:
+                continue
+            ids, _ = self._ids(response, row)
+            known = max(len(row.tree.ids), len(row.before_ids) if row.tree in more else 0)
+            new = len(ids) - known if len(ids) <= self.window else self.window
+            more[row.tree] = more.get(row.tree, 0) + max(0, new) + 1  # the last known one may be read again
+        return self.transformer.cache.growth(more)
+
+    def preempt(self, conversation: Conversation) -> None:
+        if (row := self.rows.pop(conversation, None)) is not None:
+            self.transformer.cache.close(row.tree)
+            self._preempted[conversation] = row
+
+    def resume(self, conversation: Conversation) -> None:
+        if (row := self._preempted.pop(conversation, None)) is not None:
+            known = row.tree.ids or row.known_ids
+            tree = self.transformer.cache.open(self._columns(known))
+            around = row.before, row.after, row.before_ids, row.after_ids
+            self.rows[conversation] = ConversationRow(tree, *around, known, row.log_p, cut=row.cut)
 
     def close(self, conversation: Conversation) -> None:
+        self._preempted.pop(conversation, None)
         if (row := self.rows.pop(conversation, None)) is not None:
             self.transformer.memory.keep(row.tree)
             self.transformer.cache.close(row.tree)
@@ -169,8 +206,8 @@ class Incremental(RewardModel):
         prompts = {}
         for conversation in answers:
             row = self.rows[conversation]
-            row.cut = min(text.cut for response, text in texts.items() if response.conversation is conversation)
-            prompts[conversation] = row.before_ids[row.cut :][: self.window - 1]
+            row.cut_to(min(text.cut for response, text in texts.items() if response.conversation is conversation))
+            prompts[conversation] = (row.known_ids or row.before_ids[row.cut :])[: self.window - 1]
         several = {each for each, n in answers.items() if n > 1} | answered | self._shared(prompts)
         return {each: prompt for each, prompt in prompts.items() if each in several and len(prompt) > 1}
 

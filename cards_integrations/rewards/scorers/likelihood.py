@@ -26,7 +26,8 @@ class Likelihood(Incremental):
 
     def open(self, conversation: Conversation) -> None:
         text, ids = self.input_format.chat.prompt(conversation.prompt)
-        self.rows[conversation] = ConversationRow(self.transformer.cache.open(), text, "", ids, [])
+        tree = self.transformer.cache.open(self._columns(ids))
+        self.rows[conversation] = ConversationRow(tree, text, "", ids, [])
 
     def keep(self, response: Response) -> None:
         row = self.rows.get(response.conversation)

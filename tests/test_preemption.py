@@ -1,0 +1,203 @@
+"""Requests take memory as they grow; when it ends, the newest wait and are computed again, with the same texts."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import internals
+import pytest
+import tiny
+from conftest import Start
+from speculator import Watch
+
+from cards_integrations.chat.grammar import Grammar
+from cards_integrations.decoding import (
+    BestOfN,
+    Cards,
+    Decoding,
+    FixedLength,
+    Particles,
+    Rain,
+    Sampling,
+    SegmentBestOfN,
+    SpeculativeRejection,
+    TreeBoN,
+    Uncertainty,
+)
+from cards_integrations.engine import Engine, Request
+from cards_integrations.errors import EngineClosed, RewardError
+from cards_integrations.models.sampling import Sampler
+from cards_integrations.rewards import (
+    ClassifierReward,
+    FunctionReward,
+    ImplicitReward,
+    LengthReward,
+    Reward,
+    WeightedReward,
+)
+from cards_integrations.trace import Alignment
+
+SAMPLER = Sampler(temperature=1.0)
+UNCERTAIN = Uncertainty(threshold=2.95, min_length=2, max_length=8)
+FIXED = FixedLength(length=12)
+BUDGET = 250_000  # bytes; a row of 320 tokens takes 80 KiB
+METHODS: list[Decoding] = [
+    Sampling(),
+    BestOfN(n=3),
+    SegmentBestOfN(n=3, boundary=FIXED),
+    Cards(target_reward=0.6, beta=0.3, boundary=UNCERTAIN),
+    TreeBoN(n=4, children=2, boundary=FixedLength(length=24)),
+    Particles(n=4, boundary=FIXED),
+    Rain(width=3, searches=3, boundary=FIXED),
+    SpeculativeRejection(n=5),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("endless")
+    tiny.save(
+        folder / "model", tiny.causal(eos_token_id=None, max_position_embeddings=4096), tiny.words(eos_token=None)
+    )
+    tiny.save(
+        folder / "other",
+        tiny.causal(eos_token_id=None, max_position_embeddings=4096, seed=3),
+        tiny.words(eos_token=None),
+    )
+    tiny.save(folder / "bytes", tiny.causal(vocab_size=280, max_position_embeddings=4096), tiny.byte_pairs())
+    tiny.save(folder / "judge", tiny.classifier(max_position_embeddings=4096), tiny.words(eos_token=None))
+    tiny.save(folder / "short", tiny.classifier(max_position_embeddings=160), tiny.words(eos_token=None))
+    return folder
+
+
+def words(count: int, seed: int) -> str:
+    return " ".join(f"w{i}" for i in random.Random(seed).choices(range(6, 48), k=count))
+
+
+def asked(decoding: Decoding, reward: Reward | None, count: int = 5, prompt: int = 12, **options: Any) -> list[Request]:
+    """Short prompts with long answers: all begin at once, and do not end so."""
+    base = Request("", decoding, reward, SAMPLER, **{"max_tokens": 112, "timeout": 100, **options})
+    return [replace(base, prompt=words(prompt + seed, seed), seed=seed) for seed in range(count)]
+
+
+def judge(folder: Path) -> ClassifierReward:
+    return ClassifierReward(model=str(folder / "judge"))
+
+
+def assert_equal(found: Sequence[Alignment], expected: Sequence[Alignment]) -> None:
+    assert [a.token_ids for a in found] == [a.token_ids for a in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert [s.reward for s in one.segments] == pytest.approx([s.reward for s in other.segments], abs=1e-4)
+        assert one.log_likelihood == pytest.approx(other.log_likelihood, abs=1e-3)
+        assert one.usage.drafts == other.usage.drafts
+
+
+def assert_preempted_and_equal(start: Start, model: Path, requests: list[Request], budget: int = BUDGET) -> None:
+    expected = start(str(model), width=4).run_many(requests)
+    engine = start(str(model), width=4, kv_memory=budget)
+    watch = Watch(engine)
+    assert_equal(engine.run_many(requests), expected)
+    assert engine.inspect().preempted > 0
+    assert watch.bytes <= budget
+    assert engine.inspect().idle
+
+
+@pytest.mark.parametrize("decoding", METHODS, ids=lambda method: method.method)
+def test_preempted_requests_write_the_same(folder: Path, start: Start, decoding: Decoding) -> None:
+    reward = judge(folder) if decoding.needs_reward else None
+    assert_preempted_and_equal(start, folder / "model", asked(decoding, reward))
+
+
+REWARDS = ("parts", "log p", "implicit", "window")
+
+
+@pytest.mark.parametrize("kind", REWARDS)
+def test_rewards_of_preempted_requests_are_the_same(folder: Path, start: Start, kind: str) -> None:
+    own = judge(folder)
+    rewards: dict[str, Reward] = {
+        "parts": WeightedReward(rewards=[own, LengthReward(target=200)], weights=[1.0, 0.1]),
+        "log p": ImplicitReward(tuned=str(folder / "model"), base=str(folder / "other")),
+        "implicit": ImplicitReward(tuned=str(folder / "other"), base=str(folder / "model")),
+        "window": ClassifierReward(model=str(folder / "short")),
+    }
+    decoding = Cards(target_reward=50.0, acceptance="hard", max_rejections=3, boundary=UNCERTAIN)
+    requests = asked(decoding, rewards[kind], prompt=60 if kind == "window" else 12)
+    assert_preempted_and_equal(start, folder / "model", requests)
+
+
+def test_preempted_requests_follow_their_grammar(folder: Path, start: Start) -> None:
+    grammar = Grammar.regex("[a-z ]{300}")
+    requests = asked(Cards(target_reward=0.6, beta=0.3, boundary=UNCERTAIN), judge(folder), grammar=grammar)
+    assert_preempted_and_equal(start, folder / "bytes", requests)
+
+
+def test_long_prompts_with_a_common_beginning(folder: Path, start: Start) -> None:
+    """It is held once, and the newest are read again from it."""
+    begin = words(400, 99)
+    requests = [replace(each, prompt=f"{begin} {each.prompt}") for each in asked(Sampling(), None, max_tokens=300)]
+    assert_preempted_and_equal(start, folder / "model", requests, 400_000)
+
+
+async def test_a_preempted_request_can_be_cancelled_and_others_go_on(folder: Path, start: Start) -> None:
+    requests = asked(Cards(target_reward=50.0, max_rejections=4, boundary=UNCERTAIN), judge(folder))
+    expected = start(str(folder / "model"), width=4).run_many(requests)
+    engine = start(str(folder / "model"), width=4, kv_memory=BUDGET)
+    tasks = [asyncio.create_task(engine.arun(request)) for request in requests]
+    await internals.until(lambda: bool(engine.inspect().preempted))
+    for task in tasks[-2:]:
+        task.cancel()
+    found = await asyncio.gather(*tasks, return_exceptions=True)
+    assert all(isinstance(each, asyncio.CancelledError) for each in found[-2:])
+    assert_equal([each for each in found if isinstance(each, Alignment)], expected[:-2])
+    await internals.until(lambda: engine.inspect().idle)
+
+
+def test_a_reward_that_asks_the_engine_is_not_blocked(folder: Path, start: Start) -> None:
+    """Its own request is the newest, and the one that waits for it may be the oldest."""
+    engine = start(str(folder / "model"), width=2, kv_memory=BUDGET)
+
+    def asks(prompt: str, responses: list[str]) -> list[float]:
+        return [
+            float(len(engine.run(Request(r or "w9", Sampling(), max_tokens=8, seed=1)).token_ids)) for r in responses
+        ]
+
+    decoding = Cards(target_reward=50.0, max_rejections=1, boundary=FixedLength(length=40))
+    answers = engine.run_many(asked(decoding, FunctionReward(function=asks)))
+    assert [len(answer.token_ids) for answer in answers] == [112] * 5
+    assert engine.inspect().preempted > 0
+
+
+def test_rewards_that_fail_while_others_are_preempted(folder: Path, start: Start) -> None:
+    engine = start(str(folder / "model"), width=4, kv_memory=BUDGET)
+    calls = 0
+
+    def fails(prompt: str, responses: list[str]) -> list[float]:
+        nonlocal calls
+        calls += 1
+        if calls % 40 == 0:
+            raise ValueError("no")
+        return [float(len(r)) for r in responses]
+
+    reward = WeightedReward(rewards=[judge(folder), FunctionReward(function=fails)], weights=[1.0, 1.0])
+    found: list[Any] = engine.run_many(
+        asked(Cards(target_reward=50.0, max_rejections=4, boundary=UNCERTAIN), reward), return_exceptions=True
+    )
+    assert any(isinstance(each, RewardError) for each in found)
+    assert all(isinstance(each, RewardError | Alignment) for each in found)
+    assert engine.inspect().preempted > 0
+    assert engine.inspect().idle
+
+
+def test_an_engine_that_closes_with_preempted_requests(folder: Path, start: Start) -> None:
+    engine: Engine = start(str(folder / "model"), width=4, kv_memory=BUDGET)
+    futures = [engine.submit(each) for each in asked(Sampling(), None, max_tokens=400)]
+    while not engine.inspect().preempted:
+        time.sleep(0.01)
+    engine.close()
+    assert all(isinstance(future.exception(), EngineClosed) for future in futures)
