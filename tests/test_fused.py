@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 
 from cards_integrations.transformer.flat_batch import ForwardInput
 from cards_integrations.transformer.forward import Transformer
-from cards_integrations.transformer.fused import FusedLayer, FusedRMSNorm, fuse
+from cards_integrations.transformer.fused import FusedLayer, FusedRMSNorm, OncePerForward, fuse
 from cards_integrations.transformer.quantization import Float16Linear, Groups, Int4Linear, LowRank, Part, Together
 
 SHAPE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -121,3 +122,36 @@ def test_a_copy_of_a_model_that_has_run_has_forwards_of_its_own() -> None:
     [shared] = {layer.shared for layer in copied.model.layers}
     assert shared is not made.model.layers[0].shared
     assert torch.equal(tree_logits(copied), expected)
+
+
+def test_two_threads_may_run_a_model_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reward's steps are timed in a thread of their own, while the engine drafts with the same layers."""
+    made = model()
+    fuse(made)
+    expected = tree_logits(made)
+    others: list[threading.Thread] = []
+    rotated = OncePerForward.rotated
+
+    def interrupted(shared: OncePerForward, heads: torch.Tensor) -> torch.Tensor:
+        if not others:
+            others.append(threading.Thread(target=tree_logits, args=(made,)))
+            others[0].start()
+            others[0].join()
+        return rotated(shared, heads)
+
+    monkeypatch.setattr(OncePerForward, "rotated", interrupted)
+    assert torch.equal(tree_logits(made), expected)
+
+
+def test_two_threads_may_ask_for_the_parts_of_a_product() -> None:
+    weight = torch.randn(12, 8, generator=torch.Generator().manual_seed(0))
+    together = Together(nn.Linear(8, 12, bias=False), [4, 8])
+    together.linear.weight.data = weight
+    parts = Part(together, 0), Part(together, 1)
+    inputs, others = torch.ones(1, 8), torch.zeros(1, 8)
+    first = parts[0](inputs)
+    thread = threading.Thread(target=parts[0], args=(others,))
+    thread.start()
+    thread.join()
+    assert torch.equal(torch.cat([first, parts[1](inputs)], -1), inputs @ weight.T)
+    assert together._last.inputs is None

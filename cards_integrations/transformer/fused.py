@@ -6,6 +6,7 @@ computed. A module is replaced only if its parts are those of a known shape and 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,8 +40,8 @@ class FusedRMSNorm(nn.Module):
         return (inputs * self.scaled).div_(length.hypot_(self.least))
 
 
-class OncePerForward:
-    """What all layers of a forward have in common: its rotary angles, and its attention.
+class OncePerForward(threading.local):
+    """What all layers of a forward have in common: its rotary angles, and its attention; for each thread its own.
 
     A head is turned as `head * cos + halves exchanged * sin`, where the first half has the other sign.
     """

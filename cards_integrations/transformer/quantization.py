@@ -11,6 +11,7 @@ the same bits alone and in company, at the price of keys and values of 8 bytes a
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
@@ -204,6 +205,17 @@ def int8_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     return rounded, scale
 
 
+class LastProduct(threading.local):
+    """What `Together` has computed and not given out yet; for each thread its own."""
+
+    def __init__(self) -> None:
+        self.inputs: Tensor | None = None
+        self.outputs: dict[int, Tensor] = {}
+
+    def __deepcopy__(self, memo: Any) -> LastProduct:
+        return LastProduct()
+
+
 class Together(nn.Module):
     """Linear layers that are always given the same input, computed in one product.
 
@@ -216,16 +228,16 @@ class Together(nn.Module):
         super().__init__()
         self.linear = linear
         self.sizes = list(sizes)
-        self._input: Tensor | None = None
-        self._outputs: dict[int, Tensor] = {}
+        self._last = LastProduct()
 
     def part(self, inputs: Tensor, index: int) -> Tensor:
         """Return the output of one; the first that is asked computes those of all."""
-        if inputs is not self._input or index not in self._outputs:
-            self._input, self._outputs = inputs, dict(enumerate(self.linear(inputs).split(self.sizes, -1)))
-        output = self._outputs.pop(index)
-        if not self._outputs:
-            self._input = None
+        last = self._last
+        if inputs is not last.inputs or index not in last.outputs:
+            last.inputs, last.outputs = inputs, dict(enumerate(self.linear(inputs).split(self.sizes, -1)))
+        output = last.outputs.pop(index)
+        if not last.outputs:
+            last.inputs = None
         return output
 
 
