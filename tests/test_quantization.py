@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from cards_integrations.rewards import ClassifierReward
 from cards_integrations.transformer.flat_batch import ForwardInput
 from cards_integrations.transformer.forward import Transformer
 from cards_integrations.transformer.quantization import (
+    Float16Linear,
     Groups,
     Int4Linear,
     Int8Linear,
@@ -32,6 +34,8 @@ from cards_integrations.transformer.quantization import (
     Part,
     QuantizedLinear,
     Together,
+    fast_form,
+    has_half_kernel,
     int8_rows,
 )
 
@@ -212,6 +216,63 @@ def test_other_families(family: str, tmp_path: Path) -> None:
     assert (logits(model, ids) - expected).abs().mean() <= 0.1 * expected.abs().mean()
 
 
+# --- half precision ---
+
+
+def test_sixteen_bits_compute_in_float32() -> None:
+    weight, bias, inputs = torch.randn(30, 50), torch.randn(30), torch.randn(2, 5, 50)
+    expected = inputs @ weight.half().float().T + bias
+    layer = Float16Linear(weight, bias)
+    torch.testing.assert_close(layer(inputs), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer(inputs[:, :1]), expected[:, :1], rtol=1e-5, atol=1e-5)
+    assert not layer.rounds_inputs
+    assert copy.deepcopy(layer).packed is layer.packed
+
+
+def test_numbers_that_are_too_large_for_half_precision_are_not_taken() -> None:
+    assert Float16Linear.takes(torch.tensor([[65504.0, -65504.0]]))
+    for number in (65600.0, float("nan"), float("-inf")):
+        assert not Float16Linear.takes(torch.tensor([[1.0, number]]))
+
+
+def test_a_model_in_half_precision(folder: str, tmp_path: Path) -> None:
+    lora = adapter(tmp_path / "lora", tiny.causal(**SHAPE))
+    spec = LocalModel(model=folder, quantization="float16")
+    models = ModelLoader(Placement(device="cpu"))
+    model, _ = models.causal(spec)
+    exact, _ = ModelLoader(Placement(device="cpu", dtype="float32")).causal(LocalModel(model=folder))
+    assert not any(type(module) is torch.nn.Linear for module in model.modules())
+    assert model.get_input_embeddings()(torch.tensor([3])).dtype == torch.float32
+    ids = [[7, 8, 9, 30], [12, 9]]
+    torch.testing.assert_close(logits(model, ids), logits(exact, ids), rtol=1e-2, atol=1e-2)
+    assert Transformer(model).dtype == torch.float32  # keys and values need no more
+    adapted, _ = models.causal(spec.model_copy(update={"adapter": lora}))
+    other = LocalModel(model=folder, adapter=lora)
+    expected = logits(ModelLoader(Placement(device="cpu", dtype="float32")).causal(other)[0], ids)
+    torch.testing.assert_close(logits(adapted, ids), expected, rtol=1e-2, atol=1e-2)
+    shared = [layer for layer in adapted.modules() if isinstance(layer, Float16Linear)]
+    own = [layer for layer in model.modules() if isinstance(layer, Float16Linear)]
+    assert [layer.packed for layer in shared] == [layer.packed for layer in own]
+    models.release()
+    assert all(layer.packed is None for layer in [*shared, *own])
+
+
+def test_half_precision_in_packed_form_is_for_a_cpu() -> None:
+    with pytest.raises(ModelError, match="quantization='float16' is for a CPU: use dtype='float16'"):
+        gpu_options("float16", torch.device("cuda", 0))
+
+
+def test_a_kernel_that_is_not_there_or_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    for forward, form in [(lambda self, inputs: torch.zeros(3, 32), None), (Float16Linear.forward, "float16")]:
+        has_half_kernel.cache_clear()
+        monkeypatch.setattr(Float16Linear, "forward", forward)
+        assert fast_form() == form
+    has_half_kernel.cache_clear()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    assert fast_form() is None
+
+
 # --- adapters ---
 
 
@@ -308,9 +369,9 @@ def test_the_embedded_model_runs_in_its_own_bits_where_that_is_fast(monkeypatch:
     def bits(dtype: Any, **spec: Any) -> str | None:
         return ModelLoader(Placement(device="cpu", dtype=dtype))._bits(LocalModel(**spec))
 
-    for fast in (True, False):
-        monkeypatch.setattr("cards_integrations.transformer.quantization.has_fast_kernels", lambda fast=fast: fast)
-        assert bits("auto") == ("int4" if fast else None)
+    for fast in ("int4", "float16", None):
+        monkeypatch.setattr("cards_integrations.transformer.quantization.fast_form", lambda fast=fast: fast)
+        assert bits("auto") == fast
         assert bits("auto", quantization="int8") == "int8"
         assert bits("float32") is None
         assert bits("auto", model="a/b") is None

@@ -13,7 +13,7 @@ from cards_integrations import CardsLLM
 from cards_integrations.cli.demo import JUDGE
 from cards_integrations.rewards import NAMED
 from cards_integrations.rewards.classifier import ADAPTERS
-from cards_integrations.transformer.quantization import has_fast_kernels, is_quantized
+from cards_integrations.transformer.quantization import fast_form, is_quantized
 
 pytestmark = [
     pytest.mark.slow,
@@ -58,7 +58,7 @@ def test_reward_is_on_the_language_models_own_weights(llm: CardsLLM) -> None:
     copied = [
         name for name, tensor in [*body.named_parameters(), *body.named_buffers()] if tensor.data_ptr() not in theirs
     ]
-    if has_fast_kernels():  # in 4 bits, what the adapter adds stands beside the weights
+    if fast_form():  # what the adapter adds stands beside the weights
         assert copied == []
         assert is_quantized(body)
     else:
@@ -69,12 +69,13 @@ def test_reward_is_on_the_language_models_own_weights(llm: CardsLLM) -> None:
         }
 
 
-@pytest.mark.skipif(not has_fast_kernels(), reason="this CPU has no fast kernels for 4 bits")
+@pytest.mark.skipif(not fast_form(), reason="this CPU has no fast kernels")
 def test_a_seed_gives_the_same_text_alone_and_in_company(llm: CardsLLM) -> None:
     questions = [f"Write one sentence about {subject}." for subject in ("bread", "the sea", "a dog", "an old house")]
     together = llm.align_batch(questions, seeds=range(4), max_tokens=8)
     alone = [llm.align(question, seed=seed, max_tokens=8) for seed, question in enumerate(questions)]
-    assert [(a.text, a.reward) for a in alone] == [(a.text, a.reward) for a in together]
+    assert [a.text for a in alone] == [a.text for a in together]
+    assert [a.reward for a in alone] == pytest.approx([a.reward for a in together], abs=1e-4)
 
 
 @pytest.mark.parametrize(("name", "megabytes"), [("sentiment-smollm2", 4), ("sentiment-minilm", 3)])

@@ -1,16 +1,20 @@
-"""Linear layers with weights of 4 or 8 bits, by the kernels that torch has for them on a CPU.
+"""Linear layers with weights of 4, 8 or 16 bits, by the kernels that torch has for them on a CPU.
 
-On x86 both kernels are vectorized for bf16 only: inputs and outputs are rounded to it, and sums are in float32. They
-give a row the same bits whatever the other rows are, and so do norms and activations. Attention does not: its sums
-run over the columns in another order when other candidates lie between, and a last bit that differs becomes one of
-bf16's. In float64 it differs too little for that. So a model whose products are all of this kind gives a token the same
-bits alone and in company, at the price of keys and values of 8 bytes a number.
+16 bits are half precision, and products of them are those of float32, in another order.
+
+On x86 the kernels for 4 and 8 bits are vectorized for bf16 only: inputs and outputs are rounded to it, and sums are in
+float32. They give a row the same bits whatever the other rows are, and so do norms and activations. Attention does not:
+its sums run over the columns in another order when other candidates lie between, and a last bit that differs becomes
+one of bf16's. In float64 it differs too little for that. So a model whose products are all of this kind gives a token
+the same bits alone and in company, at the price of keys and values of 8 bytes a number.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +66,8 @@ class QuantizedLinear(nn.Module):
     """
 
     bias: Tensor | None
+    rounds_inputs = True
+    """Whether the kernel rounds inputs to bf16; then `product` takes and gives bf16, and float32 otherwise."""
 
     def __init__(self, shape: Sequence[int], bias: Tensor | None) -> None:
         super().__init__()
@@ -69,7 +75,7 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("bias", bias)
 
     def product(self, rows: Tensor) -> Tensor:
-        """(rows, inputs) in bf16 -> (rows, outputs) in bf16."""
+        """(rows, inputs) -> (rows, outputs)."""
         raise NotImplementedError
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -122,6 +128,55 @@ class Int8Linear(QuantizedLinear):
         return product
 
 
+class Packed:
+    """A weight in a kernel's own form, which copies of a module share."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.content = torch.ops.quantized.linear_prepack_fp16(weight, None)
+
+    def __deepcopy__(self, memo: Any) -> Packed:
+        return self
+
+
+class Float16Linear(QuantizedLinear):
+    """A weight in half precision, for a product in float32 with inputs that are not rounded."""
+
+    rounds_inputs = False
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__(weight.shape, bias)
+        self.packed: Packed | None = Packed(weight.float())
+        self.weight = torch.empty(weight.shape, device="meta")  # for those who ask for its shape
+
+    @staticmethod
+    def takes(weight: Tensor) -> bool:
+        """Return True if half precision has such large numbers."""
+        return bool(weight.abs().max() <= torch.finfo(torch.float16).max)  # False for NaN
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        assert self.packed is not None
+        out: Tensor = torch.ops.quantized.linear_dynamic_fp16(inputs, self.packed.content)
+        return out if self.bias is None else out + self.bias
+
+    def release(self) -> None:
+        """Give the weight back, if no copy of the layer has it."""
+        self.packed = None
+
+
+class HalfEmbedding(nn.Module):
+    """An embedding held in half precision, whose rows are given in float32."""
+
+    weight: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = weight.shape
+        self.register_buffer("weight", weight)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return nn.functional.embedding(ids, self.weight).float()
+
+
 class Int8Embedding(nn.Module):
     """An embedding in the form of an `Int8Linear`, with which it may share its weight."""
 
@@ -150,6 +205,17 @@ def int8_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     return rounded, scale
 
 
+class LastProduct(threading.local):
+    """What `Together` has computed and not given out yet; for each thread its own."""
+
+    def __init__(self) -> None:
+        self.inputs: Tensor | None = None
+        self.outputs: dict[int, Tensor] = {}
+
+    def __deepcopy__(self, memo: Any) -> LastProduct:
+        return LastProduct()
+
+
 class Together(nn.Module):
     """Linear layers that are always given the same input, computed in one product.
 
@@ -162,16 +228,16 @@ class Together(nn.Module):
         super().__init__()
         self.linear = linear
         self.sizes = list(sizes)
-        self._input: Tensor | None = None
-        self._outputs: dict[int, Tensor] = {}
+        self._last = LastProduct()
 
     def part(self, inputs: Tensor, index: int) -> Tensor:
         """Return the output of one; the first that is asked computes those of all."""
-        if inputs is not self._input or index not in self._outputs:
-            self._input, self._outputs = inputs, dict(enumerate(self.linear(inputs).split(self.sizes, -1)))
-        output = self._outputs.pop(index)
-        if not self._outputs:
-            self._input = None
+        last = self._last
+        if inputs is not last.inputs or index not in last.outputs:
+            last.inputs, last.outputs = inputs, dict(enumerate(self.linear(inputs).split(self.sizes, -1)))
+        output = last.outputs.pop(index)
+        if not last.outputs:
+            last.inputs = None
         return output
 
 
@@ -189,6 +255,15 @@ class Part(nn.Module):
         return self.together.part(inputs, self.index)
 
 
+def side_by_side(layers: Sequence[nn.Module], inputs: Tensor) -> Tensor:
+    """Return the outputs (..., sum of outputs) of layers that are given the same input, and may be one product."""
+    whole = getattr(layers[0], "together", None)
+    if whole is not None and all(getattr(each, "together", None) is whole for each in layers[1:]):
+        product: Tensor = whole.linear(inputs)
+        return product
+    return torch.cat([layer(inputs) for layer in layers], -1)
+
+
 class LowRank(nn.Module):
     """A layer with what an adapter adds to it, in float64 as the layer's own sums are not all it has to agree with.
 
@@ -204,6 +279,7 @@ class LowRank(nn.Module):
     def __init__(self, base: nn.Module, down: Tensor, up: Tensor) -> None:
         super().__init__()
         self.base = base
+        self.out_features = len(up)
         self.register_buffer("down", down.double().T.contiguous())
         self.register_buffer("up", up.double().T.contiguous())
 
@@ -212,31 +288,37 @@ class LowRank(nn.Module):
         return out
 
 
-class FusedRMSNorm(nn.Module):
-    """An RMSNorm by torch's own function."""
+def fast_form() -> Literal["int4", "float16"] | None:
+    """Return the form of a model's layers that is faster than dense ones in float32 on this CPU; None if none is known.
 
-    def __init__(self, weight: nn.Parameter, eps: float) -> None:
-        super().__init__()
-        self.weight = weight
-        self.eps = eps
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return nn.functional.rms_norm(inputs, self.weight.shape, self.weight, self.eps)
-
-
-def has_fast_kernels() -> bool:
-    """Return True if torch's kernels for this CPU are meant to be faster than dense products, few rows or many.
-
-    Those for AVX2 are faster up to about four rows, and slower from sixteen on.
+    The kernels for 4 bits are so with AVX-512 only: those for AVX2 are slower from about sixteen rows on.
     """
-    return torch.backends.cpu.get_cpu_capability() == "AVX512" and hasattr(
-        torch.ops.aten, "_weight_int4pack_mm_for_cpu"
-    )
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability == "AVX512" and hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
+        return "int4"
+    return "float16" if capability == "AVX2" and has_half_kernel() else None
+
+
+@lru_cache(1)
+def has_half_kernel() -> bool:
+    """Return True if torch multiplies by weights in half precision here, and gives what it should."""
+    draw = torch.Generator().manual_seed(0)
+    weight, inputs = torch.randn(32, 48, generator=draw), torch.randn(3, 48, generator=draw)
+    try:
+        found = Float16Linear(weight)(inputs)
+    except (RuntimeError, AttributeError):
+        return False
+    return torch.allclose(found, inputs @ weight.half().float().T, rtol=1e-4, atol=1e-4)
 
 
 def is_quantized(model: nn.Module) -> bool:
     """Return True if some of the model's layers are `QuantizedLinear`."""
     return any(isinstance(module, QuantizedLinear) for module in model.modules())
+
+
+def rounds_inputs(model: nn.Module) -> bool:
+    """Return True if some of the layers round their inputs to bf16."""
+    return any(module.rounds_inputs for module in model.modules() if isinstance(module, QuantizedLinear))
 
 
 def precision(model: Any) -> str:
@@ -248,4 +330,4 @@ def precision(model: Any) -> str:
 def attention_dtype(model: Any) -> torch.dtype:
     """Return the precision of a model's keys, values and attention."""
     own: torch.dtype = model.dtype
-    return torch.float64 if is_quantized(model) else own
+    return torch.float64 if rounds_inputs(model) else own

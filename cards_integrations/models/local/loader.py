@@ -162,12 +162,17 @@ class ModelLoader:
         """Free the memory of weights and caches, which reference cycles would hold until a garbage collection."""
         import torch
 
+        from cards_integrations.transformer.quantization import Float16Linear
+
         for cache in self.memory.caches if self.memory is not None else ():
             cache.release()
         for made in list(self._cached.values()):
             if isinstance(made, torch.nn.Module):
                 for tensor in chain(made.parameters(), made.buffers()):
                     tensor.data = tensor.data.new_empty(0)
+                for module in made.modules():
+                    if isinstance(module, Float16Linear):
+                        module.release()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -229,7 +234,7 @@ class ModelLoader:
         Raises:
             ModelError: `dtype` says something else.
         """
-        from cards_integrations.transformer.quantization import has_fast_kernels
+        from cards_integrations.transformer.quantization import fast_form
 
         dtype = self.placement.dtype
         if spec.quantization and dtype in ("float16", "bfloat16"):
@@ -237,9 +242,9 @@ class ModelLoader:
                 f"quantization={spec.quantization!r} holds what is not quantized in float32 on a CPU and in bf16 on a "
                 f"GPU: leave dtype={dtype!r} out."
             )
-        own = spec.model == SMOLLM2 and dtype == "auto" and self.device.type == "cpu" and has_fast_kernels()
+        own = spec.model == SMOLLM2 and dtype == "auto" and self.device.type == "cpu"
         merged = spec.adapter is not None and not can_share_weights(spec)  # into weights that are not quantized
-        return spec.quantization or ("int4" if own and not merged else None)
+        return spec.quantization or (fast_form() if own and not merged else None)
 
     def _dtype(self, config: Any) -> Any:
         import torch

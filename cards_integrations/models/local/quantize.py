@@ -1,9 +1,9 @@
-"""Turns a loaded model into one with weights of 4 or 8 bits, some of whose layers are computed together."""
+"""Turns a loaded model into one with weights of 4, 8 or 16 bits, some of whose layers are computed together."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +11,11 @@ from torch import nn
 
 from cards_integrations.errors import ModelError
 from cards_integrations.models.local.settings import Bits, LocalModel
+from cards_integrations.transformer.fused import fuse
 from cards_integrations.transformer.quantization import (
-    FusedRMSNorm,
+    Float16Linear,
     Groups,
+    HalfEmbedding,
     Int4Linear,
     Int8Embedding,
     Int8Linear,
@@ -57,8 +59,10 @@ def gpu_options(bits: Bits, device: torch.device) -> dict[str, Any]:
     """Return the options of `from_pretrained` with which bitsandbytes quantizes a model on a GPU.
 
     Raises:
-        ModelError: It is not installed.
+        ModelError: It is not installed, or does not know so many bits.
     """
+    if bits == "float16":
+        raise ModelError("quantization='float16' is for a CPU: use dtype='float16' on a GPU.")
     _need("bitsandbytes", f"quantization={bits!r} on {device.type!r} needs a library")
     from transformers import BitsAndBytesConfig
 
@@ -76,7 +80,7 @@ def quantize(model: Any, bits: Bits, known: Mapping[str, Groups]) -> None:
     """Replace the linear layers of a transformers model; what else it has is held in float32.
 
     Layers of a shape that the kernel does not take stay as they are, and so do classification heads. The vocabulary
-    (embedding and output) is held in 8 bits.
+    (embedding and output) is held in 8 bits, or in half precision.
 
     Args:
         model: The model, which is changed.
@@ -95,15 +99,18 @@ def quantize(model: Any, bits: Bits, known: Mapping[str, Groups]) -> None:
         raise ModelError(
             f"quantization={bits!r}: {type(model).__name__} has no linear layer that torch's kernel takes."
         )
-    _quantize_vocabulary(model)
+    (_halve_vocabulary if bits == "float16" else _quantize_vocabulary)(model)
     for parameter in model.parameters():
         parameter.data = parameter.data.float()
-    fuse_norms(model)
+    fuse(model)
 
 
 def _takes(bits: Bits, layer: nn.Module) -> bool:
-    kernel = Int4Linear if bits == "int4" else Int8Linear
-    return type(layer) is nn.Linear and kernel.takes(layer.weight.shape)
+    if type(layer) is not nn.Linear:
+        return False
+    if bits == "float16":
+        return Float16Linear.takes(layer.weight.data)
+    return (Int4Linear if bits == "int4" else Int8Linear).takes(layer.weight.shape)
 
 
 def _with_one_input(model: Any) -> list[list[Place]]:
@@ -138,6 +145,8 @@ def _replace(places: list[Place], layers: Sequence[Any], bits: Bits, known: list
 def _quantized(layers: Sequence[Any], bits: Bits, known: list[Groups | None]) -> QuantizedLinear:
     biases = [torch.zeros(layer.out_features) if layer.bias is None else layer.bias.data.float() for layer in layers]
     bias = None if all(layer.bias is None for layer in layers) else torch.cat(biases)
+    if bits == "float16":
+        return Float16Linear(torch.cat([layer.weight.data for layer in layers]), bias)
     if bits == "int8":
         weight, scale = int8_rows(torch.cat([layer.weight.data for layer in layers]))
         return Int8Linear(weight, scale, bias)
@@ -158,31 +167,12 @@ def _quantize_vocabulary(model: Any) -> None:
         model.set_input_embeddings(Int8Embedding(*int8_rows(embedding.weight.data)))
 
 
-def fuse_norms(model: nn.Module) -> None:
-    """Replace each RMSNorm of a float32 model by torch's own, where both give the same on random input."""
-    for parent, name, module in list(_children(model)):
-        fused = _as_rms_norm(module)
-        if fused is not None:
-            setattr(parent, name, fused)
-
-
-def _children(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    for parent in model.modules():
-        for name, module in parent.named_children():
-            yield parent, name, module
-
-
-def _as_rms_norm(module: nn.Module) -> FusedRMSNorm | None:
-    """The same as an RMSNorm of torch, or None if it is not one."""
-    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    parameters = dict(module.named_parameters())
-    if not isinstance(eps, float) or set(parameters) != {"weight"} or parameters["weight"].dim() != 1:
-        return None
-    weight = parameters["weight"]
-    sample = torch.randn(3, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
-    expected = module(sample)
-    for candidate in (weight, nn.Parameter(1 + weight, requires_grad=False)):  # Gemma holds its weights less 1
-        fused = FusedRMSNorm(candidate, eps)
-        if expected.shape == sample.shape and torch.allclose(fused(sample), expected, rtol=1e-5, atol=1e-6):
-            return fused
-    return None
+def _halve_vocabulary(model: Any) -> None:
+    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    if output is not None and _takes("float16", output):
+        model.set_output_embeddings(_quantized([output], "float16", []))
+    if type(embedding) is nn.Embedding:
+        own = embedding.weight.data
+        half = own if own.dtype.itemsize == 2 else own.half()
+        if torch.isfinite(half).all():
+            model.set_input_embeddings(HalfEmbedding(half))

@@ -11,7 +11,7 @@ from cards_integrations.chat.tools import FormatName
 from cards_integrations.models.local.embedded import SMOLLM2
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
-Bits = Literal["int4", "int8"]
+Bits = Literal["int4", "int8", "float16"]
 
 
 class LocalModel(BaseModel):
@@ -36,9 +36,10 @@ class LocalModel(BaseModel):
 
     quantization: Bits | None = None
     """Bits of the weights. None leaves them as the checkpoint has them: one that is quantized (GPTQ, AWQ, bitsandbytes,
-    torchao) is loaded as transformers does, and the embedded smollm2 runs in its own 4 bits where `dtype` is "auto" and
-    the CPU has a kernel for them. "int4" (groups of 32) and "int8" round the linear layers of any other model at load:
-    on a CPU for torch's own kernels, on a GPU by bitsandbytes."""
+    torchao) is loaded as transformers does, and the embedded smollm2, where `dtype` is "auto", runs in its own 4 bits
+    on a CPU with AVX-512 and in "float16" on one with AVX2. "int4" (groups of 32) and "int8" round the linear layers of
+    any other model at load: on a CPU for torch's own kernels, on a GPU by bitsandbytes. "float16" holds their weights
+    in half precision and computes in float32, on a CPU only."""
 
     tool_format: FormatName | None = None
     """How the model was trained to write a tool call; None to read it off its chat template."""

@@ -1,0 +1,190 @@
+"""Decoder layers and norms that compute the same in fewer operations.
+
+A step of a small model on a CPU is hundreds of small operations, each of which takes longer to be called than to be
+computed. A module is replaced only if its parts are those of a known shape and it gives the same on random input.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from cards_integrations.transformer.quantization import rounds_inputs, side_by_side
+
+EXACT, ROUNDED = 1e-5, 1e-2  # how far a replacement may be off, where inputs of products are not rounded or are
+PARTS = {  # of a layer that a `FusedLayer` can replace; others, such as norms of queries and keys, it would leave out
+    "": {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"},
+    "self_attn": {"q_proj", "k_proj", "v_proj", "o_proj"},
+    "mlp": {"gate_proj", "up_proj", "down_proj", "act_fn"},
+}
+
+
+class FusedRMSNorm(nn.Module):
+    """An RMSNorm in four operations: `inputs * weight / sqrt(mean(inputs^2) + eps)`, by the length of `inputs`."""
+
+    scaled: Tensor
+
+    def __init__(self, weight: nn.Parameter, eps: float) -> None:
+        super().__init__()
+        self.weight = weight
+        self.register_buffer("scaled", weight.data * len(weight) ** 0.5, persistent=False)
+        self.register_buffer("least", weight.data.new_tensor((len(weight) * eps) ** 0.5), persistent=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        length = torch.linalg.vector_norm(inputs, dim=-1, keepdim=True)
+        return (inputs * self.scaled).div_(length.hypot_(self.least))
+
+
+class OncePerForward(threading.local):
+    """What all layers of a forward have in common: its rotary angles, and its attention; for each thread its own.
+
+    A head is turned as `head * cos + halves exchanged * sin`, where the first half has the other sign.
+    """
+
+    def __init__(self) -> None:
+        self.attend: Any = None
+        self._given: Any = None
+        self._cos = self._sin = torch.empty(0)
+
+    def __deepcopy__(self, memo: Any) -> OncePerForward:
+        return OncePerForward()  # one for all layers of the copy, which has forwards of its own
+
+    def begin(self, given: tuple[Tensor, Tensor], config: Any) -> None:
+        """Take cos and sin, (batch, tokens, size), which are the same two tensors in all layers of a forward."""
+        if given is not self._given:
+            cos, sin = given
+            half = sin.shape[-1] // 2
+            self._given, self._cos = given, cos.unsqueeze(2)
+            self._sin = torch.cat([-sin[..., :half], sin[..., half:]], -1).unsqueeze(2)
+            self.attend = ALL_ATTENTION_FUNCTIONS[config._attn_implementation]
+
+    def rotated(self, heads: Tensor) -> Tensor:
+        """Return heads (batch, tokens, heads, size) turned by the angles of their tokens."""
+        exchanged = heads.roll(heads.shape[-1] // 2, -1)
+        return (heads * self._cos).add_(exchanged.mul_(self._sin))
+
+
+class FusedLayer(nn.Module):
+    """A decoder layer as Llama's, in one function; its parts keep their places and names, so adapters find them.
+
+    Args:
+        layer: The layer, whose parts are taken over.
+        shared: One object for all layers of the model.
+    """
+
+    self_attn: Any
+    mlp: Any
+    input_layernorm: Any
+    post_attention_layernorm: Any
+
+    def __init__(self, layer: nn.Module, shared: OncePerForward) -> None:
+        super().__init__()
+        for name, part in layer.named_children():
+            self.add_module(name, part)
+        self.shared = shared
+        own = self.self_attn
+        self.scaling, self.index, self.size = own.scaling, own.layer_idx, own.head_dim
+        self.queries, self.keys = (each.out_features // self.size for each in (own.q_proj, own.k_proj))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """(batch, tokens, hidden size) -> the same; arguments are those that transformers gives a decoder layer."""
+        assert position_embeddings is not None
+        self.shared.begin(position_embeddings, self.self_attn.config)
+        attended = self._attend(self.input_layernorm(hidden_states), attention_mask, past_key_values, kwargs)
+        hidden_states = hidden_states + attended
+        mlp, normed = self.mlp, self.post_attention_layernorm(hidden_states)
+        gate, up = side_by_side((mlp.gate_proj, mlp.up_proj), normed).chunk(2, -1)
+        outputs: Tensor = hidden_states + mlp.down_proj(mlp.act_fn(gate) * up)
+        return outputs
+
+    def _attend(self, normed: Tensor, mask: Tensor | None, cache: Any, kwargs: dict[str, Any]) -> Tensor:
+        own, shape = self.self_attn, normed.shape[:-1]
+        heads = side_by_side((own.q_proj, own.k_proj, own.v_proj), normed).view(*shape, -1, self.size)
+        value = heads[:, :, self.queries + self.keys :].transpose(1, 2)
+        turned = self.shared.rotated(heads[:, :, : self.queries + self.keys]).transpose(1, 2)
+        query, key = turned[:, : self.queries], turned[:, self.queries :]
+        if cache is not None:
+            key, value = cache.update(key, value, self.index)
+        out, _ = self.shared.attend(own, query, key, value, mask, scaling=self.scaling, dropout=0.0, **kwargs)
+        found: Tensor = own.o_proj(out.reshape(*shape, -1))
+        return found
+
+
+def fuse(model: nn.Module) -> None:
+    """Replace the norms and layers of a model by those that compute the same in fewer operations.
+
+    Args:
+        model: A model in float32 or with quantized layers, which is changed.
+    """
+    for parent, name, module in list(_children(model)):
+        fused = _as_rms_norm(module)
+        if fused is not None:
+            setattr(parent, name, fused)
+    shared = OncePerForward()
+    for parent, name, module in list(_children(model)):
+        fused_layer = _as_fused_layer(module, shared)
+        if fused_layer is not None:
+            setattr(parent, name, fused_layer)
+
+
+def _children(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    for parent in model.modules():
+        for name, module in parent.named_children():
+            yield parent, name, module
+
+
+def _as_rms_norm(module: nn.Module) -> FusedRMSNorm | None:
+    """The same as an RMSNorm of torch, or None if it is not one."""
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    parameters = dict(module.named_parameters())
+    if not isinstance(eps, float) or set(parameters) != {"weight"} or parameters["weight"].dim() != 1:
+        return None
+    weight = parameters["weight"]
+    sample = torch.randn(3, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
+    expected = module(sample)
+    for candidate in (weight, nn.Parameter(1 + weight, requires_grad=False)):  # Gemma holds its weights less 1
+        fused = FusedRMSNorm(candidate, eps)
+        if _same(fused(sample), expected, EXACT):
+            return fused
+    return None
+
+
+def _as_fused_layer(module: nn.Module, shared: OncePerForward) -> FusedLayer | None:
+    """The same as a decoder layer, or None if it is not one of the known shape."""
+    if not all(hasattr(module, name) for name in PARTS if name):
+        return None
+    if {name: set(dict(module.get_submodule(name).named_children())) for name in PARTS} != PARTS:
+        return None
+    try:
+        fused = FusedLayer(module, shared)
+        return fused if _same(*_outputs(fused, module), ROUNDED if rounds_inputs(module) else EXACT) else None
+    except (RuntimeError, AttributeError, TypeError, KeyError):
+        return None
+
+
+@torch.no_grad()
+def _outputs(fused: FusedLayer, layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """What both give for five tokens, each of which sees those before it."""
+    draw = torch.Generator().manual_seed(0)
+    width = len(fused.input_layernorm.weight)
+    cos, sin = torch.randn(2, 1, 5, fused.size, generator=draw)
+    mask = torch.full((1, 1, 5, 5), torch.finfo(torch.float32).min).triu(1)
+    given = {"attention_mask": mask, "position_embeddings": (cos, sin)}
+    hidden = torch.randn(1, 5, width, generator=draw)
+    return fused(hidden, **given), layer(hidden, **given)
+
+
+def _same(found: Tensor, expected: Tensor, tolerance: float) -> bool:
+    return found.shape == expected.shape and bool((found - expected).norm() <= tolerance * expected.norm())
