@@ -158,7 +158,9 @@ class LocalLanguageModel:
 
     def preempt(self, context: Context) -> None:
         """Free the row; what is kept and what has been drafted is read again, once `resume` allows it."""
-        request = self._requests[context]
+        request = self._requests.get(context)
+        if request is None:
+            return
         for candidate in self._ready:
             if candidate.context is context and candidate in request.candidates:
                 request.candidates[candidate].waiting.append(candidate)
@@ -174,8 +176,8 @@ class LocalLanguageModel:
 
     def resume(self, context: Context) -> None:
         """Let a preempted request be read again."""
-        kept = self._requests[context].kept
-        kept.held = self.transformer.cache.open(len(kept.unread) + 1).branch()
+        if (request := self._requests.get(context)) is not None:
+            request.kept.held = self.transformer.cache.open(len(request.kept.unread) + 1).branch()
 
     @cached_property
     def grammars(self) -> GrammarTokenizer:
