@@ -7,78 +7,25 @@ import logging
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from cards_integrations.errors import CardsError, ModelError, RewardError
 from cards_integrations.models.local.resolve import max_positions
 from cards_integrations.rewards.base import Conversation, Response, RewardModel, count_forward
+from cards_integrations.rewards.scorers.conversation_row import ConversationRow, FittedText, ScoredBranch
 from cards_integrations.rewards.scorers.head import Head
 from cards_integrations.rewards.scorers.input_format import InputFormat, without_final_padding
 from cards_integrations.transformer.flat_batch import ForwardInput
 from cards_integrations.transformer.forward import PREFILL_CHUNK, Output, Transformer
-from cards_integrations.transformer.kv_cache import Branch, Tree
+from cards_integrations.transformer.kv_cache import Tree
 from cards_integrations.transformer.kv_memory import CacheNeed, KVMemory, first_to_read
 from cards_integrations.transformer.prefix_tree import common
 from cards_integrations.transformer.step_times import StepTimes, step_times
 
 log = logging.getLogger("cards_integrations")
-
-
-class FittedText(NamedTuple):
-    """A conversation with an answer as it is read: the first `cut` tokens are left out, `suffix` follow the answer."""
-
-    ids: list[int]
-    suffix: int
-    cut: int
-
-
-@dataclass
-class ScoredBranch:
-    """A scored response in the cache."""
-
-    branch: Branch
-    cut: int
-    """Tokens that its path leaves out."""
-    root: Branch | None
-    """Where its path left the trunk: at one of the row's `shortened`, or directly."""
-    kept: int
-    """How many of the branch's own tokens, from its first on, go into the trunk if the response is kept."""
-    path: list[int]
-    """All tokens up to the end of those."""
-    log_p: list[float] = field(default_factory=list)
-    """In nats, of each token of the answer, where a likelihood is read."""
-
-
-@dataclass
-class ConversationRow:
-    """An open conversation in the cache, and the text and ids around its answer."""
-
-    tree: Tree
-    before: str
-    after: str
-    before_ids: list[int]
-    after_ids: list[int]
-    known_ids: list[int] = field(default_factory=list)
-    """The trunk's tokens when the row was freed, which are read again together."""
-    log_p: list[float] = field(default_factory=list)
-    """In nats, of each token of the kept answer, where a likelihood is read."""
-    branches: dict[Response, ScoredBranch] = field(default_factory=dict)
-    cut: int = 0
-    """Tokens that the trunk leaves out, because the window was full."""
-    shortened: dict[int, Branch] = field(default_factory=dict)
-    """What is kept, without that many of its first tokens: for answers with which the window gets full."""
-    outdated: list[Branch] = field(default_factory=list)
-    """Such branches that are of no more use; scored branches may go on from them."""
-    warned_about_window: bool = False
-
-    def cut_to(self, tokens: int) -> None:
-        """Leave out so many tokens of what is to be read into the trunk."""
-        self.known_ids = self.known_ids[tokens - self.cut :] if tokens >= self.cut else []
-        self.cut = tokens
 
 
 class Incremental(RewardModel):
@@ -156,9 +103,7 @@ class Incremental(RewardModel):
     def resume(self, conversation: Conversation) -> None:
         if (row := self._preempted.pop(conversation, None)) is not None:
             known = row.tree.ids or row.known_ids
-            tree = self.transformer.cache.open(self._columns(known))
-            around = row.before, row.after, row.before_ids, row.after_ids
-            self.rows[conversation] = ConversationRow(tree, *around, known, row.log_p, cut=row.cut)
+            self.rows[conversation] = row.again(self.transformer.cache.open(self._columns(known)), known)
 
     def close(self, conversation: Conversation) -> None:
         self._preempted.pop(conversation, None)
@@ -269,27 +214,12 @@ class Incremental(RewardModel):
 
     def keep(self, response: Response) -> None:
         if (scored := self._forget(response)) is not None:
-            row, tree = self.rows[response.conversation], scored.branch.tree
-            if scored.root is not None and scored.root in row.shortened.values():
-                tree.keep(scored.root)
-            tree.keep(scored.branch, scored.kept)
-            tree.drop(scored.branch)
-            row.outdated += row.shortened.values()
-            row.cut, row.shortened = scored.cut, {}
-            self._drop_outdated(row)
+            self.rows[response.conversation].keep(scored)
 
     def drop(self, response: Response) -> None:
         if (scored := self._forget(response)) is not None:
             scored.branch.tree.drop(scored.branch)
-            self._drop_outdated(self.rows[response.conversation])
-
-    @staticmethod
-    def _drop_outdated(row: ConversationRow) -> None:
-        """Free what no scored branch can need any more."""
-        if not row.branches:
-            for branch in row.outdated:
-                branch.tree.drop(branch)
-            row.outdated = []
+            self.rows[response.conversation].drop_outdated()
 
     def _forget(self, response: Response) -> ScoredBranch | None:
         row = self.rows.get(response.conversation)
@@ -307,16 +237,9 @@ class Incremental(RewardModel):
             root, shared = parent.root, len(parent.path) - again
             branch = parent.branch.branch(parent.kept - again)
         else:
-            root, shared, branch = self._leave(row, text, most)
+            root, shared, branch = row.leave(text, most)
         row.branches[response] = ScoredBranch(branch, cut, root, len(ids) - suffix - shared, ids[: len(ids) - suffix])
         return ForwardInput(branch, ids[shared:], response)
-
-    @staticmethod
-    def _leave(row: ConversationRow, text: FittedText, most: int) -> tuple[Branch | None, int, Branch]:
-        """The root of a new branch, how many tokens of a text are known, up to `most`, and the branch after these."""
-        root = row.shortened.get(text.cut)
-        shared = min(common(text.ids, row.tree.ids if root is None else root.ids), most)
-        return root, shared, row.tree.branch(shared) if root is None else root.branch(shared)
 
     def _fitted(self, response: Response) -> FittedText:
         """What is read of a conversation with this answer."""

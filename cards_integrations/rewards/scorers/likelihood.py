@@ -10,7 +10,8 @@ import torch
 from cards_integrations.chat.message import Message
 from cards_integrations.rewards.base import CausalModel, Conversation, Response
 from cards_integrations.rewards.scorers.composite import Composite
-from cards_integrations.rewards.scorers.incremental import ConversationRow, FittedText, Incremental, ScoredBranch
+from cards_integrations.rewards.scorers.conversation_row import ConversationRow, FittedText, ScoredBranch
+from cards_integrations.rewards.scorers.incremental import Incremental
 from cards_integrations.rewards.scorers.input_format import InputFormat
 from cards_integrations.transformer.flat_batch import ForwardInput
 from cards_integrations.transformer.forward import Output
@@ -52,7 +53,7 @@ class Likelihood(Incremental):
         shared = min(common(ids, row.tree.ids), len(ids) - 1) if cut == row.cut else 0
         known = max(0, shared - prompt)
         # The output of the first token says how probable the first unknown one is.
-        root, start, branch = self._leave(row, text, prompt + known - 1)
+        root, start, branch = row.leave(text, prompt + known - 1)
         row.branches[response] = ScoredBranch(branch, cut, root, len(ids) - start, ids, row.log_p[:known])
         return ForwardInput(branch, ids[start:], response, outputs=len(ids) - prompt - known + 1)
 

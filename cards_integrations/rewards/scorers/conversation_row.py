@@ -1,0 +1,91 @@
+"""A conversation in the KV cache of a reward model: its trunk, its scored answers, and what a full window omits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from cards_integrations.rewards.base import Response
+from cards_integrations.transformer.kv_cache import Branch, Tree
+from cards_integrations.transformer.prefix_tree import common
+
+
+class FittedText(NamedTuple):
+    """A conversation with an answer as it is read: the first `cut` tokens are left out, `suffix` follow the answer."""
+
+    ids: list[int]
+    suffix: int
+    cut: int
+
+
+@dataclass
+class ScoredBranch:
+    """A scored response in the cache."""
+
+    branch: Branch
+    cut: int
+    """Tokens that its path leaves out."""
+    root: Branch | None
+    """Where its path left the trunk: at one of the row's `shortened`, or directly."""
+    kept: int
+    """How many of the branch's own tokens, from its first on, go into the trunk if the response is kept."""
+    path: list[int]
+    """All tokens up to the end of those."""
+    log_p: list[float] = field(default_factory=list)
+    """In nats, of each token of the answer, where a likelihood is read."""
+
+
+@dataclass
+class ConversationRow:
+    """An open conversation in the cache, and the text and ids around its answer."""
+
+    tree: Tree
+    before: str
+    after: str
+    before_ids: list[int]
+    after_ids: list[int]
+    known_ids: list[int] = field(default_factory=list)
+    """The trunk's tokens when the row was freed, which are read again together."""
+    log_p: list[float] = field(default_factory=list)
+    """In nats, of each token of the kept answer, where a likelihood is read."""
+    branches: dict[Response, ScoredBranch] = field(default_factory=dict)
+    cut: int = 0
+    """Tokens that the trunk leaves out, because the window was full."""
+    shortened: dict[int, Branch] = field(default_factory=dict)
+    """What is kept, without that many of its first tokens: for answers with which the window gets full."""
+    outdated: list[Branch] = field(default_factory=list)
+    """Such branches that are of no more use; scored branches may go on from them."""
+    warned_about_window: bool = False
+
+    def again(self, tree: Tree, known_ids: list[int]) -> ConversationRow:
+        """The same in an empty row, where these tokens are to be read again."""
+        around = self.before, self.after, self.before_ids, self.after_ids
+        return ConversationRow(tree, *around, known_ids, self.log_p, cut=self.cut)
+
+    def cut_to(self, tokens: int) -> None:
+        """Leave out so many tokens of what is to be read into the trunk."""
+        self.known_ids = self.known_ids[tokens - self.cut :] if tokens >= self.cut else []
+        self.cut = tokens
+
+    def leave(self, text: FittedText, most: int) -> tuple[Branch | None, int, Branch]:
+        """The root of a new branch, how many tokens of a text are known, up to `most`, and the branch after these."""
+        root = self.shortened.get(text.cut)
+        shared = min(common(text.ids, self.tree.ids if root is None else root.ids), most)
+        return root, shared, self.tree.branch(shared) if root is None else root.branch(shared)
+
+    def keep(self, scored: ScoredBranch) -> None:
+        """Make a scored answer part of the trunk."""
+        if scored.root is not None and scored.root in self.shortened.values():
+            self.tree.keep(scored.root)
+        self.tree.keep(scored.branch, scored.kept)
+        self.tree.drop(scored.branch)
+        self.outdated += self.shortened.values()
+        self.cut, self.shortened = scored.cut, {}
+        self.drop_outdated()
+
+    def drop_outdated(self) -> None:
+        """Free what no scored branch can need any more."""
+        if not self.branches:
+            for branch in self.outdated:
+                branch.tree.drop(branch)
+            self.outdated = []
