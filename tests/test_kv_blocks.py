@@ -14,7 +14,7 @@ from internals import assert_empty, balance, finished_texts
 from cards_integrations.transformer.flat_batch import ForwardInput
 from cards_integrations.transformer.forward import Output, Transformer
 from cards_integrations.transformer.kv_block import width_for, width_within
-from cards_integrations.transformer.kv_cache import Branch, Tree
+from cards_integrations.transformer.kv_cache import Branch, Tree, TreeCache
 from cards_integrations.transformer.kv_memory import MIN_PREFIX, KVMemory, first_to_read
 from cards_integrations.transformer.prefix_tree import PrefixNode, common
 
@@ -422,3 +422,14 @@ def test_which_prompts_are_read_first() -> None:
         if not any(min(common(texts[other], text), len(text) - 1) >= MIN_PREFIX for other in first):
             first.append(index)
     assert first_to_read(texts) == first
+
+
+def test_branches_of_a_closed_row_free_nothing_more() -> None:
+    """Scores that fail after their conversation was closed drop its branches late."""
+    cache = TreeCache(layers=1)
+    closed, other = cache.open(), cache.open()
+    late = closed.branch()
+    cache.close(closed)
+    closed.drop(late)
+    branches = [other.branch() for _ in range(20)]
+    assert len({branch.mask_row for branch in branches}) == 20

@@ -31,16 +31,19 @@ from cards_integrations.decoding import (
     Uncertainty,
 )
 from cards_integrations.engine import Engine, Request
-from cards_integrations.errors import EngineClosed, RewardError
+from cards_integrations.engine.step_loop import StepLoop
+from cards_integrations.errors import EngineClosed, PromptError, RewardError
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import (
     ClassifierReward,
     FunctionReward,
     ImplicitReward,
     LengthReward,
+    Response,
     Reward,
     WeightedReward,
 )
+from cards_integrations.rewards.scorers.incremental import Incremental
 from cards_integrations.trace import Alignment
 
 SAMPLER = Sampler(temperature=1.0)
@@ -175,6 +178,75 @@ def test_a_reward_that_asks_the_engine_is_not_blocked(folder: Path, start: Start
     answers = engine.run_many(asked(decoding, FunctionReward(function=asks)))
     assert [len(answer.token_ids) for answer in answers] == [80] * 4
     assert engine.inspect().preempted > 0
+
+
+def test_what_rewards_ask_takes_memory_one_after_another(folder: Path, start: Start) -> None:
+    """However many they are; each may take what all others together cannot spare, but no two do."""
+    engine = start(str(folder / "model"), width=2, kv_memory=BUDGET)
+
+    def asks(prompt: str, responses: list[str]) -> list[float]:
+        asked = [Request(words(10, len(r)), Sampling(), max_tokens=300, seed=1) for r in responses]
+        return [float(len(engine.run(each).token_ids)) for each in asked]
+
+    watch = Watch(engine)
+    decoding = Cards(target_reward=50.0, beta=1.0, max_rejections=0, boundary=FixedLength(length=40))
+    answers = engine.run_many(asked(decoding, FunctionReward(function=asks), max_tokens=40))
+    assert [len(answer.token_ids) for answer in answers] == [40] * 4
+    assert watch.bytes < 1.5 * BUDGET
+
+
+def test_likelihoods_that_have_to_be_read_count(folder: Path, start: Start) -> None:
+    """A text that was cut, or part of one, is read again in a row of its own."""
+    reward = ImplicitReward(tuned=str(folder / "model"), base=str(folder / "other"), granularity="sentence")
+    engine = start(str(folder / "model"), width=2, kv_memory=500_000)
+    watch = Watch(engine)
+    decoding = Cards(target_reward=50.0, acceptance="hard", max_rejections=2, boundary=FixedLength(length=12))
+    engine.run_many(asked(decoding, reward, count=8, prompt=150, max_tokens=30))
+    assert watch.bytes <= 500_000
+    assert engine.inspect().idle
+
+
+def test_a_reward_whose_growth_cannot_be_told_harms_nobody(
+    folder: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = asked(Cards(target_reward=50.0, max_rejections=2, boundary=UNCERTAIN), judge(folder))
+    engine = start(str(folder / "model"), width=2)
+    expected = engine.run_many(requests)
+
+    def fails(self: Incremental, responses: Sequence[Response]) -> int:
+        raise PromptError("a token that the model does not know")
+
+    monkeypatch.setattr(Incremental, "growth", fails)
+    assert_equal(engine.run_many(requests), expected)
+
+
+def test_nothing_is_done_while_a_slow_reward_holds_the_memory(
+    folder: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And whoever waited begins as soon as it is free, not only when another request ends."""
+
+    def slow(prompt: str, responses: list[str]) -> list[float]:
+        time.sleep(0.1)
+        return [0.0] * len(responses)
+
+    reward = WeightedReward(rewards=[judge(folder), FunctionReward(function=slow)], weights=[1.0, 1.0])
+    engine = start(str(folder / "model"), width=6, kv_memory=170_000)
+    engine.score(judge(folder), "w7", ["w8"])  # loads it
+    steps, step = [0], StepLoop.step
+
+    def counted(self: StepLoop) -> int:
+        steps[0] += 1
+        return step(self)
+
+    monkeypatch.setattr(StepLoop, "step", counted)
+    decoding = SegmentBestOfN(n=6, boundary=FixedLength(length=12))
+    long = engine.submit(Request(words(20, 1), decoding, reward, SAMPLER, 150, seed=1, timeout=100))
+    while not engine.inspect().scoring:
+        time.sleep(0.01)
+    short = engine.submit(Request(words(100, 2), Sampling(), None, SAMPLER, 4, seed=2, timeout=100))
+    assert len(short.result().token_ids) == 4
+    assert not long.done()
+    assert steps[0] <= long.result().usage.drafted_tokens + 100
 
 
 def test_rewards_that_fail_while_others_are_preempted(folder: Path, start: Start) -> None:

@@ -29,7 +29,6 @@ class Admission:
         self._preemption = preemption
         self._scores = 0  # texts that are scored outside of any request hold memory, too
         self._turn = asyncio.Lock()  # to wait for memory
-        self._freed = asyncio.Event()
 
     @asynccontextmanager
     async def row(self) -> AsyncIterator[None]:
@@ -48,16 +47,20 @@ class Admission:
         Raises:
             OutOfMemory: It does not fit, not even alone, or no other request will free what it begins with.
         """
-        if not self._memory.holds(whole):
+        if whole and self._memory.needed(whole) > self._memory.limit:
             raise self._memory.refusal(whole[0].columns)
-        async with nullcontext() if scoring.get() else self._turn:
+        if not whole or scoring.get():
+            await self._make_room(whole)
+            yield
+            return
+        async with self._turn:
             while not self._has_room(soon):
                 await self._wait(whole)
             yield
 
     def _has_room(self, needs: Sequence[CacheNeed]) -> bool:
         """True if there is memory, and nobody who was preempted comes first."""
-        return (scoring.get() or not self._preemption.pending) and self._fits(needs)
+        return not self._preemption.pending and self._fits(needs)
 
     def _fits(self, needs: Sequence[CacheNeed]) -> bool:
         return self._memory.admits(needs, self._preemption.promised)
@@ -70,33 +73,40 @@ class Admission:
         """
         async with nullcontext() if scoring.get() else self._turn:
             while not self._fits(needs) and self._others_end():
-                await self._next_end()
+                await self._next_change()
             yield
             self._scores += 1
 
     def scored(self) -> None:
         """Note that texts have been scored, and their rows closed."""
         self._scores -= 1
-        self.freed()
-
-    def freed(self) -> None:
-        """Note that a request has given back what it held."""
-        self._freed.set()
+        self._preemption.freed.set()
 
     async def _wait(self, needs: Sequence[CacheNeed]) -> None:
-        if scoring.get() and self._preemption.preempt_newest():
-            return
         if not self._others_end():
             raise self._memory.refusal(needs[0].columns)
-        await self._next_end()
+        await self._next_change()
+
+    async def _make_room(self, needs: Sequence[CacheNeed]) -> None:
+        """Wait for what a reward asks: others are preempted for it, but at last one of those has to go on.
+
+        Those that wait for it hold the memory, perhaps all of it.
+        """
+        depth = scoring.get()
+        while needs and not self._fits(needs) and not self._preemption.preempt_newest():
+            if not self._preemption.nested(depth):
+                if not self._memory.machine_has(self._memory.needed(needs)):
+                    raise self._memory.refusal(needs[0].columns)
+                return
+            await self._next_change()
 
     def _others_end(self) -> bool:
         """True if somebody else will free memory, who does not wait for the one that asks."""
         return bool(self._preemption.live or self._scores) and not scoring.get()
 
-    async def _next_end(self) -> None:
-        self._freed.clear()
-        await self._freed.wait()
+    async def _next_change(self) -> None:
+        self._preemption.freed.clear()
+        await self._preemption.freed.wait()
 
 
 @asynccontextmanager

@@ -6,6 +6,7 @@ keeps its tokens, random numbers and books, so that its text is the same once th
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 
 from cards_integrations.engine.session import Session
@@ -31,6 +32,7 @@ class Preemption:
         self.live = live
         self.stepwise = stepwise
         self.count = 0
+        self.freed = asyncio.Event()  # set when there may be more memory than before
         self.stalled = False  # nothing has happened since somebody was preempted
 
     @property
@@ -51,6 +53,7 @@ class Preemption:
                     return
                 session.resume()
                 self.memory.evict_for(0)
+                self.freed.set()
 
     def _needs(self, session: Session) -> list[CacheNeed]:
         drafted = session.pool.drafted_tokens
@@ -58,8 +61,18 @@ class Preemption:
 
     @property
     def promised(self) -> int:
-        """Bytes that reward models may take for what they compute now."""
-        return sum(session.scores.promised for session in self.live.values() if session.scores)
+        """Bytes that reward models may take for what they compute now, and all that requests of rewards may take."""
+        scores = sum(session.scores.promised for session in self.live.values() if session.scores)
+        return scores + sum(self._whole(session) for session in self.live.values() if session.depth)
+
+    def _whole(self, session: Session) -> int:
+        return self.memory.needed(
+            cache_needs(self.stepwise, session.context, session.conversation, session.reward_model, whole=True)
+        )
+
+    def nested(self, depth: int) -> bool:
+        """True if requests run that rewards have asked for, and none of which waits for one of this depth."""
+        return any(session.depth >= depth for session in self.live.values())
 
     def to_draft(self, candidates: list[Candidate]) -> list[Candidate]:
         """Return those of the candidates for which a forward has memory."""
@@ -100,13 +113,14 @@ class Preemption:
             if session is not oldest and session.can_be_preempted:
                 session.preempt()
                 self.count, self.stalled = self.count + 1, True
+                self.freed.set()
                 return True
         return False
 
     def _can_wait(self, sessions: Sequence[Session]) -> list[Session]:
         """Those that can wait until the reward models have done with others."""
         busy = any(session.scores and session.scores.under_way for session in self.live.values())
-        return [session for session in sessions if busy and not session.nested]
+        return [session for session in sessions if busy and not session.depth]
 
 
 def _of(candidates: Sequence[Candidate], sessions: Sequence[Session]) -> list[Candidate]:

@@ -46,7 +46,10 @@ class ScoreQueue:
     def growth(self) -> int:
         """Bytes by which the caches grow, at most, for the scores that wait."""
         if self._growth is None:
-            self._growth = self.reward_model.growth([request.response for request in self.waiting])
+            try:
+                self._growth = self.reward_model.growth([request.response for request in self.waiting])
+            except Exception:
+                self._growth = 0  # nothing will be computed: scoring it raises the same, to whoever asked
         return self._growth
 
     def submit(self, response: Response, score: asyncio.Future[float] | None = None) -> asyncio.Future[float]:
@@ -87,10 +90,16 @@ class ScoreQueue:
 
 
 class Scoring:
-    """Asks the reward models, as tasks of the engine's loop."""
+    """Asks the reward models, as tasks of the engine's loop.
 
-    def __init__(self, wake: Callable[[], None]) -> None:
+    Args:
+        wake: Called when there are new scores.
+        on_end: Called when a reward model has done with a group.
+    """
+
+    def __init__(self, wake: Callable[[], None], on_end: Callable[[], None]) -> None:
         self._wake = wake
+        self._on_end = on_end
         self._tasks: set[asyncio.Task[None]] = set()  # the loop itself holds tasks weakly
 
     @property
@@ -118,7 +127,7 @@ class Scoring:
         self._tasks.discard(task)
         for request in group:
             request.queue.answered()
-        self._wake()
+        self._on_end()
 
     async def _score_group(self, reward_model: RewardModel, group: list[ScoreRequest]) -> None:
         group = [request for request in group if not request.score.done()]

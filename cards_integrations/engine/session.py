@@ -72,7 +72,7 @@ class Session:
         self.scores = ScoreQueue(reward_model, host.wake) if reward_model is not None else None
         self.pool = DraftPool(context, seed, conversation, self.scores, host)
         self.preempted = False
-        self.nested = scoring.get()  # a reward asked for it
+        self.depth = scoring.get()  # above 0 if a reward asked for it
         self._reward_freed = False
         self._prompt_reward: float | None = None
         self._reader = reader
@@ -150,7 +150,7 @@ class Session:
     @property
     def can_be_preempted(self) -> bool:
         """True if it has rows to free: not while a reward waits for it, and none that the reward model works on."""
-        return not self.nested and (not self.preempted or self._can_free_reward)
+        return not self.depth and (not self.preempted or self._can_free_reward)
 
     @property
     def _can_free_reward(self) -> bool:

@@ -37,7 +37,7 @@ class StepLoop:
         self.language_model = language_model
         self.stepwise = language_model if isinstance(language_model, StepwiseModel) else None
         self.scheduler = self._schedule(width)
-        self.scoring = Scoring(self.wake)
+        self.scoring = Scoring(self.wake, self.memory_freed)
         self.live: dict[Context, Session] = {}  # in order of arrival
         self.preemption = Preemption(memory, self.live, self.stepwise)
         self._on_failure = on_failure
@@ -47,6 +47,11 @@ class StepLoop:
         """Note that there is something new to draft or to score."""
         self.preemption.stalled = False
         self._work.set()
+
+    def memory_freed(self) -> None:
+        """Note that somebody holds less memory, or was promised less."""
+        self.preemption.freed.set()
+        self.wake()
 
     def vacancies(self, context: Context, boundary: Boundary) -> int:
         """For how many more candidates of a request there is memory."""
@@ -85,9 +90,12 @@ class StepLoop:
         candidates = self.preemption.to_draft(candidates)
         idle = self.stepwise is None or not self.stepwise.has_unread(candidates)
         if self._scores_wait() and (idle or self.scheduler.score_now(self.preemption.running)):
-            asking = self.preemption.to_score()
-            self.scoring.dispatch([session.scores for session in asking if session.scores])
-            return 2 if asking else 1  # the rewards score, and then the methods react
+            preempted, asking = self.preemption.count, self.preemption.to_score()
+            if asking:
+                self.scoring.dispatch([session.scores for session in asking if session.scores])
+                return 2
+            if self.preemption.count > preempted:
+                return 1  # the rewards score, and then the methods react
         if idle:
             return 0
         self.stepwise.forward(candidates)  # type: ignore[union-attr]  # it is not idle

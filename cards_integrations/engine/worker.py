@@ -356,8 +356,7 @@ class Worker:
         finally:
             del self.steps.live[context]
             session.close()
-            self.admission.freed()
-            self.steps.wake()  # whoever was preempted
+            self.steps.memory_freed()
 
     def _context(self, request: Request, prompt_ids: list[int]) -> Context:
         chat, grammar = self.language_model.chat, request.grammar

@@ -136,8 +136,10 @@ class RewardModel(ABC):
         """
 
 
-scoring: ContextVar[bool] = ContextVar("scoring", default=False)
-"""True while a reward is computed: requests wait for it, so what it does in turn must not wait for them."""
+scoring: ContextVar[int] = ContextVar("scoring", default=0)
+"""Above 0 while a reward is computed: requests wait for it, so what it does in turn must not wait for them.
+
+1 for a reward of a request; 2 for one of a request that a reward has made; and so on."""
 
 
 async def scores(model: RewardModel, responses: Sequence[Response]) -> list[float]:
@@ -147,7 +149,7 @@ async def scores(model: RewardModel, responses: Sequence[Response]) -> list[floa
         RewardError: It names the reward, and the text that caused the error.
         OutOfMemory: As the model raised it.
     """
-    outer = scoring.set(True)
+    outer = scoring.set(scoring.get() + 1)
     try:
         async with asyncio.timeout(model.timeout) as deadline:
             found = [float(value) for value in await model.score(responses)]

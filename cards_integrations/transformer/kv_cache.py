@@ -317,6 +317,9 @@ class TreeCache(Cache):
         self.live_texts.forget(tree)
         self._leave_prefix(tree)
         tree.block.free_mask_rows += tree.mask_rows
+        for branch in tree.branches:
+            branch.mask_row = -1  # dropping it has no effect any more
+        tree.branches.clear()
         tree.block.remove(tree, tree.row)
         self._give_back([tree.block])
 

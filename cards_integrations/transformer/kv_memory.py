@@ -74,7 +74,7 @@ class KVMemory:
 
     def admits(self, needs: Sequence[CacheNeed], promised: int = 0) -> bool:
         """Return True if the caches can grow as needed, and by what is promised; finished texts are evicted for it."""
-        more = promised + sum(rows * cache.row_bytes(columns) for cache, rows, columns in needs)
+        more = promised + self.needed(needs)
         while more > self.spare and self.reclaim():
             pass
         return self.evict_for(more)
@@ -94,9 +94,10 @@ class KVMemory:
         leaf, tree = next(iter(self._recent.items()))
         tree.remove(leaf)
 
-    def holds(self, needs: Sequence[CacheNeed]) -> bool:
-        """True if the budget is enough for these alone."""
-        return sum(rows * cache.row_bytes(columns) for cache, rows, columns in needs) <= self.limit
+    @staticmethod
+    def needed(needs: Sequence[CacheNeed]) -> int:
+        """Bytes of these rows."""
+        return sum(rows * cache.row_bytes(columns) for cache, rows, columns in needs)
 
     def machine_has(self, more: int) -> bool:
         """True if the machine has so many bytes left; finished texts are evicted for them."""

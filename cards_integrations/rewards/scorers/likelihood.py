@@ -81,6 +81,15 @@ class OwnLikelihood(Likelihood):
     def cache_needs(self, conversation: Conversation, tokens: int) -> list[CacheNeed]:
         return []
 
+    def growth(self, responses: Sequence[Response]) -> int:
+        others = [response for response in responses if response.log_likelihood is None]
+        cache, chat = self.transformer.cache, self.input_format.chat
+        opened = {response: response.conversation for response in others if response.conversation in self.unread}
+        return super().growth(others) + sum(
+            cache.row_bytes(len(chat.prompt(conversation.prompt)[1]) + len(self.answer_ids(response)) + 1)
+            for response, conversation in opened.items()
+        )
+
     def open(self, conversation: Conversation) -> None:
         self.unread.add(conversation)
 
