@@ -93,7 +93,9 @@ class Admission:
         Those that wait for it hold the memory, perhaps all of it.
         """
         depth = scoring.get()
-        while needs and not self._fits(needs) and not self._preemption.preempt_newest():
+        while needs and not self._fits(needs):
+            if self._preemption.preempt_newest():
+                continue
             if not self._preemption.nested(depth):
                 if not self._memory.machine_has(self._memory.needed(needs)):
                     raise self._memory.refusal(needs[0].columns)
