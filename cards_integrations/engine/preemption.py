@@ -34,6 +34,7 @@ class Preemption:
         self.count = 0
         self.freed = asyncio.Event()  # set when there may be more memory than before
         self.stalled = False  # nothing has happened since somebody was preempted
+        self.held_back = False  # somebody waits for the memory that reward models hold
 
     @property
     def running(self) -> list[Session]:
@@ -99,6 +100,7 @@ class Preemption:
                 served = [session for session in served if not session.preempted]
             elif waiting := self._can_wait(served):
                 served.remove(waiting[-1])
+                self.held_back = True
             elif self.memory.machine_has(more):
                 break  # a single one may take what it needs
             else:

@@ -37,7 +37,7 @@ class StepLoop:
         self.language_model = language_model
         self.stepwise = language_model if isinstance(language_model, StepwiseModel) else None
         self.scheduler = self._schedule(width)
-        self.scoring = Scoring(self.wake, self.memory_freed)
+        self.scoring = Scoring(self.wake, self._scored)
         self.live: dict[Context, Session] = {}  # in order of arrival
         self.preemption = Preemption(memory, self.live, self.stepwise)
         self._on_failure = on_failure
@@ -45,8 +45,14 @@ class StepLoop:
 
     def wake(self) -> None:
         """Note that there is something new to draft or to score."""
-        self.preemption.stalled = False
+        self.preemption.stalled = self.preemption.held_back = False
         self._work.set()
+
+    def _scored(self) -> None:
+        """Let those go on who waited for the memory of a reward model; for others there is nothing new."""
+        self.preemption.freed.set()
+        if self.preemption.pending or self.preemption.held_back:
+            self.wake()
 
     def memory_freed(self) -> None:
         """Note that somebody holds less memory, or was promised less."""
