@@ -90,7 +90,7 @@ class Preemption:
     def to_score(self) -> list[Session]:
         """Return the requests whose rewards can be computed now."""
         asking = [session for session in self.running if session.scores and session.scores.waiting]
-        return self._fitting(asking, lambda sessions: sum(map(_growth, sessions)))
+        return self._fitting(asking, lambda sessions: sum(each.scores.growth for each in sessions if each.scores))
 
     def _fitting(self, sessions: Sequence[Session], growth: Callable[[Sequence[Session]], int]) -> list[Session]:
         """Those of the requests that can be served in this step: there is memory for their growth."""
@@ -129,14 +129,6 @@ def _of(candidates: Sequence[Candidate], sessions: Sequence[Session]) -> list[Ca
     """The candidates of these requests."""
     contexts = {session.context for session in sessions}
     return [candidate for candidate in candidates if candidate.context in contexts]
-
-
-def _growth(session: Session) -> int:
-    """Bytes by which the caches grow, at most, for the scores that a request waits for."""
-    found = 0
-    with session.pool.own_errors():
-        found = session.scores.growth if session.scores else 0
-    return found
 
 
 def cache_needs(

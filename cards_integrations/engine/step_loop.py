@@ -99,9 +99,9 @@ class StepLoop:
             preempted, asking = self.preemption.count, self.preemption.to_score()
             if asking:
                 self.scoring.dispatch([session.scores for session in asking if session.scores])
-                return 2
+                return 2  # the rewards score, and then the methods react
             if self.preemption.count > preempted:
-                return 1  # the rewards score, and then the methods react
+                return 1  # whoever was preempted has no part in this step
         if idle:
             return 0
         self.stepwise.forward(candidates)  # type: ignore[union-attr]  # it is not idle
