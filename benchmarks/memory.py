@@ -97,7 +97,7 @@ def of_bytes() -> dict[str, float]:
 def cells(transformer: Transformer, branches: list[Branch]) -> int:
     """Columns that the attention of a step reads."""
     flat = FlatBatch([ForwardInput(branch, [7]) for branch in branches], transformer.cache)
-    metadata = flat.metadata(transformer.patterns, 0, torch.float32, torch.device("cpu"))
+    metadata = flat.metadata(transformer.patterns, transformer.reach, torch.float32, torch.device("cpu"))
     for branch in branches:
         branch.retract(1)
     return sum(group.tokens.numel() * group.width for group in metadata.groups)

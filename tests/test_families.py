@@ -12,7 +12,6 @@ import pytest
 import tiny
 import torch
 from conftest import Start
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from cards_integrations.decoding import Sampling
 from cards_integrations.engine import Request
@@ -102,17 +101,9 @@ def test_a_sliding_window_matters_here() -> None:
         assert float((narrow - wide).detach().abs().max()) > 0.1
 
 
-@pytest.mark.parametrize("family", ["bloom", "falcon", "mpt", "gpt_neo", "rwkv"])
-def test_a_model_without_exact_tree_attention_is_refused(family: str) -> None:
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family))
-    with pytest.raises(ModelError, match=f"(?s){family}.*tree"):
-        Transformer.check(model)
-
-
 def test_bloom_cannot_draft(tmp_path: Any, start: Start) -> None:
     folder = tiny.save(tmp_path, tiny.causal("bloom"), tiny.words())
-    with pytest.raises(ModelError, match=r"bloom.*ALiBi"):
+    with pytest.raises(ModelError, match=r"bloom.*cannot read trees"):
         start(folder).run(Request("w9 w20", Sampling()))
 
 

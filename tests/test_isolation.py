@@ -30,6 +30,7 @@ from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import ClassifierReward, FunctionReward, LengthReward, Reward, WeightedReward
 from cards_integrations.rewards.base import Conversation, Response, RewardModel
 from cards_integrations.trace import Alignment
+from cards_integrations.transformer.flat_batch import ForwardInput
 from cards_integrations.transformer.step_times import StepTimes
 
 PROMPT = "w9 w20 w31 w5"
@@ -329,6 +330,27 @@ def test_a_request_waits_for_the_memory_of_a_score(models: Callable[..., str], s
 def test_shares_of_a_step(unread: list[int], budget: int, expected: list[int]) -> None:
     """The oldest prompt has half of it, and the shortest the rest."""
     assert prefill_shares(unread, budget) == expected
+
+
+def test_a_short_prompt_among_long_ones_is_read_in_a_small_piece(
+    engine: Engine, judge: ClassifierReward, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunk, beside = 100, 20
+    monkeypatch.setattr(local, "PREFILL_CHUNK", chunk)
+    monkeypatch.setattr(local, "PREFILL_BESIDE", beside)
+    read: list[int] = []
+    lm, run = language_model(engine), language_model(engine)._run
+
+    def noted(inputs: list[ForwardInput]) -> None:
+        read.append(sum(len(each.ids) for each in inputs))
+        run(inputs)
+
+    lm._run = noted
+    long = [" ".join(f"w{6 + (i * (7 + k) + k) % 41}" for i in range(150)) for k in range(4)]
+    plain = replace(request(judge, 0), decoding=Sampling(), reward=None, max_tokens=1)
+    outcomes(engine, [replace(plain, prompt=text) for text in [*long, "w7 w8 w9"]])
+    assert read[0] <= beside
+    assert max(read) == chunk
 
 
 def test_a_prompt_waits_for_what_another_is_reading_in_pieces(

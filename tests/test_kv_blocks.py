@@ -216,7 +216,7 @@ def bytes_alone(length: int) -> int:
 
 def allocated(transformer: Transformer) -> int:
     """Bytes of the tensors that there are."""
-    pairs = [pair for block in transformer.cache.blocks.values() for pair in block.states if pair is not None]
+    pairs = [pair for block in transformer.cache.blocks.values() for pair in block.states.values()]
     return sum(states.nbytes for pair in pairs for states in pair)
 
 

@@ -6,7 +6,7 @@ import asyncio
 import gc
 import random
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise, permutations
 from pathlib import Path
@@ -29,6 +29,7 @@ from cards_integrations.models.base import Candidate, Context
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import ClassifierReward, Conversation
 from cards_integrations.trace import Alignment, Usage
+from cards_integrations.transformer import kv_block
 from cards_integrations.transformer.flat_batch import ForwardInput
 from cards_integrations.transformer.forward import Output, Transformer
 from cards_integrations.transformer.kv_cache import Branch, Tree
@@ -406,5 +407,5 @@ def test_memory_is_flat(llamas: Pair, start: Start) -> None:
     assert watch.bytes <= budget
 
 
-def tensors(layers: Iterable[Any]) -> list[tuple[int, ...]]:
-    return [tuple(states.shape) for pair in layers for states in pair or ()]
+def tensors(pairs: Mapping[int, kv_block.Pair]) -> list[tuple[int, ...]]:
+    return [tuple(states.shape) for pair in pairs.values() for states in pair]

@@ -10,18 +10,24 @@ from __future__ import annotations
 
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-from cards_integrations.errors import ModelError
-from cards_integrations.transformer.kv_block import RowBlock, States
+from cards_integrations.transformer.kv_block import Pair, RowBlock, States
 
 NAME = "cards_tree"
-FULL, SLIDING = "full_attention", "sliding_attention"  # attention patterns, as configs call them
+FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"  # patterns, as configs call them
+
+
+class StateStore(Protocol):
+    """Where the keys and values of a forward are written."""
+
+    def store(self, pair: Pair) -> int:
+        """Write what an attention call was given, (1, heads, tokens, size) each; returns where it is in a block."""
 
 
 @dataclass
@@ -54,9 +60,9 @@ class GroupMetadata:
         """Number of columns that are read."""
         return next(iter(self.masks.values())).shape[-1]
 
-    def states(self, layer: int) -> list[torch.Tensor]:
-        """Return the keys and values that the group reads in a layer, (rows, KV heads, columns, head size)."""
-        return [states[self.rows, self.columns].transpose(1, 2) for states in self.block.states[layer] or ()]
+    def states(self, call: int) -> list[torch.Tensor]:
+        """Return the keys and values that the group reads in a call, (rows, KV heads, columns, head size)."""
+        return [states[self.rows, self.columns].transpose(1, 2) for states in self.block.states[call]]
 
     def mask(self, pattern: str, heads: int) -> torch.Tensor:
         """Return the mask for `heads` query heads that share a key head, (rows, 1, heads * n, columns)."""
@@ -77,12 +83,13 @@ class SharedMetadata:
 class AttentionMetadata:
     """The groups of one forward, in the order of their tokens; `patterns` names the mask of each layer.
 
-    `rounded` says that all numbers of tokens, rows and columns have been rounded up; `shared` are prefixes that rows
-    have in common and not in their columns.
+    `store` takes the forward's keys and values. `rounded` says that all numbers of tokens, rows and columns have been
+    rounded up; `shared` are prefixes that rows have in common and not in their columns.
     """
 
     groups: list[GroupMetadata]
     patterns: list[str]
+    store: StateStore
     rounded: bool = False
     shared: list[SharedMetadata] = field(default_factory=list)
 
@@ -101,41 +108,56 @@ def tree_attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend to a tree cache, or, without `METADATA`, as usual.
+    """Write to a tree cache and attend to it, or, without `METADATA`, attend as usual.
 
     Args:
         module: The attention layer.
-        query: (1, heads, tokens, head size).
-        key: Unused, except without metadata: what it was is in the cache by now.
+        query: (batch, heads, tokens, head size); the flat sequence is batch * tokens.
+        key: (batch, KV heads, tokens, head size) of these tokens.
         value: Like `key`.
-        attention_mask: Like `key`; without metadata, all are the usual (batch, heads, length, size).
+        attention_mask: Unused, except without metadata.
         scaling: Factor of the scores; None for 1 / sqrt(head size).
         softcap: Scores become softcap * tanh(scores / softcap).
-        kwargs: Other options of transformers, which are ignored.
+        kwargs: Other options of transformers. Of these, `s_aux` (heads,) are attention sinks: scores of a token that
+            every query sees, and whose value is zero. The others are ignored.
 
     Returns:
         (batch, tokens, heads, head size), and None in place of attention weights.
-
-    Raises:
-        ModelError: The layer has attention sinks.
     """
-    if kwargs.get("s_aux") is not None:
-        raise ModelError(f"{type(module).__name__} has attention sinks, which are not supported here.")
-    metadata = METADATA.get()
+    metadata, sinks = METADATA.get(), kwargs.get("s_aux")
+    shared = metadata.shared if metadata is not None else []
+    options = ScoreOptions(scaling, softcap, with_sums=bool(shared) or sinks is not None)
     if metadata is None:
-        heads = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(heads, 1), value.repeat_interleave(heads, 1)
-        out, _ = _attend(query, key, value, attention_mask, ScoreOptions(scaling, softcap))
-        return out.transpose(1, 2), None
-    pattern, flat = metadata.patterns[module.layer_idx], query[0].transpose(0, 1)
-    layer, options = module.layer_idx, ScoreOptions(scaling, softcap, with_sums=bool(metadata.shared))
-    attended = [_attend_by_rows(group, pattern, flat, group.states(layer), options) for group in metadata.groups]
+        return _attend_as_usual(query, key, value, attention_mask, options, sinks), None
+    call, flat = metadata.store.store((key, value)), query.transpose(1, 2).flatten(0, 1)
+    pattern = metadata.patterns[module.layer_idx]
+    attended = [_attend_by_rows(group, pattern, flat, group.states(call), options) for group in metadata.groups]
     out = torch.cat([each for each, _ in attended]) if len(attended) > 1 else attended[0][0]
-    if metadata.shared:
+    if options.with_sums:
         sums = torch.cat([each for _, each in attended if each is not None])
-        for shared in metadata.shared:
-            _add_shared(out, sums, shared.tokens, _attend_to_shared(shared, flat, layer, options))
-    return out[None].to(query.dtype), None
+        for prefix in shared:
+            _add_shared(out, sums, prefix.tokens, _attend_to_shared(prefix, flat, call, options))
+        if sinks is not None:
+            out = out * _share_beside(sinks, sums)[..., None].to(out.dtype)
+    return out.view(len(query), -1, *out.shape[1:]).to(query.dtype), None
+
+
+def _attend_as_usual(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, options: ScoreOptions,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    """Attend to the keys and values that are given, (batch, heads, length, size) -> (batch, tokens, heads, size)."""
+    heads = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(heads, 1), value.repeat_interleave(heads, 1)
+    out, sums = _attend(query, key, value, mask, options)
+    if sinks is not None and sums is not None:
+        out = out * _share_beside(sinks, sums.transpose(1, 2)).transpose(1, 2)[..., None].to(out.dtype)
+    return out.transpose(1, 2)
+
+
+def _share_beside(sinks: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
+    """What sinks (heads,) leave of the probability for all else, the logarithms of whose sums are (..., heads)."""
+    return torch.sigmoid(sums - sinks.to(sums.dtype))
 
 
 class ScoreOptions(NamedTuple):
@@ -174,9 +196,9 @@ def _attend_by_rows(
     return out, sums
 
 
-def _attend_to_shared(shared: SharedMetadata, query: torch.Tensor, layer: int, options: ScoreOptions) -> Attended:
+def _attend_to_shared(shared: SharedMetadata, query: torch.Tensor, call: int, options: ScoreOptions) -> Attended:
     """query (tokens, heads, size) -> (tokens that share the prefix, heads, size): all of them see all of it."""
-    keys, values = (states.transpose(0, 1)[None] for states in shared.states[layer])  # (1, kv, columns, size)
+    keys, values = (states.transpose(0, 1)[None] for states in shared.states[call])  # (1, kv, columns, size)
     own, kv = query[shared.tokens].to(keys.dtype), keys.shape[1]
     n, heads, size = own.shape
     by_head = own.view(n, kv, heads // kv, size).permute(1, 2, 0, 3).reshape(1, kv, heads // kv * n, size)
@@ -186,10 +208,11 @@ def _attend_to_shared(shared: SharedMetadata, query: torch.Tensor, layer: int, o
 
 
 def _add_shared(out: torch.Tensor, sums: torch.Tensor, tokens: slice | torch.Tensor, attended: Attended) -> None:
-    """Make the outputs of these tokens those of one softmax over their own columns and the shared ones."""
+    """Make the outputs, and sums, of these tokens those of one softmax over their own columns and the shared ones."""
     other, other_sums = attended
     assert other_sums is not None
     share = torch.sigmoid(other_sums - sums[tokens])[..., None]
+    sums[tokens] = torch.logaddexp(sums[tokens], other_sums)
     precise = torch.promote_types(out.dtype, share.dtype)
     out[tokens] = torch.lerp(out[tokens].to(precise), other.to(precise), share.to(precise)).to(out.dtype)
 

@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cards_integrations.transformer.attention import FULL, SLIDING, AttentionMetadata, GroupMetadata, SharedMetadata
+from cards_integrations.transformer.attention import (
+    CHUNKED,
+    FULL,
+    SLIDING,
+    AttentionMetadata,
+    GroupMetadata,
+    SharedMetadata,
+)
 from cards_integrations.transformer.kv_block import RowBlock
 from cards_integrations.transformer.kv_cache import Branch, Tree, TreeCache
 from cards_integrations.transformer.shared_prefix import SharedPrefix
@@ -32,6 +39,24 @@ class ForwardInput:
     ids: Sequence[int]
     owner: Any = None
     outputs: int = 1
+
+
+class Reach(NamedTuple):
+    """How far back layers see that do not see all: tokens of a sliding window, and of a chunk; 0 if there are none."""
+
+    window: int
+    chunk: int
+
+    def masks(
+        self, visible: NDArray[np.bool_], positions: NDArray[np.int64], keys: NDArray[np.int64]
+    ) -> dict[str, NDArray[np.bool_]]:
+        """Return what is left of (tokens, columns) by pattern; `positions` (tokens, 1) and `keys` tell where."""
+        found = {}
+        if self.window:
+            found[SLIDING] = visible & (positions - keys < self.window)
+        if self.chunk:
+            found[CHUNKED] = visible & (positions // self.chunk == keys // self.chunk)
+        return found
 
 
 class FlatBatch:
@@ -56,6 +81,7 @@ class FlatBatch:
 
     def __init__(self, inputs: Sequence[ForwardInput], cache: TreeCache, rounded: bool = False) -> None:
         more = _tokens_of_rows(inputs)
+        self.cache = cache
         cache.make_room({tree: n for tree, n in more.items() if not tree.has_room(n)})
         self.groups = attention_groups(inputs, more)
         self.rounded = rounded and _can_be_rounded(self.groups) and not any(tree.shared for tree in more)
@@ -146,28 +172,30 @@ class FlatBatch:
         parts = torch.from_numpy(numbers).to(device).tensor_split((n, 2 * n, 3 * n))
         return dict(zip(names, parts, strict=True))
 
-    def metadata(self, patterns: list[str], window: int, dtype: torch.dtype, device: torch.device) -> AttentionMetadata:
+    def metadata(
+        self, patterns: list[str], reach: Reach, dtype: torch.dtype, device: torch.device
+    ) -> AttentionMetadata:
         """Return who attends to what.
 
         Args:
             patterns: The attention pattern of each layer.
-            window: Tokens of a sliding window.
+            reach: How far back those go that do not see all.
             dtype: Of the additive masks.
             device: Where the forward runs.
         """
-        groups = [self._group(group, patterns, window, dtype, device) for group in self.groups]
+        groups = [self._group(group, patterns, reach, dtype, device) for group in self.groups]
         shared = [SharedMetadata(each.states, _compact(tokens, device)) for each, tokens in self.sharing.items()]
-        return AttentionMetadata(groups, patterns, self.rounded, shared)
+        return AttentionMetadata(groups, patterns, self.cache, self.rounded, shared)
 
     def _group(
-        self, group: AttentionGroup, patterns: list[str], window: int, dtype: torch.dtype, device: torch.device
+        self, group: AttentionGroup, patterns: list[str], reach: Reach, dtype: torch.dtype, device: torch.device
     ) -> GroupMetadata:
         own = slice(group.start, group.end)
         columns, visible = self._visible(group)
         masks = {FULL: visible}
-        if SLIDING in patterns:
+        if not {*patterns} <= {FULL}:
             keys = group.block.positions[self.arrays.rows[own]][:, columns]
-            masks[SLIDING] = visible & (self.arrays.positions[own, None] - keys < window)
+            masks |= reach.masks(visible, self.arrays.positions[own, None], keys)
         tokens = np.zeros(group.rows * group.length, dtype=np.int64)
         tokens[group.restore] = np.arange(group.start, group.end)
         in_order = not self.rounded and np.array_equal(group.restore, np.arange(len(tokens)))

@@ -6,22 +6,20 @@ import logging
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 
 from cards_integrations.errors import CardsError, ModelError, OutOfMemory, as_cards_error
-from cards_integrations.transformer.attention import FULL, METADATA, NAME, SLIDING, AttentionMetadata
+from cards_integrations.transformer.attention import CHUNKED, FULL, METADATA, NAME, SLIDING, AttentionMetadata
 from cards_integrations.transformer.cuda_graphs import StaticSteps
-from cards_integrations.transformer.flat_batch import FlatBatch, ForwardInput
+from cards_integrations.transformer.flat_batch import FlatBatch, ForwardInput, Reach
+from cards_integrations.transformer.kv_block import Layout
 from cards_integrations.transformer.kv_cache import TreeCache
 from cards_integrations.transformer.kv_memory import KVMemory
 from cards_integrations.transformer.quantization import attention_dtype
 from cards_integrations.transformer.step_times import least_seconds
 
-NO_TREES = {  # architectures that would be silently wrong, for they do not go by positions and mask alone
-    "bloom": "ALiBi", "falcon": "ALiBi", "mpt": "ALiBi", "gpt_neo": "a causal mask of its own",
-    "openai-gpt": "no KV cache", "rwkv": "a recurrent state",
-}  # fmt: skip
 SHARED = {"cpu": 256, "cuda": 2048}  # tokens from which on a common beginning is held once; then a graph is not used
 log = logging.getLogger("cards_integrations")
 PREFILL_CHUNK = 2048  # tokens that a forward reads at most, where they can be read in several
@@ -48,42 +46,49 @@ class Output(NamedTuple):
 class Transformer:
     """A decoder with a `TreeCache`. The tokens of all inputs make one flat sequence (1, tokens).
 
+    That this is exact for a model is not known before `check_exact` has tried it.
+
     Args:
         model: A transformers model, whose attention is replaced.
         memory: The budget that its cache belongs to; unlimited by default.
 
     Raises:
-        ModelError: The architecture's attention cannot be given a tree mask.
+        ModelError: The model cannot be run so.
     """
 
     def __init__(self, model: Any, memory: KVMemory | None = None) -> None:
-        self.check(model)
         self.model = model
         self.config = model.config.get_text_config()
-        self.patterns = _patterns(self.config)
-        self.window: int = getattr(self.config, "sliding_window", None) or 0
+        self.patterns = attention_patterns(self.config)
+        self.first_position = first_position(model)
         self.memory = memory or KVMemory(2**62, reuse=False)
         size = (8, 256) if model.device.type == "cuda" else (1, 64)  # graphs are lost when their block grows
-        shares = None if SLIDING in self.patterns else SHARED.get(model.device.type, max(SHARED.values()))
+        shares = None if {*self.patterns} - {FULL} else SHARED.get(model.device.type, max(SHARED.values()))
         self.dtype = attention_dtype(model)
         self.device: torch.device = model.device  # the model looks for it among its weights, at every step
-        bytes_per_token = _bytes_per_token(self.config, self.dtype)
-        self.cache = TreeCache(self.config.num_hidden_layers, bytes_per_token, size, shares, self.dtype)
+        self.cache = TreeCache(self.config.num_hidden_layers, _layout(model), size, shares, self.dtype)
         self.memory.caches.append(self.cache)
-        self.forwards = 0
-        self.tokens = 0
-        model.set_attn_implementation(NAME)
         self._logits = StaticSteps(self._run_model, model.device)
         self._hidden = StaticSteps(self._run_body, model.device)
+        use_tree_attention(model)
+        self.forwards = self.tokens = 0
+        if not len(self.cache.layout):
+            self._learn_layout()
 
-    @staticmethod
-    def check(model: Any) -> None:
-        """Raise `ModelError` for an architecture whose attention cannot be given a tree mask."""
-        config = model.config.get_text_config()
-        strange = sorted(set(_patterns(config)) - {FULL, SLIDING})
-        if config.model_type in NO_TREES or strange or not model._can_set_attn_implementation():
-            what = NO_TREES.get(config.model_type) or ", ".join(strange) or "attention of its own"
-            raise ModelError(f"model type {config.model_type!r} uses {what}, which has no exact tree mask here.")
+    def _learn_layout(self) -> None:
+        """Read one token, which shows what is kept of each."""
+        tree = self.cache.open()
+        [output] = self.hidden([ForwardInput(tree.branch(), [0])])
+        self.cache.close(tree)
+        self.forwards = self.tokens = 0
+        if isinstance(output, CardsError):
+            raise cannot_run(self.model, str(output)) from output.__cause__
+
+    @property
+    def reach(self) -> Reach:
+        """How far back layers see that do not see all."""
+        window, chunk = (getattr(self.config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+        return Reach(window or 0, chunk or 0)
 
     def logits(self, inputs: Sequence[ForwardInput]) -> list[Output | CardsError]:
         """Run a causal model: logits (vocabulary,) after the last tokens of each input, or why it cannot be read."""
@@ -116,7 +121,7 @@ class Transformer:
 
     def _prepare(self, flat: FlatBatch) -> tuple[dict[str, torch.Tensor], AttentionMetadata]:
         """The tensors of the forward, and who attends to what."""
-        metadata = flat.metadata(self.patterns, self.window, self.dtype, self.device)
+        metadata = flat.metadata(self.patterns, self.reach, self.dtype, self.device)
         self.cache.written = flat.sections
         self.forwards += 1
         self.tokens += flat.read
@@ -146,19 +151,19 @@ class Transformer:
         return logits
 
     def _run_body(self, tensors: dict[str, torch.Tensor], metadata: AttentionMetadata) -> torch.Tensor:
-        found = self._run(self.model.base_model, tensors, metadata)
+        found = self._run(body(self.model), tensors, metadata)
         hidden: torch.Tensor = found.last_hidden_state[0, tensors["output_indices"]]
         return hidden
 
     def _run(self, model: Any, tensors: dict[str, torch.Tensor], metadata: AttentionMetadata, **options: Any) -> Any:
-        self.cache.write_indices = tensors["write_indices"]
+        self.cache.begin(tensors["write_indices"])
         marker = torch.empty(1, 1, 1, 1, device=tensors["ids"].device)  # a 4D mask is passed on as it is
         token = METADATA.set(metadata)
         try:
             with torch.inference_mode():
                 return model(
                     input_ids=tensors["ids"][None],
-                    position_ids=tensors["positions"][None],
+                    position_ids=tensors["positions"][None] + self.first_position,
                     attention_mask=dict.fromkeys(self.patterns, marker) if len(set(self.patterns)) > 1 else marker,
                     past_key_values=self.cache,
                     use_cache=True,
@@ -179,17 +184,56 @@ class Transformer:
             yield batch
 
 
-def _bytes_per_token(config: Any, dtype: torch.dtype) -> int:
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * config.num_hidden_layers * heads * size * dtype.itemsize)
+_LAYOUTS: WeakKeyDictionary[Any, Layout] = WeakKeyDictionary()
 
 
-def _patterns(config: Any) -> list[str]:
-    """The attention pattern of each layer."""
+def _layout(model: Any) -> Layout:
+    """That of a model, which its first forward shows."""
+    return _LAYOUTS.setdefault(model, Layout())
+
+
+def body(model: Any) -> Any:
+    """Return the part of a model that gives hidden states."""
+    return model.base_model if model.base_model is not model else model.model  # Llama 4 names another one
+
+
+def use_tree_attention(model: Any) -> None:
+    """Replace a model's attention.
+
+    Raises:
+        ModelError: It has one of its own.
+    """
+    try:
+        model.set_attn_implementation(NAME)
+    except (ValueError, AttributeError) as error:
+        raise cannot_run(model, str(error)) from error
+
+
+def cannot_run(model: Any, found: str) -> ModelError:
+    """The error for a model that trees of candidates cannot be read with."""
+    return ModelError(f"model type {model.config.model_type!r} cannot read trees of candidates here: {found}")
+
+
+def attention_patterns(config: Any) -> list[str]:
+    """Return the attention pattern of each layer.
+
+    Raises:
+        ModelError: There is no mask for one of them.
+    """
     layers: list[str] | None = getattr(config, "layer_types", None)
     pattern = FULL if getattr(config, "sliding_window", None) is None else SLIDING
-    return list(layers) if layers else [pattern] * config.num_hidden_layers
+    patterns = list(layers) if layers else [pattern] * config.num_hidden_layers
+    if strange := sorted({*patterns} - {FULL, SLIDING, CHUNKED}):
+        raise ModelError(f"model type {config.model_type!r} has layers of {', '.join(strange)}, not supported here.")
+    return patterns
+
+
+def first_position(model: Any) -> int:
+    """Return the position of a text's first token: models like RoBERTa leave one out that stands for padding."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return int(module.padding_idx) + 1
+    return 0
 
 
 def _error_of(item: ForwardInput, problem: Exception) -> CardsError:

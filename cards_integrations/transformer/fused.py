@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from cards_integrations.transformer.quantization import rounds_inputs, side_by_side
@@ -61,7 +62,7 @@ class OncePerForward(threading.local):
             half = sin.shape[-1] // 2
             self._given, self._cos = given, cos.unsqueeze(2)
             self._sin = torch.cat([-sin[..., :half], sin[..., half:]], -1).unsqueeze(2)
-            self.attend = ALL_ATTENTION_FUNCTIONS[config._attn_implementation]
+            self.attend = ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation, sdpa_attention_forward)
 
     def rotated(self, heads: Tensor) -> Tensor:
         """Return heads (batch, tokens, heads, size) turned by the angles of their tokens."""

@@ -20,10 +20,38 @@ MASK_ROWS = 16  # of a new block
 _serial = count()
 
 Pair = tuple[torch.Tensor, torch.Tensor]
-"""Keys and values of one layer."""
+"""Keys and values of one attention call."""
 
 States = list[Pair]
-"""Keys and values of consecutive tokens, (tokens, heads, head size) for each layer."""
+"""Keys and values of consecutive tokens, (tokens, heads, head size) for each attention call."""
+
+
+class Layout:
+    """What a forward keeps of a token: one pair of keys and values for each attention call, in the order of the calls.
+
+    It is read off the model's first forward, not off its config: layers may differ in their heads, share what
+    others keep, or attend twice.
+
+    Attributes:
+        pairs: Empty tensors (0, heads, head size) of the shapes and types.
+    """
+
+    def __init__(self) -> None:
+        self.pairs: list[Pair] = []
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of keys and values of one token."""
+        return sum(each.shape[-2] * each.shape[-1] * each.dtype.itemsize for pair in self.pairs for each in pair)
+
+    def note(self, call: int, pair: Pair) -> None:
+        """Learn the shape of a call's keys and values (tokens, heads, head size), if it is new."""
+        if call == len(self.pairs):
+            keys, values = pair
+            self.pairs.append((keys.new_empty(0, *keys.shape[1:]), values.new_empty(0, *values.shape[1:])))
 
 
 class Row(Protocol):
@@ -38,21 +66,22 @@ class RowBlock:
     """Rows of `columns` columns each.
 
     Args:
-        layers: Number of layers of the model.
+        layout: What they hold of each token.
         columns: Width of the rows.
         least: Rows that it has in any case.
 
     `visible` (mask rows, columns) says which columns each path attends to, and `positions` (rows, columns)
-    at which position the token of a column is. `states` are the keys and values of each layer, (rows,
-    columns, heads, head size), None until a forward has told their shape. `version` changes when they move.
+    at which position the token of a column is. `states` are the keys and values of each attention call,
+    (rows, columns, heads, head size), as far as a forward has written some. `version` changes when they move.
     """
 
-    def __init__(self, layers: int, columns: int, least: int = 0) -> None:
+    def __init__(self, layout: Layout, columns: int, least: int = 0) -> None:
+        self.layout = layout
         self.columns = columns
         self.least = least
         self.serial = next(_serial)
         self.version = 0
-        self.states: list[Pair | None] = [None] * layers
+        self.states: dict[int, Pair] = {}
         self.trees: list[Row] = []
         self._begin()
 
@@ -93,14 +122,14 @@ class RowBlock:
         used = len(self.trees)
         if most * used < self.rows and self.rows > self.least:
             self._resize(max(self.least, used if most == 1.0 else used + used // 4))
-            for layer in range(len(self.states)):
-                self.fit(layer)
+            for call in self.states:
+                self.fit(call)
         if not used and len(self.visible) > MASK_ROWS:
             self._begin()
 
     def release(self) -> None:
         """Let go of the keys and values; a graph that was captured with them may still know the block."""
-        self.states = [None] * len(self.states)
+        self.states.clear()
         self.version += 1
 
     def _resize(self, rows: int) -> None:
@@ -109,40 +138,28 @@ class RowBlock:
 
     def _written(self, row: int) -> Iterator[torch.Tensor]:
         """Keys and values in which a row can have been written."""
-        for pair in self.states:
-            yield from (states for states in pair or () if row < len(states))
+        for pair in self.states.values():
+            yield from (states for states in pair if row < len(states))
 
-    def fit(self, layer: int, like: Pair | None = None) -> Pair | None:
-        """Return the layer's keys and values, which have all rows from now on.
-
-        Args:
-            layer: Its index.
-            like: States (..., heads, head size) of the shape and type that they have; without them, what
-                no forward has written is not made.
-        """
-        pair = self.states[layer]
-        if pair is not None and len(pair[0]) == self.rows:
-            return pair
-        source = pair or like
-        if source is None:
-            return None
-        self.version += 1
-        keys, values = source
-        made = self._made(keys, pair is not None), self._made(values, pair is not None)
-        self.states[layer] = made
-        return made
+    def fit(self, call: int) -> Pair:
+        """Return the keys and values of an attention call, which have all rows from now on."""
+        pair = self.states.get(call)
+        if pair is None or len(pair[0]) != self.rows:
+            self.version += 1
+            keys, values = pair or self.layout.pairs[call]
+            pair = self.states[call] = self._made(keys), self._made(values)
+        return pair
 
     @property
     def ready(self) -> bool:
         """True if no forward has to make or move its keys and values."""
-        return all(pair is not None and len(pair[0]) == self.rows for pair in self.states)
+        return len(self.states) == len(self.layout) and all(len(keys) == self.rows for keys, _ in self.states.values())
 
-    def _made(self, like: torch.Tensor, copied: bool) -> torch.Tensor:
+    def _made(self, source: torch.Tensor) -> torch.Tensor:
         # Zeros, not empty: a masked column still takes part in 0 * value, and 0 * NaN is NaN.
-        new = like.new_zeros(self.rows, self.columns, *like.shape[-2:])
-        if copied:
-            rows = min(len(like), self.rows)
-            new[:rows] = like[:rows]
+        new = source.new_zeros(self.rows, self.columns, *source.shape[-2:])
+        if rows := min(len(source), self.rows):
+            new[:rows] = source[:rows]
         return new
 
     def allocate_mask_row(self, like: int | None = None) -> int:

@@ -11,13 +11,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from heapq import heapify, heappop
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import ReferenceType, ref
 
 import numpy as np
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from cards_integrations.transformer.kv_block import STEP, RowBlock, States, joined, part, width_for, width_within
+from cards_integrations.transformer.kv_block import (
+    STEP,
+    Layout,
+    Pair,
+    RowBlock,
+    States,
+    joined,
+    part,
+    width_for,
+    width_within,
+)
 from cards_integrations.transformer.live_texts import LiveTexts
 from cards_integrations.transformer.shared_prefix import SharedPrefix
 
@@ -212,26 +223,16 @@ class Tree:
 
 
 class TreeLayer(CacheLayerMixin):
-    """One layer of the cache, as transformers sees it."""
+    """One layer of the cache, as transformers sees it: it gives what it gets.
 
-    def __init__(self, cache: TreeCache, index: int) -> None:
-        super().__init__()
-        self.cache = cache
-        self.index = index
+    What the layer makes of that comes to `TreeCache.store` when it attends; so latents are kept as the keys and values
+    that they stand for.
+    """
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """The blocks make their tensors themselves."""
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write (1, heads, tokens, head size) to the blocks; attention finds them there, and gets these back."""
-        dtype = self.cache.dtype or key_states.dtype
-        states = key_states[0].transpose(0, 1).to(dtype), value_states[0].transpose(0, 1).to(dtype)
-        for block, tokens in self.cache.written:
-            indices = self.cache.write_indices[tokens]
-            for stored, new in zip(block.fit(self.index, states) or (), states, strict=True):
-                stored.flatten(0, 1).index_copy_(0, indices, new[tokens])
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Pair:
         return key_states, value_states
 
     def get_seq_length(self) -> int:
@@ -244,39 +245,81 @@ class TreeLayer(CacheLayerMixin):
         return -1
 
 
+class AttentionCall(NamedTuple):
+    """The number of a call in its forward, and the keys and values that it had."""
+
+    number: int
+    keys: ReferenceType[torch.Tensor]
+    values: ReferenceType[torch.Tensor]
+
+    def had(self, pair: Pair) -> bool:
+        """True if these are the very tensors, not others with their ids."""
+        return self.keys() is pair[0] and self.values() is pair[1]
+
+
 class TreeCache(Cache):
     """The rows of all live requests, in blocks of equal width.
 
     Args:
         layers: Number of layers of the model.
-        bytes_per_token: Bytes of keys and values of one token, of all layers.
+        layout: What is kept of each token; unknown until a forward by default.
         size: Rows and columns of a block that is always there, in which every text begins.
         min_shared: Tokens from which on a beginning that live rows have in common is held once; None for never.
         dtype: Of the keys and values; None for what the model computes.
 
-    `written` are the blocks that the next forward writes to, each with its part of the forward's tokens;
-    `write_indices` (tokens,) are indices into the rows * columns of the token's block.
+    `written` are the blocks that the next forward writes to, each with its part of the forward's tokens.
     """
 
     def __init__(
         self,
         layers: int,
-        bytes_per_token: int = 0,
+        layout: Layout | None = None,
         size: tuple[int, int] = (1, STEP),
         min_shared: int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(layers=[TreeLayer(self, index) for index in range(layers)])
+        super().__init__(layers=[TreeLayer() for _ in range(layers)])
         self.dtype = dtype
-        self.bytes_per_token = bytes_per_token
+        self.layout = layout if layout is not None else Layout()
         self.min_shared = min_shared
         self.prefixes: dict[SharedPrefix, None] = {}
         least, self.narrowest = size
         self.trees: dict[Tree, None] = {}
         self.live_texts: LiveTexts[Tree] = LiveTexts()
-        self.blocks: dict[int, RowBlock] = {self.narrowest: RowBlock(layers, self.narrowest, least)}
+        self.blocks: dict[int, RowBlock] = {self.narrowest: RowBlock(self.layout, self.narrowest, least)}
         self.written: list[tuple[RowBlock, slice]] = []
-        self.write_indices: torch.Tensor
+        self._write_indices: torch.Tensor
+        self._calls: dict[tuple[int, int], AttentionCall] = {}
+
+    def begin(self, write_indices: torch.Tensor) -> None:
+        """Let a forward begin, which writes to (tokens,) indices into the rows * columns of each token's block."""
+        self._write_indices = write_indices
+        self._calls.clear()
+        self._count = 0
+
+    def store(self, pair: Pair) -> int:
+        """Write the keys and values of an attention call, (batch, heads, tokens, head size) with batch * tokens in all.
+
+        Returns:
+            The call's number; that of an earlier one of the forward if that had the very same.
+        """
+        known = self._calls.get((id(pair[0]), id(pair[1])))
+        if known is not None and known.had(pair):
+            return known.number
+        call, self._count = self._count, self._count + 1
+        self._calls[id(pair[0]), id(pair[1])] = AttentionCall(call, ref(pair[0]), ref(pair[1]))
+        keys, values = (each.transpose(1, 2).flatten(0, 1).to(self.dtype or each.dtype) for each in pair)
+        self.layout.note(call, (keys, values))
+        for block, tokens in self.written:
+            indices = self._write_indices[tokens]
+            for stored, new in zip(block.fit(call), (keys, values), strict=True):
+                stored.flatten(0, 1).index_copy_(0, indices, new[tokens])
+        return call
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of keys and values of one token, of all layers."""
+        return self.layout.bytes_per_token
 
     @property
     def bytes(self) -> int:
@@ -350,7 +393,7 @@ class TreeCache(Cache):
         """The block for rows of so many columns."""
         width = self._width(columns)
         if width not in self.blocks:
-            self.blocks[width] = RowBlock(len(self.layers), width)
+            self.blocks[width] = RowBlock(self.layout, width)
         return self.blocks[width]
 
     @torch.inference_mode()
@@ -380,13 +423,12 @@ class TreeCache(Cache):
         target.make_rows(first + len(rows))
         if widest == 1:  # only the scratch columns
             return
-        device = next((pair[0].device for pair in source.states if pair is not None), None)
+        device = next((keys.device for keys, _ in source.states.values()), None)
         padded = [used + [0] * (widest - len(used)) for used in columns]
         at = torch.tensor(rows, device=device)[:, None], torch.tensor(padded, device=device)
-        for layer in range(len(self.layers)):
-            if (pair := source.fit(layer)) is not None:
-                for stored, moved in zip(target.fit(layer, pair) or (), pair, strict=True):
-                    stored[first : first + len(rows), :widest] = moved[at]
+        for call in source.states:
+            for stored, moved in zip(target.fit(call), source.fit(call), strict=True):
+                stored[first : first + len(rows), :widest] = moved[at]
 
     def release(self) -> None:
         """Free all memory; the cache is not used any more."""
@@ -497,10 +539,10 @@ class TreeCache(Cache):
             tree.shared = None
 
     def _put(self, tree: Tree, columns: list[int], states: States) -> None:
-        for layer, pair in enumerate(states):
-            for stored, new in zip(tree.block.fit(layer, pair) or (), pair, strict=True):
+        for call, pair in enumerate(states):
+            for stored, new in zip(tree.block.fit(call), pair, strict=True):
                 stored[tree.row, columns] = new
 
     @staticmethod
     def _states(block: RowBlock) -> States:
-        return [pair for pair in block.states if pair is not None]
+        return [block.states[call] for call in sorted(block.states)]

@@ -23,6 +23,7 @@ from cards_integrations.models.local.resolve import max_positions
 from cards_integrations.models.randomness import Uniforms
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.trace import Usage
+from cards_integrations.transformer.exact import check_exact
 from cards_integrations.transformer.flat_batch import ForwardInput
 from cards_integrations.transformer.forward import PREFILL_CHUNK, Output, Transformer
 from cards_integrations.transformer.kv_cache import Branch, Tree
@@ -116,6 +117,7 @@ class LocalLanguageModel:
         self.model = model
         self.chat = chat
         self.threads = threads
+        check_exact(model)
         self.transformer = Transformer(model, memory)
         self.memory = self.transformer.memory
         self.context_window = max_positions(model.config)
@@ -397,7 +399,8 @@ class LocalLanguageModel:
         unread = self._recalled(dict(self._unread(candidates))).items()
         step = [ForwardInput(f.branch, f.unread.copy(), (f, context)) for f, context in unread if len(f.unread) == 1]
         prompts = [(f, context) for f, context in unread if len(f.unread) > 1]
-        shares = prefill_shares([len(f.unread) for f, _ in prompts], PREFILL_BESIDE if step else PREFILL_CHUNK)
+        lengths = [len(f.unread) for f, _ in prompts]
+        shares = prefill_shares(lengths, PREFILL_BESIDE if step or _mixed(lengths) else PREFILL_CHUNK)
         pieces = [
             ForwardInput(f.branch, f.unread[:share], (f, context))
             for (f, context), share in zip(prompts, shares, strict=True)
@@ -514,6 +517,11 @@ def _reads_for(frontier: Frontier, ids: Sequence[int]) -> bool:
     read = frontier.branch.tree.ids
     shared = common([*read, *frontier.unread], ids[:-1]) if ids[: len(read)] == read else 0
     return shared > max(len(read), MIN_PREFIX - 1)
+
+
+def _mixed(unread: Sequence[int]) -> bool:
+    """True for a short prompt among long ones, which is to wait no longer than a step of others would."""
+    return bool(unread) and min(unread) <= PREFILL_BESIDE < max(unread)
 
 
 def prefill_shares(unread: Sequence[int], budget: int) -> list[int]:

@@ -18,6 +18,7 @@ from cards_integrations.rewards.base import Conversation, Response, RewardModel,
 from cards_integrations.rewards.scorers.conversation_row import ConversationRow, FittedText, ScoredBranch
 from cards_integrations.rewards.scorers.head import Head
 from cards_integrations.rewards.scorers.input_format import InputFormat, without_final_padding
+from cards_integrations.transformer.exact import check_exact
 from cards_integrations.transformer.flat_batch import ForwardInput
 from cards_integrations.transformer.forward import PREFILL_CHUNK, Output, Transformer
 from cards_integrations.transformer.kv_cache import Tree
@@ -322,11 +323,11 @@ class IncrementalClassifier(Incremental):
 
 
 def reads_incrementally(model: Any) -> bool:
-    """Return True for a decoder with a head whose attention can be given a tree mask."""
+    """Return True for a decoder with a head that gives the same over trees of candidates as alone."""
     if not hasattr(model, "score"):
         return False
     try:
-        Transformer.check(model)
+        check_exact(model)
     except ModelError:
         return False
     return True

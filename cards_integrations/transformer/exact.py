@@ -1,0 +1,144 @@
+"""A self-test: that a model gives over trees of candidates, and beside others, what it gives alone.
+
+Models differ in what else they go by than positions and a mask: a count of what is in the cache, values that are
+rearranged after it, a bias of their own. No list of them is ever complete, so each is tried before it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakSet
+
+import torch
+
+from cards_integrations.errors import CardsError, ModelError
+from cards_integrations.transformer.attention import NAME
+from cards_integrations.transformer.flat_batch import ForwardInput
+from cards_integrations.transformer.forward import Transformer, body, cannot_run, use_tree_attention
+from cards_integrations.transformer.kv_cache import Branch
+from cards_integrations.transformer.quantization import is_quantized
+
+PATH = 24  # tokens of a path
+OWN = 4  # of them, those after the trunk
+REACH = 6  # tokens of windows and chunks while a model is tried, so that its paths go beyond
+EXACT, ROUNDED = 1e-3, 0.05  # largest error, over the norm, in float32; in half precision, that of the median
+
+_exact: WeakSet[Any] = WeakSet()
+
+
+@torch.inference_mode()
+def check_exact(model: Any) -> None:
+    """Compare a small tree, and a short row beside a long one, with plain forwards of the same tokens.
+
+    Of a model with a language-modeling head the logits are compared, of others the last hidden states. The tree
+    has branches of the trunk, one of them kept in part, and a branch of a branch. A model is tried once.
+
+    Args:
+        model: A transformers model. If it fails, it has its own attention again.
+
+    Raises:
+        ModelError: They differ, or the model cannot be run so.
+    """
+    if model in _exact:
+        return
+    config, native = model.config.get_text_config(), model.config._attn_implementation
+    length = min(PATH, getattr(config, "max_position_embeddings", None) or PATH)
+    ids = _ids(model, length)
+    try:
+        with _short_reach(config):
+            model.set_attn_implementation("eager")
+            plain = _plain(model, torch.tensor(ids, device=model.device))
+            use_tree_attention(model)
+            found = _TriedModel(model, ids).outputs()
+        _compare(model, found, plain)
+    except Exception as error:
+        model.set_attn_implementation("eager" if native == NAME else native)
+        raise (
+            error if isinstance(error, ModelError) else cannot_run(model, f"{type(error).__name__}: {error}")
+        ) from error
+    _exact.add(model)
+
+
+def _ids(model: Any, length: int) -> list[list[int]]:
+    """Four texts of ordinary tokens: three with a trunk in common, and one of their own."""
+    config = model.config.get_text_config()
+    special = {value for name, value in config.to_dict().items() if name.endswith("token_id")}
+    ordinary = [i for i in range(min(1000, model.get_input_embeddings().weight.shape[0])) if i not in special]
+    draw = torch.Generator().manual_seed(0)
+    drawn = torch.randint(len(ordinary), (4, length), generator=draw).tolist()
+    one, two, three, other = ([ordinary[i] for i in text] for text in drawn)
+    trunk = one[: length - OWN]
+    return [one, trunk + two[-OWN:], trunk + one[-OWN : -OWN + 2] + three[-OWN + 2 :], other]
+
+
+@contextmanager
+def _short_reach(config: Any) -> Iterator[None]:
+    """Make windows and chunks shorter than the texts."""
+    names = [name for name in ("sliding_window", "attention_chunk_size") if (getattr(config, name, None) or 0) > REACH]
+    before = {name: getattr(config, name) for name in names}
+    try:
+        for name in names:
+            setattr(config, name, REACH)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
+
+
+def _has_head(model: Any) -> bool:
+    return model.get_output_embeddings() is not None
+
+
+def _plain(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """(texts, tokens) -> what the model gives after each token, (texts, tokens, ...)."""
+    found: torch.Tensor
+    if _has_head(model):
+        found = model(input_ids=ids, use_cache=False).logits
+    else:
+        found = body(model)(input_ids=ids, use_cache=False).last_hidden_state
+    return found.float()
+
+
+class _TriedModel:
+    """The engine's forwards of four texts: a tree of three, and a short one."""
+
+    def __init__(self, model: Any, ids: list[list[int]]) -> None:
+        self.transformer = Transformer(model)
+        self.run = self.transformer.logits if _has_head(model) else self.transformer.hidden
+        self.ids = ids
+        self.found: dict[tuple[int, int], torch.Tensor] = {}
+
+    def outputs(self) -> dict[tuple[int, int], torch.Tensor]:
+        """Return what comes after some tokens, by (text, token)."""
+        tree, short = self.transformer.cache.open(), self.transformer.cache.open()
+        trunk, other, end = tree.branch(), short.branch(), len(self.ids[0])
+        kept, two = end - OWN, end - OWN + 2
+        self._read((trunk, 0, 0, kept), (other, 3, 0, OWN))
+        tree.keep(trunk)
+        short.keep(other)
+        one, second = tree.branch(), tree.branch()
+        self._read((one, 0, kept, end), (second, 1, kept, two))
+        tree.keep(one, 2)
+        self._read((tree.branch(), 2, two, end), (second.branch(), 1, two, end), (short.branch(), 3, OWN, OWN + 1))
+        return self.found
+
+    def _read(self, *parts: tuple[Branch, int, int, int]) -> None:
+        """One forward, of some tokens of some texts."""
+        inputs = [ForwardInput(branch, self.ids[text][start:end]) for branch, text, start, end in parts]
+        for (_, text, _, end), output in zip(parts, self.run(inputs), strict=True):
+            if isinstance(output, CardsError):
+                raise output.__cause__ or output
+            self.found[text, end - 1] = output.value.float()
+
+
+def _compare(model: Any, found: dict[tuple[int, int], torch.Tensor], plain: torch.Tensor) -> None:
+    expected = [plain[at] for at in found]
+    if not all(each.isfinite().all() for each in expected):
+        return  # the numbers are too large for the model's dtype, which its first answer tells
+    off = sorted(float((a - b).norm() / b.norm()) for a, b in zip(found.values(), expected, strict=True))
+    rounded = model.dtype != torch.float32 or is_quantized(model)
+    error, most = (off[len(off) // 2], ROUNDED) if rounded else (off[-1], EXACT)
+    if not error <= most:
+        raise cannot_run(model, f"what it gives beside other texts is {error:.0%} off from what it gives alone.")
