@@ -16,7 +16,7 @@ import torch
 from cards_integrations.errors import CardsError, ModelError
 from cards_integrations.transformer.attention import NAME
 from cards_integrations.transformer.flat_batch import ForwardInput
-from cards_integrations.transformer.forward import Transformer, body, cannot_run, use_tree_attention
+from cards_integrations.transformer.forward import STEPWISE, Transformer, body, cannot_run, use_tree_attention
 from cards_integrations.transformer.kv_cache import Branch
 from cards_integrations.transformer.quantization import is_quantized
 
@@ -51,14 +51,28 @@ def check_exact(model: Any) -> None:
             model.set_attn_implementation("eager")
             plain = _plain(model, torch.tensor(ids, device=model.device))
             use_tree_attention(model)
-            found = _TriedModel(model, ids).outputs()
-        _compare(model, found, plain)
+            _try(model, ids, plain)
     except Exception as error:
         model.set_attn_implementation("eager" if native == NAME else native)
         raise (
             error if isinstance(error, ModelError) else cannot_run(model, f"{type(error).__name__}: {error}")
         ) from error
     _exact.add(model)
+
+
+def _try(model: Any, ids: list[list[int]], plain: torch.Tensor) -> None:
+    tried = _TriedModel(model, ids)
+    try:
+        _compare(model, tried.outputs(), plain)
+    except ModelError:
+        if not tried.transformer.recurrent or model in STEPWISE:
+            raise
+        STEPWISE.add(model)
+        try:
+            _try(model, ids, plain)
+        except ModelError:
+            STEPWISE.remove(model)
+            raise
 
 
 def _ids(model: Any, length: int) -> list[list[int]]:
@@ -119,8 +133,15 @@ class _TriedModel:
         tree.keep(trunk)
         short.keep(other)
         one, second = tree.branch(), tree.branch()
-        self._read((one, 0, kept, end), (second, 1, kept, two))
-        tree.keep(one, 2)
+        if self.transformer.recurrent:  # nothing of theirs is kept in part
+            self._read((one, 0, kept, two), (second, 1, kept, two))
+            rest = one.branch()
+            self._read((rest, 0, two, two + 1))
+            self._read((rest, 0, two + 1, end))
+            tree.keep(one)
+        else:
+            self._read((one, 0, kept, end), (second, 1, kept, two))
+            tree.keep(one, two - kept)
         self._read((tree.branch(), 2, two, end), (second.branch(), 1, two, end), (short.branch(), 3, OWN, OWN + 1))
         return self.found
 
