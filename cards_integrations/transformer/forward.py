@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from inspect import signature
 from itertools import accumulate
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -26,6 +26,7 @@ from cards_integrations.transformer.step_times import least_seconds
 SHARED = {"cpu": 256, "cuda": 2048}  # tokens from which on a common beginning is held once; then a graph is not used
 PATTERNS = {**dict.fromkeys(["moe", "mlp", *RECURRENT], FULL), "hybrid_sliding": SLIDING}  # of layers named otherwise
 log = logging.getLogger("cards_integrations")
+BEGUN_ANEW = {torch.float32: 5e-3}  # of the norm: what differs by more is no rounding; 3e-2 in half precision
 PREFILL_CHUNK = 2048  # tokens that a forward reads at most, where they can be read in several
 
 
@@ -80,20 +81,35 @@ class Transformer:
         self._logits = StaticSteps(self._run_model, model.device)
         self._hidden = StaticSteps(self._run_body, model.device)
         use_tree_attention(model)
-        self.stepwise = model in STEPWISE
         self._inputs = _cache_and_mask(model, self.cache, self.patterns)
         self.forwards = self.tokens = 0
         if not len(self.cache.layout) and not self.cache.bytes_per_state:
             self._learn_layout()
 
     def _learn_layout(self) -> None:
-        """Read one token, which shows what is kept of each."""
-        tree = self.cache.open()
-        [output] = self.hidden([ForwardInput(tree.branch(), [0])])
-        self.cache.close(tree)
+        """Read a few tokens: this shows what is kept of them, and whether recurrent layers go on by several at once."""
+        together = self._read_aside([0, 1], [2, 3])
+        if self.cache.pool is not None:
+            one_by_one, most = self._read_aside([0, 1], [2], [3]), BEGUN_ANEW.get(self.dtype, 3e-2)
+            self.cache.pool.layout.stepwise = bool((together - one_by_one).norm() > most * one_by_one.norm())
         self.forwards = self.tokens = 0
-        if isinstance(output, CardsError):
-            raise cannot_run(self.model, str(output)) from output.__cause__
+
+    def _read_aside(self, *pieces: Sequence[int]) -> torch.Tensor:
+        """The last hidden state after a text that is read in pieces."""
+        tree = self.cache.open()
+        branch = tree.branch()
+        outputs = [self.hidden([ForwardInput(branch, piece)])[0] for piece in pieces]
+        self.cache.close(tree)
+        for output in outputs:
+            if isinstance(output, CardsError):
+                raise cannot_run(self.model, str(output)) from output.__cause__
+        assert isinstance(outputs[-1], Output)
+        return outputs[-1].value.float()
+
+    @property
+    def stepwise(self) -> bool:
+        """True if recurrent layers go on by single tokens only: of several at once they would begin anew."""
+        return self.cache.pool is not None and self.cache.pool.layout.stepwise
 
     @property
     def reach(self) -> Reach:
@@ -230,9 +246,6 @@ class Transformer:
         if batch:
             yield batch
 
-
-STEPWISE: WeakSet[Any] = WeakSet()
-"""Models whose recurrent layers go on by single tokens only: several at once would begin anew."""
 
 _LAYOUTS: WeakKeyDictionary[Any, tuple[Layout, StateLayout]] = WeakKeyDictionary()
 

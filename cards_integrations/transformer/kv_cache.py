@@ -92,6 +92,10 @@ class Branch:
         branch.begin_with(self.states)
         return branch
 
+    def known(self, tokens: int) -> int:
+        """Return the largest length, up to this one, after which another branch can leave this one."""
+        return tokens if self.tree.cache.pool is None else known_length(self.states, tokens)
+
     def begin_with(self, states: Mapping[int, State]) -> None:
         """Share the state at its base, if there is one."""
         if (state := states.get(self.base)) is not None:
@@ -151,9 +155,7 @@ class Tree:
 
     def known(self, tokens: int) -> int:
         """Return the largest number of tokens, up to this one, after which a branch can leave the trunk."""
-        if self.cache.pool is None:
-            return tokens
-        return max((length for length in self.states if length <= tokens), default=0)
+        return tokens if self.cache.pool is None else known_length(self.states, tokens)
 
     def add_branch(self, base: int, like: int) -> Branch:
         """Return a new branch that sees what the mask row `like` sees."""
@@ -257,6 +259,11 @@ class Tree:
                 path.columns = [now[column] for column in path.columns]
             self.orphaned = [now[column] for column in self.orphaned]
             self.untouched, self.freed = len(used), []
+
+
+def known_length(states: Mapping[int, State], tokens: int) -> int:
+    """Return the largest length with a state, up to this one; 0 if there is none."""
+    return max((length for length in states if length <= tokens), default=0)
 
 
 def release(states: dict[int, State], length: int) -> None:
@@ -413,6 +420,8 @@ class TreeCache(Cache):
         tree.branches.clear()
         tree.block.remove(tree, tree.row)
         self._give_back([tree.block])
+        if self.pool is not None:
+            self.pool.give_back()
 
     def growth(self, more: Mapping[Tree, int], paths: int = 0) -> int:
         """Return by how many bytes the cache grows, at most.

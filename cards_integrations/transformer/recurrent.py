@@ -26,10 +26,14 @@ class StateKind(NamedTuple):
 
 
 class StateLayout:
-    """The states of all layers; none until a forward has shown them."""
+    """The states of all layers; none until a forward has shown them.
+
+    `stepwise` says that the layers go on from them by single tokens only.
+    """
 
     def __init__(self) -> None:
         self.kinds: list[StateKind] = []
+        self.stepwise = False
 
     @property
     def bytes(self) -> int:
