@@ -139,7 +139,7 @@ class KVMemory:
         if not self.reuse or len(tree.ids) < MIN_PREFIX:
             return
         cache, texts, length = tree.cache, self._texts(tree.cache), tree.known(len(tree.ids))
-        ids, size = tree.ids[:length], length * tree.cache.bytes_per_token + tree.cache.bytes_per_state
+        ids, size = tree.ids[:length], length * tree.cache.bytes_per_token + 2 * tree.cache.bytes_per_state
         path, known = texts.match(ids)
         texts.use(path)
         if size > self.spare or not length:
@@ -149,8 +149,9 @@ class KVMemory:
             self.evict_for(size - known * cache.bytes_per_token)
             texts.insert(path, ids[known:], cache.read(tree, length, first=known))
         if cache.pool is not None:
-            [*_, last] = texts.cut(texts.match(ids)[0], length)
-            texts.note_state(last, cache.pool.read(tree.states[length]))
+            for end in {min(tree.states), length}:  # after the prompt, and after the answer
+                [*_, last] = texts.cut(texts.match(ids[:end])[0], end)
+                texts.note_state(last, cache.pool.read(tree.states[end]))
 
     def recall(self, tree: Tree, ids: Sequence[int]) -> None:
         """Fill an empty row with the longest known prefix of a text; at least the text's last token is left to read."""

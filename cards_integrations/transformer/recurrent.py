@@ -82,7 +82,11 @@ class StatePool:
 
     def growth(self, more: int) -> int:
         """Return by how many bytes the pool grows when so many more texts have states."""
-        return max(0, more - self.states.count(None)) * self.layout.bytes
+        return max(0, _rows_for(self._used + more) - len(self.states)) * self.layout.bytes
+
+    @property
+    def _used(self) -> int:
+        return len(self.states) - self.states.count(None)
 
     def begin(self, sources: Sequence[State | None]) -> None:
         """Let a forward go on from these states, one for each of its rows; or from none, where its texts begin."""
@@ -116,9 +120,8 @@ class StatePool:
         return [tensor[state.row : state.row + 1].clone() for tensor in self.tensors]
 
     def _make_room(self, more: int) -> None:
-        used = len(self.states) - self.states.count(None)
-        if used + more > len(self.states):
-            self._resize(used + more + (used + more) // 4)
+        if self._used + more > len(self.states):
+            self._resize(_rows_for(self._used + more))
 
     def _resize(self, rows: int) -> None:
         """Have so many rows, the first of which are those in use."""
@@ -138,10 +141,14 @@ class StatePool:
 
     def give_back(self) -> None:
         """Shrink if over half of the rows are free."""
-        used = len(self.states) - self.states.count(None)
-        if 2 * used < len(self.states):
-            self._resize(used + used // 4)
+        if 2 * self._used < len(self.states):
+            self._resize(_rows_for(self._used))
 
     def release(self) -> None:
         """Let go of all states."""
         self.tensors, self.states = [], []
+
+
+def _rows_for(used: int) -> int:
+    """How many rows a pool has when so many are in use: a quarter more, so that it seldom grows."""
+    return used + used // 4
