@@ -267,6 +267,15 @@ def _cache_and_mask(model: Any, cache: TreeCache, patterns: list[str]) -> dict[s
     return {name: cache, "attention_mask": mask}
 
 
+def without_latents(model: Any) -> bool:
+    """Let all keys and values of a model be kept from now on; False if they are already."""
+    layout, _ = _layouts(model)
+    if not layout.latents:
+        return False
+    layout.forget()
+    return True
+
+
 def body(model: Any) -> Any:
     """Return the part of a model that gives hidden states."""
     return model.base_model if model.base_model is not model else model.model  # Llama 4 names another one
