@@ -52,7 +52,8 @@ def latent_heads(module: Any, given: Pair | None) -> LatentHeads | None:
     """
     sizes = "qk_nope_head_dim", "v_head_dim", "kv_lora_rank"
     projection: Any = getattr(module, "kv_b_proj", None)
-    if given is None or type(projection) is not torch.nn.Linear or not all(hasattr(module, name) for name in sizes):
+    plain = type(projection) is torch.nn.Linear  # not a quantized one, which may be of a class made of it
+    if given is None or not plain or not all(hasattr(module, name) for name in sizes):
         return None
     keys, values, rank = (getattr(module, name) for name in sizes)
     if projection.bias is not None or given[0].shape[1] != 1 or given[0].shape[-1] != rank:
