@@ -50,12 +50,14 @@ def latent_heads(module: Any, given: Pair | None) -> LatentHeads | None:
     Returns:
         None if the layer keeps something else, or its projection is no plain matrix.
     """
+    if given is None or given[0].shape[1] != 1:
+        return None
     sizes = "qk_nope_head_dim", "v_head_dim", "kv_lora_rank"
     projection: Any = getattr(module, "kv_b_proj", None)
     plain = type(projection) is torch.nn.Linear  # not a quantized one, which may be of a class made of it
-    if given is None or not plain or not all(hasattr(module, name) for name in sizes):
+    if not plain or not all(hasattr(module, name) for name in sizes):
         return None
     keys, values, rank = (getattr(module, name) for name in sizes)
-    if projection.bias is not None or given[0].shape[1] != 1 or given[0].shape[-1] != rank:
+    if projection.bias is not None or given[0].shape[-1] != rank:
         return None
     return LatentHeads(*projection.weight.view(-1, keys + values, rank).tensor_split([keys], 1))
