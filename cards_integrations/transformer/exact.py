@@ -55,9 +55,7 @@ def check_exact(model: Any) -> None:
         _compare(model, found, plain)
     except Exception as error:
         model.set_attn_implementation("eager" if native == NAME else native)
-        raise (
-            error if isinstance(error, ModelError) else cannot_run(model, f"{type(error).__name__}: {error}")
-        ) from error
+        raise (error if isinstance(error, ModelError) else cannot_run(model, error)) from error
     _exact.add(model)
 
 
