@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,10 +18,16 @@ from cards_integrations.models.local.adapters import (
     label_options,
     merge_adapter,
 )
-from cards_integrations.models.local.checks import check_complete, check_finite, check_vocabulary, embedding_rows
+from cards_integrations.models.local.checks import (
+    check_complete,
+    check_encoding,
+    check_finite,
+    check_vocabulary,
+    embedding_rows,
+)
 from cards_integrations.models.local.embedded import SMOLLM2, embedded_groups
 from cards_integrations.models.local.load_lock import load_errors, load_lock
-from cards_integrations.models.local.resolve import read_config, resolve_model
+from cards_integrations.models.local.resolve import load_config, read_config, resolve_model
 from cards_integrations.models.local.settings import Bits, DType, LocalModel, Placement
 from cards_integrations.transformer.thread_tuner import ThreadTuner
 
@@ -139,6 +145,7 @@ class ModelLoader:
         """A new tokenizer of the model, whose ids the model knows."""
         tokenizer = self.tokenizer(spec)
         check_vocabulary(f"model={spec.model!r}", tokenizer, embedding_rows(model))
+        check_encoding(f"model={spec.model!r}", tokenizer, embedding_rows(model))
         return tokenizer
 
     def on_device(self, device: str | None, dtype: DType | None) -> ModelLoader:
@@ -197,24 +204,23 @@ class ModelLoader:
         return getattr(read_config(spec), "pad_token_id", None)
 
     def _load(self, spec: LocalModel, family: Any, options: dict[str, Any] | None = None) -> Any:
-        from transformers import AutoConfig
-
-        from cards_integrations.models.local.quantize import check_quantization, gpu_options, quantize
+        from cards_integrations.models.local.quantize import check_quantization, quantize
 
         bits = self._bits(spec)
         on_cpu = self.device.type == "cpu"
-        where = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
         with load_errors(spec.model):
-            found = resolve_model(spec.model)
-            config = AutoConfig.from_pretrained(found, **where)
+            config = load_config(spec)
             check_quantization(spec, config)
-            with quiet_transformers():  # missing weights are checked below
+            dtype = "auto" if bits and on_cpu else self._dtype(config)
+            as_they_lie = on_cpu and not bits and dtype == getattr(config, "dtype", None)
+            with quiet_transformers(), nullcontext() if as_they_lie else read_piece_by_piece():
                 model, report = family.from_pretrained(
-                    found,
-                    **where,
+                    resolve_model(spec.model),
+                    revision=spec.revision,
+                    trust_remote_code=spec.trust_remote_code,
                     **(options or {}),
-                    **(gpu_options(bits, self.device) if bits and not on_cpu else {}),
-                    dtype="auto" if bits and on_cpu else self._dtype(config),
+                    **self._where(bits),
+                    dtype=dtype,
                     use_safetensors=True,
                     output_loading_info=True,
                 )
@@ -224,9 +230,20 @@ class ModelLoader:
             quantize(model.eval(), bits, embedded_groups(spec.model) if bits == "int4" else {})
         return self._placed(model)
 
+    def _where(self, bits: Bits | None) -> dict[str, Any]:
+        """The options of `from_pretrained` that place weights while they are read, and quantize them on a GPU."""
+        from cards_integrations.models.local.quantize import gpu_options
+
+        on_cpu, spread = self.device.type == "cpu", self.placement.device_map
+        options = gpu_options(bits, self.device) if bits and not on_cpu else {}
+        if spread is not None:
+            return {**options, "device_map": spread}
+        return options if on_cpu else {**options, "device_map": {"": self.device}}
+
     def _placed(self, model: Any) -> Any:
-        """The model on the device; weights that transformers has quantized are there already."""
-        return (model if getattr(model, "hf_quantizer", None) is not None else model.to(self.device)).eval()
+        """The model on the device, or where it has been put while it was loaded."""
+        there = getattr(model, "hf_quantizer", None) is not None or getattr(model, "hf_device_map", None) is not None
+        return (model if there else model.to(self.device)).eval()
 
     def _bits(self, spec: LocalModel) -> Bits | None:
         """To how many bits the weights are rounded when they are loaded.
@@ -273,6 +290,29 @@ class ModelLoader:
         head = model.score
         model.score = torch.nn.Linear(head.in_features, head.out_features, bias=False, dtype=causal.dtype)
         return model
+
+
+@contextmanager
+def read_piece_by_piece() -> Iterator[None]:
+    """Have transformers read a tensor when it is converted, and free it then.
+
+    Mapped files stay in memory, whole, until the last of their weights has been converted or sent to a device.
+    """
+    from safetensors import safe_open
+    from transformers import modeling_utils
+
+    def reading(*args: Any, **options: Any) -> Any:
+        try:
+            return safe_open(*args, **{**options, "backend": "pread"})
+        except TypeError:  # an older safetensors, which only maps
+            return safe_open(*args, **options)
+
+    before = modeling_utils.safe_open
+    modeling_utils.safe_open = reading
+    try:
+        yield
+    finally:
+        modeling_utils.safe_open = before
 
 
 @contextmanager
