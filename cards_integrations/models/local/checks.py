@@ -10,6 +10,8 @@ from cards_integrations.errors import ModelError
 if TYPE_CHECKING:
     import torch
 
+PROBES = 50  # tokens of a vocabulary that are read again
+
 
 def check_finite(name: str, tensors: Mapping[str, Any]) -> None:
     """Read all weights once, without a copy of them.
@@ -65,6 +67,32 @@ def check_vocabulary(name: str, tokenizer: Any, rows: int) -> None:
         raise ModelError(
             f"{name}: {len(beyond)} tokens of its tokenizer, such as {min(beyond)!r}, lie beyond the {rows} rows of "
             "its embedding. The tokenizer is that of another model: check the files."
+        )
+
+
+def check_encoding(name: str, tokenizer: Any, rows: int) -> None:
+    """Check that the tokenizer reads what its own vocabulary writes.
+
+    transformers builds the tokenizers of some model types by the type, whatever pipeline their files describe: of
+    another vocabulary these read nothing, without an error.
+
+    Raises:
+        ModelError: Most of its own tokens are read as nothing, or what it adds to each text is beyond the embedding.
+    """
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    ordinary = [i for _, i in sorted(tokenizer.get_vocab().items()) if i not in special]
+    texts = [tokenizer.decode([i]) for i in ordinary[:: len(ordinary) // PROBES + 1]]
+    read = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts if text.strip()]
+    if sum(not ids for ids in read) * 2 > len(read):
+        raise ModelError(
+            f"{name}: its tokenizer, which transformers reads as a {type(tokenizer).__name__}, encodes words of its own "
+            "vocabulary to nothing. Check tokenizer.json and the model_type of config.json, or convert the tokenizer."
+        )
+    beyond = [i for i in tokenizer("")["input_ids"] if i >= rows]
+    if beyond:
+        raise ModelError(
+            f"{name}: its tokenizer begins or ends every text with {tokenizer.convert_ids_to_tokens(beyond[0])!r}, "
+            f"which lies beyond the {rows} rows of its embedding. Check the files."
         )
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,10 +19,17 @@ from cards_integrations.models.local.adapters import (
     label_options,
     merge_adapter,
 )
-from cards_integrations.models.local.checks import check_complete, check_finite, check_vocabulary, embedding_rows
+from cards_integrations.models.local.checks import (
+    check_complete,
+    check_encoding,
+    check_finite,
+    check_vocabulary,
+    embedding_rows,
+)
 from cards_integrations.models.local.embedded import SMOLLM2, embedded_groups
 from cards_integrations.models.local.load_lock import load_errors, load_lock
-from cards_integrations.models.local.resolve import read_config, resolve_model
+from cards_integrations.models.local.multimodal import drop_other_parts, text_family
+from cards_integrations.models.local.resolve import load_config, read_config, resolve_model
 from cards_integrations.models.local.settings import Bits, DType, LocalModel, Placement
 from cards_integrations.transformer.thread_tuner import ThreadTuner
 
@@ -87,10 +95,8 @@ class ModelLoader:
         return self._with_tokenizer(self.cached(("causal", spec), lambda: self._causal(spec)))
 
     def _causal(self, spec: LocalModel) -> Any:
-        from transformers import AutoModelForCausalLM
-
         own, shared = self.language_model, self._on_language_model(spec)
-        model = _copy_modules(own[1]) if own and shared else self._load(spec, AutoModelForCausalLM)
+        model = _copy_modules(own[1]) if own and shared else self._load(spec)
         model = self._adapted(spec, model, shared)
         self._tokenizers[model] = self._fitting_tokenizer(spec, model)
         self.language_model = own or (spec, model, self._tokenizers[model])
@@ -139,13 +145,16 @@ class ModelLoader:
         """A new tokenizer of the model, whose ids the model knows."""
         tokenizer = self.tokenizer(spec)
         check_vocabulary(f"model={spec.model!r}", tokenizer, embedding_rows(model))
+        check_encoding(f"model={spec.model!r}", tokenizer, embedding_rows(model))
         return tokenizer
 
     def on_device(self, device: str | None, dtype: DType | None) -> ModelLoader:
         """Return a loader for another device or dtype, with the same memory for caches; itself if both are None."""
         if device is None and dtype is None:
             return self
-        other = ModelLoader(Placement(device=device or str(self.device), dtype=dtype or self.placement.dtype))
+        spread = None if device else self.placement.device_map
+        where = device or str(self.device)
+        other = ModelLoader(Placement(device=where, dtype=dtype or self.placement.dtype, device_map=spread))
         other.memory, other._cached, other._tokenizers = self.memory, self._cached, self._tokenizers
         return other
 
@@ -196,37 +205,53 @@ class ModelLoader:
         """Return the id of the padding token in the model's config, if it names one."""
         return getattr(read_config(spec), "pad_token_id", None)
 
-    def _load(self, spec: LocalModel, family: Any, options: dict[str, Any] | None = None) -> Any:
-        from transformers import AutoConfig
-
-        from cards_integrations.models.local.quantize import check_quantization, gpu_options, quantize
+    def _load(self, spec: LocalModel, family: Any = None, options: dict[str, Any] | None = None) -> Any:
+        """A model on the device: of a class that is given, or of that of a language model."""
+        from cards_integrations.models.local.quantize import check_quantization, quantize
 
         bits = self._bits(spec)
         on_cpu = self.device.type == "cpu"
-        where = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
         with load_errors(spec.model):
-            found = resolve_model(spec.model)
-            config = AutoConfig.from_pretrained(found, **where)
+            config = load_config(spec)
             check_quantization(spec, config)
-            with quiet_transformers():  # missing weights are checked below
-                model, report = family.from_pretrained(
-                    found,
-                    **where,
+            dtype = "auto" if bits and on_cpu else self._dtype(config)
+            as_they_lie = on_cpu and not bits and dtype == getattr(config, "dtype", None)
+            with quiet_transformers(), nullcontext() if as_they_lie else read_piece_by_piece():
+                model, report = (family or text_family(config)).from_pretrained(
+                    resolve_model(spec.model),
+                    revision=spec.revision,
+                    trust_remote_code=spec.trust_remote_code,
                     **(options or {}),
-                    **(gpu_options(bits, self.device) if bits and not on_cpu else {}),
-                    dtype="auto" if bits and on_cpu else self._dtype(config),
+                    **self._where(bits),
+                    dtype=dtype,
                     use_safetensors=True,
                     output_loading_info=True,
                 )
         # transformers would leave them random
         check_complete(f"model={spec.model!r}", report["missing_keys"], brought_by(spec), type(model).__name__)
+        drop_other_parts(model.eval())
         if bits and on_cpu:
-            quantize(model.eval(), bits, embedded_groups(spec.model) if bits == "int4" else {})
+            quantize(model, bits, embedded_groups(spec.model) if bits == "int4" else {})
         return self._placed(model)
 
+    def _where(self, bits: Bits | None) -> dict[str, Any]:
+        """The options of `from_pretrained` that place weights while they are read, and quantize them on a GPU."""
+        from cards_integrations.models.local.quantize import gpu_options
+
+        on_cpu, spread = self.device.type == "cpu", self.placement.device_map
+        options = gpu_options(bits, self.device) if bits and not on_cpu else {}
+        if importlib.util.find_spec("accelerate") is None:
+            if spread is not None:
+                raise ModelError(f"device_map={spread!r} needs a library: run `pip install accelerate`.")
+            return options
+        if spread is not None:
+            return {**options, "device_map": spread}
+        return options if on_cpu else {**options, "device_map": {"": self.device}}
+
     def _placed(self, model: Any) -> Any:
-        """The model on the device; weights that transformers has quantized are there already."""
-        return (model if getattr(model, "hf_quantizer", None) is not None else model.to(self.device)).eval()
+        """The model on the device, or where it has been put while it was loaded."""
+        there = getattr(model, "hf_quantizer", None) is not None or getattr(model, "hf_device_map", None) is not None
+        return (model if there else model.to(self.device)).eval()
 
     def _bits(self, spec: LocalModel) -> Bits | None:
         """To how many bits the weights are rounded when they are loaded.
@@ -273,6 +298,29 @@ class ModelLoader:
         head = model.score
         model.score = torch.nn.Linear(head.in_features, head.out_features, bias=False, dtype=causal.dtype)
         return model
+
+
+@contextmanager
+def read_piece_by_piece() -> Iterator[None]:
+    """Have transformers read a tensor when it is converted, and free it then.
+
+    Mapped files stay in memory, whole, until the last of their weights has been converted or sent to a device.
+    """
+    from safetensors import safe_open
+    from transformers import modeling_utils
+
+    def reading(*args: Any, **options: Any) -> Any:
+        try:
+            return safe_open(*args, **{**options, "backend": "pread"})
+        except TypeError:  # an older safetensors, which only maps
+            return safe_open(*args, **options)
+
+    before = modeling_utils.safe_open
+    modeling_utils.safe_open = reading
+    try:
+        yield
+    finally:
+        modeling_utils.safe_open = before
 
 
 @contextmanager

@@ -90,11 +90,11 @@ def quantize(model: Any, bits: Bits, known: Mapping[str, Groups]) -> None:
     Raises:
         ModelError: No layer has a shape that the kernel takes.
     """
-    names = {module: name for name, module in model.named_modules()}
+    names = {module: name for name, module in model.named_modules()}  # of those that are dense: the others go at once
     for places in _with_one_input(model):
         layers = [getattr(parent, name) for parent, name in places]
         if all(layer in names and _takes(bits, layer) for layer in layers):
-            _replace(places, layers, bits, [known.get(f"{names[layer]}.weight") for layer in layers])
+            _replace(places, layers, bits, [known.get(f"{names.pop(layer)}.weight") for layer in layers])
     if not any(isinstance(module, QuantizedLinear) for module in model.modules()):
         raise ModelError(
             f"quantization={bits!r}: {type(model).__name__} has no linear layer that torch's kernel takes."

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
-from cards_integrations.errors import unknown_name
+from cards_integrations.errors import ModelError, unknown_name
 from cards_integrations.models.local.embedded import MINILM, SMOLLM2, embedded_model
+from cards_integrations.models.local.gguf_files import converted, gguf_file
 from cards_integrations.models.local.load_lock import load_errors
 from cards_integrations.models.local.settings import LocalModel
 from cards_integrations.paths import is_directory
@@ -18,35 +20,66 @@ def resolve_model(name: str) -> str:
     """Return the directory or the hub id that transformers can load.
 
     Args:
-        name: An embedded name, a directory or a hub id.
+        name: An embedded name, a directory, a GGUF file or a hub id.
 
     Raises:
         SettingsError: The name is none of them.
-        ModelError: The wheel of an embedded model is not installed.
+        ModelError: The wheel of an embedded model is not installed, there is no such path, or its GGUF file cannot
+            be read.
     """
     embedded = embedded_model(name)
     if embedded is not None:
         return str(embedded)
-    if is_directory(name) or "/" in name:
+    gguf = gguf_file(name)
+    if gguf is not None:
+        return str(converted(gguf))
+    if is_directory(name):
+        return name
+    if is_directory(str(Path(name).expanduser())):
+        return str(Path(name).expanduser())
+    if _is_path(name):
+        raise ModelError(f"model={name!r}: {_what_is_there(Path(name).expanduser())}")
+    if "/" in name:
         return name
     raise unknown_name("model", name, [SMOLLM2, MINILM], " Or pass a hub id (owner/name) or a local directory.")
 
 
-@lru_cache
-def read_config(spec: LocalModel) -> Any:
+def _is_path(name: str) -> bool:
+    """True for what can be no hub id, which is "owner/name"."""
+    return name.startswith((".", "/", "~", "\\")) or name.count("/") > 1 or name.endswith(("/", ".gguf"))
+
+
+def _what_is_there(path: Path) -> str:
+    """Why a path that is no directory cannot be a model."""
+    if path.is_file():
+        return "this is a file; pass the directory that it is in, or a .gguf file."
+    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    return f"there is no such file or directory ({there} is there)." if there != Path() else "there is no such path."
+
+
+def load_config(spec: LocalModel) -> Any:
     """Return the transformers config of a model.
 
     Raises:
-        ModelError: It cannot be read.
+        ModelError: It cannot be read, or the directory has none.
     """
     from transformers import AutoConfig
 
     with load_errors(spec.model):
+        found = resolve_model(spec.model)
+        if is_directory(found) and not (Path(found) / "config.json").exists():
+            adapter = (Path(found) / "adapter_config.json").exists()
+            mend = "It is an adapter: pass it as adapter=, and its base as model=." if adapter else "Check the path."
+            raise ModelError(f"model={spec.model!r}: there is no config.json in this directory. {mend}")
         return AutoConfig.from_pretrained(
-            resolve_model(spec.model), revision=spec.revision, trust_remote_code=spec.trust_remote_code
+            found, revision=spec.revision, trust_remote_code=spec.trust_remote_code
         )
+
+
+read_config = lru_cache(load_config)
 
 
 def max_positions(config: Any) -> int:
     """Return how many positions a model's config allows; practically unlimited if it names no number."""
-    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or UNLIMITED)
+    named = int(getattr(config.get_text_config(), "max_position_embeddings", None) or UNLIMITED)
+    return named if named > 0 else UNLIMITED  # XLNet says -1

@@ -61,6 +61,10 @@ class Placement(BaseModel):
     """Precision of the weights. "auto" is bf16 on a GPU, and on a CPU that computes bf16 in hardware if
     the checkpoint is in half precision; float32 otherwise."""
 
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = None
+    """How the language model's layers, and those of reward models, are spread over several GPUs, by accelerate: "auto"
+    fills all of them alike, "sequential" one after the other. None puts a model on `device` as a whole."""
+
     threads: Annotated[int, Field(ge=1)] | Literal["auto"] | None = "auto"
     """CPU threads of torch. "auto" gives a step fewer than torch would take while other processes keep cores busy, and
     leaves the process's number as it is; a number is set for the whole process when the engine loads; None changes

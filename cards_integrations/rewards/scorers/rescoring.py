@@ -25,8 +25,9 @@ class RescoringClassifier(RewardModel):
         self.head = head
         self.tokenizer = input_format.chat.tokenizer
         self.window = min(max_positions(model.config), self.tokenizer.model_max_length)
-        if model.config.pad_token_id is None:
-            model.config.pad_token_id = self.tokenizer.pad_token_id
+        config = model.config.get_text_config()
+        if config.pad_token_id is None:
+            config.pad_token_id = self.tokenizer.pad_token_id
         self.surroundings: dict[Conversation, tuple[str, str]] = {}  # of open conversations
 
     def open(self, conversation: Conversation) -> None:
