@@ -17,6 +17,7 @@ from cards_integrations.decoding import Sampling
 from cards_integrations.engine import Request
 from cards_integrations.errors import ModelError
 from cards_integrations.models.sampling import Sampler
+from cards_integrations.transformer.exact import check_exact
 from cards_integrations.transformer.flat_batch import ForwardInput
 from cards_integrations.transformer.forward import Transformer
 from cards_integrations.transformer.kv_cache import Branch, Tree
@@ -112,6 +113,30 @@ def test_layers_that_share_keys_have_none_of_their_own() -> None:
     cache = Transformer(tiny.causal("gemma4_text")).cache
     assert len(cache.layout) == 2  # of four layers
     assert {keys.shape[-1] for keys, _ in cache.layout.pairs} == {8, 16}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "gpt_oss", "qwen3_next", "jamba", "bloom", "falcon"])
+def test_a_model_is_tried_in_its_own_precision(family: str, dtype: torch.dtype) -> None:
+    model = tiny.causal(family).to(dtype)
+    if family not in ("bloom", "falcon"):
+        return check_exact(model)
+    with pytest.raises(ModelError, match=f"{family}.*cannot read trees"):
+        check_exact(model)
+
+
+def test_a_model_whose_attention_sees_more_than_its_config_says_is_refused() -> None:
+    model = tiny.causal("mistral")
+    own = model.model.layers[1].self_attn.forward
+
+    def sees_all(*args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+        is_plain = attention_mask is not None and attention_mask.shape[-1] > 1
+        mask = torch.full_like(attention_mask, torch.finfo(torch.float32).min).triu(1) if is_plain else attention_mask
+        return own(*args, attention_mask=mask, **kwargs)
+
+    model.model.layers[1].self_attn.forward = sees_all
+    with pytest.raises(ModelError, match="off from what it gives alone"):
+        check_exact(model)
 
 
 def test_bloom_cannot_draft(tmp_path: Any, start: Start) -> None:
