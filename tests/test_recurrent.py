@@ -11,6 +11,7 @@ import torch
 from conftest import Start
 from internals import caches, language_model
 from speculator import Watch
+from test_kv_memory import Texts, text
 from test_preemption import METHODS, asked, assert_equal
 from test_reference import Cases, assert_same, methods, written_naively
 from transformers import AutoModelForCausalLM
@@ -138,3 +139,26 @@ def test_a_candidate_s_state_counts_as_memory(folder: Path, start: Start) -> Non
     engine.run(Request("w9 w20", BestOfN(n=4), ClassifierReward(model=str(folder / "judge")), max_tokens=8))
     assert cache.bytes_per_state > 0
     assert watch.bytes >= 5 * cache.bytes_per_state
+
+
+def test_a_text_is_not_kept_at_the_cost_of_its_own_beginning() -> None:
+    """Whose states count, too: what followed would be known as the state of another text."""
+    ids = text(0, 170)
+    for states in range(4):
+        texts = Texts(tiny.causal("falcon_h1"))
+        for end in (100, 130):
+            texts.read(ids[:end])
+        tree = texts.cache.open()
+        texts.memory.recall(tree, ids)
+        texts.append(tree, ids[len(tree.ids) :])
+        size = len(ids) * texts.cache.bytes_per_token + (2 + states) * texts.cache.bytes_per_state
+        texts.memory.limit = texts.cache.bytes + size
+        texts.memory.keep(tree)
+        texts.cache.close(tree)
+        assert texts.memory.used <= texts.memory.limit
+        texts.memory.limit = 2**40
+        for other in (ids[:140], ids[:101] + text(1, 20)):
+            tree = texts.cache.open()
+            texts.memory.recall(tree, other)
+            assert texts.error(other, texts.append(tree, other[len(tree.ids) :])) < 1e-3
+            texts.cache.close(tree)
