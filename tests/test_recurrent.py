@@ -19,8 +19,11 @@ from transformers import AutoModelForCausalLM
 from cards_integrations.chat.grammar import Grammar
 from cards_integrations.decoding import BestOfN, Cards, Decoding, FixedLength, Sampling
 from cards_integrations.engine import Engine, Request
+from cards_integrations.errors import ModelError
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import ClassifierReward, ImplicitReward
+from cards_integrations.transformer.attention import AttentionMetadata
+from cards_integrations.transformer.flat_batch import ForwardInput
 
 pytestmark = pytest.mark.slow
 
@@ -162,3 +165,25 @@ def test_a_text_is_not_kept_at_the_cost_of_its_own_beginning() -> None:
             texts.memory.recall(tree, other)
             assert texts.error(other, texts.append(tree, other[len(tree.ids) :])) < 1e-3
             texts.cache.close(tree)
+
+
+def test_a_model_that_fails_in_the_middle_of_single_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others go on; when all have failed, no more is tried, and what went before is given back."""
+    texts = Texts(tiny.causal("jamba"))
+    assert texts.transformer.stepwise
+    branches = [texts.cache.open().branch() for _ in range(2)]
+    texts.logits([ForwardInput(branch, text(0, 9)) for branch in branches])
+    run, steps = texts.transformer._logits.run, iter(range(100))
+
+    def fails(tensors: dict[str, torch.Tensor], metadata: AttentionMetadata) -> torch.Tensor:
+        if next(steps) > 0:
+            raise ValueError
+        return run(tensors, metadata)
+
+    monkeypatch.setattr(texts.transformer._logits, "run", fails)
+    found = texts.transformer.logits([ForwardInput(branch, text(1, 4)) for branch in branches])
+    assert all(isinstance(each, ModelError) for each in found)
+    assert next(steps) == 4  # a step that works, one that fails, and its halves
+    for branch in branches:
+        texts.cache.close(branch.tree)
+    assert not any(texts.cache.pool.states)
