@@ -186,4 +186,21 @@ def test_a_model_that_fails_in_the_middle_of_single_tokens(monkeypatch: pytest.M
     assert next(steps) == 4  # a step that works, one that fails, and its halves
     for branch in branches:
         texts.cache.close(branch.tree)
+    assert texts.cache.pool is not None
+    assert not any(texts.cache.pool.states)
+
+
+def test_a_recalled_state_is_given_back_when_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts, ids = Texts(tiny.causal("falcon_h1")), text(0, 100)
+    texts.read(ids)
+    tree = texts.cache.open()
+
+    def fails(*args: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(texts.cache, "write", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        texts.memory.recall(tree, [*ids, 5])
+    texts.cache.close(tree)
+    assert texts.cache.pool is not None
     assert not any(texts.cache.pool.states)

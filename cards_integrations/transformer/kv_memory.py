@@ -177,9 +177,9 @@ class KVMemory:
             texts.use(path)
             states = texts.read(path, tokens, tree.prefix)
             recurrent = self._recurrent_states(cache, path, tokens)
-        cache.write(tree, begins[tree.prefix : tokens], states)
         if recurrent is not None:
-            tree.states[tokens] = recurrent
+            tree.states[tokens] = recurrent  # at once: closing the row gives it back, even if memory runs out now
+        cache.write(tree, begins[tree.prefix : tokens], states)
 
     @staticmethod
     def _recurrent_states(cache: TreeCache, path: Sequence[PrefixNode], tokens: int) -> State | None:
