@@ -6,7 +6,7 @@ together    eight CARDS requests one after another, over the same eight at once:
 busy        a plain step of the embedded model while another process keeps one core busy, over idle, with the
             default settings: `threads="auto"` finds out
 many        memory, threads, tasks and open files after 1,000 requests with a reward function and a schema of
-            their own each, over those after 200 (tiny random model)
+            their own each, over those after 200 (tiny random model; without finished texts, which `kv_memory` bounds)
 
 Prints ratios, and writes them to results/neighbours.json.
 """
@@ -128,7 +128,7 @@ def one_of_many(llm: CardsLLM, number: int) -> None:
 
 def many(repeats: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        settings = EngineSettings(device="cpu", dtype="float32", threads=1, width=2)
+        settings = EngineSettings(device="cpu", dtype="float32", threads=1, width=2, prefix_reuse=False)
         with CardsLLM(model=tiny_model(folder), max_tokens=24, engine=settings) as llm:
             after = {}
             for number in range(1000):

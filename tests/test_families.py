@@ -101,6 +101,19 @@ def test_a_sliding_window_matters_here() -> None:
         assert float((narrow - wide).detach().abs().max()) > 0.1
 
 
+def test_latents_are_kept_in_the_place_of_what_heads_make_of_them() -> None:
+    family = tiny.FAMILIES["deepseek_v3"]
+    cache = Transformer(tiny.causal("deepseek_v3")).cache
+    rank = family["kv_lora_rank"] + family["qk_rope_head_dim"]
+    assert cache.bytes_per_token == tiny.SIZES["num_hidden_layers"] * rank * 4
+
+
+def test_layers_that_share_keys_have_none_of_their_own() -> None:
+    cache = Transformer(tiny.causal("gemma4_text")).cache
+    assert len(cache.layout) == 2  # of four layers
+    assert {keys.shape[-1] for keys, _ in cache.layout.pairs} == {8, 16}
+
+
 def test_bloom_cannot_draft(tmp_path: Any, start: Start) -> None:
     folder = tiny.save(tmp_path, tiny.causal("bloom"), tiny.words())
     with pytest.raises(ModelError, match=r"bloom.*cannot read trees"):

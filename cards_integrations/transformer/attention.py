@@ -18,6 +18,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from cards_integrations.transformer.kv_block import Pair, RowBlock, States
+from cards_integrations.transformer.latents import as_key, latent_heads
 
 NAME = "cards_tree"
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"  # patterns, as configs call them
@@ -28,6 +29,9 @@ class StateStore(Protocol):
 
     def store(self, pair: Pair) -> int:
         """Write what an attention call was given, (1, heads, tokens, size) each; returns where it is in a block."""
+
+    def latent(self, layer: int) -> Pair | None:
+        """Return what the layer has given to the cache in this forward, if it may be latents."""
 
 
 @dataclass
@@ -131,6 +135,9 @@ def tree_attention(
     options = ScoreOptions(scaling, softcap, with_sums=bool(shared) or sinks is not None)
     if metadata is None:
         return _attend_as_usual(query, key, value, attention_mask, options, sinks), None
+    latent = metadata.store.latent(module.layer_idx)
+    if (heads := latent_heads(module, latent)) is not None and latent is not None and scaling is not None:
+        query, (key, value), options = heads.query(query), as_key(latent), options._replace(latent=heads.rank)
     call, flat = metadata.store.store((key, value)), query.transpose(1, 2).flatten(0, 1)
     pattern = metadata.patterns[module.layer_idx]
     attended = [_attend_by_rows(group, pattern, flat, group.states(call), options) for group in metadata.groups]
@@ -141,6 +148,8 @@ def tree_attention(
             _add_shared(out, sums, prefix.tokens, _attend_to_shared(prefix, flat, call, options))
         if sinks is not None:
             out = out * _share_beside(sinks, sums)[..., None].to(out.dtype)
+    if heads is not None and options.latent:
+        out = heads.output(out)
     return out.view(len(query), -1, *out.shape[1:]).to(query.dtype), None
 
 
@@ -163,11 +172,15 @@ def _share_beside(sinks: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
 
 
 class ScoreOptions(NamedTuple):
-    """How scores are made of queries and keys, and whether the logarithms of their sums of exponentials are wanted."""
+    """How scores are made of queries and keys, and whether the logarithms of their sums of exponentials are wanted.
+
+    With `latent` so many of a key's numbers are also its value.
+    """
 
     scaling: float | None
     softcap: float | None
     with_sums: bool = False
+    latent: int = 0
 
 
 Attended = tuple[torch.Tensor, torch.Tensor | None]
@@ -179,6 +192,7 @@ def _attend_by_rows(
 ) -> Attended:
     """query (tokens, heads, size) of all groups -> (tokens of this group, heads, size), computed as the cache is."""
     key, value = states
+    value = key[..., : options.latent] if options.latent else value
     (rows, n), (heads, size), kv = group.tokens.shape, query.shape[1:], key.shape[1]
     own = query[group.tokens.flatten()] if group.start is None else query[group.start : group.start + rows * n]
     by_rows = own.to(key.dtype).view(rows, n, kv, heads // kv, size)
@@ -201,6 +215,7 @@ def _attend_by_rows(
 def _attend_to_shared(shared: SharedMetadata, query: torch.Tensor, call: int, options: ScoreOptions) -> Attended:
     """query (tokens, heads, size) -> (tokens that share the prefix, heads, size): all of them see all of it."""
     keys, values = (states.transpose(0, 1)[None] for states in shared.states[call])  # (1, kv, columns, size)
+    values = keys[..., : options.latent] if options.latent else values
     own, kv = query[shared.tokens].to(keys.dtype), keys.shape[1]
     n, heads, size = own.shape
     by_head = own.view(n, kv, heads // kv, size).permute(1, 2, 0, 3).reshape(1, kv, heads // kv * n, size)
@@ -223,7 +238,7 @@ def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, options: ScoreOptions
 ) -> Attended:
     """softmax(query key^T * scaling + mask) value, with the scores capped softly if the model says so."""
-    scaling, softcap, with_sums = options
+    scaling, softcap, with_sums, _ = options
     if softcap is None and not with_sums:
         return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling), None
     if softcap is None and query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:

@@ -22,15 +22,17 @@ StateName = tuple[str, int]
 class TreeLayer(CacheLayerMixin):
     """A layer that attends: it gives what it gets.
 
-    What the layer makes of that comes to `TreeCache.store` when it attends; so latents are kept as the keys and values
-    that they stand for.
+    What the layer makes of that comes to `TreeCache.store` when it attends. `given` is for layers that give latents.
     """
+
+    given: Pair | None = None
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """The blocks make their tensors themselves."""
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Pair:
-        return key_states, value_states
+        self.given = key_states, value_states
+        return self.given
 
     def get_seq_length(self) -> int:
         return 0  # positions are always passed in

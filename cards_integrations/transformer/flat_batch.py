@@ -76,7 +76,6 @@ class FlatBatch:
         sharing: Prefixes that rows share, and the tokens of these rows.
         ends: Where the tokens of each input end.
         output_indices: Those of the tokens with outputs, likewise.
-        inputs: The inputs in the order of their tokens.
         sections: The blocks, each with its tokens.
     """
 
@@ -101,9 +100,14 @@ class FlatBatch:
         for block, tokens in self.sections:
             self.arrays.note(block, tokens)
         self.read = sum(more.values())
-        self.inputs = [item for _, item in sorted(zip(self.ends, inputs, strict=True), key=lambda pair: pair[0])]
+        self._inputs = inputs
         pairs = zip(self.ends, inputs, strict=True)
         self.output_indices = [index for end, item in pairs for index in range(end - item.outputs, end)]
+
+    @property
+    def inputs(self) -> list[ForwardInput]:
+        """The inputs in the order of their tokens."""
+        return [self._inputs[i] for i in sorted(range(len(self.ends)), key=self.ends.__getitem__)]
 
     def _append_section(self, block: RowBlock, groups: list[AttentionGroup]) -> None:
         start = len(self.ids)

@@ -69,6 +69,7 @@ class Transformer:
         self.model = model
         self.config = model.config.get_text_config()
         self.patterns = attention_patterns(self.config)
+        self.reach = _reach(self.config)
         self.first_position = first_position(model)
         self.memory = memory or KVMemory(2**62, reuse=False)
         size = (8, 256) if model.device.type == "cuda" else (1, 64)  # graphs are lost when their block grows
@@ -111,12 +112,6 @@ class Transformer:
     def stepwise(self) -> bool:
         """True if recurrent layers go on by single tokens only: of several at once they would begin anew."""
         return self.cache.pool is not None and self.cache.pool.layout.stepwise
-
-    @property
-    def reach(self) -> Reach:
-        """How far back layers see that do not see all."""
-        window, chunk = (getattr(self.config, name, None) for name in ("sliding_window", "attention_chunk_size"))
-        return Reach(window or 0, chunk or 0)
 
     def logits(self, inputs: Sequence[ForwardInput]) -> list[Output | CardsError]:
         """Run a causal model: logits (vocabulary,) after the last tokens of each input, or why it cannot be read."""
@@ -177,8 +172,9 @@ class Transformer:
         metadata = flat.metadata(self.patterns, self.reach, self.dtype, self.device)
         self.cache.written = flat.sections
         if self.cache.pool is not None:
-            metadata.rows = len(flat.inputs)
-            self.cache.go_on([(item.branch, len(item.ids)) for item in flat.inputs])
+            inputs = flat.inputs
+            metadata.rows = len(inputs)
+            self.cache.go_on([(item.branch, len(item.ids)) for item in inputs])
         self.forwards += 1
         self.tokens += flat.read
         return flat.tensors(self.device), metadata
@@ -268,6 +264,15 @@ def _cache_and_mask(model: Any, cache: TreeCache, patterns: list[str]) -> dict[s
     return {name: cache, "attention_mask": mask}
 
 
+def without_latents(model: Any) -> bool:
+    """Let all keys and values of a model be kept from now on; False if they are already."""
+    layout, _ = _layouts(model)
+    if not layout.latents:
+        return False
+    layout.forget()
+    return True
+
+
 def body(model: Any) -> Any:
     """Return the part of a model that gives hidden states."""
     return model.base_model if model.base_model is not model else model.model  # Llama 4 names another one
@@ -302,6 +307,12 @@ def attention_patterns(config: Any) -> list[str]:
     if strange := sorted({*patterns} - {FULL, SLIDING, CHUNKED}):
         raise ModelError(f"model type {config.model_type!r} has layers of {', '.join(strange)}, not supported here.")
     return patterns
+
+
+def _reach(config: Any) -> Reach:
+    """How far back layers see that do not see all."""
+    window, chunk = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    return Reach(window or 0, chunk or 0)
 
 
 def first_position(model: Any) -> int:

@@ -34,10 +34,16 @@ class Layout:
 
     Attributes:
         pairs: Empty tensors (0, heads, head size) of the shapes and types.
+        latents: Whether latents may be kept in the place of the keys and values that are made of them.
     """
 
     def __init__(self) -> None:
         self.pairs: list[Pair] = []
+        self.latents = True
+
+    def forget(self) -> None:
+        """Know nothing of the model, but that latents are not enough of it."""
+        self.pairs, self.latents = [], False
 
     def __len__(self) -> int:
         return len(self.pairs)

@@ -344,6 +344,11 @@ class TreeCache(Cache):
             release(branch.states, -1)
             branch.states[branch.length] = state
 
+    def latent(self, layer: int) -> Pair | None:
+        """Return, once, what a layer has given to the cache in this forward, if it may be kept in place of the rest."""
+        given, self.layers[layer].given = getattr(self.layers[layer], "given", None), None
+        return given if self.layout.latents else None
+
     def store(self, pair: Pair) -> int:
         """Write the keys and values of an attention call, (batch, heads, tokens, head size) with batch * tokens in all.
 
