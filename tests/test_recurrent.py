@@ -11,6 +11,7 @@ import torch
 from conftest import Start
 from internals import caches, language_model
 from speculator import Watch
+from test_kv_memory import Texts, text
 from test_preemption import METHODS, asked, assert_equal
 from test_reference import Cases, assert_same, methods, written_naively
 from transformers import AutoModelForCausalLM
@@ -18,8 +19,11 @@ from transformers import AutoModelForCausalLM
 from cards_integrations.chat.grammar import Grammar
 from cards_integrations.decoding import BestOfN, Cards, Decoding, FixedLength, Sampling
 from cards_integrations.engine import Engine, Request
+from cards_integrations.errors import ModelError
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import ClassifierReward, ImplicitReward
+from cards_integrations.transformer.attention import AttentionMetadata
+from cards_integrations.transformer.flat_batch import ForwardInput
 
 pytestmark = pytest.mark.slow
 
@@ -138,3 +142,65 @@ def test_a_candidate_s_state_counts_as_memory(folder: Path, start: Start) -> Non
     engine.run(Request("w9 w20", BestOfN(n=4), ClassifierReward(model=str(folder / "judge")), max_tokens=8))
     assert cache.bytes_per_state > 0
     assert watch.bytes >= 5 * cache.bytes_per_state
+
+
+def test_a_text_is_not_kept_at_the_cost_of_its_own_beginning() -> None:
+    """Whose states count, too: what followed would be known as the state of another text."""
+    ids = text(0, 170)
+    for states in range(4):
+        texts = Texts(tiny.causal("falcon_h1"))
+        for end in (100, 130):
+            texts.read(ids[:end])
+        tree = texts.cache.open()
+        texts.memory.recall(tree, ids)
+        texts.append(tree, ids[len(tree.ids) :])
+        size = len(ids) * texts.cache.bytes_per_token + (2 + states) * texts.cache.bytes_per_state
+        texts.memory.limit = texts.cache.bytes + size
+        texts.memory.keep(tree)
+        texts.cache.close(tree)
+        assert texts.memory.used <= texts.memory.limit
+        texts.memory.limit = 2**40
+        for other in (ids[:140], ids[:101] + text(1, 20)):
+            tree = texts.cache.open()
+            texts.memory.recall(tree, other)
+            assert texts.error(other, texts.append(tree, other[len(tree.ids) :])) < 1e-3
+            texts.cache.close(tree)
+
+
+def test_a_model_that_fails_in_the_middle_of_single_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others go on; when all have failed, no more is tried, and what went before is given back."""
+    texts = Texts(tiny.causal("jamba"))
+    assert texts.transformer.stepwise
+    branches = [texts.cache.open().branch() for _ in range(2)]
+    texts.logits([ForwardInput(branch, text(0, 9)) for branch in branches])
+    run, steps = texts.transformer._logits.run, iter(range(100))
+
+    def fails(tensors: dict[str, torch.Tensor], metadata: AttentionMetadata) -> torch.Tensor:
+        if next(steps) > 0:
+            raise ValueError
+        return run(tensors, metadata)
+
+    monkeypatch.setattr(texts.transformer._logits, "run", fails)
+    found = texts.transformer.logits([ForwardInput(branch, text(1, 4)) for branch in branches])
+    assert all(isinstance(each, ModelError) for each in found)
+    assert next(steps) == 4  # a step that works, one that fails, and its halves
+    for branch in branches:
+        texts.cache.close(branch.tree)
+    assert texts.cache.pool is not None
+    assert not any(texts.cache.pool.states)
+
+
+def test_a_recalled_state_is_given_back_when_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts, ids = Texts(tiny.causal("falcon_h1")), text(0, 100)
+    texts.read(ids)
+    tree = texts.cache.open()
+
+    def fails(*args: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(texts.cache, "write", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        texts.memory.recall(tree, [*ids, 5])
+    texts.cache.close(tree)
+    assert texts.cache.pool is not None
+    assert not any(texts.cache.pool.states)

@@ -6,6 +6,7 @@ rearranged after it, a bias of their own. No list of them is ever complete, so e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -71,7 +72,8 @@ def _try(model: Any, ids: list[list[int]], plain: torch.Tensor) -> None:
 def _ids(model: Any, length: int) -> list[list[int]]:
     """Four texts of ordinary tokens: three with a trunk in common, and one of their own."""
     config = model.config.get_text_config()
-    special = {value for name, value in config.to_dict().items() if name.endswith("token_id")}
+    named = [value for name, value in config.to_dict().items() if name.endswith("token_id")]
+    special = {token for value in named for token in (value if isinstance(value, list) else [value])}
     ordinary = [i for i in range(min(1000, model.get_input_embeddings().weight.shape[0])) if i not in special]
     draw = torch.Generator().manual_seed(0)
     drawn = torch.randint(len(ordinary), (4, length), generator=draw).tolist()
@@ -151,7 +153,8 @@ def _compare(model: Any, found: dict[tuple[int, int], torch.Tensor], plain: torc
     expected = [plain[at] for at in found]
     if not all(each.isfinite().all() for each in expected):
         return  # the numbers are too large for the model's dtype, which its first answer tells
-    off = sorted(float((a - b).norm() / (b - b.mean()).norm()) for a, b in zip(found.values(), expected, strict=True))
+    off = [float((a - b).norm() / (b - b.mean()).norm()) for a, b in zip(found.values(), expected, strict=True)]
+    off = sorted(math.inf if math.isnan(each) else each for each in off)
     rounded = model.dtype != torch.float32 or is_quantized(model)
     error, most = (off[len(off) // 2], ROUNDED) if rounded else (off[-1], EXACT)
     if not error <= most:

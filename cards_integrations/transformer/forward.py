@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from inspect import signature
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -135,13 +136,13 @@ class Transformer:
 
     def _forward_by_token(self, inputs: Sequence[ForwardInput], run: StaticSteps) -> list[Output | CardsError]:
         """A forward for each token, of inputs with as many tokens."""
-        read: list[list[Output | CardsError]] = [[] for _ in inputs]
+        read: list[deque[Output | CardsError]] = [deque(maxlen=item.outputs) for item in inputs]
         for at in range(len(inputs[0].ids)):
             going = [i for i, outputs in enumerate(read) if not any(isinstance(each, CardsError) for each in outputs)]
             step = [ForwardInput(inputs[i].branch, inputs[i].ids[at : at + 1], inputs[i].owner) for i in going]
-            for i, output in zip(going, self._forward_together(step, run), strict=True):
+            for i, output in zip(going, self._forward_together(step, run) if step else [], strict=True):
                 read[i].append(output)
-        return [_joined(outputs[-item.outputs :]) for outputs, item in zip(read, inputs, strict=True)]
+        return [_joined(outputs) for outputs in read]
 
     def _forward_together(self, inputs: Sequence[ForwardInput], run: StaticSteps) -> list[Output | CardsError]:
         """One forward; when it fails, two of one half each, down to the input that the error belongs to."""
@@ -324,7 +325,7 @@ def first_position(model: Any) -> int:
     return 0
 
 
-def _joined(outputs: Sequence[Output | CardsError]) -> Output | CardsError:
+def _joined(outputs: Iterable[Output | CardsError]) -> Output | CardsError:
     """The outputs of one input that was read in several forwards."""
     values = []
     for output in outputs:

@@ -139,18 +139,18 @@ class KVMemory:
         if not self.reuse or len(tree.ids) < MIN_PREFIX:
             return
         cache, texts, length = tree.cache, self._texts(tree.cache), tree.known(len(tree.ids))
-        ids, size = tree.ids[:length], length * tree.cache.bytes_per_token + 2 * tree.cache.bytes_per_state
-        path, known = texts.match(ids)
+        path, known = texts.match(tree.ids[:length])
+        path = texts.cut(path, known)
         texts.use(path)
-        if size > self.spare or not length:
+        held = texts.size(path)
+        size = held + (length - known) * cache.bytes_per_token + 2 * cache.bytes_per_state
+        if size > self.spare or not length or not self.evict_for(size - held):  # the path itself is not evicted
             return
         if known < length:
-            path = texts.cut(path, known)
-            self.evict_for(size - known * cache.bytes_per_token)
-            texts.insert(path, ids[known:], cache.read(tree, length, first=known))
+            texts.insert(path, tree.ids[known:length], cache.read(tree, length, first=known))
         if cache.pool is not None:
             for end in {min(tree.states), length}:  # after the prompt, and after the answer
-                [*_, last] = texts.cut(texts.match(ids[:end])[0], end)
+                [*_, last] = texts.cut(texts.match(tree.ids[:end])[0], end)
                 texts.note_state(last, cache.pool.read(tree.states[end]))
 
     def recall(self, tree: Tree, ids: Sequence[int]) -> None:
@@ -177,9 +177,9 @@ class KVMemory:
             texts.use(path)
             states = texts.read(path, tokens, tree.prefix)
             recurrent = self._recurrent_states(cache, path, tokens)
-        cache.write(tree, begins[tree.prefix : tokens], states)
         if recurrent is not None:
-            tree.states[tokens] = recurrent
+            tree.states[tokens] = recurrent  # at once: closing the row gives it back, even if memory runs out now
+        cache.write(tree, begins[tree.prefix : tokens], states)
 
     @staticmethod
     def _recurrent_states(cache: TreeCache, path: Sequence[PrefixNode], tokens: int) -> State | None:

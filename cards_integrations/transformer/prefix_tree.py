@@ -60,6 +60,11 @@ class PrefixTree:
             node = child
         return path, known
 
+    def size(self, path: Sequence[PrefixNode]) -> int:
+        """Return the bytes of the nodes of a path."""
+        tokens, states = sum(len(node.ids) for node in path), sum(bool(node.recurrent) for node in path)
+        return tokens * self.bytes_per_token + states * self.bytes_per_state
+
     def use(self, path: Sequence[PrefixNode]) -> None:
         """Note that the nodes of a path from the root have been used."""
         for node in reversed(path):
