@@ -1,7 +1,7 @@
 """Which types of models give here what plain transformers gives: tiny random models of every type, through the engine.
 
-    python tests/census.py [causal | classifier | composite] [TYPE ...]    those, or all: a line for each
-    python tests/census.py --write [causal | classifier | composite]       into tests/census.json and docs/models.md
+python tests/census.py [causal | classifier | composite] [TYPE ...]    those, or all: a line for each
+python tests/census.py --write [causal | classifier | composite]       into tests/census.json and docs/models.md
 """
 
 from __future__ import annotations

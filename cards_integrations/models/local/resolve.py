@@ -71,9 +71,7 @@ def load_config(spec: LocalModel) -> Any:
             adapter = (Path(found) / "adapter_config.json").exists()
             mend = "It is an adapter: pass it as adapter=, and its base as model=." if adapter else "Check the path."
             raise ModelError(f"model={spec.model!r}: there is no config.json in this directory. {mend}")
-        return AutoConfig.from_pretrained(
-            found, revision=spec.revision, trust_remote_code=spec.trust_remote_code
-        )
+        return AutoConfig.from_pretrained(found, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
 
 
 read_config = lru_cache(load_config)
