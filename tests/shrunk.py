@@ -65,6 +65,7 @@ OWN: dict[str, dict[str, Any]] = {  # where sizes depend on each other
     "mimo_v2_flash": {"v_head_dim": 12},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 8},
     "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 2},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2, "num_hidden_layers": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_hidden_layers": 4, "num_dense_layers": 1},
     "mllama": {"text_config": {**BOS, "cross_attention_layers": [1], "num_hidden_layers": 3}},
     "dbrx": {

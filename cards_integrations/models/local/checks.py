@@ -86,7 +86,7 @@ def check_encoding(name: str, tokenizer: Any, rows: int) -> None:
     if sum(not ids for ids in read) * 2 > len(read):
         raise ModelError(
             f"{name}: its tokenizer, which transformers reads as a {type(tokenizer).__name__}, encodes words of its "
-            "own vocabulary to nothing. Check tokenizer.json and the model_type of config.json, or convert the tokenizer."
+            "own vocabulary to nothing. Check tokenizer.json, and the model_type of config.json."
         )
     beyond = [i for i in tokenizer("")["input_ids"] if i >= rows]
     if beyond:
