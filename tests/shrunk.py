@@ -26,7 +26,8 @@ RULES: dict[str, Any] = {  # a name is what the first expression that matches it
     "num_(local_)?experts|n_routed_experts|moe_num_experts": 4,
     "mamba_n(um)?_heads|mamba_d_conv|mamba_dt_rank|time_step_rank|linear_num_(value_)?heads|laurel_rank": 4,
     # how wide
-    "head_dim|kv_channels|dim_head|d_head|rotary_dim|qk_(rope|nope)_head_dim|v_head_dim|global_head_dim|swa_head_dim": 8,
+    "head_dim|kv_channels|dim_head|d_head|rotary_dim|qk_(rope|nope)_head_dim|v_head_dim": 8,
+    "global_head_dim|swa_head_dim": 8,
     "linear_(key_|value_)?head_dim|hidden_size_per_layer_input": 8,
     "mamba_d_state|(ssm_)?state_size|mamba_chunk_size|chunk_size": 8,
     "q_lora_rank|kv_lora_rank|qk_head_dim|index_head_dim|mamba_d_head|mamba_head_?dim": 16,
@@ -64,6 +65,7 @@ OWN: dict[str, dict[str, Any]] = {  # where sizes depend on each other
     "mimo_v2_flash": {"v_head_dim": 12},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 8},
     "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 2},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2, "num_hidden_layers": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_hidden_layers": 4, "num_dense_layers": 1},
     "mllama": {"text_config": {**BOS, "cross_attention_layers": [1], "num_hidden_layers": 3}},
     "dbrx": {
@@ -71,7 +73,8 @@ OWN: dict[str, dict[str, Any]] = {  # where sizes depend on each other
         "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
     },
     "nemotron_h": {
-        "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"], "n_groups": 1, "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"], "n_groups": 1,
+        "num_hidden_layers": 4,
     },
     "reformer": {
         "axial_pos_embds_dim": (16, 16), "axial_pos_shape": (16, 16), "attn_layers": ["local", "lsh"],

@@ -39,7 +39,6 @@ def test_it_writes_what_transformers_writes(gemma: Engine) -> None:
     ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
     written = plain.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :].tolist()
     assert list(answer.token_ids) == written[: len(answer.token_ids)]
-    assert "Paris" in answer.text
 
 
 def test_it_is_guided(gemma: Engine) -> None:

@@ -85,8 +85,8 @@ def check_encoding(name: str, tokenizer: Any, rows: int) -> None:
     read = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts if text.strip()]
     if sum(not ids for ids in read) * 2 > len(read):
         raise ModelError(
-            f"{name}: its tokenizer, which transformers reads as a {type(tokenizer).__name__}, encodes words of its own "
-            "vocabulary to nothing. Check tokenizer.json and the model_type of config.json, or convert the tokenizer."
+            f"{name}: its tokenizer, which transformers reads as a {type(tokenizer).__name__}, encodes words of its "
+            "own vocabulary to nothing. Check tokenizer.json, and the model_type of config.json."
         )
     beyond = [i for i in tokenizer("")["input_ids"] if i >= rows]
     if beyond:

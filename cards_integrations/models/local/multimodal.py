@@ -25,10 +25,7 @@ def drop_other_parts(model: Any) -> None:
         return
     parts = dict(model.base_model.named_children())
     called: set[str] = set()
-    hooks = [
-        part.register_forward_hook(lambda *_, name=name: called.add(name))  # type: ignore[misc]
-        for name, part in parts.items()
-    ]
+    hooks = [part.register_forward_hook(lambda *_, name=name: called.add(name)) for name, part in parts.items()]
     try:
         _read_one_token(model)
     finally:

@@ -15,7 +15,7 @@ Bits = Literal["int4", "int8", "float16"]
 
 
 class LocalModel(BaseModel):
-    """A transformers model on this machine. Weights are read from safetensors files only."""
+    """A transformers model on this machine. Weights are read from safetensors and GGUF files only."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -23,7 +23,7 @@ class LocalModel(BaseModel):
     """Tells this model from one behind a server."""
 
     model: Annotated[str, Field(min_length=1)] = SMOLLM2
-    """An embedded name ("smollm2"), a hub id (owner/name) or a local directory."""
+    """An embedded name ("smollm2"), a hub id (owner/name), a local directory or a GGUF file (converted once)."""
 
     revision: str | None = None
     """Branch, tag or commit of the hub repository; None for its default branch."""
@@ -62,8 +62,8 @@ class Placement(BaseModel):
     the checkpoint is in half precision; float32 otherwise."""
 
     device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = None
-    """How the language model's layers, and those of reward models, are spread over several GPUs, by accelerate: "auto"
-    fills all of them alike, "sequential" one after the other. None puts a model on `device` as a whole."""
+    """How accelerate spreads the layers of the language model, and of reward models, over several GPUs: "auto" fills
+    all of them alike, "sequential" one after the other. None puts a model on `device` as a whole."""
 
     threads: Annotated[int, Field(ge=1)] | Literal["auto"] | None = "auto"
     """CPU threads of torch. "auto" gives a step fewer than torch would take while other processes keep cores busy, and
