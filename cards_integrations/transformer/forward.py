@@ -18,6 +18,7 @@ from cards_integrations.transformer.kv_block import Layout
 from cards_integrations.transformer.kv_cache import TreeCache
 from cards_integrations.transformer.kv_memory import KVMemory
 from cards_integrations.transformer.quantization import attention_dtype
+from cards_integrations.transformer.rope import LONG, use_tokenwise_rotary
 from cards_integrations.transformer.step_times import least_seconds
 
 SHARED = {"cpu": 256, "cuda": 2048}  # tokens from which on a common beginning is held once; then a graph is not used
@@ -71,6 +72,7 @@ class Transformer:
         self._logits = StaticSteps(self._run_model, model.device)
         self._hidden = StaticSteps(self._run_body, model.device)
         use_tree_attention(model)
+        self.switch = use_tokenwise_rotary(model)
         self.forwards = self.tokens = 0
         if not len(self.cache.layout):
             self._learn_layout()
@@ -90,6 +92,10 @@ class Transformer:
         window, chunk = (getattr(self.config, name, None) for name in ("sliding_window", "attention_chunk_size"))
         return Reach(window or 0, chunk or 0)
 
+    def is_long(self, tokens: int) -> bool:
+        """True if a text of so many tokens is read with other rotary frequencies than a short one."""
+        return 0 < self.switch < tokens
+
     def logits(self, inputs: Sequence[ForwardInput]) -> list[Output | CardsError]:
         """Run a causal model: logits (vocabulary,) after the last tokens of each input, or why it cannot be read."""
         return self._forward(inputs, self._logits)
@@ -104,7 +110,7 @@ class Transformer:
         try:
             flat = FlatBatch(inputs, self.cache, run.rounding)
             self.memory.evict_for(0)  # the cache may have grown
-            batch = run(*self._prepare(flat))[: len(flat.output_indices)]
+            batch = run(*self._prepare(flat, inputs))[: len(flat.output_indices)]
             ends = accumulate([item.outputs for item in inputs])
             return [Output(batch, end - 1, item.outputs) for item, end in zip(inputs, ends, strict=True)]
         except Exception as error:
@@ -119,13 +125,18 @@ class Transformer:
         half = len(inputs) // 2
         return self._forward(inputs[:half], run) + self._forward(inputs[half:], run)
 
-    def _prepare(self, flat: FlatBatch) -> tuple[dict[str, torch.Tensor], AttentionMetadata]:
+    def _prepare(
+        self, flat: FlatBatch, inputs: Sequence[ForwardInput]
+    ) -> tuple[dict[str, torch.Tensor], AttentionMetadata]:
         """The tensors of the forward, and who attends to what."""
         metadata = flat.metadata(self.patterns, self.reach, self.dtype, self.device)
         self.cache.written = flat.sections
         self.forwards += 1
         self.tokens += flat.read
-        return flat.tensors(self.device), metadata
+        tensors = flat.tensors(self.device)
+        if self.switch:
+            tensors["long"] = flat.long(inputs, self.switch).to(self.device)
+        return tensors, metadata
 
     def release(self) -> None:
         """Give the memory of the cache back; nothing is read any more."""
@@ -158,7 +169,7 @@ class Transformer:
     def _run(self, model: Any, tensors: dict[str, torch.Tensor], metadata: AttentionMetadata, **options: Any) -> Any:
         self.cache.begin(tensors["write_indices"])
         marker = torch.empty(1, 1, 1, 1, device=tensors["ids"].device)  # a 4D mask is passed on as it is
-        token = METADATA.set(metadata)
+        token, long = METADATA.set(metadata), LONG.set(tensors.get("long"))
         try:
             with torch.inference_mode():
                 return model(
@@ -171,6 +182,7 @@ class Transformer:
                 )
         finally:
             METADATA.reset(token)
+            LONG.reset(long)
 
     def batches(self, inputs: Sequence[ForwardInput]) -> Iterator[list[ForwardInput]]:
         """Split inputs into forwards of at most `PREFILL_CHUNK` tokens (or of one input)."""

@@ -11,6 +11,7 @@ from cards_integrations.models.local.resolve import max_positions
 from cards_integrations.rewards.base import Conversation, Response, RewardModel, count_forward
 from cards_integrations.rewards.scorers.head import Head
 from cards_integrations.rewards.scorers.input_format import InputFormat
+from cards_integrations.transformer.rope import rope_switch
 
 
 class RescoringClassifier(RewardModel):
@@ -24,6 +25,7 @@ class RescoringClassifier(RewardModel):
         self.input_format = input_format
         self.head = head
         self.tokenizer = input_format.chat.tokenizer
+        self.switch = rope_switch(model.config.get_text_config())
         self.window = min(max_positions(model.config), self.tokenizer.model_max_length)
         if model.config.pad_token_id is None:
             model.config.pad_token_id = self.tokenizer.pad_token_id
@@ -36,20 +38,33 @@ class RescoringClassifier(RewardModel):
         self.surroundings.pop(conversation, None)
 
     async def score(self, responses: Sequence[Response]) -> list[float]:
-        texts = [self._text(response) for response in responses]
         self.tokenizer.truncation_side = "left"
         inputs = self.tokenizer(
-            texts,
+            [self._text(response) for response in responses],
             add_special_tokens=self.input_format.adds_special_tokens,
-            padding=True,
             truncation=True,
             max_length=self.window,
-            return_tensors="pt",
         )
-        self.input_format.chat.check_ids(inputs["input_ids"].flatten().tolist())
+        found: dict[Response, float] = {}
+        for together in self._read_alike([len(ids) for ids in inputs["input_ids"]]):
+            asked = [responses[i] for i in together]
+            part = {name: [values[i] for i in together] for name, values in inputs.items()}
+            found |= zip(asked, self._scores(asked, part), strict=True)
+        return [found[response] for response in responses]
+
+    def _read_alike(self, lengths: Sequence[int]) -> list[list[int]]:
+        """The indices of texts that one forward reads as it would read each alone."""
+        long = [0 < self.switch < length for length in lengths]
+        groups = ([i for i, each in enumerate(long) if each == kind] for kind in (False, True))
+        return [group for group in groups if group]
+
+    def _scores(self, responses: Sequence[Response], inputs: dict[str, list[list[int]]]) -> list[float]:
+        """One forward."""
+        padded = self.tokenizer.pad(inputs, return_tensors="pt")
+        self.input_format.chat.check_ids(padded["input_ids"].flatten().tolist())
         with torch.inference_mode():
-            logits = self.model(**inputs.to(self.model.device)).logits
-        read = inputs["attention_mask"].sum(-1).tolist()
+            logits = self.model(**padded.to(self.model.device)).logits
+        read = padded["attention_mask"].sum(-1).tolist()
         count_forward((response.conversation, tokens) for response, tokens in zip(responses, read, strict=True))
         return self.head(logits)
 
