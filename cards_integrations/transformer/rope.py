@@ -78,7 +78,9 @@ class TokenwiseRotary(torch.nn.Module):
 
     def __init__(self, native: torch.nn.Module) -> None:
         super().__init__()
-        self.native, self.short, self.long = native, copy.deepcopy(native), copy.deepcopy(native)
+        config = getattr(native, "config", None)  # one for all, which says where the switch is
+        self.native = native
+        self.short, self.long = (copy.deepcopy(native, {id(config): config}) for _ in range(2))
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         flags = LONG.get()

@@ -465,7 +465,6 @@ class LocalLanguageModel:
             request.long = Frontier(branch, unread=[*context.prompt_ids, *context.ids])
         return request.long
 
-
     def growth(self, candidates: Iterable[Candidate]) -> int:
         """By how many bytes the cache grows at most when `forward` reads for these candidates."""
         more: dict[Tree, int] = {}

@@ -38,33 +38,36 @@ class RescoringClassifier(RewardModel):
         self.surroundings.pop(conversation, None)
 
     async def score(self, responses: Sequence[Response]) -> list[float]:
+        found: dict[Response, float] = {}
+        for alike in self._read_alike(responses):
+            found |= zip(alike, self._scores(alike), strict=True)
+        return [found[response] for response in responses]
+
+    def _read_alike(self, responses: Sequence[Response]) -> list[list[Response]]:
+        """Those with short texts, and those with long ones, if the model reads these in another way."""
+        if not self.switch:
+            return [[*responses]]
+        lengths = map(len, self._encoded(responses)["input_ids"])
+        long = {response: length > self.switch for response, length in zip(responses, lengths, strict=True)}
+        kinds = ([response for response in responses if long[response] == kind] for kind in (False, True))
+        return [kind for kind in kinds if kind]
+
+    def _encoded(self, responses: Sequence[Response], **options: Any) -> Any:
         self.tokenizer.truncation_side = "left"
-        inputs = self.tokenizer(
+        return self.tokenizer(
             [self._text(response) for response in responses],
             add_special_tokens=self.input_format.adds_special_tokens,
             truncation=True,
             max_length=self.window,
+            **options,
         )
-        found: dict[Response, float] = {}
-        for together in self._read_alike([len(ids) for ids in inputs["input_ids"]]):
-            asked = [responses[i] for i in together]
-            part = {name: [values[i] for i in together] for name, values in inputs.items()}
-            found |= zip(asked, self._scores(asked, part), strict=True)
-        return [found[response] for response in responses]
 
-    def _read_alike(self, lengths: Sequence[int]) -> list[list[int]]:
-        """The indices of texts that one forward reads as it would read each alone."""
-        long = [0 < self.switch < length for length in lengths]
-        groups = ([i for i, each in enumerate(long) if each == kind] for kind in (False, True))
-        return [group for group in groups if group]
-
-    def _scores(self, responses: Sequence[Response], inputs: dict[str, list[list[int]]]) -> list[float]:
-        """One forward."""
-        padded = self.tokenizer.pad(inputs, return_tensors="pt")
-        self.input_format.chat.check_ids(padded["input_ids"].flatten().tolist())
+    def _scores(self, responses: Sequence[Response]) -> list[float]:
+        inputs = self._encoded(responses, padding=True, return_tensors="pt")
+        self.input_format.chat.check_ids(inputs["input_ids"].flatten().tolist())
         with torch.inference_mode():
-            logits = self.model(**padded.to(self.model.device)).logits
-        read = padded["attention_mask"].sum(-1).tolist()
+            logits = self.model(**inputs.to(self.model.device)).logits
+        read = inputs["attention_mask"].sum(-1).tolist()
         count_forward((response.conversation, tokens) for response, tokens in zip(responses, read, strict=True))
         return self.head(logits)
 
