@@ -139,8 +139,10 @@ class LocalLanguageModel:
 
     def cache_needs(self, context: Context, tokens: int) -> list[CacheNeed]:
         now = len(context.prompt_ids) + len(context.ids)
-        outgrows = self.reads_again and not self.transformer.is_long(now) and self.transformer.is_long(tokens)
-        return [CacheNeed(self.transformer.cache, 2 if outgrows else 1, tokens)]
+        needs, switch = [CacheNeed(self.transformer.cache, 1, tokens)], self.transformer.switch
+        if self.reads_again and now <= switch < tokens:  # until the one that is read again is kept
+            needs.append(CacheNeed(self.transformer.cache, 1, switch))
+        return needs
 
     @property
     def forwards(self) -> int:
