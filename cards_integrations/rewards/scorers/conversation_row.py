@@ -89,7 +89,7 @@ class ConversationRow:
 
     def keep(self, scored: ScoredBranch) -> None:
         """Make a scored answer part of the trunk."""
-        if scored.root is not None and scored.root in self.reread.values():
+        if scored.root is not None and scored.root.ids:  # else it is in the trunk already
             self.tree.keep(scored.root)
         self.tree.keep(scored.branch, scored.kept)
         self.tree.drop(scored.branch)
