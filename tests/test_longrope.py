@@ -1,11 +1,11 @@
-"""Rope types that go by the length of a text: each text is read by its own, whoever is beside it, also when it grows."""
+"""Rope types that go by the length of a text: by its own, whoever is beside it, also when it grows."""
 
 from __future__ import annotations
 
 import copy
 import random
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import internals
@@ -26,6 +26,7 @@ from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import ClassifierReward, Conversation, ImplicitReward, Response
 from cards_integrations.rewards.base import scores
 from cards_integrations.rewards.scorers.head import Head
+from cards_integrations.rewards.scorers.incremental import IncrementalClassifier
 from cards_integrations.rewards.scorers.input_format import InputFormat
 from cards_integrations.rewards.scorers.rescoring import RescoringClassifier
 from cards_integrations.trace import Alignment, Usage
@@ -41,11 +42,17 @@ LONGROPE = {
     "long_factor": [2.0, 3.0, 4.0, 5.0],
     "factor": 8.0,
 }
-OTHERS = {
+OTHERS: dict[str, dict[str, Any]] = {
     "default": {"rope_type": "default"},
     "linear": {"rope_type": "linear", "factor": 4.0},
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": SWITCH},
-    "llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": SWITCH,
+    },
     "dynamic": {"rope_type": "dynamic", "factor": 2.0},
 }
 TABLE = [*OTHERS, "phi3", "phi3 with a window", "phimoe", "llama", "qwen3", "gemma3_text"]
@@ -62,23 +69,20 @@ def words(count: int, seed: int = 0) -> str:
 
 def options(kind: str, switch: int = SWITCH) -> tuple[str, dict[str, Any]]:
     """A family, and its config."""
+    theta, original = {"rope_theta": 10000.0}, {"original_max_position_embeddings": switch}
     if kind in OTHERS:
-        original = {"original_max_position_embeddings": SWITCH} if kind == "llama3" else {}
         size = {"max_position_embeddings": 96} if kind == "dynamic" else {}
-        return "llama", {"rope_parameters": {**OTHERS[kind], **original, "rope_theta": 10000.0}, **size}
-    scaling = {**LONGROPE, "original_max_position_embeddings": switch}
+        return "llama", {"rope_parameters": {**OTHERS[kind], **theta}, **size}
+    scaling: dict[str, Any] = {**LONGROPE, **original}
     if kind == "gemma3_text":
-        scaling = {"full_attention": scaling, "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}
-    phi = {"original_max_position_embeddings": switch, "sliding_window": None}
+        scaling = {"full_attention": scaling, "sliding_attention": {"rope_type": "default", **theta}}
+    config: dict[str, Any] = {"rope_parameters": scaling}
+    if "phi" in kind:
+        config |= original if "window" in kind else {**original, "sliding_window": None}
     if kind == "phimoe":
-        phi |= {"num_local_experts": 2}
+        config["num_local_experts"] = 2
         scaling |= {"short_mscale": 1.1, "long_mscale": 1.5}
-    return kind.split()[0], {
-        **(
-            phi if kind in ("phi3", "phimoe") else {"original_max_position_embeddings": switch} if "phi" in kind else {}
-        ),
-        "rope_parameters": scaling,
-    }
+    return kind.split()[0], config
 
 
 def causal(kind: str, switch: int = SWITCH, **more: Any) -> Any:
@@ -150,7 +154,8 @@ def asked(count: int, seed: int = 0, **more: Any) -> Request:
 
 @pytest.mark.parametrize("kind", TABLE)
 def test_a_text_is_the_same_alone_beside_others_and_growing(kind: str, made: Callable[..., str], start: Start) -> None:
-    engine, model = start(made(kind)), causal(kind)
+    engine, as_on_a_gpu, model = start(made(kind)), start(made(kind)), causal(kind)
+    internals.language_model(as_on_a_gpu).transformer._logits.rounding = True
     table = [
         asked(SHORT, 1),
         asked(GROWING, 2),
@@ -159,7 +164,7 @@ def test_a_text_is_the_same_alone_beside_others_and_growing(kind: str, made: Cal
         asked(SWITCH, 5),
         asked(SWITCH + 1, 6),
     ]
-    written = [*map(engine.run, table), *engine.run_many(table), *engine.run_many(table[::-1])[::-1]]
+    written = [*map(engine.run, table), *engine.run_many(table), *as_on_a_gpu.run_many(table[::-1])[::-1]]
     plain = [greedily(model, prompt_ids(str(request.prompt)), ROOM) for request in table]
     for (expected, log_p), found in zip(plain * 3, written, strict=True):
         assert list(found.token_ids) == expected
@@ -207,13 +212,13 @@ def assert_same(found: Alignment, expected: Any) -> None:
         assert [draft.reward for draft in segment.drafts] == pytest.approx([d.reward for d in drafts], abs=1e-4)
 
 
-def guided(made: Callable[..., str], reward: str, method: Decoding = CARDS, seeds: int = 6) -> list[Request]:
-    judge = ClassifierReward(model=made(reward, classifier), prompt_format="{prompt} {response}")
-    counts = [12, GROWING, 26, SWITCH, 15, LONG]
-    return [
-        Request(words(counts[seed % 6], seed), method, judge, DRAWN, ROOM, seed=seed, timeout=100)
-        for seed in range(seeds)
-    ]
+def judging(made: Callable[..., str], kind: str) -> ClassifierReward:
+    return ClassifierReward(model=made(kind, classifier), prompt_format="{prompt} {response}")
+
+
+def guided(made: Callable[..., str], reward: str) -> list[Request]:
+    base = Request("", CARDS, judging(made, reward), DRAWN, ROOM, timeout=100)
+    return [replace(base, prompt=words(n, n), seed=n) for n in (12, GROWING, 26, SWITCH, LONG)]
 
 
 @pytest.mark.parametrize(("kind", "reward"), [("phi3", "llama"), ("llama", "phi3"), ("phi3", "phi3")])
@@ -221,18 +226,14 @@ def test_guided_texts_are_those_of_the_paper(kind: str, reward: str, made: Calla
     requests, judge = guided(made, reward), classifier(reward)
     expected = [by_the_paper(kind, str(request.prompt), request.seed or 0, judge) for request in requests]
     assert any(len(drafts) > 2 for each in expected for drafts in each.segments)
-    for width in (1, "auto"):
-        engine = start(made(kind), width=width)
-        for found in ([engine.run(request) for request in requests], engine.run_many(requests)):
-            for one, other in zip(found, expected, strict=True):
-                assert_same(one, other)
-        assert engine.inspect().idle
-    engine = start(made(kind))
-    eager = Eager(engine, most=40, wait=3)
-    for one, other in zip(engine.run_many(requests), expected, strict=True):
-        assert_same(one, other)
+    narrow, wide, ahead = (start(made(kind), width=width) for width in (1, "auto", "auto"))
+    eager = Eager(ahead, most=40, wait=3)
+    for found in ([narrow.run(request) for request in requests], wide.run_many(requests), ahead.run_many(requests)):
+        for one, other in zip(found, expected, strict=True):
+            assert_same(one, other)
     assert eager.adopted
-    internals.assert_idle(engine)
+    for engine in (narrow, wide, ahead):
+        internals.assert_idle(engine)
 
 
 # --- rewards ---
@@ -246,7 +247,7 @@ def test_rewards_are_those_of_the_whole_text_alone(kind: str, made: Callable[...
     ids = [prompt_ids(f"{prompt} {text}") for text in texts]
     with torch.inference_mode():
         expected = [float(judge(torch.tensor([each])).logits) for each in ids]
-    found = engine.score(guided(made, kind)[0].reward, prompt, texts)
+    found = engine.score(judging(made, kind), prompt, texts)
     assert found == pytest.approx(expected, abs=1e-4)
 
     implicit = ImplicitReward(tuned=made(kind), base=made(kind, seed=3))
@@ -254,6 +255,37 @@ def test_rewards_are_those_of_the_whole_text_alone(kind: str, made: Callable[...
     gains = [0.1 * (naive.log_p(causal_judge, *each) - naive.log_p(other, *each)) for each in split]
     assert engine.score(implicit, prompt, texts) == pytest.approx(gains, abs=1e-3)
     assert engine.inspect().idle
+
+
+async def test_a_text_that_was_scored_ahead_may_be_long_where_what_it_follows_is_short() -> None:
+    model, tokenizer = classifier("phi3"), tiny.words()
+    reward = IncrementalClassifier(
+        "judge", model, InputFormat(ChatTokenizer(tokenizer), "{prompt} {response}"), Head(None, "logit", {}), True
+    )
+    conversation = Conversation(words(GROWING), Usage())
+
+    async def scored(ids: list[int], parent: Response | None = None) -> Response:
+        response = Response(conversation, "", ids, parent=parent)
+        [found] = await reward.score([response])
+        with torch.inference_mode():
+            whole = torch.tensor([prompt_ids(words(GROWING)) + ids])
+            assert found == pytest.approx(float(model(whole).logits), abs=1e-4)
+        return response
+
+    reward.open(conversation)
+    begin, rest = prompt_ids(words(8, 1)), prompt_ids(words(30, 2))
+    one, other = await scored(begin), await scored(rest)  # for the other one the prompt is read again
+    ahead = await scored(begin + rest[:9], one)
+    reward.drop(other)
+    reward.keep(one)
+    further = await scored(begin + rest[:14], ahead)
+    reward.keep(ahead)
+    reward.keep(further)
+    for tokens in (15, 30):
+        reward.drop(await scored(begin + rest[:tokens]))
+    [cache] = reward.transformer.memory.caches
+    internals.balance(cache)
+    assert next(iter(cache.trees)).ids == prompt_ids(words(GROWING)) + begin + rest[:14]
 
 
 async def test_a_rescored_text_is_read_as_if_alone(made: Callable[..., str]) -> None:
@@ -276,7 +308,7 @@ LATE = 60  # the switch, where texts are to be long
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.method)
 def test_preempted_requests_write_the_same(kind: str, method: Decoding, made: Callable[..., str], start: Start) -> None:
     folder = made(kind, switch=LATE)
-    reward = guided(made, kind)[0].reward if method.needs_reward else None
+    reward = judging(made, kind) if method.needs_reward else None
     requests = [Request(words(25 + 5 * s, s), method, reward, DRAWN, 60, seed=s, timeout=100) for s in range(4)]
     expected = start(folder, width=4).run_many(requests)
     budget = 110_000 if method.method == "sampling" else 200_000
@@ -343,6 +375,27 @@ def test_a_whole_answer_is_read_as_it_was_written(kind: str, made: Callable[...,
         assert found == pytest.approx((-log_p.exp() * log_p).sum(-1).tolist(), abs=1e-4)
 
 
+def test_an_error_while_the_text_is_read_again_is_that_of_its_request(
+    made: Callable[..., str], start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = start(made("phi3"))
+    before, read = engine.run(asked(SHORT)), forward.Transformer.logits
+
+    def fails(self: Any, inputs: Any) -> Any:
+        bad = [each.branch.long and len(each.ids) > 1 for each in inputs]
+        found = zip(bad, read(self, inputs), strict=True)
+        return [ModelError("no") if failed else output for failed, output in found]
+
+    monkeypatch.setattr(forward.Transformer, "logits", fails)
+    cards = replace(guided(made, "llama")[1], timeout=20)
+    requests = [asked(SHORT), asked(GROWING), cards]
+    good, *bad = engine.run_many(requests, return_exceptions=True)
+    assert isinstance(good, Alignment)
+    assert good.token_ids == before.token_ids
+    assert [str(each) for each in bad] == ["no", "no"]
+    assert engine.inspect().idle
+
+
 # --- what is not exact is refused ---
 
 
@@ -357,9 +410,9 @@ def test_a_dynamic_text_ends_where_its_frequencies_would_change(made: Callable[.
 def test_a_model_whose_frequencies_cannot_be_chosen_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     exact.check_exact(causal("phi3"))
     monkeypatch.setattr(forward, "use_tokenwise_rotary", lambda model: rope_switch(model.config))
-    with pytest.raises(ModelError, match="phi3.*beside other texts"):
+    with pytest.raises(ModelError, match=r"phi3.*beside other texts"):
         exact.check_exact(causal("phi3"))
-    with pytest.raises(ModelError, match="llama.*beside other texts"):
+    with pytest.raises(ModelError, match=r"llama.*beside other texts"):
         exact.check_exact(causal("llama"))
 
 
