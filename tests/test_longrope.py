@@ -265,7 +265,7 @@ async def test_a_text_that_was_scored_ahead_may_be_long_where_what_it_follows_is
     conversation = Conversation(words(GROWING), Usage())
 
     async def scored(ids: list[int], parent: Response | None = None) -> Response:
-        response = Response(conversation, "", ids, parent=parent)
+        response = Response(conversation, "read", ids, parent=parent)
         [found] = await reward.score([response])
         with torch.inference_mode():
             whole = torch.tensor([prompt_ids(words(GROWING)) + ids])
