@@ -27,9 +27,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from cards_integrations.transformer.cache_layers import TreeLayer
 from cards_integrations.transformer.flat_batch import FlatBatch, ForwardInput
 from cards_integrations.transformer.forward import Transformer
-from cards_integrations.transformer.kv_block import width_for
+from cards_integrations.transformer.kv_block import Layout, width_for
 from cards_integrations.transformer.kv_cache import Branch, TreeCache
 from cards_integrations.transformer.kv_memory import KVMemory
 
@@ -79,7 +80,10 @@ def of_bytes() -> dict[str, float]:
     transformer, branches = fresh([*SHORT, LONG])
     both = transformer.cache.bytes
     transformer.cache.close(branches[-1].tree)
-    shape = TreeCache(32, 2 * 32 * 8 * 128 * 2)  # keys and values, layers, heads, size, bf16
+    layout = Layout()
+    for call in range(32):  # layers of 8 heads of size 128
+        layout.note(call, (torch.empty(0, 8, 128, dtype=torch.bfloat16),) * 2)
+    shape = TreeCache([TreeLayer() for _ in range(32)], layout)
     idle, asked = shape.bytes, 32_000
     shape.open(asked)
     return {

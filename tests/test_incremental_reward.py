@@ -76,7 +76,7 @@ async def test_a_score_is_the_one_of_the_whole_template(tmp_path: Path, end: str
     assert full_score(model, ids) == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize(("family", "rounded"), tiny.RUNS)
+@pytest.mark.parametrize(("family", "rounded"), tiny.SCORED_RUNS)
 async def test_scores_of_growing_answers(family: str, rounded: bool) -> None:
     model, tokenizer = tiny.classifier(family), tiny.words()
     reward, dice = incremental(model, tokenizer, True), random.Random(0)

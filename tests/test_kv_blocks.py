@@ -11,6 +11,7 @@ import tiny
 import torch
 from internals import assert_empty, balance, finished_texts
 
+from cards_integrations.transformer.cache_layers import TreeLayer
 from cards_integrations.transformer.flat_batch import ForwardInput
 from cards_integrations.transformer.forward import Output, Transformer
 from cards_integrations.transformer.kv_block import width_for, width_within
@@ -426,7 +427,7 @@ def test_which_prompts_are_read_first() -> None:
 
 def test_branches_of_a_closed_row_free_nothing_more() -> None:
     """Scores that fail after their conversation was closed drop its branches late."""
-    cache = TreeCache(layers=1)
+    cache = TreeCache([TreeLayer()])
     closed, other = cache.open(), cache.open()
     late = closed.branch()
     cache.close(closed)

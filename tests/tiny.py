@@ -44,8 +44,43 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neox": {},
     "phi3": WINDOW,
     "mixtral": {"num_local_experts": 2, "num_experts_per_tok": 1},
-}
-RUNS = [(family, rounded) for family in FAMILIES for rounded in (False, True)]  # shapes as they come, or as on a GPU
+    "gpt_oss": {**MIXED, "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1},
+    "deepseek_v3": {
+        "kv_lora_rank": 16, "q_lora_rank": None, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12,
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+        "moe_intermediate_size": 24, "num_key_value_heads": 4,
+    },
+    "gemma4_text": {
+        **WINDOW, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2, "head_dim": 8, "global_head_dim": 16, "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 48,
+    },
+    "llama4_text": {
+        "attention_chunk_size": 6, "num_local_experts": 2, "intermediate_size_mlp": 48, "num_hidden_layers": 4,
+        "head_dim": 8,
+    },
+    "diffllama": {},
+}  # fmt: skip
+HYBRIDS: dict[str, dict[str, Any]] = {  # with layers that have states
+    "qwen3_next": {
+        "layer_types": ["linear_attention", "full_attention"], "head_dim": 8, "num_experts": 4,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24,
+        "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    },
+    "falcon_h1": {  # in all layers beside attention
+        "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8,
+        "head_dim": 8,
+    },
+    "jamba": {  # which goes on by single tokens only
+        "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "num_experts_per_tok": 1,
+        "mamba_d_state": 8, "mamba_dt_rank": 4,
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+}  # fmt: skip
+WITHOUT_CLASSIFIER = {"gemma4_text", "llama4_text", "falcon_h1", "lfm2"}  # transformers has none for them
+# Shapes as they come, or as on a GPU.
+RUNS = [(family, rounded) for family in FAMILIES for rounded in (False, True)] + [(each, False) for each in HYBRIDS]
+SCORED_RUNS = [(family, rounded) for family, rounded in RUNS if family not in WITHOUT_CLASSIFIER]
 ALTERNATING = (
     "{% for m in messages %}"
     "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
@@ -89,11 +124,11 @@ def fallback(known: str = "") -> PreTrainedTokenizerFast:
 
 
 def config(family: str, **options: Any) -> Any:
-    return AutoConfig.for_model(family, **{**SIZES, **FAMILIES.get(family, {}), **options})
+    return AutoConfig.for_model(family, **{**SIZES, **{**FAMILIES, **HYBRIDS}.get(family, {}), **options})
 
 
 def attention(family: str) -> str:
-    return "eager" if family in ("gemma2", "bloom") else "sdpa"  # all that transformers has for them
+    return "eager" if family in ("gemma2", "bloom", "gpt_oss") else "sdpa"  # all that transformers has for them
 
 
 def causal(family: str = "llama", seed: int = 0, **options: Any) -> Any:

@@ -84,7 +84,8 @@ class AttentionMetadata:
     """The groups of one forward, in the order of their tokens; `patterns` names the mask of each layer.
 
     `store` takes the forward's keys and values. `rounded` says that all numbers of tokens, rows and columns have been
-    rounded up; `shared` are prefixes that rows have in common and not in their columns.
+    rounded up; `shared` are prefixes that rows have in common and not in their columns. `rows` is how many rows the
+    flat sequence is cut into.
     """
 
     groups: list[GroupMetadata]
@@ -92,6 +93,7 @@ class AttentionMetadata:
     store: StateStore
     rounded: bool = False
     shared: list[SharedMetadata] = field(default_factory=list)
+    rows: int = 1
 
 
 METADATA: ContextVar[AttentionMetadata | None] = ContextVar("METADATA", default=None)

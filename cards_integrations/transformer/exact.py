@@ -124,8 +124,15 @@ class _TriedModel:
         tree.keep(trunk)
         short.keep(other)
         one, second = tree.branch(), tree.branch()
-        self._read((one, 0, kept, end), (second, 1, kept, two))
-        tree.keep(one, 2)
+        if self.transformer.recurrent:  # nothing of theirs is kept in part
+            self._read((one, 0, kept, two), (second, 1, kept, two))
+            rest = one.branch()
+            self._read((rest, 0, two, two + 1))
+            self._read((rest, 0, two + 1, end))
+            tree.keep(one)
+        else:
+            self._read((one, 0, kept, end), (second, 1, kept, two))
+            tree.keep(one, two - kept)
         self._read((tree.branch(), 2, two, end), (second.branch(), 1, two, end), (short.branch(), 3, OWN, OWN + 1))
         return self.found
 
@@ -146,4 +153,4 @@ def _compare(model: Any, found: dict[tuple[int, int], torch.Tensor], plain: torc
     rounded = model.dtype != torch.float32 or is_quantized(model)
     error, most = (off[len(off) // 2], ROUNDED) if rounded else (off[-1], EXACT)
     if not error <= most:
-        raise cannot_run(model, f"what it gives beside other texts is {error:.0%} off from what it gives alone.")
+        raise cannot_run(model, f"what it gives beside other texts is {error:.1%} off from what it gives alone.")

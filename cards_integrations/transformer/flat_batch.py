@@ -76,6 +76,7 @@ class FlatBatch:
         sharing: Prefixes that rows share, and the tokens of these rows.
         ends: Where the tokens of each input end.
         output_indices: Those of the tokens with outputs, likewise.
+        inputs: The inputs in the order of their tokens.
         sections: The blocks, each with its tokens.
     """
 
@@ -100,6 +101,7 @@ class FlatBatch:
         for block, tokens in self.sections:
             self.arrays.note(block, tokens)
         self.read = sum(more.values())
+        self.inputs = [item for _, item in sorted(zip(self.ends, inputs, strict=True), key=lambda pair: pair[0])]
         pairs = zip(self.ends, inputs, strict=True)
         self.output_indices = [index for end, item in pairs for index in range(end - item.outputs, end)]
 

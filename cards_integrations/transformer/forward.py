@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from inspect import signature
 from itertools import accumulate
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -12,17 +13,21 @@ import torch
 
 from cards_integrations.errors import CardsError, ModelError, OutOfMemory, as_cards_error
 from cards_integrations.transformer.attention import CHUNKED, FULL, METADATA, NAME, SLIDING, AttentionMetadata
+from cards_integrations.transformer.cache_layers import RECURRENT, cache_layers
 from cards_integrations.transformer.cuda_graphs import StaticSteps
 from cards_integrations.transformer.flat_batch import FlatBatch, ForwardInput, Reach
 from cards_integrations.transformer.kv_block import Layout
 from cards_integrations.transformer.kv_cache import TreeCache
 from cards_integrations.transformer.kv_memory import KVMemory
 from cards_integrations.transformer.quantization import attention_dtype
+from cards_integrations.transformer.recurrent import StateLayout
 from cards_integrations.transformer.rope import LONG, use_tokenwise_rotary
 from cards_integrations.transformer.step_times import least_seconds
 
 SHARED = {"cpu": 256, "cuda": 2048}  # tokens from which on a common beginning is held once; then a graph is not used
+PATTERNS = {**dict.fromkeys(["moe", "mlp", *RECURRENT], FULL), "hybrid_sliding": SLIDING}  # of layers named otherwise
 log = logging.getLogger("cards_integrations")
+BEGUN_ANEW = {torch.float32: 5e-3}  # of the norm: what differs by more is no rounding; 3e-2 in half precision
 PREFILL_CHUNK = 2048  # tokens that a forward reads at most, where they can be read in several
 
 
@@ -47,6 +52,9 @@ class Output(NamedTuple):
 class Transformer:
     """A decoder with a `TreeCache`. The tokens of all inputs make one flat sequence (1, tokens).
 
+    With recurrent layers each path is a row instead, of a batch (paths, tokens) that go on from states; attention
+    layers of such a model keep the trees.
+
     That this is exact for a model is not known before `check_exact` has tried it.
 
     Args:
@@ -64,27 +72,46 @@ class Transformer:
         self.first_position = first_position(model)
         self.memory = memory or KVMemory(2**62, reuse=False)
         size = (8, 256) if model.device.type == "cuda" else (1, 64)  # graphs are lost when their block grows
-        shares = None if {*self.patterns} - {FULL} else SHARED.get(model.device.type, max(SHARED.values()))
+        self.recurrent = bool(RECURRENT & {*(getattr(self.config, "layer_types", None) or ())})
+        alike = {*self.patterns} == {FULL} and not self.recurrent
+        shares = SHARED.get(model.device.type, max(SHARED.values())) if alike else None
         self.dtype = attention_dtype(model)
         self.device: torch.device = model.device  # the model looks for it among its weights, at every step
-        self.cache = TreeCache(self.config.num_hidden_layers, _layout(model), size, shares, self.dtype)
+        self.cache = TreeCache(cache_layers(self.config), *_layouts(model), size, shares, self.dtype)
         self.memory.caches.append(self.cache)
         self._logits = StaticSteps(self._run_model, model.device)
         self._hidden = StaticSteps(self._run_body, model.device)
         use_tree_attention(model)
         self.switch = use_tokenwise_rotary(model)
+        self._inputs = _cache_and_mask(model, self.cache, self.patterns)
         self.forwards = self.tokens = 0
-        if not len(self.cache.layout):
+        if not len(self.cache.layout) and not self.cache.bytes_per_state:
             self._learn_layout()
 
     def _learn_layout(self) -> None:
-        """Read one token, which shows what is kept of each."""
-        tree = self.cache.open()
-        [output] = self.hidden([ForwardInput(tree.branch(), [0])])
-        self.cache.close(tree)
+        """Read a few tokens: this shows what is kept of them, and whether recurrent layers go on by several at once."""
+        together = self._read_aside([0, 1], [2, 3])
+        if self.cache.pool is not None:
+            one_by_one, most = self._read_aside([0, 1], [2], [3]), BEGUN_ANEW.get(self.dtype, 3e-2)
+            self.cache.pool.layout.stepwise = bool((together - one_by_one).norm() > most * one_by_one.norm())
         self.forwards = self.tokens = 0
-        if isinstance(output, CardsError):
-            raise cannot_run(self.model, str(output)) from output.__cause__
+
+    def _read_aside(self, *pieces: Sequence[int]) -> torch.Tensor:
+        """The last hidden state after a text that is read in pieces."""
+        tree = self.cache.open()
+        branch = tree.branch()
+        outputs = [self.hidden([ForwardInput(branch, piece)])[0] for piece in pieces]
+        self.cache.close(tree)
+        for output in outputs:
+            if isinstance(output, CardsError):
+                raise cannot_run(self.model, str(output)) from output.__cause__
+        assert isinstance(outputs[-1], Output)
+        return outputs[-1].value.float()
+
+    @property
+    def stepwise(self) -> bool:
+        """True if recurrent layers go on by single tokens only: of several at once they would begin anew."""
+        return self.cache.pool is not None and self.cache.pool.layout.stepwise
 
     @property
     def reach(self) -> Reach:
@@ -105,12 +132,37 @@ class Transformer:
         return self._forward(inputs, self._hidden)
 
     def _forward(self, inputs: Sequence[ForwardInput], run: StaticSteps) -> list[Output | CardsError]:
+        """One forward; with recurrent layers one for each number of tokens, and for texts that begin or go on."""
+        if self.cache.pool is None:
+            return self._forward_together(inputs, run)
+        alike: dict[tuple[int, bool], list[int]] = {}
+        for i, item in enumerate(inputs):
+            alike.setdefault((len(item.ids), item.branch.length > 0), []).append(i)
+        found: dict[int, Output | CardsError] = {}
+        for (tokens, goes_on), indices in alike.items():
+            read = self._forward_by_token if self.stepwise and goes_on and tokens > 1 else self._forward_together
+            found |= zip(indices, read([inputs[i] for i in indices], run), strict=True)
+        return [found[i] for i in range(len(inputs))]
+
+    def _forward_by_token(self, inputs: Sequence[ForwardInput], run: StaticSteps) -> list[Output | CardsError]:
+        """A forward for each token, of inputs with as many tokens."""
+        read: list[list[Output | CardsError]] = [[] for _ in inputs]
+        for at in range(len(inputs[0].ids)):
+            going = [i for i, outputs in enumerate(read) if not any(isinstance(each, CardsError) for each in outputs)]
+            step = [ForwardInput(inputs[i].branch, inputs[i].ids[at : at + 1], inputs[i].owner) for i in going]
+            for i, output in zip(going, self._forward_together(step, run), strict=True):
+                read[i].append(output)
+        return [_joined(outputs[-item.outputs :]) for outputs, item in zip(read, inputs, strict=True)]
+
+    def _forward_together(self, inputs: Sequence[ForwardInput], run: StaticSteps) -> list[Output | CardsError]:
         """One forward; when it fails, two of one half each, down to the input that the error belongs to."""
         before = [len(item.branch.columns) for item in inputs]
         try:
-            flat = FlatBatch(inputs, self.cache, run.rounding)
+            flat = FlatBatch(inputs, self.cache, run.rounding and not self.recurrent)
             self.memory.evict_for(0)  # the cache may have grown
             batch = run(*self._prepare(flat, inputs))[: len(flat.output_indices)]
+            if self.cache.pool is not None:
+                self.cache.advance([item.branch for item in flat.inputs])
             ends = accumulate([item.outputs for item in inputs])
             return [Output(batch, end - 1, item.outputs) for item, end in zip(inputs, ends, strict=True)]
         except Exception as error:
@@ -118,12 +170,12 @@ class Transformer:
         for item, columns in zip(inputs, before, strict=True):
             item.branch.retract(len(item.branch.columns) - columns)
         if _out_of_memory(problem) and self.memory.evict_all():
-            return self._forward(inputs, run)
+            return self._forward_together(inputs, run)
         if len(inputs) == 1:
             return [_error_of(inputs[0], problem)]
         log.warning("a forward of %d inputs failed, and is repeated in halves: %r", len(inputs), problem)
         half = len(inputs) // 2
-        return self._forward(inputs[:half], run) + self._forward(inputs[half:], run)
+        return self._forward_together(inputs[:half], run) + self._forward_together(inputs[half:], run)
 
     def _prepare(
         self, flat: FlatBatch, inputs: Sequence[ForwardInput]
@@ -131,6 +183,9 @@ class Transformer:
         """The tensors of the forward, and who attends to what."""
         metadata = flat.metadata(self.patterns, self.reach, self.dtype, self.device)
         self.cache.written = flat.sections
+        if self.cache.pool is not None:
+            metadata.rows = len(flat.inputs)
+            self.cache.go_on([(item.branch, len(item.ids)) for item in flat.inputs])
         self.forwards += 1
         self.tokens += flat.read
         tensors = flat.tensors(self.device)
@@ -158,26 +213,34 @@ class Transformer:
 
     def _run_model(self, tensors: dict[str, torch.Tensor], metadata: AttentionMetadata) -> torch.Tensor:
         indices = tensors["output_indices"]
+        if metadata.rows > 1:
+            return self._logits_of_rows(tensors, metadata)
         logits: torch.Tensor = self._run(self.model, tensors, metadata, logits_to_keep=indices).logits[0]
         return logits
 
+    def _logits_of_rows(self, tensors: dict[str, torch.Tensor], metadata: AttentionMetadata) -> torch.Tensor:
+        """The model keeps the same tokens of each row: the last ones, among which all are that have outputs."""
+        n = len(tensors["ids"]) // metadata.rows
+        row, token = tensors["output_indices"] // n, tensors["output_indices"] % n
+        kept = n - int(token.min())
+        logits: torch.Tensor = self._run(self.model, tensors, metadata, logits_to_keep=kept).logits
+        return logits[row, token - (n - kept)]
+
     def _run_body(self, tensors: dict[str, torch.Tensor], metadata: AttentionMetadata) -> torch.Tensor:
         found = self._run(body(self.model), tensors, metadata)
-        hidden: torch.Tensor = found.last_hidden_state[0, tensors["output_indices"]]
+        hidden: torch.Tensor = found.last_hidden_state.flatten(0, 1)[tensors["output_indices"]]
         return hidden
 
     def _run(self, model: Any, tensors: dict[str, torch.Tensor], metadata: AttentionMetadata, **options: Any) -> Any:
         self.cache.begin(tensors["write_indices"])
-        marker = torch.empty(1, 1, 1, 1, device=tensors["ids"].device)  # a 4D mask is passed on as it is
         token, long = METADATA.set(metadata), LONG.set(tensors.get("long"))
         try:
             with torch.inference_mode():
                 return model(
-                    input_ids=tensors["ids"][None],
-                    position_ids=tensors["positions"][None] + self.first_position,
-                    attention_mask=dict.fromkeys(self.patterns, marker) if len(set(self.patterns)) > 1 else marker,
-                    past_key_values=self.cache,
+                    input_ids=tensors["ids"].view(metadata.rows, -1),
+                    position_ids=tensors["positions"].view(metadata.rows, -1) + self.first_position,
                     use_cache=True,
+                    **self._inputs,
                     **options,
                 )
         finally:
@@ -196,12 +259,24 @@ class Transformer:
             yield batch
 
 
-_LAYOUTS: WeakKeyDictionary[Any, Layout] = WeakKeyDictionary()
+_LAYOUTS: WeakKeyDictionary[Any, tuple[Layout, StateLayout]] = WeakKeyDictionary()
 
 
-def _layout(model: Any) -> Layout:
-    """That of a model, which its first forward shows."""
-    return _LAYOUTS.setdefault(model, Layout())
+def _layouts(model: Any) -> tuple[Layout, StateLayout]:
+    """What a model keeps of a token and of a text, which its first forward shows."""
+    return _LAYOUTS.setdefault(model, (Layout(), StateLayout()))
+
+
+def _cache_and_mask(model: Any, cache: TreeCache, patterns: list[str]) -> dict[str, Any]:
+    """The arguments of a model that are the same in each forward."""
+    name = "cache_params" if "cache_params" in signature(body(model).forward).parameters else "past_key_values"
+    marker = torch.empty(1, 1, 1, 1, device=model.device)  # a 4D mask is passed on as it is
+    mask: Any = marker
+    if len({*patterns}) > 1:
+        mask = dict.fromkeys(patterns, marker) | (dict.fromkeys(RECURRENT) if cache.pool is not None else {})
+    elif name == "cache_params":
+        mask = None  # nothing attends, and another mask is taken for one of padding
+    return {name: cache, "attention_mask": mask}
 
 
 def body(model: Any) -> Any:
@@ -234,7 +309,7 @@ def attention_patterns(config: Any) -> list[str]:
     """
     layers: list[str] | None = getattr(config, "layer_types", None)
     pattern = FULL if getattr(config, "sliding_window", None) is None else SLIDING
-    patterns = list(layers) if layers else [pattern] * config.num_hidden_layers
+    patterns = [PATTERNS.get(layer, layer) for layer in layers or [pattern] * config.num_hidden_layers]
     if strange := sorted({*patterns} - {FULL, SLIDING, CHUNKED}):
         raise ModelError(f"model type {config.model_type!r} has layers of {', '.join(strange)}, not supported here.")
     return patterns
@@ -246,6 +321,16 @@ def first_position(model: Any) -> int:
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             return int(module.padding_idx) + 1
     return 0
+
+
+def _joined(outputs: Sequence[Output | CardsError]) -> Output | CardsError:
+    """The outputs of one input that was read in several forwards."""
+    values = []
+    for output in outputs:
+        if isinstance(output, CardsError):
+            return output
+        values.append(output.value)
+    return Output(torch.stack(values), len(values) - 1, len(values))
 
 
 def _error_of(item: ForwardInput, problem: Exception) -> CardsError:

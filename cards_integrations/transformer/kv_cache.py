@@ -11,13 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from heapq import heapify, heappop
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from weakref import ReferenceType, ref
 
 import numpy as np
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
+from cards_integrations.errors import ModelError
+from cards_integrations.transformer.cache_layers import RecurrentLayer, TreeLayer
 from cards_integrations.transformer.kv_block import (
     STEP,
     Layout,
@@ -30,9 +32,11 @@ from cards_integrations.transformer.kv_block import (
     width_within,
 )
 from cards_integrations.transformer.live_texts import LiveTexts
+from cards_integrations.transformer.recurrent import State, StateLayout, StatePool
 from cards_integrations.transformer.shared_prefix import SharedPrefix
 
 SCRATCH = 0  # column 0 of every row takes the padding of a batch; no token sees it
+STATES = 3  # that a trunk keeps: the one after its prompt, and the last ones
 SPARSE = 4  # a row that uses less than this fraction of its columns moves to a narrower block
 
 
@@ -40,7 +44,8 @@ class Branch:
     """A path from the root of a tree: its first `base` tokens are its parent's, `ids` its own.
 
     `columns` are those of its own tokens, in order, and `mask_row` is the index of its mask row. `long` says that all
-    of the path is read with the rotary frequencies of long texts.
+    of the path is read with the rotary frequencies of long texts. `states` are those of recurrent layers, by the length
+    of the text, at its base and after each forward.
     """
 
     def __init__(self, tree: Tree, base: int, mask_row: int, long: bool) -> None:
@@ -50,6 +55,7 @@ class Branch:
         self.long = long
         self.columns: list[int] = []
         self.ids: list[int] = []
+        self.states: dict[int, State] = {}
 
     @property
     def length(self) -> int:
@@ -75,6 +81,7 @@ class Branch:
         """Remove the last tokens, and free their columns."""
         end = len(self.columns) - tokens
         last, self.columns, self.ids = self.columns[end:], self.columns[:end], self.ids[:end]
+        release(self.states, self.length)
         self.tree.block.visible[self.mask_row, last] = False
         self.tree.free(last)
 
@@ -84,7 +91,17 @@ class Branch:
         branch = self.tree.add_branch(self.length - len(beyond), self.mask_row, self.long)
         if beyond:
             self.tree.block.visible[branch.mask_row, beyond] = False
+        branch.begin_with(self.states)
         return branch
+
+    def known(self, tokens: int) -> int:
+        """Return the largest length, up to this one, after which another branch can leave this one."""
+        return tokens if self.tree.cache.pool is None else known_length(self.states, tokens)
+
+    def begin_with(self, states: Mapping[int, State]) -> None:
+        """Share the state at its base, if there is one."""
+        if (state := states.get(self.base)) is not None:
+            self.states[self.base] = state.shared()
 
 
 class Tree:
@@ -112,6 +129,7 @@ class Tree:
         self.expected = 0  # columns that its prompt takes, read or not
         self.chunks: list[int] = []  # see LiveTexts
         self.shared: SharedPrefix | None = None  # the first tokens of the trunk, which have no columns here
+        self.states: dict[int, State] = {}  # of recurrent layers, after so many tokens of the trunk
 
     @property
     def prefix(self) -> int:
@@ -139,7 +157,12 @@ class Tree:
         branch = self.add_branch(start, self.mask_row, self.long if long is None else long)
         if base is not None:
             self.block.visible[branch.mask_row, self.columns[base - self.prefix :]] = False
+        branch.begin_with(self.states)
         return branch
+
+    def known(self, tokens: int) -> int:
+        """Return the largest number of tokens, up to this one, after which a branch can leave the trunk."""
+        return tokens if self.cache.pool is None else known_length(self.states, tokens)
 
     def add_branch(self, base: int, like: int, long: bool) -> Branch:
         """Return a new branch that sees what the mask row `like` sees."""
@@ -148,7 +171,10 @@ class Tree:
         return branch
 
     def keep(self, branch: Branch, tokens: int | None = None) -> None:
-        """Make a branch, or its first `tokens` own tokens, the trunk; the branch is then empty, at the new tip."""
+        """Make a branch, or its first `tokens` own tokens, the trunk; the branch is then empty, at the new tip.
+
+        With recurrent layers these are tokens after which the state is known.
+        """
         beyond, visible = branch.columns[tokens:] if tokens is not None else [], self.block.visible
         self.cache.live_texts.forget(self, branch.base)
         if beyond:
@@ -161,8 +187,20 @@ class Tree:
         self.columns[tip:] = branch.columns[:tokens]
         self.ids[branch.base :] = branch.ids[:tokens]
         self.long = branch.long
-        branch.base, branch.columns, branch.ids = len(self.ids), [], []
+        base, branch.base, branch.columns, branch.ids = branch.base, len(self.ids), [], []
+        if branch.states:
+            self._keep_states(branch, base)
         self.cache.shrink(self)
+
+    def _keep_states(self, branch: Branch, base: int) -> None:
+        release(self.states, base)
+        for length, state in branch.states.items():
+            if base < length <= len(self.ids):
+                self.states[length] = state.shared()
+        for length in [*self.states][1 : 1 - STATES]:
+            self.states.pop(length).release()
+        release(branch.states, -1)
+        branch.begin_with(self.states)
 
     def can_share(self, tokens: int) -> bool:
         """True if all branches see the first so many tokens of the trunk, so that these need not be columns here."""
@@ -175,6 +213,7 @@ class Tree:
             del self.branches[branch]
             self.block.free_mask_rows.append(branch.mask_row)
             branch.mask_row, branch.columns, branch.ids = -1, [], []
+            release(branch.states, -1)
             self._free_orphaned()
 
     def _free_orphaned(self) -> None:
@@ -230,27 +269,15 @@ class Tree:
             self.untouched, self.freed = len(used), []
 
 
-class TreeLayer(CacheLayerMixin):
-    """One layer of the cache, as transformers sees it: it gives what it gets.
+def known_length(states: Mapping[int, State], tokens: int) -> int:
+    """Return the largest length with a state, up to this one; 0 if there is none."""
+    return max((length for length in states if length <= tokens), default=0)
 
-    What the layer makes of that comes to `TreeCache.store` when it attends; so latents are kept as the keys and values
-    that they stand for.
-    """
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """The blocks make their tensors themselves."""
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Pair:
-        return key_states, value_states
-
-    def get_seq_length(self) -> int:
-        return 0  # positions are always passed in
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length, 0  # the masks come with the attention metadata
-
-    def get_max_length(self) -> int:
-        return -1
+def release(states: dict[int, State], length: int) -> None:
+    """Give back those of longer texts."""
+    for each in [each for each in states if each > length]:
+        states.pop(each).release()
 
 
 class AttentionCall(NamedTuple):
@@ -269,8 +296,9 @@ class TreeCache(Cache):
     """The rows of all live requests, in blocks of equal width.
 
     Args:
-        layers: Number of layers of the model.
+        layers: Those of the model.
         layout: What is kept of each token; unknown until a forward by default.
+        states: What its recurrent layers keep of each text.
         size: Rows and columns of a block that is always there, in which every text begins.
         min_shared: Tokens from which on a beginning that live rows have in common is held once; None for never.
         dtype: Of the keys and values; None for what the model computes.
@@ -280,13 +308,16 @@ class TreeCache(Cache):
 
     def __init__(
         self,
-        layers: int,
+        layers: Sequence[TreeLayer | RecurrentLayer],
         layout: Layout | None = None,
+        states: StateLayout | None = None,
         size: tuple[int, int] = (1, STEP),
         min_shared: int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(layers=[TreeLayer() for _ in range(layers)])
+        super().__init__(layers=[*layers])
+        recurrent = {index: layer for index, layer in enumerate(layers) if isinstance(layer, RecurrentLayer)}
+        self.pool = StatePool(recurrent, states or StateLayout()) if recurrent else None
         self.dtype = dtype
         self.layout = layout if layout is not None else Layout()
         self.min_shared = min_shared
@@ -304,6 +335,22 @@ class TreeCache(Cache):
         self._write_indices = write_indices
         self._calls.clear()
         self._count = 0
+
+    def go_on(self, paths: Sequence[tuple[Branch, int]]) -> None:
+        """Let the recurrent layers go on from the states of these paths before their last so many tokens."""
+        assert self.pool is not None
+        starts = [branch.length - tokens for branch, tokens in paths]
+        states = [branch.states.get(start) for (branch, _), start in zip(paths, starts, strict=True)]
+        if any(state is None and start for state, start in zip(states, starts, strict=True)):
+            raise ModelError("a text cannot go on from where no state of its recurrent layers is known.")
+        self.pool.begin(states)
+
+    def advance(self, branches: Sequence[Branch]) -> None:
+        """Let these paths have the states after the forward."""
+        assert self.pool is not None
+        for branch, state in zip(branches, self.pool.end(len(branches)), strict=True):
+            release(branch.states, -1)
+            branch.states[branch.length] = state
 
     def store(self, pair: Pair) -> int:
         """Write the keys and values of an attention call, (batch, heads, tokens, head size) with batch * tokens in all.
@@ -333,7 +380,13 @@ class TreeCache(Cache):
     def bytes(self) -> int:
         """Bytes of the cache as it is."""
         rows = sum(block.rows * block.columns for block in self.blocks.values())
-        return (rows + sum(map(len, self.prefixes))) * self.bytes_per_token
+        states = self.pool.bytes if self.pool is not None else 0
+        return (rows + sum(map(len, self.prefixes))) * self.bytes_per_token + states
+
+    @property
+    def bytes_per_state(self) -> int:
+        """Bytes of what recurrent layers keep of a text, of whatever length."""
+        return self.pool.layout.bytes if self.pool is not None else 0
 
     def _width(self, columns: int) -> int:
         """The width of a row of so many columns; a block that is there serves before a narrower new one.
@@ -346,7 +399,7 @@ class TreeCache(Cache):
 
     def row_bytes(self, columns: int) -> int:
         """Return the bytes of a row of at least so many columns."""
-        return self._width(columns) * self.bytes_per_token
+        return self._width(columns) * self.bytes_per_token + self.bytes_per_state
 
     def columns_within(self, tree: Tree, more: int) -> int:
         """Return how many columns a tree may have in use before the cache grows by over `more` columns."""
@@ -370,13 +423,23 @@ class TreeCache(Cache):
         tree.block.free_mask_rows += tree.mask_rows
         for branch in tree.branches:
             branch.mask_row = -1  # dropping it has no effect any more
+            release(branch.states, -1)
+        release(tree.states, -1)
         tree.branches.clear()
         tree.block.remove(tree, tree.row)
         self._give_back([tree.block])
+        if self.pool is not None:
+            self.pool.give_back()
 
-    def growth(self, more: Mapping[Tree, int]) -> int:
-        """Return by how many bytes the cache grows, at most, when so many more columns of these rows are allocated."""
-        return sum(self.row_bytes(tree.taken + count) for tree, count in more.items() if not tree.has_room(count))
+    def growth(self, more: Mapping[Tree, int], paths: int = 0) -> int:
+        """Return by how many bytes the cache grows, at most.
+
+        Args:
+            more: Columns that are allocated in rows.
+            paths: How many paths get their first state, or a new one.
+        """
+        columns = sum(self.row_bytes(tree.taken + count) for tree, count in more.items() if not tree.has_room(count))
+        return columns + (self.pool.growth(paths) if self.pool is not None else 0)
 
     def make_room(self, more: Mapping[Tree, int]) -> None:
         """Move rows that are about to outgrow their blocks; those that have the same way go together.
@@ -445,12 +508,16 @@ class TreeCache(Cache):
         self.blocks.clear()
         self.prefixes.clear()
         self.layers.clear()
+        if self.pool is not None:
+            self.pool.release()
 
     def compact(self) -> None:
         """Release all rows that are not in use."""
         for block in [*self.blocks.values()]:
             block.give_back(most=1.0)
         self._give_back([*self.blocks.values()])
+        if self.pool is not None:
+            self.pool.give_back()
 
     def _give_back(self, blocks: Iterable[RowBlock]) -> None:
         """Release what these blocks need no more."""
@@ -486,6 +553,8 @@ class TreeCache(Cache):
         if source.shared is not None:
             self.attach(target, source.shared)
         self.write(target, source.ids[source.prefix :], self.read(source, len(source.ids), source.prefix))
+        if (state := source.states.get(len(source.ids))) is not None:
+            target.states[len(target.ids)] = state.shared()
 
     # --- what rows share ---
 

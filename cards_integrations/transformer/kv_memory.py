@@ -12,6 +12,7 @@ from cards_integrations.errors import OutOfMemory
 from cards_integrations.transformer.free_memory import free_memory
 from cards_integrations.transformer.kv_cache import Tree, TreeCache
 from cards_integrations.transformer.prefix_tree import PrefixNode, PrefixTree
+from cards_integrations.transformer.recurrent import State
 
 RESERVE = 2**28  # bytes of the machine's memory that caches leave free
 MIN_PREFIX = 64  # tokens; shorter prefixes are read again, which takes a single step
@@ -130,20 +131,27 @@ class KVMemory:
     def _texts(self, cache: TreeCache, long: bool = False) -> PrefixTree:
         """The finished texts of a cache, of one kind: long texts are read with other rotary frequencies."""
         if (cache, long) not in self._finished:
-            self._finished[cache, long] = PrefixTree(cache.bytes_per_token, self._recent)
+            self._finished[cache, long] = PrefixTree(cache.bytes_per_token, cache.bytes_per_state, self._recent)
         return self._finished[cache, long]
 
     def keep(self, tree: Tree) -> None:
         """Keep the text of a row that is about to be closed, as far as it is not known."""
         if not self.reuse or len(tree.ids) < MIN_PREFIX:
             return
-        cache, texts, length = tree.cache, self._texts(tree.cache, tree.long), len(tree.ids)
-        path, known = texts.match(tree.ids)
+        cache, texts, length = tree.cache, self._texts(tree.cache, tree.long), tree.known(len(tree.ids))
+        ids, size = tree.ids[:length], length * tree.cache.bytes_per_token + 2 * tree.cache.bytes_per_state
+        path, known = texts.match(ids)
         texts.use(path)
-        if length * cache.bytes_per_token <= self.spare and known < length:
+        if size > self.spare or not length:
+            return
+        if known < length:
             path = texts.cut(path, known)
-            self.evict_for((length - known) * cache.bytes_per_token)
-            texts.insert(path, tree.ids[known:], cache.read(tree, length, first=known))
+            self.evict_for(size - known * cache.bytes_per_token)
+            texts.insert(path, ids[known:], cache.read(tree, length, first=known))
+        if cache.pool is not None:
+            for end in {min(tree.states), length}:  # after the prompt, and after the answer
+                [*_, last] = texts.cut(texts.match(ids[:end])[0], end)
+                texts.note_state(last, cache.pool.read(tree.states[end]))
 
     def recall(self, tree: Tree, ids: Sequence[int]) -> None:
         """Fill an empty row with the longest known prefix of a text; at least the text's last token is left to read."""
@@ -152,6 +160,9 @@ class KVMemory:
         cache, texts, begins = tree.cache, self._texts(tree.cache, tree.long), [*ids[:-1]]
         path, finished = texts.match(begins)
         source, live = cache.live_texts.longest(cache.trees, begins, tree.long)
+        if cache.pool is not None:
+            ends = [node.end for node in path if node.recurrent and node.end <= finished]
+            finished, live = max(ends, default=0), source.known(live) if source is not None else 0
         tokens = max(finished, live)
         if tokens < MIN_PREFIX:
             return
@@ -160,11 +171,23 @@ class KVMemory:
         if tokens <= tree.prefix:
             return
         if source is not None and live >= finished:
-            states = cache.read(source, tokens, tree.prefix)
+            states, after = cache.read(source, tokens, tree.prefix), source.states.get(tokens)
+            recurrent = after.shared() if after is not None else None
         else:
             texts.use(path)
             states = texts.read(path, tokens, tree.prefix)
+            recurrent = self._recurrent_states(cache, path, tokens)
         cache.write(tree, begins[tree.prefix : tokens], states)
+        if recurrent is not None:
+            tree.states[tokens] = recurrent
+
+    @staticmethod
+    def _recurrent_states(cache: TreeCache, path: Sequence[PrefixNode], tokens: int) -> State | None:
+        """Those after so many tokens of finished texts, for a row that goes on from there."""
+        if cache.pool is None:
+            return None
+        [state] = cache.pool.write(next(node.recurrent for node in path if node.end == tokens))
+        return state
 
     def forget(self, cache: TreeCache) -> None:
         """Give back the memory of a cache that is not used any more, and its finished texts."""

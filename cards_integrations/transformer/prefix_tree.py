@@ -6,12 +6,14 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
 from cards_integrations.transformer.kv_block import States, joined, part
+from cards_integrations.transformer.recurrent import States as RecurrentStates
 
 
 class PrefixNode:
     """Tokens that follow those of the parent, with their keys and values; `end` is their number with all before them.
 
-    `children` are known by their first token.
+    `children` are known by their first token. `recurrent` are the states of recurrent layers after its last token, if
+    they are known.
     """
 
     def __init__(self, parent: PrefixNode | None, ids: list[int], states: States) -> None:
@@ -19,6 +21,7 @@ class PrefixNode:
         self.ids = ids
         self.states = states
         self.children: dict[int, PrefixNode] = {}
+        self.recurrent: RecurrentStates = []
         self.end: int = len(ids) + (parent.end if parent else 0)
 
 
@@ -27,20 +30,23 @@ class PrefixTree:
 
     Args:
         bytes_per_token: Bytes of keys and values of one token.
+        bytes_per_state: Bytes of the states of recurrent layers after a text.
         recent: All nodes of all trees of a memory, the least recently used first. A node is used whenever
             one of its descendants is, and after it: so the first of all is always a leaf.
     """
 
-    def __init__(self, bytes_per_token: int, recent: OrderedDict[PrefixNode, PrefixTree]) -> None:
+    def __init__(self, bytes_per_token: int, bytes_per_state: int, recent: OrderedDict[PrefixNode, PrefixTree]) -> None:
         self.root = PrefixNode(None, [], [])
         self.bytes_per_token = bytes_per_token
+        self.bytes_per_state = bytes_per_state
         self.recent = recent
         self.tokens = 0
+        self.states = 0  # nodes after which they are known
 
     @property
     def bytes(self) -> int:
         """Bytes of the keys and values of all texts."""
-        return self.tokens * self.bytes_per_token
+        return self.tokens * self.bytes_per_token + self.states * self.bytes_per_state
 
     def match(self, ids: Sequence[int]) -> tuple[list[PrefixNode], int]:
         """Return the nodes that a text begins with, and how many tokens that are; of the last node maybe a part."""
@@ -92,6 +98,11 @@ class PrefixTree:
         self.recent[leaf] = self
         self.use([*path, leaf])
 
+    def note_state(self, node: PrefixNode, recurrent: RecurrentStates) -> None:
+        """Keep the states after a node."""
+        self.states += not node.recurrent
+        node.recurrent = recurrent
+
     def _split(self, node: PrefixNode, tokens: int) -> PrefixNode:
         """Make a node of the first tokens of another; returns it."""
         parent = node.parent
@@ -108,6 +119,7 @@ class PrefixTree:
         assert not leaf.children
         del leaf.parent.children[leaf.ids[0]], self.recent[leaf]
         self.tokens -= len(leaf.ids)
+        self.states -= bool(leaf.recurrent)
 
     def nodes(self) -> Iterator[PrefixNode]:
         """Yield all nodes."""

@@ -260,7 +260,8 @@ class LocalLanguageModel:
         longest = min(boundary.max_tokens, context.max_tokens)
         if longest > LONG:
             return self.memory.spare // max(1, cache.row_bytes(len(tree.ids) + longest))
-        return (cache.columns_within(tree, self.memory.spare_columns) - tree.taken) // longest
+        columns = (cache.columns_within(tree, self.memory.spare_columns) - tree.taken) // longest
+        return min(columns, self.memory.spare // cache.bytes_per_state) if cache.bytes_per_state else columns
 
     def drop(self, candidate: Candidate) -> None:
         """Give up a candidate, finished or not."""
@@ -470,12 +471,13 @@ class LocalLanguageModel:
     def growth(self, candidates: Iterable[Candidate]) -> int:
         """By how many bytes the cache grows at most when `forward` reads for these candidates."""
         more: dict[Tree, int] = {}
-        for frontier in dict(self._unread(candidates)):
+        unread = dict(self._unread(candidates))
+        for frontier in unread:
             tree, tokens = frontier.branch.tree, len(frontier.unread)
             if tree.ids:  # else what is known of it is copied at once
                 tokens = min(tokens, PREFILL_CHUNK)
             more[tree] = more.get(tree, 0) + tokens
-        return self.transformer.cache.growth(more)
+        return self.transformer.cache.growth(more, len(unread))
 
     def forward(self, candidates: Iterable[Candidate]) -> None:
         """Read what these candidates wait for; of prompts a bounded piece, so that others go on in between."""
@@ -484,6 +486,8 @@ class LocalLanguageModel:
         prompts = [(f, context) for f, context in unread if len(f.unread) > 1]
         lengths = [len(f.unread) for f, _ in prompts]
         shares = prefill_shares(lengths, PREFILL_BESIDE if step or _mixed(lengths) else PREFILL_CHUNK)
+        if self.transformer.stepwise:
+            shares = lengths  # after a first piece they would go on by single tokens
         pieces = [
             ForwardInput(f.branch, f.unread[:share], (f, context))
             for (f, context), share in zip(prompts, shares, strict=True)
@@ -507,6 +511,8 @@ class LocalLanguageModel:
         ]
         reading = [f for f, context in unread.items() if len(f.unread) > 1 and self._requests[context].is_trunk(f)]
         reading = [frontier for frontier in reading if frontier.branch.tree.ids]
+        if self.transformer.recurrent:
+            reading = []  # of what they read, a part cannot be reused
         behind = {frontier for frontier in fresh if any(_reads_for(other, frontier) for other in reading)}
         fresh = [frontier for frontier in fresh if frontier not in behind]
         for frontier in fresh:
@@ -521,6 +527,8 @@ class LocalLanguageModel:
                     usage.cached_tokens = max(usage.cached_tokens, min(len(tree.ids), usage.prompt_tokens))
         unknown = [frontier for frontier in fresh if not frontier.branch.tree.ids]
         first = {unknown[index] for index in first_to_read([frontier.unread for frontier in unknown])}
+        if self.transformer.recurrent:
+            first = {*unknown}
         later = behind | (set(unknown) - first)
         return {frontier: context for frontier, context in unread.items() if frontier not in later}
 

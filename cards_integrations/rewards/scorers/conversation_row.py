@@ -41,6 +41,11 @@ class ScoredBranch:
     log_p: list[float] = field(default_factory=list)
     """In nats, of each token of the answer, where a likelihood is read."""
 
+    def can_go_on(self, again: int) -> bool:
+        """True if another branch can leave it before the last so many of the tokens that are kept."""
+        own = self.kept - again
+        return own >= 0 and self.branch.known(self.branch.base + own) == self.branch.base + own
+
 
 @dataclass
 class ConversationRow:
@@ -84,8 +89,9 @@ class ConversationRow:
         root, long = self.reread.get(text.reading), text.reading.long
         if root is None and long != self.tree.long:
             return None, 0, self.tree.branch(0, long)
-        shared = min(common(text.ids, self.tree.ids if root is None else root.ids), most)
-        return root, shared, self.tree.branch(shared) if root is None else root.branch(shared)
+        trunk = self.tree if root is None else root
+        shared = trunk.known(min(common(text.ids, trunk.ids), most))
+        return root, shared, trunk.branch(shared)
 
     def keep(self, scored: ScoredBranch) -> None:
         """Make a scored answer part of the trunk."""

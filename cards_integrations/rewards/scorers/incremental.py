@@ -100,7 +100,7 @@ class Incremental(RewardModel):
                 reread.append(row)
                 new += len(row.tree.ids)
             more[row.tree] = more.get(row.tree, 0) + max(0, new) + 1  # the last known one may be read again
-        return self.transformer.cache.growth(more)
+        return self.transformer.cache.growth(more, 2 * len(responses))
 
     def preempt(self, conversation: Conversation) -> None:
         if (row := self.rows.pop(conversation, None)) is not None:
@@ -130,12 +130,34 @@ class Incremental(RewardModel):
                     if number:
                         await asyncio.sleep(0)
                     if asked := [each for each in batch if self._is_asked(each.owner)]:
-                        found |= zip((each.owner for each in asked), self._score_batch(asked), strict=True)
+                        found |= zip((each.owner for each in asked), self._scores(asked, texts), strict=True)
             except Exception:
                 for each in inputs:
                     each.branch.tree.drop(each.branch)
                 raise
             return [found.get(response, 0.0) for response in responses]  # nobody waits for those that were given up
+
+    def _scores(self, batch: list[ForwardInput], texts: Mapping[Response, FittedText]) -> list[float]:
+        """With recurrent layers answers are read first, and what follows them on branches that are dropped again."""
+        if not self.transformer.recurrent:
+            return self._score_batch(batch)
+        suffixes = [texts[each.owner].suffix for each in batch]
+        answers = [
+            ForwardInput(each.branch, each.ids[: len(each.ids) - suffix], each.owner)
+            for each, suffix in zip(batch, suffixes, strict=True)
+            if len(each.ids) > suffix > 0
+        ]
+        self._counted(answers, self.transformer.hidden(answers))
+        tails = [
+            ForwardInput(each.branch.branch(), each.ids[-suffix:], each.owner) if suffix else each
+            for each, suffix in zip(batch, suffixes, strict=True)
+        ]
+        try:
+            return self._score_batch(tails)
+        finally:
+            for tail in tails:
+                if tail not in batch:
+                    tail.branch.tree.drop(tail.branch)
 
     def _is_asked(self, response: Response) -> bool:
         """True unless a response was given up meanwhile."""
@@ -176,6 +198,8 @@ class Incremental(RewardModel):
         """Those whose rest is to be read now: the others begin like one of them, and can reuse that."""
         for conversation, prompt in prompts.items():
             self.transformer.memory.recall(self.rows[conversation].tree, prompt)
+        if self.transformer.recurrent:
+            return [*prompts]  # what another one reads could be reused after all of it only
         unknown = [each for each in prompts if not self.rows[each].tree.ids]
         first = {unknown[index] for index in first_to_read([prompts[each] for each in unknown])}
         return [each for each in prompts if each in first or each not in unknown]
@@ -240,8 +264,8 @@ class Incremental(RewardModel):
         most = len(ids) - max(1, suffix)  # the score is read at the last token
         parent = row.branches.get(response.parent) if response.parent else None
         again = 0 if parent is None else max(0, len(parent.path) - most)  # nothing new: the last token is read again
-        follows = parent is not None and parent.branch.long == reading.long
-        if parent is not None and follows and again <= parent.kept and common(ids, parent.path) == len(parent.path):
+        follows = parent is not None and parent.branch.long == reading.long and parent.can_go_on(again)
+        if parent is not None and follows and common(ids, parent.path) == len(parent.path):
             root, shared = parent.root, len(parent.path) - again
             branch = parent.branch.branch(parent.kept - again)
         else:

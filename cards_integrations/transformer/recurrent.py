@@ -1,0 +1,154 @@
+"""What recurrent and convolution layers know of a text: a state, one for each path, copied where paths part.
+
+A state is known only at the lengths where a forward has ended. A segment that is rejected gives its state back
+whole, and nothing is ever rolled back; a path that parts earlier begins at the last length whose state is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from cards_integrations.transformer.cache_layers import RecurrentLayer, StateName
+
+States = list[torch.Tensor]
+"""Those of all layers, (rows, ...) or of one text (1, ...)."""
+
+
+class StateKind(NamedTuple):
+    """One of the states of one layer; `like` is (1, ...) of its shape and type."""
+
+    layer: int
+    name: StateName
+    like: torch.Tensor
+
+
+class StateLayout:
+    """The states of all layers; none until a forward has shown them.
+
+    `stepwise` says that the layers go on from them by single tokens only.
+    """
+
+    def __init__(self) -> None:
+        self.kinds: list[StateKind] = []
+        self.stepwise = False
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the states of one text."""
+        return sum(kind.like.numel() * kind.like.dtype.itemsize for kind in self.kinds)
+
+
+class State:
+    """The states after a text: a row of a pool, which several paths share until they go on."""
+
+    def __init__(self, pool: StatePool, row: int) -> None:
+        self.pool = pool
+        self.row = row
+        self.users = 1
+
+    def shared(self) -> State:
+        """Return it, for one user more."""
+        self.users += 1
+        return self
+
+    def release(self) -> None:
+        """Be used by one less."""
+        self.users -= 1
+        if not self.users:
+            self.pool.free(self)
+
+
+class StatePool:
+    """The states of all texts of a cache, and of the forward that runs.
+
+    Args:
+        layers: Those of the cache that have states, by index.
+        layout: What they keep of a text.
+    """
+
+    def __init__(self, layers: dict[int, RecurrentLayer], layout: StateLayout) -> None:
+        self.layers = layers
+        self.layout = layout
+        self.tensors: States = []  # (rows, ...) each
+        self.states: list[State | None] = []  # by row
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the pool as it is."""
+        return len(self.states) * self.layout.bytes
+
+    def growth(self, more: int) -> int:
+        """Return by how many bytes the pool grows when so many more texts have states."""
+        return max(0, _rows_for(self._used + more) - len(self.states)) * self.layout.bytes
+
+    @property
+    def _used(self) -> int:
+        return len(self.states) - self.states.count(None)
+
+    def begin(self, sources: Sequence[State | None]) -> None:
+        """Let a forward go on from these states, one for each of its rows; or from none, where its texts begin."""
+        rows = [state.row for state in sources if state is not None]
+        held = [tensor[rows] for tensor in self.tensors] if rows else []
+        for index, layer in self.layers.items():
+            layer.hold({kind.name: s for kind, s in zip(self.layout.kinds, held) if kind.layer == index})  # noqa: B905
+
+    def end(self, rows: int) -> list[State]:
+        """Return the states after the forward, one for each of its rows."""
+        held = {(index, name): s for index, layer in self.layers.items() for name, s in layer.held.items()}
+        if not self.layout.kinds:
+            self.layout.kinds = [StateKind(index, name, s[:1].clone()) for (index, name), s in held.items()]
+        for layer in self.layers.values():
+            layer.hold({})
+        return self.write([held[kind.layer, kind.name] for kind in self.layout.kinds], rows)
+
+    def write(self, states: States, rows: int = 1) -> list[State]:
+        """Keep states (rows, ...) of so many texts."""
+        self._make_room(rows)
+        free = [row for row, state in enumerate(self.states) if state is None][:rows]
+        made = [State(self, row) for row in free]
+        for state in made:
+            self.states[state.row] = state
+        for stored, new in zip(self.tensors, states, strict=True):
+            stored[free] = new
+        return made
+
+    def read(self, state: State) -> States:
+        """Return a copy of the states of one text, (1, ...) each."""
+        return [tensor[state.row : state.row + 1].clone() for tensor in self.tensors]
+
+    def _make_room(self, more: int) -> None:
+        if self._used + more > len(self.states):
+            self._resize(_rows_for(self._used + more))
+
+    def _resize(self, rows: int) -> None:
+        """Have so many rows, the first of which are those in use."""
+        live = [state for state in self.states if state is not None]
+        at = [state.row for state in live]
+        tensors = self.tensors or [kind.like[:0] for kind in self.layout.kinds]
+        made = [tensor.new_zeros(rows, *tensor.shape[1:]) for tensor in tensors]
+        for new, old in zip(made, tensors, strict=True):
+            new[: len(at)] = old[at]
+        for row, state in enumerate(live):
+            state.row = row
+        self.tensors, self.states = made, [*live, *[None] * (rows - len(live))]
+
+    def free(self, state: State) -> None:
+        """Take a state back that nobody uses."""
+        self.states[state.row] = None
+
+    def give_back(self) -> None:
+        """Shrink if over half of the rows are free."""
+        if 2 * self._used < len(self.states):
+            self._resize(_rows_for(self._used))
+
+    def release(self) -> None:
+        """Let go of all states."""
+        self.tensors, self.states = [], []
+
+
+def _rows_for(used: int) -> int:
+    """How many rows a pool has when so many are in use: a quarter more, so that it seldom grows."""
+    return used + used // 4
