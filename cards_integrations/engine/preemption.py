@@ -148,5 +148,5 @@ def cache_needs(
     left = context.max_tokens - len(context.ids)
     tokens = len(context.prompt_ids) + len(context.ids) + drafted + DRAFT_COLUMNS
     tokens += left if whole else min(left, HEADROOM)
-    own = stepwise.cache_needs(tokens) if stepwise else []
+    own = stepwise.cache_needs(context, tokens) if stepwise else []
     return [*own, *(reward.cache_needs(conversation, tokens) if reward else [])]

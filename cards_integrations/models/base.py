@@ -245,8 +245,8 @@ class StepwiseModel(LanguageModel, Protocol):
     def step_times(self) -> StepTimes:
         """Seconds of a step by its number of candidates; measured at the first call, and remembered."""
 
-    def cache_needs(self, tokens: int) -> list[CacheNeed]:
-        """What a request of so many tokens takes in the caches of this machine."""
+    def cache_needs(self, context: Context, tokens: int) -> list[CacheNeed]:
+        """What a request takes in the caches of this machine until it has so many tokens."""
 
     def vacancies(self, context: Context, boundary: Boundary) -> int:
         """For how many more candidates of a request there is memory."""

@@ -20,10 +20,11 @@ from cards_integrations.transformer.flat_batch import ForwardInput
 from cards_integrations.transformer.forward import Transformer, body, cannot_run, use_tree_attention, without_latents
 from cards_integrations.transformer.kv_cache import Branch
 from cards_integrations.transformer.quantization import is_quantized
+from cards_integrations.transformer.rope import rope_switch, short_texts
 
 PATH = 24  # tokens of a path
 OWN = 4  # of them, those after the trunk
-REACH = 6  # tokens of windows and chunks while a model is tried, so that its paths go beyond
+REACH = 6  # tokens of windows, chunks and short texts while a model is tried, so that its paths go beyond
 EXACT, ROUNDED = 1e-3, 0.2  # errors over the spread: the largest in float32, in half precision the median of all
 
 _exact: WeakSet[Any] = WeakSet()
@@ -52,6 +53,8 @@ def check_exact(model: Any) -> None:
         with _short_reach(config):
             model.set_attn_implementation("eager")
             plain = _plain(model, torch.tensor(ids, device=model.device))
+            if rope_switch(config):
+                plain[3, : OWN + 1] = _plain(model, torch.tensor([ids[3][: OWN + 1]], device=model.device))[0]
             use_tree_attention(model)
             _try(model, ids, plain)
     except Exception as error:
@@ -84,13 +87,14 @@ def _ids(model: Any, length: int) -> list[list[int]]:
 
 @contextmanager
 def _short_reach(config: Any) -> Iterator[None]:
-    """Make windows and chunks shorter than the texts."""
+    """Make windows, chunks and short texts shorter than the texts."""
     names = [name for name in ("sliding_window", "attention_chunk_size") if (getattr(config, name, None) or 0) > REACH]
     before = {name: getattr(config, name) for name in names}
     try:
         for name in names:
             setattr(config, name, REACH)
-        yield
+        with short_texts(config, REACH):
+            yield
     finally:
         for name, value in before.items():
             setattr(config, name, value)
@@ -121,8 +125,9 @@ class _TriedModel:
 
     def outputs(self) -> dict[tuple[int, int], torch.Tensor]:
         """Return what comes after some tokens, by (text, token)."""
-        tree, short = self.transformer.cache.open(), self.transformer.cache.open()
-        trunk, other, end = tree.branch(), short.branch(), len(self.ids[0])
+        cache, end = self.transformer.cache, len(self.ids[0])
+        tree, short = (cache.open(long=self.transformer.is_long(tokens)) for tokens in (end, OWN + 1))
+        trunk, other = tree.branch(), short.branch()
         kept, two = end - OWN, end - OWN + 2
         self._read((trunk, 0, 0, kept), (other, 3, 0, OWN))
         tree.keep(trunk)

@@ -178,6 +178,18 @@ class FlatBatch:
         parts = torch.from_numpy(numbers).to(device).tensor_split((n, 2 * n, 3 * n))
         return dict(zip(names, parts, strict=True))
 
+    def long(self, inputs: Sequence[ForwardInput], switch: int) -> torch.Tensor:
+        """Return which tokens are read with the rotary frequencies of long texts, (tokens,).
+
+        Args:
+            inputs: Those that the batch was made of.
+            switch: The position from which on it is all tokens, whatever their text is.
+        """
+        flags = self.arrays.positions >= switch
+        for end, item in zip(self.ends, inputs, strict=True):
+            flags[end - len(item.ids) : end] |= item.branch.long
+        return torch.from_numpy(flags)
+
     def metadata(
         self, patterns: list[str], reach: Reach, dtype: torch.dtype, device: torch.device
     ) -> AttentionMetadata:

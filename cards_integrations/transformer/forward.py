@@ -22,6 +22,7 @@ from cards_integrations.transformer.kv_cache import TreeCache
 from cards_integrations.transformer.kv_memory import KVMemory
 from cards_integrations.transformer.quantization import attention_dtype
 from cards_integrations.transformer.recurrent import StateLayout
+from cards_integrations.transformer.rope import LONG, use_tokenwise_rotary
 from cards_integrations.transformer.step_times import least_seconds
 
 SHARED = {"cpu": 256, "cuda": 2048}  # tokens from which on a common beginning is held once; then a graph is not used
@@ -83,6 +84,7 @@ class Transformer:
         self._logits = StaticSteps(self._run_model, model.device)
         self._hidden = StaticSteps(self._run_body, model.device)
         use_tree_attention(model)
+        self.switch = use_tokenwise_rotary(model)
         self._inputs = _cache_and_mask(model, self.cache, self.patterns)
         self.forwards = self.tokens = 0
         if not len(self.cache.layout) and not self.cache.bytes_per_state:
@@ -112,6 +114,10 @@ class Transformer:
     def stepwise(self) -> bool:
         """True if recurrent layers go on by single tokens only: of several at once they would begin anew."""
         return self.cache.pool is not None and self.cache.pool.layout.stepwise
+
+    def is_long(self, tokens: int) -> bool:
+        """True if a text of so many tokens is read with other rotary frequencies than a short one."""
+        return 0 < self.switch < tokens
 
     def logits(self, inputs: Sequence[ForwardInput]) -> list[Output | CardsError]:
         """Run a causal model: logits (vocabulary,) after the last tokens of each input, or why it cannot be read."""
@@ -150,7 +156,7 @@ class Transformer:
         try:
             flat = FlatBatch(inputs, self.cache, run.rounding and not self.recurrent)
             self.memory.evict_for(0)  # the cache may have grown
-            batch = run(*self._prepare(flat))[: len(flat.output_indices)]
+            batch = run(*self._prepare(flat, inputs))[: len(flat.output_indices)]
             if self.cache.pool is not None:
                 self.cache.advance([item.branch for item in flat.inputs])
             ends = accumulate([item.outputs for item in inputs])
@@ -167,7 +173,9 @@ class Transformer:
         half = len(inputs) // 2
         return self._forward_together(inputs[:half], run) + self._forward_together(inputs[half:], run)
 
-    def _prepare(self, flat: FlatBatch) -> tuple[dict[str, torch.Tensor], AttentionMetadata]:
+    def _prepare(
+        self, flat: FlatBatch, inputs: Sequence[ForwardInput]
+    ) -> tuple[dict[str, torch.Tensor], AttentionMetadata]:
         """The tensors of the forward, and who attends to what."""
         metadata = flat.metadata(self.patterns, self.reach, self.dtype, self.device)
         self.cache.written = flat.sections
@@ -177,7 +185,10 @@ class Transformer:
             self.cache.go_on([(item.branch, len(item.ids)) for item in inputs])
         self.forwards += 1
         self.tokens += flat.read
-        return flat.tensors(self.device), metadata
+        tensors = flat.tensors(self.device)
+        if self.switch:
+            tensors["long"] = flat.long(inputs, self.switch).to(self.device)
+        return tensors, metadata
 
     def release(self) -> None:
         """Give the memory of the cache back; nothing is read any more."""
@@ -219,7 +230,7 @@ class Transformer:
 
     def _run(self, model: Any, tensors: dict[str, torch.Tensor], metadata: AttentionMetadata, **options: Any) -> Any:
         self.cache.begin(tensors["write_indices"])
-        token = METADATA.set(metadata)
+        token, long = METADATA.set(metadata), LONG.set(tensors.get("long"))
         try:
             with torch.inference_mode():
                 return model(
@@ -231,6 +242,7 @@ class Transformer:
                 )
         finally:
             METADATA.reset(token)
+            LONG.reset(long)
 
     def batches(self, inputs: Sequence[ForwardInput]) -> Iterator[list[ForwardInput]]:
         """Split inputs into forwards of at most `PREFILL_CHUNK` tokens (or of one input)."""

@@ -43,14 +43,16 @@ SPARSE = 4  # a row that uses less than this fraction of its columns moves to a 
 class Branch:
     """A path from the root of a tree: its first `base` tokens are its parent's, `ids` its own.
 
-    `columns` are those of its own tokens, in order, and `mask_row` is the index of its mask row. `states` are those of
-    recurrent layers, by the length of the text, at its base and after each forward.
+    `columns` are those of its own tokens, in order, and `mask_row` is the index of its mask row. `long` says that all
+    of the path is read with the rotary frequencies of long texts. `states` are those of recurrent layers, by the length
+    of the text, at its base and after each forward.
     """
 
-    def __init__(self, tree: Tree, base: int, mask_row: int) -> None:
+    def __init__(self, tree: Tree, base: int, mask_row: int, long: bool) -> None:
         self.tree = tree
         self.base = base
         self.mask_row = mask_row
+        self.long = long
         self.columns: list[int] = []
         self.ids: list[int] = []
         self.states: dict[int, State] = {}
@@ -86,7 +88,7 @@ class Branch:
     def branch(self, own: int | None = None) -> Branch:
         """Return a new branch that grows from this one, after its first `own` own tokens (default: all)."""
         beyond = self.columns[own:] if own is not None else []
-        branch = self.tree.add_branch(self.length - len(beyond), self.mask_row)
+        branch = self.tree.add_branch(self.length - len(beyond), self.mask_row, self.long)
         if beyond:
             self.tree.block.visible[branch.mask_row, beyond] = False
         branch.begin_with(self.states)
@@ -108,14 +110,15 @@ class Tree:
     The first tokens of the trunk may be those of a prefix that the row shares with others; the columns begin after it.
     `mask_row` is the trunk's, `branches` are all that have not been dropped. `orphaned` are columns that
     are no longer the trunk's, but that branches which left it earlier still see. `block` and `row` say
-    where the row is.
+    where the row is. `long` says that the trunk is read with the rotary frequencies of long texts.
     """
 
     block: RowBlock
     row: int
 
-    def __init__(self, cache: TreeCache) -> None:
+    def __init__(self, cache: TreeCache, long: bool = False) -> None:
         self.cache = cache
+        self.long = long
         self.mask_row = -1
         self.branches: dict[Branch, None] = {}
         self.ids: list[int] = []
@@ -143,11 +146,15 @@ class Tree:
         """Those of the trunk and of all branches."""
         return [path.mask_row for path in self.paths]
 
-    def branch(self, base: int | None = None) -> Branch:
-        """Return a new branch that leaves the trunk after `base` tokens (default: at its tip)."""
+    def branch(self, base: int | None = None, long: bool | None = None) -> Branch:
+        """Return a new branch that leaves the trunk after `base` tokens (default: at its tip).
+
+        One after 0 tokens may have another `long` than the trunk.
+        """
         if base is not None and base < self.prefix:
             self.cache.unshare(self)
-        branch = self.add_branch(len(self.ids) if base is None else base, self.mask_row)
+        start = len(self.ids) if base is None else base
+        branch = self.add_branch(start, self.mask_row, self.long if long is None else long)
         if base is not None:
             self.block.visible[branch.mask_row, self.columns[base - self.prefix :]] = False
         branch.begin_with(self.states)
@@ -157,9 +164,9 @@ class Tree:
         """Return the largest number of tokens, up to this one, after which a branch can leave the trunk."""
         return tokens if self.cache.pool is None else known_length(self.states, tokens)
 
-    def add_branch(self, base: int, like: int) -> Branch:
+    def add_branch(self, base: int, like: int, long: bool) -> Branch:
         """Return a new branch that sees what the mask row `like` sees."""
-        branch = Branch(self, base, self.block.allocate_mask_row(like))
+        branch = Branch(self, base, self.block.allocate_mask_row(like), long)
         self.branches[branch] = None
         return branch
 
@@ -179,6 +186,7 @@ class Tree:
         self._free_orphaned()
         self.columns[tip:] = branch.columns[:tokens]
         self.ids[branch.base :] = branch.ids[:tokens]
+        self.long = branch.long
         base, branch.base, branch.columns, branch.ids = branch.base, len(self.ids), [], []
         if branch.states:
             self._keep_states(branch, base)
@@ -402,9 +410,9 @@ class TreeCache(Cache):
         """Return how many columns a tree may have in use before the cache grows by over `more` columns."""
         return max(tree.block.columns, width_within(more * 4 // 5))
 
-    def open(self, columns: int = 0) -> Tree:
-        """Return a new, empty row of at least `columns` columns."""
-        tree = Tree(self)
+    def open(self, columns: int = 0, long: bool = False) -> Tree:
+        """Return a new, empty row of at least `columns` columns, for a long text or a short one."""
+        tree = Tree(self, long)
         tree.expected = columns
         self.trees[tree] = None
         block = self._block(columns)
@@ -546,6 +554,7 @@ class TreeCache(Cache):
 
     def copy(self, source: Tree, target: Tree) -> None:
         """Copy the trunk of a tree to an empty one."""
+        target.long = source.long
         if source.shared is not None:
             self.attach(target, source.shared)
         self.write(target, source.ids[source.prefix :], self.read(source, len(source.ids), source.prefix))
@@ -570,10 +579,10 @@ class TreeCache(Cache):
         tokens = live // STEP * STEP  # or two questions that begin alike would have a prefix that others do not
         if self.min_shared is None or not self.shares(tokens):
             return
-        prefix = max((each for each in self.prefixes if each.begins(ids)), key=len, default=None)
+        prefix = max((each for each in self.prefixes if each.begins(ids, tree.long)), key=len, default=None)
         known = len(prefix) if prefix is not None else 0
         if source is not None and tokens - known >= max(self.min_shared, known) and source.can_share(tokens):
-            prefix = SharedPrefix(source.ids[:tokens], self.read(source, tokens))
+            prefix = SharedPrefix(source.ids[:tokens], self.read(source, tokens), source.long)
             if source.prefix < tokens:
                 self.attach(source, prefix)
         if prefix is not None:

@@ -44,7 +44,7 @@ class KVMemory:
         self.reuse = reuse
         self.free = free
         self.caches: list[TreeCache] = []
-        self._finished: dict[TreeCache, PrefixTree] = {}
+        self._finished: dict[tuple[TreeCache, bool], PrefixTree] = {}  # those of long texts, and of the others
         self.reclaim: Callable[[], bool] = lambda: False  # gives back a cache that nobody uses; False if there is none
         self._recent: OrderedDict[PrefixNode, PrefixTree] = OrderedDict()  # least recently used first
 
@@ -128,17 +128,17 @@ class KVMemory:
             torch.cuda.empty_cache()
         return had
 
-    def _texts(self, cache: TreeCache) -> PrefixTree:
-        """The finished texts of a cache."""
-        if cache not in self._finished:
-            self._finished[cache] = PrefixTree(cache.bytes_per_token, cache.bytes_per_state, self._recent)
-        return self._finished[cache]
+    def _texts(self, cache: TreeCache, long: bool = False) -> PrefixTree:
+        """The finished texts of a cache, of one kind: long texts are read with other rotary frequencies."""
+        if (cache, long) not in self._finished:
+            self._finished[cache, long] = PrefixTree(cache.bytes_per_token, cache.bytes_per_state, self._recent)
+        return self._finished[cache, long]
 
     def keep(self, tree: Tree) -> None:
         """Keep the text of a row that is about to be closed, as far as it is not known."""
         if not self.reuse or len(tree.ids) < MIN_PREFIX:
             return
-        cache, texts, length = tree.cache, self._texts(tree.cache), tree.known(len(tree.ids))
+        cache, texts, length = tree.cache, self._texts(tree.cache, tree.long), tree.known(len(tree.ids))
         path, known = texts.match(tree.ids[:length])
         path = texts.cut(path, known)
         texts.use(path)
@@ -157,9 +157,9 @@ class KVMemory:
         """Fill an empty row with the longest known prefix of a text; at least the text's last token is left to read."""
         if not self.reuse or len(ids) <= MIN_PREFIX:
             return
-        cache, texts, begins = tree.cache, self._texts(tree.cache), [*ids[:-1]]
+        cache, texts, begins = tree.cache, self._texts(tree.cache, tree.long), [*ids[:-1]]
         path, finished = texts.match(begins)
-        source, live = cache.live_texts.longest(cache.trees, begins)
+        source, live = cache.live_texts.longest(cache.trees, begins, tree.long)
         if cache.pool is not None:
             ends = [node.end for node in path if node.recurrent and node.end <= finished]
             finished, live = max(ends, default=0), source.known(live) if source is not None else 0
@@ -201,8 +201,9 @@ class KVMemory:
         self._forget_texts(old)
 
     def _forget_texts(self, cache: TreeCache) -> None:
-        for node in self._finished.pop(cache).nodes() if cache in self._finished else ():
-            del self._recent[node]
+        for kind in [each for each in self._finished if each[0] is cache]:
+            for node in self._finished.pop(kind).nodes():
+                del self._recent[node]
 
 
 def first_to_read(texts: Sequence[Sequence[int]]) -> list[int]:

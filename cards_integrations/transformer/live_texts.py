@@ -11,10 +11,11 @@ CHUNK = 64  # tokens
 
 
 class Trunk(Protocol):
-    """A live text; `chunks` are the hashes of its beginnings that are known."""
+    """A live text; `chunks` are the hashes of its beginnings that are known. Only with equal `long` are two alike."""
 
     ids: list[int]
     chunks: list[int]
+    long: bool
 
 
 T = TypeVar("T", bound=Trunk)
@@ -26,18 +27,19 @@ class LiveTexts(Generic[T]):
     def __init__(self) -> None:
         self._beginning: dict[int, dict[T, None]] = {}
 
-    def longest(self, trees: Iterable[T], ids: Sequence[int]) -> tuple[T | None, int]:
+    def longest(self, trees: Iterable[T], ids: Sequence[int], long: bool = False) -> tuple[T | None, int]:
         """Return the tree that begins most like a text, and how many tokens they have in common.
 
         Args:
             trees: All live ones.
             ids: The text; beginnings shorter than a chunk are not found.
+            long: That of the text.
         """
         for tree in trees:
             self._note(tree)
         alike: dict[T, None] = {}
         known = 0
-        for beginning in _beginnings(ids, 0):
+        for beginning in _beginnings(ids, long):
             if beginning not in self._beginning:
                 break
             alike, known = self._beginning[beginning], known + CHUNK
@@ -47,7 +49,7 @@ class LiveTexts(Generic[T]):
 
     def _note(self, tree: T) -> None:
         """Take in what a trunk has grown by."""
-        before, start = (tree.chunks[-1] if tree.chunks else 0), len(tree.chunks) * CHUNK
+        before, start = (tree.chunks[-1] if tree.chunks else tree.long), len(tree.chunks) * CHUNK
         if len(tree.ids) - start >= CHUNK:
             for beginning in _beginnings(tree.ids[start:], before):
                 tree.chunks.append(beginning)

@@ -10,17 +10,18 @@ from cards_integrations.transformer.kv_block import States
 class SharedPrefix:
     """The first tokens of several texts, with their keys and values, (tokens, heads, head size) for each layer.
 
-    `users` are the rows that begin with it; it is given up with the last of them.
+    `users` are the rows that begin with it; it is given up with the last of them. `long` is theirs.
     """
 
-    def __init__(self, ids: list[int], states: States) -> None:
+    def __init__(self, ids: list[int], states: States, long: bool = False) -> None:
         self.ids = ids
         self.states = states
+        self.long = long
         self.users: set[object] = set()
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def begins(self, ids: Sequence[int]) -> bool:
-        """True if a text begins with it."""
-        return ids[: len(self.ids)] == self.ids
+    def begins(self, ids: Sequence[int], long: bool = False) -> bool:
+        """True if a text, which is long or not, begins with it."""
+        return long == self.long and ids[: len(self.ids)] == self.ids

@@ -29,6 +29,7 @@ from cards_integrations.transformer.forward import PREFILL_CHUNK, Output, Transf
 from cards_integrations.transformer.kv_cache import Branch, Tree
 from cards_integrations.transformer.kv_memory import MIN_PREFIX, CacheNeed, KVMemory, first_to_read
 from cards_integrations.transformer.prefix_tree import common
+from cards_integrations.transformer.rope import reads_again
 from cards_integrations.transformer.step_times import StepTimes, least_seconds, step_times
 from cards_integrations.transformer.thread_tuner import ThreadTuner
 
@@ -80,11 +81,17 @@ class Frontier:
 class OpenRequest:
     """The frontiers of one request: the kept text's, and those of its candidates.
 
-    A candidate that waits for its first logits has the frontier that it goes on from.
+    A candidate that waits for its first logits has the frontier that it goes on from. `long` is the kept text once
+    more, read with the rotary frequencies of long texts: candidates go on from there that outgrow those of short ones.
     """
 
     kept: Frontier
     candidates: dict[Candidate, Frontier] = field(default_factory=dict)
+    long: Frontier | None = None
+
+    def is_trunk(self, frontier: Frontier) -> bool:
+        """True if it is the kept text's, in one reading or the other."""
+        return frontier is self.kept or frontier is self.long
 
     def origin(self, candidate: Candidate) -> Frontier:
         """What a candidate goes on from."""
@@ -119,6 +126,7 @@ class LocalLanguageModel:
         self.threads = threads
         check_exact(model)
         self.transformer = Transformer(model, memory)
+        self.reads_again = bool(self.transformer.switch) and reads_again(model, self.transformer.switch)
         self.memory = self.transformer.memory
         self.context_window = max_positions(model.config)
         self.eos = _end_of_sequence(model, chat.tokenizer)
@@ -129,8 +137,12 @@ class LocalLanguageModel:
         self._ready: list[Candidate] = []  # have logits
         self._failed: list[Candidate] = []
 
-    def cache_needs(self, tokens: int) -> list[CacheNeed]:
-        return [CacheNeed(self.transformer.cache, 1, tokens)]
+    def cache_needs(self, context: Context, tokens: int) -> list[CacheNeed]:
+        now = len(context.prompt_ids) + len(context.ids)
+        needs, switch = [CacheNeed(self.transformer.cache, 1, tokens)], self.transformer.switch
+        if self.reads_again and now <= switch < tokens:  # until the one that is read again is kept
+            needs.append(CacheNeed(self.transformer.cache, 1, switch))
+        return needs
 
     @property
     def forwards(self) -> int:
@@ -144,8 +156,13 @@ class LocalLanguageModel:
 
     def open(self, context: Context) -> None:
         """Give a context a row; its prompt is read when a candidate needs it."""
-        branch = self.transformer.cache.open(len(context.prompt_ids) + 1).branch()
-        self._requests[context] = OpenRequest(Frontier(branch, unread=list(context.prompt_ids)))
+        self._requests[context] = OpenRequest(Frontier(self._row(context), unread=list(context.prompt_ids)))
+
+    def _row(self, context: Context) -> Branch:
+        """A new row for what is kept, which the length of the prompt decides how to read, or that of the whole."""
+        prompt, whole = len(context.prompt_ids), len(context.prompt_ids) + len(context.ids)
+        long = self.transformer.is_long(whole if self.reads_again else prompt)
+        return self.transformer.cache.open(whole + 1, long).branch()
 
     def close(self, context: Context) -> None:
         """Free the row, and give up the candidates that are left."""
@@ -154,6 +171,7 @@ class LocalLanguageModel:
             for candidate in list(request.candidates):
                 self.drop(candidate)
             self._requests.pop(context)
+            self._close_long(request)
             if request.kept.held is not None:
                 self.memory.keep(request.kept.branch.tree)
                 self.transformer.cache.close(request.kept.branch.tree)
@@ -173,13 +191,20 @@ class LocalLanguageModel:
                 frontier.forget(candidate.ids)
                 if not candidate.ids:
                     request.join(frontier, request.origin(candidate))
+        self._close_long(request)
         self.transformer.cache.close(request.kept.branch.tree)
         request.kept.forget([*context.prompt_ids, *context.ids])
 
     def resume(self, context: Context) -> None:
         """Let a preempted request be read again."""
         if (request := self._requests.get(context)) is not None:
-            request.kept.held = self.transformer.cache.open(len(request.kept.unread) + 1).branch()
+            request.kept.held = self._row(context)
+
+    def _close_long(self, request: OpenRequest) -> None:
+        """Free the row in which the kept text is read once more."""
+        if request.long is not None:
+            self.transformer.cache.close(request.long.branch.tree)
+            request.long = None
 
     @cached_property
     def grammars(self) -> GrammarTokenizer:
@@ -221,7 +246,7 @@ class LocalLanguageModel:
         short = longest <= LONG or candidate.index == 0 or candidate.parent is not None
         if short or not self.memory.admits([CacheNeed(cache, 1, columns)]):
             return origin.branch()
-        row = cache.open()
+        row = cache.open(long=origin.long)
         cache.copy(origin.tree, row)
         self.memory.evict_for(0)  # rows that it has to spare
         return row.branch()
@@ -268,11 +293,25 @@ class LocalLanguageModel:
         elif new is not old:
             new.branch.tree.keep(new.branch)
             new.own_logits()
+            if old.branch.long != new.branch.long:
+                self.memory.keep(old.branch.tree)  # others may begin so
             self._free(old, row=old.branch.tree is not new.branch.tree)
         request.kept, new.own_row = new, False
+        self._keep_long(request, candidate)
         context.matcher = candidate.matcher
         context.ids += candidate.ids
         context.text = candidate.response
+
+    def _keep_long(self, request: OpenRequest, candidate: Candidate) -> None:
+        """Let the other reading of the kept text follow a candidate that was kept, or become the only one."""
+        kept, long = request.kept.held, request.long
+        if long is None:
+            return
+        if kept is not None and kept.tree is long.branch.tree:
+            kept.tree.drop(long.branch)
+            request.long = None
+        else:
+            long.unread += candidate.ids
 
     def sample(self) -> list[Candidate]:
         """Give each candidate with logits its next token, or end it.
@@ -372,18 +411,62 @@ class LocalLanguageModel:
         for candidate in candidates:
             frontier = self._frontier(candidate)
             if frontier is not None and frontier.unread and frontier.waiting:
-                yield frontier if frontier.held else self._first_unread(frontier), candidate.context
+                if frontier.held is None or self.reads_again:
+                    frontier = self._first_unread(frontier, candidate.context)
+                yield frontier, candidate.context
 
-    def _first_unread(self, frontier: Frontier) -> Frontier:
+    def _first_unread(self, frontier: Frontier, context: Context) -> Frontier:
         """The frontier or, where that is not in the cache, the first one on the way to it that is to be read."""
+        request = self._requests[context]
+        if self._has_outgrown(frontier):
+            self._leave_short(frontier, request, context)
         if frontier.held is None and (candidate := frontier.owner) is not None:
-            request = self._requests[candidate.context]
-            origin = request.origin(candidate)
+            origin = self._origin(candidate, request)
             if origin.unread:
-                return self._first_unread(origin)
-            frontier.held = self._branch(origin.branch, candidate)
-            frontier.own_row = frontier.branch.tree is not origin.branch.tree
+                return self._first_unread(origin, context)
+            if origin is request.long:
+                frontier.held = origin.branch.branch()
+                frontier.unread = [*candidate.before[len(context.ids) :], *candidate.ids]
+            else:
+                frontier.held = self._branch(origin.branch, candidate)
+                frontier.own_row = frontier.branch.tree is not origin.branch.tree
         return frontier
+
+    # --- texts that outgrow the rotary frequencies of short ones, and are read again for it ---
+
+    def _has_outgrown(self, frontier: Frontier) -> bool:
+        held = frontier.held
+        if held is None or held.long or not self.reads_again:
+            return False
+        return self.transformer.is_long(held.length + len(frontier.unread))
+
+    def _leave_short(self, frontier: Frontier, request: OpenRequest, context: Context) -> None:
+        """Give up what was read of a path with the frequencies of short texts."""
+        if frontier is not request.kept:
+            assert frontier.owner is not None
+            self._free(frontier, row=frontier.own_row)
+            frontier.forget(frontier.owner.ids)
+            return
+        long, tree = self._long(request, context), frontier.branch.tree
+        self.memory.keep(tree)
+        self.transformer.cache.close(tree)
+        frontier.held, frontier.unread, frontier.logits = long.held, long.unread, None
+        request.long = None
+
+    def _origin(self, candidate: Candidate, request: OpenRequest) -> Frontier:
+        """What a candidate goes on from: one that has outgrown the short frequencies itself, from the other reading."""
+        before = len(candidate.context.prompt_ids) + len(candidate.before)
+        long = self.transformer.is_long(before + len(candidate.ids))
+        if self.reads_again and long and not self.transformer.is_long(before):
+            return self._long(request, candidate.context)
+        return request.origin(candidate)
+
+    def _long(self, request: OpenRequest, context: Context) -> Frontier:
+        """The kept text, read with the frequencies of long texts."""
+        if request.long is None:
+            branch = self.transformer.cache.open(long=True).branch()
+            request.long = Frontier(branch, unread=[*context.prompt_ids, *context.ids])
+        return request.long
 
     def growth(self, candidates: Iterable[Candidate]) -> int:
         """By how many bytes the cache grows at most when `forward` reads for these candidates."""
@@ -424,13 +507,13 @@ class LocalLanguageModel:
         fresh = [
             frontier
             for frontier, context in unread.items()
-            if frontier is self._requests[context].kept and not frontier.branch.tree.ids
+            if self._requests[context].is_trunk(frontier) and not frontier.branch.tree.ids
         ]
-        reading = [f for f, context in unread.items() if len(f.unread) > 1 and f is self._requests[context].kept]
+        reading = [f for f, context in unread.items() if len(f.unread) > 1 and self._requests[context].is_trunk(f)]
         reading = [frontier for frontier in reading if frontier.branch.tree.ids]
         if self.transformer.recurrent:
             reading = []  # of what they read, a part cannot be reused
-        behind = {frontier for frontier in fresh if any(_reads_for(other, frontier.unread) for other in reading)}
+        behind = {frontier for frontier in fresh if any(_reads_for(other, frontier) for other in reading)}
         fresh = [frontier for frontier in fresh if frontier not in behind]
         for frontier in fresh:
             tree = frontier.branch.tree
@@ -439,8 +522,9 @@ class LocalLanguageModel:
                 tree.drop(frontier.branch)
                 frontier.held = tree.branch()
                 del frontier.unread[: len(tree.ids)]
-                usage = unread[frontier].usage
-                usage.cached_tokens = max(usage.cached_tokens, min(len(tree.ids), usage.prompt_tokens))
+                usage, again = unread[frontier].usage, frontier is self._requests[unread[frontier]].long
+                if not again:
+                    usage.cached_tokens = max(usage.cached_tokens, min(len(tree.ids), usage.prompt_tokens))
         unknown = [frontier for frontier in fresh if not frontier.branch.tree.ids]
         first = {unknown[index] for index in first_to_read([frontier.unread for frontier in unknown])}
         if self.transformer.recurrent:
@@ -453,13 +537,14 @@ class LocalLanguageModel:
         served = {}
         for each, logits in zip(inputs, self.transformer.logits(inputs), strict=True):
             frontier, context = each.owner
+            request = self._requests[context]
             if isinstance(logits, CardsError):
-                self._fail(frontier, logits)
+                self._fail(frontier, request, logits)
                 continue
             del frontier.unread[: len(each.ids)]
-            if frontier is self._requests[context].kept:
+            if request.is_trunk(frontier):
                 frontier.branch.tree.keep(frontier.branch)
-            if not frontier.unread:
+            if not frontier.unread and frontier is not request.long:
                 frontier.logits = logits
                 waiting, frontier.waiting = frontier.waiting, []
                 for candidate in waiting:
@@ -469,23 +554,36 @@ class LocalLanguageModel:
         for usage in served.values():
             usage.lm_forwards += 1
 
-    def _fail(self, frontier: Frontier, error: CardsError) -> None:
-        """Hand over the candidates that wait for what could not be read."""
-        for candidate in frontier.waiting:
-            candidate.error = error
-        self._failed += frontier.waiting
-        frontier.waiting = []
+    def _fail(self, frontier: Frontier, request: OpenRequest, error: CardsError) -> None:
+        """Hand over the candidates that wait for what could not be read; all that wait, if these are yet to follow."""
+        for at in [frontier] if frontier.waiting else dict.fromkeys(request.candidates.values()):
+            for candidate in at.waiting:
+                candidate.error = error
+            self._failed += at.waiting
+            at.waiting = []
 
     def read(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> torch.Tensor:
         """The logits before each token of an answer, (tokens, vocabulary)."""
-        tree = self.transformer.cache.open()
+        text, prompt = [*prompt_ids, *ids], len(prompt_ids)
+        short = min(len(text), self.transformer.switch) if self.reads_again else len(text)
+        long = self.transformer.is_long(prompt)
+        if long or short == len(text):
+            found = self._read(text, len(ids) + 1, long)
+        else:
+            after = self._read(text, len(text) - short, long=True)
+            found = torch.cat([self._read(text[:short], short + 1 - prompt, long=False), after])
+        return found[:-1].float()
+
+    def _read(self, ids: list[int], outputs: int, long: bool) -> torch.Tensor:
+        """The logits after the last tokens of a text, (outputs, vocabulary)."""
+        tree = self.transformer.cache.open(long=long)
         try:
-            [row] = self.transformer.logits([ForwardInput(tree.branch(), [*prompt_ids, *ids], outputs=len(ids) + 1)])
+            [row] = self.transformer.logits([ForwardInput(tree.branch(), ids, outputs=outputs)])
         finally:
             self.transformer.cache.close(tree)
         if isinstance(row, CardsError):
             raise row
-        return row.values[:-1].float()
+        return row.values
 
     def step_times(self) -> StepTimes:
         """Seconds of a step, sampling included, by its number of candidates."""
@@ -520,9 +618,11 @@ class LocalLanguageModel:
         self.memory.replace(old.cache, self.transformer.cache)
 
 
-def _reads_for(frontier: Frontier, ids: Sequence[int]) -> bool:
+def _reads_for(frontier: Frontier, other: Frontier) -> bool:
     """True if a prompt that is read in pieces is still to read what another one can then reuse."""
-    read = frontier.branch.tree.ids
+    read, ids = frontier.branch.tree.ids, other.unread
+    if frontier.branch.long != other.branch.long:
+        return False
     shared = common([*read, *frontier.unread], ids[:-1]) if ids[: len(read)] == read else 0
     return shared > max(len(read), MIN_PREFIX - 1)
 

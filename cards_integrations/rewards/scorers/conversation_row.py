@@ -10,12 +10,19 @@ from cards_integrations.transformer.kv_cache import Branch, Tree
 from cards_integrations.transformer.prefix_tree import common
 
 
+class Reading(NamedTuple):
+    """How a text is read: without its first `cut` tokens, and perhaps with the rotary frequencies of long texts."""
+
+    cut: int = 0
+    long: bool = False
+
+
 class FittedText(NamedTuple):
-    """A conversation with an answer as it is read: the first `cut` tokens are left out, `suffix` follow the answer."""
+    """A conversation with an answer as it is read; `suffix` tokens follow the answer."""
 
     ids: list[int]
     suffix: int
-    cut: int
+    reading: Reading
 
 
 @dataclass
@@ -26,7 +33,7 @@ class ScoredBranch:
     cut: int
     """Tokens that its path leaves out."""
     root: Branch | None
-    """Where its path left the trunk: at one of the row's `shortened`, or directly."""
+    """Where its path left the trunk: at one of the row's `reread`, or directly."""
     kept: int
     """How many of the branch's own tokens, from its first on, go into the trunk if the response is kept."""
     path: list[int]
@@ -56,37 +63,44 @@ class ConversationRow:
     branches: dict[Response, ScoredBranch] = field(default_factory=dict)
     cut: int = 0
     """Tokens that the trunk leaves out, because the window was full."""
-    shortened: dict[int, Branch] = field(default_factory=dict)
-    """What is kept, without that many of its first tokens: for answers with which the window gets full."""
+    reread: dict[Reading, Branch] = field(default_factory=dict)
+    """What is kept, in other readings: for answers with which the window gets full, or the text long."""
     outdated: list[Branch] = field(default_factory=list)
     """Such branches that are of no more use; scored branches may go on from them."""
     warned_about_window: bool = False
+
+    @property
+    def reading(self) -> Reading:
+        """That of the trunk."""
+        return Reading(self.cut, self.tree.long)
 
     def again(self, tree: Tree, known_ids: list[int]) -> ConversationRow:
         """The same in an empty row, where these tokens are to be read again."""
         around = self.before, self.after, self.before_ids, self.after_ids
         return ConversationRow(tree, *around, known_ids, self.log_p, cut=self.cut)
 
-    def cut_to(self, tokens: int) -> None:
-        """Leave out so many tokens of what is to be read into the trunk."""
-        self.known_ids = self.known_ids[tokens - self.cut :] if tokens >= self.cut else []
-        self.cut = tokens
+    def begin(self, reading: Reading) -> None:
+        """Choose how the trunk is read, of which nothing has been."""
+        self.known_ids = self.known_ids[reading.cut - self.cut :] if reading.cut >= self.cut else []
+        self.cut, self.tree.long = reading
 
     def leave(self, text: FittedText, most: int) -> tuple[Branch | None, int, Branch]:
         """The root of a new branch, how many tokens of a text are known, up to `most`, and the branch after these."""
-        root = self.shortened.get(text.cut)
+        root, long = self.reread.get(text.reading), text.reading.long
+        if root is None and long != self.tree.long:
+            return None, 0, self.tree.branch(0, long)
         trunk = self.tree if root is None else root
         shared = trunk.known(min(common(text.ids, trunk.ids), most))
         return root, shared, trunk.branch(shared)
 
     def keep(self, scored: ScoredBranch) -> None:
         """Make a scored answer part of the trunk."""
-        if scored.root is not None and scored.root in self.shortened.values():
+        if scored.root is not None and scored.root.ids:  # else it is in the trunk already
             self.tree.keep(scored.root)
         self.tree.keep(scored.branch, scored.kept)
         self.tree.drop(scored.branch)
-        self.outdated += self.shortened.values()
-        self.cut, self.shortened = scored.cut, {}
+        self.outdated += self.reread.values()
+        self.cut, self.reread = scored.cut, {}
         self.drop_outdated()
 
     def drop_outdated(self) -> None:

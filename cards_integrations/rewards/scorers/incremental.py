@@ -15,7 +15,7 @@ import torch
 from cards_integrations.errors import CardsError, ModelError, RewardError
 from cards_integrations.models.local.resolve import max_positions
 from cards_integrations.rewards.base import Conversation, Response, RewardModel, count_forward
-from cards_integrations.rewards.scorers.conversation_row import ConversationRow, FittedText, ScoredBranch
+from cards_integrations.rewards.scorers.conversation_row import ConversationRow, FittedText, Reading, ScoredBranch
 from cards_integrations.rewards.scorers.head import Head
 from cards_integrations.rewards.scorers.input_format import InputFormat, without_final_padding
 from cards_integrations.transformer.exact import check_exact
@@ -72,7 +72,9 @@ class Incremental(RewardModel):
         self.transformer.release()
 
     def cache_needs(self, conversation: Conversation, tokens: int) -> list[CacheNeed]:
-        return [CacheNeed(self.transformer.cache, 1, tokens)]
+        row = self.rows.get(conversation)
+        outgrows = self.transformer.is_long(tokens) and not (row and row.tree.long)
+        return [CacheNeed(self.transformer.cache, 1, tokens + (self.transformer.switch if outgrows else 0))]
 
     def open(self, conversation: Conversation) -> None:
         chat, special = self.input_format.chat, self.input_format.adds_special_tokens
@@ -87,12 +89,16 @@ class Incremental(RewardModel):
 
     def growth(self, responses: Sequence[Response]) -> int:
         more: dict[Tree, int] = {}
+        reread: list[ConversationRow] = []
         for response in responses:
             if (row := self.rows.get(response.conversation)) is None:
                 continue
             ids, _ = self._ids(response, row)
             known = max(len(row.tree.ids), len(row.before_ids) if row.tree in more else 0)
             new = len(ids) - known if len(ids) <= self.window else self.window
+            if self.transformer.is_long(len(ids)) != row.tree.long and row not in reread:
+                reread.append(row)
+                new += len(row.tree.ids)
             more[row.tree] = more.get(row.tree, 0) + max(0, new) + 1  # the last known one may be read again
         return self.transformer.cache.growth(more, 2 * len(responses))
 
@@ -116,7 +122,7 @@ class Incremental(RewardModel):
         async with self._turn:  # others go on between two forwards, and may ask for scores, too
             texts = {response: self._fitted(response) for response in responses if response.conversation in self.rows}
             await self._read_prompts(texts)
-            await self._read_shortened(texts)
+            await self._read_again(texts)
             inputs = [self._forward_input(r, text) for r, text in texts.items() if r.conversation in self.rows]
             found: dict[Response, float] = {}
             try:
@@ -174,7 +180,7 @@ class Incremental(RewardModel):
         prompts = {}
         for conversation in answers:
             row = self.rows[conversation]
-            row.cut_to(min(text.cut for response, text in texts.items() if response.conversation is conversation))
+            row.begin(min(text.reading for response, text in texts.items() if response.conversation is conversation))
             prompts[conversation] = (row.known_ids or row.before_ids[row.cut :])[: self.window - 1]
         several = {each for each, n in answers.items() if n > 1} | answered | self._shared(prompts)
         return {each: prompt for each, prompt in prompts.items() if each in several and len(prompt) > 1}
@@ -220,21 +226,21 @@ class Incremental(RewardModel):
             each.branch.tree.keep(each.branch, len(each.ids))
             each.branch.tree.drop(each.branch)
 
-    async def _read_shortened(self, texts: Mapping[Response, FittedText]) -> None:
-        """Read what is kept without its first tokens, for answers that are too long for all of it."""
+    async def _read_again(self, texts: Mapping[Response, FittedText]) -> None:
+        """Read what is kept as answers ask for that are too long for its own reading."""
         for response, text in texts.items():
-            row = self.rows.get(response.conversation)
-            if row is None or text.cut <= row.cut or text.cut in row.shortened:
+            row, reading = self.rows.get(response.conversation), text.reading
+            if row is None or reading in row.reread or reading.cut < row.cut or reading == row.reading:
                 continue
-            if kept := row.tree.ids[text.cut - row.cut :]:
-                branch = row.shortened[text.cut] = row.tree.branch(0)
+            if kept := row.tree.ids[reading.cut - row.cut :]:
+                branch = row.reread[reading] = row.tree.branch(0, reading.long)
                 batch = [ForwardInput(branch, kept, response.conversation)]
                 self._counted(batch, self.transformer.hidden(batch))
                 await asyncio.sleep(0)
 
-    def _recall(self, row: ConversationRow, ids: list[int], cut: int) -> None:
+    def _recall(self, row: ConversationRow, ids: list[int], reading: Reading) -> None:
         """Fill an empty row with what is known of a text."""
-        row.cut = cut
+        row.cut, row.tree.long = reading
         self.transformer.memory.recall(row.tree, ids)
 
     def keep(self, response: Response) -> None:
@@ -252,25 +258,27 @@ class Incremental(RewardModel):
 
     def _forward_input(self, response: Response, text: FittedText) -> ForwardInput:
         """What has to be read to score a response, on a new branch."""
-        row, (ids, suffix, cut) = self.rows[response.conversation], text
+        row, (ids, suffix, reading) = self.rows[response.conversation], text
         if not row.tree.ids:
-            self._recall(row, ids[: len(ids) - suffix], cut)
+            self._recall(row, ids[: len(ids) - suffix], reading)
         most = len(ids) - max(1, suffix)  # the score is read at the last token
         parent = row.branches.get(response.parent) if response.parent else None
         again = 0 if parent is None else max(0, len(parent.path) - most)  # nothing new: the last token is read again
-        if parent is not None and parent.can_go_on(again) and common(ids, parent.path) == len(parent.path):
+        follows = parent is not None and parent.branch.long == reading.long and parent.can_go_on(again)
+        if parent is not None and follows and common(ids, parent.path) == len(parent.path):
             root, shared = parent.root, len(parent.path) - again
             branch = parent.branch.branch(parent.kept - again)
         else:
             root, shared, branch = row.leave(text, most)
-        row.branches[response] = ScoredBranch(branch, cut, root, len(ids) - suffix - shared, ids[: len(ids) - suffix])
+        path = ids[: len(ids) - suffix]
+        row.branches[response] = ScoredBranch(branch, reading.cut, root, len(path) - shared, path)
         return ForwardInput(branch, ids[shared:], response)
 
     def _fitted(self, response: Response) -> FittedText:
         """What is read of a conversation with this answer."""
         ids, suffix = self._ids(response, self.rows[response.conversation])
         cut = self._cut(len(ids), response)
-        return FittedText(ids[cut:], suffix, cut)
+        return FittedText(ids[cut:], suffix, Reading(cut, self.transformer.is_long(len(ids) - cut)))
 
     def _cut(self, length: int, response: Response) -> int:
         """How many of the first ids are left out: the prompt may lose its beginning, the answer nothing.

@@ -46,15 +46,15 @@ class Likelihood(Incremental):
         return [*row.before_ids, *self.answer_ids(response)], 0
 
     def _forward_input(self, response: Response, text: FittedText) -> ForwardInput:
-        row, (ids, _, cut) = self.rows[response.conversation], text
-        prompt = len(row.before_ids) - cut
+        row, (ids, _, reading) = self.rows[response.conversation], text
+        prompt = len(row.before_ids) - reading.cut
         if not row.tree.ids:
-            self._recall(row, ids[:prompt], cut)
-        shared = min(common(ids, row.tree.ids), len(ids) - 1) if cut == row.cut else 0
+            self._recall(row, ids[:prompt], reading)
+        shared = min(common(ids, row.tree.ids), len(ids) - 1) if reading == row.reading else 0
         known = max(0, shared - prompt)
         # The output of the first token says how probable the first unknown one is.
         root, start, branch = row.leave(text, prompt + known - 1)
-        row.branches[response] = ScoredBranch(branch, cut, root, len(ids) - start, ids, row.log_p[:known])
+        row.branches[response] = ScoredBranch(branch, reading.cut, root, len(ids) - start, ids, row.log_p[:known])
         return ForwardInput(branch, ids[start:], response, outputs=len(ids) - prompt - known + 1)
 
     def _score_batch(self, batch: list[ForwardInput]) -> list[float]:

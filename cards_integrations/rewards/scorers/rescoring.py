@@ -11,6 +11,7 @@ from cards_integrations.models.local.resolve import max_positions
 from cards_integrations.rewards.base import Conversation, Response, RewardModel, count_forward
 from cards_integrations.rewards.scorers.head import Head
 from cards_integrations.rewards.scorers.input_format import InputFormat
+from cards_integrations.transformer.rope import rope_switch
 
 
 class RescoringClassifier(RewardModel):
@@ -24,6 +25,7 @@ class RescoringClassifier(RewardModel):
         self.input_format = input_format
         self.head = head
         self.tokenizer = input_format.chat.tokenizer
+        self.switch = rope_switch(model.config.get_text_config())
         self.window = min(max_positions(model.config), self.tokenizer.model_max_length)
         config = model.config.get_text_config()
         if config.pad_token_id is None:
@@ -37,16 +39,32 @@ class RescoringClassifier(RewardModel):
         self.surroundings.pop(conversation, None)
 
     async def score(self, responses: Sequence[Response]) -> list[float]:
-        texts = [self._text(response) for response in responses]
+        found: dict[Response, float] = {}
+        for alike in self._read_alike(responses):
+            found |= zip(alike, self._scores(alike), strict=True)
+        return [found[response] for response in responses]
+
+    def _read_alike(self, responses: Sequence[Response]) -> list[list[Response]]:
+        """Those with short texts, and those with long ones, if the model reads these in another way."""
+        if not self.switch:
+            return [[*responses]]
+        lengths = map(len, self._encoded(responses)["input_ids"])
+        long = {response: length > self.switch for response, length in zip(responses, lengths, strict=True)}
+        kinds = ([response for response in responses if long[response] == kind] for kind in (False, True))
+        return [kind for kind in kinds if kind]
+
+    def _encoded(self, responses: Sequence[Response], **options: Any) -> Any:
         self.tokenizer.truncation_side = "left"
-        inputs = self.tokenizer(
-            texts,
+        return self.tokenizer(
+            [self._text(response) for response in responses],
             add_special_tokens=self.input_format.adds_special_tokens,
-            padding=True,
             truncation=True,
             max_length=self.window,
-            return_tensors="pt",
+            **options,
         )
+
+    def _scores(self, responses: Sequence[Response]) -> list[float]:
+        inputs = self._encoded(responses, padding=True, return_tensors="pt")
         self.input_format.chat.check_ids(inputs["input_ids"].flatten().tolist())
         with torch.inference_mode():
             logits = self.model(**inputs.to(self.model.device)).logits
