@@ -25,7 +25,7 @@ from cards_integrations.engine import Engine, Request
 from cards_integrations.engine.scheduler import BestPerSecond
 from cards_integrations.errors import CardsError, CardsTimeout, ModelError, PromptError, RewardError
 from cards_integrations.models.local import language_model as local
-from cards_integrations.models.local.language_model import prefill_shares
+from cards_integrations.models.local.prefill import prefill_shares
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import ClassifierReward, FunctionReward, LengthReward, Reward, WeightedReward
 from cards_integrations.rewards.base import Conversation, Response, RewardModel

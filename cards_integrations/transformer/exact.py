@@ -118,7 +118,7 @@ class _TriedModel:
     """The engine's forwards of four texts: a tree of three, and a short one."""
 
     def __init__(self, model: Any, ids: list[list[int]]) -> None:
-        self.transformer = Transformer(model)
+        self.transformer = Transformer(model, trial=True)
         self.run = self.transformer.logits if _has_head(model) else self.transformer.hidden
         self.ids = ids
         self.found: dict[tuple[int, int], torch.Tensor] = {}

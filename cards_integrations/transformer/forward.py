@@ -61,13 +61,15 @@ class Transformer:
     Args:
         model: A transformers model, whose attention is replaced.
         memory: The budget that its cache belongs to; unlimited by default.
+        trial: Whether errors are expected, which are not logged then.
 
     Raises:
         ModelError: The model cannot be run so.
     """
 
-    def __init__(self, model: Any, memory: KVMemory | None = None) -> None:
+    def __init__(self, model: Any, memory: KVMemory | None = None, trial: bool = False) -> None:
         self.model = model
+        self.trial = trial
         self.config = model.config.get_text_config()
         self.patterns = attention_patterns(self.config)
         self.reach = _reach(self.config)
@@ -168,8 +170,9 @@ class Transformer:
         if _out_of_memory(problem) and self.memory.evict_all():
             return self._forward_together(inputs, run)
         if len(inputs) == 1:
-            return [_error_of(inputs[0], problem)]
-        log.warning("a forward of %d inputs failed, and is repeated in halves: %r", len(inputs), problem)
+            return [_error_of(inputs[0], problem, self.trial)]
+        if not self.trial:
+            log.warning("a forward of %d inputs failed, and is repeated in halves: %r", len(inputs), problem)
         half = len(inputs) // 2
         return self._forward_together(inputs[:half], run) + self._forward_together(inputs[half:], run)
 
@@ -347,11 +350,12 @@ def _joined(outputs: Iterable[Output | CardsError]) -> Output | CardsError:
     return Output(torch.stack(values), len(values) - 1, len(values))
 
 
-def _error_of(item: ForwardInput, problem: Exception) -> CardsError:
+def _error_of(item: ForwardInput, problem: Exception, expected: bool) -> CardsError:
     """Why an input cannot be read, for the request that it belongs to."""
     if _out_of_memory(problem):
         return OutOfMemory(f"No memory for {len(item.ids)} more tokens: use a shorter prompt, or a smaller max_rows.")
-    log.error("a forward failed for one input", exc_info=problem)
+    if not expected:
+        log.error("a forward failed for one input", exc_info=problem)
     return as_cards_error(problem, "The model failed")
 
 

@@ -163,6 +163,8 @@ class KVMemory:
         if cache.pool is not None:
             ends = [node.end for node in path if node.recurrent and node.end <= finished]
             finished, live = max(ends, default=0), source.known(live) if source is not None else 0
+            if cache.pool.layout.stepwise and len(ids) - max(finished, live) > MIN_PREFIX:
+                return  # by single tokens the rest would take longer than the whole
         tokens = max(finished, live)
         if tokens < MIN_PREFIX:
             return

@@ -6,7 +6,6 @@ import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -19,16 +18,17 @@ from cards_integrations.chat.template import ChatTokenizer
 from cards_integrations.errors import CardsError, ModelError, as_cards_error
 from cards_integrations.models.base import Boundary, Candidate, Context
 from cards_integrations.models.local.drawing import Drawn, TokenDrawer
+from cards_integrations.models.local.frontier import Frontier, OpenRequest
+from cards_integrations.models.local.prefill import is_mixed, prefill_shares, reads_for
 from cards_integrations.models.local.resolve import max_positions
 from cards_integrations.models.randomness import Uniforms
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.trace import Usage
 from cards_integrations.transformer.exact import check_exact
 from cards_integrations.transformer.flat_batch import ForwardInput
-from cards_integrations.transformer.forward import PREFILL_CHUNK, Output, Transformer
+from cards_integrations.transformer.forward import PREFILL_CHUNK, Transformer
 from cards_integrations.transformer.kv_cache import Branch, Tree
-from cards_integrations.transformer.kv_memory import MIN_PREFIX, CacheNeed, KVMemory, first_to_read
-from cards_integrations.transformer.prefix_tree import common
+from cards_integrations.transformer.kv_memory import CacheNeed, KVMemory, first_to_read
 from cards_integrations.transformer.rope import reads_again
 from cards_integrations.transformer.step_times import StepTimes, least_seconds, step_times
 from cards_integrations.transformer.thread_tuner import ThreadTuner
@@ -37,72 +37,6 @@ log = logging.getLogger("cards_integrations")
 PREFILL_BESIDE = 512  # tokens of prompts that are read before a step of others
 UNKNOWN_TIMES = StepTimes({1: 1.0, 16: 2.0})  # not seconds: more candidates are taken to cost little
 LONG = 96  # tokens from which on a candidate does not share a row
-
-
-@dataclass(eq=False)
-class Frontier:
-    """Where a path through the tree ends, the kept text's or a candidate's.
-
-    Attributes:
-        held: The path in the KV cache; None while the request is preempted, and then until it is read again.
-        owner: The candidate whose path it is; None for the kept text.
-        own_row: True if the candidate has a row of the cache to itself.
-        unread: The last tokens, which the model has not read yet.
-        logits: Those after the last token, once it has.
-        waiting: Candidates that go on from here as soon as there are logits.
-        detokenizer: Decodes the owner's text; None until it is looked at.
-    """
-
-    held: Branch | None
-    owner: Candidate | None = None
-    own_row: bool = False
-    unread: list[int] = field(default_factory=list)
-    logits: Output | None = None
-    waiting: list[Candidate] = field(default_factory=list)
-    detokenizer: Detokenizer | None = None
-
-    @property
-    def branch(self) -> Branch:
-        """The path of one that is in the cache."""
-        assert self.held is not None
-        return self.held
-
-    def forget(self, ids: Sequence[int]) -> None:
-        """Be what has these tokens to read, none of which is in the cache."""
-        self.held, self.own_row, self.unread, self.logits = None, False, [*ids], None
-
-    def own_logits(self) -> None:
-        """Keep a copy of its own logits only: those of the whole step would stay alive as long."""
-        if self.logits is not None and len(self.logits.batch) > 1:
-            self.logits = Output(self.logits.value[None].clone(), 0)
-
-
-@dataclass(eq=False)
-class OpenRequest:
-    """The frontiers of one request: the kept text's, and those of its candidates.
-
-    A candidate that waits for its first logits has the frontier that it goes on from. `long` is the kept text once
-    more, read with the rotary frequencies of long texts: candidates go on from there that outgrow those of short ones.
-    """
-
-    kept: Frontier
-    candidates: dict[Candidate, Frontier] = field(default_factory=dict)
-    long: Frontier | None = None
-
-    def is_trunk(self, frontier: Frontier) -> bool:
-        """True if it is the kept text's, in one reading or the other."""
-        return frontier is self.kept or frontier is self.long
-
-    def origin(self, candidate: Candidate) -> Frontier:
-        """What a candidate goes on from."""
-        return self.kept if candidate.parent is None else self.candidates.get(candidate.parent, self.kept)
-
-    def join(self, frontier: Frontier, origin: Frontier) -> None:
-        """Let everybody at a frontier that adds no token to its origin be at the origin."""
-        origin.waiting += frontier.waiting
-        for candidate, at in self.candidates.items():
-            if at is frontier:
-                self.candidates[candidate] = origin
 
 
 class LocalLanguageModel:
@@ -485,7 +419,7 @@ class LocalLanguageModel:
         step = [ForwardInput(f.branch, f.unread.copy(), (f, context)) for f, context in unread if len(f.unread) == 1]
         prompts = [(f, context) for f, context in unread if len(f.unread) > 1]
         lengths = [len(f.unread) for f, _ in prompts]
-        shares = prefill_shares(lengths, PREFILL_BESIDE if step or _mixed(lengths) else PREFILL_CHUNK)
+        shares = prefill_shares(lengths, PREFILL_BESIDE if step or is_mixed(lengths, PREFILL_BESIDE) else PREFILL_CHUNK)
         if self.transformer.stepwise:
             shares = lengths  # after a first piece they would go on by single tokens
         pieces = [
@@ -513,7 +447,7 @@ class LocalLanguageModel:
         reading = [frontier for frontier in reading if frontier.branch.tree.ids]
         if self.transformer.recurrent:
             reading = []  # of what they read, a part cannot be reused
-        behind = {frontier for frontier in fresh if any(_reads_for(other, frontier) for other in reading)}
+        behind = {frontier for frontier in fresh if any(reads_for(other, frontier) for other in reading)}
         fresh = [frontier for frontier in fresh if frontier not in behind]
         for frontier in fresh:
             tree = frontier.branch.tree
@@ -616,39 +550,6 @@ class LocalLanguageModel:
         old, self.transformer = self.transformer, Transformer(self.model, self.memory)
         self.transformer.forwards, self.transformer.tokens = old.forwards, old.tokens
         self.memory.replace(old.cache, self.transformer.cache)
-
-
-def _reads_for(frontier: Frontier, other: Frontier) -> bool:
-    """True if a prompt that is read in pieces is still to read what another one can then reuse."""
-    read, ids = frontier.branch.tree.ids, other.unread
-    if frontier.branch.long != other.branch.long:
-        return False
-    shared = common([*read, *frontier.unread], ids[:-1]) if ids[: len(read)] == read else 0
-    return shared > max(len(read), MIN_PREFIX - 1)
-
-
-def _mixed(unread: Sequence[int]) -> bool:
-    """True for a short prompt among long ones, which is to wait no longer than a step of others would."""
-    return bool(unread) and min(unread) <= PREFILL_BESIDE < max(unread)
-
-
-def prefill_shares(unread: Sequence[int], budget: int) -> list[int]:
-    """How many tokens of each prompt are read next.
-
-    The shortest come first, so that they do not wait for long ones; the oldest has half of the budget, so that it is
-    read, however many come after it.
-
-    Args:
-        unread: Tokens of each prompt that have not been read, in order of arrival.
-        budget: Tokens that are read at most.
-    """
-    shares = [min(n, budget // 2) if i == 0 else 0 for i, n in enumerate(unread)]
-    left = budget - sum(shares)
-    for i in sorted(range(len(unread)), key=unread.__getitem__):
-        more = min(unread[i] - shares[i], left)
-        shares[i] += more
-        left -= more
-    return shares
 
 
 def _ends_by_text(candidate: Candidate) -> bool:

@@ -1,0 +1,77 @@
+"""Where the texts of a request end in the KV cache: the kept one, and its candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from cards_integrations.chat.detokenizer import Detokenizer
+from cards_integrations.models.base import Candidate
+from cards_integrations.transformer.forward import Output
+from cards_integrations.transformer.kv_cache import Branch
+
+
+@dataclass(eq=False)
+class Frontier:
+    """Where a path through the tree ends, the kept text's or a candidate's.
+
+    Attributes:
+        held: The path in the KV cache; None while the request is preempted, and then until it is read again.
+        owner: The candidate whose path it is; None for the kept text.
+        own_row: True if the candidate has a row of the cache to itself.
+        unread: The last tokens, which the model has not read yet.
+        logits: Those after the last token, once it has.
+        waiting: Candidates that go on from here as soon as there are logits.
+        detokenizer: Decodes the owner's text; None until it is looked at.
+    """
+
+    held: Branch | None
+    owner: Candidate | None = None
+    own_row: bool = False
+    unread: list[int] = field(default_factory=list)
+    logits: Output | None = None
+    waiting: list[Candidate] = field(default_factory=list)
+    detokenizer: Detokenizer | None = None
+
+    @property
+    def branch(self) -> Branch:
+        """The path of one that is in the cache."""
+        assert self.held is not None
+        return self.held
+
+    def forget(self, ids: Sequence[int]) -> None:
+        """Be what has these tokens to read, none of which is in the cache."""
+        self.held, self.own_row, self.unread, self.logits = None, False, [*ids], None
+
+    def own_logits(self) -> None:
+        """Keep a copy of its own logits only: those of the whole step would stay alive as long."""
+        if self.logits is not None and len(self.logits.batch) > 1:
+            self.logits = Output(self.logits.value[None].clone(), 0)
+
+
+@dataclass(eq=False)
+class OpenRequest:
+    """The frontiers of one request: the kept text's, and those of its candidates.
+
+    A candidate that waits for its first logits has the frontier that it goes on from. `long` is the kept text once
+    more, read with the rotary frequencies of long texts: candidates go on from there that outgrow those of short ones.
+    """
+
+    kept: Frontier
+    candidates: dict[Candidate, Frontier] = field(default_factory=dict)
+    long: Frontier | None = None
+
+    def is_trunk(self, frontier: Frontier) -> bool:
+        """True if it is the kept text's, in one reading or the other."""
+        return frontier is self.kept or frontier is self.long
+
+    def origin(self, candidate: Candidate) -> Frontier:
+        """What a candidate goes on from."""
+        return self.kept if candidate.parent is None else self.candidates.get(candidate.parent, self.kept)
+
+    def join(self, frontier: Frontier, origin: Frontier) -> None:
+        """Let everybody at a frontier that adds no token to its origin be at the origin."""
+        origin.waiting += frontier.waiting
+        for candidate, at in self.candidates.items():
+            if at is frontier:
+                self.candidates[candidate] = origin
