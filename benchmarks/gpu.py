@@ -65,7 +65,7 @@ class RandomWeights(ModelLoader):
 
     dtype = torch.float32
 
-    def _load(self, spec: LocalModel, family: Any, options: dict[str, Any] | None = None) -> Any:
+    def _load(self, spec: LocalModel, family: Any = None, options: dict[str, Any] | None = None) -> Any:
         config = AutoConfig.from_pretrained(spec.model)
         kind = AutoModelForCausalLM if spec.model.endswith("lm") else AutoModelForSequenceClassification
         if config.hidden_size < 1000:  # small enough to be the same on every device

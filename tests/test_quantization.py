@@ -208,7 +208,7 @@ def test_a_shape_that_the_kernel_does_not_take_stays_as_it_is(tmp_path: Path) ->
 def test_other_families(family: str, tmp_path: Path) -> None:
     sizes = {**SHAPE, "ffn_dim": 96, "head_dim": 16, "query_pre_attn_scalar": 16, "word_embed_proj_dim": 64}
     own = {key: value for key, value in sizes.items() if key in SHAPE or key in tiny.FAMILIES[family]}
-    folder = tiny.save(tmp_path / family, tiny.causal(family, **own), tiny.words())
+    folder = tiny.save(tmp_path / family, tiny.causal(family, **own, vocab_size=280), tiny.byte_pairs())
     exact, _ = ModelLoader(Placement(device="cpu", dtype="float32")).causal(LocalModel(model=folder))
     model, _ = ModelLoader(Placement(device="cpu")).causal(LocalModel(model=folder, quantization="int8"))
     ids = [[7, 8, 9, 30], [12, 9]]

@@ -34,12 +34,11 @@ TARGETS = {"qwen3_next": 0.5, "jamba": 0.5}
 @pytest.fixture(scope="module", params=[*TARGETS])
 def cases(request: pytest.FixtureRequest, models: Callable[..., str]) -> Cases:
     folders = models(request.param), models(request.param, classifier=True)
-    return written_naively(*folders, "w9 w20 w31 w5", methods(TARGETS[request.param])[:12:2], 20, Sampler(top_k=40))
+    return written_naively(*folders, "w9 w20 w31 w5", methods(TARGETS[request.param])[:12:3], 20, Sampler(top_k=40))
 
 
-@pytest.mark.parametrize("width", [1, "auto"])
-def test_the_paper_s_texts(cases: Cases, start: Start, width: int | str) -> None:
-    engine = start(cases.model, width=width)
+def test_the_paper_s_texts(cases: Cases, start: Start) -> None:
+    engine = start(cases.model)
     assert_same([engine.run(request) for request in cases.requests], cases)
     assert_same(engine.run_many(cases.requests), cases)
     assert_all_given_back(engine)
