@@ -5,13 +5,15 @@ from __future__ import annotations
 import census
 import pytest
 
-FAST = [  # some of every kind of attention, position, cache and head
-    "llama", "qwen3", "gemma2", "gemma3_text", "gemma4_text", "mistral", "phi3", "gpt2", "gpt_neox", "opt", "mixtral",
-    "cohere2", "gpt_oss", "deepseek_v3", "minicpm3", "llama4_text", "jetmoe", "diffllama", "roberta", "bart", "whisper",
-    "bloom", "mamba", "qwen3_5", "lfm2", "smollm3",
-]  # fmt: skip
-FAST_COMPOSITES = ["gemma3", "gemma4", "mistral3", "qwen2_5_vl", "qwen3_vl", "qwen3_5"]
-FAST_REWARDS = ["qwen3", "gpt_oss", "bloom", "roberta", "qwen3_5"]
+FAST = {  # some of every kind of attention, position, cache and head
+    "causal": [
+        "llama", "qwen3", "gemma2", "gemma3_text", "gemma4_text", "mistral", "phi3", "gpt2", "gpt_neox", "opt",
+        "mixtral", "cohere2", "gpt_oss", "deepseek_v3", "minicpm3", "llama4_text", "jetmoe", "diffllama", "roberta",
+        "bart", "whisper", "bloom", "mamba", "qwen3_5", "lfm2", "smollm3",
+    ],
+    "classifier": ["qwen3", "gpt_oss", "bloom", "roberta", "qwen3_5"],
+    "composite": ["gemma3", "gemma4", "mistral3", "qwen2_5_vl", "qwen3_vl", "qwen3_5"],
+}  # fmt: skip
 KNOWN = census.known()
 
 
@@ -23,39 +25,15 @@ def check(task: str, kind: str, verdict: census.Verdict) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", FAST)
-def test_a_type_is_exact_or_refused(kind: str) -> None:
-    check("causal", kind, census.judged("causal", kind))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", FAST_REWARDS)
-def test_a_type_scores_right_or_is_refused(kind: str) -> None:
-    check("classifier", kind, census.judged("classifier", kind))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", FAST_COMPOSITES)
-def test_the_language_part_of_a_composite_is_exact_or_refused(kind: str) -> None:
-    check("composite", kind, census.judged("composite", kind))
+@pytest.mark.parametrize(("task", "kind"), [(task, kind) for task, kinds in FAST.items() for kind in kinds])
+def test_a_type_is_right_or_refused(task: str, kind: str) -> None:
+    check(task, kind, census.judged(task, kind))
 
 
 @pytest.mark.models
-@pytest.mark.parametrize("kind", census.causal_types())
-def test_every_type_is_exact_or_refused(kind: str) -> None:
-    check("causal", kind, census.judged_apart("causal", kind))
-
-
-@pytest.mark.models
-@pytest.mark.parametrize("kind", census.classifier_types())
-def test_every_type_scores_right_or_is_refused(kind: str) -> None:
-    check("classifier", kind, census.judged_apart("classifier", kind))
-
-
-@pytest.mark.models
-@pytest.mark.parametrize("kind", census.composite_types())
-def test_every_composite_is_exact_or_refused(kind: str) -> None:
-    check("composite", kind, census.judged_apart("composite", kind))
+@pytest.mark.parametrize(("task", "kind"), [(task, kind) for task, kinds in census.TYPES.items() for kind in kinds()])
+def test_every_type_is_right_or_refused(task: str, kind: str) -> None:
+    check(task, kind, census.judged_apart(task, kind))
 
 
 def test_the_page_has_what_the_census_found() -> None:

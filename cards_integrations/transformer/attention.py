@@ -136,7 +136,8 @@ def tree_attention(
     if metadata is None:
         return _attend_as_usual(query, key, value, attention_mask, options, sinks), None
     latent = metadata.store.latent(module.layer_idx)
-    if (heads := latent_heads(module, latent)) is not None and latent is not None and scaling is not None:
+    heads = latent_heads(module, latent) if scaling is not None else None
+    if heads is not None and latent is not None:
         query, (key, value), options = heads.query(query), as_key(latent), options._replace(latent=heads.rank)
     call, flat = metadata.store.store((key, value)), query.transpose(1, 2).flatten(0, 1)
     pattern = metadata.patterns[module.layer_idx]
@@ -148,7 +149,7 @@ def tree_attention(
             _add_shared(out, sums, prefix.tokens, _attend_to_shared(prefix, flat, call, options))
         if sinks is not None:
             out = out * _share_beside(sinks, sums)[..., None].to(out.dtype)
-    if heads is not None and options.latent:
+    if heads is not None:
         out = heads.output(out)
     return out.view(len(query), -1, *out.shape[1:]).to(query.dtype), None
 
@@ -192,7 +193,6 @@ def _attend_by_rows(
 ) -> Attended:
     """query (tokens, heads, size) of all groups -> (tokens of this group, heads, size), computed as the cache is."""
     key, value = states
-    value = key[..., : options.latent] if options.latent else value
     (rows, n), (heads, size), kv = group.tokens.shape, query.shape[1:], key.shape[1]
     own = query[group.tokens.flatten()] if group.start is None else query[group.start : group.start + rows * n]
     by_rows = own.to(key.dtype).view(rows, n, kv, heads // kv, size)
@@ -215,7 +215,6 @@ def _attend_by_rows(
 def _attend_to_shared(shared: SharedMetadata, query: torch.Tensor, call: int, options: ScoreOptions) -> Attended:
     """query (tokens, heads, size) -> (tokens that share the prefix, heads, size): all of them see all of it."""
     keys, values = (states.transpose(0, 1)[None] for states in shared.states[call])  # (1, kv, columns, size)
-    values = keys[..., : options.latent] if options.latent else values
     own, kv = query[shared.tokens].to(keys.dtype), keys.shape[1]
     n, heads, size = own.shape
     by_head = own.view(n, kv, heads // kv, size).permute(1, 2, 0, 3).reshape(1, kv, heads // kv * n, size)
@@ -238,7 +237,8 @@ def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, options: ScoreOptions
 ) -> Attended:
     """softmax(query key^T * scaling + mask) value, with the scores capped softly if the model says so."""
-    scaling, softcap, with_sums, _ = options
+    scaling, softcap, with_sums, latent = options
+    value = key[..., :latent] if latent else value
     if softcap is None and not with_sums:
         return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling), None
     if softcap is None and query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:

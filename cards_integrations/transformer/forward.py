@@ -14,7 +14,7 @@ import torch
 
 from cards_integrations.errors import CardsError, ModelError, OutOfMemory, as_cards_error
 from cards_integrations.transformer.attention import CHUNKED, FULL, METADATA, NAME, SLIDING, AttentionMetadata
-from cards_integrations.transformer.cache_layers import RECURRENT, cache_layers
+from cards_integrations.transformer.cache_layers import RECURRENT, TreeLayer, cache_layers
 from cards_integrations.transformer.cuda_graphs import StaticSteps
 from cards_integrations.transformer.flat_batch import FlatBatch, ForwardInput, Reach
 from cards_integrations.transformer.kv_block import Layout
@@ -76,12 +76,12 @@ class Transformer:
         self.first_position = first_position(model)
         self.memory = memory or KVMemory(2**62, reuse=False)
         size = (8, 256) if model.device.type == "cuda" else (1, 64)  # graphs are lost when their block grows
-        self.recurrent = bool(RECURRENT & {*(getattr(self.config, "layer_types", None) or ())})
-        alike = {*self.patterns} == {FULL} and not self.recurrent
+        layers = cache_layers(self.config)
+        alike = {*self.patterns} == {FULL} and all(type(layer) is TreeLayer for layer in layers)
         shares = SHARED.get(model.device.type, max(SHARED.values())) if alike else None
         self.dtype = attention_dtype(model)
         self.device: torch.device = model.device  # the model looks for it among its weights, at every step
-        self.cache = TreeCache(cache_layers(self.config), *_layouts(model), size, shares, self.dtype)
+        self.cache = TreeCache(layers, *_layouts(model), size, shares, self.dtype)
         self.memory.caches.append(self.cache)
         self._logits = StaticSteps(self._run_model, model.device)
         self._hidden = StaticSteps(self._run_body, model.device)
@@ -111,6 +111,11 @@ class Transformer:
                 raise cannot_run(self.model, output.__cause__ or output) from output.__cause__
         assert isinstance(outputs[-1], Output)
         return outputs[-1].value.float()
+
+    @property
+    def recurrent(self) -> bool:
+        """True if some layers have states: then each path is a row of a batch."""
+        return self.cache.pool is not None
 
     @property
     def stepwise(self) -> bool:

@@ -419,9 +419,9 @@ class LocalLanguageModel:
         step = [ForwardInput(f.branch, f.unread.copy(), (f, context)) for f, context in unread if len(f.unread) == 1]
         prompts = [(f, context) for f, context in unread if len(f.unread) > 1]
         lengths = [len(f.unread) for f, _ in prompts]
-        shares = prefill_shares(lengths, PREFILL_BESIDE if step or is_mixed(lengths, PREFILL_BESIDE) else PREFILL_CHUNK)
-        if self.transformer.stepwise:
-            shares = lengths  # after a first piece they would go on by single tokens
+        budget = PREFILL_BESIDE if step or is_mixed(lengths, PREFILL_BESIDE) else PREFILL_CHUNK
+        # After a first piece, models that go on by single tokens would read the rest so.
+        shares = lengths if self.transformer.stepwise else prefill_shares(lengths, budget)
         pieces = [
             ForwardInput(f.branch, f.unread[:share], (f, context))
             for (f, context), share in zip(prompts, shares, strict=True)
