@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import pydantic_settings
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticSerializationError
 from pydantic_settings import (
     BaseSettings,
@@ -21,6 +21,7 @@ from pydantic_settings import (
 from cards_integrations.chat.grammar import Grammar, as_grammar
 from cards_integrations.chat.message import Message
 from cards_integrations.chat.response_format import as_response_format
+from cards_integrations.chat.thinking import ThinkingMode
 from cards_integrations.chat.tools import Tools, as_tools
 from cards_integrations.decoding import AnyDecoding, Cards, Decoding
 from cards_integrations.engine.request import EngineSettings, Request
@@ -37,10 +38,22 @@ if TYPE_CHECKING:
 
 CALL_ARGUMENTS = {"context", "grammar", "response_format", "tools", "tool_choice", "parallel_tool_calls"}
 """What a single call takes beside the options."""
+SET_HERE = {
+    *("conversation", "messages", "tools", "add_generation_prompt", "continue_final_message", "tokenize"),
+    *("return_tensors", "return_dict", "padding", "truncation", "max_length", "tokenizer_kwargs"),
+}
+"""Arguments of `apply_chat_template` that users cannot give."""
 
 
 def _as_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value or ()
+
+
+def _template_arguments(value: dict[str, Any]) -> dict[str, Any]:
+    for name in value:
+        if name in SET_HERE:
+            raise SettingsError(f"chat_template_kwargs: {name!r} is set by this package.")
+    return value
 
 
 def as_context(context: Any) -> tuple[str, ...]:
@@ -108,6 +121,20 @@ class Options(BaseModel):
     stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_tuple)] = ()
     """Strings that end an answer and are not part of it; a single string or several."""
 
+    thinking: ThinkingMode | None = None
+    """Whether the model thinks before it answers. "off" turns that off by the switch of its chat template, or closes
+    the thoughts before they begin. "free" turns it on: thoughts are sampled plainly, and rewards see and guide the
+    answer only. "aligned" guides the thoughts, too, by the same reward, which reads them as an answer. None leaves it
+    to the template; thoughts are "free" then. Raw text is continued as it is, thoughts or not."""
+
+    max_thinking_tokens: Annotated[int, Field(ge=1)] = 1024
+    """Most tokens of the thoughts, beside `max_tokens` for the answer: at this many they are closed as the template
+    closes them. Fewer where the model's context has no room for as many."""
+
+    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_template_arguments)] = {}
+    """Further arguments of the model's chat template, such as `{"enable_thinking": False}` or
+    `{"reasoning_effort": "low"}`; they win over `thinking`."""
+
     timeout: Annotated[float, Field(gt=0)] | None = None
     """Time limit of an answer in seconds; a `CardsTimeout` is raised after it. None sets no limit."""
 
@@ -139,6 +166,8 @@ class Options(BaseModel):
         decoding: Decoding = options.decoding
         if decoding.needs_reward and options.reward is None:
             raise SettingsError(f"decoding={decoding.method!r} needs a reward: pass reward=.")
+        if options.thinking == "aligned" and not decoding.needs_reward:
+            raise SettingsError(f"thinking='aligned': decoding={decoding.method!r} is not guided by a reward.")
         return Request(
             prompt=prompt,
             decoding=decoding,
@@ -148,6 +177,9 @@ class Options(BaseModel):
             stop=options.stop,
             seed=options.seed,
             timeout=options.timeout,
+            thinking=options.thinking,
+            max_thinking_tokens=options.max_thinking_tokens,
+            chat_template_kwargs=options.chat_template_kwargs,
             context=as_context(call["context"]),
             grammar=grammar,
             tools=tools,

@@ -20,6 +20,7 @@ from cards_integrations.cli.options import (
     RewardOption,
     SeedOption,
     TemperatureOption,
+    ThinkingOption,
     file_to_write,
     llm_from,
 )
@@ -42,6 +43,7 @@ def generate(
     max_tokens: MaxTokensOption = None,
     temperature: TemperatureOption = None,
     seed: SeedOption = None,
+    thinking: ThinkingOption = None,
     prompts: Annotated[
         Path | None, typer.Option(help="Answer the prompts of a file instead: lines of text, or JSON lines.")
     ] = None,
@@ -59,7 +61,7 @@ def generate(
         raise SettingsError("--trace draws the answer to a single prompt: omit --prompts.")
     with llm_from(
         config, allow_imports, model=model, reward=reward, decoding=decoding, max_tokens=max_tokens,
-        temperature=temperature, seed=seed,
+        temperature=temperature, seed=seed, thinking=thinking,
     ) as llm:  # fmt: skip
         if prompts is not None:
             if failed := answer_file(llm, prompts, out, concurrency):

@@ -22,6 +22,9 @@ DecodingOption = Annotated[
 MaxTokensOption = Annotated[int | None, typer.Option(help="Length limit of an answer, in tokens.")]
 TemperatureOption = Annotated[float | None, typer.Option(help="Temperature of the language model.")]
 SeedOption = Annotated[int | None, typer.Option(help="Seed of the answer; by default each has a new one.")]
+ThinkingOption = Annotated[
+    str | None, typer.Option("--thinking", help="off, free or aligned; by default as the model's chat template does.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

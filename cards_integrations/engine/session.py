@@ -16,7 +16,16 @@ from cards_integrations.engine.scoring import ScoreQueue
 from cards_integrations.errors import CardsError, RewardError
 from cards_integrations.models.base import Boundary, Context, StepwiseModel
 from cards_integrations.rewards.base import Conversation, Response, RewardModel, scoring
-from cards_integrations.trace import Alignment, DraftTrace, FinishReason, Guidance, InvalidToolCall, Segment, ToolCall
+from cards_integrations.trace import (
+    Alignment,
+    DraftTrace,
+    FinishReason,
+    Guidance,
+    InvalidToolCall,
+    Segment,
+    Thinking,
+    ToolCall,
+)
 from cards_integrations.transformer.step_times import StepTimes
 
 log = logging.getLogger("cards_integrations")
@@ -190,13 +199,16 @@ class Session:
                 closing.callback(self.scores.cancel)
             self.pool.close()
 
-    def alignment(self, method: str, seconds: float, guidance: Guidance | None = None) -> Alignment:
+    def alignment(
+        self, method: str, seconds: float, guidance: Guidance | None = None, thinking: Thinking | None = None
+    ) -> Alignment:
         """The finished answer.
 
         Args:
             method: Name of the decoding method.
             seconds: What the request took, from its prompt on.
             guidance: What the rewards were compared with.
+            thinking: What the model thought before it.
         """
         context = self.context
         assert self.finish is not None  # a method goes on until then
@@ -217,6 +229,7 @@ class Session:
             model=self.host.language_model.name,
             method=method,
             guidance=guidance,
+            thinking=thinking,
             request_id=self.request_id,
             content=parsed.content,
             tool_calls=tuple(call for call in parsed.calls if isinstance(call, ToolCall)),

@@ -33,6 +33,7 @@ from cards_integrations.engine.scales import TRIAL, KnownScale, Scales, remember
 from cards_integrations.engine.scheduler import BestPerSecond
 from cards_integrations.engine.session import Session
 from cards_integrations.engine.step_loop import StepLoop
+from cards_integrations.engine.thinking import Thinker, render
 from cards_integrations.errors import CardsError, EngineClosed, ModelError, SettingsError
 from cards_integrations.models.base import ConstrainedModel, Context, LanguageModel, LogitsReader
 from cards_integrations.models.local.loader import ModelLoader
@@ -313,7 +314,14 @@ class Worker:
     ) -> Alignment:
         began, method = time.perf_counter(), request.decoding.method
         scale, origin = known or (None, None)
-        async with self._session(request, reward, scale, emit) as session:
+        model = self.language_model
+        prompt = render(request, model.chat)
+        check_length(len(prompt.ids), request.max_tokens, model.context_window)
+        seed = fresh_seed() if request.seed is None else request.seed
+        open_session = partial(self._session, Usage(prompt_tokens=len(prompt.ids)), reward, scale)
+        thinker = Thinker(request, model.chat, model.context_window, open_session, emit)
+        prompt_ids, thinking = await thinker.think(prompt, seed)
+        async with open_session(request, prompt_ids, seed, True, emit) as session:
             log.info(
                 "request %s: %s, prompt of %d tokens, seed %d",
                 session.request_id, method, len(session.context.prompt_ids), session.seed,
@@ -324,7 +332,7 @@ class Worker:
                 log.info("request %s: ended by %s: %s", session.request_id, type(error).__name__, error)
                 raise
         guidance = request.decoding.guidance(scale, origin)
-        answer = session.alignment(method, time.perf_counter() - began, guidance)
+        answer = session.alignment(method, time.perf_counter() - began, guidance, thinking)
         usage = answer.usage
         log.info(
             "request %s: %s after %d tokens, %d drafts of %d tokens, %.2f s", answer.request_id, answer.finish_reason,
@@ -334,15 +342,15 @@ class Worker:
 
     @asynccontextmanager
     async def _session(
-        self, request: Request, reward: RewardModel | None, scale: Scale | None, emit: Callable[[Chunk], None] | None
-    ) -> AsyncIterator[Session]:
+        self, usage: Usage, reward: RewardModel | None, scale: Scale | None,
+        request: Request, prompt_ids: list[int], seed: int, guided: bool, emit: Callable[[Chunk], None] | None,
+    ) -> AsyncIterator[Session]:  # fmt: skip
         """A session among the live ones, as soon as there is memory for it."""
         chat = self.language_model.chat
-        _, prompt_ids = chat.prompt(request.prompt, request.tools)
+        reward = reward if guided else None
         check_length(len(prompt_ids), request.max_tokens, self.language_model.context_window)
-        context = self._context(request, prompt_ids)
-        conversation = Conversation(chat.without_tools(request.prompt), context.usage, request.context)
-        seed = fresh_seed() if request.seed is None else request.seed
+        context = self._context(request, prompt_ids, usage)
+        conversation = Conversation(chat.without_tools(request.prompt), usage, request.context)
         needs = partial(cache_needs, self.steps.stepwise, context, conversation, reward)
         async with self.admission.memory(needs(), needs(whole=True)):
             if self.error is not None:
@@ -358,9 +366,8 @@ class Worker:
             session.close()
             self.steps.memory_freed()
 
-    def _context(self, request: Request, prompt_ids: list[int]) -> Context:
+    def _context(self, request: Request, prompt_ids: list[int], usage: Usage) -> Context:
         chat, grammar = self.language_model.chat, request.grammar
-        usage = Usage(prompt_tokens=len(prompt_ids))
         stop = StopStrings(request.stop)
         context = Context(request.prompt, prompt_ids, request.max_tokens, request.sampler, stop, usage)
         if request.tools is not None:
@@ -386,7 +393,10 @@ class Worker:
             (prompt, context), length = prompts[0], min(64, self.language_model.context_window // 4)
             await self.score_texts(reward, prompt, [TRIAL], context)  # one that always fails fails here
             answers = await self.answer_all(
-                [Request(p, Sampling(), max_tokens=length, seed=seed) for seed, (p, _) in enumerate(prompts)]
+                [
+                    Request(p, Sampling(), max_tokens=length, seed=seed, thinking="off")
+                    for seed, (p, _) in enumerate(prompts)
+                ]
             )
             remember(self._plain, prompts, answers, MAX_PLAIN)
         found = []

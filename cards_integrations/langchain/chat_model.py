@@ -16,6 +16,7 @@ from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.config import get_config_list
 from pydantic import ConfigDict, Field
 
+from cards_integrations.chat.thinking import switches
 from cards_integrations.chat.tools import as_tools
 from cards_integrations.engine.request import Request
 from cards_integrations.langchain.base import CardsLangChainBase
@@ -212,7 +213,8 @@ class ChatCards(CardsLangChainBase, BaseChatModel):
     def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
         """Count the tokens of the prompt that these messages become, chat template included; loads the model."""
         offered = as_tools(tool_schemas(tools))
-        return len(self._engine({}).loaded().chat.prompt(as_prompt(messages), offered)[1])
+        arguments = switches(self.thinking, self.chat_template_kwargs)
+        return len(self._engine({}).loaded().chat.prompt(as_prompt(messages), offered, arguments)[1])
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         return self._langsmith_params("chat", stop, kwargs)

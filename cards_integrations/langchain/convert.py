@@ -16,7 +16,7 @@ from langchain_core.messages import (
     ToolMessage,
     message_chunk_to_message,
 )
-from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
+from langchain_core.messages.ai import InputTokenDetails, OutputTokenDetails, UsageMetadata
 from langchain_core.messages.tool import ToolCallChunk, invalid_tool_call, tool_call_chunk
 from langchain_core.messages.tool import tool_call as langchain_tool_call
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
@@ -25,7 +25,16 @@ from langchain_core.utils.json import parse_partial_json
 from pydantic import BaseModel
 
 from cards_integrations.chat import message
-from cards_integrations.chat.message import Message, plain_message, role_of, text_of, tool_call
+from cards_integrations.chat.message import (
+    THOUGHTS,
+    Message,
+    add_thoughts,
+    plain_message,
+    role_of,
+    text_of,
+    thoughts_of,
+    tool_call,
+)
 from cards_integrations.engine.request import Chunk
 from cards_integrations.errors import SettingsError, short_repr
 from cards_integrations.trace import Alignment, InvalidToolCall, ToolCall
@@ -54,6 +63,8 @@ def _from_langchain(item: BaseMessage) -> Message:
     if isinstance(item, AIMessage) and (item.tool_calls or item.invalid_tool_calls):
         calls = [*item.tool_calls, *item.invalid_tool_calls]
         found["tool_calls"] = [tool_call(call["id"], call["name"] or "tool", call["args"]) for call in calls]
+    if isinstance(item, AIMessage):
+        add_thoughts(found, [item.additional_kwargs.get(THOUGHTS), thoughts_of(item.content)])
     if isinstance(item, ToolMessage):
         found |= {"tool_call_id": item.tool_call_id, "name": item.name}
     if isinstance(item, FunctionMessage):
@@ -110,6 +121,7 @@ def as_chat_result(answer: Alignment) -> ChatResult:
     """A finished answer as one message, with its usage and rewards."""
     message = AIMessage(
         answer.content,
+        additional_kwargs=_thoughts(answer.thoughts),
         tool_calls=[langchain_tool_call(id=c.id, name=c.name, args=c.arguments) for c in answer.tool_calls],
         invalid_tool_calls=[
             invalid_tool_call(id=c.id, name=c.name, args=c.arguments, error=c.error) for c in answer.invalid_tool_calls
@@ -133,6 +145,8 @@ class ChunkConverter:
                 content="", usage_metadata=_usage(item), response_metadata=_metadata(item), chunk_position="last"
             )
             return ChatGenerationChunk(message=last)
+        if item.thought:
+            return ChatGenerationChunk(message=AIMessageChunk(content="", additional_kwargs=_thoughts(item.thought)))
         if not item.text and not item.calls:
             return None
         calls = [self._call_chunk(call) for call in item.calls]
@@ -155,13 +169,19 @@ def _closable(text: str) -> bool:
         return False
 
 
+def _thoughts(text: str) -> dict[str, Any]:
+    """Thoughts where LangChain makes reasoning blocks of them."""
+    return {THOUGHTS: text} if text else {}
+
+
 def _usage(answer: Alignment) -> UsageMetadata:
     usage = answer.usage
     return UsageMetadata(
         input_tokens=usage.prompt_tokens,
-        output_tokens=usage.completion_tokens,
+        output_tokens=usage.output_tokens,
         total_tokens=usage.total_tokens,
         input_token_details=InputTokenDetails(cache_read=usage.cached_tokens),
+        output_token_details=OutputTokenDetails(reasoning=usage.reasoning_tokens),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 from threading import Lock
 from typing import Any
@@ -49,6 +50,11 @@ class Uniforms:
             _philox.state = state
             numbers: list[float] = _generator.random(_AT_ONCE).tolist()
         return numbers
+
+
+def derived_seed(seed: int, purpose: str) -> int:
+    """Return another seed for another purpose of the same request, such as its thoughts."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {purpose}".encode()).digest()[:8])
 
 
 def fresh_seed() -> int:

@@ -457,7 +457,7 @@ class LocalLanguageModel:
                 frontier.held = tree.branch()
                 del frontier.unread[: len(tree.ids)]
                 usage, again = unread[frontier].usage, frontier is self._requests[unread[frontier]].long
-                if not again:
+                if not again and not usage.lm_tokens:  # what this request has read itself does not count
                     usage.cached_tokens = max(usage.cached_tokens, min(len(tree.ids), usage.prompt_tokens))
         unknown = [frontier for frontier in fresh if not frontier.branch.tree.ids]
         first = {unknown[index] for index in first_to_read([frontier.unread for frontier in unknown])}

@@ -186,9 +186,9 @@ class VllmLanguageModel:
         """Make the completion the candidate's: what the server did not cut is cut here."""
         [choice], paid, usage = found.choices, found.usage, candidate.context.usage
         ids, log_p = choice.token_ids, choice.logprobs.token_logprobs
-        usage.lm_tokens += paid.prompt_tokens - paid.cached_tokens + paid.completion_tokens
-        if not candidate.before and candidate.index == 0:  # the others find what this one has read
+        if not candidate.before and candidate.index == 0 and not usage.lm_tokens:  # the others find what it has read
             usage.cached_tokens = min(paid.cached_tokens, usage.prompt_tokens)
+        usage.lm_tokens += paid.prompt_tokens - paid.cached_tokens + paid.completion_tokens
         by_token = choice.ends_with_token
         risen = by_token and self._served(candidate.boundary) and choice.stop_reason == self.sentinel
         usage.drafted_tokens += len(ids) - risen
