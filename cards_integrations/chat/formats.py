@@ -42,7 +42,11 @@ USER = r"(?:[A-Za-z0-9._~-]+(?::[A-Za-z0-9._~-]*)?@)?"
 REST = rf"(?:/{CHARACTER}*)*(?:\?(?:{CHARACTER}|[/?])*)?(?:#(?:{CHARACTER}|[/?])*)?"
 OPAQUE = f"(?:mailto|urn|tel|sms|data|news|geo|about):{CHARACTER}+(?:/{CHARACTER}*)*"
 HOSTED = f"//{USER}{HOST}{PORT}{REST}"
-URI = f"(?:[a-z][a-z0-9+-]{{1,19}}:{HOSTED}|file:///{CHARACTER}+(?:/{CHARACTER}*)*|{OPAQUE})"
+SCHEME = (  # any but "file", which has neither user nor port
+    "(?:[a-eg-z][a-z0-9+-]{1,19}|f(?:[a-hj-z0-9+-][a-z0-9+-]{0,18}|i(?:[a-km-z0-9+-][a-z0-9+-]{0,17})?"
+    "|il(?:[a-df-z0-9+-][a-z0-9+-]{0,16}|e[a-z0-9+-]{1,16})?))"
+)
+URI = f"(?:{SCHEME}:{HOSTED}|file://(?:{HOST_NAME})?/{CHARACTER}+(?:/{CHARACTER}*)*|{OPAQUE})"
 
 LOCAL_PART = "[A-Za-z0-9_+%-]{1,20}(?:\\.[A-Za-z0-9_+%-]{1,20}){0,2}"
 EMAIL = rf"{LOCAL_PART}@(?:{LABEL}\.){{1,4}}[A-Za-z]{{2,20}}"
@@ -121,7 +125,7 @@ PATTERNS = {
     "naive-date-time": f"{DATE}[Tt]{TIME}",
     "duration": DURATION,
     "email": EMAIL,
-    "name-email": rf"{EMAIL}|[A-Za-z]+(?: [A-Za-z]+)* <{EMAIL}>",
+    "name-email": rf"{EMAIL}|[A-Za-z]{{1,20}}(?: [A-Za-z]{{1,20}}){{0,3}} <{EMAIL}>",
     "hostname": HOST_NAME,
     "ipv4": IPV4,
     "ipv6": IPV6,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import BaseModel
 
+from cards_integrations.chat.pydantic_schema import pydantic_schema
 from cards_integrations.chat.schema import held_schema
 from cards_integrations.errors import ModelError, SettingsError, short_repr
 
@@ -73,7 +74,7 @@ def as_grammar(value: Any) -> Grammar | None:
     if value is None or isinstance(value, Grammar):
         return value
     if isinstance(value, type) and issubclass(value, BaseModel):
-        return Grammar.json_schema(value.model_json_schema())
+        return Grammar.json_schema(pydantic_schema(value))
     if isinstance(value, Mapping):
         return Grammar.json_schema(value)
     raise SettingsError(

@@ -132,7 +132,7 @@ def _number(part: Mapping[str, Any], key: str, path: str) -> int | float | None:
 
 def bounds(flat: Sequence[Mapping[str, Any]], path: str, *choices: tuple[str, Callable[..., Any]]) -> dict[str, Any]:
     """The narrowest of each bound: `choices` are its keyword, and `max` or `min`."""
-    found = {}
+    found: dict[str, Any] = {}
     for key, choose in choices:
         values = [value for part in flat if (value := _number(part, key, path)) is not None]
         found |= {key: choose(values)} if values else {}
