@@ -106,7 +106,8 @@ class Options(BaseModel):
     """Seed of the random numbers: one seed gives one answer. None draws a new seed for each answer and reports it."""
 
     stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_tuple)] = ()
-    """Strings that end an answer and are not part of it; a single string or several."""
+    """Strings that end an answer and are not part of it; a single string or several. Within a grammar, the JSON of a
+    schema or a tool call they end nothing."""
 
     timeout: Annotated[float, Field(gt=0)] | None = None
     """Time limit of an answer in seconds; a `CardsTimeout` is raised after it. None sets no limit."""
