@@ -119,7 +119,8 @@ class Options(BaseModel):
     """Seed of the random numbers: one seed gives one answer. None draws a new seed for each answer and reports it."""
 
     stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_tuple)] = ()
-    """Strings that end an answer and are not part of it; a single string or several."""
+    """Strings that end an answer and are not part of it; a single string or several. Within a grammar, the JSON of a
+    schema or a tool call they end nothing."""
 
     thinking: ThinkingMode | None = None
     """Whether the model thinks before it answers. "off" turns that off by the switch of its chat template, or closes

@@ -52,7 +52,7 @@ class Request:
         reward: The reward that guides it; None for a method that needs none.
         sampler: How tokens are drawn from logits.
         max_tokens: Most tokens of the answer.
-        stop: Strings that end the answer, and are not part of it.
+        stop: Strings that end the answer, and are not part of it; within a grammar or a tool call they end nothing.
         seed: Seed of all random numbers; None draws a fresh one.
         timeout: Seconds until `CardsTimeout`; None waits for ever.
         context: Texts that the answer should be grounded in, for rewards that look at them.

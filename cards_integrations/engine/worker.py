@@ -368,13 +368,21 @@ class Worker:
 
     def _context(self, request: Request, prompt_ids: list[int], usage: Usage) -> Context:
         chat, grammar = self.language_model.chat, request.grammar
-        stop = StopStrings(request.stop)
+        stop = self._stop_strings(request)
         context = Context(request.prompt, prompt_ids, request.max_tokens, request.sampler, stop, usage)
         if request.tools is not None:
             grammar = chat.tool_format.grammar(request.tools, chat.grammar_literal, grammar)
         if grammar is not None:
             context.matcher = self._constrained(grammar).matcher(grammar)
         return context
+
+    def _stop_strings(self, request: Request) -> StopStrings:
+        """What ends the answer: nothing within a grammar or a call, for a part of these is no answer."""
+        tools = request.tools
+        if request.grammar is not None or (tools is not None and tools.forced):
+            return StopStrings()
+        reader = ToolReader(tools, self.language_model.chat.tool_format)
+        return StopStrings(request.stop, None if tools is None else reader.in_call)
 
     def _constrained(self, grammar: Grammar) -> ConstrainedModel:
         model = self.language_model

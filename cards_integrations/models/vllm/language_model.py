@@ -164,7 +164,7 @@ class VllmLanguageModel:
             "seed": int(candidate.uniforms[0] * 2**53),
             "logprobs": 0,
             "return_token_ids": True,
-            "stop": list(context.stop.strings),
+            "stop": [] if context.stop.within else list(context.stop.strings),  # the server knows no calls
             "skip_special_tokens": True,  # in what stop strings are looked for; 0.33 has another default than 0.32
         }
         if boundary.served is None:
