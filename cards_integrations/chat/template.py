@@ -11,6 +11,7 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError
 
+from cards_integrations.chat.answer_start import NOTHING_BEFORE, AnswerStart
 from cards_integrations.chat.message import PARTIAL_CHARACTER, Message
 from cards_integrations.chat.tool_formats import FORMATS, ToolFormat
 from cards_integrations.chat.tool_prompts import (
@@ -24,6 +25,7 @@ from cards_integrations.chat.tool_prompts import (
 from cards_integrations.chat.tools import FormatName, Tools
 from cards_integrations.errors import PromptError
 
+BEFORE_ANSWER = 6  # tokens of the prompt that an answer is decoded after
 _PLACEHOLDER = "\u2063answer\u2063"  # stands for the answer while a rendered template is split around it
 
 
@@ -65,17 +67,49 @@ class ChatTokenizer:
                 f"tokenizer as {token}; the model knows {self._rows} tokens only. Leave it out of the text."
             )
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids. A partial character is one U+FFFD, the only text that more ids can change."""
-        text = self._decode(ids)
+    def answer_start(self, prompt: str | list[Message], ids: Sequence[int], stop: Sequence[str] = ()) -> AnswerStart:
+        """Where the answer to a prompt with these token ids begins, which may end with a stop string."""
+        last: list[int] = []
+        for token in reversed(ids):
+            if self._shown([token]):
+                last.insert(0, token)
+            if len(last) == BEFORE_ANSWER:
+                break
+        raw = isinstance(prompt, FormattedPrompt) or not self.has_template
+        space = "" if raw else self._space_before_content
+        visible = {token for token, text in self._special.items() if any(text in each for each in stop)}
+        return AnswerStart(tuple(last), self.decode(last), space, frozenset(visible))
+
+    @cached_property
+    def _space_before_content(self) -> str:
+        """The space that stands between a generation prompt and the content of an answer; "" if there is none."""
+        try:
+            user: Message = {"role": "user", "content": "a"}
+            before = self.encode(self._render([user], add_generation_prompt=True))
+            whole = self.encode(self._render([user, {"role": "assistant", "content": "answer"}]))
+        except PromptError:
+            return ""
+        text = self._decode(whole) if whole[: len(before)] == before else ""
+        return " " if text.startswith(self._decode(before) + " answer") else ""
+
+    def decode(self, ids: Sequence[int], start: AnswerStart = NOTHING_BEFORE) -> str:
+        """The text of token ids, of an answer that begins there.
+
+        A partial character is one U+FFFD, the only text that more ids can change.
+        """
+        text = start.answer_in(self._decode_characters([*start.ids, *ids], start.visible))
+        return self._decode_characters(ids, start.visible) if text is None else text
+
+    def _decode_characters(self, ids: Sequence[int], visible: frozenset[int]) -> str:
+        text = self._decode(ids, visible)
         if PARTIAL_CHARACTER in text and self._bytes:
-            text = self._decode(self._whole_characters(ids))
+            text = self._decode(self._whole_characters(ids, visible), visible)
         return text
 
-    def _whole_characters(self, ids: Sequence[int]) -> list[int]:
+    def _whole_characters(self, ids: Sequence[int], visible: frozenset[int]) -> list[int]:
         """The ids with U+FFFD for partial characters: byte fallback decodes all bytes around one to U+FFFD."""
         whole: list[int] = []
-        for is_byte, run in groupby(self._shown(ids), self._bytes.__contains__):
+        for is_byte, run in groupby(self._shown(ids, visible), self._bytes.__contains__):
             if is_byte:
                 text = bytes(self._bytes[token] for token in run).decode(errors="replace")
                 whole += [self._byte_tokens[byte] for byte in text.encode()]
@@ -83,14 +117,14 @@ class ChatTokenizer:
                 whole += run
         return whole
 
-    def _decode(self, ids: Sequence[int]) -> str:
-        skip_special = not self.markers
-        shown = list(ids) if skip_special else self._shown(ids)
+    def _decode(self, ids: Sequence[int], visible: frozenset[int] = frozenset()) -> str:
+        skip_special = not self.markers and not visible
+        shown = list(ids) if skip_special else self._shown(ids, visible)
         return str(self.tokenizer.decode(shown, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False))
 
-    def _shown(self, ids: Sequence[int]) -> list[int]:
+    def _shown(self, ids: Sequence[int], visible: frozenset[int] = frozenset()) -> list[int]:
         """The ids without special tokens, except markers; the bytes around one may be those of one character."""
-        return [token for token in ids if token not in self._special or token in self.markers]
+        return [t for t in ids if t not in self._special or t in self.markers or t in visible]
 
     def prompt(self, prompt: str | list[Message], tools: Tools | None = None) -> tuple[str, list[int]]:
         """Render a prompt up to where the answer begins, and encode it.

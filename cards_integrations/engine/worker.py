@@ -362,7 +362,8 @@ class Worker:
         chat, grammar = self.language_model.chat, request.grammar
         usage = Usage(prompt_tokens=len(prompt_ids))
         stop = StopStrings(request.stop)
-        context = Context(request.prompt, prompt_ids, request.max_tokens, request.sampler, stop, usage)
+        start = chat.answer_start(request.prompt, prompt_ids, request.stop)
+        context = Context(request.prompt, prompt_ids, request.max_tokens, request.sampler, stop, usage, start=start)
         if request.tools is not None:
             grammar = chat.tool_format.grammar(request.tools, chat.grammar_literal, grammar)
         if grammar is not None:
