@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from typing import Any
 
 from jinja2.exceptions import TemplateError
 
 from cards_integrations.chat.answer_start import NOTHING_BEFORE, AnswerStart
+from cards_integrations.chat.arrangements import arrangements, first_whole, tool_arrangements
 from cards_integrations.chat.message import PARTIAL_CHARACTER, Message
 from cards_integrations.chat.tool_formats import FORMATS, ToolFormat
 from cards_integrations.chat.tool_prompts import (
@@ -145,14 +146,22 @@ class ChatTokenizer:
         if tools or mentions_tools(messages):
             schemas = tools.schemas if tools else ()
             if self.knows_tools:
-                with suppress(Exception):  # it may require an order or ids that these messages do not have
-                    before = self._apply(messages, tools=list(schemas) or None, add_generation_prompt=True)
+                with suppress(PromptError, TemplateError):  # it may require an order that these messages do not have
+                    before = self._render_tools(messages, list(schemas))
                     return before, self._nonempty(self.encode(before))
             messages = without_tool_messages(messages, self.tool_format, schemas)
         if not self.has_template:
             return self._plain(as_text(messages))
         before = self._render(messages, add_generation_prompt=True)
         return before, self._nonempty(self.encode(before))
+
+    def count(self, prompt: list[Message], tools: Tools | None = None) -> int:
+        """The number of tokens that a conversation takes as a prompt, whatever it lacks to be one."""
+        try:
+            return len(self.prompt(prompt, tools)[1]) if prompt else 0
+        except PromptError:
+            text = as_text(prompt).encode(errors="replace").decode()
+            return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _plain(self, text: str) -> tuple[str, list[int]]:
         bos = self.tokenizer.bos_token
@@ -229,13 +238,15 @@ class ChatTokenizer:
 
     def _render(self, messages: list[Message], **options: Any) -> str:
         try:
-            return self._apply(messages, **options)
-        except TemplateError:
-            merged = alternating(messages)  # the template may require alternating roles
-        try:
-            return self._apply(merged, **options)
+            return first_whole(arrangements(messages), partial(self._apply, **options))
         except TemplateError as error:
             raise PromptError(f"The model's chat template does not accept these messages: {error}") from error
+
+    def _render_tools(self, messages: list[Message], schemas: list[dict[str, Any]]) -> str:
+        """A prompt in the template's own way of showing tools, calls and results."""
+        named = isinstance(self.tokenizer.chat_template, dict)  # with [] the one that is named "tool_use" is chosen
+        shown = schemas if schemas or named else None
+        return first_whole(tool_arrangements(messages), partial(self._apply, tools=shown, add_generation_prompt=True))
 
     def _apply(self, messages: list[Message], **options: Any) -> str:
         for message in messages:
@@ -265,18 +276,6 @@ def as_text(prompt: str | list[Message]) -> str:
     if len(messages) == 1:
         return str(messages[0]["content"])
     return "".join(f"{m['role'].capitalize()}: {m['content']}\n" for m in messages) + "Assistant:"
-
-
-def alternating(messages: list[Message]) -> list[Message]:
-    """The conversation with user and assistant only: system text is the user's, neighbors of one role are merged."""
-    merged: list[Message] = []
-    for message in messages:
-        role = "user" if message["role"] == "system" else message["role"]
-        if merged and merged[-1]["role"] == role:
-            merged[-1] = {"role": role, "content": merged[-1]["content"] + "\n\n" + message["content"]}
-        else:
-            merged.append({"role": role, "content": message["content"]})
-    return merged
 
 
 def check_unicode(text: str) -> None:
