@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from typing import Any
 
 from jinja2.exceptions import TemplateError
 
+from cards_integrations.chat.answer_start import NOTHING_BEFORE, AnswerStart
+from cards_integrations.chat.arrangements import arrangements, first_whole, tool_arrangements
 from cards_integrations.chat.message import PARTIAL_CHARACTER, THOUGHTS, Message
 from cards_integrations.chat.thinking import KEYS, ThinkingFormat, thinking_format
 from cards_integrations.chat.tool_formats import FORMATS, ToolFormat
@@ -25,6 +27,7 @@ from cards_integrations.chat.tool_prompts import (
 from cards_integrations.chat.tools import FormatName, Tools
 from cards_integrations.errors import PromptError
 
+BEFORE_ANSWER = 6  # tokens of the prompt that an answer is decoded after
 NO_ARGUMENTS: Mapping[str, Any] = {}
 _PLACEHOLDER = "\u2063answer\u2063"  # stands for the answer while a rendered template is split around it
 
@@ -67,17 +70,49 @@ class ChatTokenizer:
                 f"tokenizer as {token}; the model knows {self._rows} tokens only. Leave it out of the text."
             )
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids. A partial character is one U+FFFD, the only text that more ids can change."""
-        text = self._decode(ids)
+    def answer_start(self, prompt: str | list[Message], ids: Sequence[int], stop: Sequence[str] = ()) -> AnswerStart:
+        """Where the answer to a prompt with these token ids begins, which may end with a stop string."""
+        last: list[int] = []
+        for token in reversed(ids):
+            if self._shown([token]):
+                last.insert(0, token)
+            if len(last) == BEFORE_ANSWER:
+                break
+        raw = isinstance(prompt, FormattedPrompt) or not self.has_template
+        space = "" if raw else self._space_before_content
+        visible = {token for token, text in self._special.items() if any(text in each for each in stop)}
+        return AnswerStart(tuple(last), self.decode(last), space, frozenset(visible))
+
+    @cached_property
+    def _space_before_content(self) -> str:
+        """The space that stands between a generation prompt and the content of an answer; "" if there is none."""
+        try:
+            user: Message = {"role": "user", "content": "a"}
+            before = self.encode(self._render([user], add_generation_prompt=True))
+            whole = self.encode(self._render([user, {"role": "assistant", "content": "answer"}]))
+        except PromptError:
+            return ""
+        text = self._decode(whole) if whole[: len(before)] == before else ""
+        return " " if text.startswith(self._decode(before) + " answer") else ""
+
+    def decode(self, ids: Sequence[int], start: AnswerStart = NOTHING_BEFORE) -> str:
+        """The text of token ids, of an answer that begins there.
+
+        A partial character is one U+FFFD, the only text that more ids can change.
+        """
+        text = start.answer_in(self._decode_characters([*start.ids, *ids], start.visible))
+        return self._decode_characters(ids, start.visible) if text is None else text
+
+    def _decode_characters(self, ids: Sequence[int], visible: frozenset[int]) -> str:
+        text = self._decode(ids, visible)
         if PARTIAL_CHARACTER in text and self._bytes:
-            text = self._decode(self._whole_characters(ids))
+            text = self._decode(self._whole_characters(ids, visible), visible)
         return text
 
-    def _whole_characters(self, ids: Sequence[int]) -> list[int]:
+    def _whole_characters(self, ids: Sequence[int], visible: frozenset[int]) -> list[int]:
         """The ids with U+FFFD for partial characters: byte fallback decodes all bytes around one to U+FFFD."""
         whole: list[int] = []
-        for is_byte, run in groupby(self._shown(ids), self._bytes.__contains__):
+        for is_byte, run in groupby(self._shown(ids, visible), self._bytes.__contains__):
             if is_byte:
                 text = bytes(self._bytes[token] for token in run).decode(errors="replace")
                 whole += [self._byte_tokens[byte] for byte in text.encode()]
@@ -85,14 +120,14 @@ class ChatTokenizer:
                 whole += run
         return whole
 
-    def _decode(self, ids: Sequence[int]) -> str:
-        skip_special = not self.markers
-        shown = list(ids) if skip_special else self._shown(ids)
+    def _decode(self, ids: Sequence[int], visible: frozenset[int] = frozenset()) -> str:
+        skip_special = not self.markers and not visible
+        shown = list(ids) if skip_special else self._shown(ids, visible)
         return str(self.tokenizer.decode(shown, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False))
 
-    def _shown(self, ids: Sequence[int]) -> list[int]:
+    def _shown(self, ids: Sequence[int], visible: frozenset[int] = frozenset()) -> list[int]:
         """The ids without special tokens, except markers; the bytes around one may be those of one character."""
-        return [token for token in ids if token not in self._special or token in self.markers]
+        return [t for t in ids if t not in self._special or t in self.markers or t in visible]
 
     def prompt(
         self, prompt: str | list[Message], tools: Tools | None = None, arguments: Mapping[str, Any] = NO_ARGUMENTS
@@ -120,9 +155,8 @@ class ChatTokenizer:
         if tools or mentions_tools(messages):
             schemas = tools.schemas if tools else ()
             if self.knows_tools:
-                with suppress(Exception):  # it may require an order or ids that these messages do not have
-                    options = {**arguments, "tools": list(schemas) or None, "add_generation_prompt": True}
-                    before = self._apply(messages, **options)
+                with suppress(PromptError, TemplateError):  # it may require an order that these messages do not have
+                    before = self._render_tools(messages, list(schemas), arguments)
                     return before, self._nonempty(self.encode(before))
             messages = without_tool_messages(messages, self.tool_format, schemas)
         if not self.has_template:
@@ -134,6 +168,16 @@ class ChatTokenizer:
         """The messages with their thoughts where the template looks for them; without, if it does not."""
         key = self.thinking.key if self.thinking else None
         return [_renamed(message, key) if THOUGHTS in message else message for message in messages]
+
+    def count(
+        self, prompt: list[Message], tools: Tools | None = None, arguments: Mapping[str, Any] = NO_ARGUMENTS
+    ) -> int:
+        """The number of tokens that a conversation takes as a prompt, whatever it lacks to be one."""
+        try:
+            return len(self.prompt(prompt, tools, arguments)[1]) if prompt else 0
+        except PromptError:
+            text = as_text(prompt).encode(errors="replace").decode()
+            return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _plain(self, text: str) -> tuple[str, list[int]]:
         bos = self.tokenizer.bos_token
@@ -220,13 +264,18 @@ class ChatTokenizer:
 
     def _render(self, messages: list[Message], **options: Any) -> str:
         try:
-            return self._apply(messages, **options)
-        except TemplateError:
-            merged = alternating(messages)  # the template may require alternating roles
-        try:
-            return self._apply(merged, **options)
+            return first_whole(arrangements(messages), partial(self._apply, **options))
         except TemplateError as error:
             raise PromptError(f"The model's chat template does not accept these messages: {error}") from error
+
+    def _render_tools(
+        self, messages: list[Message], schemas: list[dict[str, Any]], arguments: Mapping[str, Any]
+    ) -> str:
+        """A prompt in the template's own way of showing tools, calls and results."""
+        named = isinstance(self.tokenizer.chat_template, dict)  # with [] the one that is named "tool_use" is chosen
+        shown = schemas if schemas or named else None
+        options = {**arguments, "tools": shown, "add_generation_prompt": True}
+        return first_whole(tool_arrangements(messages), partial(self._apply, **options))
 
     def _apply(self, messages: list[Message], **options: Any) -> str:
         for message in messages:
@@ -264,18 +313,6 @@ def as_text(prompt: str | list[Message]) -> str:
     if len(messages) == 1:
         return str(messages[0]["content"])
     return "".join(f"{m['role'].capitalize()}: {m['content']}\n" for m in messages) + "Assistant:"
-
-
-def alternating(messages: list[Message]) -> list[Message]:
-    """The conversation with user and assistant only: system text is the user's, neighbors of one role are merged."""
-    merged: list[Message] = []
-    for message in messages:
-        role = "user" if message["role"] == "system" else message["role"]
-        if merged and merged[-1]["role"] == role:
-            merged[-1] = {"role": role, "content": merged[-1]["content"] + "\n\n" + message["content"]}
-        else:
-            merged.append({"role": role, "content": message["content"]})
-    return merged
 
 
 def check_unicode(text: str) -> None:

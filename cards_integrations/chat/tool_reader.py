@@ -33,7 +33,7 @@ class ToolReader:
         parsed = self.parse(text)
         content, calls = parsed.content, parsed.calls
         if self.tools is not None and not finished:
-            content = text[: self.tool_format.content_length(text)]
+            content = text[: parsed.certain]
             calls = calls[: parsed.final_calls]
         new = content[self._characters :], calls[self._calls :]
         self._characters, self._calls = max(self._characters, len(content)), len(calls)

@@ -151,7 +151,7 @@ class Thinker:
     def _closed(self, form: ThinkingFormat, ids: list[int], session: Session) -> tuple[list[int], Thinking]:
         """The ids of the prompt with the thoughts, closed as the template closes them."""
         context = session.context
-        by_model = form.closing in self.chat.decode(context.ids)
+        by_model = form.closing in self.chat.decode(context.ids, context.start)
         own = self._without_mark(context) if by_model else context.ids
         context.usage.reasoning_tokens = len(context.ids)
         assert session.finish is not None  # a method goes on until then
@@ -161,9 +161,9 @@ class Thinker:
     def _without_mark(self, context: Context) -> list[int]:
         """The ids of the thoughts: those of the mark, which may begin within a token, are written anew."""
         ids = context.ids
-        while ids and not context.text.startswith(self.chat.decode(ids)):
+        while ids and not context.text.startswith(self.chat.decode(ids, context.start)):
             ids = ids[:-1]
-        return [*ids, *self._encode(context.text[len(self.chat.decode(ids)) :])]
+        return [*ids, *self._encode(context.text[len(self.chat.decode(ids, context.start)) :])]
 
     def _encode(self, text: str) -> list[int]:
         return self.chat.encode(text) if text else []

@@ -369,7 +369,8 @@ class Worker:
     def _context(self, request: Request, prompt_ids: list[int], usage: Usage) -> Context:
         chat, grammar = self.language_model.chat, request.grammar
         stop = self._stop_strings(request)
-        context = Context(request.prompt, prompt_ids, request.max_tokens, request.sampler, stop, usage)
+        start = chat.answer_start(request.prompt, prompt_ids, stop.strings)
+        context = Context(request.prompt, prompt_ids, request.max_tokens, request.sampler, stop, usage, start=start)
         if request.tools is not None:
             grammar = chat.tool_format.grammar(request.tools, chat.grammar_literal, grammar)
         if grammar is not None:

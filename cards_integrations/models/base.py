@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from cards_integrations.chat.answer_start import NOTHING_BEFORE, AnswerStart
 from cards_integrations.chat.message import PARTIAL_CHARACTER, Message
 from cards_integrations.chat.stop_strings import StopStrings
 from cards_integrations.errors import CardsError
@@ -96,6 +97,7 @@ class Context:
         matcher: Where the kept text is in its grammar; None without one.
         ids: Token ids of the kept text.
         text: The kept text.
+        start: What it is decoded after: the end of the prompt.
     """
 
     prompt: str | list[Message]
@@ -107,6 +109,7 @@ class Context:
     matcher: Matcher | None = None
     ids: list[int] = field(default_factory=list)
     text: str = ""
+    start: AnswerStart = NOTHING_BEFORE
 
 
 @dataclass(eq=False)

@@ -329,7 +329,9 @@ class LocalLanguageModel:
         """Bring the candidate's text up to date with its tokens."""
         text = frontier.detokenizer
         if text is None:
-            text = frontier.detokenizer = Detokenizer(self.chat, candidate.before, candidate.response)
+            text = frontier.detokenizer = Detokenizer(
+                self.chat, candidate.before, candidate.response, candidate.context.start
+            )
         candidate.response = text.push(candidate.ids[len(text.ids) - len(candidate.before) :])
 
     def has_unread(self, candidates: Iterable[Candidate]) -> bool:

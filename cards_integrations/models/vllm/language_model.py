@@ -218,12 +218,12 @@ class VllmLanguageModel:
         None: all of them, and whatever ended them in the server ends the candidate.
         """
         context, boundary = candidate.context, candidate.boundary
-        candidate.response = self.chat.decode([*candidate.before, *ids])
+        candidate.response = self.chat.decode([*candidate.before, *ids], context.start)
         punctuated = boundary.reads_text or (
             boundary.served is not None and not self.plugin and self.spec.without_plugin == "punctuation"
         )
         for length in range(1, len(ids) + 1) if punctuated or context.stop else ():
-            response = self.chat.decode([*candidate.before, *ids[:length]])
+            response = self.chat.decode([*candidate.before, *ids[:length]], context.start)
             at = context.stop.find(response, len(candidate.before_text))
             if at is not None:
                 candidate.response, candidate.whole, candidate.finish = response[:at], False, "stop"
