@@ -132,6 +132,19 @@ class Guidance:
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """A token, and log p of it under the language model itself: full vocabulary, temperature 1."""
+
+    token: str
+    """Its text; U+FFFD for bytes that are no whole character."""
+    token_id: int
+    logprob: float
+    """In nats."""
+    top: tuple[TokenLogprob, ...] = ()
+    """The most probable tokens in its place, most probable first."""
+
+
+@dataclass(frozen=True)
 class Alignment:
     """A finished answer."""
 
@@ -162,6 +175,8 @@ class Alignment:
     """The name of the request in the log."""
     guidance: Guidance | None = None
     """The target and the beta that the method went by, and where they came from; None for a method without them."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """The answer's tokens with their log p; empty unless asked for."""
 
     def __str__(self) -> str:
         return self.text

@@ -14,6 +14,7 @@ from cards_integrations.cli.options import (
     ModelOption,
     RewardOption,
     SeedOption,
+    SetOption,
     TemperatureOption,
     llm_from,
 )
@@ -34,6 +35,7 @@ def chat(
     max_tokens: MaxTokensOption = None,
     temperature: TemperatureOption = None,
     seed: SeedOption = None,
+    assigned: SetOption = None,
     system: Annotated[str | None, typer.Option(help="The system message.")] = None,
     rejected: Annotated[bool, typer.Option(help="Show rejected candidates, dimmed.")] = False,
 ) -> None:
@@ -43,7 +45,7 @@ def chat(
     console = Console(highlight=False)
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     with llm_from(
-        config, allow_imports, model=model, reward=reward, decoding=decoding, max_tokens=max_tokens,
+        config, allow_imports, assigned, model=model, reward=reward, decoding=decoding, max_tokens=max_tokens,
         temperature=temperature, seed=seed,
     ) as llm:  # fmt: skip
         while question := _read_line(console):

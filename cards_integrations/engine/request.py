@@ -56,6 +56,8 @@ class Request:
         context: Texts that the answer should be grounded in, for rewards that look at them.
         grammar: What the answer has to match.
         tools: Tools that the answer may call.
+        finish_at: "sentence" cuts an answer that reaches `max_tokens` after its last whole sentence.
+        logprobs: Report log p of each token, and this many of the most likely ones; None reports nothing.
     """
 
     prompt: str | list[Message]
@@ -69,6 +71,8 @@ class Request:
     context: tuple[str, ...] = ()
     grammar: Grammar | None = None
     tools: Tools | None = None
+    finish_at: Literal["token", "sentence"] = "token"
+    logprobs: int | None = None
 
 
 @dataclass(frozen=True)

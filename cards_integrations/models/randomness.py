@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from hashlib import sha256
 from threading import Lock
 from typing import Any
 
@@ -54,3 +55,9 @@ class Uniforms:
 def fresh_seed() -> int:
     """Return a random seed, for a request that has none."""
     return secrets.randbelow(2**63)
+
+
+def answer_seeds(seed: int, n: int) -> list[int]:
+    """Return the seeds of several answers to one prompt: the first is the request's own, the others follow from it."""
+    later = (sha256(f"{seed} {index}".encode()).digest() for index in range(1, n))
+    return [seed, *(int.from_bytes(digest[:8]) >> 1 for digest in later)]
