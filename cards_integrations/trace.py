@@ -153,6 +153,19 @@ class Guidance:
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """A token, and log p of it under the language model itself: full vocabulary, temperature 1."""
+
+    token: str
+    """Its text; U+FFFD for bytes that are no whole character."""
+    token_id: int
+    logprob: float
+    """In nats."""
+    top: tuple[TokenLogprob, ...] = ()
+    """The most probable tokens in its place, most probable first."""
+
+
+@dataclass(frozen=True)
 class Alignment:
     """A finished answer."""
 
@@ -186,6 +199,8 @@ class Alignment:
     """The target and the beta that the method went by, and where they came from; None for a method without them."""
     thinking: Thinking | None = None
     """The thoughts before the answer; None if there were none."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """The answer's tokens with their log p; empty unless asked for."""
 
     def __str__(self) -> str:
         return self.text

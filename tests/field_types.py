@@ -117,7 +117,7 @@ TYPES: dict[str, Any] = {
     "str": str, "int": int, "float": float, "bool": bool, "None": None, "Any": Any, "object": object, "bytes": bytes,
     "complex": complex, "Decimal": decimal.Decimal, "date": datetime.date,
     "datetime": datetime.datetime, "time": datetime.time, "timedelta": datetime.timedelta, "UUID": uuid.UUID,
-    "Path": pathlib.Path, "PurePath": pathlib.PurePath, "ZoneInfo": zoneinfo.ZoneInfo, 
+    "Path": pathlib.Path, "PurePath": pathlib.PurePath, "ZoneInfo": zoneinfo.ZoneInfo,
     "IPv4Address": ipaddress.IPv4Address, "IPv6Address": ipaddress.IPv6Address,
     "IPv4Interface": ipaddress.IPv4Interface, "IPv6Interface": ipaddress.IPv6Interface,
     "IPv4Network": ipaddress.IPv4Network, "IPv6Network": ipaddress.IPv6Network,

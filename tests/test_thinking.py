@@ -308,6 +308,17 @@ def test_formats_are_read_off_templates() -> None:
         assert ChatTokenizer(tokenizer).thinking == known
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_model_that_does_not_want_to_think(seed: int, tmp_path: Path) -> None:
+    """It decides at first; its answer then opens no thoughts, however often it would."""
+    model = made(tmp_path, QWEN3)
+    with opened(model, decoding=Sampling(), reward=None, temperature=5.0, top_k=0, seed=seed) as llm:
+        answer = llm.align("How many?")
+        [mark] = llm._engine({}).loaded().chat.encode("<think>")
+    assert answer.thinking is None
+    assert mark not in answer.token_ids
+
+
 def test_refusals(tmp_path: Path) -> None:
     with opened(made(tmp_path, tiny.CHAT)) as llm:
         with pytest.raises(SettingsError, match="thinking='free': the model's chat template shows no marks"):

@@ -109,6 +109,12 @@ class ChatTokenizer:
             text = self._decode(self._whole_characters(ids, visible), visible)
         return text
 
+    def token_text(self, token: int) -> str:
+        """The text of a single token, special ones included, with the space that it may begin with."""
+        text = str(self.tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        piece = self.tokenizer.convert_ids_to_tokens(token)
+        return " " + text if isinstance(piece, str) and piece.startswith("\u2581") and text[:1] != " " else text
+
     def _whole_characters(self, ids: Sequence[int], visible: frozenset[int]) -> list[int]:
         """The ids with U+FFFD for partial characters: byte fallback decodes all bytes around one to U+FFFD."""
         whole: list[int] = []

@@ -14,6 +14,7 @@ from cards_integrations.cli.options import (
     ModelOption,
     RewardOption,
     SeedOption,
+    SetOption,
     TemperatureOption,
     ThinkingOption,
     llm_from,
@@ -36,6 +37,7 @@ def chat(
     temperature: TemperatureOption = None,
     seed: SeedOption = None,
     thinking: ThinkingOption = None,
+    assigned: SetOption = None,
     system: Annotated[str | None, typer.Option(help="The system message.")] = None,
     rejected: Annotated[bool, typer.Option(help="Show rejected candidates, dimmed.")] = False,
 ) -> None:
@@ -45,7 +47,7 @@ def chat(
     console = Console(highlight=False)
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     with llm_from(
-        config, allow_imports, model=model, reward=reward, decoding=decoding, max_tokens=max_tokens,
+        config, allow_imports, assigned, model=model, reward=reward, decoding=decoding, max_tokens=max_tokens,
         temperature=temperature, seed=seed, thinking=thinking,
     ) as llm:  # fmt: skip
         while question := _read_line(console):

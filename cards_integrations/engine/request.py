@@ -62,6 +62,8 @@ class Request:
             it to its chat template.
         max_thinking_tokens: Most tokens of the thoughts, beside those of the answer.
         chat_template_kwargs: Arguments of the chat template.
+        finish_at: "sentence" cuts an answer that reaches `max_tokens` after its last whole sentence.
+        logprobs: Report log p of each token, and this many of the most likely ones; None reports nothing.
     """
 
     prompt: str | list[Message]
@@ -78,6 +80,8 @@ class Request:
     thinking: ThinkingMode | None = None
     max_thinking_tokens: int = 1024
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    finish_at: Literal["token", "sentence"] = "token"
+    logprobs: int | None = None
 
 
 @dataclass(frozen=True)

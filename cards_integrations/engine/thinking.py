@@ -22,7 +22,23 @@ from cards_integrations.trace import Thinking
 
 Emit = Callable[[Chunk], None]
 LONGEST_OPENING = 16  # tokens in which a model has opened its thoughts, or does not
+NEVER = -1e9  # added to a logit
 MARKS = 64  # tokens that are kept free for the marks around thoughts
+
+
+@dataclass(frozen=True)
+class Begun:
+    """Where the answer begins.
+
+    Attributes:
+        request: The request for the answer.
+        ids: All tokens before it.
+        thinking: The thoughts that are among them; None if there are none.
+    """
+
+    request: Request
+    ids: list[int]
+    thinking: Thinking | None = None
 
 
 class OpenSession(Protocol):
@@ -87,23 +103,20 @@ class Thinker:
     session: OpenSession
     emit: Emit | None
 
-    async def think(self, prompt: Rendered, seed: int) -> tuple[list[int], Thinking | None]:
+    async def think(self, prompt: Rendered, seed: int) -> Begun:
         """Write the thoughts, if the model has any.
 
         Args:
             prompt: The prompt of the request.
             seed: The seed of the request.
-
-        Returns:
-            The token ids before the answer, and the thoughts that are among them.
         """
         form = self._format(prompt)
         if form is None:
-            return prompt.ids, None
+            return Begun(self.request, prompt.ids)
         ids = prompt.ids
         if not form.is_open(prompt.text):
             if not await self._opens(form, ids, derived_seed(seed, "opening")):
-                return [*ids, *self._encode(form.direct)], None
+                return Begun(self._without_opening(form), [*ids, *self._encode(form.direct)])
             ids = [*ids, *self._encode(form.opening + form.before)]
         phase = self._phase(form, len(prompt.ids))
         emit = None if self.emit is None else ThoughtStream(self.emit)
@@ -146,9 +159,20 @@ class Thinker:
         return False
 
     def _plain(self, **changes: Any) -> Request:
-        return replace(self.request, grammar=None, tools=None, **changes)
+        """The request without what is about its answer."""
+        sampler = self.request.sampler.model_copy(update={"min_tokens": 0, "stop_token_ids": ()})
+        none = {"grammar": None, "tools": None, "logprobs": None, "finish_at": "token", "sampler": sampler}
+        return replace(self.request, **none, **changes)
 
-    def _closed(self, form: ThinkingFormat, ids: list[int], session: Session) -> tuple[list[int], Thinking]:
+    def _without_opening(self, form: ThinkingFormat) -> Request:
+        """The request for an answer of a model that does not want to think: it does not begin to later, either."""
+        sampler, mark = self.request.sampler, self._encode(form.opening)
+        if len(mark) > 1:  # of several tokens, which stand in other texts, too
+            return self.request
+        bias = (*sampler.logit_bias, (mark[0], NEVER))
+        return replace(self.request, sampler=sampler.model_copy(update={"logit_bias": bias}))
+
+    def _closed(self, form: ThinkingFormat, ids: list[int], session: Session) -> Begun:
         """The ids of the prompt with the thoughts, closed as the template closes them."""
         context = session.context
         by_model = form.closing in self.chat.decode(context.ids, context.start)
@@ -156,7 +180,7 @@ class Thinker:
         context.usage.reasoning_tokens = len(context.ids)
         assert session.finish is not None  # a method goes on until then
         thinking = Thinking(context.text.strip(), tuple(own), tuple(session.segments), session.finish)
-        return [*ids, *own, *self._encode(form.close(context.text, by_model))], thinking
+        return Begun(self.request, [*ids, *own, *self._encode(form.close(context.text, by_model))], thinking)
 
     def _without_mark(self, context: Context) -> list[int]:
         """The ids of the thoughts: those of the mark, which may begin within a token, are written anew."""

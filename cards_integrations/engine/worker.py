@@ -219,13 +219,8 @@ class Worker:
             chat = self.language_model.chat
             conversation = Conversation(chat.without_tools(prompt), Usage(), context)
             tokens = len(chat.prompt(prompt)[1]) + sum(len(chat.encode(text)) for text in texts)
-            async with self.admission.memory_to_score(reward_model.cache_needs(conversation, tokens)):
-                reward_model.open(conversation)
-            try:
+            async with self._open_to_score(reward_model, conversation, tokens):
                 return await scores(reward_model, [Response(conversation, text, finished=True) for text in texts])
-            finally:
-                reward_model.close(conversation)
-                self.admission.scored()
 
     async def uncertainties(self, measure: Measure, answers: Sequence[Alignment]) -> list[list[float]]:
         """Predictive uncertainty before each token of these answers."""
@@ -320,8 +315,8 @@ class Worker:
         seed = fresh_seed() if request.seed is None else request.seed
         open_session = partial(self._session, Usage(prompt_tokens=len(prompt.ids)), reward, scale)
         thinker = Thinker(request, model.chat, model.context_window, open_session, emit)
-        prompt_ids, thinking = await thinker.think(prompt, seed)
-        async with open_session(request, prompt_ids, seed, True, emit) as session:
+        begun = await thinker.think(prompt, seed)
+        async with open_session(begun.request, begun.ids, seed, True, emit) as session:
             log.info(
                 "request %s: %s, prompt of %d tokens, seed %d",
                 session.request_id, method, len(session.context.prompt_ids), session.seed,
@@ -331,14 +326,34 @@ class Worker:
             except BaseException as error:
                 log.info("request %s: ended by %s: %s", session.request_id, type(error).__name__, error)
                 raise
+        if session.cut and reward is not None and session.segments[-1].reward is not None:
+            await self._score_again(session, reward)
         guidance = request.decoding.guidance(scale, origin)
-        answer = session.alignment(method, time.perf_counter() - began, guidance, thinking)
+        answer = session.alignment(method, time.perf_counter() - began, guidance, begun.thinking)
         usage = answer.usage
         log.info(
             "request %s: %s after %d tokens, %d drafts of %d tokens, %.2f s", answer.request_id, answer.finish_reason,
             usage.completion_tokens, usage.drafts, usage.drafted_tokens, usage.seconds,
         )  # fmt: skip
         return answer
+
+    async def _score_again(self, session: Session, reward: RewardModel) -> None:
+        """Score an answer that was cut after its last segment had been scored."""
+        response, context = session.response(), session.context
+        tokens = len(context.prompt_ids) + len(context.ids)
+        async with self._open_to_score(reward, session.conversation, tokens):
+            session.rescored(response, *await scores(reward, [response]))
+
+    @asynccontextmanager
+    async def _open_to_score(self, reward: RewardModel, conversation: Conversation, tokens: int) -> AsyncIterator[None]:
+        """A conversation of so many tokens, open for its whole answers to be scored."""
+        async with self.admission.memory_to_score(reward.cache_needs(conversation, tokens)):
+            reward.open(conversation)
+        try:
+            yield
+        finally:
+            reward.close(conversation)
+            self.admission.scored()
 
     @asynccontextmanager
     async def _session(
@@ -371,6 +386,8 @@ class Worker:
         stop = self._stop_strings(request)
         start = chat.answer_start(request.prompt, prompt_ids, stop.strings)
         context = Context(request.prompt, prompt_ids, request.max_tokens, request.sampler, stop, usage, start=start)
+        context.logprobs = request.logprobs
+        context.whole_sentences = request.finish_at == "sentence" and grammar is None and request.tools is None
         if request.tools is not None:
             grammar = chat.tool_format.grammar(request.tools, chat.grammar_literal, grammar)
         if grammar is not None:

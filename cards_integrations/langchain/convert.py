@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ from pydantic import BaseModel
 
 from cards_integrations.chat import message
 from cards_integrations.chat.message import (
+    PARTIAL_CHARACTER,
     THOUGHTS,
     Message,
     add_thoughts,
@@ -37,7 +39,7 @@ from cards_integrations.chat.message import (
 )
 from cards_integrations.engine.request import Chunk
 from cards_integrations.errors import SettingsError, short_repr
-from cards_integrations.trace import Alignment, InvalidToolCall, ToolCall
+from cards_integrations.trace import Alignment, InvalidToolCall, TokenLogprob, ToolCall
 
 PROVIDER = "cards"
 
@@ -117,9 +119,14 @@ def convert_options(options: Mapping[str, Any]) -> dict[str, Any]:
 # --- answers ---
 
 
-def as_chat_result(answer: Alignment) -> ChatResult:
-    """A finished answer as one message, with its usage and rewards."""
-    message = AIMessage(
+def as_chat_result(*answers: Alignment) -> ChatResult:
+    """Finished answers to one prompt, each as a message with its usage and rewards; of several also the sum."""
+    generations = [ChatGeneration(message=_message(answer)) for answer in answers]
+    return ChatResult(generations=generations, llm_output=llm_output(answers) if len(answers) > 1 else None)
+
+
+def _message(answer: Alignment) -> AIMessage:
+    return AIMessage(
         answer.content,
         additional_kwargs=_thoughts(answer.thoughts),
         tool_calls=[langchain_tool_call(id=c.id, name=c.name, args=c.arguments) for c in answer.tool_calls],
@@ -129,7 +136,40 @@ def as_chat_result(answer: Alignment) -> ChatResult:
         usage_metadata=_usage(answer),
         response_metadata=_metadata(answer),
     )
-    return ChatResult(generations=[ChatGeneration(message=message)])
+
+
+def llm_output(answers: Sequence[Alignment]) -> dict[str, Any]:
+    """The model of some answers, and their usage together."""
+    return {
+        "model_name": answers[0].model if answers else None,
+        "token_usage": {
+            "prompt_tokens": sum(answer.usage.prompt_tokens for answer in answers),
+            "completion_tokens": sum(answer.usage.completion_tokens for answer in answers),
+            "total_tokens": sum(answer.usage.total_tokens for answer in answers),
+        },
+    }
+
+
+def add_outputs(outputs: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
+    """The sum of what `llm_output` says of several prompts; empty if it says nothing of any."""
+    known = [output for output in outputs if output]
+    total: Counter[str] = Counter()
+    for output in known:
+        total.update(output["token_usage"])
+    return {**known[0], "token_usage": dict(total)} if known else {}
+
+
+def logprobs(answer: Alignment) -> dict[str, Any]:
+    """The log p of an answer's tokens as OpenAI writes it, as metadata; empty if nobody asked."""
+    if not answer.logprobs:
+        return {}
+    content = [{**_openai_token(token), "top_logprobs": [*map(_openai_token, token.top)]} for token in answer.logprobs]
+    return {"logprobs": {"content": content, "refusal": None}}
+
+
+def _openai_token(token: TokenLogprob) -> dict[str, Any]:
+    whole = PARTIAL_CHARACTER not in token.token
+    return {"token": token.token, "bytes": [*token.token.encode()] if whole else None, "logprob": token.logprob}
 
 
 class ChunkConverter:
@@ -191,4 +231,5 @@ def _metadata(answer: Alignment) -> dict[str, Any]:
         "model_provider": PROVIDER,
         "finish_reason": answer.finish_reason,
         "cards": answer.summary(),
+        **logprobs(answer),
     }

@@ -12,6 +12,7 @@ from llama_index.core.base.llms.types import (
     ChatResponse,
     CompletionResponse,
     ContentBlock,
+    LogProb,
     MessageRole,
     TextBlock,
     ThinkingBlock,
@@ -104,7 +105,8 @@ def completion_response(
     thoughts: str = "",
 ) -> CompletionResponse:  # fmt: skip
     """A whole answer, or the `text` of a stream so far and what is new of it."""
-    return CompletionResponse(text=item.text if text is None else text, delta=delta, raw=_raw(item))
+    said = item.text if text is None else text
+    return CompletionResponse(text=said, delta=delta, raw=_raw(item), logprobs=_logprobs(item))
 
 
 def chat_response(
@@ -125,9 +127,19 @@ def chat_response(
         for call in calls
         if isinstance(call, ToolCall)
     ]
-    message = ChatMessage(role=MessageRole.ASSISTANT, blocks=blocks)
+    said = ChatMessage(role=MessageRole.ASSISTANT, blocks=blocks)
     new = {"thinking_delta": item.thought} if isinstance(item, Chunk) and item.thought else {}
-    return ChatResponse(message=message, delta=delta, raw=_raw(item), additional_kwargs=new)
+    return ChatResponse(message=said, delta=delta, raw=_raw(item), additional_kwargs=new, logprobs=_logprobs(item))
+
+
+def _logprobs(item: Chunk | Alignment) -> list[list[LogProb]] | None:
+    """For each token of a whole answer itself, and then the most probable ones in its place."""
+    if isinstance(item, Chunk) or not item.logprobs:
+        return None
+    return [
+        [LogProb(token=each.token, logprob=each.logprob, bytes=[*each.token.encode()]) for each in (token, *token.top)]
+        for token in item.logprobs
+    ]
 
 
 def parse_response(output_cls: type[Model], response: ChatResponse) -> Model:
