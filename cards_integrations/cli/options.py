@@ -44,9 +44,15 @@ def llm_from(config: Path | None, allow_imports: bool, **options: Any) -> CardsL
         allow_imports: Let it import the reward function that it names.
         options: Options of `CardsLLM`; None leaves that of the file, or the default.
     """
+    from cards_integrations.llm import CardsLLM
+
+    return CardsLLM(**options_from(config, allow_imports, **options))
+
+
+def options_from(config: Path | None, allow_imports: bool, **options: Any) -> dict[str, Any]:
+    """The options of a settings file and of the command line, as for `llm_from`."""
     import transformers
 
-    from cards_integrations.llm import CardsLLM
     from cards_integrations.settings import CardsSettings
 
     transformers.utils.logging.disable_progress_bar()
@@ -54,7 +60,7 @@ def llm_from(config: Path | None, allow_imports: bool, **options: Any) -> CardsL
     given = {name: value for name, value in options.items() if value is not None}
     if "decoding" in given:
         given["decoding"] = decoding_from(given["decoding"])
-    return CardsLLM(**{**settings, **given})
+    return {**settings, **given}
 
 
 def decoding_from(text: str) -> Any:

@@ -1,0 +1,114 @@
+"""The server's work: calls to requests of the engine, and what comes out of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from cards_integrations.engine.engine import Engine
+from cards_integrations.engine.inspection import EngineState
+from cards_integrations.engine.request import Chunk, Request
+from cards_integrations.server.call import BodyReader, Call, Endpoint
+from cards_integrations.server.choices import Choices
+from cards_integrations.server.guard import Guard
+from cards_integrations.server.metrics import Metrics
+from cards_integrations.server.settings import ServerSettings
+from cards_integrations.settings import Options
+from cards_integrations.trace import Alignment
+
+Item = tuple[int, Chunk | Alignment]
+"""The number of an answer, and a kept segment of it or, at its end, all of it."""
+
+
+class Service:
+    """One model and its limits.
+
+    Args:
+        options: The model, the method and what else answers have in common.
+        settings: What is about the server.
+    """
+
+    def __init__(self, options: Options, settings: ServerSettings) -> None:
+        self.options = options
+        self.settings = settings
+        self.guard = Guard(settings)
+        self.metrics = Metrics()
+        self.model = settings.served_name or model_name(options)
+        self.bodies = BodyReader({self.model}, Choices(settings, options.decoding), settings.max_choices)
+
+    @property
+    def engine(self) -> Engine:
+        """The engine; a new one if it was closed."""
+        return self.options.engine_for({}, self)
+
+    def load(self) -> None:
+        """Load the models now instead of at the first request."""
+        self.engine.loaded()
+        if self.options.reward is not None and self.options.decoding.needs_reward:
+            self.engine.score(self.options.reward, "Hello", ["Hello"])
+
+    def inspect(self) -> EngineState:
+        """What lives in the engine."""
+        return self.engine.inspect()
+
+    def close(self) -> None:
+        """End what runs, and free the models."""
+        Engine.release(self)
+
+    def requests(self, call: Call) -> list[Request]:
+        """The engine's requests for a call: `n` for each prompt, with seeds that follow each other."""
+        return [self._request(call, prompt, number) for prompt in call.prompts for number in range(call.n)]
+
+    async def answers(self, endpoint: Endpoint, requests: Sequence[Request]) -> AsyncGenerator[Item, None]:
+        """Write all answers in the engine's batch; closing the generator stops the drafting.
+
+        Yields:
+            Their kept segments, and each answer when it is whole.
+        """
+        with self.metrics.request(endpoint) as watch, self.guard.answering(len(requests)):
+            inbox: asyncio.Queue[tuple[int, Chunk | Future[Alignment]]] = asyncio.Queue()
+            writing = self._begin(requests, inbox)
+            try:
+                for _ in writing:
+                    while not isinstance((found := await inbox.get())[1], Future):
+                        self.metrics.segment(endpoint, watch, found[1])
+                        yield found  # type: ignore[misc]
+                    answer = found[1].result()
+                    self.metrics.answer(answer)
+                    yield found[0], answer
+            finally:
+                for future in writing:
+                    future.cancel()
+
+    def _begin(self, requests: Sequence[Request], inbox: asyncio.Queue[Any]) -> list[Future[Alignment]]:
+        """Hand requests to the engine; what comes of them is put into the inbox, with their numbers."""
+        loop, engine = asyncio.get_running_loop(), self.engine
+
+        def put(index: int, item: Chunk | Future[Alignment]) -> None:
+            with suppress(RuntimeError):  # the server's loop is gone
+                loop.call_soon_threadsafe(inbox.put_nowait, (index, item))
+
+        found = [engine.submit(request, partial(put, index)) for index, request in enumerate(requests)]
+        for index, future in enumerate(found):
+            future.add_done_callback(partial(put, index))
+        return found
+
+    def _request(self, call: Call, prompt: Any, number: int) -> Request:
+        options = dict(call.options)
+        seed = options.get("seed", self.options.seed)
+        if number and isinstance(seed, int):
+            options["seed"] = seed + number
+        request = self.options.request(prompt, options)
+        limit = self.settings.timeout
+        return replace(request, timeout=min(request.timeout or limit, limit))
+
+
+def model_name(options: Options) -> str:
+    """What the model is called: a name, a hub id, or the last part of a path."""
+    name = str(getattr(options.model, "model", None) or getattr(options.model, "kind", "cards"))
+    return name.rstrip("/").rpartition("/")[2] if name.startswith(("/", ".", "~")) else name
