@@ -85,6 +85,12 @@ def client(server: Served, **more: Any) -> openai.OpenAI:
     return openai.OpenAI(base_url=server.url, api_key=KEY, max_retries=0, **more)
 
 
+def cards_of(choice: Any) -> dict[str, Any]:
+    """What a choice has beside the fields of OpenAI's API."""
+    found: dict[str, Any] = choice.model_extra["cards"]
+    return found
+
+
 def rows_return_to_zero(server: Served) -> None:
     until(lambda: server.service.inspect().idle)
     assert server.metric("cards_rows") == server.metric("cards_answers") == server.metric("cards_live_requests") == 0
@@ -113,7 +119,7 @@ def test_a_stream_has_a_chunk_for_each_segment_and_ends_with_the_usage(server: S
     texts = [chunk.choices[0].delta.content for chunk in chunks[:-1]]
     assert texts[0] == ""
     assert texts[-1] is None
-    assert texts[1:-1] == [segment["text"] for segment in whole.choices[0].model_extra["cards"]["segments"]]
+    assert texts[1:-1] == [segment["text"] for segment in cards_of(whole.choices[0])["segments"]]
     assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 2) + ["length"]
     assert chunks[-1].choices == []
     assert chunks[-1].usage == whole.usage
@@ -159,8 +165,7 @@ def test_method_reward_and_budget_are_the_requests(server: Served) -> None:
         answer = client(server).chat.completions.create(
             model=NAME, messages=QUESTION, seed=3, extra_headers=headers, extra_body={"cards": {"trace": True, **cards}}
         )
-        found: dict[str, Any] = answer.choices[0].model_extra["cards"]
-        return found
+        return cards_of(answer.choices[0])
 
     plain = trace()
     assert plain["method"] == "cards"
@@ -348,7 +353,14 @@ def test_a_field_that_cannot_be_used_is_named(server: Served, fields: dict[str, 
 
 
 def test_fields_that_are_about_openai_itself_are_ignored(server: Served) -> None:
-    fields = {"user": "me", "store": False, "metadata": {}, "service_tier": "auto", "logprobs": False, "echo": False}
+    fields: dict[str, Any] = {
+        "user": "me",
+        "store": False,
+        "metadata": {},
+        "service_tier": "auto",
+        "logprobs": False,
+        "echo": False,
+    }
     assert server.chat(**fields, tools=None).status_code == 200
 
 
@@ -436,23 +448,25 @@ def test_a_request_that_is_too_large() -> None:
         assert small.http.post("/v1/completions", content=pieces).status_code == 413
 
 
-def test_more_answers_than_allowed_are_refused_and_an_answer_that_takes_too_long_ends(endless: Served) -> None:
-    limits = {"max_answers": 2, "timeout": 0.5}
-    with served(faces.options(model=faces.endless_model(), max_tokens=4000), **limits) as busy:
+def test_more_answers_than_allowed_are_refused(endless: Served) -> None:
+    with served(faces.options(model=faces.endless_model(), max_tokens=4000), max_answers=2) as busy:
         with pytest.raises(openai.RateLimitError) as refused:
             client(busy).chat.completions.create(model=NAME, messages=QUESTION, n=3)
         assert refused.value.response.headers["Retry-After"] == "1"
-        with pytest.raises(openai.InternalServerError) as late:
-            client(busy).chat.completions.create(model=NAME, messages=QUESTION)
-        assert late.value.status_code == 504
-        with busy.http.stream(
-            "POST", "/v1/completions", json={"model": NAME, "prompt": "a", "n": 2, "stream": True}
-        ) as two:
+        body = {"model": NAME, "prompt": "a", "n": 2, "stream": True}
+        with busy.http.stream("POST", "/v1/completions", json=body) as two:
             next(two.iter_lines())
             assert busy.chat().status_code == 429
         rows_return_to_zero(busy)
-    with pytest.raises(openai.InternalServerError, match=r"timeout=0\.2"):
-        client(endless).chat.completions.create(model=NAME, messages=QUESTION, extra_body={"timeout": 0.2})
+
+
+@pytest.mark.parametrize(("limit", "asked"), [(0.2, 60), (60, 0.2)])
+def test_an_answer_that_takes_too_long_ends(endless: Served, limit: float, asked: float) -> None:
+    with served(faces.options(model=faces.endless_model(), max_tokens=4000), timeout=limit) as slow:
+        with pytest.raises(openai.InternalServerError, match=r"timeout=0\.2") as late:
+            client(slow).chat.completions.create(model=NAME, messages=QUESTION, extra_body={"timeout": asked})
+        assert late.value.status_code == 504
+        rows_return_to_zero(slow)
 
 
 # --- clients that go, and the end ---

@@ -11,7 +11,7 @@ from cards_integrations.trace import Alignment, InvalidToolCall, ToolCall
 
 def message_of(answer: Alignment) -> dict[str, Any]:
     """A finished answer as a message of the assistant."""
-    calls = [*answer.tool_calls, *answer.invalid_tool_calls]
+    calls: list[ToolCall | InvalidToolCall] = [*answer.tool_calls, *answer.invalid_tool_calls]
     message: dict[str, Any] = {"role": "assistant", "content": answer.content, "refusal": None}
     if calls:
         message["content"] = answer.content or None

@@ -8,11 +8,14 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from cards_integrations.engine.engine import Engine
 from cards_integrations.engine.inspection import EngineState
 from cards_integrations.engine.request import Chunk, Request
+from cards_integrations.models.sources import source_name
+from cards_integrations.paths import is_directory
 from cards_integrations.server.call import BodyReader, Call, Endpoint
 from cards_integrations.server.choices import Choices
 from cards_integrations.server.guard import Guard
@@ -38,7 +41,7 @@ class Service:
         self.settings = settings
         self.guard = Guard(settings)
         self.metrics = Metrics()
-        self.model = settings.served_name or model_name(options)
+        self.model = settings.served_name or _public_name(source_name(options.model))
         self.bodies = BodyReader({self.model}, Choices(settings, options.decoding), settings.max_choices)
 
     @property
@@ -108,7 +111,6 @@ class Service:
         return replace(request, timeout=min(request.timeout or limit, limit))
 
 
-def model_name(options: Options) -> str:
-    """What the model is called: a name, a hub id, or the last part of a path."""
-    name = str(getattr(options.model, "model", None) or getattr(options.model, "kind", "cards"))
-    return name.rstrip("/").rpartition("/")[2] if name.startswith(("/", ".", "~")) else name
+def _public_name(name: str) -> str:
+    """The last part of a path: where a model lies is nobody's business."""
+    return Path(name).name if is_directory(name) or name.endswith(".gguf") else name
