@@ -119,7 +119,7 @@ def serve(
         "max_candidates": max_candidates, "max_choices": max_choices, "max_answers": max_answers,
         "max_body_bytes": max_body_bytes, "timeout": timeout,
     }  # fmt: skip
-    rewards = _rewards(allow_reward or [], only_allowed_rewards)
+    rewards = allowed_rewards(allow_reward or [], only_allowed_rewards)
     run(options, _settings(api_key_file, {**given, **rewards}), log_level)
 
 
@@ -151,8 +151,13 @@ def _settings(api_key_file: Path | None, given: dict[str, Any]) -> ServerSetting
     return ServerSettings(api_keys=read_keys(api_key_file), **found)
 
 
-def _rewards(allowed: list[str], only: bool) -> dict[str, Any]:
-    """The rewards of the command line, by name."""
+def allowed_rewards(allowed: list[str], only: bool = False) -> dict[str, Any]:
+    """The rewards that a request may choose, as settings of the server.
+
+    Args:
+        allowed: NAME, or NAME=REWARD, from the command line.
+        only: Allow these alone: no embedded ones, and no settings in a request.
+    """
     from cards_integrations.rewards import NAMED
 
     pairs = [text.partition("=") for text in allowed]
