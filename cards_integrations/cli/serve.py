@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -133,6 +135,7 @@ def run(options: Any, settings: ServerSettings, log_level: str) -> None:
     if not settings.api_keys and settings.host not in LOOPBACK:
         typer.echo(f"warning: anybody who reaches {settings.host} may ask: set CARDS_SERVER_API_KEY.", err=True)
     typer.echo(f"loading {app.state.service.model} ...", err=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the first process of a container has no default
     app.state.service.load()
     uvicorn.run(
         app,
