@@ -435,7 +435,7 @@ def test_keys_come_from_a_file_or_the_environment(tmp_path: Path, monkeypatch: p
     with pytest.raises(SettingsError, match="cannot be read"):
         read_keys(tmp_path / "none")
     with pytest.raises(ValidationError) as refused:
-        ServerSettings(api_keys=(KEY,), port=-1)  # type: ignore[arg-type]
+        ServerSettings(api_keys=(KEY,), port=-1)
     assert KEY not in str(refused.value)
 
 

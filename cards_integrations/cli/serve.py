@@ -64,6 +64,9 @@ def serve(
         typer.Option(help="Seconds that answers may take after SIGTERM; 30 by default.", rich_help_panel=LISTENING),
     ] = None,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.", rich_help_panel=LISTENING)] = "info",
+    access_log: Annotated[
+        bool, typer.Option("--access-log", help="Log a line for each request.", rich_help_panel=LISTENING)
+    ] = False,
     served_name: Annotated[
         str | None, typer.Option(help="What clients call the model.", rich_help_panel=REQUESTS)
     ] = None,
@@ -122,10 +125,10 @@ def serve(
         "max_body_bytes": max_body_bytes, "timeout": timeout,
     }  # fmt: skip
     rewards = allowed_rewards(allow_reward or [], only_allowed_rewards)
-    run(options, _settings(api_key_file, {**given, **rewards}), log_level)
+    run(options, _settings(api_key_file, {**given, **rewards}), log_level, access_log)
 
 
-def run(options: Any, settings: ServerSettings, log_level: str) -> None:
+def run(options: Any, settings: ServerSettings, log_level: str = "info", access_log: bool = False) -> None:
     """Load the models, then serve until SIGTERM or Ctrl-C."""
     import uvicorn
 
@@ -142,6 +145,7 @@ def run(options: Any, settings: ServerSettings, log_level: str) -> None:
         host=settings.host,
         port=settings.port,
         log_level=log_level,
+        access_log=access_log,
         timeout_graceful_shutdown=settings.grace + 1,  # streams end after `grace`, and then what is left
         server_header=False,
     )

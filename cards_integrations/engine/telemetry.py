@@ -19,7 +19,7 @@ from cards_integrations.chat.message import Message
 from cards_integrations.chat.template import FormattedPrompt, as_messages
 from cards_integrations.engine.request import Chunk, Request
 from cards_integrations.errors import SettingsError
-from cards_integrations.trace import Alignment
+from cards_integrations.trace import Alignment, InvalidToolCall, ToolCall
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span, Tracer
@@ -193,8 +193,9 @@ def _input(message: Message) -> dict[str, Any]:
 
 
 def _output(answer: Alignment) -> dict[str, Any]:
-    parts = [{"type": "text", "content": answer.content}] if answer.content else []
-    parts += [_call(call.id, call.name, call.arguments) for call in (*answer.tool_calls, *answer.invalid_tool_calls)]
+    parts: list[dict[str, Any]] = [{"type": "text", "content": answer.content}] if answer.content else []
+    calls: list[ToolCall | InvalidToolCall] = [*answer.tool_calls, *answer.invalid_tool_calls]
+    parts += [_call(call.id, call.name, call.arguments) for call in calls]
     return {"role": "assistant", "parts": parts, "finish_reason": answer.finish_reason}
 
 
