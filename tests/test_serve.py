@@ -28,6 +28,7 @@ from served import NAME, Served, served, until
 
 from cards_integrations import CardsLLM
 from cards_integrations.errors import SettingsError
+from cards_integrations.models.randomness import answer_seeds
 from cards_integrations.rewards import LengthReward, Reward
 from cards_integrations.server import ServerSettings
 from cards_integrations.server.settings import read_keys
@@ -131,7 +132,7 @@ def test_several_answers_are_drafted_together(server: Served) -> None:
     answer = ask.create(model=NAME, messages=QUESTION, seed=3, n=3)
     assert [choice.index for choice in answer.choices] == [0, 1, 2]
     assert len({choice.message.content for choice in answer.choices}) == 3
-    each = [ask.create(model=NAME, messages=QUESTION, seed=3 + number) for number in range(3)]
+    each = [ask.create(model=NAME, messages=QUESTION, seed=seed) for seed in answer_seeds(3, 3)]
     assert [c.message.content for c in answer.choices] == [one.choices[0].message.content for one in each]
     assert answer.usage is not None
     assert answer.usage.prompt_tokens == each[0].usage.prompt_tokens  # type: ignore[union-attr]
@@ -150,6 +151,36 @@ def test_completions_take_model_input_as_it_is(server: Served) -> None:
     pieces = [c.choices[0].text for c in ask.create(model=NAME, prompt="One", seed=3, max_tokens=10, stream=True)]
     assert "".join(pieces) == answer.choices[0].text
     assert len(pieces) == 3  # two segments and the end
+
+
+def test_the_log_probabilities_are_those_of_the_tokens(server: Served) -> None:
+    ask = client(server)
+    answer = ask.chat.completions.create(model=NAME, messages=QUESTION, seed=3, logprobs=True, top_logprobs=2)
+    with CardsLLM(**faces.options()) as llm:
+        own = llm.align(QUESTION, seed=3)
+    told = answer.choices[0].logprobs
+    assert told is not None
+    assert sum(token.logprob for token in told.content or []) == pytest.approx(own.log_likelihood)
+    assert "".join(token.token for token in told.content or []) == own.text
+    assert [len(token.top_logprobs) for token in told.content or []] == [2] * 20
+    *_, last = ask.chat.completions.create(
+        model=NAME, messages=QUESTION, seed=3, logprobs=True, top_logprobs=2, stream=True
+    )
+    assert last.choices[0].logprobs is not None
+    assert last.choices[0].logprobs.content == told.content
+    raw = ask.completions.create(model=NAME, prompt="One", seed=3, logprobs=1).choices[0]
+    assert raw.logprobs is not None
+    assert "".join(raw.logprobs.tokens or []) == raw.text
+    assert [len(top) for top in raw.logprobs.top_logprobs or []] == [1] * 20
+    assert (raw.logprobs.text_offset or [])[:3] == [0, 1, 2]
+
+
+def test_options_of_sampling_are_passed_on(server: Served) -> None:
+    one = next(iter(server.service.engine.loaded().chat.encode("x")))
+    options: dict[str, Any] = {"logit_bias": {str(one): 1000}, "top_p": 0.9, "presence_penalty": 0.1, "max_tokens": 5}
+    answer = client(server).chat.completions.create(model=NAME, messages=QUESTION, **options)
+    assert answer.choices[0].message.content == "xxxxx"
+    assert server.chat(min_tokens=30).json()["error"]["param"] == "min_tokens"
 
 
 def test_the_models(server: Served) -> None:
@@ -322,6 +353,11 @@ def test_curl(script: Served) -> None:
         ({"n": 0}, "n"),
         ({"n": 17}, "n"),
         ({"stream": "yes"}, "stream"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"logprobs": 1.5}, "logprobs"),
+        ({"chat_template_kwargs": {"chat_template": "{{ x }}"}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": 1, "reasoning_effort": "low"}, "chat_template_kwargs"),
+        ({"thinking": "aloud"}, "thinking"),
         ({"stop": [1]}, "stop.0"),
         ({"tools": [{"type": "x"}]}, "tools"),
         ({"engine": {"device": "cuda"}}, "engine"),

@@ -20,6 +20,11 @@ class ToolReader:
         """Parse a whole answer."""
         return ParsedAnswer(text) if self.tools is None else self.tool_format.parse(text, self.tools)
 
+    def in_call(self, text: str) -> bool:
+        """True if a text ends in the middle of a call."""
+        parsed = self.parse(text)
+        return len(parsed.calls) > parsed.final_calls
+
     def update(self, text: str, finished: bool) -> tuple[str, tuple[ToolCall | InvalidToolCall, ...]]:
         """Return the content and the complete calls that this text adds to that of the update before.
 
@@ -28,7 +33,7 @@ class ToolReader:
         parsed = self.parse(text)
         content, calls = parsed.content, parsed.calls
         if self.tools is not None and not finished:
-            content = text[: self.tool_format.content_length(text)]
+            content = text[: parsed.certain]
             calls = calls[: parsed.final_calls]
         new = content[self._characters :], calls[self._calls :]
         self._characters, self._calls = max(self._characters, len(content)), len(calls)

@@ -14,7 +14,9 @@ from cards_integrations.cli.options import (
     MaxTokensOption,
     ModelOption,
     RewardOption,
+    SetOption,
     TemperatureOption,
+    ThinkingOption,
     options_from,
 )
 from cards_integrations.cli.serve import allowed_rewards
@@ -29,6 +31,8 @@ def mcp(
     decoding: DecodingOption = None,
     max_tokens: MaxTokensOption = None,
     temperature: TemperatureOption = None,
+    thinking: ThinkingOption = None,
+    assigned: SetOption = None,
     allow_reward: Annotated[
         list[str] | None,
         typer.Option(help="A reward that calls may choose, besides the embedded ones: NAME, or NAME=REWARD."),
@@ -43,8 +47,8 @@ def mcp(
 
     options = CardsSettings(
         **options_from(
-            config, allow_imports, model=model, reward=reward, decoding=decoding, max_tokens=max_tokens,
-            temperature=temperature,
+            config, allow_imports, assigned, model=model, reward=reward, decoding=decoding, max_tokens=max_tokens,
+            temperature=temperature, thinking=thinking,
         )
     )  # fmt: skip
     create_mcp(options, ServerSettings.model_validate(allowed_rewards(allow_reward or []))).run("stdio")

@@ -18,7 +18,9 @@ from cards_integrations.cli.options import (
     ModelOption,
     RewardOption,
     SeedOption,
+    SetOption,
     TemperatureOption,
+    ThinkingOption,
     options_from,
 )
 from cards_integrations.errors import SettingsError
@@ -45,6 +47,8 @@ def serve(
     max_tokens: MaxTokensOption = None,
     temperature: TemperatureOption = None,
     seed: SeedOption = None,
+    thinking: ThinkingOption = None,
+    assigned: SetOption = None,
     host: Annotated[
         str | None, typer.Option(help="Address to listen on; 127.0.0.1 by default.", rich_help_panel=LISTENING)
     ] = None,
@@ -115,8 +119,8 @@ def serve(
 
     options = CardsSettings(
         **options_from(
-            config, allow_imports, model=model, reward=reward, decoding=decoding, max_tokens=max_tokens,
-            temperature=temperature, seed=seed,
+            config, allow_imports, assigned, model=model, reward=reward, decoding=decoding, max_tokens=max_tokens,
+            temperature=temperature, seed=seed, thinking=thinking,
         )
     )  # fmt: skip
     given = {

@@ -74,6 +74,7 @@ class RecordedSpan(RequestSpan):
                 "gen_ai.evaluation.score.value": segment.reward,
                 "gen_ai.evaluation.score.label": kept,
                 "cards.segment.number": chunk.number,
+                "cards.segment.thought": chunk.thought is not None,
                 "cards.segment.tokens": len(segment.token_ids),
                 "cards.segment.drafts": len(segment.drafts),
                 "cards.segment.threshold": segment.threshold,
@@ -90,7 +91,8 @@ class RecordedSpan(RequestSpan):
             "gen_ai.response.finish_reasons": [answer.finish_reason],
             "gen_ai.usage.input_tokens": usage.prompt_tokens,
             "gen_ai.usage.cache_read.input_tokens": usage.cached_tokens,
-            "gen_ai.usage.output_tokens": usage.completion_tokens,
+            "gen_ai.usage.output_tokens": usage.output_tokens,
+            "gen_ai.usage.reasoning.output_tokens": usage.reasoning_tokens,
             "cards.drafts": usage.drafts,
             "cards.drafted_tokens": usage.drafted_tokens,
             "cards.reward": answer.reward,
@@ -193,7 +195,8 @@ def _input(message: Message) -> dict[str, Any]:
 
 
 def _output(answer: Alignment) -> dict[str, Any]:
-    parts: list[dict[str, Any]] = [{"type": "text", "content": answer.content}] if answer.content else []
+    texts = {"reasoning": answer.thoughts, "text": answer.content}
+    parts: list[dict[str, Any]] = [{"type": kind, "content": text} for kind, text in texts.items() if text]
     calls: list[ToolCall | InvalidToolCall] = [*answer.tool_calls, *answer.invalid_tool_calls]
     parts += [_call(call.id, call.name, call.arguments) for call in calls]
     return {"role": "assistant", "parts": parts, "finish_reason": answer.finish_reason}

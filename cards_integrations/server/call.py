@@ -12,16 +12,15 @@ from cards_integrations.chat.template import FormattedPrompt
 from cards_integrations.errors import short_repr
 from cards_integrations.server.choices import Choices
 from cards_integrations.server.errors import ApiError, invalid
-from cards_integrations.settings import CALL_ARGUMENTS, Options
 
 Endpoint = Literal["chat", "completions"]
 
 PASSED_ON = {
     *("temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "min_tokens", "timeout"),
     *("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "finish_at"),
-    *("logprobs", "top_logprobs", "response_format", "thinking", "max_thinking_tokens", "chat_template_kwargs"),
+    *("response_format", "thinking", "max_thinking_tokens", "chat_template_kwargs"),
 }
-"""What goes to the engine as it is, as far as the options of this package have it."""
+"""Options that go to the engine as they are."""
 CHAT_ONLY = {"tools", "tool_choice", "parallel_tool_calls"}
 IGNORED = {
     *("user", "store", "metadata", "service_tier", "safety_identifier"),
@@ -30,9 +29,9 @@ IGNORED = {
 """What clients send, and what makes no difference here: it is about OpenAI's own service."""
 NEUTRAL: dict[str, Any] = {
     "modalities": ["text"], "echo": False, "suffix": "", "best_of": 1, "functions": [], "function_call": "none",
-    "logprobs": False, "top_logprobs": 0, "top_p": 1, "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {},
 }  # fmt: skip
 """Values that ask for nothing, of fields that are not supported otherwise."""
+MAX_LOGPROBS = 20
 HINTS = {"functions": " Send tools instead.", "function_call": " Send tool_choice instead."}
 
 
@@ -63,12 +62,14 @@ class BodyReader:
     Args:
         names: What clients may call the model.
         choices: Which methods and rewards they may choose.
+        n: Answers to a prompt where a request does not say how many.
         max_choices: Answers of one request at most.
     """
 
-    def __init__(self, names: set[str], choices: Choices, max_choices: int) -> None:
+    def __init__(self, names: set[str], choices: Choices, n: int, max_choices: int) -> None:
         self._names = names
         self._choices = choices
+        self._default_n = n
         self._max_choices = max_choices
 
     def read(self, endpoint: Endpoint, content: bytes, headers: Mapping[str, str]) -> Call:
@@ -82,10 +83,9 @@ class BodyReader:
         prompts = _messages(fields) if endpoint == "chat" else _texts(fields)
         stream, usage = _flag(fields, "stream"), _include_usage(fields)
         n, extra = self._n(fields, len(prompts)), _object(fields, "cards")
-        options = {**_max_tokens(fields), **self._cards(extra, headers)}
-        allowed = (PASSED_ON | CHAT_ONLY if endpoint == "chat" else PASSED_ON) & (
-            Options.model_fields.keys() | CALL_ARGUMENTS
-        )
+        options = {"n": n, **_max_tokens(fields), **self._cards(extra, headers), **_effort(fields, endpoint)}
+        options |= _logprobs(fields, endpoint)
+        allowed = PASSED_ON | CHAT_ONLY if endpoint == "chat" else PASSED_ON
         for name, value in fields.items():
             if name in allowed:
                 options[name] = value
@@ -105,7 +105,7 @@ class BodyReader:
             )
 
     def _n(self, fields: dict[str, Any], prompts: int) -> int:
-        n = fields.pop("n", 1)
+        n = fields.pop("n", self._default_n)
         if not isinstance(n, int) or isinstance(n, bool) or n < 1:
             raise invalid(f"n={short_repr(n)}: send a number from 1 on.", "n")
         if n * prompts > self._max_choices:
@@ -173,6 +173,26 @@ def _max_tokens(fields: dict[str, Any]) -> dict[str, Any]:
     if len(given) == 2 and given[0] != given[1]:
         raise invalid("max_tokens and max_completion_tokens differ: send one of them.", "max_tokens")
     return {"max_tokens": given[0]} if given else {}
+
+
+def _logprobs(fields: dict[str, Any], endpoint: Endpoint) -> dict[str, Any]:
+    """A flag and a number in a chat, a number alone in a completion."""
+    asked, top = fields.pop("logprobs", False), fields.pop("top_logprobs", 0)
+    if endpoint == "completions" and not isinstance(asked, bool):
+        asked, top = True, asked
+    if not isinstance(top, int) or not 0 <= top <= MAX_LOGPROBS:
+        raise invalid(f"logprobs: {short_repr(top)} tokens; send a number from 0 to {MAX_LOGPROBS}.", "top_logprobs")
+    return {"logprobs": asked, "top_logprobs": top if asked else 0}
+
+
+def _effort(fields: dict[str, Any], endpoint: Endpoint) -> dict[str, Any]:
+    """How much a model should think: an argument of its chat template, and "none" turns it off."""
+    effort = fields.pop("reasoning_effort", None) if endpoint == "chat" else None
+    if effort is None:
+        return {}
+    given = _object({"chat_template_kwargs": fields.pop("chat_template_kwargs", {})}, "chat_template_kwargs")
+    arguments = {"chat_template_kwargs": {"reasoning_effort": effort, **given}}
+    return {**arguments, "thinking": fields.pop("thinking", "off")} if effort == "none" else arguments
 
 
 def _include_usage(fields: dict[str, Any]) -> bool:

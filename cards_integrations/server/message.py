@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from cards_integrations.chat.message import THOUGHTS
 from cards_integrations.engine.request import Chunk
 from cards_integrations.trace import Alignment, InvalidToolCall, ToolCall
 
@@ -13,6 +14,8 @@ def message_of(answer: Alignment) -> dict[str, Any]:
     """A finished answer as a message of the assistant."""
     calls: list[ToolCall | InvalidToolCall] = [*answer.tool_calls, *answer.invalid_tool_calls]
     message: dict[str, Any] = {"role": "assistant", "content": answer.content, "refusal": None}
+    if answer.thoughts:
+        message[THOUGHTS] = answer.thoughts
     if calls:
         message["content"] = answer.content or None
         message["tool_calls"] = [tool_call(call) for call in calls]
@@ -22,6 +25,8 @@ def message_of(answer: Alignment) -> dict[str, Any]:
 def delta_of(chunk: Chunk, calls_sent: int) -> dict[str, Any]:
     """What a kept segment adds to the message, of which so many calls have been sent."""
     delta: dict[str, Any] = {"content": chunk.text} if chunk.text else {}
+    if chunk.thought:
+        delta[THOUGHTS] = chunk.thought
     if chunk.calls:
         delta["tool_calls"] = [
             {"index": calls_sent + number, **tool_call(call)} for number, call in enumerate(chunk.calls)

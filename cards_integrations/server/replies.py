@@ -11,8 +11,9 @@ from typing import Any, ClassVar, Literal
 from uuid import uuid4
 
 from cards_integrations.engine.request import Chunk
+from cards_integrations.server.logprobs import chat_logprobs, text_logprobs
 from cards_integrations.server.message import delta_of, message_of
-from cards_integrations.trace import Alignment, Segment
+from cards_integrations.trace import Alignment
 
 
 @dataclass
@@ -50,16 +51,21 @@ class Reply:
 
     def piece(self, index: int, chunk: Chunk) -> dict[str, Any] | None:
         """A kept segment; None while all of its text is held back and nobody wants to see more."""
-        if not (chunk.text or chunk.calls or self.trace):
+        if not (chunk.text or chunk.thought or chunk.calls or self.trace):
             return None
         choice = {"index": index, **self.part(index, chunk), "logprobs": None, "finish_reason": None}
         if self.trace:
-            choice["cards"] = {"number": chunk.number, **segment_of(chunk.segment)}
+            choice["cards"] = {
+                "number": chunk.number,
+                "thought": chunk.thought is not None,
+                **plain(chunk.segment.summary()),
+            }
         return self._chunk([choice])
 
     def closing(self, index: int, answer: Alignment) -> dict[str, Any]:
-        """The end of an answer."""
-        choice = {"index": index, **self.no_part, "logprobs": None, "finish_reason": finish_reason(answer)}
+        """The end of an answer; the log-probabilities of all of its tokens, if they were asked for, come here."""
+        end = {"logprobs": self.logprobs(answer), "finish_reason": finish_reason(answer)}
+        choice = {"index": index, **self.no_part, **end}
         if self.trace:
             choice["cards"] = {**plain(answer.summary()), "segments": len(answer.segments)}
         return self._chunk([choice])
@@ -76,6 +82,10 @@ class Reply:
         """The new part of an answer."""
         raise NotImplementedError
 
+    def logprobs(self, answer: Alignment) -> dict[str, Any] | None:
+        """The log-probabilities of its tokens; None if nobody asked."""
+        raise NotImplementedError
+
     @property
     def no_part(self) -> dict[str, Any]:
         """An empty part."""
@@ -89,9 +99,11 @@ class Reply:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
     def _traced(self, choice: dict[str, Any], index: int, answer: Alignment) -> dict[str, Any]:
-        found = {"index": index, **choice, "logprobs": None, "finish_reason": finish_reason(answer)}
+        end = {"logprobs": self.logprobs(answer), "finish_reason": finish_reason(answer)}
+        found = {"index": index, **choice, **end}
         if self.trace:
-            found["cards"] = {**plain(answer.summary()), "segments": [segment_of(each) for each in answer.segments]}
+            segments = [plain(segment.summary()) for segment in answer.segments]
+            found["cards"] = {**plain(answer.summary()), "segments": segments}
         return found
 
 
@@ -119,6 +131,9 @@ class ChatReply(Reply):
         self.calls[index] = sent + len(chunk.calls)
         return {"delta": delta_of(chunk, sent)}
 
+    def logprobs(self, answer: Alignment) -> dict[str, Any] | None:
+        return chat_logprobs(answer)
+
     @property
     def no_part(self) -> dict[str, Any]:
         return {"delta": {}}
@@ -136,6 +151,9 @@ class TextReply(Reply):
     def part(self, index: int, chunk: Chunk) -> dict[str, Any]:
         return {"text": chunk.text}
 
+    def logprobs(self, answer: Alignment) -> dict[str, Any] | None:
+        return text_logprobs(answer)
+
     @property
     def no_part(self) -> dict[str, Any]:
         return {"text": ""}
@@ -151,19 +169,15 @@ def usage_of(answers: Sequence[Alignment], prompts: int) -> dict[str, Any]:
     """The tokens of all answers; a prompt counts once, however many answers it has."""
     each = len(answers) // prompts
     read = [answer.usage for answer in answers[::each]]
-    prompt, completion = sum(u.prompt_tokens for u in read), sum(a.usage.completion_tokens for a in answers)
+    prompt, completion = sum(u.prompt_tokens for u in read), sum(a.usage.output_tokens for a in answers)
+    thoughts = sum(answer.usage.reasoning_tokens for answer in answers)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": sum(u.cached_tokens for u in read)},
+        "completion_tokens_details": {"reasoning_tokens": thoughts},
     }
-
-
-def segment_of(segment: Segment) -> dict[str, Any]:
-    """A kept segment and the drafts that were examined for it."""
-    found: dict[str, Any] = plain(segment.summary())
-    return found
 
 
 def plain(value: Any) -> Any:

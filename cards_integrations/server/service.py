@@ -42,7 +42,8 @@ class Service:
         self.guard = Guard(settings)
         self.metrics = Metrics()
         self.model = settings.served_name or _public_name(source_name(options.model))
-        self.bodies = BodyReader({self.model}, Choices(settings, options.decoding), settings.max_choices)
+        choices = Choices(settings, options.decoding)
+        self.bodies = BodyReader({self.model}, choices, options.n, settings.max_choices)
 
     @property
     def engine(self) -> Engine:
@@ -64,8 +65,9 @@ class Service:
         Engine.release(self)
 
     def requests(self, call: Call) -> list[Request]:
-        """The engine's requests for a call: `n` for each prompt, with seeds that follow each other."""
-        return [self._request(call, prompt, number) for prompt in call.prompts for number in range(call.n)]
+        """The engine's requests for a call: `n` for each prompt, each with a seed of its own."""
+        found = [request for prompt in call.prompts for request in self.options.requests(prompt, call.options)]
+        return [replace(request, timeout=self._time(request)) for request in found]
 
     async def answers(self, endpoint: Endpoint, requests: Sequence[Request]) -> AsyncGenerator[Item, None]:
         """Write all answers in the engine's batch; closing the generator stops the drafting.
@@ -101,14 +103,10 @@ class Service:
             future.add_done_callback(partial(put, index))
         return found
 
-    def _request(self, call: Call, prompt: Any, number: int) -> Request:
-        options = dict(call.options)
-        seed = options.get("seed", self.options.seed)
-        if number and isinstance(seed, int):
-            options["seed"] = seed + number
-        request = self.options.request(prompt, options)
+    def _time(self, request: Request) -> float:
+        """Seconds that an answer may take."""
         limit = self.settings.timeout
-        return replace(request, timeout=min(request.timeout or limit, limit))
+        return min(request.timeout or limit, limit)
 
 
 def _public_name(name: str) -> str:
