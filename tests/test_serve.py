@@ -17,6 +17,7 @@ import faces
 import httpx
 import openai
 import pytest
+import test_thinking
 from langchain_core.messages import HumanMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
@@ -25,9 +26,11 @@ from llama_index.llms.openai_like import OpenAILike
 from pydantic import BaseModel, SecretStr, ValidationError
 from scripted import scripted
 from served import NAME, Served, served, until
+from test_thinking import ANSWER, THOUGHTS
 
 from cards_integrations import CardsLLM
 from cards_integrations.errors import SettingsError
+from cards_integrations.models.local import language_model as local
 from cards_integrations.models.randomness import answer_seeds
 from cards_integrations.rewards import LengthReward, Reward
 from cards_integrations.server import ServerSettings
@@ -73,6 +76,15 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         found.service.load()  # what is loaded later is as it is
     yield found
     found.stop()
+
+
+@pytest.fixture
+def thinking(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Served]:
+    """A model that thinks before it answers."""
+    monkeypatch.setattr(local, "LocalLanguageModel", test_thinking.Thinks)
+    model = test_thinking.made(tmp_path, test_thinking.QWEN3)
+    with served(test_thinking.options(model, reward=None, decoding="sampling")) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +182,7 @@ def test_the_log_probabilities_are_those_of_the_tokens(server: Served) -> None:
     assert last.choices[0].logprobs.content == told.content
     raw = ask.completions.create(model=NAME, prompt="One", seed=3, logprobs=1).choices[0]
     assert raw.logprobs is not None
-    assert "".join(raw.logprobs.tokens or []) == raw.text
+    assert "".join(raw.logprobs.tokens or []).replace("<|im_start|>", "") == raw.text
     assert [len(top) for top in raw.logprobs.top_logprobs or []] == [1] * 20
     assert (raw.logprobs.text_offset or [])[:3] == [0, 1, 2]
 
@@ -317,6 +329,22 @@ def test_openai_like(script: Served) -> None:
     answer = llm.chat([ChatMessage(content="Paris")], tools=TOOLS)
     [call] = llm.get_tool_calls_from_response(answer)
     assert (call.tool_name, call.tool_kwargs) == ("get_weather", {"city": "Paris"})
+
+
+def test_thoughts_are_no_part_of_the_content(thinking: Served) -> None:
+    ask = client(thinking).chat.completions
+    answer = ask.create(model=NAME, messages=QUESTION)
+    message: Any = answer.choices[0].message
+    assert (message.content, message.reasoning_content) == (ANSWER, THOUGHTS)
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens_details is not None
+    thoughts = answer.usage.completion_tokens_details.reasoning_tokens
+    assert 0 < (thoughts or 0) < answer.usage.completion_tokens
+    deltas: list[Any] = [c.choices[0].delta for c in ask.create(model=NAME, messages=QUESTION, stream=True)]
+    assert "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas) == message.reasoning_content
+    assert "".join(delta.content or "" for delta in deltas) == message.content
+    off = ask.create(model=NAME, messages=QUESTION, reasoning_effort="none")
+    assert not hasattr(off.choices[0].message, "reasoning_content")
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not here")
