@@ -7,9 +7,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
-from cards_integrations.chat.grammar import Grammar, json_rule
+from cards_integrations.chat.grammar import Grammar
 from cards_integrations.chat.stop_strings import StopStrings
-from cards_integrations.chat.tools import FormatName, ParsedAnswer, Tools
+from cards_integrations.chat.tools import FormatName, ParsedAnswer, Tools, parameters_rule
 from cards_integrations.trace import InvalidToolCall, ToolCall
 
 WriteLiteral = Callable[[str], str]
@@ -68,7 +68,7 @@ class ToolFormat(ABC):
         """The rule for a call after its opening; one long literal would win over all that begins like it."""
         name = json.dumps(function["name"], ensure_ascii=False)
         literals = ["{", '"name"', ": ", name, ", ", f'"{self.key}"', ": "]
-        return " ".join([*map(literal, literals), json_rule(_parameters(function)), literal("}")])
+        return " ".join([*map(literal, literals), parameters_rule(function), literal("}")])
 
     @abstractmethod
     def _free(self, literal: WriteLiteral) -> str:
@@ -190,7 +190,7 @@ class MistralNamed(Marked):
         return "rest one*" if several else "rest"
 
     def _rest(self, function: dict[str, Any], literal: WriteLiteral) -> str:
-        return f"{literal(function['name'])} {literal(self.middle)} {json_rule(_parameters(function))}"
+        return f"{literal(function['name'])} {literal(self.middle)} {parameters_rule(function)}"
 
     def _end(self, text: str, start: int) -> int | None:
         middle = text.find(self.middle, start)
@@ -301,10 +301,6 @@ def _parse_call(value: Any) -> ParsedCall:
     if not isinstance(arguments, dict):
         return Malformed(value["name"], json.dumps(arguments, ensure_ascii=False), "the arguments are not an object")
     return value["name"], arguments
-
-
-def _parameters(function: dict[str, Any]) -> dict[str, Any]:
-    return function.get("parameters") or {"type": "object", "properties": {}}
 
 
 def _json_end(text: str, start: int) -> int | None:

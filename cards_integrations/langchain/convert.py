@@ -20,12 +20,14 @@ from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 from langchain_core.messages.tool import ToolCallChunk, invalid_tool_call, tool_call_chunk
 from langchain_core.messages.tool import tool_call as langchain_tool_call
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from langchain_core.tools import StructuredTool
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 from langchain_core.utils.json import parse_partial_json
 from pydantic import BaseModel
 
 from cards_integrations.chat import message
 from cards_integrations.chat.message import Message, plain_message, role_of, text_of, tool_call
+from cards_integrations.chat.pydantic_schema import pydantic_schema
 from cards_integrations.engine.request import Chunk
 from cards_integrations.errors import SettingsError, short_repr
 from cards_integrations.trace import Alignment, InvalidToolCall, ToolCall
@@ -83,10 +85,15 @@ def _tool_schema(tool: Any, strict: bool | None) -> dict[str, Any]:
         ) from error
 
 
+def is_form(tool: Any) -> bool:
+    """True for a tool with nothing to run, whose arguments are the answer."""
+    return isinstance(tool, StructuredTool) and tool.func is None and tool.coroutine is None
+
+
 def json_schema(schema: Any) -> dict[str, Any]:
     """The JSON schema of a pydantic class (v2 or v1), a typed dict, a function's description, or itself."""
     if isinstance(schema, type) and issubclass(schema, BaseModel):
-        return schema.model_json_schema()
+        return pydantic_schema(schema)
     if isinstance(schema, Mapping) and "title" not in schema and ("type" in schema or "$ref" in schema):
         return dict(schema)
     return convert_to_json_schema(schema)
