@@ -58,7 +58,8 @@ def _from_mapping(value: Mapping[str, Any]) -> ResponseFormat | None:
         case "text":
             return None
         case "json_object":
-            return ResponseFormat(_schema_in(value)) if value.keys() - {"type"} else ResponseFormat()
+            given = {key for key in value if value[key] is not None}
+            return ResponseFormat(_schema_in(value)) if given - {"type", "strict"} else ResponseFormat()
         case "json_schema":
             return ResponseFormat(_schema_in(value.get("json_schema", value)))
     return ResponseFormat(value)
