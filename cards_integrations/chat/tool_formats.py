@@ -43,6 +43,8 @@ class ToolFormat(ABC):
 
     def grammar(self, tools: Tools, literal: WriteLiteral, otherwise: Grammar | None = None) -> Grammar | None:
         """What an answer may be: calls and, unless one is forced, what `otherwise` allows, or any text."""
+        if not (tools.forced or tools.strict or otherwise is not None):
+            return None
         rests = [f"rest{i}: {self._rest(function, literal)}" for i, function in enumerate(tools.allowed)]
         opening = literal(self.opening) if isinstance(self, Marked) else ""
         rules = "\n".join([
@@ -56,9 +58,7 @@ class ToolFormat(ABC):
             return Grammar(f"start: calls\n{rules}")
         if otherwise is not None:
             return Grammar(f"start: calls | answer\n{rules}\n{otherwise.lark.replace('start:', 'answer:', 1)}")
-        if tools.strict:
-            return Grammar(f"start: {self._free(literal)}\n{rules}")
-        return None
+        return Grammar(f"start: {self._free(literal)}\n{rules}")
 
     def _after(self, several: bool) -> str:
         """The rule for what follows the first opening, made of `rest` and of `one`, a whole call."""
