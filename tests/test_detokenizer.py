@@ -11,8 +11,9 @@ import tiny
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+from cards_integrations.chat.answer_start import NOTHING_BEFORE, AnswerStart
 from cards_integrations.chat.detokenizer import LONGEST, Detokenizer, decodes_locally
-from cards_integrations.chat.template import ChatTokenizer
+from cards_integrations.chat.template import ChatTokenizer, FormattedPrompt
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 PIECES = ["▁", "▁▁▁", "▁the", "▁cat", "s", "é", "日", ".", "n", "'t", "▁.", "\ufffd", " "]
@@ -78,20 +79,24 @@ def test_every_prefix_has_the_text_of_all_its_ids(name: str, form: Any) -> None:
     chat, dice = ChatTokenizer(TOKENIZERS[name](), form), Random(0)
     assert decodes_locally(chat)
     for _ in range(12):
-        ids, forks = texts(chat.tokenizer, dice), []
-        growing, n = Detokenizer(chat), 0
+        ids, forks, start = texts(chat.tokenizer, dice), [], NOTHING_BEFORE
+        if dice.random() < 0.7:
+            stop = dice.choice([(), ("</s>\n",)])
+            start = chat.answer_start(FormattedPrompt("x"), dice.choices(texts(chat.tokenizer, dice), k=9), stop)
+        growing, n = Detokenizer(chat, start=start), 0
         while n < len(ids):
             if dice.random() < 0.1:
                 forks.append((growing.fork(), ids[:n]))
             if dice.random() < 0.1:
-                growing = Detokenizer(chat, ids[:n], chat.decode(ids[:n]) if dice.random() < 0.5 else None)
+                known = chat.decode(ids[:n], start) if dice.random() < 0.5 else None
+                growing = Detokenizer(chat, ids[:n], known, start)
             new = ids[n : n + dice.choice([1, 1, 1, 2, 5])]
             n += len(new)
-            assert growing.push(new) == growing.text == chat.decode(ids[:n])
+            assert growing.push(new) == growing.text == chat.decode(ids[:n], start)
         for fork, before in forks:
             for token in dice.choices(ids, k=8):
                 before.append(token)
-                assert fork.push([token]) == chat.decode(before)
+                assert fork.push([token]) == chat.decode(before, start)
 
 
 def test_bytes_around_a_hidden_token_are_one_character() -> None:
@@ -110,9 +115,9 @@ def test_only_the_last_tokens_are_decoded(name: str, monkeypatch: pytest.MonkeyP
     lengths: list[int] = []
     decode = ChatTokenizer.decode
 
-    def counted(self: ChatTokenizer, ids: list[int]) -> str:
+    def counted(self: ChatTokenizer, ids: list[int], *start: AnswerStart) -> str:
         lengths.append(len(ids))
-        return decode(self, ids)
+        return decode(self, ids, *start)
 
     monkeypatch.setattr(ChatTokenizer, "decode", counted)
     growing = Detokenizer(chat)
@@ -125,7 +130,7 @@ def test_a_tokenizer_that_looks_back_far_is_decoded_as_a_whole(caplog: pytest.Lo
     class Louder(ChatTokenizer):
         """Writes the tokens after the twentieth in capitals."""
 
-        def decode(self, ids: Any) -> str:
+        def decode(self, ids: Any, start: Any = None) -> str:
             words = [super(Louder, self).decode([token]) for token in ids]
             return " ".join([*words[:20], *(word.upper() for word in words[20:])])
 

@@ -37,7 +37,7 @@ def takes(grammars: GrammarTokenizer, schema: dict[str, Any], value: Any) -> boo
     return matcher.complete or bool(grammars.allowed([matcher])[0][grammars.eos[0]])
 
 
-TOGETHER = {
+TOGETHER: dict[str, tuple[dict[str, Any], list[Any], list[Any]]] = {
     "a base and variants": (
         {**BASE, "anyOf": [CAR, BOAT]},
         [{"id": 1, "wheels": 4}, {"id": 1, "sails": 2}],

@@ -93,13 +93,15 @@ def test_stop_strings_end_what_is_beside_a_call(chat: ChatCards) -> None:
     assert [each["args"] for each in found.tool_calls] == [NOTE]
     assert found.response_metadata["finish_reason"] == "stop"
     assert "more" not in found.content
+    lines = bound.invoke(called, stop=["\n"])
+    assert [each["args"] for each in lines.tool_calls] == [NOTE]
     before = bound.invoke(f"I write. END {called}", stop=["END"])
     assert (before.content, before.tool_calls) == ("I write. ", [])
 
 
 def test_a_stream_with_stop_strings_has_the_whole_call(chat: ChatCards) -> None:
     first, *rest = chat.bind_tools([Note]).stream(call("Note", **NOTE), stop=["User:", "body"])
-    assert sum(rest, first).tool_calls[0]["args"] == NOTE  # type: ignore[attr-defined]
+    assert sum(rest, first).tool_calls[0]["args"] == NOTE
 
 
 # --- LangChain ---
@@ -138,7 +140,7 @@ def add(a: int, b: int) -> int:
 
 def test_an_agent_fills_in_one_form(chat: ChatCards) -> None:
     twice = call("Sum", total=3) + "\n" + call("Sum", total=4)
-    agent = create_agent(chat, [], response_format=ToolStrategy(Sum))
+    agent: Any = create_agent(chat, [], response_format=ToolStrategy(Sum))
     assert agent.invoke({"messages": [("user", twice)]}, {"recursion_limit": 3})["structured_response"] == Sum(total=3)
     agent = create_agent(chat, [add], response_format=ToolStrategy(Sum | Note))
     asked = call("add", a=1, b=2) + THEN + call("Note", **NOTE) + "\n" + call("Sum", total=3)
@@ -147,7 +149,7 @@ def test_an_agent_fills_in_one_form(chat: ChatCards) -> None:
 
 @pytest.mark.parametrize("response_format", [Sum, ProviderStrategy(Sum), ProviderStrategy(Sum, strict=True)])
 def test_an_agent_answers_by_the_provider(chat: ChatCards, response_format: Any) -> None:
-    agent = create_agent(chat, [add], response_format=response_format)
+    agent: Any = create_agent(chat, [add], response_format=response_format)
     asked = call("add", a=1, b=2) + THEN + dumps({"total": 3})
     assert agent.invoke({"messages": [("user", asked)]})["structured_response"] == Sum(total=3)
 

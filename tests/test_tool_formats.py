@@ -257,6 +257,69 @@ def test_a_model_that_repeats_a_bracket(form: FormatName) -> None:
     assert not any(isinstance(each, ToolCall) for each in reading.calls)
 
 
+# --- markers that are only named, thoughts, and several calls between one pair ---
+
+THOUGHT = "<think>I can use {opening} for add: {opening}{call}{closing}? No.</think>"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_call_that_is_considered_in_a_thought_is_none(form: FormatName) -> None:
+    own = FORMATS[form]
+    for thought in (THOUGHT, THOUGHT.replace("<think>", "\n[THINK]").replace("</think>", "[/THINK]\n")):
+        thought = thought.format(opening=own.opening, closing=own.closing, call=own.write([PARIS]))
+        reading = own.parse(f"{thought}\n{own.write([SUM])}", TOOLS)
+        assert called(reading) == [("add", {"a": 1, "b": -2})]
+        assert reading.content == thought.rstrip()
+        check_streamed(form, f"{thought}\n{own.write([SUM])}", range(600))
+        assert own.parse(thought.partition("?")[0], TOOLS).calls == ()  # nor in one that never ends
+
+
+@pytest.mark.parametrize("form", MARKED)
+def test_a_thought_between_calls_and_one_that_is_only_named(form: FormatName) -> None:
+    write = FORMATS[form].write
+    for text, names in (
+        (f"{write([SUM])}\n<think>Or {write([PARIS])}?</think>\n{write([SUM])}", ["add", "add"]),
+        (f"I write <think> first. {write([PARIS])}", ["get_weather"]),
+        (write([call("say", text="<think>")]) + write([call("say", text="</think>")]), ["say", "say"]),
+    ):
+        assert [name for name, _ in called(FORMATS[form].parse(text, TOOLS))] == names
+        check_streamed(form, text, range(600))
+
+
+@pytest.mark.parametrize("form", MARKED)
+@pytest.mark.parametrize(
+    "prose",
+    [
+        "I write {opening} to call get_weather.\n",
+        "Between {opening} and {closing} there is JSON.\n",
+        "`{opening}`, `{closing}` and {opening} are marks\n",
+        "{opening} is the mark.\n",
+        "I would write {opening}{{...}}{closing} here: ",
+    ],
+)
+def test_a_marker_that_is_only_named_is_text(form: FormatName, prose: str) -> None:
+    own = FORMATS[form]
+    prose = prose.format(opening=own.opening, closing=own.closing)
+    reading = own.parse(prose + own.write([SUM]), TOOLS)
+    assert called(reading) == [("add", {"a": 1, "b": -2})]
+    assert reading.content == prose.rstrip()
+    check_streamed(form, prose + own.write([SUM]), range(600))
+
+
+@pytest.mark.parametrize("text", ["I use <tool_call> and </tool_call>.", "It is <tool_call>", "Say <tool_call> {...}"])
+def test_a_marker_that_is_only_named_is_no_invalid_call(text: str) -> None:
+    assert FORMATS["hermes"].parse(text, TOOLS) == ParsedAnswer(text)
+
+
+@pytest.mark.parametrize("between", ["\n", " ", ", ", "; ", ""])
+def test_several_calls_between_one_pair_of_markers(between: str) -> None:
+    text = f"<tool_call>\n{between.join([ONE] * 3)}\n</tool_call>\nThat is it."
+    reading = FORMATS["hermes"].parse(text, TOOLS)
+    assert called(reading) == [("add", {"a": 1})] * 3
+    assert reading.content.strip() == "That is it."
+    check_streamed("hermes", text, range(300))
+
+
 # --- ids ---
 
 
@@ -299,6 +362,7 @@ def check_streamed(form: FormatName, text: str, cuts: Sequence[int]) -> None:
 CLOSED = [  # no string is left open, and no number stands alone: see `test_what_can_still_become_a_call_waits`
     *(FORMATS[form].write(calls) for form in FORMS for calls in ([PARIS], [SUM, SUM])),
     *(FORMATS[form].write([call("say", text=text)]) for form in FORMS for text in ("[ARGS]", "}")),
+    "<think>", "</think>", "[THINK]", "[/THINK]",
     *MARKERS, *(marker[:4] for marker in MARKERS), *(marker[4:] for marker in MARKERS),
     ONE, '{"x": 1}', '{"name": "a"}', "{bad}", "{", "}", "[", "]", "null", "[]", "the sky", "\n", "; ", " ",
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -420,10 +421,11 @@ def test_a_history_with_calls_and_no_tools(template: str) -> None:
 def test_a_template_that_takes_one_call_only() -> None:
     chat = chat_of("llama")
     text, _ = chat.prompt(TWO_CALLS, as_tools(SCHEMAS))
-    assert told(text) == [tool["function"] for tool in SCHEMAS]
-    assert 'Sure.\n{"name": "get_weather", "parameters": {"city": "Paris", "days": 1}}; {"name": "note"' in text
-    assert "ipython" not in text
-    assert text.index("rain") < text.index("noted")
+    order = ["Both?", "Sure.", '{"name": "get_weather", "parameters": {"city": "Paris"', '"rain"', '"note"', '"noted"']
+    places = [text.rindex(each) for each in order]
+    assert places == sorted(places)
+    assert "You can call" not in text
+    assert text.count("ipython") == 2
 
 
 @pytest.mark.parametrize("call_id", ["call_12345678", "", "1"])
@@ -434,9 +436,10 @@ def test_ids_that_a_template_refuses(call_id: str) -> None:
         {"role": "tool", "content": "sunny", "tool_call_id": call_id, "name": "get_weather"},
     ]
     text, _ = chat_of("mistral").prompt(history, as_tools(SCHEMAS))
-    assert told(text) == [tool["function"] for tool in SCHEMAS]
-    assert f'[TOOL_CALLS][{{"name": "get_weather", {KOELN}}}]' in text
-    assert "<tool_response>\nsunny\n</tool_response>" in text
+    assert "[AVAILABLE_TOOLS]" in text
+    [shown] = set(re.findall(r'"(?:call_)?id": "([0-9a-f]{9})"', text))
+    assert f'[TOOL_CALLS] [{{"name": "get_weather", {KOELN}, "id": "{shown}"}}]' in text
+    assert f'[TOOL_RESULTS] {{"content": "sunny", "call_id": "{shown}"}}' in text
 
 
 def test_calls_without_ids_for_a_template_that_measures_them() -> None:
@@ -465,10 +468,8 @@ def test_arguments_that_are_no_object_for_a_template_that_lists_them() -> None:
 def test_roles_that_do_not_alternate() -> None:
     twice: list[Message] = [{"role": "user", "content": "Weather?"}, {"role": "user", "content": "Please."}]
     text, _ = chat_of("mistral").prompt(twice, as_tools(SCHEMAS))
-    assert told(text) == [tool["function"] for tool in SCHEMAS]
-    assert "[AVAILABLE_TOOLS]" not in text
     assert text.count("[INST]") == 1
-    assert text.index("You can call") < text.index("Weather?") < text.index("Please.")
+    assert text.index("[AVAILABLE_TOOLS]") < text.index("Weather?") < text.index("Please.")
 
 
 # --- what else meets a conversation with tools ---

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from random import Random
 from weakref import WeakKeyDictionary
 
+from cards_integrations.chat.answer_start import NOTHING_BEFORE, AnswerStart
 from cards_integrations.chat.message import PARTIAL_CHARACTER
 from cards_integrations.chat.template import ChatTokenizer
 
@@ -32,14 +33,18 @@ class Detokenizer:
         chat: The tokenizer.
         ids: Token ids so far.
         text: Their text if it is known; they are decoded otherwise.
+        start: What they are decoded after: the end of the prompt.
     """
 
-    def __init__(self, chat: ChatTokenizer, ids: Sequence[int] = (), text: str | None = None) -> None:
+    def __init__(
+        self, chat: ChatTokenizer, ids: Sequence[int] = (), text: str | None = None, start: AnswerStart = NOTHING_BEFORE
+    ) -> None:
         self.chat = chat
         self.ids = list(ids)
-        self.text = chat.decode(ids) if text is None else text
+        self.text = chat.decode(ids, start) if text is None else text
         self._local = decodes_locally(chat)
-        self._start = 0  # of the window
+        self._prompt_end, self._nowhere = start, AnswerStart(visible=start.visible)
+        self._start: int | None = None  # of the window; None if it begins with the end of the prompt
         self._known = ""  # what the window's first ids, which are not new, are decoded to
         self._before = ""  # the text of all ids that are not new
         if not self.text.endswith(PARTIAL_CHARACTER):
@@ -52,16 +57,21 @@ class Detokenizer:
             The text of all ids; an incomplete character at its end is U+FFFD.
         """
         self.ids += ids
-        window = self.chat.decode(self.ids[self._start :])
+        window = self._window()
         if not window.startswith(self._known):
-            self._start, self._known, self._before = 0, "", ""
-            window = self.chat.decode(self.ids)
+            self._start, self._known, self._before = None, "", ""
+            window = self._window()
         self.text = self._before + window[len(self._known) :]
         if self._local and not window.endswith(PARTIAL_CHARACTER):
             self._before, self._known = self.text, window
-            if len(self.ids) - self._start > LONGEST:
+            if len(self.ids) - (self._start or 0) > LONGEST:
                 self._move()
         return self.text
+
+    def _window(self) -> str:
+        if self._start is None:
+            return self.chat.decode(self.ids, self._prompt_end)
+        return self.chat.decode(self.ids[self._start :], self._nowhere)
 
     def fork(self) -> Detokenizer:
         """Return an independent copy, for another continuation of the same ids."""
@@ -73,7 +83,7 @@ class Detokenizer:
     def _move(self) -> None:
         """Let the window begin a few ids before the end, if what these are decoded to is the end of the text."""
         start = max(0, len(self.ids) - OVERLAP)
-        known = self.chat.decode(self.ids[start:])
+        known = self.chat.decode(self.ids[start:], self._nowhere)
         end = known.lstrip(PARTIAL_CHARACTER)  # it may begin in the middle of a character
         if self._local and end and not end.endswith(PARTIAL_CHARACTER) and self.text.endswith(end):
             self._start, self._known, self._before = start, known, self.text

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from typing import Any
 
 from jinja2.exceptions import TemplateError
 
-from cards_integrations.chat.message import PARTIAL_CHARACTER, Message
+from cards_integrations.chat.answer_start import NOTHING_BEFORE, AnswerStart
+from cards_integrations.chat.arrangements import arrangements, first_whole, tool_arrangements
+from cards_integrations.chat.message import PARTIAL_CHARACTER, THOUGHTS, Message
+from cards_integrations.chat.thinking import KEYS, ThinkingFormat, thinking_format
 from cards_integrations.chat.tool_formats import FORMATS, ToolFormat
 from cards_integrations.chat.tool_prompts import (
     PROBE,
@@ -24,6 +27,8 @@ from cards_integrations.chat.tool_prompts import (
 from cards_integrations.chat.tools import FormatName, Tools
 from cards_integrations.errors import PromptError
 
+BEFORE_ANSWER = 6  # tokens of the prompt that an answer is decoded after
+NO_ARGUMENTS: Mapping[str, Any] = {}
 _PLACEHOLDER = "\u2063answer\u2063"  # stands for the answer while a rendered template is split around it
 
 
@@ -65,17 +70,55 @@ class ChatTokenizer:
                 f"tokenizer as {token}; the model knows {self._rows} tokens only. Leave it out of the text."
             )
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids. A partial character is one U+FFFD, the only text that more ids can change."""
-        text = self._decode(ids)
+    def answer_start(self, prompt: str | list[Message], ids: Sequence[int], stop: Sequence[str] = ()) -> AnswerStart:
+        """Where the answer to a prompt with these token ids begins, which may end with a stop string."""
+        last: list[int] = []
+        for token in reversed(ids):
+            if self._shown([token]):
+                last.insert(0, token)
+            if len(last) == BEFORE_ANSWER:
+                break
+        raw = isinstance(prompt, FormattedPrompt) or not self.has_template
+        space = "" if raw else self._space_before_content
+        visible = {token for token, text in self._special.items() if any(text in each for each in stop)}
+        return AnswerStart(tuple(last), self.decode(last), space, frozenset(visible))
+
+    @cached_property
+    def _space_before_content(self) -> str:
+        """The space that stands between a generation prompt and the content of an answer; "" if there is none."""
+        try:
+            user: Message = {"role": "user", "content": "a"}
+            before = self.encode(self._render([user], add_generation_prompt=True))
+            whole = self.encode(self._render([user, {"role": "assistant", "content": "answer"}]))
+        except PromptError:
+            return ""
+        text = self._decode(whole) if whole[: len(before)] == before else ""
+        return " " if text.startswith(self._decode(before) + " answer") else ""
+
+    def decode(self, ids: Sequence[int], start: AnswerStart = NOTHING_BEFORE) -> str:
+        """The text of token ids, of an answer that begins there.
+
+        A partial character is one U+FFFD, the only text that more ids can change.
+        """
+        text = start.answer_in(self._decode_characters([*start.ids, *ids], start.visible))
+        return self._decode_characters(ids, start.visible) if text is None else text
+
+    def _decode_characters(self, ids: Sequence[int], visible: frozenset[int]) -> str:
+        text = self._decode(ids, visible)
         if PARTIAL_CHARACTER in text and self._bytes:
-            text = self._decode(self._whole_characters(ids))
+            text = self._decode(self._whole_characters(ids, visible), visible)
         return text
 
-    def _whole_characters(self, ids: Sequence[int]) -> list[int]:
+    def token_text(self, token: int) -> str:
+        """The text of a single token, special ones included, with the space that it may begin with."""
+        text = str(self.tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        piece = self.tokenizer.convert_ids_to_tokens(token)
+        return " " + text if isinstance(piece, str) and piece.startswith("\u2581") and text[:1] != " " else text
+
+    def _whole_characters(self, ids: Sequence[int], visible: frozenset[int]) -> list[int]:
         """The ids with U+FFFD for partial characters: byte fallback decodes all bytes around one to U+FFFD."""
         whole: list[int] = []
-        for is_byte, run in groupby(self._shown(ids), self._bytes.__contains__):
+        for is_byte, run in groupby(self._shown(ids, visible), self._bytes.__contains__):
             if is_byte:
                 text = bytes(self._bytes[token] for token in run).decode(errors="replace")
                 whole += [self._byte_tokens[byte] for byte in text.encode()]
@@ -83,21 +126,28 @@ class ChatTokenizer:
                 whole += run
         return whole
 
-    def _decode(self, ids: Sequence[int]) -> str:
-        skip_special = not self.markers
-        shown = list(ids) if skip_special else self._shown(ids)
+    def _decode(self, ids: Sequence[int], visible: frozenset[int] = frozenset()) -> str:
+        skip_special = not self.markers and not visible
+        shown = list(ids) if skip_special else self._shown(ids, visible)
         return str(self.tokenizer.decode(shown, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False))
 
-    def _shown(self, ids: Sequence[int]) -> list[int]:
+    def _shown(self, ids: Sequence[int], visible: frozenset[int] = frozenset()) -> list[int]:
         """The ids without special tokens, except markers; the bytes around one may be those of one character."""
-        return [token for token in ids if token not in self._special or token in self.markers]
+        return [t for t in ids if t not in self._special or t in self.markers or t in visible]
 
-    def prompt(self, prompt: str | list[Message], tools: Tools | None = None) -> tuple[str, list[int]]:
+    def prompt(
+        self, prompt: str | list[Message], tools: Tools | None = None, arguments: Mapping[str, Any] = NO_ARGUMENTS
+    ) -> tuple[str, list[int]]:
         """Render a prompt up to where the answer begins, and encode it.
 
         A string is one message of the user; a model without a template gets plain text. The BOS comes from the
         template, or from the tokenizer if there is no template, never from both. If the template knows no tools, an
         instruction in the system message describes them.
+
+        Args:
+            prompt: The prompt.
+            tools: What the answer may call.
+            arguments: Further arguments of the template, such as `enable_thinking`.
 
         Returns:
             The text and its token ids.
@@ -107,33 +157,57 @@ class ChatTokenizer:
         """
         if isinstance(prompt, FormattedPrompt):
             return self._plain(str(prompt))
-        messages = as_messages(prompt)
+        messages = self._with_thoughts(as_messages(prompt))
         if tools or mentions_tools(messages):
             schemas = tools.schemas if tools else ()
             if self.knows_tools:
-                with suppress(Exception):  # it may require an order or ids that these messages do not have
-                    before = self._apply(messages, tools=list(schemas) or None, add_generation_prompt=True)
+                with suppress(PromptError, TemplateError):  # it may require an order that these messages do not have
+                    before = self._render_tools(messages, list(schemas), arguments)
                     return before, self._nonempty(self.encode(before))
             messages = without_tool_messages(messages, self.tool_format, schemas)
         if not self.has_template:
             return self._plain(as_text(messages))
-        before = self._render(messages, add_generation_prompt=True)
+        before = self._render(messages, **{**arguments, "add_generation_prompt": True})
         return before, self._nonempty(self.encode(before))
+
+    def _with_thoughts(self, messages: list[Message]) -> list[Message]:
+        """The messages with their thoughts where the template looks for them; without, if it does not."""
+        key = self.thinking.key if self.thinking else None
+        return [_renamed(message, key) if THOUGHTS in message else message for message in messages]
+
+    def count(
+        self, prompt: list[Message], tools: Tools | None = None, arguments: Mapping[str, Any] = NO_ARGUMENTS
+    ) -> int:
+        """The number of tokens that a conversation takes as a prompt, whatever it lacks to be one."""
+        try:
+            return len(self.prompt(prompt, tools, arguments)[1]) if prompt else 0
+        except PromptError:
+            text = as_text(prompt).encode(errors="replace").decode()
+            return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _plain(self, text: str) -> tuple[str, list[int]]:
         bos = self.tokenizer.bos_token
         return text, self._nonempty(self.encode(text, special=not (bos and text.startswith(bos))))
 
     def without_tools(self, prompt: str | list[Message]) -> str | list[Message]:
-        """The conversation for a model that knows no tools, such as a reward model."""
-        if isinstance(prompt, str) or not mentions_tools(prompt):
+        """The conversation for a model that knows neither tools nor thoughts, such as a reward model."""
+        if isinstance(prompt, str):
             return prompt
-        return without_tool_messages(prompt, self.tool_format)
+        if mentions_tools(prompt):
+            return without_tool_messages(prompt, self.tool_format)
+        return [_renamed(message, None) for message in prompt] if any(THOUGHTS in m for m in prompt) else prompt
 
     @property
     def knows_tools(self) -> bool:
         """True if the template shows tools, calls and results."""
         return self._template_format is not None
+
+    @cached_property
+    def thinking(self) -> ThinkingFormat | None:
+        """How this model writes its thoughts, as its template shows; None if it shows none."""
+        source = self.tokenizer.chat_template if self.has_template else ""
+        text = source if isinstance(source, str) else "".join(map(str, source.values()))
+        return thinking_format(text, self._apply)
 
     @property
     def tool_format(self) -> ToolFormat:
@@ -167,8 +241,9 @@ class ChatTokenizer:
 
     @cached_property
     def markers(self) -> dict[int, str]:
-        """Special tokens that are part of a call, and therefore of an answer's text, by id."""
-        return {i: text for i, text in self._special.items() if text in self.tool_format.markers}
+        """Special tokens that are part of a call or mark thoughts, and therefore of an answer's text, by id."""
+        around = (self.thinking.opening + self.thinking.closing) if self.thinking else ""
+        return {i: text for i, text in self._special.items() if text in self.tool_format.markers or text in around}
 
     def grammar_literal(self, text: str) -> str:
         """The text as a literal of a grammar: a string, or the special token that it is."""
@@ -195,17 +270,24 @@ class ChatTokenizer:
 
     def _render(self, messages: list[Message], **options: Any) -> str:
         try:
-            return self._apply(messages, **options)
-        except TemplateError:
-            merged = alternating(messages)  # the template may require alternating roles
-        try:
-            return self._apply(merged, **options)
+            return first_whole(arrangements(messages), partial(self._apply, **options))
         except TemplateError as error:
             raise PromptError(f"The model's chat template does not accept these messages: {error}") from error
+
+    def _render_tools(
+        self, messages: list[Message], schemas: list[dict[str, Any]], arguments: Mapping[str, Any]
+    ) -> str:
+        """A prompt in the template's own way of showing tools, calls and results."""
+        named = isinstance(self.tokenizer.chat_template, dict)  # with [] the one that is named "tool_use" is chosen
+        shown = schemas if schemas or named else None
+        options = {**arguments, "tools": shown, "add_generation_prompt": True}
+        return first_whole(tool_arrangements(messages), partial(self._apply, **options))
 
     def _apply(self, messages: list[Message], **options: Any) -> str:
         for message in messages:
             check_unicode(message["content"])
+            for key in KEYS:
+                check_unicode(message.get(key) or "")
         try:
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options))
         except TemplateError:
@@ -220,6 +302,12 @@ class ChatTokenizer:
         return ids
 
 
+def _renamed(message: Message, key: str | None) -> Message:
+    """A message whose thoughts, if it has any, have this name; None leaves them out."""
+    rest = {name: value for name, value in message.items() if name != THOUGHTS}
+    return {**rest, key: message[THOUGHTS]} if key and message.get(THOUGHTS) else rest
+
+
 def as_messages(prompt: str | list[Message]) -> list[Message]:
     """A conversation; a string is one message of the user."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -231,18 +319,6 @@ def as_text(prompt: str | list[Message]) -> str:
     if len(messages) == 1:
         return str(messages[0]["content"])
     return "".join(f"{m['role'].capitalize()}: {m['content']}\n" for m in messages) + "Assistant:"
-
-
-def alternating(messages: list[Message]) -> list[Message]:
-    """The conversation with user and assistant only: system text is the user's, neighbors of one role are merged."""
-    merged: list[Message] = []
-    for message in messages:
-        role = "user" if message["role"] == "system" else message["role"]
-        if merged and merged[-1]["role"] == role:
-            merged[-1] = {"role": role, "content": merged[-1]["content"] + "\n\n" + message["content"]}
-        else:
-            merged.append({"role": role, "content": message["content"]})
-    return merged
 
 
 def check_unicode(text: str) -> None:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
+from cards_integrations.chat.call_scanner import CallScanner, SplitAnswer
 from cards_integrations.chat.grammar import Grammar
-from cards_integrations.chat.stop_strings import StopStrings
+from cards_integrations.chat.thoughts import leading_thoughts
 from cards_integrations.chat.tools import FormatName, ParsedAnswer, Tools, parameters_rule
 from cards_integrations.trace import InvalidToolCall, ToolCall
 
 WriteLiteral = Callable[[str], str]
 """How a rule of a grammar writes a text: as a string, or as the special token that it is."""
+
+_BEGINS_OBJECT = re.compile(r"\s*\[?\s*\{\s*[\"'}]")
+_BEGINS_NAMED = re.compile(r"\s*[^\s\[\]]*\s*\[ARGS\]")
 
 
 class ToolFormat(ABC):
@@ -78,26 +83,23 @@ class ToolFormat(ABC):
 
     def parse(self, text: str, tools: Tools) -> ParsedAnswer:
         """Parse an answer, or the beginning of one."""
-        content, pieces, final_pieces = self._split(text, tools)
+        split = self._split(text, tools)
         calls: list[ToolCall | InvalidToolCall] = []
         final_calls = 0
-        for number, piece in enumerate(pieces):
+        for number, piece in enumerate(split.calls):
             for found in self._parse_piece(piece):
                 call_id = f"{tools.call_id}{len(calls):02}"
                 if isinstance(found, Malformed):
                     calls.append(InvalidToolCall(call_id, found.name, found.text, found.error))
                 elif tools.several or not any(isinstance(call, ToolCall) for call in calls):
                     calls.append(ToolCall(call_id, *found))  # only a grammar keeps a model from a second call
-            final_calls = len(calls) if number < final_pieces else final_calls
-        return ParsedAnswer(content.rstrip() if calls else content, tuple(calls), final_calls)
+            final_calls = len(calls) if number < split.final else final_calls
+        content = split.content.rstrip() if calls else split.content
+        return ParsedAnswer(content, tuple(calls), final_calls, split.certain)
 
     @abstractmethod
-    def content_length(self, text: str) -> int:
-        """The length of an unfinished answer's beginning that cannot turn out to belong to a call, in characters."""
-
-    @abstractmethod
-    def _split(self, text: str, tools: Tools) -> tuple[str, list[str], int]:
-        """The content, the text of each call, and how many of these no later text can change."""
+    def _split(self, text: str, tools: Tools) -> SplitAnswer:
+        """Tell calls from what is said, in an answer or its beginning."""
 
     def _parse_piece(self, piece: str) -> list[ParsedCall]:
         try:
@@ -110,12 +112,6 @@ class ToolFormat(ABC):
 class Marked(ToolFormat):
     """A format in which a marker announces a call, so that a call can follow any text."""
 
-    def content_length(self, text: str) -> int:
-        start = text.find(self.opening)
-        if start < 0:
-            start = len(text) - StopStrings((self.opening,)).held_back(text)
-        return len(text[:start].rstrip())
-
     def _free(self, literal: WriteLiteral) -> str:
         opening = _escaped(self.opening)
         content = f"CONTENT: /(?s:.*)/ & ~/(?s:.*){opening}(?s:.*)/"
@@ -125,23 +121,14 @@ class Marked(ToolFormat):
         to_call = f"UNTIL_CALL: /(?s:.*){opening}/ & ~/(?s:.*){opening}(?s:.+)/"
         return f"UNTIL_CALL after | CONTENT\n{content}\n{to_call}"
 
-    def _split(self, text: str, tools: Tools) -> tuple[str, list[str], int]:
-        content, calls, at, final = list[str](), list[str](), 0, 0
-        while (start := text.find(self.opening, at)) >= 0:
-            content.append(text[at:start])
-            start += len(self.opening)
-            end = self._end(text, start)
-            if end is None:
-                end = text.find(self.closing, start) if self.closing else -1
-                end = len(text) if end < 0 else end
-            elif final == len(calls):  # what follows an incomplete call may be part of it
-                final += 1
-            calls.append(text[start:end].strip())
-            rest = text[end:].lstrip()
-            at = len(text) - len(rest.removeprefix(self.closing))
-        return "".join([*content, text[at:]]), calls, final
+    def _split(self, text: str, tools: Tools) -> SplitAnswer:
+        return CallScanner(text, self, tools.names).scan()
 
-    def _end(self, text: str, start: int) -> int | None:
+    def begins_call(self, text: str, start: int) -> bool:
+        """True if an object, or a list of objects, begins here."""
+        return _BEGINS_OBJECT.match(text, start) is not None
+
+    def call_end(self, text: str, start: int) -> int | None:
         """Where the JSON value that begins here ends; None if there is none, or not yet."""
         return _json_end(text, start)
 
@@ -192,7 +179,12 @@ class MistralNamed(Marked):
     def _rest(self, function: dict[str, Any], literal: WriteLiteral) -> str:
         return f"{literal(function['name'])} {literal(self.middle)} {parameters_rule(function)}"
 
-    def _end(self, text: str, start: int) -> int | None:
+    def begins_call(self, text: str, start: int) -> bool:
+        """True if a name and the marker before its arguments follow."""
+        return _BEGINS_NAMED.match(text, start) is not None
+
+    def call_end(self, text: str, start: int) -> int | None:
+        """Where the arguments after the second marker end; None if there are none, or not yet."""
         middle = text.find(self.middle, start)
         return None if middle < 0 else _json_end(text, middle + len(self.middle))
 
@@ -209,12 +201,6 @@ class Bare(ToolFormat):
 
     name: ClassVar[FormatName] = "json"
 
-    def content_length(self, text: str) -> int:
-        rest = self._unfenced(text)
-        fenced = "```" + rest if text.removesuffix(rest).endswith("```") else rest  # may be part of "json"
-        could_begin = not rest or any(prefix.startswith(fenced) for prefix in self._prefixes)
-        return 0 if could_begin or rest.startswith(("{", "[")) else len(text)
-
     def _after(self, several: bool) -> str:
         return 'rest ("\\n" rest)*' if several else "rest"
 
@@ -224,18 +210,32 @@ class Bare(ToolFormat):
             content += f" & ~/{_escaped(marker)}(?s:.*)/"
         return f"calls | CONTENT\nCONTENT: {content}"
 
-    def _split(self, text: str, tools: Tools) -> tuple[str, list[str], int]:
-        rest, calls = self._unfenced(text), list[str]()
+    def _split(self, text: str, tools: Tools) -> SplitAnswer:
+        thought = leading_thoughts(text)
+        found = self._split_rest(text[thought:], tools)
+        certain = len(text[:thought].rstrip()) if not found.certain else thought + found.certain
+        return SplitAnswer(text[:thought] + found.content, found.calls, found.final, certain)
+
+    def _split_rest(self, text: str, tools: Tools) -> SplitAnswer:
+        """The same for what follows the thoughts."""
+        rest, calls, certain = self._unfenced(text), list[str](), self._content_length(text)
         at = len(text) - len(rest) if rest.startswith(("{", "[")) else len(text)
         while at < len(text):
             end = _json_end(text, at)
             if end is None and _name_in(text[at:]) is not None:
-                return "", [*calls, text[at:].strip()], len(calls)
+                return SplitAnswer("", [*calls, text[at:].strip()], len(calls), certain)
             if end is None or not self._calls_only(text[at:end], tools):
                 break  # JSON, but no call
             calls.append(text[at:end])
             at = len(text) - len(text[end:].lstrip(" \n;,`"))
-        return text[at:] if calls else text, calls, len(calls)
+        return SplitAnswer(text[at:] if calls else text, calls, len(calls), certain)
+
+    def _content_length(self, text: str) -> int:
+        """How much of the text's beginning cannot belong to a call."""
+        rest = self._unfenced(text)
+        fenced = "```" + rest if text.removesuffix(rest).endswith("```") else rest  # may be part of "json"
+        could_begin = not rest or any(prefix.startswith(fenced) for prefix in self._prefixes)
+        return 0 if could_begin or rest.startswith(("{", "[")) else len(text)
 
     def _calls_only(self, piece: str, tools: Tools) -> bool:
         """True for a call or a list of calls. An object with a name only is one if a tool has that name."""

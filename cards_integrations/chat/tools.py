@@ -132,3 +132,6 @@ class ParsedAnswer:
 
     final_calls: int = 0
     """How many of the first calls no later text can change."""
+
+    certain: int = field(default=0, compare=False)
+    """The length of the text's beginning that cannot turn out to belong to a call, in characters."""

@@ -1,0 +1,165 @@
+"""One conversation in several forms: people send orders of roles, and ids of calls, that chat templates refuse or omit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+
+from jinja2.exceptions import TemplateError
+
+from cards_integrations.chat.message import Message
+from cards_integrations.errors import PromptError
+
+ID_LENGTH = 9  # characters of a call's id, as Mistral's templates demand
+
+
+def first_whole(forms: Iterable[Sequence[Message]], render: Callable[[list[Message]], str]) -> str:
+    """Render the first form in which a template says all of a conversation; else the first that it accepts.
+
+    Raises:
+        TemplateError: It accepts none of them; or a `PromptError`. What is raised is what the first form gave.
+    """
+    accepted: list[str] = []
+    refused: list[TemplateError | PromptError] = []
+    for form in forms:
+        try:
+            accepted.append(render(list(form)))
+        except (TemplateError, PromptError) as error:
+            refused.append(error)
+        else:
+            if says_all(accepted[-1], form):
+                return accepted[-1]
+    if not accepted:
+        raise refused[0]
+    return accepted[0]
+
+
+def arrangements(messages: Sequence[Message]) -> Iterator[list[Message]]:
+    """The conversation as it is, and then in orders that more and more templates accept.
+
+    System messages after the first become the user's, neighbors of one role are merged, and the user begins; at last
+    there is no system message at all.
+    """
+    forms: list[list[Message]] = [list(messages)]
+    for form in (
+        system_first(messages),
+        user_first(merged(system_first(messages))),
+        user_first(merged(without_system(messages))),
+    ):
+        if form not in forms:
+            forms.append(form)
+    yield from forms
+
+
+def tool_arrangements(messages: Sequence[Message]) -> Iterator[list[Message]]:
+    """The same for a conversation with calls: as it is, then with ids of nine characters, then with one call a turn."""
+    yield from arrangements(messages)
+    if (short := with_short_ids(messages)) != list(messages):
+        yield from arrangements(short)
+    if (single := single_calls(short)) != short:
+        yield from arrangements(single)
+
+
+def says_all(rendered: str, messages: Iterable[Message]) -> bool:
+    """True if a rendered conversation holds what everybody said, and the names of the tools that were called."""
+    return all(_is_in(text, rendered) for message in messages for text in _texts(message))
+
+
+def system_first(messages: Sequence[Message]) -> list[Message]:
+    """The conversation with one system message at most, at its beginning; what systems say later, the user says."""
+    begun = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
+    return [*merged(messages[:begun]), *without_system(messages[begun:])]
+
+
+def without_system(messages: Sequence[Message]) -> list[Message]:
+    """The conversation in which the user says what the system said."""
+    return [{**message, "role": "user"} if message["role"] == "system" else message for message in messages]
+
+
+def merged(messages: Sequence[Message]) -> list[Message]:
+    """The conversation with one message in place of neighbors of one role, those of tools and with calls excepted."""
+    found: list[Message] = []
+    for message in messages:
+        if found and _can_follow(found[-1], message):
+            texts = [text for text in (found[-1]["content"], message["content"]) if text]
+            found[-1] = {**found[-1], "content": "\n\n".join(texts)}
+        else:
+            found.append(message)
+    return found
+
+
+def user_first(messages: Sequence[Message]) -> list[Message]:
+    """The conversation with an empty message of the user before one that the assistant begins."""
+    begun = 1 if messages and messages[0]["role"] == "system" else 0
+    if begun < len(messages) and messages[begun]["role"] == "user":
+        return list(messages)
+    return [*messages[:begun], {"role": "user", "content": ""}, *messages[begun:]]
+
+
+def with_short_ids(messages: Sequence[Message]) -> list[Message]:
+    """The conversation with ids of nine letters and digits for calls, whoever gave them."""
+    return [_with_short_ids(message) for message in messages]
+
+
+def single_calls(messages: Sequence[Message]) -> list[Message]:
+    """The conversation with one call a turn, and its result after each."""
+    found: list[Message] = []
+    results = {id(message) for message in messages if message["role"] == "tool"}
+    for at, message in enumerate(messages):
+        if len(message.get("tool_calls") or ()) < 2:
+            found += [message] if message["role"] != "tool" or id(message) in results else []
+            continue
+        following = _results_after(messages, at)
+        if message["content"]:  # some templates omit what is said beside a call
+            found.append({"role": message["role"], "content": message["content"]})
+        for call in message["tool_calls"]:
+            found.append({**message, "content": "", "tool_calls": [call]})
+            own = [result for result in following if result.get("tool_call_id") == call["id"]]
+            found += own
+            results -= set(map(id, own))
+    return found
+
+
+def _results_after(messages: Sequence[Message], at: int) -> list[Message]:
+    end = next((i for i in range(at + 1, len(messages)) if messages[i]["role"] != "tool"), len(messages))
+    return list(messages[at + 1 : end])
+
+
+def _with_short_ids(message: Message) -> Message:
+    found = dict(message)
+    if message["role"] == "tool":
+        found["tool_call_id"] = short_id(message.get("tool_call_id"))
+    if message.get("tool_calls"):
+        found["tool_calls"] = [{**call, "id": short_id(call.get("id"))} for call in message["tool_calls"]]
+    return found
+
+
+def short_id(call_id: str | None) -> str:
+    """The id itself if it has nine letters and digits, else such a one that stands for it."""
+    known = call_id or ""
+    if len(known) == ID_LENGTH and known.isascii() and known.isalnum():
+        return known
+    return hashlib.sha256(known.encode(errors="replace")).hexdigest()[:ID_LENGTH]
+
+
+def _can_follow(message: Message, other: Message) -> bool:
+    plain = message["role"] != "tool" and not (message.get("tool_calls") or other.get("tool_calls"))
+    return plain and message["role"] == other["role"]
+
+
+def _texts(message: Message) -> list[str]:
+    """What must not be lost of a message; a template may leave out thoughts, and what is said beside a call."""
+    if calls := message.get("tool_calls"):
+        return [call["function"]["name"] for call in calls]
+    content: str = message["content"]
+    return [content.rpartition("</think>")[2].strip() if message["role"] == "assistant" else content.strip()]
+
+
+def _is_in(text: str, rendered: str) -> bool:
+    if text in rendered:
+        return True
+    with suppress(UnicodeEncodeError):
+        return any(json.dumps(text, ensure_ascii=ascii_)[1:-1] in rendered for ascii_ in (False, True))
+    return False
