@@ -11,14 +11,18 @@ import scripted
 from langchain.agents import create_agent
 from langchain.agents.structured_output import ProviderStrategy, ToolStrategy
 from langchain_core.tools import tool
+from langchain_core.utils.function_calling import convert_to_openai_tool
 from llama_index.core.llms import ChatMessage
 from llama_index.core.prompts import PromptTemplate
-from pydantic import BaseModel, Field
+from llama_index.core.tools import FunctionTool
+from pydantic import BaseModel, Field, HttpUrl, NaiveDatetime
 from told import THEN, as_told, call, dumps
 
 from cards_integrations import CardsLLM, ChatCards
 from cards_integrations.decoding import Cards, FixedLength
 from cards_integrations.errors import SettingsError
+from cards_integrations.langchain.convert import tool_schemas as langchain_tools
+from cards_integrations.llama_index.convert import tool_schemas as llama_index_tools
 from cards_integrations.rewards import LengthReward
 
 TEXT = PromptTemplate("{text}")
@@ -240,3 +244,33 @@ async def test_streamed_objects_never_go_back(llm: CardsLLM, length: int) -> Non
         each async for each in await llm.astream_structured_predict(Machine, TEXT, llm_kwargs=own, text=dumps(MACHINE))
     ]
     assert [each.model_dump() for each in again] == dumped
+
+
+# --- tools of classes ---
+
+
+def test_tools_say_what_their_classes_take(chat: ChatCards) -> None:
+    class Visit(BaseModel):
+        """Visit a page."""
+
+        url: HttpUrl
+        when: NaiveDatetime
+
+    @tool
+    def visit(url: HttpUrl, when: NaiveDatetime) -> str:
+        """Visit a page."""
+        return str(url)
+
+    def visit_page(url: HttpUrl, when: NaiveDatetime) -> str:
+        """Visit a page."""
+        return str(url)
+
+    described = [
+        *langchain_tools([Visit, visit]),
+        *llama_index_tools([FunctionTool.from_defaults(visit_page, fn_schema=Visit)]),
+    ]
+    for each in described:
+        fields = each["function"]["parameters"]["properties"]
+        assert fields["url"]["pattern"] == "^(?:http|https):"
+        assert fields["when"]["pattern"] == "(?:^|[Tt])[0-9:.]+$"
+    assert langchain_tools([Note, add]) == [convert_to_openai_tool(Note), convert_to_openai_tool(add)]

@@ -21,7 +21,7 @@ from langchain_core.messages.ai import InputTokenDetails, OutputTokenDetails, Us
 from langchain_core.messages.tool import ToolCallChunk, invalid_tool_call, tool_call_chunk
 from langchain_core.messages.tool import tool_call as langchain_tool_call
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
-from langchain_core.tools import StructuredTool
+from langchain_core.tools import BaseTool, StructuredTool
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 from langchain_core.utils.json import parse_partial_json
 from pydantic import BaseModel
@@ -38,7 +38,7 @@ from cards_integrations.chat.message import (
     thoughts_of,
     tool_call,
 )
-from cards_integrations.chat.pydantic_schema import pydantic_schema
+from cards_integrations.chat.pydantic_schema import is_more_precise, pydantic_schema
 from cards_integrations.engine.request import Chunk
 from cards_integrations.errors import SettingsError, short_repr
 from cards_integrations.trace import Alignment, InvalidToolCall, TokenLogprob, ToolCall
@@ -88,7 +88,7 @@ def tool_schemas(tools: Sequence[Any] | None, strict: bool | None = None) -> lis
 
 def _tool_schema(tool: Any, strict: bool | None) -> dict[str, Any]:
     try:
-        found = convert_to_openai_tool(tool, strict=strict)
+        found = convert_to_openai_tool(_precise(tool), strict=strict)
         if strict is not None:  # a tool that is in OpenAI's form already comes back unchanged
             found = {**found, "function": {**found["function"], "strict": strict}}
         return found
@@ -96,6 +96,17 @@ def _tool_schema(tool: Any, strict: bool | None) -> dict[str, Any]:
         raise SettingsError(
             f"tools: {short_repr(tool)} cannot be described as a function: {str(error)[:500]}"
         ) from error
+
+
+def _precise(tool: Any) -> Any:
+    """The same tool, with the schema of its class that says all that the class takes."""
+    cls = tool.tool_call_schema if isinstance(tool, BaseTool) else tool
+    if not (isinstance(cls, type) and issubclass(cls, BaseModel) and is_more_precise(cls)):
+        return tool
+    known = convert_to_openai_tool(tool)["function"]
+    return StructuredTool(
+        name=known["name"], description=known.get("description", ""), args_schema=pydantic_schema(cls)
+    )
 
 
 def is_form(tool: Any) -> bool:
