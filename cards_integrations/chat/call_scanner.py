@@ -1,4 +1,4 @@
-"""Reading an answer with marked calls from left to right: what it says, what it calls, and where it only names a marker."""
+"""Reading an answer with marked calls from left to right: what it says and calls, and where it only names a marker."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class CallScanner:
         self._at = end
 
     def _passed_thought(self, start: int) -> bool:
-        """True if a thought begins before this opening and has been read; one that stays open is none, but the first."""
+        """True if a thought begins before this opening and has been read; if it stays open, only at the beginning."""
         thought = next_thought(self.text, self._at)
         if thought is None or thought.begin > start:
             return False

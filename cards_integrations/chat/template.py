@@ -59,6 +59,18 @@ class ChatTokenizer:
         self.check_ids(ids)
         return ids
 
+    def encode_beginning(self, text: str) -> list[int]:
+        """The token ids of a text that goes on: with what the tokenizer puts before a text, not what it appends."""
+        ids, appended = self.encode(text, special=True), self.appended
+        return ids[: len(ids) - len(appended)] if appended and ids[-len(appended) :] == appended else ids
+
+    @cached_property
+    def appended(self) -> list[int]:
+        """What the tokenizer appends to a plain text, such as an end of sequence."""
+        plain, whole = self.encode("a"), self.encode("a", special=True)
+        starts = [i for i in range(len(whole)) if plain and whole[i : i + len(plain)] == plain]
+        return whole[starts[0] + len(plain) :] if starts else []
+
     def check_ids(self, ids: Sequence[int]) -> None:
         """Raise a `PromptError` if the model has no row for one of these token ids."""
         token = max(ids, default=0)
@@ -165,7 +177,8 @@ class ChatTokenizer:
 
     def _plain(self, text: str) -> tuple[str, list[int]]:
         bos = self.tokenizer.bos_token
-        return text, self._nonempty(self.encode(text, special=not (bos and text.startswith(bos))))
+        with_bos = bos and text.startswith(bos)
+        return text, self._nonempty(self.encode(text) if with_bos else self.encode_beginning(text))
 
     def without_tools(self, prompt: str | list[Message]) -> str | list[Message]:
         """The conversation for a model that knows no tools, such as a reward model."""

@@ -12,7 +12,6 @@ from langchain_core.messages import (
     BaseMessage,
     BaseMessageChunk,
     ChatMessage,
-    FunctionMessage,
     ToolMessage,
     message_chunk_to_message,
 )
@@ -56,7 +55,7 @@ def _from_langchain(item: BaseMessage) -> Message:
         found["tool_calls"] = [tool_call(call["id"], call["name"] or "tool", call["args"]) for call in calls]
     if isinstance(item, ToolMessage):
         found |= {"tool_call_id": item.tool_call_id, "name": item.name}
-    if isinstance(item, FunctionMessage):
+    elif item.name is not None:
         found["name"] = item.name
     return found
 

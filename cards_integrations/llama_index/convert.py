@@ -17,6 +17,7 @@ from llama_index.core.base.llms.types import (
     ThinkingBlock,
     ToolCallBlock,
 )
+from llama_index.core.llms.llm import ToolSelection
 from llama_index.core.tools.types import BaseTool
 from pydantic import BaseModel, ValidationError
 
@@ -118,6 +119,22 @@ def chat_response(
         if isinstance(call, ToolCall)
     ]
     return ChatResponse(message=ChatMessage(role=MessageRole.ASSISTANT, blocks=blocks), delta=delta, raw=_raw(item))
+
+
+def invalid_selections(response: ChatResponse) -> list[ToolSelection]:
+    """Selections of tools that nobody has, in place of calls that cannot be read.
+
+    An agent answers each that there is no tool of its name, which says what is wrong.
+    """
+    calls = (response.raw or {}).get("invalid_tool_calls", ())
+    return [
+        ToolSelection(
+            tool_id=call["id"],
+            tool_name=f"{call['name'] or ''!r} (of a call that cannot be read: {call['error']})",
+            tool_kwargs={},
+        )
+        for call in calls
+    ]
 
 
 def parse_response(output_cls: type[Model], response: ChatResponse) -> Model:

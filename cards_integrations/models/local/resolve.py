@@ -74,6 +74,19 @@ def load_config(spec: LocalModel) -> Any:
         return AutoConfig.from_pretrained(found, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
 
 
+def with_config_here(spec: LocalModel) -> LocalModel | None:
+    """The same model in the directory of its config, if that needs no network, no conversion and no code of its own."""
+    if spec.trust_remote_code or gguf_file(spec.model) is not None:
+        return None
+    found = resolve_model(spec.model)
+    if not is_directory(found):
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(found, "config.json", revision=spec.revision)
+        found = str(Path(cached).parent) if isinstance(cached, str) else ""
+    return LocalModel(model=found) if found else None
+
+
 read_config = lru_cache(load_config)
 
 
