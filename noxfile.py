@@ -20,6 +20,7 @@ TELLING = [
     *("tests/test_reference.py", "tests/test_counts.py", "tests/test_settings.py"),
     *("tests/test_langchain.py", "tests/test_llama_index.py", "tests/unit_tests"),
 ]
+LANGCHAIN = ["tests/unit_tests", "tests/integration_tests", "tests/test_langchain.py", "tests/test_langchain_tools.py"]
 PROJECT = tomllib.loads((Path(__file__).parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 nox.options.error_on_missing_interpreters = False
@@ -54,6 +55,14 @@ def tests(session: nox.Session) -> None:
 def lowest(session: nox.Session) -> None:
     """The lowest frameworks, with whatever else is newest."""
     run(session, *lowest_of(FRAMEWORKS))
+
+
+@nox.session(python="3.11")
+@nox.parametrize("core", ["1.4.0", "1.7.2", "1.8.4"])
+def langchain(session: nox.Session, core: str) -> None:
+    """LangChain's own suites and ours, with several versions of langchain-core."""
+    session.posargs = session.posargs or LANGCHAIN
+    run(session, f"langchain-core=={core}")
 
 
 @nox.session(python="3.11")
