@@ -50,7 +50,8 @@ def test_stop_strings_in_candidates_that_were_drafted_ahead(models: Callable[...
     prompt = tokenizer(PROMPT)["input_ids"]
 
     def after(ids: list[int]) -> str:
-        return str(tokenizer.decode([*prompt, *ids], skip_special_tokens=True)).removeprefix(PROMPT)
+        whole = tokenizer.decode([*prompt, *ids], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(whole).removeprefix(PROMPT)
 
     requests, expected = [], []
     for seed in range(16):

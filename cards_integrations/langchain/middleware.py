@@ -8,7 +8,7 @@ from langchain.agents.middleware import AgentMiddleware, AgentState, hook_config
 from langchain_core.messages import AIMessage, ToolMessage
 
 
-class InvalidCallsAnswered(AgentMiddleware):  # type: ignore[type-arg]
+class InvalidCallsAnswered(AgentMiddleware):
     """Tells the model what is wrong with calls that cannot be read, where an agent would pass over them.
 
     An agent whose model writes nothing but invalid calls ends without a word: it looks at `tool_calls` only. With
