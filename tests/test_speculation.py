@@ -50,8 +50,11 @@ def test_stop_strings_in_candidates_that_were_drafted_ahead(models: Callable[...
     prompt = tokenizer(PROMPT)["input_ids"]
 
     def after(ids: list[int]) -> str:
-        whole = tokenizer.decode([*prompt, *ids], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return str(whole).removeprefix(PROMPT)
+        whole, asked = (
+            tokenizer.decode(each, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            for each in ([*prompt, *ids], prompt)
+        )
+        return str(whole).removeprefix(asked)
 
     requests, expected = [], []
     for seed in range(16):

@@ -189,9 +189,9 @@ def test_counting_never_raises(folder: str) -> None:
         [image], [HumanMessage("\ud800")], [AIMessage("", tool_calls=[{"name": "f", "args": {}, "id": "x"}])],
     ):  # fmt: skip
         assert chat.get_num_tokens_from_messages(messages) >= 0  # type: ignore[arg-type]
-    messages = [SystemMessage("Be kind."), HumanMessage("Hi.")]
-    prompt_ids = CardsLLM(model=folder, **PLAIN).align(messages, max_tokens=1).prompt_ids
-    assert chat.get_num_tokens_from_messages(messages) == len(prompt_ids)  # type: ignore[arg-type]
+    asked = [SystemMessage("Be kind."), HumanMessage("Hi.")]
+    prompt_ids = CardsLLM(model=folder, **PLAIN).align(asked, max_tokens=1).prompt_ids
+    assert chat.get_num_tokens_from_messages(asked) == len(prompt_ids)
     chat.close()
 
 

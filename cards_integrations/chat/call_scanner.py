@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from cards_integrations.chat.stop_strings import StopStrings
 from cards_integrations.chat.thoughts import next_thought
@@ -30,8 +30,8 @@ class SplitAnswer:
 class Markers(Protocol):
     """How a format marks its calls."""
 
-    opening: str
-    closing: str
+    opening: ClassVar[str]
+    closing: ClassVar[str]
 
     def begins_call(self, text: str, start: int) -> bool:
         """True if what follows an opening can be nothing but a call."""

@@ -64,6 +64,15 @@ class ChatTokenizer:
         ids, appended = self.encode(text, special=True), self.appended
         return ids[: len(ids) - len(appended)] if appended and ids[-len(appended) :] == appended else ids
 
+    def encode_answer(self, text: str) -> list[int]:
+        """The token ids of a text that follows a prompt, the space included that it may begin with."""
+        return self.encode(text[1:] if self._puts_space_before and text.startswith(" ") else text)
+
+    @cached_property
+    def _puts_space_before(self) -> bool:
+        """True if the first word of a text has the token of one that follows a space."""
+        return self._decode(self.encode("a") * 2) == self._decode(self.encode("a a"))
+
     @cached_property
     def appended(self) -> list[int]:
         """What the tokenizer appends to a plain text, such as an end of sequence."""

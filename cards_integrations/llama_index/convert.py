@@ -10,6 +10,8 @@ from llama_index.core.base.llms.types import (
     CachePoint,
     ChatMessage,
     ChatResponse,
+    CitableBlock,
+    CitationBlock,
     CompletionResponse,
     ContentBlock,
     MessageRole,
@@ -66,6 +68,10 @@ def _from_llama_index(item: ChatMessage) -> Message:
 def _block_text(block: ContentBlock) -> str:
     if isinstance(block, TextBlock):
         return block.text
+    if isinstance(block, CitableBlock):
+        return "".join(map(_block_text, block.content))
+    if isinstance(block, CitationBlock):
+        return _block_text(block.cited_content)
     if isinstance(block, (ThinkingBlock, ToolCallBlock, CachePoint)):
         return ""
     raise text_only(repr(block.block_type))
