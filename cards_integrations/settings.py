@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import pydantic_settings
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import ErrorDetails, PydanticSerializationError
 from pydantic_settings import (
     BaseSettings,
@@ -21,12 +31,14 @@ from pydantic_settings import (
 from cards_integrations.chat.grammar import Grammar, as_grammar
 from cards_integrations.chat.message import Message
 from cards_integrations.chat.response_format import as_response_format
+from cards_integrations.chat.thinking import ThinkingMode
 from cards_integrations.chat.tools import Tools, as_tools
 from cards_integrations.decoding import AnyDecoding, Cards, Decoding
 from cards_integrations.engine.request import EngineSettings, Request
 from cards_integrations.errors import SettingsError, short_repr, unknown_name
 from cards_integrations.models.local.settings import LocalModel
-from cards_integrations.models.sampling import Sampler
+from cards_integrations.models.randomness import answer_seeds
+from cards_integrations.models.sampling import LogitBias, Sampler, TokenIds
 from cards_integrations.models.sources import AnyModel
 from cards_integrations.rewards import NAMED, AnyReward
 from cards_integrations.rewards.function import imports_allowed
@@ -37,10 +49,22 @@ if TYPE_CHECKING:
 
 CALL_ARGUMENTS = {"context", "grammar", "response_format", "tools", "tool_choice", "parallel_tool_calls"}
 """What a single call takes beside the options."""
+SET_HERE = {
+    *("conversation", "messages", "tools", "add_generation_prompt", "continue_final_message", "tokenize"),
+    *("return_tensors", "return_dict", "padding", "truncation", "max_length", "tokenizer_kwargs"),
+}
+"""Arguments of `apply_chat_template` that users cannot give."""
 
 
 def _as_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value or ()
+
+
+def _template_arguments(value: dict[str, Any]) -> dict[str, Any]:
+    for name in value:
+        if name in SET_HERE:
+            raise SettingsError(f"chat_template_kwargs: {name!r} is set by this package.")
+    return value
 
 
 def as_context(context: Any) -> tuple[str, ...]:
@@ -102,11 +126,67 @@ class Options(BaseModel):
     top_k: Annotated[int, Field(ge=0)] = 40
     """Sample among this many most likely tokens; 0 samples among all."""
 
+    top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Sample among the most likely tokens that together have this probability, after temperature and `top_k`; 1 is
+    off."""
+
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Sample among the tokens that have at least this share of the largest probability; 0 is off."""
+
+    repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """Divides the logits above 0 of all tokens that the prompt or the answer has, and multiplies those below; 1 is
+    off."""
+
+    presence_penalty: FiniteFloat = 0.0
+    """Is subtracted from the logits of tokens that the answer has."""
+
+    frequency_penalty: FiniteFloat = 0.0
+    """Is subtracted from the logit of a token once for each time that the answer has it."""
+
+    logit_bias: LogitBias = ()
+    """A mapping of token ids to numbers that are added to their logits; -100 all but forbids a token."""
+
+    min_tokens: Annotated[int, Field(ge=0)] = 0
+    """Tokens before which neither end-of-sequence nor `stop_token_ids` can end an answer, unless a grammar allows
+    nothing else. Stop strings still do."""
+
     seed: int | None = None
     """Seed of the random numbers: one seed gives one answer. None draws a new seed for each answer and reports it."""
 
     stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_tuple)] = ()
-    """Strings that end an answer and are not part of it; a single string or several."""
+    """Strings that end an answer and are not part of it; a single string or several. Within a grammar, the JSON of a
+    schema or a tool call they end nothing."""
+
+    thinking: ThinkingMode | None = None
+    """Whether the model thinks before it answers. "off" turns that off by the switch of its chat template, or closes
+    the thoughts before they begin. "free" turns it on: thoughts are sampled plainly, and rewards see and guide the
+    answer only. "aligned" guides the thoughts, too, by the same reward, which reads them as an answer. None leaves it
+    to the template; thoughts are "free" then. Raw text is continued as it is, thoughts or not."""
+
+    max_thinking_tokens: Annotated[int, Field(ge=1)] = 1024
+    """Most tokens of the thoughts, beside `max_tokens` for the answer: at this many they are closed as the template
+    closes them. Fewer where the model's context has no room for as many."""
+
+    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_template_arguments)] = {}
+    """Further arguments of the model's chat template, such as `{"enable_thinking": False}` or
+    `{"reasoning_effort": "low"}`; they win over `thinking`."""
+
+    stop_token_ids: TokenIds = ()
+    """Tokens that end an answer as end-of-sequence does, and are not part of it; within a grammar they end nothing."""
+
+    finish_at: Literal["token", "sentence"] = "token"
+    """Where an answer ends that reaches `max_tokens`: "sentence" leaves out what follows its last whole sentence, and
+    its reward is that of the rest. Answers with a grammar or with tools are never cut so."""
+
+    n: Annotated[int, Field(ge=1)] = 1
+    """Answers to one prompt: LangChain's `generate` returns them all, `invoke` the first. `align_batch([prompt] * n)`
+    writes several otherwise."""
+
+    logprobs: bool = False
+    """Report log p of each token of an answer, under the language model itself: full vocabulary, temperature 1."""
+
+    top_logprobs: Annotated[int, Field(ge=0)] = 0
+    """How many of the most likely tokens are reported for each token of an answer, which asks for `logprobs`, too."""
 
     timeout: Annotated[float, Field(gt=0)] | None = None
     """Time limit of an answer in seconds; a `CardsTimeout` is raised after it. None sets no limit."""
@@ -128,6 +208,19 @@ class Options(BaseModel):
         Raises:
             SettingsError: An argument is unknown or cannot be used as given.
         """
+        found = self.requests(prompt, overrides)
+        if len(found) > 1:
+            raise SettingsError(
+                f"n={len(found)}: this call has one answer. Use LangChain's generate(), or align_batch([prompt] * n)."
+            )
+        return found[0]
+
+    def requests(self, prompt: str | list[Message], overrides: dict[str, Any]) -> list[Request]:
+        """Make the engine's requests for the `n` answers to one prompt, each with a seed of its own.
+
+        Raises:
+            SettingsError: As `request` does.
+        """
         allowed = Options.model_fields.keys() - {"engine"} | CALL_ARGUMENTS
         for name in overrides:
             if name not in allowed:
@@ -139,19 +232,29 @@ class Options(BaseModel):
         decoding: Decoding = options.decoding
         if decoding.needs_reward and options.reward is None:
             raise SettingsError(f"decoding={decoding.method!r} needs a reward: pass reward=.")
-        return Request(
+        if options.thinking == "aligned" and not decoding.needs_reward:
+            raise SettingsError(f"thinking='aligned': decoding={decoding.method!r} is not guided by a reward.")
+        request = Request(
             prompt=prompt,
             decoding=decoding,
             reward=options.reward,
-            sampler=Sampler(temperature=options.temperature, top_k=options.top_k),
+            sampler=Sampler(**{name: getattr(options, name) for name in Sampler.model_fields}),
             max_tokens=options.max_tokens,
             stop=options.stop,
             seed=options.seed,
             timeout=options.timeout,
+            thinking=options.thinking,
+            max_thinking_tokens=options.max_thinking_tokens,
+            chat_template_kwargs=options.chat_template_kwargs,
             context=as_context(call["context"]),
             grammar=grammar,
             tools=tools,
+            finish_at=options.finish_at,
+            logprobs=options.top_logprobs if options.logprobs or options.top_logprobs else None,
         )
+        if options.seed is None:
+            return [request] * options.n  # each draws its own
+        return [replace(request, seed=seed) for seed in answer_seeds(options.seed, options.n)]
 
     def engine_for(self, overrides: dict[str, Any], owner: Any) -> Engine:
         """Return the process's engine for the model, which all objects with equal settings share."""
@@ -166,6 +269,12 @@ class Options(BaseModel):
             return Options.model_validate({**self.options(), **overrides})
         except ValidationError as error:
             raise SettingsError(validation_message(error)) from error
+
+    @model_validator(mode="after")
+    def _refuse_impossible(self) -> Self:
+        if self.min_tokens > self.max_tokens:
+            raise SettingsError(f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}.")
+        return self
 
     @model_validator(mode="before")
     @classmethod

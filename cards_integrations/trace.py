@@ -27,6 +27,8 @@ class Usage:
     """Those tokens of the prompt that an earlier request had read."""
     completion_tokens: int = 0
     """Tokens of the answer."""
+    reasoning_tokens: int = 0
+    """Tokens of the thoughts before it."""
     drafted_tokens: int = 0
     """Tokens that were sampled for candidates, finished or not."""
     drafts: int = 0
@@ -44,8 +46,13 @@ class Usage:
 
     @property
     def total_tokens(self) -> int:
-        """Tokens of the prompt and of the answer."""
-        return self.prompt_tokens + self.completion_tokens
+        """Tokens of the prompt, of the thoughts and of the answer."""
+        return self.prompt_tokens + self.output_tokens
+
+    @property
+    def output_tokens(self) -> int:
+        """Tokens of the thoughts and of the answer."""
+        return self.reasoning_tokens + self.completion_tokens
 
 
 @dataclass(frozen=True)
@@ -117,6 +124,20 @@ class InvalidToolCall:
 
 
 @dataclass(frozen=True)
+class Thinking:
+    """What the model thought before it answered."""
+
+    text: str
+    """The thoughts, without the marks around them."""
+    token_ids: tuple[int, ...]
+    """Their tokens, which are part of the answer's `prompt_ids`."""
+    segments: tuple[Segment, ...]
+    """Their segments, in order."""
+    finish_reason: FinishReason
+    """"stop" if the model ended them, "length" if `max_thinking_tokens` did."""
+
+
+@dataclass(frozen=True)
 class Guidance:
     """What the rewards of an answer were compared with."""
 
@@ -132,6 +153,19 @@ class Guidance:
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """A token, and log p of it under the language model itself: full vocabulary, temperature 1."""
+
+    token: str
+    """Its text; U+FFFD for bytes that are no whole character."""
+    token_id: int
+    logprob: float
+    """In nats."""
+    top: tuple[TokenLogprob, ...] = ()
+    """The most probable tokens in its place, most probable first."""
+
+
+@dataclass(frozen=True)
 class Alignment:
     """A finished answer."""
 
@@ -139,6 +173,7 @@ class Alignment:
     """All of the answer."""
     token_ids: tuple[int, ...]
     prompt_ids: tuple[int, ...]
+    """All that was before the answer: the prompt, and the thoughts."""
     reward: float | None
     """The reward of the whole answer; None if nothing was scored."""
     segments: tuple[Segment, ...]
@@ -162,9 +197,18 @@ class Alignment:
     """The name of the request in the log."""
     guidance: Guidance | None = None
     """The target and the beta that the method went by, and where they came from; None for a method without them."""
+    thinking: Thinking | None = None
+    """The thoughts before the answer; None if there were none."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """The answer's tokens with their log p; empty unless asked for."""
 
     def __str__(self) -> str:
         return self.text
+
+    @property
+    def thoughts(self) -> str:
+        """What the model thought before it answered; empty if it did not."""
+        return self.thinking.text if self.thinking else ""
 
     @property
     def rewards(self) -> dict[str, float]:

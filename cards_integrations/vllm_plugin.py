@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 class StopRule(NamedTuple):
     """When to end the segment of one request.
 
-    `output` are the tokens of its output so far, a list to which vLLM appends (model runner V1).
+    `output` are the tokens of its output so far, a list to which vLLM appends (model runner V1). `ends` may not end the
+    answer before `min_tokens` of output. `bias` is what vLLM has added to logits.
     """
 
     threshold: float
@@ -37,6 +38,9 @@ class StopRule(NamedTuple):
     min_length: int
     sentinel: int
     output: list[int] = []  # noqa: RUF012
+    min_tokens: int = 0
+    ends: tuple[int, ...] = ()
+    bias: tuple[tuple[int, float], ...] = ()
 
 
 class EntropyStop(LogitsProcessor, LogitsProcessorV2):
@@ -44,7 +48,9 @@ class EntropyStop(LogitsProcessor, LogitsProcessorV2):
 
     It is never forced before `cards_min_length` tokens of output, and never where it is masked already: vLLM masks
     what a grammar (or `min_tokens`, or `allowed_token_ids`) forbids before processors run, and a grammar fails on any
-    such token. Where a grammar allows the sentinel alone, it is not forbidden.
+    such token. Where a grammar allows the sentinel alone, it is not forbidden. `cards_min_tokens` does what vLLM's
+    `min_tokens` would do, which forbids the sentinel with all other stop tokens. A `logit_bias`, which vLLM has added,
+    is taken off where uncertainty is measured.
 
     One class serves both of vLLM's model runners: V1 maps rows of the batch to requests in `update_state`, V2 in the
     context that it passes to `apply`.
@@ -72,6 +78,8 @@ class EntropyStop(LogitsProcessor, LogitsProcessorV2):
             raise ValueError(f"cards_measure={asked['cards_measure']!r} must be one of {get_args(Measure)}")
         if not isinstance(asked.get("cards_min_length", 1), int):
             raise ValueError(f"cards_min_length={asked['cards_min_length']!r} must be an integer")
+        if not isinstance(asked.get("cards_min_tokens", 0), int):
+            raise ValueError(f"cards_min_tokens={asked['cards_min_tokens']!r} must be an integer")
         if not isinstance(sentinel, int) or sentinel < 0:
             raise ValueError(f"cards_sentinel={sentinel!r} must be the id of a token")
 
@@ -107,6 +115,9 @@ class EntropyStop(LogitsProcessor, LogitsProcessorV2):
             asked.get("cards_min_length", 1),
             asked["cards_sentinel"],
             output,
+            least := asked.get("cards_min_tokens", 0),
+            tuple(params.all_stop_token_ids - {asked["cards_sentinel"]}) if least else (),
+            tuple((params.logit_bias or {}).items()),
         )
 
     def _rows(self) -> list[tuple[int, StopRule, int]]:
@@ -133,10 +144,17 @@ class EntropyStop(LogitsProcessor, LogitsProcessorV2):
         limit = torch.tensor(thresholds, device=logits.device)
         sentinels = torch.tensor([[rule.sentinel] for _, rule, _ in rows], device=logits.device)
         own = logits[at]
-        log_p = own.log_softmax(-1).clamp_min(torch.finfo(own.dtype).min)  # p log p of a masked token is 0, and not NaN
+        raw = own.clone()
+        for row, (_, rule, _) in enumerate(rows):
+            for token, bias in rule.bias:
+                raw[row, token] -= bias
+        log_p = raw.log_softmax(-1).clamp_min(torch.finfo(own.dtype).min)  # p log p of a masked token is 0, and not NaN
         masked = own.gather(1, sentinels) == -math.inf
-        risen = (uncertainty(measure, own, log_p) >= limit).unsqueeze(1) & ~masked
+        risen = (uncertainty(measure, raw, log_p) >= limit).unsqueeze(1) & ~masked
         forbidden = own.scatter(1, sentinels, -math.inf)
+        for row, (_, rule, length) in enumerate(rows):
+            if length < rule.min_tokens:
+                forbidden[row, list(rule.ends)] = -math.inf
         left = forbidden.amax(1, keepdim=True) > -math.inf  # it may be all that a grammar allows
         forced = torch.full_like(own, -math.inf).scatter_(1, sentinels, 0.0)
         logits[at] = torch.where(risen, forced, torch.where(left, forbidden, own))

@@ -31,8 +31,10 @@ MARGIN = 1e4
 class ScriptedDrawer(TokenDrawer):
     """Prefers the tokens of a script."""
 
-    def __init__(self, grammars: Callable[[], GrammarTokenizer], script: Callable[[Candidate], int]) -> None:
-        super().__init__(grammars)
+    def __init__(
+        self, grammars: Callable[[], GrammarTokenizer], eos: Collection[int], script: Callable[[Candidate], int]
+    ) -> None:
+        super().__init__(grammars, eos)
         self.script = script
 
     def tokens(
@@ -54,7 +56,7 @@ class ScriptedLanguageModel(LocalLanguageModel):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.drawer = ScriptedDrawer(lambda: self.grammars, self._next)
+        self.drawer = ScriptedDrawer(lambda: self.grammars, self.eos, self._next)
 
     def _next(self, candidate: Candidate) -> int:
         ids, begun = [*candidate.before, *candidate.ids], 0  # bytes of a character that has begun

@@ -331,8 +331,20 @@ OTHER: dict[str, Any] = {
     "max_tokens": 21,
     "temperature": 0.71,
     "top_k": 41,
+    "top_p": 0.9,
+    "min_p": 0.1,
+    "repetition_penalty": 1.1,
+    "presence_penalty": 0.1,
+    "frequency_penalty": 0.1,
+    "logit_bias": {5: 1.0},
+    "min_tokens": 2,
     "seed": 8,
     "stop": ["@"],
+    "stop_token_ids": [5],
+    "finish_at": "sentence",
+    "n": 2,
+    "logprobs": True,
+    "top_logprobs": 1,
 }
 
 

@@ -83,7 +83,7 @@ BLOCK = ToolCallBlock(tool_call_id="id1", tool_name="get_weather", tool_kwargs=A
         LlamaIndexMessage(role=MessageRole.ASSISTANT, blocks=[TextBlock(text="One moment."), BLOCK]),
         LlamaIndexMessage(
             role=MessageRole.ASSISTANT,
-            blocks=[ThinkingBlock(content="Hm."), TextBlock(text="One "), TextBlock(text="moment."), BLOCK],
+            blocks=[ThinkingBlock(content=""), TextBlock(text="One "), TextBlock(text="moment."), BLOCK],
         ),
         LlamaIndexMessage(
             role=MessageRole.ASSISTANT,

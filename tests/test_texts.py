@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -219,7 +220,13 @@ def test_the_profile_says_what_is_known_without_loading(folder: str) -> None:
     assert profile["tool_calling"]
     assert profile["structured_output"]
     assert not profile["image_inputs"]
+    assert not profile["reasoning_output"]
     assert "max_input_tokens" not in (ChatCards(model="nobody/knows", **PLAIN).profile or {})
+    thinker = Path(shutil.copytree(folder, Path(folder).parent / "thinker"))
+    (thinker / "chat_template.jinja").write_text("{{ messages[0].content }}<think>\n")
+    for mode, thinks in ((None, True), ("free", True), ("off", False)):
+        shown = ChatCards(model=str(thinker), thinking=mode, **PLAIN).profile or {}
+        assert shown["reasoning_output"] == thinks
     assert ChatCards(model=folder, profile={"max_input_tokens": 7}, **PLAIN).profile == {"max_input_tokens": 7}
 
 

@@ -415,6 +415,66 @@ def test_what_an_earlier_request_has_read(remote: Make) -> None:
     assert [llm.align(prompt, seed=seed).usage.cached_tokens for seed in (1, 2)] == [0, 8]
 
 
+def test_samplers_reach_the_server(remote: Make, local: Make, server: VllmServer) -> None:
+    """Greedy, they lead to the answer of the model here, segment by segment; ends come no sooner than they may."""
+    kinds: list[dict[str, Any]] = [
+        {"repetition_penalty": 1.4},
+        {"logit_bias": {"9": 4.0, "20": -100}},
+        {"logit_bias": {tiny.EOS: 30.0}, "min_tokens": 7},
+        {"logit_bias": {20: 30.0}, "stop_token_ids": [20], "min_tokens": 4},
+    ]
+    for more in kinds:
+        for decoding in (Sampling(chunk=3), options()["decoding"]):
+            own: dict[str, Any] = {"decoding": decoding, "temperature": 0, **more}
+            found, expected = remote(**own).align(PROMPT), local(**own).align(PROMPT)
+            assert (found.token_ids, found.finish_reason) == (expected.token_ids, expected.finish_reason)
+            assert [each.text for each in found.segments] == [each.text for each in expected.segments]
+    remote(top_p=0.5, min_p=0.1).align(PROMPT)
+    assert {(asked.body["top_p"], asked.body["min_p"]) for asked in server.drafted[-1:]} == {(0.5, 0.1)}
+
+
+def test_log_probabilities_of_the_server(remote: Make, local: Make) -> None:
+    own: dict[str, Any] = {"decoding": Sampling(chunk=3), "temperature": 0, "top_logprobs": 3}
+    found, expected = remote(**own).align(PROMPT).logprobs, local(**own).align(PROMPT).logprobs
+    assert [each.token_id for each in found] == [each.token_id for each in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert one.logprob == pytest.approx(other.logprob, abs=1e-3)
+        assert [each.token_id for each in one.top] == [each.token_id for each in other.top]
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        ({"presence_penalty": 0.5}, "presence_penalty needs a local model"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty needs a local model"),
+        ({"logit_bias": {9: 101.0}}, "logit_bias: a vLLM server takes"),
+        ({"stop_token_ids": [SEGMENT]}, "set model.sentinel"),
+    ],
+)
+def test_samplers_that_a_server_does_not_have(remote: Make, more: dict[str, Any], named: str) -> None:
+    with pytest.raises(SettingsError, match=named):
+        remote(**more).align(PROMPT)
+
+
+def test_a_server_that_ends_too_soon_or_names_no_tokens(remote: Make, server: VllmServer) -> None:
+    def spoil(reply: dict[str, Any]) -> None:
+        [choice] = reply["choices"]
+        choice["logprobs"]["top_logprobs"] = None
+
+    server.spoil = spoil
+    with pytest.raises(ModelError, match="0 top_logprobs"):
+        remote(top_logprobs=2).align(PROMPT)
+
+    def ends(reply: dict[str, Any]) -> None:
+        [choice] = reply["choices"]
+        choice.update(token_ids=[9, tiny.EOS], finish_reason="stop", stop_reason=None)
+        choice["logprobs"]["token_logprobs"] = [-1.0, -1.0]
+
+    server.spoil = ends
+    with pytest.raises(ModelError, match="at least min_tokens=5 tokens after 1"):
+        remote(min_tokens=5).align(PROMPT)
+
+
 def test_what_is_sent(remote: Make, server: VllmServer) -> None:
     answer = remote().align(PROMPT, seed=3, stop=["w99"])
     first, second = server.drafted[0].body, server.drafted[-1].body

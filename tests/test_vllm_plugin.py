@@ -58,7 +58,7 @@ def asked(threshold: float, measure: str = "entropy", least: int = 1, sentinel: 
         "cards_min_length": least,
         "cards_sentinel": sentinel,
     }
-    return SimpleNamespace(extra_args=xargs)
+    return SimpleNamespace(extra_args=xargs, logit_bias=None, all_stop_token_ids={1, sentinel})
 
 
 def applied(plugin: Any, logits: torch.Tensor, *requests: SimpleNamespace, length: int = 3) -> torch.Tensor:
@@ -158,3 +158,28 @@ def test_it_imports_nothing_that_a_server_does_not_have() -> None:
     ]
     roots = {name.partition(".")[0] for name in names} - {"cards_integrations"}
     assert roots <= sys.stdlib_module_names
+
+
+def test_a_bias_changes_no_uncertainty(plugin: Any) -> None:
+    """vLLM has added it before the plug-in sees the logits."""
+    raw = torch.randn(1, VOCABULARY, generator=torch.Generator().manual_seed(1)).double()
+    p = raw[0].softmax(-1)
+    entropy = float(-(p * p.log()).sum())
+    for threshold, rises in ((entropy - 1e-6, True), (entropy + 1e-6, False)):
+        request = asked(threshold)
+        request.logit_bias = {3: 9.0, 5: -4.0}
+        biased = raw.clone()
+        biased[0, 3], biased[0, 5] = raw[0, 3] + 9.0, raw[0, 5] - 4.0
+        found = applied(plugin, biased, request)
+        assert (int(found.argmax()) == SENTINEL and found.isfinite().sum() == 1) == rises
+
+
+def test_ends_are_forbidden_before_the_minimum_and_the_sentinel_is_not(plugin: Any) -> None:
+    logits = torch.zeros(2, VOCABULARY)
+    calm, rising = asked(99.0), asked(0.0)
+    for request in (calm, rising):
+        request.extra_args["cards_min_tokens"] = 4
+    found = applied(plugin, logits, calm, rising)
+    assert (found[0] == -math.inf).nonzero().flatten().tolist() == [1, SENTINEL]
+    assert torch.equal(found[1], only(SENTINEL))
+    assert (applied(plugin, logits, calm, rising, length=4)[0] == -math.inf).nonzero().flatten().tolist() == [SENTINEL]

@@ -12,7 +12,15 @@ from typing import Any
 
 import torch
 import uvicorn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 COMPLETIONS, CLASSIFY, MODELS, TOKENIZE, HEALTH = "/v1/completions", "/classify", "/v1/models", "/tokenize", "/health"
 MEASURES = ("entropy", "max_probability", "evidential")
@@ -64,6 +72,7 @@ class Rule:
     threshold: float
     min_length: int
     sentinel: int
+    min_tokens: int = 0
 
     @classmethod
     def of(cls, asked: Mapping[str, Any], vocabulary: int) -> Rule | None:
@@ -80,7 +89,11 @@ class Rule:
             raise Refused(f"cards_min_length={least!r} must be an integer")
         if not isinstance(sentinel, int) or sentinel < 0:
             raise Refused(f"cards_sentinel={sentinel!r} must be the id of a token")
-        return None if sentinel >= vocabulary else cls(measure, threshold, least, sentinel)
+        return (
+            None
+            if sentinel >= vocabulary
+            else cls(measure, threshold, least, sentinel, asked.get("cards_min_tokens", 0))
+        )
 
     def ends(self, logits: torch.Tensor) -> bool:
         """Section 3.2 of the paper, written anew from its words."""
@@ -310,6 +323,7 @@ class VllmServer:
         generator = torch.Generator().manual_seed(body.get("seed", 0))
         ids: list[int] = []
         log_p: list[float] = []
+        raw: list[torch.Tensor] = []
         offsets = [0]
         text, finish, reason = "", "length", None
         while len(ids) < room:
@@ -317,8 +331,9 @@ class VllmServer:
             if gone.done():
                 raise Gone
             logits = self._next((*prompt, *ids))
-            token = self._token(logits, rule, len(ids), body, generator)
+            token = self._token(logits, rule, [*prompt, *ids], len(ids), body, generator)
             ids.append(token)
+            raw.append(logits.log_softmax(-1))
             log_p.append(float(logits.log_softmax(-1)[token]))
             self.tokens += 1
             if token == self.model.config.eos_token_id:
@@ -342,7 +357,12 @@ class VllmServer:
         }  # fmt: skip
         if body.get("logprobs") is not None:
             strings = [self.tokenizer.decode([token]) for token in ids]
+            if body.get("return_tokens_as_token_ids"):
+                strings = [f"token_id:{token}" for token in ids]
             top = [{string: value} for string, value in zip(strings, log_p, strict=True)]
+            for each, values in zip(top, raw, strict=True):
+                best = values.topk(body["logprobs"])
+                each.update({f"token_id:{int(i)}": float(values[i]) for i in best.indices})
             choice["logprobs"] = {
                 "text_offset": offsets[: len(ids)], "token_logprobs": log_p, "tokens": strings, "top_logprobs": top
             }  # fmt: skip
@@ -363,20 +383,44 @@ class VllmServer:
         return str(self.tokenizer.decode([*prompt, *ids], skip_special_tokens=True))[len(before) :]
 
     def _token(
-        self, logits: torch.Tensor, rule: Rule | None, at: int, body: Mapping[str, Any], generator: torch.Generator
+        self,
+        logits: torch.Tensor,
+        rule: Rule | None,
+        before: Sequence[int],
+        at: int,
+        body: Mapping[str, Any],
+        generator: torch.Generator,
     ) -> int:
+        """Biases before the plug-in, penalties after it, as vLLM has them."""
+        raw, logits = logits, logits.clone()
+        for token, bias in (body.get("logit_bias") or {}).items():
+            logits[int(token)] += bias
+        ends = [self.model.config.eos_token_id, *body.get("stop_token_ids", ())]
+        if at < body.get("min_tokens", 0):
+            logits[ends] = -math.inf
         if rule is not None:
-            if at >= rule.min_length and rule.ends(logits):
+            if at >= rule.min_length and rule.ends(raw):
                 return rule.sentinel
-            logits = logits.clone()
             logits[rule.sentinel] = -math.inf
+            if at < rule.min_tokens:
+                logits[ends] = -math.inf
+        return self._drawn(logits, before, body, generator)
+
+    @staticmethod
+    def _drawn(logits: torch.Tensor, before: Sequence[int], body: Mapping[str, Any], generator: torch.Generator) -> int:
+        scores, ids = logits[None].double(), torch.tensor([[*before]])
+        if (penalty := body.get("repetition_penalty", 1.0)) != 1:
+            scores = RepetitionPenaltyLogitsProcessor(penalty)(ids, scores)
         if body.get("temperature", 1.0) == 0:
-            return int(logits.argmax())
-        top_k = body.get("top_k", 0)
-        if 0 < top_k < len(logits):
-            logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -math.inf)
-        p = (logits.double() / body.get("temperature", 1.0)).softmax(-1)
-        return int(torch.multinomial(p, 1, generator=generator))
+            return int(scores.argmax())
+        scores = scores / body.get("temperature", 1.0)
+        if 0 < body.get("top_k", 0) < len(logits):
+            scores = TopKLogitsWarper(body["top_k"])(ids, scores)
+        if body.get("top_p", 1.0) < 1:
+            scores = TopPLogitsWarper(body["top_p"])(ids, scores)
+        if body.get("min_p", 0.0) > 0:
+            scores = MinPLogitsWarper(body["min_p"])(ids, scores)
+        return int(torch.multinomial(scores[0].softmax(-1), 1, generator=generator))
 
     @torch.inference_mode()
     def _next(self, ids: tuple[int, ...]) -> torch.Tensor:

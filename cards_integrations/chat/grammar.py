@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import BaseModel
 
+from cards_integrations.chat.pydantic_schema import pydantic_schema
+from cards_integrations.chat.schema import held_schema
 from cards_integrations.errors import ModelError, SettingsError, short_repr
+
+log = logging.getLogger("cards_integrations")
 
 if TYPE_CHECKING:
     import torch
 
-MAX_MULTIPLE = 10**5  # for larger numbers llguidance's automaton takes seconds, or hours
 COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # as models learned it
-NAMED_SCHEMAS = ("properties", "$defs", "definitions", "dependentSchemas")  # their values map names to schemas
-NOT_REWRITTEN = ("enum", "const", "default", "examples", "required", "allOf")  # no schemas, or one schema only together
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,10 @@ class Grammar:
 
         Args:
             schema: A JSON schema. Objects have its properties and no others, unless it sets `additionalProperties`.
+                What no grammar can hold, such as look-ahead in a pattern, is left to validation.
 
         Raises:
-            SettingsError: It is not a mapping, not JSON, nested too deeply, or has too long a `multipleOf`.
+            SettingsError: It is no schema, or nothing matches it; the message names the field.
         """
         return cls(f"start: {json_rule(schema)}")
 
@@ -72,7 +74,7 @@ def as_grammar(value: Any) -> Grammar | None:
     if value is None or isinstance(value, Grammar):
         return value
     if isinstance(value, type) and issubclass(value, BaseModel):
-        return Grammar.json_schema(value.model_json_schema())
+        return Grammar.json_schema(pydantic_schema(value))
     if isinstance(value, Mapping):
         return Grammar.json_schema(value)
     raise SettingsError(
@@ -80,20 +82,32 @@ def as_grammar(value: Any) -> Grammar | None:
     )
 
 
-def json_rule(schema: Mapping[str, Any]) -> str:
-    """The JSON values that match a schema, as a part of a rule."""
+def json_rule(schema: Mapping[str, Any], what: str = "JSON schema") -> str:
+    """The JSON values that match a schema, as a part of a rule.
+
+    Args:
+        schema: The schema; what of it no grammar can hold is left to validation, and logged.
+        what: What the schema is for, at the beginning of an error's message.
+
+    Raises:
+        SettingsError: It is no schema, or nothing matches it.
+    """
     if not isinstance(schema, Mapping):
         raise SettingsError(f"{short_repr(schema)} is not a JSON schema: pass a mapping.")
     try:
-        common = 1  # parts of a schema may hold for the same number
-        for multiple in _multiples(schema):
-            common = math.lcm(common, _significant(multiple) or 1)
-            if common > MAX_MULTIPLE:
-                raise SettingsError(f"multipleOf={short_repr(multiple)} has too many digits for a grammar.")
-        closed = _closed(schema)
+        return _json_rule(as_json(schema, what, ensure_ascii=True))
     except RecursionError:
-        raise SettingsError(f"The JSON schema {short_repr(schema)} is nested too deeply.") from None
-    return "%json " + as_json({**closed, "x-guidance": COMPACT}, "JSON schema", ensure_ascii=True)
+        raise SettingsError(f"{what} {short_repr(schema)} is nested too deeply.") from None
+    except SettingsError as error:
+        raise SettingsError(str(error) if str(error).startswith(what) else f"{what}: {error}") from None
+
+
+@lru_cache(maxsize=256)
+def _json_rule(schema: str) -> str:
+    held = held_schema(json.loads(schema))
+    if held.notes:
+        log.info("a grammar leaves to validation: %s", "; ".join(held.notes))
+    return "%json " + json.dumps({**held.schema, "x-guidance": COMPACT})
 
 
 def as_json(value: Any, what: str, ensure_ascii: bool = False) -> str:
@@ -102,44 +116,6 @@ def as_json(value: Any, what: str, ensure_ascii: bool = False) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii)
     except (TypeError, ValueError, RecursionError) as error:
         raise SettingsError(f"{what} {short_repr(value)} cannot be written as JSON: {error}") from None
-
-
-def _multiples(schema: Any) -> Iterator[int | float]:
-    if isinstance(schema, Mapping):
-        for key, value in schema.items():
-            if key == "multipleOf" and type(value) in (int, float):
-                yield value
-            else:
-                yield from _multiples(value)
-    elif isinstance(schema, list):
-        for each in schema:
-            yield from _multiples(each)
-
-
-def _significant(number: int | float) -> int:
-    """The significant digits as one number: 1 of 1,000,000 and of 0.01, 25 of 2.5; 0 of infinity and NaN."""
-    try:
-        digits = Decimal(str(number)).normalize().as_tuple().digits
-    except ValueError:  # thousands of digits
-        return MAX_MULTIPLE + 1
-    return int("".join(map(str, digits)) or 0)
-
-
-def _closed(schema: Any) -> Any:
-    """The schema without unnamed properties: where these are allowed, a model adds them up to its last token."""
-    if isinstance(schema, list):
-        return [_closed(each) for each in schema]
-    if not isinstance(schema, Mapping):
-        return schema
-    found: dict[str, Any] = {}
-    for key, value in schema.items():
-        if key in NAMED_SCHEMAS and isinstance(value, Mapping):
-            found[key] = {name: _closed(each) for name, each in value.items()}
-        else:
-            found[key] = value if key in NOT_REWRITTEN else _closed(value)
-    if "properties" in found:
-        found.setdefault("additionalProperties", False)
-    return found
 
 
 class GrammarTokenizer:

@@ -14,6 +14,9 @@ Message = dict[str, Any]
 """`role` (system, user, assistant, tool) and `content`, a text; with tools also `tool_calls`, `tool_call_id` and
 `name`, as chat templates take them."""
 
+THOUGHTS = "reasoning_content"
+"""Where a message of the assistant has what it thought before it, if that is known."""
+
 PARTIAL_CHARACTER = "\ufffd"
 """What a tokenizer decodes to where a text ends within a character, whose other bytes are still to come."""
 
@@ -96,6 +99,24 @@ def text_of(content: Any) -> str:
     return "".join(map(_block_text, content))
 
 
+def thoughts_of(content: Any) -> str:
+    """The thoughts among content blocks, in LangChain's form or that of a provider."""
+    blocks = content if isinstance(content, list) else []
+    found = [block.get(block["type"]) for block in blocks if isinstance(block, Mapping) and _is_thought(block)]
+    return "\n".join(text for text in found if isinstance(text, str))
+
+
+def _is_thought(block: Mapping[str, Any]) -> bool:
+    return block.get("type") in ("reasoning", "thinking")
+
+
+def add_thoughts(message: Message, found: Sequence[Any]) -> None:
+    """Add the first thoughts that were found to a message of the assistant."""
+    texts = [text for text in found if isinstance(text, str) and text]
+    if texts and message["role"] == "assistant":
+        message[THOUGHTS] = texts[0]
+
+
 def tool_call(call_id: str | None, name: str, arguments: Any) -> dict[str, Any]:
     """A call as chat templates take it, with an object as its arguments."""
     parsed = _parsed(arguments)
@@ -136,6 +157,7 @@ def _from_dict(item: Mapping[str, Any]) -> Message:
     message: Message = {"role": role_of(item["role"]), "content": "" if content is None else text_of(content)}
     if calls := item.get("tool_calls"):
         message["tool_calls"] = tool_calls(calls)
+    add_thoughts(message, [item.get(THOUGHTS) or item.get("reasoning"), thoughts_of(content)])
     if message["role"] == "tool":
         message |= answered_call(item)
     elif isinstance(name := item.get("name"), str):

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from cards_integrations.chat.grammar import Grammar, as_json
 from cards_integrations.chat.message import Message, with_instruction
+from cards_integrations.chat.pydantic_schema import pydantic_schema
 from cards_integrations.chat.template import FormattedPrompt, as_messages
 from cards_integrations.errors import SettingsError, short_repr
 
@@ -43,7 +44,7 @@ def as_response_format(value: Any) -> ResponseFormat | None:
     if value is None or isinstance(value, ResponseFormat):
         return value
     if isinstance(value, type) and issubclass(value, BaseModel):
-        return ResponseFormat(value.model_json_schema())
+        return ResponseFormat(pydantic_schema(value))
     if isinstance(value, Mapping):
         kind = value.get("type")
         if kind == "text":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -11,12 +12,21 @@ class StopStrings:
 
     strings: tuple[str, ...] = ()
 
+    within: Callable[[str], bool] | None = None
+    """True for a text that ends in the middle of what no stop string ends, such as a tool call."""
+
     def __bool__(self) -> bool:
         return bool(self.strings)
 
     def find(self, text: str, start: int = 0) -> int | None:
         """Where the first stop string that ends after `start` begins; None if there is none."""
-        found = [text.find(s, max(0, start - len(s) + 1)) for s in self.strings]
+        at = self._next(text, start, 0)
+        while at is not None and self.within is not None and self.within(text[:at]):
+            at = self._next(text, start, at + 1)
+        return at
+
+    def _next(self, text: str, start: int, begin: int) -> int | None:
+        found = [text.find(s, max(begin, start - len(s) + 1)) for s in self.strings]
         return min((at for at in found if at >= 0), default=None)
 
     def held_back(self, text: str) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property, partial
 from itertools import groupby
@@ -13,7 +13,8 @@ from jinja2.exceptions import TemplateError
 
 from cards_integrations.chat.answer_start import NOTHING_BEFORE, AnswerStart
 from cards_integrations.chat.arrangements import arrangements, first_whole, tool_arrangements
-from cards_integrations.chat.message import PARTIAL_CHARACTER, Message
+from cards_integrations.chat.message import PARTIAL_CHARACTER, THOUGHTS, Message
+from cards_integrations.chat.thinking import KEYS, ThinkingFormat, thinking_format
 from cards_integrations.chat.tool_formats import FORMATS, ToolFormat
 from cards_integrations.chat.tool_prompts import (
     PROBE,
@@ -27,6 +28,7 @@ from cards_integrations.chat.tools import FormatName, Tools
 from cards_integrations.errors import PromptError
 
 BEFORE_ANSWER = 6  # tokens of the prompt that an answer is decoded after
+NO_ARGUMENTS: Mapping[str, Any] = {}
 _PLACEHOLDER = "\u2063answer\u2063"  # stands for the answer while a rendered template is split around it
 
 
@@ -128,6 +130,12 @@ class ChatTokenizer:
             text = self._decode(self._whole_characters(ids, visible), visible)
         return text
 
+    def token_text(self, token: int) -> str:
+        """The text of a single token, special ones included, with the space that it may begin with."""
+        text = str(self.tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        piece = self.tokenizer.convert_ids_to_tokens(token)
+        return " " + text if isinstance(piece, str) and piece.startswith("\u2581") and text[:1] != " " else text
+
     def _whole_characters(self, ids: Sequence[int], visible: frozenset[int]) -> list[int]:
         """The ids with U+FFFD for partial characters: byte fallback decodes all bytes around one to U+FFFD."""
         whole: list[int] = []
@@ -148,12 +156,19 @@ class ChatTokenizer:
         """The ids without special tokens, except markers; the bytes around one may be those of one character."""
         return [t for t in ids if t not in self._special or t in self.markers or t in visible]
 
-    def prompt(self, prompt: str | list[Message], tools: Tools | None = None) -> tuple[str, list[int]]:
+    def prompt(
+        self, prompt: str | list[Message], tools: Tools | None = None, arguments: Mapping[str, Any] = NO_ARGUMENTS
+    ) -> tuple[str, list[int]]:
         """Render a prompt up to where the answer begins, and encode it.
 
         A string is one message of the user; a model without a template gets plain text. The BOS comes from the
         template, or from the tokenizer if there is no template, never from both. If the template knows no tools, an
         instruction in the system message describes them.
+
+        Args:
+            prompt: The prompt.
+            tools: What the answer may call.
+            arguments: Further arguments of the template, such as `enable_thinking`.
 
         Returns:
             The text and its token ids.
@@ -163,23 +178,30 @@ class ChatTokenizer:
         """
         if isinstance(prompt, FormattedPrompt):
             return self._plain(str(prompt))
-        messages = as_messages(prompt)
+        messages = self._with_thoughts(as_messages(prompt))
         if tools or mentions_tools(messages):
             schemas = tools.schemas if tools else ()
             if self.knows_tools:
                 with suppress(PromptError, TemplateError):  # it may require an order that these messages do not have
-                    before = self._render_tools(messages, list(schemas))
+                    before = self._render_tools(messages, list(schemas), arguments)
                     return before, self._nonempty(self.encode(before))
             messages = without_tool_messages(messages, self.tool_format, schemas)
         if not self.has_template:
             return self._plain(as_text(messages))
-        before = self._render(messages, add_generation_prompt=True)
+        before = self._render(messages, **{**arguments, "add_generation_prompt": True})
         return before, self._nonempty(self.encode(before))
 
-    def count(self, prompt: list[Message], tools: Tools | None = None) -> int:
+    def _with_thoughts(self, messages: list[Message]) -> list[Message]:
+        """The messages with their thoughts where the template looks for them; without, if it does not."""
+        key = self.thinking.key if self.thinking else None
+        return [_renamed(message, key) if THOUGHTS in message else message for message in messages]
+
+    def count(
+        self, prompt: list[Message], tools: Tools | None = None, arguments: Mapping[str, Any] = NO_ARGUMENTS
+    ) -> int:
         """The number of tokens that a conversation takes as a prompt, whatever it lacks to be one."""
         try:
-            return len(self.prompt(prompt, tools)[1]) if prompt else 0
+            return len(self.prompt(prompt, tools, arguments)[1]) if prompt else 0
         except PromptError:
             text = as_text(prompt).encode(errors="replace").decode()
             return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -190,15 +212,24 @@ class ChatTokenizer:
         return text, self._nonempty(self.encode(text) if with_bos else self.encode_beginning(text))
 
     def without_tools(self, prompt: str | list[Message]) -> str | list[Message]:
-        """The conversation for a model that knows no tools, such as a reward model."""
-        if isinstance(prompt, str) or not mentions_tools(prompt):
+        """The conversation for a model that knows neither tools nor thoughts, such as a reward model."""
+        if isinstance(prompt, str):
             return prompt
-        return without_tool_messages(prompt, self.tool_format)
+        if mentions_tools(prompt):
+            return without_tool_messages(prompt, self.tool_format)
+        return [_renamed(message, None) for message in prompt] if any(THOUGHTS in m for m in prompt) else prompt
 
     @property
     def knows_tools(self) -> bool:
         """True if the template shows tools, calls and results."""
         return self._template_format is not None
+
+    @cached_property
+    def thinking(self) -> ThinkingFormat | None:
+        """How this model writes its thoughts, as its template shows; None if it shows none."""
+        source = self.tokenizer.chat_template if self.has_template else ""
+        text = source if isinstance(source, str) else "".join(map(str, source.values()))
+        return thinking_format(text, self._apply)
 
     @property
     def tool_format(self) -> ToolFormat:
@@ -232,8 +263,9 @@ class ChatTokenizer:
 
     @cached_property
     def markers(self) -> dict[int, str]:
-        """Special tokens that are part of a call, and therefore of an answer's text, by id."""
-        return {i: text for i, text in self._special.items() if text in self.tool_format.markers}
+        """Special tokens that are part of a call or mark thoughts, and therefore of an answer's text, by id."""
+        around = (self.thinking.opening + self.thinking.closing) if self.thinking else ""
+        return {i: text for i, text in self._special.items() if text in self.tool_format.markers or text in around}
 
     def grammar_literal(self, text: str) -> str:
         """The text as a literal of a grammar: a string, or the special token that it is."""
@@ -264,15 +296,20 @@ class ChatTokenizer:
         except TemplateError as error:
             raise PromptError(f"The model's chat template does not accept these messages: {error}") from error
 
-    def _render_tools(self, messages: list[Message], schemas: list[dict[str, Any]]) -> str:
+    def _render_tools(
+        self, messages: list[Message], schemas: list[dict[str, Any]], arguments: Mapping[str, Any]
+    ) -> str:
         """A prompt in the template's own way of showing tools, calls and results."""
         named = isinstance(self.tokenizer.chat_template, dict)  # with [] the one that is named "tool_use" is chosen
         shown = schemas if schemas or named else None
-        return first_whole(tool_arrangements(messages), partial(self._apply, tools=shown, add_generation_prompt=True))
+        options = {**arguments, "tools": shown, "add_generation_prompt": True}
+        return first_whole(tool_arrangements(messages), partial(self._apply, **options))
 
     def _apply(self, messages: list[Message], **options: Any) -> str:
         for message in messages:
             check_unicode(message["content"])
+            for key in KEYS:
+                check_unicode(message.get(key) or "")
         try:
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options))
         except TemplateError:
@@ -285,6 +322,12 @@ class ChatTokenizer:
         if not ids:
             raise PromptError("The prompt is empty: there is no token to start from.")
         return ids
+
+
+def _renamed(message: Message, key: str | None) -> Message:
+    """A message whose thoughts, if it has any, have this name; None leaves them out."""
+    rest = {name: value for name, value in message.items() if name != THOUGHTS}
+    return {**rest, key: message[THOUGHTS]} if key and message.get(THOUGHTS) else rest
 
 
 def as_messages(prompt: str | list[Message]) -> list[Message]:

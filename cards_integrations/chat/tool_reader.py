@@ -20,6 +20,11 @@ class ToolReader:
         """Parse a whole answer."""
         return ParsedAnswer(text) if self.tools is None else self.tool_format.parse(text, self.tools)
 
+    def in_call(self, text: str) -> bool:
+        """True if a text ends in the middle of a call."""
+        parsed = self.parse(text)
+        return len(parsed.calls) > parsed.final_calls
+
     def update(self, text: str, finished: bool) -> tuple[str, tuple[ToolCall | InvalidToolCall, ...]]:
         """Return the content and the complete calls that this text adds to that of the update before.
 

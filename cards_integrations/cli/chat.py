@@ -14,7 +14,9 @@ from cards_integrations.cli.options import (
     ModelOption,
     RewardOption,
     SeedOption,
+    SetOption,
     TemperatureOption,
+    ThinkingOption,
     llm_from,
 )
 
@@ -34,6 +36,8 @@ def chat(
     max_tokens: MaxTokensOption = None,
     temperature: TemperatureOption = None,
     seed: SeedOption = None,
+    thinking: ThinkingOption = None,
+    assigned: SetOption = None,
     system: Annotated[str | None, typer.Option(help="The system message.")] = None,
     rejected: Annotated[bool, typer.Option(help="Show rejected candidates, dimmed.")] = False,
 ) -> None:
@@ -43,22 +47,30 @@ def chat(
     console = Console(highlight=False)
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     with llm_from(
-        config, allow_imports, model=model, reward=reward, decoding=decoding, max_tokens=max_tokens,
-        temperature=temperature, seed=seed,
+        config, allow_imports, assigned, model=model, reward=reward, decoding=decoding, max_tokens=max_tokens,
+        temperature=temperature, seed=seed, thinking=thinking,
     ) as llm:  # fmt: skip
         while question := _read_line(console):
             messages.append({"role": "user", "content": question})
             answer = show(console, llm, messages, rejected)
-            messages.append({"role": "assistant", "content": answer.text})
+            messages.append({"role": "assistant", "content": answer.text, "reasoning_content": answer.thoughts})
 
 
 def show(console: Console, llm: CardsLLM, messages: list[dict[str, Any]], rejected: bool) -> Alignment:
     """Print an answer while it is drafted, then what it cost."""
     from cards_integrations.trace import Alignment
 
+    thought = False
     for item in llm.align_stream(messages):
         if isinstance(item, Alignment):
             break
+        if item.thought:
+            console.print(item.thought, style="dim italic", markup=False, end="", soft_wrap=True)
+            thought = True
+            continue
+        if thought:
+            console.print("\n")
+            thought = False
         for draft in item.segment.drafts if rejected else ():
             if draft.verdict == "rejected":
                 console.print(f"{draft.text} ✗", style="dim strike", markup=False, end="", soft_wrap=True)

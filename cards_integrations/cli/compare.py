@@ -15,6 +15,7 @@ from cards_integrations.cli.options import (
     MaxTokensOption,
     ModelOption,
     RewardOption,
+    SetOption,
     TemperatureOption,
     decoding_from,
     file_to_write,
@@ -34,6 +35,7 @@ def compare(
     judge: Annotated[str | None, typer.Option(help="A reward that only judges and does not guide.")] = None,
     max_tokens: MaxTokensOption = None,
     temperature: TemperatureOption = None,
+    assigned: SetOption = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only the first prompts.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="The number of answers to each prompt.")] = 1,
     at_once: Annotated[int, typer.Option(min=1, help="Prompts that are answered in one batch.")] = 16,
@@ -52,7 +54,7 @@ def compare(
     arms = {name: decoding_from(name) for name in method or ("sampling", "best_of_n:n=8", "cards")}
     texts, contexts = read_prompts(prompts)
     with llm_from(
-        config, allow_imports, model=model, reward=reward, max_tokens=max_tokens, temperature=temperature
+        config, allow_imports, assigned, model=model, reward=reward, max_tokens=max_tokens, temperature=temperature
     ) as llm:
         found = run(
             llm, arms, texts[:limit], contexts=contexts[:limit], judge=judge, seeds=range(seeds), at_once=at_once,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +20,9 @@ from cards_integrations.cli.options import (
     ModelOption,
     RewardOption,
     SeedOption,
+    SetOption,
     TemperatureOption,
+    ThinkingOption,
     file_to_write,
     llm_from,
 )
@@ -42,6 +45,8 @@ def generate(
     max_tokens: MaxTokensOption = None,
     temperature: TemperatureOption = None,
     seed: SeedOption = None,
+    thinking: ThinkingOption = None,
+    assigned: SetOption = None,
     prompts: Annotated[
         Path | None, typer.Option(help="Answer the prompts of a file instead: lines of text, or JSON lines.")
     ] = None,
@@ -57,16 +62,22 @@ def generate(
         raise SettingsError("--out is for the answers to --prompts FILE; the answer to a single prompt is printed.")
     if prompts is not None and trace is not None:
         raise SettingsError("--trace draws the answer to a single prompt: omit --prompts.")
+    from cards_integrations.models.randomness import answer_seeds
+
     with llm_from(
-        config, allow_imports, model=model, reward=reward, decoding=decoding, max_tokens=max_tokens,
-        temperature=temperature, seed=seed,
+        config, allow_imports, assigned, model=model, reward=reward, decoding=decoding, max_tokens=max_tokens,
+        temperature=temperature, seed=seed, thinking=thinking,
     ) as llm:  # fmt: skip
         if prompts is not None:
             if failed := answer_file(llm, prompts, out, concurrency):
                 raise CardsError(f"{failed} prompts could not be answered; run the same command to try them again.")
             return
-        answer = llm.align(sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt)
-        print(json.dumps(as_row(answer), ensure_ascii=False) if as_json else answer.text, flush=True)
+        prompt = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
+        if trace is not None and llm.n > 1:
+            raise SettingsError(f"--trace draws a single answer: omit n={llm.n}.")
+        seeds = None if llm.seed is None else answer_seeds(llm.seed, llm.n)
+        for answer in llm.align_batch([prompt] * llm.n, seeds, n=1):
+            print(json.dumps(as_row(answer), ensure_ascii=False) if as_json else answer.text, flush=True)
         if trace is not None:
             answer.to_html(trace)
 
@@ -132,4 +143,5 @@ def answer_file(llm: CardsLLM, prompts: Path, out: Path | None, concurrency: int
 
 def as_row(answer: Alignment) -> dict[str, Any]:
     """Return an answer as the command prints it in JSON."""
-    return {"text": answer.text, **answer.summary()}
+    logprobs = {"logprobs": [asdict(token) for token in answer.logprobs]} if answer.logprobs else {}
+    return {"text": answer.text, **answer.summary(), **logprobs}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +23,12 @@ DecodingOption = Annotated[
 MaxTokensOption = Annotated[int | None, typer.Option(help="Length limit of an answer, in tokens.")]
 TemperatureOption = Annotated[float | None, typer.Option(help="Temperature of the language model.")]
 SeedOption = Annotated[int | None, typer.Option(help="Seed of the answer; by default each has a new one.")]
+ThinkingOption = Annotated[
+    str | None, typer.Option("--thinking", help="off, free or aligned; by default as the model's chat template does.")
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Any other option, such as top_p=0.9; repeat it for each.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -36,17 +43,26 @@ def _check_folder(path: Path | None) -> Path | None:
     return path
 
 
-def llm_from(config: Path | None, allow_imports: bool, **options: Any) -> CardsLLM:
+def llm_from(config: Path | None, allow_imports: bool, assigned: list[str] | None = None, **options: Any) -> CardsLLM:
     """Build an LLM from a settings file and the options of the command line.
 
     Args:
         config: The settings file.
         allow_imports: Let it import the reward function that it names.
+        assigned: Further options as name=value, the value as in YAML.
         options: Options of `CardsLLM`; None leaves that of the file, or the default.
     """
+    from cards_integrations.llm import CardsLLM
+
+    return CardsLLM(**options_from(config, allow_imports, assigned, **options))
+
+
+def options_from(
+    config: Path | None, allow_imports: bool, assigned: list[str] | None = None, **options: Any
+) -> dict[str, Any]:
+    """The options of a settings file and of the command line, as for `llm_from`."""
     import transformers
 
-    from cards_integrations.llm import CardsLLM
     from cards_integrations.settings import CardsSettings
 
     transformers.utils.logging.disable_progress_bar()
@@ -54,7 +70,7 @@ def llm_from(config: Path | None, allow_imports: bool, **options: Any) -> CardsL
     given = {name: value for name, value in options.items() if value is not None}
     if "decoding" in given:
         given["decoding"] = decoding_from(given["decoding"])
-    return CardsLLM(**{**settings, **given})
+    return {**settings, **_assignments("--set", assigned or ()), **given}
 
 
 def decoding_from(text: str) -> Any:
@@ -66,20 +82,25 @@ def decoding_from(text: str) -> Any:
     Raises:
         SettingsError: If it is none.
     """
-    import yaml
-
     from cards_integrations.decoding import as_decoding
 
     if text.lstrip().startswith("{"):
         return as_decoding(text)
     name, _, settings = text.partition(":")
-    fields: dict[str, Any] = {"method": name}
-    for part in filter(None, settings.split(",")):
+    return as_decoding({"method": name, **_assignments(f"--decoding {text!r}", filter(None, settings.split(",")))})
+
+
+def _assignments(option: str, parts: Iterable[str]) -> dict[str, Any]:
+    """The settings of texts such as `beta=0.1`, whose values are YAML."""
+    import yaml
+
+    fields: dict[str, Any] = {}
+    for part in parts:
         key, equals, value = part.partition("=")
         if not equals:
-            raise SettingsError(f"--decoding {text!r}: {part!r} is not setting=value.")
+            raise SettingsError(f"{option}: {part!r} is not setting=value.")
         try:
             fields[key.strip()] = yaml.safe_load(value)
         except Exception:  # PyYAML raises errors of many types for a bad scalar
-            raise SettingsError(f"--decoding {text!r}: {short_repr(value)} is not a value.") from None
-    return as_decoding(fields)
+            raise SettingsError(f"{option}: {short_repr(value)} is not a value.") from None
+    return fields

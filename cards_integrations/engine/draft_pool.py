@@ -144,6 +144,8 @@ class DraftPool:
         self.segments = 0  # kept
         self.levels = 0
         self.log_likelihood = 0.0
+        self.log_p: list[float] = []  # of each kept token
+        self.top: list[Sequence[tuple[int, float]]] = []
         self.error: Exception | None = None
         self._pending: dict[Candidate, PendingDraft] = {}
 
@@ -218,6 +220,11 @@ class DraftPool:
         self._append(kept)
         self.examined, self.best_rejected, self.last_kept = {}, None, kept
         yield kept, examined
+
+    def cut(self, tokens: int) -> None:
+        """Leave the answer so many tokens."""
+        del self.log_p[tokens:], self.top[tokens:]
+        self.log_likelihood = sum(self.log_p)
 
     def give_up(self, draft: Draft) -> None:
         """Free a draft of the tree as soon as no other follows it."""
@@ -323,6 +330,8 @@ class DraftPool:
         if kept.response is not None and self.scores is not None:
             self.scores.reward_model.keep(kept.response)
         self.log_likelihood += kept.candidate.log_likelihood
+        self.log_p += kept.candidate.log_p
+        self.top += kept.candidate.top
         self.segments += 1
 
     def _keep_branch(self, last: PendingDraft) -> Iterator[tuple[PendingDraft, dict[Draft, PendingDraft]]]:

@@ -96,7 +96,7 @@ class Engine:
 
         Args:
             request: What to answer.
-            on_segment: Called in the caller's thread with each segment, when it has been kept.
+            on_segment: Called in the caller's thread with each segment of the answer, when it has been kept.
 
         Raises:
             CardsError: The request cannot be answered; see its children.
@@ -105,7 +105,8 @@ class Engine:
             return self._wait(self.submit(request))
         with closing(self.stream(request)) as items:
             while isinstance(item := next(items), Chunk):
-                on_segment(item)
+                if item.thought is None:
+                    on_segment(item)
             return item
 
     async def arun(self, request: Request, on_segment: Callable[[Chunk], Awaitable[None]] | None = None) -> Alignment:
@@ -114,7 +115,8 @@ class Engine:
             return await asyncio.wrap_future(self.submit(request))
         async with aclosing(self.astream(request)) as items:
             while isinstance(item := await anext(items), Chunk):
-                await on_segment(item)
+                if item.thought is None:
+                    await on_segment(item)
             return item
 
     def stream(self, request: Request) -> Generator[Chunk | Alignment, None, None]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
 from cards_integrations.chat.grammar import Grammar
 from cards_integrations.chat.message import Message
+from cards_integrations.chat.thinking import ThinkingMode
 from cards_integrations.chat.tools import Tools
 from cards_integrations.decoding.base import Decoding
 from cards_integrations.models.local.settings import Placement
@@ -50,12 +52,18 @@ class Request:
         reward: The reward that guides it; None for a method that needs none.
         sampler: How tokens are drawn from logits.
         max_tokens: Most tokens of the answer.
-        stop: Strings that end the answer, and are not part of it.
+        stop: Strings that end the answer, and are not part of it; within a grammar or a tool call they end nothing.
         seed: Seed of all random numbers; None draws a fresh one.
         timeout: Seconds until `CardsTimeout`; None waits for ever.
         context: Texts that the answer should be grounded in, for rewards that look at them.
         grammar: What the answer has to match.
         tools: Tools that the answer may call.
+        thinking: Whether the model thinks before it answers, and whether its thoughts are guided, too; None leaves
+            it to its chat template.
+        max_thinking_tokens: Most tokens of the thoughts, beside those of the answer.
+        chat_template_kwargs: Arguments of the chat template.
+        finish_at: "sentence" cuts an answer that reaches `max_tokens` after its last whole sentence.
+        logprobs: Report log p of each token, and this many of the most likely ones; None reports nothing.
     """
 
     prompt: str | list[Message]
@@ -69,6 +77,11 @@ class Request:
     context: tuple[str, ...] = ()
     grammar: Grammar | None = None
     tools: Tools | None = None
+    thinking: ThinkingMode | None = None
+    max_thinking_tokens: int = 1024
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    finish_at: Literal["token", "sentence"] = "token"
+    logprobs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -80,9 +93,11 @@ class Chunk:
         segment: The segment itself, with its drafts.
         number: Its place in the answer, from 0.
         calls: The tool calls that are whole with it.
+        thought: In place of `text`, for a segment of the thoughts before the answer; None for one of the answer.
     """
 
     text: str
     segment: Segment
     number: int
     calls: tuple[ToolCall | InvalidToolCall, ...] = ()
+    thought: str | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from uuid import uuid4
 
 from cards_integrations.chat.message import PARTIAL_CHARACTER
@@ -13,10 +14,21 @@ from cards_integrations.decoding.base import Draft, Scale
 from cards_integrations.engine.draft_pool import DraftPool, PendingDraft, SegmentDrafts, SessionHost
 from cards_integrations.engine.request import Chunk
 from cards_integrations.engine.scoring import ScoreQueue
+from cards_integrations.engine.sentence_end import certain_sentences, cut_after_sentence
 from cards_integrations.errors import CardsError, RewardError
 from cards_integrations.models.base import Boundary, Context, StepwiseModel
 from cards_integrations.rewards.base import Conversation, Response, RewardModel, scoring
-from cards_integrations.trace import Alignment, DraftTrace, FinishReason, Guidance, InvalidToolCall, Segment, ToolCall
+from cards_integrations.trace import (
+    Alignment,
+    DraftTrace,
+    FinishReason,
+    Guidance,
+    InvalidToolCall,
+    Segment,
+    Thinking,
+    TokenLogprob,
+    ToolCall,
+)
 from cards_integrations.transformer.step_times import StepTimes
 
 log = logging.getLogger("cards_integrations")
@@ -72,6 +84,7 @@ class Session:
         self.scores = ScoreQueue(reward_model, host.wake) if reward_model is not None else None
         self.pool = DraftPool(context, seed, conversation, self.scores, host)
         self.preempted = False
+        self.cut = False  # to whole sentences, at the limit
         self.depth = scoring.get()  # above 0 if a reward asked for it
         self._reward_freed = False
         self._prompt_reward: float | None = None
@@ -190,13 +203,25 @@ class Session:
                 closing.callback(self.scores.cancel)
             self.pool.close()
 
-    def alignment(self, method: str, seconds: float, guidance: Guidance | None = None) -> Alignment:
+    def rescored(self, response: Response, reward: float) -> None:
+        """Note the reward of an answer that was cut."""
+        self.segments[-1] = replace(self.segments[-1], reward=reward, parts=response.parts)
+
+    def response(self) -> Response:
+        """The finished answer, to be scored as a whole."""
+        context, log_p = self.context, self.pool.log_likelihood
+        return Response(self.conversation, context.text, list(context.ids), log_p, finished=True)
+
+    def alignment(
+        self, method: str, seconds: float, guidance: Guidance | None = None, thinking: Thinking | None = None
+    ) -> Alignment:
         """The finished answer.
 
         Args:
             method: Name of the decoding method.
             seconds: What the request took, from its prompt on.
             guidance: What the rewards were compared with.
+            thinking: What the model thought before it.
         """
         context = self.context
         assert self.finish is not None  # a method goes on until then
@@ -217,10 +242,23 @@ class Session:
             model=self.host.language_model.name,
             method=method,
             guidance=guidance,
+            thinking=thinking,
             request_id=self.request_id,
             content=parsed.content,
             tool_calls=tuple(call for call in parsed.calls if isinstance(call, ToolCall)),
             invalid_tool_calls=tuple(call for call in parsed.calls if isinstance(call, InvalidToolCall)),
+            logprobs=self._logprobs(),
+        )
+
+    def _logprobs(self) -> tuple[TokenLogprob, ...]:
+        """The kept tokens with their log p, if they are asked for."""
+        if self.context.logprobs is None:
+            return ()
+        text_of, ids = self.host.language_model.chat.token_text, self.context.ids
+        tops = self.pool.top or [()] * len(ids)
+        return tuple(
+            TokenLogprob(text_of(token), token, log_p, tuple(TokenLogprob(text_of(i), i, p) for i, p in top))
+            for token, log_p, top in zip(ids, self.pool.log_p, tops, strict=True)
         )
 
     def _score_queue(self) -> ScoreQueue:
@@ -241,7 +279,21 @@ class Session:
             "request %s: segment %d, %d drafts, reward %s, %d tokens: %r", self.request_id, len(self.segments),
             len(drafts), reward, draft.end, draft.text,
         )  # fmt: skip
+        if self.finish == "length" and self.context.whole_sentences:
+            self._cut()
         self._stream(segment)
+
+    def _cut(self) -> None:
+        """Let the answer end with its last whole sentence."""
+        context = self.context
+        found = cut_after_sentence(context.text, context.ids, self.host.language_model.chat.decode)
+        if found is None:
+            return
+        self.cut = True
+        context.text, length = found
+        del context.ids[length:]
+        self.pool.cut(length)
+        self.segments = _cut_segments(self.segments, context.text, length)
 
     def _stream(self, segment: Segment) -> None:
         """Emit what no later token can take back: not half a character, not half a stop string."""
@@ -251,8 +303,20 @@ class Session:
         if not self.finished:
             text = text.rstrip(PARTIAL_CHARACTER)
             text = text[: len(text) - self.context.stop.held_back(text)]
+            text = certain_sentences(text) if self.context.whole_sentences else text
         text, calls = self._reader.update(text, self.finished)
         self._emit(Chunk(text, segment, len(self.segments) - 1, calls))
+
+
+def _cut_segments(segments: Sequence[Segment], text: str, tokens: int) -> list[Segment]:
+    """The segments of an answer of which this text and so many tokens are left."""
+    found: list[Segment] = []
+    for segment in segments:
+        if tokens <= 0:
+            break
+        found.append(replace(segment, text=segment.text[: len(text)], token_ids=segment.token_ids[:tokens]))
+        text, tokens = text[len(segment.text) :], tokens - len(segment.token_ids)
+    return found
 
 
 def _traced(draft: Draft, pending: PendingDraft) -> DraftTrace:

@@ -33,11 +33,13 @@ from cards_integrations.engine.scales import TRIAL, KnownScale, Scales, remember
 from cards_integrations.engine.scheduler import BestPerSecond
 from cards_integrations.engine.session import Session
 from cards_integrations.engine.step_loop import StepLoop
+from cards_integrations.engine.telemetry import request_span
+from cards_integrations.engine.thinking import Thinker, render
 from cards_integrations.errors import CardsError, EngineClosed, ModelError, SettingsError
 from cards_integrations.models.base import ConstrainedModel, Context, LanguageModel, LogitsReader
 from cards_integrations.models.local.loader import ModelLoader
 from cards_integrations.models.randomness import fresh_seed
-from cards_integrations.models.sources import ModelSource, build_model
+from cards_integrations.models.sources import ModelSource, build_model, source_name
 from cards_integrations.rewards.base import Conversation, Response, Reward, RewardModel, scores
 from cards_integrations.rewards.loader import RewardLoader
 from cards_integrations.threads import ended_before_exit, in_thread
@@ -181,13 +183,8 @@ class Worker:
         """
         if task := asyncio.current_task():
             task.add_done_callback(_retrieve_error)
-        whole, each = (None, request.timeout) if in_batch else (request.timeout, None)
-        async with time_limit(whole), self._serving(), AsyncExitStack() as leased:
-            request = self._plain_if_unguided(request)
-            async with time_limit(each):
-                reward_model, scale = await leased.enter_async_context(self._reward_model(request))
-            async with self.admission.row(), time_limit(each):
-                return await self._decode(request, reward_model, scale, emit)
+        with request_span(request, source_name(self.model), emit) as span:
+            return span.end(await self._answer(request, span.emit, in_batch))
 
     async def answer_all(
         self, requests: Sequence[Request], on_done: OnDone | None = None, return_exceptions: bool = False
@@ -218,13 +215,8 @@ class Worker:
             chat = self.language_model.chat
             conversation = Conversation(chat.without_tools(prompt), Usage(), context)
             tokens = len(chat.prompt(prompt)[1]) + sum(len(chat.encode(text)) for text in texts)
-            async with self.admission.memory_to_score(reward_model.cache_needs(conversation, tokens)):
-                reward_model.open(conversation)
-            try:
+            async with self._open_to_score(reward_model, conversation, tokens):
                 return await scores(reward_model, [Response(conversation, text, finished=True) for text in texts])
-            finally:
-                reward_model.close(conversation)
-                self.admission.scored()
 
     async def uncertainties(self, measure: Measure, answers: Sequence[Alignment]) -> list[list[float]]:
         """Predictive uncertainty before each token of these answers."""
@@ -277,6 +269,15 @@ class Worker:
                 raise EngineClosed("The engine was closed while the request ran.") from None
             raise
 
+    async def _answer(self, request: Request, emit: Callable[[Chunk], None] | None, in_batch: bool) -> Alignment:
+        whole, each = (None, request.timeout) if in_batch else (request.timeout, None)
+        async with time_limit(whole), self._serving(), AsyncExitStack() as leased:
+            request = self._plain_if_unguided(request)
+            async with time_limit(each):
+                reward_model, scale = await leased.enter_async_context(self._reward_model(request))
+            async with self.admission.row(), time_limit(each):
+                return await self._decode(request, reward_model, scale, emit)
+
     def _plain_if_unguided(self, request: Request) -> Request:
         """The request, without a reward that has no signal for it."""
         prompt = self.language_model.chat.without_tools(request.prompt)
@@ -313,7 +314,14 @@ class Worker:
     ) -> Alignment:
         began, method = time.perf_counter(), request.decoding.method
         scale, origin = known or (None, None)
-        async with self._session(request, reward, scale, emit) as session:
+        model = self.language_model
+        prompt = render(request, model.chat)
+        check_length(len(prompt.ids), request.max_tokens, model.context_window)
+        seed = fresh_seed() if request.seed is None else request.seed
+        open_session = partial(self._session, Usage(prompt_tokens=len(prompt.ids)), reward, scale)
+        thinker = Thinker(request, model.chat, model.context_window, open_session, emit)
+        begun = await thinker.think(prompt, seed)
+        async with open_session(begun.request, begun.ids, seed, True, emit) as session:
             log.info(
                 "request %s: %s, prompt of %d tokens, seed %d",
                 session.request_id, method, len(session.context.prompt_ids), session.seed,
@@ -323,8 +331,10 @@ class Worker:
             except BaseException as error:
                 log.info("request %s: ended by %s: %s", session.request_id, type(error).__name__, error)
                 raise
+        if session.cut and reward is not None and session.segments[-1].reward is not None:
+            await self._score_again(session, reward)
         guidance = request.decoding.guidance(scale, origin)
-        answer = session.alignment(method, time.perf_counter() - began, guidance)
+        answer = session.alignment(method, time.perf_counter() - began, guidance, begun.thinking)
         usage = answer.usage
         log.info(
             "request %s: %s after %d tokens, %d drafts of %d tokens, %.2f s", answer.request_id, answer.finish_reason,
@@ -332,17 +342,35 @@ class Worker:
         )  # fmt: skip
         return answer
 
+    async def _score_again(self, session: Session, reward: RewardModel) -> None:
+        """Score an answer that was cut after its last segment had been scored."""
+        response, context = session.response(), session.context
+        tokens = len(context.prompt_ids) + len(context.ids)
+        async with self._open_to_score(reward, session.conversation, tokens):
+            session.rescored(response, *await scores(reward, [response]))
+
+    @asynccontextmanager
+    async def _open_to_score(self, reward: RewardModel, conversation: Conversation, tokens: int) -> AsyncIterator[None]:
+        """A conversation of so many tokens, open for its whole answers to be scored."""
+        async with self.admission.memory_to_score(reward.cache_needs(conversation, tokens)):
+            reward.open(conversation)
+        try:
+            yield
+        finally:
+            reward.close(conversation)
+            self.admission.scored()
+
     @asynccontextmanager
     async def _session(
-        self, request: Request, reward: RewardModel | None, scale: Scale | None, emit: Callable[[Chunk], None] | None
-    ) -> AsyncIterator[Session]:
+        self, usage: Usage, reward: RewardModel | None, scale: Scale | None,
+        request: Request, prompt_ids: list[int], seed: int, guided: bool, emit: Callable[[Chunk], None] | None,
+    ) -> AsyncIterator[Session]:  # fmt: skip
         """A session among the live ones, as soon as there is memory for it."""
         chat = self.language_model.chat
-        _, prompt_ids = chat.prompt(request.prompt, request.tools)
+        reward = reward if guided else None
         check_length(len(prompt_ids), request.max_tokens, self.language_model.context_window)
-        context = self._context(request, prompt_ids)
-        conversation = Conversation(chat.without_tools(request.prompt), context.usage, request.context)
-        seed = fresh_seed() if request.seed is None else request.seed
+        context = self._context(request, prompt_ids, usage)
+        conversation = Conversation(chat.without_tools(request.prompt), usage, request.context)
         needs = partial(cache_needs, self.steps.stepwise, context, conversation, reward)
         async with self.admission.memory(needs(), needs(whole=True)):
             if self.error is not None:
@@ -358,17 +386,26 @@ class Worker:
             session.close()
             self.steps.memory_freed()
 
-    def _context(self, request: Request, prompt_ids: list[int]) -> Context:
+    def _context(self, request: Request, prompt_ids: list[int], usage: Usage) -> Context:
         chat, grammar = self.language_model.chat, request.grammar
-        usage = Usage(prompt_tokens=len(prompt_ids))
-        stop = StopStrings(request.stop)
-        start = chat.answer_start(request.prompt, prompt_ids, request.stop)
+        stop = self._stop_strings(request)
+        start = chat.answer_start(request.prompt, prompt_ids, stop.strings)
         context = Context(request.prompt, prompt_ids, request.max_tokens, request.sampler, stop, usage, start=start)
+        context.logprobs = request.logprobs
+        context.whole_sentences = request.finish_at == "sentence" and grammar is None and request.tools is None
         if request.tools is not None:
             grammar = chat.tool_format.grammar(request.tools, chat.grammar_literal, grammar)
         if grammar is not None:
             context.matcher = self._constrained(grammar).matcher(grammar)
         return context
+
+    def _stop_strings(self, request: Request) -> StopStrings:
+        """What ends the answer: nothing within a grammar or a call, for a part of these is no answer."""
+        tools = request.tools
+        if request.grammar is not None or (tools is not None and tools.forced):
+            return StopStrings()
+        reader = ToolReader(tools, self.language_model.chat.tool_format)
+        return StopStrings(request.stop, None if tools is None else reader.in_call)
 
     def _constrained(self, grammar: Grammar) -> ConstrainedModel:
         model = self.language_model
@@ -387,7 +424,10 @@ class Worker:
             (prompt, context), length = prompts[0], min(64, self.language_model.context_window // 4)
             await self.score_texts(reward, prompt, [TRIAL], context)  # one that always fails fails here
             answers = await self.answer_all(
-                [Request(p, Sampling(), max_tokens=length, seed=seed) for seed, (p, _) in enumerate(prompts)]
+                [
+                    Request(p, Sampling(), max_tokens=length, seed=seed, thinking="off")
+                    for seed, (p, _) in enumerate(prompts)
+                ]
             )
             remember(self._plain, prompts, answers, MAX_PLAIN)
         found = []

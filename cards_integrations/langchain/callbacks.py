@@ -101,7 +101,7 @@ def stream_chunks(
     """The engine's items as LangChain's chunks, which the callbacks see first."""
     with closing(items):
         for item in items:
-            if on_segment and isinstance(item, Chunk):
+            if on_segment and isinstance(item, Chunk) and item.thought is None:
                 on_segment(item)
             if (chunk := convert(item)) is not None:
                 if run_manager:
@@ -118,7 +118,7 @@ async def astream_chunks(
     """Async version of `stream_chunks`."""
     async with aclosing(items):
         async for item in items:
-            if on_segment and isinstance(item, Chunk):
+            if on_segment and isinstance(item, Chunk) and item.thought is None:
                 await on_segment(item)
             if (chunk := convert(item)) is not None:
                 if run_manager:

@@ -17,9 +17,10 @@ from langchain_core.runnables.config import get_config_list
 from pydantic import ConfigDict, Field
 
 from cards_integrations.chat.message import as_chat
+from cards_integrations.chat.thinking import switches
 from cards_integrations.chat.tools import as_tools
 from cards_integrations.engine.request import Request
-from cards_integrations.errors import PromptError
+from cards_integrations.errors import PromptError, SettingsError
 from cards_integrations.langchain.base import CardsLangChainBase
 from cards_integrations.langchain.callbacks import (
     asegment_callback,
@@ -34,6 +35,7 @@ from cards_integrations.langchain.callbacks import (
 )
 from cards_integrations.langchain.convert import (
     ChunkConverter,
+    add_outputs,
     as_chat_result,
     as_message,
     as_prompt,
@@ -87,8 +89,10 @@ class ChatCards(CardsLangChainBase, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        request = self._request(messages, stop, kwargs)
-        return as_chat_result(self._engine(kwargs).run(request, segment_callback(run_manager)))
+        engine, requests = self._engine(kwargs), self._requests(messages, stop, kwargs)
+        if len(requests) > 1:
+            return as_chat_result(*engine.run_many(requests))
+        return as_chat_result(engine.run(requests[0], segment_callback(run_manager)))
 
     async def _agenerate(
         self,
@@ -97,8 +101,14 @@ class ChatCards(CardsLangChainBase, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        request = self._request(messages, stop, kwargs)
-        return as_chat_result(await self._engine(kwargs).arun(request, asegment_callback(run_manager)))
+        engine, requests = self._engine(kwargs), self._requests(messages, stop, kwargs)
+        if len(requests) > 1:
+            return as_chat_result(*await engine.arun_many(requests))
+        return as_chat_result(await engine.arun(requests[0], asegment_callback(run_manager)))
+
+    def _combine_llm_outputs(self, llm_outputs: list[dict[str, Any] | None]) -> dict[str, Any]:
+        """The usage of all prompts of a call; it is known for those with several answers."""
+        return add_outputs(llm_outputs)
 
     def _stream(
         self,
@@ -128,6 +138,7 @@ class ChatCards(CardsLangChainBase, BaseChatModel):
         self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any
     ) -> Iterator[AIMessageChunk]:
         """Answer one input and yield a chunk for each kept segment; closing the stream stops the drafting."""
+        self._refuse_streaming_several(kwargs)
         config, run = start_run(config, self)
         yield from within_run(run, super().stream(input, config, **kwargs))
 
@@ -135,13 +146,14 @@ class ChatCards(CardsLangChainBase, BaseChatModel):
         self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any
     ) -> AsyncIterator[AIMessageChunk]:
         """Async version of `stream`."""
+        self._refuse_streaming_several(kwargs)
         config, run = start_run(config, self)
         async with aclosing(super().astream(input, config, **kwargs)) as items:  # type: ignore[type-var]
             async for item in awithin_run(run, items):
                 yield item
 
     def _should_stream(self, *, run_manager: Any = None, **kwargs: Any) -> bool:
-        streams = super()._should_stream(run_manager=run_manager, **kwargs)
+        streams = kwargs.get("n", self.n) == 1 and super()._should_stream(run_manager=run_manager, **kwargs)
         if streams and run_manager is not None:
             current_run.set(run_manager)
         return streams
@@ -223,13 +235,24 @@ class ChatCards(CardsLangChainBase, BaseChatModel):
             counted = as_chat(messages, as_message)
         except PromptError:  # not all of it is text
             return self.get_num_tokens(get_buffer_string(messages))
-        return self._engine({}).loaded().chat.count(counted, as_tools(tool_schemas(tools)))
+        arguments = switches(self.thinking, self.chat_template_kwargs)
+        return self._engine({}).loaded().chat.count(counted, as_tools(tool_schemas(tools)), arguments)
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         return self._langsmith_params("chat", stop, kwargs)
 
+    def _refuse_streaming_several(self, overrides: dict[str, Any]) -> None:
+        if (n := overrides.get("n", self.n)) != 1:
+            raise SettingsError(f"n={n}: a stream has one answer; use generate(), or a stream for each.")
+
     def _request(self, messages: list[BaseMessage], stop: list[str] | None, overrides: dict[str, Any]) -> Request:
+        self._refuse_streaming_several(overrides)
+        return self._requests(messages, stop, overrides)[0]
+
+    def _requests(
+        self, messages: list[BaseMessage], stop: list[str] | None, overrides: dict[str, Any]
+    ) -> list[Request]:
         options = {name: value for name, value in overrides.items() if name != "stream"}  # LangChain's own argument
         if stop is not None:
             options["stop"] = stop
-        return self.request(as_prompt(messages), convert_options(options))
+        return self.requests(as_prompt(messages), convert_options(options))

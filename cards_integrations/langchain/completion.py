@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from itertools import chain, islice
 from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
@@ -14,8 +15,10 @@ from pydantic import ConfigDict
 from cards_integrations.chat.message import as_prompt
 from cards_integrations.chat.template import FormattedPrompt
 from cards_integrations.engine.request import Chunk, Request
+from cards_integrations.errors import SettingsError
 from cards_integrations.langchain.base import CardsLangChainBase
 from cards_integrations.langchain.callbacks import astream_chunks, stream_chunks
+from cards_integrations.langchain.convert import llm_output, logprobs
 from cards_integrations.trace import Alignment
 
 
@@ -40,7 +43,8 @@ class CardsCompletion(CardsLangChainBase, BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        return _result(self._engine(kwargs).run_many(self._requests(prompts, stop, kwargs)))
+        asked = self._requests(prompts, stop, kwargs)
+        return _result(asked, self._engine(kwargs).run_many([*chain.from_iterable(asked)]))
 
     async def _agenerate(
         self,
@@ -49,7 +53,8 @@ class CardsCompletion(CardsLangChainBase, BaseLLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        return _result(await self._engine(kwargs).arun_many(self._requests(prompts, stop, kwargs)))
+        asked = self._requests(prompts, stop, kwargs)
+        return _result(asked, await self._engine(kwargs).arun_many([*chain.from_iterable(asked)]))
 
     def _stream(
         self,
@@ -58,7 +63,7 @@ class CardsCompletion(CardsLangChainBase, BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[GenerationChunk]:
-        (request,) = self._requests([prompt], stop, kwargs)
+        request = self._request(prompt, stop, kwargs)
         return stream_chunks(self._engine(kwargs).stream(request), _chunk, run_manager)
 
     def _astream(
@@ -68,30 +73,33 @@ class CardsCompletion(CardsLangChainBase, BaseLLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[GenerationChunk]:
-        (request,) = self._requests([prompt], stop, kwargs)
+        request = self._request(prompt, stop, kwargs)
         return astream_chunks(self._engine(kwargs).astream(request), _chunk, run_manager)
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         return self._langsmith_params("llm", stop, kwargs)
 
-    def _requests(self, prompts: list[str], stop: list[str] | None, overrides: dict[str, Any]) -> list[Request]:
+    def _request(self, prompt: str, stop: list[str] | None, overrides: dict[str, Any]) -> Request:
+        [requests] = self._requests([prompt], stop, overrides)
+        if len(requests) > 1:
+            raise SettingsError(f"n={len(requests)}: a stream has one answer; use generate(), or a stream for each.")
+        return requests[0]
+
+    def _requests(self, prompts: list[str], stop: list[str] | None, overrides: dict[str, Any]) -> list[list[Request]]:
+        """The requests of each prompt."""
         if stop is not None:
             overrides = {**overrides, "stop": stop}
-        return [self.request(FormattedPrompt(as_prompt(prompt)), overrides) for prompt in prompts]
+        return [self.requests(FormattedPrompt(as_prompt(prompt)), overrides) for prompt in prompts]
 
 
-def _result(answers: list[Alignment]) -> LLMResult:
-    return LLMResult(
-        generations=[[Generation(text=answer.text, generation_info=_info(answer))] for answer in answers],
-        llm_output={
-            "model_name": answers[0].model if answers else None,
-            "token_usage": {
-                "prompt_tokens": sum(answer.usage.prompt_tokens for answer in answers),
-                "completion_tokens": sum(answer.usage.completion_tokens for answer in answers),
-                "total_tokens": sum(answer.usage.total_tokens for answer in answers),
-            },
-        },
-    )
+def _result(asked: list[list[Request]], answers: list[Alignment]) -> LLMResult:
+    """The answers to each prompt, in the order in which they were asked for."""
+    found = iter(answers)
+    generations = [
+        [Generation(text=answer.text, generation_info=_info(answer)) for answer in islice(found, len(requests))]
+        for requests in asked
+    ]
+    return LLMResult(generations=generations, llm_output=llm_output(answers))
 
 
 def _chunk(item: Chunk | Alignment) -> GenerationChunk | None:
@@ -101,4 +109,4 @@ def _chunk(item: Chunk | Alignment) -> GenerationChunk | None:
 
 
 def _info(answer: Alignment) -> dict[str, Any]:
-    return {"finish_reason": answer.finish_reason, "cards": answer.summary()}
+    return {"finish_reason": answer.finish_reason, "cards": answer.summary(), **logprobs(answer)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from langchain_core.messages import (
     ToolMessage,
     message_chunk_to_message,
 )
-from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
+from langchain_core.messages.ai import InputTokenDetails, OutputTokenDetails, UsageMetadata
 from langchain_core.messages.tool import ToolCallChunk, invalid_tool_call, tool_call_chunk
 from langchain_core.messages.tool import tool_call as langchain_tool_call
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
@@ -24,10 +25,20 @@ from langchain_core.utils.json import parse_partial_json
 from pydantic import BaseModel
 
 from cards_integrations.chat import message
-from cards_integrations.chat.message import Message, plain_message, role_of, text_of, tool_call
+from cards_integrations.chat.message import (
+    PARTIAL_CHARACTER,
+    THOUGHTS,
+    Message,
+    add_thoughts,
+    plain_message,
+    role_of,
+    text_of,
+    thoughts_of,
+    tool_call,
+)
 from cards_integrations.engine.request import Chunk
 from cards_integrations.errors import SettingsError, short_repr
-from cards_integrations.trace import Alignment, InvalidToolCall, ToolCall
+from cards_integrations.trace import Alignment, InvalidToolCall, TokenLogprob, ToolCall
 
 PROVIDER = "cards"
 
@@ -53,6 +64,8 @@ def _from_langchain(item: BaseMessage) -> Message:
     if isinstance(item, AIMessage) and (item.tool_calls or item.invalid_tool_calls):
         calls = [*item.tool_calls, *item.invalid_tool_calls]
         found["tool_calls"] = [tool_call(call["id"], call["name"] or "tool", call["args"]) for call in calls]
+    if isinstance(item, AIMessage):
+        add_thoughts(found, [item.additional_kwargs.get(THOUGHTS), thoughts_of(item.content)])
     if isinstance(item, ToolMessage):
         found |= {"tool_call_id": item.tool_call_id, "name": item.name}
     elif item.name is not None:
@@ -105,10 +118,16 @@ def convert_options(options: Mapping[str, Any]) -> dict[str, Any]:
 # --- answers ---
 
 
-def as_chat_result(answer: Alignment) -> ChatResult:
-    """A finished answer as one message, with its usage and rewards."""
-    message = AIMessage(
+def as_chat_result(*answers: Alignment) -> ChatResult:
+    """Finished answers to one prompt, each as a message with its usage and rewards; of several also the sum."""
+    generations = [ChatGeneration(message=_message(answer)) for answer in answers]
+    return ChatResult(generations=generations, llm_output=llm_output(answers) if len(answers) > 1 else None)
+
+
+def _message(answer: Alignment) -> AIMessage:
+    return AIMessage(
         answer.content,
+        additional_kwargs=_thoughts(answer.thoughts),
         tool_calls=[langchain_tool_call(id=c.id, name=c.name, args=c.arguments) for c in answer.tool_calls],
         invalid_tool_calls=[
             invalid_tool_call(id=c.id, name=c.name, args=c.arguments, error=c.error) for c in answer.invalid_tool_calls
@@ -116,7 +135,40 @@ def as_chat_result(answer: Alignment) -> ChatResult:
         usage_metadata=_usage(answer),
         response_metadata=_metadata(answer),
     )
-    return ChatResult(generations=[ChatGeneration(message=message)])
+
+
+def llm_output(answers: Sequence[Alignment]) -> dict[str, Any]:
+    """The model of some answers, and their usage together."""
+    return {
+        "model_name": answers[0].model if answers else None,
+        "token_usage": {
+            "prompt_tokens": sum(answer.usage.prompt_tokens for answer in answers),
+            "completion_tokens": sum(answer.usage.completion_tokens for answer in answers),
+            "total_tokens": sum(answer.usage.total_tokens for answer in answers),
+        },
+    }
+
+
+def add_outputs(outputs: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
+    """The sum of what `llm_output` says of several prompts; empty if it says nothing of any."""
+    known = [output for output in outputs if output]
+    total: Counter[str] = Counter()
+    for output in known:
+        total.update(output["token_usage"])
+    return {**known[0], "token_usage": dict(total)} if known else {}
+
+
+def logprobs(answer: Alignment) -> dict[str, Any]:
+    """The log p of an answer's tokens as OpenAI writes it, as metadata; empty if nobody asked."""
+    if not answer.logprobs:
+        return {}
+    content = [{**_openai_token(token), "top_logprobs": [*map(_openai_token, token.top)]} for token in answer.logprobs]
+    return {"logprobs": {"content": content, "refusal": None}}
+
+
+def _openai_token(token: TokenLogprob) -> dict[str, Any]:
+    whole = PARTIAL_CHARACTER not in token.token
+    return {"token": token.token, "bytes": [*token.token.encode()] if whole else None, "logprob": token.logprob}
 
 
 class ChunkConverter:
@@ -132,6 +184,8 @@ class ChunkConverter:
                 content="", usage_metadata=_usage(item), response_metadata=_metadata(item), chunk_position="last"
             )
             return ChatGenerationChunk(message=last)
+        if item.thought:
+            return ChatGenerationChunk(message=AIMessageChunk(content="", additional_kwargs=_thoughts(item.thought)))
         if not item.text and not item.calls:
             return None
         calls = [self._call_chunk(call) for call in item.calls]
@@ -154,13 +208,19 @@ def _closable(text: str) -> bool:
         return False
 
 
+def _thoughts(text: str) -> dict[str, Any]:
+    """Thoughts where LangChain makes reasoning blocks of them."""
+    return {THOUGHTS: text} if text else {}
+
+
 def _usage(answer: Alignment) -> UsageMetadata:
     usage = answer.usage
     return UsageMetadata(
         input_tokens=usage.prompt_tokens,
-        output_tokens=usage.completion_tokens,
+        output_tokens=usage.output_tokens,
         total_tokens=usage.total_tokens,
         input_token_details=InputTokenDetails(cache_read=usage.cached_tokens),
+        output_token_details=OutputTokenDetails(reasoning=usage.reasoning_tokens),
     )
 
 
@@ -170,4 +230,5 @@ def _metadata(answer: Alignment) -> dict[str, Any]:
         "model_provider": PROVIDER,
         "finish_reason": answer.finish_reason,
         "cards": answer.summary(),
+        **logprobs(answer),
     }

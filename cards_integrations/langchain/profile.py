@@ -6,7 +6,8 @@ from typing import Any, cast
 
 from langchain_core.language_models.model_profile import ModelProfile
 
-from cards_integrations.models.sources import known_context_window
+from cards_integrations.chat.thinking import KNOWN
+from cards_integrations.models.sources import known_chat_template, known_context_window
 from cards_integrations.settings import Options
 
 
@@ -30,7 +31,13 @@ def model_profile(options: Options) -> ModelProfile:
         "structured_output": True,
         "mid_conversation_system_messages": True,
         "temperature": True,
+        "reasoning_output": options.thinking != "off" and _thinks(known_chat_template(options.model)),
     }
     if (window := known_context_window(options.model)) is not None:
         profile["max_input_tokens"] = window
     return cast("ModelProfile", {key: value for key, value in profile.items() if key in ModelProfile.__annotations__})
+
+
+def _thinks(template: str) -> bool:
+    """True if a chat template has the marks of thoughts."""
+    return any(form.opening in template or form.closing in template for form in KNOWN)

@@ -14,6 +14,7 @@ from llama_index.core.base.llms.types import (
     CitationBlock,
     CompletionResponse,
     ContentBlock,
+    LogProb,
     MessageRole,
     TextBlock,
     ThinkingBlock,
@@ -25,7 +26,9 @@ from pydantic import BaseModel, ValidationError
 
 from cards_integrations.chat import message
 from cards_integrations.chat.message import (
+    THOUGHTS,
     Message,
+    add_thoughts,
     answered_call,
     plain_message,
     role_of,
@@ -60,6 +63,8 @@ def _from_llama_index(item: ChatMessage) -> Message:
         found["tool_calls"] = [tool_call(call.tool_call_id, call.tool_name, call.tool_kwargs) for call in calls]
     elif stored := item.additional_kwargs.get("tool_calls"):  # in histories that older integrations wrote
         found["tool_calls"] = tool_calls(stored)
+    thoughts = [block.content for block in item.blocks if isinstance(block, ThinkingBlock)]
+    add_thoughts(found, [*thoughts, item.additional_kwargs.get(THOUGHTS)])
     if found["role"] == "tool":
         found |= answered_call(item.additional_kwargs)
     return found
@@ -103,10 +108,12 @@ def convert_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def completion_response(
-    item: Chunk | Alignment, text: str | None = None, delta: str | None = None, calls: Sequence[Any] = ()
-) -> CompletionResponse:
+    item: Chunk | Alignment, text: str | None = None, delta: str | None = None, calls: Sequence[Any] = (),
+    thoughts: str = "",
+) -> CompletionResponse:  # fmt: skip
     """A whole answer, or the `text` of a stream so far and what is new of it."""
-    return CompletionResponse(text=item.text if text is None else text, delta=delta, raw=_raw(item))
+    said = item.text if text is None else text
+    return CompletionResponse(text=said, delta=delta, raw=_raw(item), logprobs=_logprobs(item))
 
 
 def chat_response(
@@ -114,17 +121,32 @@ def chat_response(
     text: str | None = None,
     delta: str | None = None,
     calls: Sequence[ToolCall | InvalidToolCall] = (),
+    thoughts: str = "",
 ) -> ChatResponse:
-    """A whole answer, or the `text` and `calls` of a stream so far and what is new of the text."""
+    """A whole answer, or the `text`, `calls` and `thoughts` of a stream so far and what is new of the text."""
+    tokens = None
     if isinstance(item, Alignment):
-        text, calls = item.content, item.tool_calls
-    blocks: list[ContentBlock] = [TextBlock(text=text or "")]
+        text, calls, thoughts, tokens = item.content, item.tool_calls, item.thoughts, item.usage.reasoning_tokens
+    blocks: list[ContentBlock] = [ThinkingBlock(content=thoughts, num_tokens=tokens)] if thoughts else []
+    blocks.append(TextBlock(text=text or ""))
     blocks += [
         ToolCallBlock(tool_call_id=call.id, tool_name=call.name, tool_kwargs=call.arguments)
         for call in calls
         if isinstance(call, ToolCall)
     ]
-    return ChatResponse(message=ChatMessage(role=MessageRole.ASSISTANT, blocks=blocks), delta=delta, raw=_raw(item))
+    said = ChatMessage(role=MessageRole.ASSISTANT, blocks=blocks)
+    new = {"thinking_delta": item.thought} if isinstance(item, Chunk) and item.thought else {}
+    return ChatResponse(message=said, delta=delta, raw=_raw(item), additional_kwargs=new, logprobs=_logprobs(item))
+
+
+def _logprobs(item: Chunk | Alignment) -> list[list[LogProb]] | None:
+    """For each token of a whole answer itself, and then the most probable ones in its place."""
+    if isinstance(item, Chunk) or not item.logprobs:
+        return None
+    return [
+        [LogProb(token=each.token, logprob=each.logprob, bytes=[*each.token.encode()]) for each in (token, *token.top)]
+        for token in item.logprobs
+    ]
 
 
 def invalid_selections(response: ChatResponse) -> list[ToolSelection]:
@@ -165,7 +187,8 @@ def _raw(item: Chunk | Alignment) -> dict[str, Any] | None:
     return {
         "usage": {
             "prompt_tokens": usage.prompt_tokens,
-            "completion_tokens": usage.completion_tokens,
+            "completion_tokens": usage.output_tokens,
+            "reasoning_tokens": usage.reasoning_tokens,
             "total_tokens": usage.total_tokens,
         },
         "finish_reason": item.finish_reason,

@@ -128,17 +128,21 @@ class GrowingResponse:
     def __init__(self, respond: Callable[..., Any], span_id: str | None) -> None:
         self.respond = respond
         self.span_id = span_id  # of the call: the stream is read outside of it
-        self.text = ""
+        self.text = self.thoughts = ""
         self.calls: list[ToolCall | InvalidToolCall] = []
 
     def add(self, item: Chunk | Alignment) -> Any:
         """The response after this item; None while all of a segment is held back."""
         if isinstance(item, Alignment):
             return self.respond(item, delta="")
-        send_segment(item, self.span_id)
+        if item.thought is None:
+            send_segment(item, self.span_id)
+        self.thoughts += item.thought or ""
         self.text += item.text
         self.calls += item.calls
-        return self.respond(item, self.text, item.text, self.calls) if item.text or item.calls else None
+        if not (item.text or item.calls or item.thought):
+            return None
+        return self.respond(item, self.text, item.text, self.calls, self.thoughts)
 
 
 def _responses(items: Generator[Chunk | Alignment, None, None], growing: GrowingResponse) -> Generator[Any, None, None]:

@@ -95,6 +95,8 @@ class Context:
         stop: Strings that end the answer.
         usage: What the request has paid so far.
         matcher: Where the kept text is in its grammar; None without one.
+        logprobs: How many of the most probable tokens are reported for each token; None reports nothing.
+        whole_sentences: True if an answer that reaches `max_tokens` ends with its last whole sentence.
         ids: Token ids of the kept text.
         text: The kept text.
         start: What it is decoded after: the end of the prompt.
@@ -107,6 +109,8 @@ class Context:
     stop: StopStrings
     usage: Usage
     matcher: Matcher | None = None
+    logprobs: int | None = None
+    whole_sentences: bool = False
     ids: list[int] = field(default_factory=list)
     text: str = ""
     start: AnswerStart = NOTHING_BEFORE
@@ -128,7 +132,9 @@ class Candidate:
         ids: Its own token ids.
         rank: If given, the first token is not drawn: it is the one of this rank (0 is the most probable), or of the
             last one that is allowed.
-        log_likelihood: Sum of log p of its tokens in nats, full vocabulary, temperature 1.
+        log_p: log p of each of its tokens in nats, full vocabulary, temperature 1.
+        top: For each of its tokens, the ids of the most probable ones and their log p, where the request reports them.
+        log_likelihood: Sum of log p of its tokens.
         end_log_p: log p of the end-of-sequence token that ended it.
         finish: Why the whole answer ends with it; None if it can go on.
         whole: False if a stop string was cut off, so that the text is not all of the ids.
@@ -149,6 +155,8 @@ class Candidate:
     parent: Candidate | None = None
     ids: list[int] = field(default_factory=list)
     rank: int | None = None
+    log_p: list[float] = field(default_factory=list)
+    top: list[Sequence[tuple[int, float]]] = field(default_factory=list)
     log_likelihood: float = 0.0
     end_log_p: float = 0.0
     finish: FinishReason | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from hashlib import sha256
 from threading import Lock
 from typing import Any
 
@@ -51,6 +52,16 @@ class Uniforms:
         return numbers
 
 
+def derived_seed(seed: int, purpose: str) -> int:
+    """Return another seed for another purpose of the same request, such as its thoughts."""
+    return int.from_bytes(sha256(f"{seed} {purpose}".encode()).digest()[:8]) >> 1
+
+
 def fresh_seed() -> int:
     """Return a random seed, for a request that has none."""
     return secrets.randbelow(2**63)
+
+
+def answer_seeds(seed: int, n: int) -> list[int]:
+    """Return the seeds of several answers to one prompt: the first is the request's own, the others follow from it."""
+    return [seed, *(derived_seed(seed, str(index)) for index in range(1, n))]

@@ -13,7 +13,7 @@ from cards_integrations.errors import CardsError, short_repr
 from cards_integrations.models.base import CustomModel, LanguageModel
 from cards_integrations.models.local.checks import embedding_rows
 from cards_integrations.models.local.loader import ModelLoader
-from cards_integrations.models.local.resolve import max_positions, read_config, with_config_here
+from cards_integrations.models.local.resolve import chat_template_here, max_positions, read_config, with_config_here
 from cards_integrations.models.local.settings import LocalModel, as_local_model
 from cards_integrations.models.vllm.settings import VllmModel
 from cards_integrations.registry import Registry, from_json
@@ -48,6 +48,11 @@ def as_model(value: Any) -> Any:
 
 
 AnyModel = Annotated[LocalModel | VllmModel | SerializeAsAny[CustomModel], BeforeValidator(as_model)]
+
+
+def source_name(source: ModelSource) -> str:
+    """What the settings call the model: a name, a hub id or a path."""
+    return str(getattr(source, "model", source.kind))
 
 
 def build_model(source: ModelSource, loader: ModelLoader, wake: Callable[[], None]) -> LanguageModel:
@@ -102,6 +107,15 @@ def known_context_window(source: ModelSource) -> int | None:
                 return source.context_window()
     except CardsError:
         return None
+
+
+def known_chat_template(source: ModelSource) -> str:
+    """The source of its chat template without asking anybody; "" if no file on this machine has it."""
+    try:
+        here = with_config_here(source) if isinstance(source, LocalModel) else None
+        return "" if here is None else chat_template_here(here)
+    except CardsError:
+        return ""
 
 
 @lru_cache

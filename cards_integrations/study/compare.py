@@ -13,6 +13,7 @@ from pydantic_core import PydanticSerializationError
 
 from cards_integrations.decoding import AnyDecoding, Decoding, as_decoding
 from cards_integrations.errors import SettingsError
+from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import AnyReward, as_reward
 from cards_integrations.rewards.base import Reward
 from cards_integrations.settings import as_context
@@ -21,7 +22,7 @@ from cards_integrations.study.comparison import COSTS, REQUIRED_FIELDS, Comparis
 from cards_integrations.study.rows import Results, Row
 from cards_integrations.trace import Alignment
 
-LLM_OPTIONS = ("model", "max_tokens", "temperature", "top_k", "stop")  # those on which an answer depends
+LLM_OPTIONS = ("model", "max_tokens", "stop", "finish_at", *Sampler.model_fields)  # those on which an answer depends
 KEY_FIELDS = ("arm", "settings", *LLM_OPTIONS, "guide", "judge", "asked", "context", "seed")
 
 

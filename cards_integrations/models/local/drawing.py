@@ -10,6 +10,7 @@ import torch
 
 from cards_integrations.chat.grammar import GrammarTokenizer
 from cards_integrations.models.base import Boundary, Candidate
+from cards_integrations.models.local.penalties import Penalties
 from cards_integrations.models.sampling import distinct, draw
 from cards_integrations.transformer.forward import Output
 
@@ -23,11 +24,13 @@ class Drawn(NamedTuple):
         token: Its id.
         log_p: Its log-probability in nats, full vocabulary, temperature 1.
         rises: True if the segment ends before it.
+        top: The most probable tokens in its place and their log p, as many as the request reports.
     """
 
     token: int
     log_p: float
     rises: bool
+    top: Sequence[tuple[int, float]] = ()
 
 
 class TokenDrawer:
@@ -35,10 +38,12 @@ class TokenDrawer:
 
     Args:
         grammars: Returns the vocabulary as grammars see it; called when a candidate has one.
+        eos: The ids of end-of-sequence.
     """
 
-    def __init__(self, grammars: Callable[[], GrammarTokenizer]) -> None:
+    def __init__(self, grammars: Callable[[], GrammarTokenizer], eos: Collection[int] = ()) -> None:
         self._grammars = grammars
+        self._penalties = Penalties(eos)
 
     @torch.inference_mode()
     def draw(self, candidates: Sequence[Candidate], outputs: Sequence[Output]) -> list[Drawn]:
@@ -53,30 +58,59 @@ class TokenDrawer:
         n, rising = len(candidates), [False] * len(candidates)
         for i, rises in zip([i for members, _ in asked for i in members], numbers[2 * n :], strict=True):
             rising[i] = bool(rises)
-        return [*map(Drawn, map(int, numbers[:n]), numbers[n : 2 * n], rising)]
+        drawn = [*map(Drawn, map(int, numbers[:n]), numbers[n : 2 * n], rising)]
+        for i, top in _reported(candidates, log_p, rows):
+            drawn[i] = drawn[i]._replace(top=top)
+        return drawn
 
     def tokens(
         self, candidates: Sequence[Candidate], logits: torch.Tensor, rows: Sequence[int]
     ) -> tuple[torch.Tensor, Collection[int]]:
         """The token of each candidate, from its row of the logits, and which of them had no choice."""
+        changed = [i for i, candidate in enumerate(candidates) if self._penalties.concern(candidate)]
+        if not changed:
+            return self._plain(candidates, logits, rows)
+        rest = sorted({*range(len(candidates))}.difference(changed))
+        tokens, forced = torch.empty(len(candidates), dtype=torch.long, device=logits.device), []
+        for members, choose in ((changed, self._changed), (rest, self._plain)):
+            if members:
+                own = [candidates[i] for i in members], logits, [rows[i] for i in members]
+                tokens[members], without_choice = choose(*own)
+                forced += [members[i] for i in without_choice]
+        return tokens, forced
+
+    def _plain(
+        self, candidates: Sequence[Candidate], logits: torch.Tensor, rows: Sequence[int]
+    ) -> tuple[torch.Tensor, Collection[int]]:
         bound = [i for i, candidate in enumerate(candidates) if candidate.matcher is not None]
         if not bound:
             return _drawn(candidates, logits, rows), ()
-        allowed = self._allowed([candidates[i] for i in bound])
-        forced = [i for i, n in zip(bound, allowed.sum(-1).tolist(), strict=True) if n == 1]
+        allowed, forced = self._allowed(candidates, bound)
         masked = logits[[rows[i] for i in bound]].masked_fill(~allowed.to(logits.device), -torch.inf)
         own = dict(zip(bound, range(len(logits), len(logits) + len(bound)), strict=True))
         rows = [own.get(i, row) for i, row in enumerate(rows)]
         return _drawn(candidates, torch.cat([logits, masked]), rows), forced
 
-    def _allowed(self, candidates: Sequence[Candidate]) -> torch.Tensor:
-        """What the grammars of these candidates let through, (candidates, vocabulary) bool."""
-        grammars, matchers = self._grammars(), [c.matcher for c in candidates if c.matcher is not None]
-        allowed = grammars.allowed(matchers)
-        for candidate, matcher, row in zip(candidates, matchers, allowed, strict=True):
+    def _changed(
+        self, candidates: Sequence[Candidate], logits: torch.Tensor, rows: Sequence[int]
+    ) -> tuple[torch.Tensor, Collection[int]]:
+        """As `_plain`, for candidates whose samplers change the logits: each has a row of its own."""
+        own, forced = self._penalties.apply(candidates, logits[list(rows)]), list[int]()
+        if bound := [i for i, candidate in enumerate(candidates) if candidate.matcher is not None]:
+            allowed, forced = self._allowed(candidates, bound)
+            own[bound] = own[bound].masked_fill(~allowed.to(logits.device), -torch.inf)
+        own = self._penalties.without_ends(candidates, own)
+        return _drawn(candidates, own, range(len(candidates))), forced
+
+    def _allowed(self, candidates: Sequence[Candidate], bound: Sequence[int]) -> tuple[torch.Tensor, list[int]]:
+        """What their grammars let through, (bound, vocabulary) bool, and which of them have no choice."""
+        grammars = self._grammars()
+        drafted = [(c, c.matcher) for c in (candidates[i] for i in bound) if c.matcher is not None]
+        allowed = grammars.allowed([matcher for _, matcher in drafted])
+        for (candidate, matcher), row in zip(drafted, allowed, strict=True):
             if candidate.closing and grammars.close(row):
                 matcher.closed = True
-        return allowed
+        return allowed, [i for i, n in zip(bound, allowed.sum(-1).tolist(), strict=True) if n == 1]
 
 
 def _stacked(outputs: Sequence[Output]) -> tuple[torch.Tensor, list[int]]:
@@ -99,6 +133,19 @@ def _drawn(candidates: Sequence[Candidate], logits: torch.Tensor, rows: Sequence
             candidate.rank = min(candidate.rank, allowed - 1)
             tokens[i] = logits[rows[i]].topk(candidate.rank + 1).indices[-1]
     return tokens
+
+
+def _reported(
+    candidates: Sequence[Candidate], log_p: torch.Tensor, rows: Sequence[int]
+) -> Iterator[tuple[int, list[tuple[int, float]]]]:
+    """Indices of the candidates whose requests report the most probable tokens, and these."""
+    asked = [(i, count) for i, candidate in enumerate(candidates) if (count := candidate.context.logprobs)]
+    if not asked:
+        return
+    most = min(max(count for _, count in asked), log_p.shape[-1])
+    found = log_p[[rows[i] for i, _ in asked]].topk(most)
+    for (i, count), ids, values in zip(asked, found.indices.tolist(), found.values.tolist(), strict=True):
+        yield i, [*zip(ids, values, strict=True)][:count]
 
 
 def _decisions(

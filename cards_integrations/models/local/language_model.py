@@ -15,7 +15,7 @@ from cards_integrations.chat.detokenizer import Detokenizer, decodes_locally
 from cards_integrations.chat.grammar import Grammar, GrammarTokenizer, Matcher
 from cards_integrations.chat.stop_strings import StopStrings
 from cards_integrations.chat.template import ChatTokenizer
-from cards_integrations.errors import CardsError, ModelError, as_cards_error
+from cards_integrations.errors import CardsError, ModelError, SettingsError, as_cards_error
 from cards_integrations.models.base import Boundary, Candidate, Context
 from cards_integrations.models.local.drawing import Drawn, TokenDrawer
 from cards_integrations.models.local.frontier import Frontier, OpenRequest
@@ -66,7 +66,7 @@ class LocalLanguageModel:
         self.eos = _end_of_sequence(model, chat.tokenizer)
         decodes_locally(chat)  # tested while nobody waits
         self.steps = 0  # forwards that carried at least one candidate
-        self.drawer = TokenDrawer(lambda: self.grammars)
+        self.drawer = TokenDrawer(lambda: self.grammars, self.eos)
         self._requests: dict[Context, OpenRequest] = {}  # in order of arrival
         self._ready: list[Candidate] = []  # have logits
         self._failed: list[Candidate] = []
@@ -90,7 +90,19 @@ class LocalLanguageModel:
 
     def open(self, context: Context) -> None:
         """Give a context a row; its prompt is read when a candidate needs it."""
+        self._check_ids(context.sampler)
         self._requests[context] = OpenRequest(Frontier(self._row(context), unread=list(context.prompt_ids)))
+
+    def _check_ids(self, sampler: Sampler) -> None:
+        """Refuse token ids that the model does not know."""
+        for name, ids in (("logit_bias", dict(sampler.logit_bias)), ("stop_token_ids", sampler.stop_token_ids)):
+            if ids and max(ids) >= self.vocabulary:
+                raise SettingsError(f"{name}: token {max(ids)}, and model {self.name!r} has {self.vocabulary} tokens.")
+
+    @cached_property
+    def vocabulary(self) -> int:
+        """How many tokens have a logit."""
+        return int(self.model.get_output_embeddings().weight.shape[0])
 
     def _row(self, context: Context) -> Branch:
         """A new row for what is kept, which the length of the prompt decides how to read, or that of the whole."""
@@ -142,7 +154,7 @@ class LocalLanguageModel:
 
     @cached_property
     def grammars(self) -> GrammarTokenizer:
-        return GrammarTokenizer(self.chat.tokenizer, self.model.get_output_embeddings().weight.shape[0], self.eos)
+        return GrammarTokenizer(self.chat.tokenizer, self.vocabulary, self.eos)
 
     def matcher(self, grammar: Grammar) -> Matcher:
         return self.grammars.matcher(grammar)
@@ -291,12 +303,16 @@ class LocalLanguageModel:
         candidate.context.usage.drafted_tokens += 1
         if math.isnan(drawn.log_p):
             raise self._not_a_number()
-        if drawn.token in self.eos:
+        ends = drawn.token in self.eos
+        if ends or (drawn.token in candidate.context.sampler.stop_token_ids and candidate.matcher is None):
             candidate.finish = "length" if candidate.matcher is not None and candidate.matcher.closed else "stop"
             candidate.end_log_p = drawn.log_p
             self._decode(candidate, frontier)
             return True
         candidate.log_likelihood += drawn.log_p
+        candidate.log_p.append(drawn.log_p)
+        if candidate.context.logprobs:
+            candidate.top.append(drawn.top)
         candidate.ids.append(drawn.token)
         frontier.logits, frontier.unread = None, [drawn.token]
         if self._ends_after(candidate, frontier):
@@ -459,7 +475,7 @@ class LocalLanguageModel:
                 frontier.held = tree.branch()
                 del frontier.unread[: len(tree.ids)]
                 usage, again = unread[frontier].usage, frontier is self._requests[unread[frontier]].long
-                if not again:
+                if not again and not usage.lm_tokens:  # what this request has read itself does not count
                     usage.cached_tokens = max(usage.cached_tokens, min(len(tree.ids), usage.prompt_tokens))
         unknown = [frontier for frontier in fresh if not frontier.branch.tree.ids]
         first = {unknown[index] for index in first_to_read([frontier.unread for frontier in unknown])}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,18 @@ def with_config_here(spec: LocalModel) -> LocalModel | None:
         cached = try_to_load_from_cache(found, "config.json", revision=spec.revision)
         found = str(Path(cached).parent) if isinstance(cached, str) else ""
     return LocalModel(model=found) if found else None
+
+
+def chat_template_here(spec: LocalModel) -> str:
+    """The source of a model's chat template, as its files in this directory have it; "" if there is none."""
+    folder = Path(resolve_model(spec.model))
+    try:
+        if (alone := folder / "chat_template.jinja").exists():
+            return alone.read_text(encoding="utf-8")
+        found = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        return str(found.get("chat_template") or "")
+    except (OSError, ValueError, AttributeError):
+        return ""
 
 
 read_config = lru_cache(load_config)

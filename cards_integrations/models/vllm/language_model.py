@@ -14,6 +14,7 @@ from cards_integrations.chat.template import ChatTokenizer
 from cards_integrations.errors import CardsError, ModelError, SettingsError
 from cards_integrations.http_client import REPLY_BYTES, Reply, ServiceClient
 from cards_integrations.models.base import Boundary, Candidate, Context
+from cards_integrations.models.sampling import Sampler
 from cards_integrations.models.vllm.replies import (
     COMPLETIONS,
     HINTS,
@@ -27,6 +28,7 @@ from cards_integrations.models.vllm.settings import VllmModel
 
 log = logging.getLogger("cards_integrations")
 MARKS = (".", "!", "?", "\n")
+MAX_BIAS = 100  # a server takes larger ones for this
 
 
 class VllmLanguageModel:
@@ -140,7 +142,8 @@ class VllmLanguageModel:
             told = error.errors(include_url=False)[0]
             fault: str | None = ": ".join([*(str(part) for part in told["loc"]), told["msg"]])
         else:
-            fault = found.fault(len(body["prompt"]), body["max_tokens"], self.vocabulary)
+            by_id = body.get("return_tokens_as_token_ids", False)
+            fault = found.fault(len(body["prompt"]), body["max_tokens"], self.vocabulary, by_id)
         if fault is None:
             return found
         raise ModelError(
@@ -156,23 +159,35 @@ class VllmLanguageModel:
             "model": self.name,
             "prompt": [*context.prompt_ids, *candidate.before],
             "max_tokens": candidate.remaining_tokens,
-            "temperature": sampler.temperature,
-            "top_k": sampler.top_k,
-            "top_p": 1.0,
-            "min_p": 0.0,  # or what the model's generation_config says
-            "repetition_penalty": 1.0,
+            **self._sampling(sampler),
             "seed": int(candidate.uniforms[0] * 2**53),
-            "logprobs": 0,
+            "logprobs": context.logprobs or 0,
             "return_token_ids": True,
-            "stop": list(context.stop.strings),
+            "stop": [] if context.stop.within else list(context.stop.strings),  # the server knows no calls
             "skip_special_tokens": True,  # in what stop strings are looked for; 0.33 has another default than 0.32
         }
+        if sampler.logit_bias:
+            body["logit_bias"] = {str(token): bias for token, bias in sampler.logit_bias}
+        if sampler.stop_token_ids:
+            body["stop_token_ids"] = list(sampler.stop_token_ids)
+        if context.logprobs:
+            body["return_tokens_as_token_ids"] = True
+        least = max(0, sampler.min_tokens - len(candidate.before))
+        if boundary.served is not None and self._served(boundary):
+            if self.sentinel in sampler.stop_token_ids:
+                raise SettingsError(
+                    f"stop_token_ids: {self.sentinel} ends segments; set model.sentinel to another one."
+                )
+            body["stop_token_ids"] = [*sampler.stop_token_ids, self.sentinel]
+            body["vllm_xargs"] = {**boundary.served, "cards_sentinel": self.sentinel}
+            if least:  # the server's own `min_tokens` would forbid the sentinel, too
+                body["vllm_xargs"]["cards_min_tokens"] = least
+            return body
+        if least:
+            body["min_tokens"] = min(least, candidate.remaining_tokens)
         if boundary.served is None:
             return body
-        if self._served(boundary):
-            body["stop_token_ids"] = [self.sentinel]
-            body["vllm_xargs"] = {**boundary.served, "cards_sentinel": self.sentinel}
-        elif self.fallback == "refuse":
+        if self.fallback == "refuse":
             raise ModelError(
                 f"model {self.name!r}: the server does not end segments by uncertainty. Start it with --logits-"
                 "processors cards_integrations.vllm_plugin:EntropyStop, or set model.without_plugin, or another "
@@ -180,15 +195,31 @@ class VllmLanguageModel:
             )
         elif self.fallback == "fixed_length":
             body["max_tokens"] = min(candidate.remaining_tokens, self.spec.fallback_length)
+            if least:
+                body["min_tokens"] = min(least, body["max_tokens"])
         return body
+
+    @staticmethod
+    def _sampling(sampler: Sampler) -> dict[str, float]:
+        """How the server draws, every setting of it: it takes the others from the model's generation_config."""
+        for name in ("presence_penalty", "frequency_penalty"):
+            if getattr(sampler, name):
+                raise SettingsError(
+                    f"{name} needs a local model: a server would count the tokens of a segment, not those of the "
+                    "answer. repetition_penalty counts prompt and answer."
+                )
+        if any(abs(bias) > MAX_BIAS for _, bias in sampler.logit_bias):
+            raise SettingsError(f"logit_bias: a vLLM server takes numbers from -{MAX_BIAS} to {MAX_BIAS}.")
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        return {name: getattr(sampler, name) for name in names}
 
     def _take(self, candidate: Candidate, found: Completion) -> None:
         """Make the completion the candidate's: what the server did not cut is cut here."""
         [choice], paid, usage = found.choices, found.usage, candidate.context.usage
         ids, log_p = choice.token_ids, choice.logprobs.token_logprobs
-        usage.lm_tokens += paid.prompt_tokens - paid.cached_tokens + paid.completion_tokens
-        if not candidate.before and candidate.index == 0:  # the others find what this one has read
+        if not candidate.before and candidate.index == 0 and not usage.lm_tokens:  # the others find what it has read
             usage.cached_tokens = min(paid.cached_tokens, usage.prompt_tokens)
+        usage.lm_tokens += paid.prompt_tokens - paid.cached_tokens + paid.completion_tokens
         by_token = choice.ends_with_token
         risen = by_token and self._served(candidate.boundary) and choice.stop_reason == self.sentinel
         usage.drafted_tokens += len(ids) - risen
@@ -200,9 +231,18 @@ class VllmLanguageModel:
                 f"model {self.name!r}: the server ended a segment of at least {candidate.boundary.min_tokens} tokens "
                 f"after {len(ids)}. Does it have EntropyStop of this version of cards-integrations?"
             )
+        least = candidate.context.sampler.min_tokens
+        if ended and len(candidate.before) + len(ids) < least:
+            raise ModelError(
+                f"model {self.name!r}: the server ended an answer of at least min_tokens={least} tokens after "
+                f"{len(candidate.before) + len(ids)}. Does it have EntropyStop of this version of cards-integrations?"
+            )
         length = self._cut(candidate, ids)
         candidate.ids = ids[:length]
-        candidate.log_likelihood = sum(log_p[: len(candidate.ids)])
+        candidate.log_p = log_p[: len(candidate.ids)]
+        candidate.log_likelihood = sum(candidate.log_p)
+        if count := candidate.context.logprobs:
+            candidate.top = [*choice.logprobs.top(count)[: len(candidate.ids)]]
         if length is None and ended:
             candidate.finish, candidate.end_log_p = "stop", log_p[-1]
         elif candidate.finish is None and candidate.end >= candidate.context.max_tokens:

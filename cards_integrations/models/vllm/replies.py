@@ -23,6 +23,7 @@ HANDSHAKE_TIMEOUT = 30.0  # seconds for each of the three questions, whatever th
 MODELS_BYTES = 2**22  # of the list of models at most: adapters may be thousands
 TOKEN_BYTES = 2**10  # of a completion for each of its tokens at most: its text thrice, escaped
 PROMPT_TOKEN_BYTES = 16  # for each of the prompt, which comes back with it
+TOKEN_ID = "token_id:"  # how a server writes a token that it is to name by its id
 ROUNDING = 1e-3  # by which a log-probability may be above 0
 M = TypeVar("M", bound=BaseModel)
 HINTS = {
@@ -54,9 +55,19 @@ class ModelList(BaseModel):
 
 
 class LogProbs(BaseModel):
-    """Log-probabilities of the generated tokens, in nats."""
+    """Log-probabilities of the generated tokens, in nats, and of the most probable ones by "token_id:" and their id."""
 
     token_logprobs: Annotated[list[Annotated[FiniteFloat, Strict()]], FailFast()]
+    top_logprobs: list[dict[str, float]] | None = None
+
+    def top(self, count: int) -> list[list[tuple[int, float]]]:
+        """Ids and log-probabilities of the most probable tokens in the place of each one; empty if there are none."""
+        return [
+            sorted(
+                ((int(key.removeprefix(TOKEN_ID)), value) for key, value in each.items()), key=lambda pair: -pair[1]
+            )[:count]
+            for each in self.top_logprobs or ()
+        ]
 
 
 class Choice(BaseModel):
@@ -98,7 +109,7 @@ class Completion(BaseModel):
     choices: Annotated[list[Choice], Field(min_length=1, max_length=1)]
     usage: TokenUsage
 
-    def fault(self, prompt_tokens: int, max_tokens: int, vocabulary: int) -> str | None:
+    def fault(self, prompt_tokens: int, max_tokens: int, vocabulary: int, tops_by_id: bool = False) -> str | None:
         """What is wrong with it as an answer to a request of such sizes; None if nothing is."""
         [choice], usage = self.choices, self.usage
         ids, log_p, finish = choice.token_ids, choice.logprobs.token_logprobs, choice.finish_reason
@@ -110,6 +121,11 @@ class Completion(BaseModel):
             return f"{len(ids)} tokens and finish_reason {finish!r} for max_tokens={max_tokens}"
         if max(ids) >= vocabulary:
             return f"token {max(ids)}, and the tokenizer has {vocabulary}"
+        tops = choice.logprobs.top_logprobs or ()
+        if tops_by_id and not all(key.removeprefix(TOKEN_ID).isdecimal() for top in tops for key in top):
+            return "top_logprobs that do not name tokens by their ids"
+        if tops_by_id and len(tops) != len(ids):
+            return f"{len(ids)} token ids and {len(tops)} top_logprobs"
         if max(log_p) > ROUNDING:
             return f"log-probability {max(log_p)}, above 0: its --logprobs-mode has to be raw_logprobs, the default"
         if choice.ends_with_token and choice.stop_reason not in (None, ids[-1]):

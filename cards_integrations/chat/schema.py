@@ -1,0 +1,377 @@
+"""JSON schemas in a form that a grammar can hold.
+
+Parts that hold together (`allOf`, `$ref` and `anyOf` beside other keywords) are merged, and only then is an object
+closed against properties that nothing names. What no grammar can hold is left out and noted, for validation to check.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import unquote
+
+from cards_integrations.chat.patterns import expressible, fault
+from cards_integrations.chat.schema_values import KEYWORDS, bounds, distinct, literals, numbers, strings, types
+from cards_integrations.chat.schema_values import located as at
+from cards_integrations.errors import SettingsError, short_repr
+
+MAX_ALTERNATIVES = 64  # of one value: each anyOf beside another multiplies them
+LEFT_OUT = ("not", "contains", "uniqueItems", "$dynamicRef", "$recursiveRef")
+CLOSING = ("properties", "patternProperties", "propertyNames")  # an object that names its keys has no others
+
+
+@dataclass(frozen=True)
+class HeldSchema:
+    """A schema as a grammar holds it."""
+
+    schema: dict[str, Any]
+    """Every text of its grammar matches the original, but for what the notes say."""
+
+    notes: tuple[str, ...]
+    """What is left to validation, each with its field."""
+
+
+def held_schema(schema: Mapping[str, Any]) -> HeldSchema:
+    """Bring a JSON schema into a form that a grammar can hold.
+
+    Raises:
+        SettingsError: It is no schema, or nothing matches it; the message names the field.
+    """
+    merger = _Merger(schema)
+    found = merger.merged([schema], "")
+    whole = {"anyOf": []} if found is False else {} if found is True else dict(found)
+    if merger.definitions:
+        whole["$defs"] = merger.definitions
+    if problem := fault(whole):
+        raise SettingsError(_blamed(whole, problem))
+    return HeldSchema(whole, tuple(dict.fromkeys(merger.notes)))
+
+
+@dataclass
+class _Parts:
+    """What has to hold together."""
+
+    flat: list[dict[str, Any]] = field(default_factory=list)
+    choices: list[list[Any]] = field(default_factory=list)
+    refs: list[str] = field(default_factory=list)
+    nothing: bool = False
+
+
+@dataclass
+class _Merger:
+    """Merges schemas that hold together. A conjunction with a `$ref` in it becomes a definition of its own."""
+
+    root: Mapping[str, Any]
+    definitions: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    names: dict[str, str] = field(default_factory=dict)
+
+    def merged(self, schemas: Iterable[Any], path: str) -> Any:
+        """The schema of what matches all of them: a mapping, True or False."""
+        wanted, parts = distinct(schemas), _Parts()
+        for each in wanted:
+            self._unfold(each, parts, path)
+        parts.flat = distinct(parts.flat)
+        if not parts.refs or parts.nothing:
+            return self._one_of(parts, path)
+        key = json.dumps(wanted)
+        if key not in self.names:
+            name = self.names[key] = f"d{len(self.names)}"
+            self.definitions[name] = {}
+            self.definitions[name] = self._one_of(parts, path)
+        return {"$ref": f"#/$defs/{self.names[key]}"}
+
+    # --- what holds together ---
+
+    def _unfold(self, schema: Any, parts: _Parts, path: str) -> None:
+        """Add a schema to the parts, without `$ref` and `allOf`; its own keywords stand where its properties do."""
+        if isinstance(schema, bool):
+            parts.nothing |= not schema
+            return
+        if not isinstance(schema, Mapping):
+            raise SettingsError(f"{at(path)}{short_repr(schema)} is not a JSON schema: pass a mapping.")
+        own = {key: value for key, value in schema.items() if key in KEYWORDS}
+        place = "properties" if "properties" in own else next(iter(own), None)
+        for key, value in schema.items():
+            if key == place:
+                parts.flat.append(own)
+            elif key == "$ref" and value not in parts.refs:
+                parts.refs.append(value)
+                self._unfold(self._resolved(value, path), parts, path)
+            elif key == "allOf":
+                for each in _list(value, key, path):
+                    self._unfold(each, parts, path)
+            elif key in ("anyOf", "oneOf"):
+                parts.choices.append(_list(value, key, path))
+            elif key in ("dependentRequired", "dependentSchemas", "dependencies") and isinstance(value, Mapping):
+                parts.choices += [_dependency(name, needs) for name, needs in value.items()]
+            elif key == "if":
+                parts.choices.append([{"allOf": [value, schema.get("then", True)]}, schema.get("else", True)])
+                self.note(path, "that `else` is for what does not match `if`")
+            if key in LEFT_OUT and value is not False:
+                self.note(path, f"`{key}`")
+
+    def _resolved(self, reference: Any, path: str) -> Any:
+        """What a `$ref` points to."""
+        found: Any = self.root
+        try:
+            start, *steps = unquote(reference).split("/")
+            if start != "#":
+                found = next(each for each in _all_mappings(found) if f"#{each.get('$anchor')}" == start)
+            for step in steps:
+                step = step.replace("~1", "/").replace("~0", "~")
+                found = found[int(step)] if isinstance(found, list) else found[step]
+        except (AttributeError, IndexError, KeyError, StopIteration, TypeError, ValueError):
+            raise SettingsError(f"{at(path)}$ref={short_repr(reference)} points to nothing in the schema.") from None
+        return found
+
+    def _one_of(self, parts: _Parts, path: str) -> Any:
+        """The parts together, once for each combination of their alternatives."""
+        if parts.nothing:
+            return False
+        if not parts.choices:
+            return self._all_of(parts.flat, path)
+        flat, choices = parts.flat, parts.choices
+        while math.prod(map(len, choices)) > MAX_ALTERNATIVES and len(choices) > 1:
+            *choices, left_out = choices
+            flat = [*flat, {"additionalProperties": True}]  # what was left out may name more of them
+            self.note(path, f"{len(left_out)} alternatives beside many others")
+        options = [self.merged([*flat, *chosen], path) for chosen in itertools.product(*choices)]
+        options = distinct(option for option in options if option is not False)
+        if len(options) < 2:
+            return options[0] if options else False
+        return True if True in options else {"anyOf": options}
+
+    def _all_of(self, flat: Sequence[Mapping[str, Any]], path: str) -> Any:
+        """Parts without references and alternatives, as one schema."""
+        found = types(flat, path)
+        if found == [] or (values := literals(flat, path)) == []:
+            return False
+        merged: dict[str, Any] = {} if found is None else {"type": found[0] if len(found) == 1 else found}
+        if found is None or "object" in found:
+            merged |= self._objects(flat, path)
+        if found is None or "array" in found:
+            merged |= self._arrays(flat, path)
+        merged |= strings(flat, path, self.note) if found is None or "string" in found else {}
+        if found is None or {"number", "integer"} & {*found}:
+            merged |= numbers(flat, path, found is not None and "number" not in found, self.note)
+        return {**merged, **({} if values is None else {"enum": values})} or True
+
+    def note(self, path: str, what: str) -> None:
+        """Note what is left to validation."""
+        self.notes.append(f"{at(path)}{what}")
+
+    # --- objects ---
+
+    def _objects(self, flat: Sequence[Mapping[str, Any]], path: str) -> dict[str, Any]:
+        named = [{**each, **self._by_name(each, path)} for each in flat]
+        patterns = dict.fromkeys(key for each in named for key in _mapping(each, "patternProperties", path))
+        required = list(
+            dict.fromkeys(name for each in flat for name in _list(each.get("required", []), "required", path))
+        )
+        names = dict.fromkeys(name for each in named for name in _mapping(each, "properties", path))
+        others = [each["additionalProperties"] for each in named if "additionalProperties" in each]
+        if not others and any(key in each for each in named for key in CLOSING):
+            names |= dict.fromkeys(required)
+            others = [each["unevaluatedProperties"] for each in flat if "unevaluatedProperties" in each] or [False]
+        found: dict[str, Any] = {}
+        if names:
+            found["properties"] = {n: self.merged(_of_name(named, n), f"{path}.{n}".lstrip(".")) for n in names}
+        if patterns:
+            found["patternProperties"] = {p: self.merged(_of_pattern(named, p), f"{path}.{p}") for p in patterns}
+        if others:
+            found["additionalProperties"] = self.merged(others, f"{path}.*".lstrip("."))
+        if required:
+            found["required"] = required
+        return self._counted(self._known_patterns(found, path), flat, path)
+
+    def _by_name(self, schema: Mapping[str, Any], path: str) -> dict[str, Any]:
+        """The keywords in place of `propertyNames`: a property for each name, or one pattern of names."""
+        if "propertyNames" not in schema:
+            return {}
+        keys = self._names(schema["propertyNames"], path)
+        others = schema.get("additionalProperties", True)
+        if keys is False:
+            return {"additionalProperties": False}
+        if "enum" in keys:
+            known = _mapping(schema, "properties", path)
+            names = [name for name in keys["enum"] if isinstance(name, str)]
+            return {"properties": {name: known.get(name, others) for name in names}, "additionalProperties": False}
+        pattern = _pattern_of(keys)
+        if pattern is None or "allOf" in keys or ("pattern" in keys and {"minLength", "maxLength"} & keys.keys()):
+            self.note(path, "`propertyNames`")
+        if pattern is None:
+            return {}
+        patterns = {**_mapping(schema, "patternProperties", path), pattern: others}
+        return {"patternProperties": patterns, "additionalProperties": False}
+
+    def _names(self, schema: Any, path: str) -> Any:
+        """The schema of names, as a mapping or False."""
+        keys = self.merged([{"type": "string"}, schema], path)
+        while isinstance(keys, dict) and "$ref" in keys:
+            keys = self.definitions[keys["$ref"].rpartition("/")[2]]
+        return keys
+
+    def _known_patterns(self, found: dict[str, Any], path: str) -> dict[str, Any]:
+        """Patterns of names that the engine knows and can tell apart; else any name may have any of their values."""
+        patterns: dict[str, Any] = {}
+        for pattern, schema in found.get("patternProperties", {}).items():
+            known, exact = expressible(pattern)
+            if not exact:
+                self.note(path, f"the pattern {pattern!r} of names")
+            patterns[known if known is not None else ""] = schema
+        if not patterns:
+            return found
+        distinguished = {"patternProperties": dict.fromkeys(patterns, True), "type": "object"}
+        if "" not in patterns and not fault(distinguished):
+            return {**found, "patternProperties": patterns}
+        self.note(path, "the patterns of names")
+        values = [*patterns.values(), found.get("additionalProperties", True)]
+        return {**_without(found, "patternProperties"), "additionalProperties": self.merged([{"anyOf": values}], path)}
+
+    def _counted(self, found: dict[str, Any], flat: Sequence[Mapping[str, Any]], path: str) -> dict[str, Any]:
+        """The object with bounds of how many properties it has, if the engine can count them."""
+        counts = bounds(flat, path, ("minProperties", max), ("maxProperties", min))
+        problem = fault({"type": "object", **_skeleton(found), **counts}) if counts else ""
+        if not problem or "nsatisfiable" in problem:
+            return {**found, **counts}
+        self.note(path, "the number of properties")
+        return found
+
+    # --- arrays ---
+
+    def _arrays(self, flat: Sequence[Mapping[str, Any]], path: str) -> dict[str, Any]:
+        arrays = [_array(each, path) for each in flat]
+        found = bounds(flat, path, ("minItems", max), ("maxItems", min))
+        first = max((len(prefix) for prefix, _ in arrays), default=0)
+        if first:
+            found["prefixItems"] = [
+                self.merged([p[i] if i < len(p) else rest for p, rest in arrays], f"{path}[{i}]") for i in range(first)
+            ]
+        if any(rest is not True for _, rest in arrays):
+            found["items"] = self.merged([rest for _, rest in arrays], f"{path}[]")
+        values = found.get("items", {}).get("enum") if isinstance(found.get("items"), dict) else None
+        if values is not None and not first and any(each.get("uniqueItems") is True for each in flat):
+            found["maxItems"] = min(found.get("maxItems", len(values)), len(values))
+        return found
+
+
+def _dependency(name: str, needs: Any) -> list[Any]:
+    """The alternatives of a property on which others depend: it is there with all it needs, or it is not."""
+    needed = {"required": needs} if isinstance(needs, list) else needs
+    return [{"allOf": [{"required": [name]}, needed]}, {"properties": {name: False}}]
+
+
+def _of_name(parts: Sequence[Mapping[str, Any]], name: str) -> Iterator[Any]:
+    """What the parts say of a property."""
+    for part in parts:
+        own = [part["properties"][name]] if name in part.get("properties", {}) else []
+        own += [each for pattern, each in part.get("patternProperties", {}).items() if _matches(pattern, name)]
+        yield from own or ([part["additionalProperties"]] if "additionalProperties" in part else [])
+
+
+def _of_pattern(parts: Sequence[Mapping[str, Any]], pattern: str) -> Iterator[Any]:
+    for part in parts:
+        if pattern in part.get("patternProperties", {}):
+            yield part["patternProperties"][pattern]
+        elif "additionalProperties" in part:
+            yield part["additionalProperties"]
+
+
+def _matches(pattern: str, name: str) -> bool:
+    try:
+        return re.search(pattern, name) is not None
+    except re.error:
+        return False
+
+
+def _pattern_of(keys: Mapping[str, Any]) -> str | None:
+    """One pattern of names; None if there is no condition that is one."""
+    if "pattern" in keys:
+        return str(keys["pattern"])
+    if "minLength" in keys or "maxLength" in keys:
+        return f"^[\\s\\S]{{{keys.get('minLength', 0)},{keys.get('maxLength', '')}}}$"
+    if "anyOf" in keys:
+        options = [_pattern_of(each) for each in keys["anyOf"] if isinstance(each, Mapping)]
+        return "|".join(f"(?:{each})" for each in options if each) if options and None not in options else None
+    return "^(?:" + "|".join(map(re.escape, keys["enum"])) + ")$" if "enum" in keys else None
+
+
+def _array(schema: Mapping[str, Any], path: str) -> tuple[list[Any], Any]:
+    """The schemas of the first items, and the one of all others."""
+    items = schema.get("items", True)
+    if isinstance(items, list):  # as drafts before 2020 write it
+        return items, schema.get("additionalItems", True)
+    return _list(schema.get("prefixItems", []), "prefixItems", path), items
+
+
+def _skeleton(found: Mapping[str, Any]) -> dict[str, Any]:
+    """An object schema with the same keys and any values."""
+    shape = {key: value for key, value in found.items() if key in ("required", "type")}
+    for key in ("properties", "patternProperties"):
+        if key in found:
+            shape[key] = {name: each is not False for name, each in found[key].items()}
+    if "additionalProperties" in found:
+        shape["additionalProperties"] = found["additionalProperties"] is not False
+    return shape
+
+
+def _mapping(schema: Mapping[str, Any], key: str, path: str) -> Mapping[str, Any]:
+    found = schema.get(key, {})
+    if not isinstance(found, Mapping):
+        raise SettingsError(f"{at(path)}{key}={short_repr(found)} is not a mapping.")
+    return found
+
+
+def _list(value: Any, key: str, path: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise SettingsError(f"{at(path)}{key}={short_repr(value)} is not a list.")
+    return value
+
+
+def _without(schema: Mapping[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in schema.items() if name != key}
+
+
+def _all_mappings(value: Any) -> Iterator[Mapping[str, Any]]:
+    if isinstance(value, Mapping):
+        yield value
+    for each in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
+        yield from _all_mappings(each)
+
+
+# --- which part of a schema the engine refuses ---
+
+
+def _blamed(whole: dict[str, Any], problem: str) -> str:
+    path, problem = _deepest(whole, whole.get("$defs", {}), "", problem, [])
+    return f"{at(path)}{problem}"
+
+
+def _deepest(schema: Any, definitions: dict[str, Any], path: str, problem: str, seen: list[str]) -> tuple[str, str]:
+    """The innermost part that is refused by itself, and why."""
+    for step, each in _parts_of(schema, definitions, seen):
+        found = fault({**each, "$defs": definitions}) if isinstance(each, dict) else ""
+        if found:
+            return _deepest(each, definitions, f"{path}{step}".lstrip("."), found, seen)
+    return path, problem
+
+
+def _parts_of(schema: Any, definitions: dict[str, Any], seen: list[str]) -> Iterator[tuple[str, Any]]:
+    for name, each in schema.get("properties", {}).items():
+        yield f".{name}", each
+    for key, step in (("items", "[]"), ("additionalProperties", ".*")):
+        yield step, schema.get(key)
+    for each in schema.get("prefixItems", []):
+        yield "[]", each
+    for each in [*schema.get("anyOf", []), *schema.get("patternProperties", {}).values()]:
+        yield "", each
+    name = schema.get("$ref", "").rpartition("/")[2]
+    if name and name not in seen:
+        seen.append(name)
+        yield "", definitions[name]

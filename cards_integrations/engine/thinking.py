@@ -1,0 +1,208 @@
+"""The thoughts before an answer: a request phase of their own, whose text becomes part of the answer's prompt.
+
+So an answer's text, its rewards, its stop strings, its grammar and its tool calls never see a thought.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from cards_integrations.chat.template import ChatTokenizer, FormattedPrompt
+from cards_integrations.chat.thinking import ThinkingFormat, switches
+from cards_integrations.decoding.sampling import Sampling
+from cards_integrations.engine.request import Chunk, Request
+from cards_integrations.engine.session import Session
+from cards_integrations.errors import SettingsError
+from cards_integrations.models.base import Boundary, Context
+from cards_integrations.models.randomness import derived_seed
+from cards_integrations.trace import Thinking
+
+Emit = Callable[[Chunk], None]
+LONGEST_OPENING = 16  # tokens in which a model has opened its thoughts, or does not
+NEVER = -1e9  # added to a logit
+MARKS = 64  # tokens that are kept free for the marks around thoughts
+
+
+@dataclass(frozen=True)
+class Begun:
+    """Where the answer begins.
+
+    Attributes:
+        request: The request for the answer.
+        ids: All tokens before it.
+        thinking: The thoughts that are among them; None if there are none.
+    """
+
+    request: Request
+    ids: list[int]
+    thinking: Thinking | None = None
+
+
+class OpenSession(Protocol):
+    """Opens a session for one phase of a request."""
+
+    def __call__(
+        self, phase: Request, prompt_ids: list[int], seed: int, guided: bool, emit: Emit | None
+    ) -> AbstractAsyncContextManager[Session]: ...
+
+
+class OpensThoughts(Boundary):
+    """Ends as soon as a text has begun with a mark, or cannot begin with it any more."""
+
+    mark: str
+
+    @property
+    def min_tokens(self) -> int:
+        return 1
+
+    @property
+    def max_tokens(self) -> int:
+        return LONGEST_OPENING
+
+    def ends_after(self, text: str) -> bool:
+        begun = text.lstrip()
+        return begun.startswith(self.mark) or not self.mark.startswith(begun)
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A prompt up to where the thoughts or, without any, the answer begins."""
+
+    text: str
+    ids: list[int]
+
+
+def render(request: Request, chat: ChatTokenizer) -> Rendered:
+    """The prompt of a request as its chat template writes it, with its thoughts open, closed or left out."""
+    arguments = switches(request.thinking, request.chat_template_kwargs)
+    text, ids = chat.prompt(request.prompt, request.tools, arguments)
+    if request.thinking != "off" or chat.thinking is None or isinstance(request.prompt, FormattedPrompt):
+        return Rendered(text, ids)
+    suffix = chat.thinking.without_thoughts(text)
+    return Rendered(text + suffix, [*ids, *chat.encode(suffix)] if suffix else ids)
+
+
+@dataclass(frozen=True)
+class Thinker:
+    """Writes the thoughts of one request.
+
+    Attributes:
+        request: The request.
+        chat: The model's tokenizer.
+        window: Tokens of the model's context.
+        session: Opens a session of the engine.
+        emit: Called with each kept segment of the thoughts.
+    """
+
+    request: Request
+    chat: ChatTokenizer
+    window: int
+    session: OpenSession
+    emit: Emit | None
+
+    async def think(self, prompt: Rendered, seed: int) -> Begun:
+        """Write the thoughts, if the model has any.
+
+        Args:
+            prompt: The prompt of the request.
+            seed: The seed of the request.
+        """
+        form = self._format(prompt)
+        if form is None:
+            return Begun(self.request, prompt.ids)
+        ids = prompt.ids
+        if not form.is_open(prompt.text):
+            if not await self._opens(form, ids, derived_seed(seed, "opening")):
+                return Begun(self._without_opening(form), [*ids, *self._encode(form.direct)])
+            ids = [*ids, *self._encode(form.opening + form.before)]
+        phase = self._phase(form, len(prompt.ids))
+        emit = None if self.emit is None else ThoughtStream(self.emit)
+        guided = self.request.thinking == "aligned"
+        async with self.session(phase, ids, derived_seed(seed, "thoughts"), guided, emit) as session:
+            await phase.decoding.generate(session)
+        return self._closed(form, ids, session)
+
+    def _format(self, prompt: Rendered) -> ThinkingFormat | None:
+        """How this request writes its thoughts; None if it writes none."""
+        form, mode = self.chat.thinking, self.request.thinking
+        if mode == "off" or isinstance(self.request.prompt, FormattedPrompt):
+            return None
+        if form is None and mode is not None:
+            raise SettingsError(
+                f"thinking={mode!r}: the model's chat template shows no marks around thoughts; leave thinking= out."
+            )
+        return None if form is None or form.is_closed(prompt.text) else form
+
+    def _phase(self, form: ThinkingFormat, prompt_tokens: int) -> Request:
+        """The request for the thoughts alone."""
+        room = self.window - prompt_tokens - self.request.max_tokens - MARKS
+        if room < 1:
+            raise SettingsError(
+                f"There is no room to think: the prompt has {prompt_tokens} tokens, max_tokens is "
+                f"{self.request.max_tokens}, and the model's context {self.window}. Use a smaller max_tokens, or "
+                "thinking='off'."
+            )
+        decoding = self.request.decoding if self.request.thinking == "aligned" else Sampling()
+        return self._plain(
+            decoding=decoding, max_tokens=min(self.request.max_thinking_tokens, room), stop=(form.closing,)
+        )
+
+    async def _opens(self, form: ThinkingFormat, ids: list[int], seed: int) -> bool:
+        """Let the model decide whether to think."""
+        phase = self._plain(decoding=Sampling(), max_tokens=LONGEST_OPENING, stop=())
+        async with self.session(phase, ids, seed, False, None) as session:
+            async for draft in session.drafts(until=OpensThoughts(mark=form.opening), limit=1, scored=False):
+                return form.opens(draft.text)
+        return False
+
+    def _plain(self, **changes: Any) -> Request:
+        """The request without what is about its answer."""
+        sampler = self.request.sampler.model_copy(update={"min_tokens": 0, "stop_token_ids": ()})
+        plain = replace(self.request, grammar=None, tools=None, logprobs=None, finish_at="token", sampler=sampler)
+        return replace(plain, **changes)
+
+    def _without_opening(self, form: ThinkingFormat) -> Request:
+        """The request for an answer of a model that does not want to think: it does not begin to later, either."""
+        sampler, mark = self.request.sampler, self._encode(form.opening)
+        if len(mark) > 1:  # of several tokens, which stand in other texts, too
+            return self.request
+        bias = (*sampler.logit_bias, (mark[0], NEVER))
+        return replace(self.request, sampler=sampler.model_copy(update={"logit_bias": bias}))
+
+    def _closed(self, form: ThinkingFormat, ids: list[int], session: Session) -> Begun:
+        """The ids of the prompt with the thoughts, closed as the template closes them."""
+        context = session.context
+        by_model = form.closing in self.chat.decode(context.ids, context.start)
+        own = self._without_mark(context) if by_model else context.ids
+        context.usage.reasoning_tokens = len(context.ids)
+        assert session.finish is not None  # a method goes on until then
+        thinking = Thinking(context.text.strip(), tuple(own), tuple(session.segments), session.finish)
+        return Begun(self.request, [*ids, *own, *self._encode(form.close(context.text, by_model))], thinking)
+
+    def _without_mark(self, context: Context) -> list[int]:
+        """The ids of the thoughts: those of the mark, which may begin within a token, are written anew."""
+        ids = context.ids
+        while ids and not context.text.startswith(self.chat.decode(ids, context.start)):
+            ids = ids[:-1]
+        return [*ids, *self._encode(context.text[len(self.chat.decode(ids, context.start)) :])]
+
+    def _encode(self, text: str) -> list[int]:
+        return self.chat.encode(text) if text else []
+
+
+class ThoughtStream:
+    """Hands on the text of thoughts, without the blanks around them."""
+
+    def __init__(self, emit: Emit) -> None:
+        self._emit = emit
+        self._text = ""
+        self._shown = 0
+
+    def __call__(self, chunk: Chunk) -> None:
+        self._text += chunk.text
+        text = self._text.strip()
+        self._emit(Chunk("", chunk.segment, chunk.number, thought=text[self._shown :]))
+        self._shown = len(text)
