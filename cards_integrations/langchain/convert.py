@@ -13,7 +13,6 @@ from langchain_core.messages import (
     BaseMessage,
     BaseMessageChunk,
     ChatMessage,
-    FunctionMessage,
     ToolMessage,
     message_chunk_to_message,
 )
@@ -71,7 +70,7 @@ def _from_langchain(item: BaseMessage) -> Message:
         add_thoughts(found, [item.additional_kwargs.get(THOUGHTS), thoughts_of(item.content)])
     if isinstance(item, ToolMessage):
         found |= {"tool_call_id": item.tool_call_id, "name": item.name}
-    if isinstance(item, FunctionMessage):
+    elif item.name is not None:
         found["name"] = item.name
     return found
 

@@ -10,6 +10,8 @@ from llama_index.core.base.llms.types import (
     CachePoint,
     ChatMessage,
     ChatResponse,
+    CitableBlock,
+    CitationBlock,
     CompletionResponse,
     ContentBlock,
     LogProb,
@@ -18,6 +20,7 @@ from llama_index.core.base.llms.types import (
     ThinkingBlock,
     ToolCallBlock,
 )
+from llama_index.core.llms.llm import ToolSelection
 from llama_index.core.tools.types import BaseTool
 from pydantic import BaseModel, ValidationError
 
@@ -71,6 +74,10 @@ def _from_llama_index(item: ChatMessage) -> Message:
 def _block_text(block: ContentBlock) -> str:
     if isinstance(block, TextBlock):
         return block.text
+    if isinstance(block, CitableBlock):
+        return "".join(map(_block_text, block.content))
+    if isinstance(block, CitationBlock):
+        return _block_text(block.cited_content)
     if isinstance(block, (ThinkingBlock, ToolCallBlock, CachePoint)):
         return ""
     raise text_only(repr(block.block_type))
@@ -147,6 +154,22 @@ def _logprobs(item: Chunk | Alignment) -> list[list[LogProb]] | None:
     return [
         [LogProb(token=each.token, logprob=each.logprob, bytes=[*each.token.encode()]) for each in (token, *token.top)]
         for token in item.logprobs
+    ]
+
+
+def invalid_selections(response: ChatResponse) -> list[ToolSelection]:
+    """Selections of tools that nobody has, in place of calls that cannot be read.
+
+    An agent answers each that there is no tool of its name, which says what is wrong.
+    """
+    calls = (response.raw or {}).get("invalid_tool_calls", ())
+    return [
+        ToolSelection(
+            tool_id=call["id"],
+            tool_name=f"{call['name'] or ''!r} (of a call that cannot be read: {call['error']})",
+            tool_kwargs={},
+        )
+        for call in calls
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 from llama_index.core.base.llms.generic_utils import messages_to_prompt
@@ -39,6 +40,7 @@ from cards_integrations.llama_index.convert import (
     chat_response,
     completion_response,
     convert_options,
+    invalid_selections,
     parse_response,
     refuse_cut,
     tool_schemas,
@@ -59,6 +61,8 @@ from cards_integrations.settings import OptionsFromEnvironment
 dispatcher = get_dispatcher(__name__)
 TOOL_OPTIONS = {"tools", "tool_choice", "tool_required", "allow_parallel_tool_calls", "parallel_tool_calls"}
 """What LlamaIndex's own code passes to structured calls, which other integrations answer by a tool."""
+_calls_itself: ContextVar[bool] = ContextVar("calls_itself", default=False)
+"""True within `predict_and_call`, which needs the tools that it calls; an agent answers calls of others."""
 
 
 class LlamaIndexCards(OptionsFromEnvironment, FunctionCallingLLM):
@@ -68,6 +72,7 @@ class LlamaIndexCards(OptionsFromEnvironment, FunctionCallingLLM):
     `raw["cards"]` the rewards and costs.
 
     `complete` and `chat` use the `system_prompt`, unless the messages have a system message of their own.
+    `complete` wraps its prompt in the `query_wrapper_prompt`, which has a `{query_str}`.
     `completion_to_prompt` and `messages_to_prompt` replace the tokenizer's chat template.
     """
 
@@ -167,9 +172,12 @@ class LlamaIndexCards(OptionsFromEnvironment, FunctionCallingLLM):
 
         Raises:
             AnswerCut: There is none, and `max_tokens` cut the answer.
-            ValueError: There is none, unless `error_on_no_tool_call` is False.
+            ValueError: There is none, unless `error_on_no_tool_call` is False. An agent, which says so, gets the
+                invalid calls if there are no others, each with its error in place of the name of a tool.
         """
         calls = [block for block in response.message.blocks if isinstance(block, ToolCallBlock)]
+        if not calls and not error_on_no_tool_call and not _calls_itself.get():
+            return invalid_selections(response)
         if not calls and error_on_no_tool_call:
             refuse_cut(response)
             raise ValueError(f"The answer calls no tool: {response.message.content!r}")
@@ -177,6 +185,22 @@ class LlamaIndexCards(OptionsFromEnvironment, FunctionCallingLLM):
             ToolSelection(tool_id=call.tool_call_id or "", tool_name=call.tool_name, tool_kwargs=call.tool_kwargs)
             for call in calls
         ]
+
+    def predict_and_call(self, *args: Any, **kwargs: Any) -> Any:
+        """Answer and call the tools that the answer calls; see LlamaIndex's `FunctionCallingLLM`."""
+        token = _calls_itself.set(True)
+        try:
+            return super().predict_and_call(*args, **kwargs)
+        finally:
+            _calls_itself.reset(token)
+
+    async def apredict_and_call(self, *args: Any, **kwargs: Any) -> Any:
+        """Async version of `predict_and_call`."""
+        token = _calls_itself.set(True)
+        try:
+            return await super().apredict_and_call(*args, **kwargs)
+        finally:
+            _calls_itself.reset(token)
 
     # --- structured output: a grammar holds the answer to the schema, whichever method asks for it ---
 
@@ -259,6 +283,8 @@ class LlamaIndexCards(OptionsFromEnvironment, FunctionCallingLLM):
 
     def _completion_request(self, prompt: str, formatted: bool, overrides: dict[str, Any]) -> Request:
         as_prompt(prompt)  # raises if it is empty
+        if self.query_wrapper_prompt is not None and not formatted:
+            prompt = self.query_wrapper_prompt.format(query_str=prompt)
         to_prompt = self.completion_to_prompt
         if not formatted and to_prompt not in (None, default_completion_to_prompt):
             prompt, formatted = to_prompt(prompt), True
