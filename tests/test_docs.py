@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field, TypeAdapter
 from cards_integrations import decoding, rewards
 from cards_integrations.engine import EngineSettings
 from cards_integrations.models import LocalModel, VllmModel
+from cards_integrations.server import ServerSettings
 from cards_integrations.settings import Options
 
 ROOT = Path(__file__).parent.parent
@@ -80,7 +81,15 @@ def classes() -> dict[str, type[BaseModel]]:
     """All settings of this package; other tests may have registered rewards of their own."""
     own = [reward for reward in rewards.REWARDS.values() if reward.__module__.startswith("cards_integrations.")]
     ends: list[Any] = [decoding.OptimalStopping, decoding.Uncertainty, decoding.Punctuation, decoding.FixedLength]
-    found: list[Any] = [Options, EngineSettings, LocalModel, VllmModel, rewards.Reward, *decoding.METHODS.values()]
+    found: list[Any] = [
+        Options,
+        EngineSettings,
+        ServerSettings,
+        LocalModel,
+        VllmModel,
+        rewards.Reward,
+        *decoding.METHODS.values(),
+    ]
     return {each.__name__: each for each in [*found, *ends, *own]}
 
 

@@ -8,7 +8,7 @@ import typer
 from pydantic_core import ValidationError
 from rich.console import Console
 
-from cards_integrations.cli import calibrate, chat, compare, demo, generate, judge, lists
+from cards_integrations.cli import calibrate, chat, compare, demo, generate, judge, lists, mcp, serve
 from cards_integrations.errors import CardsError, SettingsError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
@@ -19,6 +19,8 @@ app.command()(judge.judge)
 app.command()(calibrate.calibrate)
 app.command()(lists.rewards)
 app.command()(lists.models)
+app.command()(serve.serve)
+app.command()(mcp.mcp)
 app.command()(demo.demo)
 
 

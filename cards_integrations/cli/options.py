@@ -52,9 +52,17 @@ def llm_from(config: Path | None, allow_imports: bool, assigned: list[str] | Non
         assigned: Further options as name=value, the value as in YAML.
         options: Options of `CardsLLM`; None leaves that of the file, or the default.
     """
+    from cards_integrations.llm import CardsLLM
+
+    return CardsLLM(**options_from(config, allow_imports, assigned, **options))
+
+
+def options_from(
+    config: Path | None, allow_imports: bool, assigned: list[str] | None = None, **options: Any
+) -> dict[str, Any]:
+    """The options of a settings file and of the command line, as for `llm_from`."""
     import transformers
 
-    from cards_integrations.llm import CardsLLM
     from cards_integrations.settings import CardsSettings
 
     transformers.utils.logging.disable_progress_bar()
@@ -62,7 +70,7 @@ def llm_from(config: Path | None, allow_imports: bool, assigned: list[str] | Non
     given = {name: value for name, value in options.items() if value is not None}
     if "decoding" in given:
         given["decoding"] = decoding_from(given["decoding"])
-    return CardsLLM(**{**settings, **_assignments("--set", assigned or ()), **given})
+    return {**settings, **_assignments("--set", assigned or ()), **given}
 
 
 def decoding_from(text: str) -> Any:

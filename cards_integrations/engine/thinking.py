@@ -161,8 +161,8 @@ class Thinker:
     def _plain(self, **changes: Any) -> Request:
         """The request without what is about its answer."""
         sampler = self.request.sampler.model_copy(update={"min_tokens": 0, "stop_token_ids": ()})
-        none = {"grammar": None, "tools": None, "logprobs": None, "finish_at": "token", "sampler": sampler}
-        return replace(self.request, **none, **changes)
+        plain = replace(self.request, grammar=None, tools=None, logprobs=None, finish_at="token", sampler=sampler)
+        return replace(plain, **changes)
 
     def _without_opening(self, form: ThinkingFormat) -> Request:
         """The request for an answer of a model that does not want to think: it does not begin to later, either."""

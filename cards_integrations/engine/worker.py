@@ -33,12 +33,13 @@ from cards_integrations.engine.scales import TRIAL, KnownScale, Scales, remember
 from cards_integrations.engine.scheduler import BestPerSecond
 from cards_integrations.engine.session import Session
 from cards_integrations.engine.step_loop import StepLoop
+from cards_integrations.engine.telemetry import request_span
 from cards_integrations.engine.thinking import Thinker, render
 from cards_integrations.errors import CardsError, EngineClosed, ModelError, SettingsError
 from cards_integrations.models.base import ConstrainedModel, Context, LanguageModel, LogitsReader
 from cards_integrations.models.local.loader import ModelLoader
 from cards_integrations.models.randomness import fresh_seed
-from cards_integrations.models.sources import ModelSource, build_model
+from cards_integrations.models.sources import ModelSource, build_model, source_name
 from cards_integrations.rewards.base import Conversation, Response, Reward, RewardModel, scores
 from cards_integrations.rewards.loader import RewardLoader
 from cards_integrations.threads import ended_before_exit, in_thread
@@ -182,13 +183,8 @@ class Worker:
         """
         if task := asyncio.current_task():
             task.add_done_callback(_retrieve_error)
-        whole, each = (None, request.timeout) if in_batch else (request.timeout, None)
-        async with time_limit(whole), self._serving(), AsyncExitStack() as leased:
-            request = self._plain_if_unguided(request)
-            async with time_limit(each):
-                reward_model, scale = await leased.enter_async_context(self._reward_model(request))
-            async with self.admission.row(), time_limit(each):
-                return await self._decode(request, reward_model, scale, emit)
+        with request_span(request, source_name(self.model), emit) as span:
+            return span.end(await self._answer(request, span.emit, in_batch))
 
     async def answer_all(
         self, requests: Sequence[Request], on_done: OnDone | None = None, return_exceptions: bool = False
@@ -272,6 +268,15 @@ class Worker:
             if self._stopping:
                 raise EngineClosed("The engine was closed while the request ran.") from None
             raise
+
+    async def _answer(self, request: Request, emit: Callable[[Chunk], None] | None, in_batch: bool) -> Alignment:
+        whole, each = (None, request.timeout) if in_batch else (request.timeout, None)
+        async with time_limit(whole), self._serving(), AsyncExitStack() as leased:
+            request = self._plain_if_unguided(request)
+            async with time_limit(each):
+                reward_model, scale = await leased.enter_async_context(self._reward_model(request))
+            async with self.admission.row(), time_limit(each):
+                return await self._decode(request, reward_model, scale, emit)
 
     def _plain_if_unguided(self, request: Request) -> Request:
         """The request, without a reward that has no signal for it."""

@@ -50,6 +50,11 @@ def as_model(value: Any) -> Any:
 AnyModel = Annotated[LocalModel | VllmModel | SerializeAsAny[CustomModel], BeforeValidator(as_model)]
 
 
+def source_name(source: ModelSource) -> str:
+    """What the settings call the model: a name, a hub id or a path."""
+    return str(getattr(source, "model", source.kind))
+
+
 def build_model(source: ModelSource, loader: ModelLoader, wake: Callable[[], None]) -> LanguageModel:
     """Load a language model, or meet its server; called once per engine, in a thread of its own.
 

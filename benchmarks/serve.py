@@ -1,0 +1,214 @@
+"""What the server costs: segments through it against the same ones without it, then many things at once for a while.
+
+    python benchmarks/serve.py                                         # SmolLM2; five minutes of load
+    python benchmarks/serve.py --model ../shared/models/stories260k --reward ../shared/models/rm-sentiment-stories260k \
+        --seconds 60
+
+The server is a process of its own. For the latency, one request after the other goes to it and, with the same seed, to
+an engine in this process, in turns; the ratio is that of the median times between two segments, and of the times to the
+first one. For the load, `--clients` clients ask for streams, whole answers, several answers and JSON; a quarter of them
+leave in the middle, and some ask for what is refused. Memory is that of the server's process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import httpx
+import psutil
+
+from cards_integrations import CardsLLM
+from cards_integrations.trace import Alignment
+
+NAME = "served"
+PROMPTS = ["How was your day?", "Tell me about the sea.", "What is a good breakfast?", "Write a line about rain."]
+SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
+
+
+@contextmanager
+def server(options: dict[str, Any]) -> Iterator[tuple[str, psutil.Process]]:
+    """The address of a server in a process of its own, and the process."""
+    command = [sys.executable, "-c", "from cards_integrations.cli import main; main()", "serve", "--port", "0"]
+    for name, value in options.items():
+        command += [f"--{name.replace('_', '-')}", str(value)]
+    with subprocess.Popen([*command, "--served-name", NAME], stderr=subprocess.PIPE, text=True) as process:
+        errors = process.stderr
+        assert errors is not None
+        line = next(line for line in errors if "running on" in line)
+        threading.Thread(target=errors.read, daemon=True).start()  # so that it never waits to be read
+        try:
+            yield line.split("running on ")[1].split()[0], psutil.Process(process.pid)
+        finally:
+            process.terminate()
+
+
+def body(prompt: str, **fields: Any) -> dict[str, Any]:
+    return {"model": NAME, "messages": [{"role": "user", "content": prompt}], **fields}
+
+
+# --- latency ---
+
+
+def direct(llm: CardsLLM, prompt: str, seed: int) -> tuple[list[float], str]:
+    """Seconds to the first segment and between segments, and the text."""
+    times, text, last = [], "", time.perf_counter()
+    for item in llm.align_stream([{"role": "user", "content": prompt}], seed=seed):
+        if isinstance(item, Alignment):
+            break
+        if item.text:
+            times.append(time.perf_counter() - last)
+            last = time.perf_counter()
+            text += item.text
+    return times, text
+
+
+def through(client: httpx.Client, prompt: str, seed: int) -> tuple[list[float], str]:
+    """The same through the server."""
+    times, text, last = [], "", time.perf_counter()
+    with client.stream("POST", "/v1/chat/completions", json=body(prompt, seed=seed, stream=True)) as reply:
+        for line in reply.iter_lines():
+            if not line.startswith("data: {"):
+                continue
+            delta = json.loads(line[6:])["choices"][0]["delta"]
+            if delta.get("content"):
+                times.append(time.perf_counter() - last)
+                last = time.perf_counter()
+                text += delta["content"]
+    return times, text
+
+
+def latency(url: str, llm: CardsLLM, requests: int) -> dict[str, Any]:
+    """Both in turns."""
+    found: dict[str, list[list[float]]] = {"direct": [], "server": []}
+    same = 0
+    with httpx.Client(base_url=url, timeout=600) as client:
+        for seed in range(-2, requests):  # the first ones warm up
+            prompt = PROMPTS[seed % len(PROMPTS)]
+            pair = {"direct": direct(llm, prompt, abs(seed)), "server": through(client, prompt, abs(seed))}
+            if seed >= 0:
+                same += pair["direct"][1] == pair["server"][1]
+                for name, (times, _) in pair.items():
+                    found[name].append(times)
+    first = {name: median(times[0] for times in each) for name, each in found.items()}
+    between = {name: median(t for times in each for t in times[1:]) for name, each in found.items()}
+    whole = {name: sum(map(sum, each)) for name, each in found.items()}
+    return {
+        "requests": requests,
+        "same texts": f"{same} of {requests}",
+        "milliseconds to the first segment": {name: round(1000 * value, 2) for name, value in first.items()},
+        "milliseconds between segments": {name: round(1000 * value, 2) for name, value in between.items()},
+        "ratio, first segment": round(first["server"] / first["direct"], 3),
+        "ratio, between segments": round(between["server"] / between["direct"], 3),
+        "ratio, whole answers": round(whole["server"] / whole["direct"], 3),
+    }
+
+
+# --- load ---
+
+
+async def one(client: httpx.AsyncClient, rng: random.Random) -> str:
+    """One request of a mixed load, and what became of it."""
+    prompt, seed = rng.choice(PROMPTS) + " " * rng.randrange(3), rng.randrange(2**31)
+    kind = rng.choices(["stream", "leave", "whole", "several", "json", "refused"], [4, 3, 2, 1, 1, 1])[0]
+    if kind in ("stream", "leave"):
+        async with client.stream("POST", "/v1/chat/completions", json=body(prompt, seed=seed, stream=True)) as reply:
+            lines = 0
+            async for line in reply.aiter_lines():
+                lines += line.startswith("data:")
+                if kind == "leave" and lines > 2:
+                    return kind
+            return f"{kind} {reply.status_code}"
+    fields: dict[str, Any] = {"seed": seed}
+    if kind == "several":
+        fields["n"] = 3
+    if kind == "json":
+        fields["response_format"] = {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}
+    if kind == "refused":
+        fields["cards"] = {"reward": {"kind": "function", "function": "os.system"}}
+    if kind == "whole" and rng.random() < 0.3:
+        try:
+            await client.post("/v1/chat/completions", json=body(prompt, **fields), timeout=0.2)
+        except httpx.TimeoutException:
+            return "left before the answer"
+    reply = await client.post("/v1/chat/completions", json=body(prompt, **fields))
+    return f"{kind} {reply.status_code}"
+
+
+async def load(url: str, process: psutil.Process, clients: int, seconds: float) -> dict[str, Any]:
+    """Many clients for a while; the memory of the server every second."""
+    end, memory, outcomes = time.monotonic() + seconds, [], Counter[str]()
+
+    async def ask(number: int) -> None:
+        rng = random.Random(number)
+        async with httpx.AsyncClient(base_url=url, timeout=600) as client:
+            while time.monotonic() < end:
+                outcomes[await one(client, rng)] += 1
+
+    async def watch() -> None:
+        while time.monotonic() < end:
+            memory.append(process.memory_info().rss / 2**20)
+            await asyncio.sleep(1)
+
+    await asyncio.gather(watch(), *map(ask, range(clients)))
+    await asyncio.sleep(2)
+    async with httpx.AsyncClient(base_url=url) as client:
+        metrics = dict(
+            line.rsplit(" ", 1) for line in (await client.get("/metrics")).text.splitlines() if line[0] != "#"
+        )
+    third = max(1, len(memory) // 3)
+    return {
+        "seconds": seconds,
+        "clients": clients,
+        "outcomes": dict(sorted(outcomes.items())),
+        "segments": int(float(metrics["cards_segments_total"])),
+        "tokens kept": int(float(metrics['cards_tokens_total{kind="kept"}'])),
+        "rows afterwards": int(float(metrics["cards_rows"])),
+        "answers afterwards": int(float(metrics["cards_answers"])),
+        "MiB, mean of each third": [round(sum(part) / len(part)) for part in _thirds(memory, third)],
+        "MiB, first and last": [round(memory[0]), round(memory[-1])],
+    }
+
+
+def _thirds(values: list[float], size: int) -> list[list[float]]:
+    return [values[:size], values[size : 2 * size] or values[:size], values[-size:]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--reward", default="sentiment")
+    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--requests", type=int, default=20)
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--seconds", type=float, default=300)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    os.environ.setdefault("CARDS_ENGINE__THREADS", "1")
+    options = {"model": args.model, "reward": args.reward, "max_tokens": args.max_tokens}
+    found: dict[str, Any] = {"model": Path(args.model).name, "max_tokens": args.max_tokens}
+    with server(options) as (url, process):
+        with CardsLLM(**options) as llm:
+            found["latency"] = latency(url, llm, args.requests)
+        print(json.dumps(found["latency"], indent=2), flush=True)
+        found["load"] = asyncio.run(load(url, process, args.clients, args.seconds))
+    print(json.dumps(found["load"], indent=2))
+    if args.out:
+        args.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

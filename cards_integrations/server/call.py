@@ -1,0 +1,223 @@
+"""What a client asks for: the body of a request of OpenAI's API, field by field."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from cards_integrations.chat.message import Message, as_prompt
+from cards_integrations.chat.template import FormattedPrompt
+from cards_integrations.errors import short_repr
+from cards_integrations.server.choices import Choices
+from cards_integrations.server.errors import ApiError, invalid
+
+Endpoint = Literal["chat", "completions"]
+
+PASSED_ON = {
+    *("temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "min_tokens", "timeout"),
+    *("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "finish_at"),
+    *("response_format", "thinking", "max_thinking_tokens", "chat_template_kwargs"),
+}
+"""Options that go to the engine as they are."""
+CHAT_ONLY = {"tools", "tool_choice", "parallel_tool_calls"}
+IGNORED = {
+    *("user", "store", "metadata", "service_tier", "safety_identifier"),
+    *("prompt_cache_key", "prompt_cache_retention", "include_obfuscation"),
+}
+"""What clients send, and what makes no difference here: it is about OpenAI's own service."""
+NEUTRAL: dict[str, Any] = {
+    "modalities": ["text"], "echo": False, "suffix": "", "best_of": 1, "functions": [], "function_call": "none",
+}  # fmt: skip
+"""Values that ask for nothing, of fields that are not supported otherwise."""
+MAX_LOGPROBS = 20
+HINTS = {"functions": " Send tools instead.", "function_call": " Send tool_choice instead."}
+
+
+@dataclass(frozen=True)
+class Call:
+    """A request, read.
+
+    Attributes:
+        prompts: What to answer, each `n` times.
+        options: Arguments of `Options.request`.
+        n: Answers to each prompt.
+        stream: Whether to send each kept segment at once.
+        include_usage: Whether a stream ends with the usage.
+        trace: Whether to send rewards, thresholds and rejected drafts, too.
+    """
+
+    prompts: list[str | list[Message]]
+    options: dict[str, Any] = field(default_factory=dict)
+    n: int = 1
+    stream: bool = False
+    include_usage: bool = False
+    trace: bool = False
+
+
+class BodyReader:
+    """Reads the bodies of requests.
+
+    Args:
+        names: What clients may call the model.
+        choices: Which methods and rewards they may choose.
+        n: Answers to a prompt where a request does not say how many.
+        max_choices: Answers of one request at most.
+    """
+
+    def __init__(self, names: set[str], choices: Choices, n: int, max_choices: int) -> None:
+        self._names = names
+        self._choices = choices
+        self._default_n = n
+        self._max_choices = max_choices
+
+    def read(self, endpoint: Endpoint, content: bytes, headers: Mapping[str, str]) -> Call:
+        """The call of a request.
+
+        Raises:
+            ApiError, CardsError: A field is missing, not supported, or cannot be used as given.
+        """
+        fields = {name: value for name, value in parse(content).items() if value is not None and name not in IGNORED}
+        self.check_model(fields.pop("model", None))
+        prompts = _messages(fields) if endpoint == "chat" else _texts(fields)
+        stream, usage = _flag(fields, "stream"), _include_usage(fields)
+        n, extra = self._n(fields, len(prompts)), _object(fields, "cards")
+        _check_template(fields)
+        options = {"n": n, **_max_tokens(fields), **self._cards(extra, headers), **_effort(fields, endpoint)}
+        options |= _logprobs(fields, endpoint)
+        allowed = PASSED_ON | CHAT_ONLY if endpoint == "chat" else PASSED_ON
+        for name, value in fields.items():
+            if name in allowed:
+                options[name] = value
+            elif value != NEUTRAL.get(name, ...):
+                raise invalid(f"{name}={short_repr(value)} is not supported.{HINTS.get(name, '')}", name)
+        return Call(prompts, options, n, stream, usage, _flag(extra, "trace"))
+
+    def check_model(self, name: Any) -> None:
+        """Raise HTTP 404 if this server has no such model."""
+        if name not in self._names:
+            known = ", ".join(sorted(self._names))
+            raise ApiError(
+                404,
+                f"The model {short_repr(name)} is not here: send model={known}.",
+                param="model",
+                code="model_not_found",
+            )
+
+    def _n(self, fields: dict[str, Any], prompts: int) -> int:
+        n = fields.pop("n", self._default_n)
+        if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+            raise invalid(f"n={short_repr(n)}: send a number from 1 on.", "n")
+        if n * prompts > self._max_choices:
+            raise invalid(f"n={n}, to {prompts} prompts: at most {self._max_choices} answers are allowed.", "n")
+        return n
+
+    def _cards(self, extra: dict[str, Any], headers: Mapping[str, str]) -> dict[str, Any]:
+        """Method, reward and context; the body comes before the headers."""
+        for name in extra.keys() - {"decoding", "reward", "context", "trace"}:
+            raise invalid(f"cards.{name[:100]} is not known: send decoding, reward, context or trace.", "cards")
+        found: dict[str, Any] = {}
+        if (decoding := extra.get("decoding", headers.get("X-Cards-Decoding"))) is not None:
+            found["decoding"] = self._choices.decoding(decoding)
+        if (reward := extra.get("reward", headers.get("X-Cards-Reward"))) is not None:
+            found["reward"] = self._choices.reward(reward)
+        if (context := extra.get("context")) is not None:
+            found["context"] = _strings(context, "cards.context")
+        return found
+
+
+def parse(content: bytes) -> dict[str, Any]:
+    """The object that a body is in JSON."""
+    try:
+        found = json.loads(content, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
+        raise invalid(f"The body is not JSON: {reason}.") from None
+    if not isinstance(found, dict):
+        raise invalid("The body is not a JSON object.")
+    return found
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _messages(fields: dict[str, Any]) -> list[str | list[Message]]:
+    messages = fields.pop("messages", None)
+    if not isinstance(messages, list):
+        raise invalid("messages is missing: send a list of them.", "messages")
+    return [as_prompt(messages)]
+
+
+def _texts(fields: dict[str, Any]) -> list[str | list[Message]]:
+    """Prompts that are model input as they are, without a chat template."""
+    prompt = fields.pop("prompt", None)
+    if prompt is None:
+        raise invalid("prompt is missing: send a text, or a list of them.", "prompt")
+    texts = _strings(prompt, "prompt")
+    if not texts:
+        raise invalid("prompt is an empty list.", "prompt")
+    return [FormattedPrompt(text) for text in texts]
+
+
+def _strings(value: Any, name: str) -> list[str]:
+    found = [value] if isinstance(value, str) else value
+    if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
+        raise invalid(f"{name}={short_repr(value)}: send a text, or a list of texts; token ids are not read.", name)
+    return found
+
+
+def _max_tokens(fields: dict[str, Any]) -> dict[str, Any]:
+    """OpenAI has a new name for it."""
+    given = [fields.pop(name) for name in ("max_tokens", "max_completion_tokens") if name in fields]
+    if len(given) == 2 and given[0] != given[1]:
+        raise invalid("max_tokens and max_completion_tokens differ: send one of them.", "max_tokens")
+    return {"max_tokens": given[0]} if given else {}
+
+
+def _logprobs(fields: dict[str, Any], endpoint: Endpoint) -> dict[str, Any]:
+    """A flag and a number in a chat, a number alone in a completion."""
+    asked, top = fields.pop("logprobs", False), fields.pop("top_logprobs", 0)
+    if endpoint == "completions" and not isinstance(asked, bool):
+        asked, top = True, asked
+    if not isinstance(top, int) or not 0 <= top <= MAX_LOGPROBS:
+        name = "top_logprobs" if endpoint == "chat" else "logprobs"
+        raise invalid(f"{name}={short_repr(top)}: send a number from 0 to {MAX_LOGPROBS}.", name)
+    return {"logprobs": asked, "top_logprobs": top if asked else 0}
+
+
+def _check_template(fields: Mapping[str, Any]) -> None:
+    """A template is a program: a client may send arguments for it, but not another one."""
+    arguments = fields.get("chat_template_kwargs")
+    if isinstance(arguments, dict) and "chat_template" in arguments:
+        raise invalid("chat_template_kwargs: chat_template is the server's to choose.", "chat_template_kwargs")
+
+
+def _effort(fields: dict[str, Any], endpoint: Endpoint) -> dict[str, Any]:
+    """How much a model should think: an argument of its chat template, and "none" turns it off."""
+    effort = fields.pop("reasoning_effort", None) if endpoint == "chat" else None
+    if effort is None:
+        return {}
+    given = _object({"chat_template_kwargs": fields.pop("chat_template_kwargs", {})}, "chat_template_kwargs")
+    arguments = {"chat_template_kwargs": {"reasoning_effort": effort, **given}}
+    return {**arguments, "thinking": fields.pop("thinking", "off")} if effort == "none" else arguments
+
+
+def _include_usage(fields: dict[str, Any]) -> bool:
+    options = _object(fields, "stream_options")
+    return _flag(options, "include_usage")
+
+
+def _flag(fields: dict[str, Any], name: str) -> bool:
+    value = fields.pop(name, False)
+    if not isinstance(value, bool):
+        raise invalid(f"{name}={short_repr(value)}: send true or false.", name)
+    return value
+
+
+def _object(fields: dict[str, Any], name: str) -> dict[str, Any]:
+    value = fields.pop(name, {})
+    if not isinstance(value, dict):
+        raise invalid(f"{name}={short_repr(value)}: send an object.", name)
+    return value
