@@ -76,7 +76,7 @@ def as_tools(schemas: Sequence[Mapping[str, Any]] | None, choice: Any = None, pa
         if name not in ("auto", "none"):
             raise SettingsError(f"tool_choice={short_repr(choice)} needs tools=.")
         return None
-    if not isinstance(schemas, Sequence) or isinstance(schemas, str):
+    if not isinstance(schemas, (list, tuple)):
         raise SettingsError(f"tools={short_repr(schemas)}: pass a list of them.")
     by_name = {each["function"]["name"]: each for each in map(_as_function, schemas)}  # without duplicates
     functions = tuple(by_name.values())
