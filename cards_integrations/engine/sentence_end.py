@@ -29,11 +29,10 @@ def cut_after_sentence(text: str, ids: Sequence[int], decode: Callable[[Sequence
     end = last_sentence_end(text)
     if not 0 < end < len(text.rstrip()):
         return None
-    ahead = len(text) - len(decode(ids))  # what the text of the answer has that its ids alone do not say
     length = len(ids)
-    while length > 1 and len(decode(ids[: length - 1])) + ahead >= end:
+    while length > 1 and len(decode(ids[: length - 1])) >= end:
         length -= 1
-    rest = text[end : len(decode(ids[:length])) + ahead]
+    rest = text[end : len(decode(ids[:length]))]
     return text[: end + (0 if rest.strip() else len(rest))], length
 
 

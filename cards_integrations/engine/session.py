@@ -285,8 +285,8 @@ class Session:
 
     def _cut(self) -> None:
         """Let the answer end with its last whole sentence."""
-        context = self.context
-        found = cut_after_sentence(context.text, context.ids, self.host.language_model.chat.decode)
+        context, chat = self.context, self.host.language_model.chat
+        found = cut_after_sentence(context.text, context.ids, lambda ids: chat.decode(ids, context.start))
         if found is None:
             return
         self.cut = True
