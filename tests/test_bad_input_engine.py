@@ -194,7 +194,7 @@ def test_temperature_zero_is_the_greedy_answer(models: Callable[..., str], start
     engine = start(models("llama"), width=4)
     decoding = Cards(target_reward=99.0, acceptance="hard", boundary=FixedLength(length=4))
     answer = engine.run(Request("w9 w20", decoding, judge(models), Sampler(temperature=0), 24))
-    assert answer.text == tokenizer.decode(plain, skip_special_tokens=True)
+    assert answer.text == " " + tokenizer.decode(plain, skip_special_tokens=True)
     assert {len(segment.drafts) for segment in answer.segments} == {1}
 
 

@@ -38,6 +38,7 @@ from typing_extensions import TypedDict
 from cards_integrations import CardsLLM, ChatCards
 from cards_integrations.decoding import Cards, FixedLength
 from cards_integrations.errors import SettingsError
+from cards_integrations.langchain.middleware import InvalidCallsAnswered
 
 Face = ChatCards | CardsLLM
 create_agent: Any = agents.create_agent  # it takes a `CardsLLM`, too, and messages as tuples
@@ -879,6 +880,15 @@ def test_an_invalid_call_ends_the_loop_and_is_seen(llm: Face) -> None:
     state = create_agent(llm, [paint]).invoke({"messages": [("user", BROKEN)]})
     assert len(state["messages"]) == 2
     assert [each["name"] for each in state["messages"][-1].invalid_tool_calls] == ["paint"]
+
+
+def test_an_invalid_call_is_answered_where_an_agent_has_the_middleware(llm: Face) -> None:
+    graph = create_agent(llm, [add, paint], middleware=[InvalidCallsAnswered()])
+    state = graph.invoke({"messages": [("user", THEN.join([BROKEN, call("add", a=1, b=2), "It is $2: $1"]))]})
+    kinds = [message.type for message in state["messages"]]
+    assert kinds == ["human", "ai", "tool", "ai", "tool", "ai"]
+    assert state["messages"][2].status == "error"
+    assert state["messages"][-1].content.startswith("It is 3: Error: this call could not be read: not JSON")
 
 
 def test_a_graph_of_ones_own(llm: Face) -> None:

@@ -532,6 +532,16 @@ async def test_a_function_agent_loops_over_its_tools(llm: CardsLLM, streaming: b
         ]
 
 
+@pytest.mark.parametrize("streaming", [True, False])
+async def test_a_function_agent_is_told_of_calls_that_cannot_be_read(llm: CardsLLM, streaming: bool) -> None:
+    broken = call("add", a=1).replace("1", "")
+    agent = FunctionAgent(tools=[ADD], llm=llm, streaming=streaming)
+    answer, results, _ = await run(agent, THEN.join([broken, call("add", a=1, b=2), "It is $2."]))
+    assert answer == "It is 3."
+    assert [name.partition(" ")[0] for name, _ in results] == ["'add'", "add"]
+    assert "cannot be read: not JSON" in results[0][1]
+
+
 async def test_functions_are_tools(llm: CardsLLM) -> None:
     assert (await run(FunctionAgent(tools=[add, multiply], llm=llm), LOOP))[0] == "It is 17 in the end."
 

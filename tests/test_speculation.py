@@ -48,11 +48,20 @@ def test_stop_strings_in_candidates_that_were_drafted_ahead(models: Callable[...
     tokenizer = AutoTokenizer.from_pretrained(models("llama"))
     model = AutoModelForCausalLM.from_pretrained(models("llama")).eval()
     prompt = tokenizer(PROMPT)["input_ids"]
+
+    def after(ids: list[int]) -> str:
+        whole, asked = (
+            tokenizer.decode(each, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            for each in ([*prompt, *ids], prompt)
+        )
+        return str(whole).removeprefix(asked)
+
     requests, expected = [], []
     for seed in range(16):
         decoding = Cards(target_reward=1.0, beta=0.2, boundary=BOUNDARY if seed % 2 else FixedLength(length=3))
         loop: Any = reference.plain(model, tokenizer, None, prompt, temperature=1.0, stop=STOP)
-        loop.reward = lambda answer, decode=loop.decode: value(cut(decode(answer)))
+        loop.decode = after
+        loop.reward = lambda answer: value(cut(after(answer)))
         expected.append(loop.generate(prompt, decoding, 30, seed))
         requests.append(Request(PROMPT, decoding, FunctionReward(function=late), SAMPLER, 30, STOP, seed))
     engine = start(models("llama"))
@@ -63,7 +72,7 @@ def test_stop_strings_in_candidates_that_were_drafted_ahead(models: Callable[...
     assert any(len(candidate.response) < len(candidate.before_text) for candidate in stopped)  # began in the parent
     for written in (alone, engine.run_many(requests)):
         assert [list(alignment.token_ids) for alignment in written] == expected
-        assert [alignment.text for alignment in written] == [cut(loop.decode(ids)) for ids in expected]
+        assert [alignment.text for alignment in written] == [cut(after(ids)) for ids in expected]
 
 
 @pytest.fixture(scope="module")

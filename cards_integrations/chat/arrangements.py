@@ -1,4 +1,4 @@
-"""One conversation in several forms: people send orders of roles, and ids of calls, that chat templates refuse or omit."""
+"""One conversation in several forms, for people send orders of roles, and ids of calls, that templates refuse."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Reading an answer with marked calls from left to right: what it says, what it calls, and where it only names a marker."""
+"""Reading an answer with marked calls from left to right: what it says and calls, and where it only names a marker."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from cards_integrations.chat.stop_strings import StopStrings
 from cards_integrations.chat.thoughts import next_thought
@@ -30,8 +30,8 @@ class SplitAnswer:
 class Markers(Protocol):
     """How a format marks its calls."""
 
-    opening: str
-    closing: str
+    opening: ClassVar[str]
+    closing: ClassVar[str]
 
     def begins_call(self, text: str, start: int) -> bool:
         """True if what follows an opening can be nothing but a call."""
@@ -88,7 +88,7 @@ class CallScanner:
         self._at = end
 
     def _passed_thought(self, start: int) -> bool:
-        """True if a thought begins before this opening and has been read; one that stays open is none, but the first."""
+        """True if a thought begins before this opening and has been read; if it stays open, only at the beginning."""
         thought = next_thought(self.text, self._at)
         if thought is None or thought.begin > start:
             return False

@@ -26,6 +26,11 @@ ROLES = {
     "system": "system", "developer": "system",
     "tool": "tool", "function": "tool",
 }  # fmt: skip
+TEXTS = {
+    "text": "text", "input_text": "text", "output_text": "text", "text-plain": "text", "refusal": "refusal",
+}  # fmt: skip
+"""Types of content blocks that are text, and where it stands."""
+
 NOT_TEXT = {
     "reasoning", "thinking", "redacted_thinking",
     "tool_use", "tool_call", "function_call", "tool_call_chunk", "input_json_delta",  # these are in `tool_calls`, too
@@ -50,11 +55,17 @@ def as_prompt(value: Any, convert: Callable[[Any], Message] = plain_message) -> 
         return value
     if not isinstance(value, Sequence):
         raise PromptError(f"A prompt is a string or a list of messages, not {type(value).__name__}.")
-    chat = [convert(item) for item in value]
+    chat = as_chat(value, convert)
     if not chat:
         raise PromptError("The list of messages is empty.")
     if not any(message["content"] or message.get("tool_calls") for message in chat):
         raise PromptError("All messages are empty.")
+    return chat
+
+
+def as_chat(items: Sequence[Any], convert: Callable[[Any], Message] = plain_message) -> list[Message]:
+    """The messages of a chat, which may lack what a prompt needs; `convert` makes each item a message."""
+    chat = [convert(item) for item in items]
     _name_results(chat)
     return chat
 
@@ -149,15 +160,17 @@ def _from_dict(item: Mapping[str, Any]) -> Message:
     add_thoughts(message, [item.get(THOUGHTS) or item.get("reasoning"), thoughts_of(content)])
     if message["role"] == "tool":
         message |= answered_call(item)
+    elif isinstance(name := item.get("name"), str):
+        message["name"] = name
     return message
 
 
 def _block_text(block: Any) -> str:
     if isinstance(block, str):
         return block
-    kind = block.get("type") if isinstance(block, dict) else type(block).__name__
-    if kind == "text" and isinstance(block.get("text"), str):
-        return str(block["text"])
+    kind = block.get("type", "text") if isinstance(block, dict) else type(block).__name__
+    if isinstance(block, dict) and isinstance(kind, str) and isinstance(text := block.get(TEXTS.get(kind)), str):
+        return text
     if isinstance(kind, str) and kind in NOT_TEXT:
         return ""
     raise PromptError("Message content of type 'text' has no text.") if kind == "text" else text_only(short_repr(kind))

@@ -61,6 +61,27 @@ class ChatTokenizer:
         self.check_ids(ids)
         return ids
 
+    def encode_beginning(self, text: str) -> list[int]:
+        """The token ids of a text that goes on: with what the tokenizer puts before a text, not what it appends."""
+        ids, appended = self.encode(text, special=True), self.appended
+        return ids[: len(ids) - len(appended)] if appended and ids[-len(appended) :] == appended else ids
+
+    def encode_answer(self, text: str) -> list[int]:
+        """The token ids of a text that follows a prompt, the space included that it may begin with."""
+        return self.encode(text[1:] if self._puts_space_before and text.startswith(" ") else text)
+
+    @cached_property
+    def _puts_space_before(self) -> bool:
+        """True if the first word of a text has the token of one that follows a space."""
+        return self._decode(self.encode("a") * 2) == self._decode(self.encode("a a"))
+
+    @cached_property
+    def appended(self) -> list[int]:
+        """What the tokenizer appends to a plain text, such as an end of sequence."""
+        plain, whole = self.encode("a"), self.encode("a", special=True)
+        starts = [i for i in range(len(whole)) if plain and whole[i : i + len(plain)] == plain]
+        return whole[starts[0] + len(plain) :] if starts else []
+
     def check_ids(self, ids: Sequence[int]) -> None:
         """Raise a `PromptError` if the model has no row for one of these token ids."""
         token = max(ids, default=0)
@@ -187,7 +208,8 @@ class ChatTokenizer:
 
     def _plain(self, text: str) -> tuple[str, list[int]]:
         bos = self.tokenizer.bos_token
-        return text, self._nonempty(self.encode(text, special=not (bos and text.startswith(bos))))
+        with_bos = bos and text.startswith(bos)
+        return text, self._nonempty(self.encode(text) if with_bos else self.encode_beginning(text))
 
     def without_tools(self, prompt: str | list[Message]) -> str | list[Message]:
         """The conversation for a model that knows neither tools nor thoughts, such as a reward model."""

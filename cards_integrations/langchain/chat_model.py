@@ -10,16 +10,18 @@ from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackMana
 from langchain_core.language_models import BaseChatModel, LanguageModelInput
 from langchain_core.language_models.base import LangSmithParams
 from langchain_core.language_models.model_profile import ModelProfile
-from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, get_buffer_string
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.config import get_config_list
 from pydantic import ConfigDict, Field
 
+from cards_integrations.chat.message import as_chat
+from cards_integrations.chat.response_format import as_response_format
 from cards_integrations.chat.thinking import switches
 from cards_integrations.chat.tools import as_tools
 from cards_integrations.engine.request import Request
-from cards_integrations.errors import SettingsError
+from cards_integrations.errors import PromptError, SettingsError
 from cards_integrations.langchain.base import CardsLangChainBase
 from cards_integrations.langchain.callbacks import (
     asegment_callback,
@@ -36,10 +38,13 @@ from cards_integrations.langchain.convert import (
     ChunkConverter,
     add_outputs,
     as_chat_result,
+    as_message,
     as_prompt,
     convert_options,
+    is_form,
     tool_schemas,
 )
+from cards_integrations.langchain.profile import model_profile
 from cards_integrations.langchain.structured_output import Method, structured_chain
 
 
@@ -59,12 +64,13 @@ class ChatCards(CardsLangChainBase, BaseChatModel):
     streaming: bool = False
     """Report each kept segment to the callbacks of `invoke`, too, and not only to those of `stream`."""
 
-    profile: ModelProfile | None = Field(
-        default=ModelProfile(tool_calling=True, tool_choice=True, structured_output=True), exclude=True
-    )
-    """What the model can do, as LangChain's agents look it up."""
+    profile: ModelProfile | None = Field(default=None, exclude=True)
+    """What the model can do, as LangChain's agents look it up; by default what is known without loading it."""
 
     # --- LangChain's contract ---
+
+    def _resolve_model_profile(self) -> ModelProfile:
+        return model_profile(self)
 
     @property
     def _llm_type(self) -> str:
@@ -182,14 +188,20 @@ class ChatCards(CardsLangChainBase, BaseChatModel):
             tool_choice: "auto" (the default; the model decides), "none", "any" or "required" (at least one call),
                 or the name of a tool (one call of it). A grammar holds a required call to the tool's schema.
             strict: Hold calls to the schema under "auto", too.
-            parallel_tool_calls: False allows one call an answer.
+            parallel_tool_calls: False allows one call an answer, as is usual where a tool is only a form: those of
+                LangChain's `ToolStrategy` have nothing to run.
             kwargs: Options of the calls, such as `max_tokens`.
 
         Raises:
-            SettingsError: A tool cannot be described as a function, or `tool_choice` names no tool.
+            SettingsError: A tool cannot be described as a function, `tool_choice` names no tool, or no grammar can
+                hold a call that has to match the schema of its tool.
         """
         schemas = tool_schemas(tools, strict)
-        as_tools(schemas, tool_choice)  # raises now what a call would raise
+        offered = as_tools(schemas, tool_choice)  # raises now what a call would raise
+        if offered is not None and as_response_format(kwargs.get("response_format")) is not None:
+            offered.check_schemas()
+        if parallel_tool_calls is None and any(map(is_form, tools)):
+            parallel_tool_calls = False  # one answer fills in one form
         for name, value in (("tool_choice", tool_choice), ("parallel_tool_calls", parallel_tool_calls)):
             if value is not None:
                 kwargs[name] = value
@@ -223,10 +235,16 @@ class ChatCards(CardsLangChainBase, BaseChatModel):
         return structured_chain(self, schema, method, include_raw, strict, kwargs)
 
     def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
-        """Count the tokens of the prompt that these messages become, chat template included; loads the model."""
-        offered = as_tools(tool_schemas(tools))
+        """Count the tokens of the prompt that these messages become, chat template included; loads the model.
+
+        What could be no prompt, such as no message at all, is counted as well.
+        """
+        try:
+            counted = as_chat(messages, as_message)
+        except PromptError:  # not all of it is text
+            return self.get_num_tokens(get_buffer_string(messages))
         arguments = switches(self.thinking, self.chat_template_kwargs)
-        return len(self._engine({}).loaded().chat.prompt(as_prompt(messages), offered, arguments)[1])
+        return self._engine({}).loaded().chat.count(counted, as_tools(tool_schemas(tools)), arguments)
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         return self._langsmith_params("chat", stop, kwargs)

@@ -10,6 +10,8 @@ from llama_index.core.base.llms.types import (
     CachePoint,
     ChatMessage,
     ChatResponse,
+    CitableBlock,
+    CitationBlock,
     CompletionResponse,
     ContentBlock,
     LogProb,
@@ -18,6 +20,7 @@ from llama_index.core.base.llms.types import (
     ThinkingBlock,
     ToolCallBlock,
 )
+from llama_index.core.llms.llm import ToolSelection
 from llama_index.core.tools.types import BaseTool
 from pydantic import BaseModel, ValidationError
 
@@ -33,6 +36,7 @@ from cards_integrations.chat.message import (
     tool_call,
     tool_calls,
 )
+from cards_integrations.chat.pydantic_schema import is_more_precise, pydantic_schema
 from cards_integrations.engine.request import Chunk
 from cards_integrations.errors import AnswerCut
 from cards_integrations.langchain import convert as langchain
@@ -70,6 +74,10 @@ def _from_llama_index(item: ChatMessage) -> Message:
 def _block_text(block: ContentBlock) -> str:
     if isinstance(block, TextBlock):
         return block.text
+    if isinstance(block, CitableBlock):
+        return "".join(map(_block_text, block.content))
+    if isinstance(block, CitationBlock):
+        return _block_text(block.cited_content)
     if isinstance(block, (ThinkingBlock, ToolCallBlock, CachePoint)):
         return ""
     raise text_only(repr(block.block_type))
@@ -89,7 +97,14 @@ def describe_tools(tools: Any) -> Any:
 
 
 def _describe(tool: Any) -> Any:
-    return tool.metadata.to_openai_tool(skip_length_check=True) if isinstance(tool, BaseTool) else tool
+    if not isinstance(tool, BaseTool):
+        return tool
+    found, cls = tool.metadata.to_openai_tool(skip_length_check=True), tool.metadata.fn_schema
+    if cls is not None and is_more_precise(cls):
+        function = found["function"]
+        precise = {key: value for key, value in pydantic_schema(cls).items() if key in function["parameters"]}
+        found = {**found, "function": {**function, "parameters": precise}}
+    return found
 
 
 def convert_options(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,6 +154,22 @@ def _logprobs(item: Chunk | Alignment) -> list[list[LogProb]] | None:
     return [
         [LogProb(token=each.token, logprob=each.logprob, bytes=[*each.token.encode()]) for each in (token, *token.top)]
         for token in item.logprobs
+    ]
+
+
+def invalid_selections(response: ChatResponse) -> list[ToolSelection]:
+    """Selections of tools that nobody has, in place of calls that cannot be read.
+
+    An agent answers each that there is no tool of its name, which says what is wrong.
+    """
+    calls = (response.raw or {}).get("invalid_tool_calls", ())
+    return [
+        ToolSelection(
+            tool_id=call["id"],
+            tool_name=f"{call['name'] or ''!r} (of a call that cannot be read: {call['error']})",
+            tool_kwargs={},
+        )
+        for call in calls
     ]
 
 

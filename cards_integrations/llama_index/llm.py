@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 from llama_index.core.base.llms.generic_utils import messages_to_prompt
@@ -22,11 +23,13 @@ from llama_index.core.instrumentation.events.llm import LLMStructuredPredictEndE
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.llms.llm import ToolSelection, default_completion_to_prompt
+from llama_index.core.llms.structured_llm import StructuredLLM
 from llama_index.core.prompts import PromptTemplate
 from llama_index.core.tools.types import BaseTool
 from llama_index_instrumentation import get_dispatcher
 from pydantic import BaseModel
 
+from cards_integrations.chat.response_format import as_response_format
 from cards_integrations.chat.template import FormattedPrompt
 from cards_integrations.engine.engine import Engine
 from cards_integrations.engine.request import Request
@@ -37,6 +40,7 @@ from cards_integrations.llama_index.convert import (
     chat_response,
     completion_response,
     convert_options,
+    invalid_selections,
     parse_response,
     refuse_cut,
     tool_schemas,
@@ -55,6 +59,10 @@ from cards_integrations.models.sources import context_window
 from cards_integrations.settings import OptionsFromEnvironment
 
 dispatcher = get_dispatcher(__name__)
+TOOL_OPTIONS = {"tools", "tool_choice", "tool_required", "allow_parallel_tool_calls", "parallel_tool_calls"}
+"""What LlamaIndex's own code passes to structured calls, which other integrations answer by a tool."""
+_calls_itself: ContextVar[bool] = ContextVar("calls_itself", default=False)
+"""True within `predict_and_call`, which needs the tools that it calls; an agent answers calls of others."""
 
 
 class LlamaIndexCards(OptionsFromEnvironment, FunctionCallingLLM):
@@ -64,6 +72,7 @@ class LlamaIndexCards(OptionsFromEnvironment, FunctionCallingLLM):
     `raw["cards"]` the rewards and costs.
 
     `complete` and `chat` use the `system_prompt`, unless the messages have a system message of their own.
+    `complete` wraps its prompt in the `query_wrapper_prompt`, which has a `{query_str}`.
     `completion_to_prompt` and `messages_to_prompt` replace the tokenizer's chat template.
     """
 
@@ -163,9 +172,12 @@ class LlamaIndexCards(OptionsFromEnvironment, FunctionCallingLLM):
 
         Raises:
             AnswerCut: There is none, and `max_tokens` cut the answer.
-            ValueError: There is none, unless `error_on_no_tool_call` is False.
+            ValueError: There is none, unless `error_on_no_tool_call` is False. An agent, which says so, gets the
+                invalid calls if there are no others, each with its error in place of the name of a tool.
         """
         calls = [block for block in response.message.blocks if isinstance(block, ToolCallBlock)]
+        if not calls and not error_on_no_tool_call and not _calls_itself.get():
+            return invalid_selections(response)
         if not calls and error_on_no_tool_call:
             refuse_cut(response)
             raise ValueError(f"The answer calls no tool: {response.message.content!r}")
@@ -173,6 +185,22 @@ class LlamaIndexCards(OptionsFromEnvironment, FunctionCallingLLM):
             ToolSelection(tool_id=call.tool_call_id or "", tool_name=call.tool_name, tool_kwargs=call.tool_kwargs)
             for call in calls
         ]
+
+    def predict_and_call(self, *args: Any, **kwargs: Any) -> Any:
+        """Answer and call the tools that the answer calls; see LlamaIndex's `FunctionCallingLLM`."""
+        token = _calls_itself.set(True)
+        try:
+            return super().predict_and_call(*args, **kwargs)
+        finally:
+            _calls_itself.reset(token)
+
+    async def apredict_and_call(self, *args: Any, **kwargs: Any) -> Any:
+        """Async version of `predict_and_call`."""
+        token = _calls_itself.set(True)
+        try:
+            return await super().apredict_and_call(*args, **kwargs)
+        finally:
+            _calls_itself.reset(token)
 
     # --- structured output: a grammar holds the answer to the schema, whichever method asks for it ---
 
@@ -221,7 +249,7 @@ class LlamaIndexCards(OptionsFromEnvironment, FunctionCallingLLM):
         **prompt_args: Any,
     ) -> Generator[Any, None, None]:
         messages = prompt.format_messages(llm=self, **prompt_args)
-        return stream_objects(self.stream_chat(messages, **_held_to(output_cls, llm_kwargs)), output_cls, self)
+        return stream_objects(self.stream_chat(messages, **_held_to(output_cls, llm_kwargs)), output_cls)
 
     async def _structured_astream_call(
         self,
@@ -232,7 +260,16 @@ class LlamaIndexCards(OptionsFromEnvironment, FunctionCallingLLM):
     ) -> AsyncGenerator[Any, None]:
         messages = prompt.format_messages(llm=self, **prompt_args)
         responses = await self.astream_chat(messages, **_held_to(output_cls, llm_kwargs))
-        return astream_objects(responses, output_cls, self)
+        return astream_objects(responses, output_cls)
+
+    def as_structured_llm(self, output_cls: type[BaseModel], **kwargs: Any) -> StructuredLLM:
+        """Return an LLM whose answers are objects of a pydantic class.
+
+        Raises:
+            SettingsError: No grammar can hold an answer to the schema of the class.
+        """
+        as_response_format(output_cls)
+        return super().as_structured_llm(output_cls, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle all options or none: LlamaIndex drops what cannot be pickled, even from the object itself."""
@@ -246,6 +283,8 @@ class LlamaIndexCards(OptionsFromEnvironment, FunctionCallingLLM):
 
     def _completion_request(self, prompt: str, formatted: bool, overrides: dict[str, Any]) -> Request:
         as_prompt(prompt)  # raises if it is empty
+        if self.query_wrapper_prompt is not None and not formatted:
+            prompt = self.query_wrapper_prompt.format(query_str=prompt)
         to_prompt = self.completion_to_prompt
         if not formatted and to_prompt not in (None, default_completion_to_prompt):
             prompt, formatted = to_prompt(prompt), True
@@ -270,7 +309,9 @@ class LlamaIndexCards(OptionsFromEnvironment, FunctionCallingLLM):
 
 
 def _held_to(output_cls: type[BaseModel], llm_kwargs: dict[str, Any] | None) -> dict[str, Any]:
-    return {**(llm_kwargs or {}), "response_format": output_cls}
+    """The options of a call whose answer is an object; those of its tools say nothing where there are none."""
+    options = {**(llm_kwargs or {}), "response_format": output_cls}
+    return options if options.get("tools") else {k: v for k, v in options.items() if k not in TOOL_OPTIONS}
 
 
 def _predict_started(output_cls: type[BaseModel], prompt: PromptTemplate, prompt_args: dict[str, Any]) -> None:

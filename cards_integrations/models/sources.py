@@ -9,11 +9,11 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, SerializeAsAny
 
-from cards_integrations.errors import short_repr
+from cards_integrations.errors import CardsError, short_repr
 from cards_integrations.models.base import CustomModel, LanguageModel
 from cards_integrations.models.local.checks import embedding_rows
 from cards_integrations.models.local.loader import ModelLoader
-from cards_integrations.models.local.resolve import max_positions, read_config
+from cards_integrations.models.local.resolve import chat_template_here, max_positions, read_config, with_config_here
 from cards_integrations.models.local.settings import LocalModel, as_local_model
 from cards_integrations.models.vllm.settings import VllmModel
 from cards_integrations.registry import Registry, from_json
@@ -92,6 +92,30 @@ def context_window(source: ModelSource) -> int:
             return _served_context_window(source)
         case _:
             return source.context_window()
+
+
+def known_context_window(source: ModelSource) -> int | None:
+    """The same without asking anybody: None if no config on this machine says it."""
+    try:
+        match source:
+            case LocalModel():
+                here = with_config_here(source)
+                return None if here is None else max_positions(read_config(here))
+            case VllmModel():
+                return None
+            case _:
+                return source.context_window()
+    except CardsError:
+        return None
+
+
+def known_chat_template(source: ModelSource) -> str:
+    """The source of its chat template without asking anybody; "" if no file on this machine has it."""
+    try:
+        here = with_config_here(source) if isinstance(source, LocalModel) else None
+        return "" if here is None else chat_template_here(here)
+    except CardsError:
+        return ""
 
 
 @lru_cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,31 @@ def load_config(spec: LocalModel) -> Any:
             mend = "It is an adapter: pass it as adapter=, and its base as model=." if adapter else "Check the path."
             raise ModelError(f"model={spec.model!r}: there is no config.json in this directory. {mend}")
         return AutoConfig.from_pretrained(found, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
+
+
+def with_config_here(spec: LocalModel) -> LocalModel | None:
+    """The same model in the directory of its config, if that needs no network, no conversion and no code of its own."""
+    if spec.trust_remote_code or gguf_file(spec.model) is not None:
+        return None
+    found = resolve_model(spec.model)
+    if not is_directory(found):
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(found, "config.json", revision=spec.revision)
+        found = str(Path(cached).parent) if isinstance(cached, str) else ""
+    return LocalModel(model=found) if found else None
+
+
+def chat_template_here(spec: LocalModel) -> str:
+    """The source of a model's chat template, as its files in this directory have it; "" if there is none."""
+    folder = Path(resolve_model(spec.model))
+    try:
+        if (alone := folder / "chat_template.jinja").exists():
+            return alone.read_text(encoding="utf-8")
+        found = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        return str(found.get("chat_template") or "")
+    except (OSError, ValueError, AttributeError):
+        return ""
 
 
 read_config = lru_cache(load_config)

@@ -79,7 +79,8 @@ class Incremental(RewardModel):
     def open(self, conversation: Conversation) -> None:
         chat, special = self.input_format.chat, self.input_format.adds_special_tokens
         before, after = self.input_format.around(conversation)
-        before_ids, after_ids = chat.encode(before, special=special), chat.encode(after)
+        before_ids = chat.encode_beginning(before) if special else chat.encode(before)
+        after_ids = [*chat.encode(after), *(chat.appended if special else ())]
         tree = self.transformer.cache.open(self._columns(before_ids))
         self.rows[conversation] = ConversationRow(tree, before, after, before_ids, after_ids)
 
@@ -307,7 +308,8 @@ class Incremental(RewardModel):
         if self.same_vocabulary and response.ids is not None:
             ids = [*row.before_ids, *response.ids]
         else:
-            ids = chat.encode(row.before + response.text, special=self.input_format.adds_special_tokens)
+            encode = chat.encode_beginning if self.input_format.adds_special_tokens else chat.encode
+            ids = encode(row.before + response.text)
         whole = [*ids, *row.after_ids] or [chat.tokenizer.pad_token_id]  # something must be read
         return whole, len(whole) - len(ids)
 

@@ -40,7 +40,7 @@ class Likelihood(Incremental):
         """Return the tokens of the answer alone."""
         if self.same_vocabulary and response.ids is not None:
             return response.ids
-        return self.input_format.chat.encode(response.text)
+        return self.input_format.chat.encode_answer(response.text)
 
     def _ids(self, response: Response, row: ConversationRow) -> tuple[list[int], int]:
         return [*row.before_ids, *self.answer_ids(response)], 0
