@@ -82,8 +82,7 @@ async def answer(service: Service, request: HttpRequest, endpoint: Endpoint) -> 
     with service.metrics.counting_refusal(endpoint):
         service.guard.check_load()
         content = await service.guard.body(request)
-        call = service.bodies.read(endpoint, content, request.headers)
-        requests = await asyncio.to_thread(service.requests, call)
+        call, requests = await asyncio.to_thread(service.read, endpoint, content, request.headers)
     reply = REPLIES[endpoint](service.model, call.trace, call.include_usage)
     items = service.answers(endpoint, requests)
     if not call.stream:

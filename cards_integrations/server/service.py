@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
@@ -67,16 +67,17 @@ class Service:
         """End what runs, and free the models."""
         Engine.release(self)
 
-    def requests(self, call: Call) -> list[Request]:
-        """The engine's requests for a call: `n` for each prompt, each with a seed of its own.
+    def read(self, endpoint: Endpoint, content: bytes, headers: Mapping[str, str]) -> tuple[Call, list[Request]]:
+        """What a client asks for, and the engine's requests for it: `n` for each prompt, each with its own seed.
 
         Raises:
-            CardsError: An option cannot be used as given, or a prompt is too long.
+            ApiError, CardsError: A field cannot be used as given, or a prompt is too long.
         """
+        call = self.bodies.read(endpoint, content, headers)
         for prompt in call.prompts:
             self._check_length(prompt)
         found = [request for prompt in call.prompts for request in self.options.requests(prompt, call.options)]
-        return [replace(request, timeout=self._time(request)) for request in found]
+        return call, [replace(request, timeout=self._time(request)) for request in found]
 
     async def answers(self, endpoint: Endpoint, requests: Sequence[Request]) -> AsyncGenerator[Item, None]:
         """Write all answers in the engine's batch; closing the generator stops the drafting.
