@@ -20,9 +20,10 @@ BYTE_SIZE = r"^[0-9]{1,12}(?:\.[0-9]{1,3})? ?(?:[kKMGTPE]i?)?[bB]$|^[0-9]{1,18}$
 
 def pydantic_schema(cls: type[BaseModel]) -> dict[str, Any]:
     """The JSON schema of a pydantic class; its own where the class makes it itself."""
-    if getattr(cls.model_json_schema, "__func__", None) is not BaseModel.model_json_schema.__func__:  # type: ignore[attr-defined]
+    try:
+        return cls.model_json_schema(schema_generator=PreciseJsonSchema)
+    except TypeError:  # a method of its own that takes no generator
         return cls.model_json_schema()
-    return cls.model_json_schema(schema_generator=PreciseJsonSchema)
 
 
 def is_more_precise(cls: type[BaseModel]) -> bool:
