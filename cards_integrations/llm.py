@@ -110,8 +110,8 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
                 pairs of role and text. A text becomes one message of the user.
             options: For this call only, in place of the object's own:
 
-                - `reward`, `decoding`, `max_tokens`, `temperature`, `top_k`, `seed`, `stop`, `timeout`, `model`: as
-                  in the constructor.
+                - all options but `engine`, such as `reward`, `decoding`, `max_tokens`, `seed` and `stop`: as in the
+                  constructor; `n` has to be 1.
                 - `context`: what a `GroundednessReward` compares the answer with: a text, a document of either
                   framework, or a list of them.
                 - `response_format`: a pydantic class or a JSON schema, or what OpenAI's API takes. The model is shown

@@ -54,6 +54,15 @@ def chat_model(seed: int = 0) -> str:
 
 
 @cache
+def thinking_model() -> str:
+    """The directory of a random Llama whose chat template opens thoughts."""
+    tokenizer = characters()
+    tokenizer.chat_template = CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
+    model = tiny.causal("llama", vocab_size=100, max_position_embeddings=WINDOW)
+    return tiny.save(Path(_HOME.name) / "thinking", model, tokenizer)
+
+
+@cache
 def endless_model() -> str:
     """The directory of a chat model that writes until it is stopped."""
     model = tiny.causal("llama", vocab_size=100, max_position_embeddings=WINDOW)

@@ -153,6 +153,16 @@ def test_plain_samplers_change_no_logits(
     )
 
 
+def test_a_copy_with_other_settings_is_drawn_from_by_these() -> None:
+    plain = Sampler()
+    assert plain.plain
+    assert plain.kind == (40, False)
+    copied = plain.model_copy(update={"logit_bias": ((3, 1.0),), "top_k": 7})
+    assert copied.penalizes
+    assert not copied.plain
+    assert copied.kind == (7, False)
+
+
 GREEDY: dict[str, dict[str, Any]] = {
     "repetition": {"repetition_penalty": 1.4},
     "bias": {"logit_bias": {9: 4.0, 20: -100.0}},

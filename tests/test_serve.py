@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,13 @@ from served import NAME, Served, served, until
 from test_thinking import ANSWER, THOUGHTS
 
 from cards_integrations import CardsLLM
-from cards_integrations.errors import SettingsError
+from cards_integrations.errors import CardsError, SettingsError
 from cards_integrations.models.local import language_model as local
 from cards_integrations.models.randomness import answer_seeds
 from cards_integrations.rewards import LengthReward, Reward
 from cards_integrations.server import ServerSettings
+from cards_integrations.server.call import CHAT_ONLY, IGNORED, NEUTRAL, PASSED_ON, Endpoint
+from cards_integrations.server.errors import ApiError, as_api_error
 from cards_integrations.server.settings import read_keys
 
 KEY = "sk-not-to-be-seen"
@@ -64,7 +67,7 @@ def says(prompt: Any) -> str | list[str]:
 @pytest.fixture(scope="module")
 def server() -> Iterator[Served]:
     """A small random model, guided by a random classifier."""
-    with served(faces.options(), rewards={"short": LengthReward(target=3)}) as found:
+    with served(faces.options(), rewards={"short": LengthReward(target=3, scale=(0.0, 1.0))}) as found:
         yield found
 
 
@@ -434,6 +437,49 @@ def test_a_body_that_is_no_object_is_refused(server: Served, body: bytes) -> Non
     assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
 
 
+FIELDS = {
+    *("model", "messages", "prompt", "stream_options", "n", "logprobs", "top_logprobs", "cards", "max_tokens"),
+    *("max_completion_tokens", "reasoning_effort", "audio", *PASSED_ON, *CHAT_ONLY, *IGNORED, *NEUTRAL),
+}
+STRANGE: list[Any] = [
+    True,
+    0,
+    -1,
+    1.5,
+    10**30,
+    "",
+    "x",
+    "\ud800",
+    [],
+    [1],
+    ["x", None],
+    {},
+    {"x": 1},
+    {"type": []},
+    [{}],
+]
+
+
+def read(server: Served, endpoint: Endpoint, fields: dict[str, Any]) -> int:
+    """The status of a request up to where the engine gets it; an error that nobody expected is raised."""
+    base = {"model": NAME, "messages": QUESTION} if endpoint == "chat" else {"model": NAME, "prompt": "x"}
+    try:
+        call = server.service.bodies.read(endpoint, json.dumps({**base, **fields}).encode(), {})
+        return 200 if server.service.requests(call) else 0
+    except (ApiError, CardsError) as error:
+        return as_api_error(error).status
+
+
+def test_no_value_of_a_field_is_an_error_of_the_server(server: Served) -> None:
+    for field, value in product(sorted(FIELDS), STRANGE):
+        assert read(server, "chat", {field: value}) in (200, 400, 404), (field, value)
+        assert read(server, "completions", {field: value}) in (200, 400, 404), (field, value)
+    kinds = [{name: value} for name in ("kind", "method") for value in STRANGE]
+    parts = [{"kind": kind, name: value} for kind, name in (("min", "rewards"), ("gate", "gate")) for value in STRANGE]
+    for field, value in product(["decoding", "reward", "context", "trace"], [*STRANGE, *kinds, *parts]):
+        assert read(server, "chat", {"cards": {field: value}}) in (200, 400), (field, value)
+
+
 def test_unknown_models_and_routes_are_not_found(server: Served) -> None:
     with pytest.raises(openai.NotFoundError, match="send model=tiny"):
         client(server).chat.completions.create(model="gpt-4o", messages=QUESTION)
@@ -445,6 +491,10 @@ def test_a_prompt_that_is_too_long_says_so(server: Served) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         client(server).chat.completions.create(model=NAME, messages=[{"role": "user", "content": "a" * 5000}])
     assert refused.value.code == "context_length_exceeded"
+    before = server.service.inspect().forwards
+    long = server.chat("a" * 200_000)  # which the engine never sees
+    assert (long.status_code, long.json()["error"]["code"]) == (400, "context_length_exceeded")
+    assert server.service.inspect().forwards == before
 
 
 class Fails(Reward):

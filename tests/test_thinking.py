@@ -12,6 +12,8 @@ import tiny
 from langchain.agents import create_agent
 from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
 from llama_index.core.base.llms.types import ChatMessage, ThinkingBlock
+from llama_index.core.prompts import PromptTemplate
+from llama_index.core.tools import FunctionTool
 from pydantic import BaseModel, Field
 from scripted import ScriptedLanguageModel
 
@@ -267,6 +269,20 @@ def test_an_agent_gets_its_thoughts_back(thinks: Any, tmp_path: Path) -> None:
     assert found[-1].content == ANSWER
     again = prompts[-1].partition("sunny")[0]
     assert f"<think>\n{THOUGHTS}\n</think>\n\n<tool_call>" in again
+
+
+def test_llama_index_calls_and_objects(thinks: Any, tmp_path: Path) -> None:
+    thinks.answers = ['{"value": 7}', CALL]
+    with opened(made(tmp_path, TOOLS)) as llm:
+        assert llm.structured_predict(Value, PromptTemplate("How many?")) == Value(value=7)
+        assert [*llm.stream_structured_predict(Value, PromptTemplate("How many?"))][-1] == Value(value=7)
+        thinks.answers = [CALL]
+        tool = FunctionTool.from_defaults(get_weather)
+        response = llm.chat_with_tools([tool], "Weather?", tool_required=True)
+        assert [call.tool_kwargs for call in llm.get_tool_calls_from_response(response)] == [{"city": "Oslo"}]
+        assert isinstance(response.message.blocks[0], ThinkingBlock)
+        answer = llm.align([ChatMessage("Weather?"), response.message, ChatMessage("Well?")])
+        assert read(llm, answer.prompt_ids).count(f"<think>\n{THOUGHTS}\n</think>") == 2
 
 
 def histories() -> Iterator[tuple[str, Any]]:

@@ -207,6 +207,26 @@ def test_greedy_answers_are_those_of_the_model_here(remote: Make, local: Make, n
         assert one.prompt_reward == pytest.approx(other.prompt_reward, abs=1e-4)
 
 
+def test_thoughts(judge: str, server: VllmServer, tmp_path: Path) -> None:
+    """The thoughts, how they end, and the answer to what they come to, are those of the model here."""
+    tokenizer = with_sentinel(tiny.words())
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}<think>"
+    model = never_writes(tiny.causal(vocab_size=len(tokenizer)), SEGMENT)
+    thinks = tiny.save(tmp_path, model, tokenizer)
+    other = VllmServer(thinks, judge).start()
+    served = VllmModel(base_url=other.url, model="served", tokenizer=thinks, sentinel=SEGMENT)
+    more = options(temperature=0, max_thinking_tokens=9, reward=ClassifierReward(model=judge, prompt_format=FORM))
+    with CardsLLM(model=served, **more) as remote, CardsLLM(model=LocalModel(model=thinks), **more) as local:
+        found, expected = remote.align(PROMPT), local.align(PROMPT)
+    other.wait_until_idle()
+    other.die()
+    assert found.thinking is not None
+    assert found.thinking == expected.thinking
+    assert len(found.thinking.token_ids) == found.usage.reasoning_tokens == 9
+    assert (found.prompt_ids, found.token_ids) == (expected.prompt_ids, expected.token_ids)
+
+
 @pytest.mark.parametrize(
     "decoding",
     [

@@ -50,7 +50,7 @@ URI = f"(?:{SCHEME}:{HOSTED}|file://(?:{HOST_NAME})?/{CHARACTER}+(?:/{CHARACTER}
 
 LOCAL_PART = "[A-Za-z0-9_+%-]{1,20}(?:\\.[A-Za-z0-9_+%-]{1,20}){0,2}"
 EMAIL = rf"{LOCAL_PART}@(?:{LABEL}\.){{1,4}}[A-Za-z]{{2,20}}"
-BASE64 = "(?:[{0}]{{4}})*(?:[{0}]{{2}}==|[{0}]{{3}}=)?"
+BASE64 = "(?:[{0}]{{4}})*(?:[{0}][AQgw]==|[{0}]{{2}}[AEIMQUYcgkosw048]=)?"
 
 FREE = {
     "path",

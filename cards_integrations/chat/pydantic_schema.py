@@ -25,6 +25,11 @@ def pydantic_schema(cls: type[BaseModel]) -> dict[str, Any]:
     return cls.model_json_schema(schema_generator=PreciseJsonSchema)
 
 
+def is_more_precise(cls: type[BaseModel]) -> bool:
+    """True if `pydantic_schema` says more than pydantic's own schema of a class."""
+    return pydantic_schema(cls) != cls.model_json_schema()
+
+
 class PreciseJsonSchema(GenerateJsonSchema):
     """Adds patterns and bounds for what pydantic checks without telling in the schema."""
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from cards_integrations.chat.grammar import Grammar, as_json
+from cards_integrations.chat.grammar import Grammar, as_json, json_rule
 from cards_integrations.chat.message import Message, with_instruction
 from cards_integrations.chat.pydantic_schema import pydantic_schema
 from cards_integrations.chat.template import FormattedPrompt, as_messages
@@ -24,12 +24,12 @@ class ResponseFormat:
     schema: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        _ = self.grammar  # raises if it is no schema
+        _ = self.grammar  # raises if no grammar can hold it
 
     @property
     def grammar(self) -> Grammar:
         """What the answer may be."""
-        return Grammar.json_schema({"type": "object"} if self.schema in (None, {}) else self.schema)
+        return Grammar("start: " + json_rule(self.schema or {"type": "object"}, "response_format"))
 
     def instruct(self, prompt: str | list[Message]) -> str | list[Message]:
         """The prompt with the schema in its system message, unless it is formatted already."""
@@ -46,14 +46,29 @@ def as_response_format(value: Any) -> ResponseFormat | None:
     if isinstance(value, type) and issubclass(value, BaseModel):
         return ResponseFormat(pydantic_schema(value))
     if isinstance(value, Mapping):
-        kind = value.get("type")
-        if kind == "text":
-            return None
-        if kind == "json_object":
-            return ResponseFormat()
-        if kind == "json_schema" and isinstance(value.get("json_schema"), Mapping):
-            return ResponseFormat(value["json_schema"].get("schema"))
-        return ResponseFormat(value)
+        return _from_mapping(value)
     raise SettingsError(
         f"response_format={short_repr(value)}: pass a JSON schema, a pydantic class, or what OpenAI's API takes."
     )
+
+
+def _from_mapping(value: Mapping[str, Any]) -> ResponseFormat | None:
+    """What OpenAI's and llama.cpp's servers take, or a schema itself."""
+    match value.get("type"):
+        case "text":
+            return None
+        case "json_object":
+            given = {key for key in value if value[key] is not None}
+            return ResponseFormat(_schema_in(value)) if given - {"type", "strict"} else ResponseFormat()
+        case "json_schema":
+            return ResponseFormat(_schema_in(value.get("json_schema", value)))
+    return ResponseFormat(value)
+
+
+def _schema_in(value: Any) -> Mapping[str, Any]:
+    found = value.get("schema") if isinstance(value, Mapping) else None
+    if isinstance(found, type) and issubclass(found, BaseModel):
+        return pydantic_schema(found)
+    if not isinstance(found, Mapping):
+        raise SettingsError(f'response_format={short_repr(value)} has no JSON schema: pass it as "schema".')
+    return found

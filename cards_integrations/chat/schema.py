@@ -20,7 +20,7 @@ from cards_integrations.chat.schema_values import KEYWORDS, bounds, distinct, li
 from cards_integrations.chat.schema_values import located as at
 from cards_integrations.errors import SettingsError, short_repr
 
-MAX_ALTERNATIVES = 64  # of one value: each anyOf beside another multiplies them
+MAX_ALTERNATIVES = 128  # of one value: each anyOf beside another multiplies them
 LEFT_OUT = ("not", "contains", "uniqueItems", "$dynamicRef", "$recursiveRef")
 CLOSING = ("properties", "patternProperties", "propertyNames")  # an object that names its keys has no others
 

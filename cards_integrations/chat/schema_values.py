@@ -21,6 +21,7 @@ KEYWORDS = {
 }  # fmt: skip
 MAX_MULTIPLE = 10**5  # for larger numbers llguidance's automaton takes seconds, or hours
 MAX_INTEGER = 2**63 - 1024  # the engine keeps bounds both as 64-bit floats and as 64-bit integers
+LONG_INTEGER = 10**17  # beyond it the engine needs both bounds
 EXACT_INTEGER = 2**53  # of a 64-bit float
 BOUNDS = (("minimum", max), ("exclusiveMinimum", max), ("maximum", min), ("exclusiveMaximum", min))
 
@@ -147,6 +148,10 @@ def _whole_bounds(flat: Sequence[Mapping[str, Any]], path: str) -> dict[str, Any
     low += [math.floor(given["exclusiveMinimum"]) + 1] if "exclusiveMinimum" in given else []
     high = [math.floor(given["maximum"])] if "maximum" in given else []
     high += [math.ceil(given["exclusiveMaximum"]) - 1] if "exclusiveMaximum" in given else []
+    if low and max(low) > LONG_INTEGER:
+        high.append(MAX_INTEGER)
+    if high and min(high) < -LONG_INTEGER:
+        low.append(-MAX_INTEGER)
     if low:
         found["minimum"] = max(_exact(max(low), 1), -MAX_INTEGER)
     if high:

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from cards_integrations.chat.call_scanner import CallScanner, SplitAnswer
-from cards_integrations.chat.grammar import Grammar, json_rule
+from cards_integrations.chat.grammar import Grammar
 from cards_integrations.chat.thoughts import leading_thoughts
-from cards_integrations.chat.tools import FormatName, ParsedAnswer, Tools
+from cards_integrations.chat.tools import FormatName, ParsedAnswer, Tools, parameters_rule
 from cards_integrations.trace import InvalidToolCall, ToolCall
 
 WriteLiteral = Callable[[str], str]
@@ -48,6 +48,8 @@ class ToolFormat(ABC):
 
     def grammar(self, tools: Tools, literal: WriteLiteral, otherwise: Grammar | None = None) -> Grammar | None:
         """What an answer may be: calls and, unless one is forced, what `otherwise` allows, or any text."""
+        if not (tools.forced or tools.strict or otherwise is not None):
+            return None
         rests = [f"rest{i}: {self._rest(function, literal)}" for i, function in enumerate(tools.allowed)]
         opening = literal(self.opening) if isinstance(self, Marked) else ""
         rules = "\n".join([
@@ -61,9 +63,7 @@ class ToolFormat(ABC):
             return Grammar(f"start: calls\n{rules}")
         if otherwise is not None:
             return Grammar(f"start: calls | answer\n{rules}\n{otherwise.lark.replace('start:', 'answer:', 1)}")
-        if tools.strict:
-            return Grammar(f"start: {self._free(literal)}\n{rules}")
-        return None
+        return Grammar(f"start: {self._free(literal)}\n{rules}")
 
     def _after(self, several: bool) -> str:
         """The rule for what follows the first opening, made of `rest` and of `one`, a whole call."""
@@ -73,7 +73,7 @@ class ToolFormat(ABC):
         """The rule for a call after its opening; one long literal would win over all that begins like it."""
         name = json.dumps(function["name"], ensure_ascii=False)
         literals = ["{", '"name"', ": ", name, ", ", f'"{self.key}"', ": "]
-        return " ".join([*map(literal, literals), json_rule(_parameters(function)), literal("}")])
+        return " ".join([*map(literal, literals), parameters_rule(function), literal("}")])
 
     @abstractmethod
     def _free(self, literal: WriteLiteral) -> str:
@@ -177,7 +177,7 @@ class MistralNamed(Marked):
         return "rest one*" if several else "rest"
 
     def _rest(self, function: dict[str, Any], literal: WriteLiteral) -> str:
-        return f"{literal(function['name'])} {literal(self.middle)} {json_rule(_parameters(function))}"
+        return f"{literal(function['name'])} {literal(self.middle)} {parameters_rule(function)}"
 
     def begins_call(self, text: str, start: int) -> bool:
         """True if a name and the marker before its arguments follow."""
@@ -301,10 +301,6 @@ def _parse_call(value: Any) -> ParsedCall:
     if not isinstance(arguments, dict):
         return Malformed(value["name"], json.dumps(arguments, ensure_ascii=False), "the arguments are not an object")
     return value["name"], arguments
-
-
-def _parameters(function: dict[str, Any]) -> dict[str, Any]:
-    return function.get("parameters") or {"type": "object", "properties": {}}
 
 
 def _json_end(text: str, start: int) -> int | None:

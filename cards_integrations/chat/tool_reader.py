@@ -22,8 +22,8 @@ class ToolReader:
 
     def in_call(self, text: str) -> bool:
         """True if a text ends in the middle of a call."""
-        parsed = self.parse(text)
-        return len(parsed.calls) > parsed.final_calls
+        parsed, opening = self.parse(text), self.tool_format.opening
+        return len(parsed.calls) > parsed.final_calls or bool(opening and text.rstrip().endswith(opening))
 
     def update(self, text: str, finished: bool) -> tuple[str, tuple[ToolCall | InvalidToolCall, ...]]:
         """Return the content and the complete calls that this text adds to that of the update before.

@@ -58,6 +58,11 @@ class Tools:
         functions = [schema["function"] for schema in self.schemas]
         return [f for f in functions if self.choice in ("auto", "any", f["name"])]
 
+    def check_schemas(self) -> None:
+        """Raise a `SettingsError` if no grammar can hold the calls of a tool to its schema."""
+        for function in self.allowed:
+            parameters_rule(function)
+
     @property
     def several(self) -> bool:
         """True if one answer may have more than one call."""
@@ -71,9 +76,14 @@ def as_tools(schemas: Sequence[Mapping[str, Any]] | None, choice: Any = None, pa
         if name not in ("auto", "none"):
             raise SettingsError(f"tool_choice={short_repr(choice)} needs tools=.")
         return None
+    if not isinstance(schemas, Sequence) or isinstance(schemas, str):
+        raise SettingsError(f"tools={short_repr(schemas)}: pass a list of them.")
     by_name = {each["function"]["name"]: each for each in map(_as_function, schemas)}  # without duplicates
     functions = tuple(by_name.values())
-    return Tools(functions, name, parallel, any(f["function"].get("strict") for f in functions))
+    tools = Tools(functions, name, parallel, any(f["function"].get("strict") for f in functions))
+    if tools.forced or tools.strict:
+        tools.check_schemas()
+    return tools
 
 
 def _as_function(schema: Any) -> dict[str, Any]:
@@ -81,7 +91,11 @@ def _as_function(schema: Any) -> dict[str, Any]:
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise SettingsError(f"tools: {short_repr(schema)} is not a function with a name, a description and parameters.")
     as_json(dict(function), f"tool {short_repr(function['name'])}:")
-    json_rule(function.get("parameters") or {})  # raises if it is no schema
+    if not isinstance(function.get("parameters") or {}, Mapping):
+        raise SettingsError(
+            f"tool {short_repr(function['name'])}: parameters={short_repr(function['parameters'])} is not a JSON "
+            "schema: pass a mapping."
+        )
     return {"type": "function", "function": dict(function)}
 
 
@@ -100,6 +114,12 @@ def _choice_name(choice: Any) -> str:
             f"tool_choice={short_repr(choice)}: there is no such tool; pass a name, 'auto', 'any' or 'none'."
         )
     return "any" if choice == "required" else choice
+
+
+def parameters_rule(function: Mapping[str, Any]) -> str:
+    """The arguments of a function, as a part of a grammar's rule."""
+    parameters = function.get("parameters") or {"type": "object", "properties": {}}
+    return json_rule(parameters, f"tool {short_repr(function['name'])}")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from langchain_core.runnables.config import get_config_list
 from pydantic import ConfigDict, Field
 
 from cards_integrations.chat.message import as_chat
+from cards_integrations.chat.response_format import as_response_format
 from cards_integrations.chat.thinking import switches
 from cards_integrations.chat.tools import as_tools
 from cards_integrations.engine.request import Request
@@ -40,6 +41,7 @@ from cards_integrations.langchain.convert import (
     as_message,
     as_prompt,
     convert_options,
+    is_form,
     tool_schemas,
 )
 from cards_integrations.langchain.profile import model_profile
@@ -186,14 +188,20 @@ class ChatCards(CardsLangChainBase, BaseChatModel):
             tool_choice: "auto" (the default; the model decides), "none", "any" or "required" (at least one call),
                 or the name of a tool (one call of it). A grammar holds a required call to the tool's schema.
             strict: Hold calls to the schema under "auto", too.
-            parallel_tool_calls: False allows one call an answer.
+            parallel_tool_calls: False allows one call an answer, as is usual where a tool is only a form: those of
+                LangChain's `ToolStrategy` have nothing to run.
             kwargs: Options of the calls, such as `max_tokens`.
 
         Raises:
-            SettingsError: A tool cannot be described as a function, or `tool_choice` names no tool.
+            SettingsError: A tool cannot be described as a function, `tool_choice` names no tool, or no grammar can
+                hold a call that has to match the schema of its tool.
         """
         schemas = tool_schemas(tools, strict)
-        as_tools(schemas, tool_choice)  # raises now what a call would raise
+        offered = as_tools(schemas, tool_choice)  # raises now what a call would raise
+        if offered is not None and as_response_format(kwargs.get("response_format")) is not None:
+            offered.check_schemas()
+        if parallel_tool_calls is None and any(map(is_form, tools)):
+            parallel_tool_calls = False  # one answer fills in one form
         for name, value in (("tool_choice", tool_choice), ("parallel_tool_calls", parallel_tool_calls)):
             if value is not None:
                 kwargs[name] = value

@@ -20,6 +20,7 @@ from langchain_core.messages.ai import InputTokenDetails, OutputTokenDetails, Us
 from langchain_core.messages.tool import ToolCallChunk, invalid_tool_call, tool_call_chunk
 from langchain_core.messages.tool import tool_call as langchain_tool_call
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from langchain_core.tools import BaseTool, StructuredTool
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 from langchain_core.utils.json import parse_partial_json
 from pydantic import BaseModel
@@ -36,6 +37,7 @@ from cards_integrations.chat.message import (
     thoughts_of,
     tool_call,
 )
+from cards_integrations.chat.pydantic_schema import is_more_precise, pydantic_schema
 from cards_integrations.engine.request import Chunk
 from cards_integrations.errors import SettingsError, short_repr
 from cards_integrations.trace import Alignment, InvalidToolCall, TokenLogprob, ToolCall
@@ -85,7 +87,7 @@ def tool_schemas(tools: Sequence[Any] | None, strict: bool | None = None) -> lis
 
 def _tool_schema(tool: Any, strict: bool | None) -> dict[str, Any]:
     try:
-        found = convert_to_openai_tool(tool, strict=strict)
+        found = convert_to_openai_tool(_precise(tool), strict=strict)
         if strict is not None:  # a tool that is in OpenAI's form already comes back unchanged
             found = {**found, "function": {**found["function"], "strict": strict}}
         return found
@@ -95,10 +97,26 @@ def _tool_schema(tool: Any, strict: bool | None) -> dict[str, Any]:
         ) from error
 
 
+def _precise(tool: Any) -> Any:
+    """The same tool, with the schema of its class that says all that the class takes."""
+    cls = tool.tool_call_schema if isinstance(tool, BaseTool) else tool
+    if not (isinstance(cls, type) and issubclass(cls, BaseModel) and is_more_precise(cls)):
+        return tool
+    known = convert_to_openai_tool(tool)["function"]
+    return StructuredTool(
+        name=known["name"], description=known.get("description", ""), args_schema=pydantic_schema(cls)
+    )
+
+
+def is_form(tool: Any) -> bool:
+    """True for a tool with nothing to run, whose arguments are the answer."""
+    return isinstance(tool, StructuredTool) and tool.func is None and tool.coroutine is None
+
+
 def json_schema(schema: Any) -> dict[str, Any]:
     """The JSON schema of a pydantic class (v2 or v1), a typed dict, a function's description, or itself."""
     if isinstance(schema, type) and issubclass(schema, BaseModel):
-        return schema.model_json_schema()
+        return pydantic_schema(schema)
     if isinstance(schema, Mapping) and "title" not in schema and ("type" in schema or "$ref" in schema):
         return dict(schema)
     return convert_to_json_schema(schema)

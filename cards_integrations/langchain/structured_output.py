@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import json
-from operator import itemgetter
+from collections.abc import AsyncIterator, Iterator
 from typing import Any, Literal
 
 from langchain_core.exceptions import OutputParserException
@@ -13,11 +13,12 @@ from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.output_parsers import BaseOutputParser, JsonOutputParser, PydanticOutputParser
 from langchain_core.output_parsers.openai_tools import JsonOutputKeyToolsParser, PydanticToolsParser
 from langchain_core.outputs import ChatGeneration, Generation
-from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
+from langchain_core.runnables import AddableDict, Runnable, RunnableConfig, RunnableGenerator
 from langchain_core.utils.function_calling import convert_to_json_schema
 from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import BaseModel
 
+from cards_integrations.chat.response_format import as_response_format
 from cards_integrations.errors import SettingsError
 from cards_integrations.langchain.convert import json_schema, tool_schemas
 
@@ -67,6 +68,7 @@ def structured_chain(
         response_format: dict[str, Any] = {"type": "json_object"}
         if method == "json_schema":
             response_format = {"type": method, "json_schema": {"schema": json_schema(schema), "strict": strict}}
+            as_response_format(response_format)  # raises now what a call would raise
         model = llm.bind(response_format=response_format, **options)
         parser = CompletePydantic(pydantic_object=schema) if _is_pydantic(schema) else CompleteJson()
     else:
@@ -96,10 +98,29 @@ def _traced_format(schema: Any, method: Method, strict: bool | None) -> dict[str
 
 
 def _with_raw(model: Runnable[Any, Any], parser: BaseOutputParser[Any]) -> Runnable[Any, Any]:
-    """A dict of the message, the object that was parsed, and the error if there was one."""
-    parsed = RunnablePassthrough.assign(parsed=itemgetter("raw") | parser, parsing_error=lambda _: None)
-    failed = RunnablePassthrough.assign(parsed=lambda _: None)
-    return RunnableMap(raw=model) | parsed.with_fallbacks([failed], exception_key="parsing_error")
+    """A dict of the message, the object that was parsed, and the error if there was one; streamed in this order."""
+
+    def parse(messages: Iterator[BaseMessage], config: RunnableConfig) -> Iterator[AddableDict]:
+        whole: Any = None
+        for message in messages:
+            whole = message if whole is None else whole + message
+            yield AddableDict(raw=message)
+        try:
+            yield AddableDict(parsed=parser.invoke(whole, config), parsing_error=None)
+        except Exception as error:
+            yield AddableDict(parsed=None, parsing_error=error)
+
+    async def aparse(messages: AsyncIterator[BaseMessage], config: RunnableConfig) -> AsyncIterator[AddableDict]:
+        whole: Any = None
+        async for message in messages:
+            whole = message if whole is None else whole + message
+            yield AddableDict(raw=message)
+        try:
+            yield AddableDict(parsed=await parser.ainvoke(whole, config), parsing_error=None)
+        except Exception as error:
+            yield AddableDict(parsed=None, parsing_error=error)
+
+    return model | RunnableGenerator[Any, Any](parse, aparse)  # type: ignore[arg-type]
 
 
 def _is_cut(message: BaseMessage) -> bool:

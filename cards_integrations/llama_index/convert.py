@@ -36,6 +36,7 @@ from cards_integrations.chat.message import (
     tool_call,
     tool_calls,
 )
+from cards_integrations.chat.pydantic_schema import is_more_precise, pydantic_schema
 from cards_integrations.engine.request import Chunk
 from cards_integrations.errors import AnswerCut
 from cards_integrations.langchain import convert as langchain
@@ -96,7 +97,14 @@ def describe_tools(tools: Any) -> Any:
 
 
 def _describe(tool: Any) -> Any:
-    return tool.metadata.to_openai_tool(skip_length_check=True) if isinstance(tool, BaseTool) else tool
+    if not isinstance(tool, BaseTool):
+        return tool
+    found, cls = tool.metadata.to_openai_tool(skip_length_check=True), tool.metadata.fn_schema
+    if cls is not None and is_more_precise(cls):
+        function = found["function"]
+        precise = {key: value for key, value in pydantic_schema(cls).items() if key in function["parameters"]}
+        found = {**found, "function": {**function, "parameters": precise}}
+    return found
 
 
 def convert_options(options: Mapping[str, Any]) -> dict[str, Any]:

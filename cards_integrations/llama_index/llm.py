@@ -23,11 +23,13 @@ from llama_index.core.instrumentation.events.llm import LLMStructuredPredictEndE
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.llms.llm import ToolSelection, default_completion_to_prompt
+from llama_index.core.llms.structured_llm import StructuredLLM
 from llama_index.core.prompts import PromptTemplate
 from llama_index.core.tools.types import BaseTool
 from llama_index_instrumentation import get_dispatcher
 from pydantic import BaseModel
 
+from cards_integrations.chat.response_format import as_response_format
 from cards_integrations.chat.template import FormattedPrompt
 from cards_integrations.engine.engine import Engine
 from cards_integrations.engine.request import Request
@@ -57,6 +59,8 @@ from cards_integrations.models.sources import context_window
 from cards_integrations.settings import OptionsFromEnvironment
 
 dispatcher = get_dispatcher(__name__)
+TOOL_OPTIONS = {"tools", "tool_choice", "tool_required", "allow_parallel_tool_calls", "parallel_tool_calls"}
+"""What LlamaIndex's own code passes to structured calls, which other integrations answer by a tool."""
 _calls_itself: ContextVar[bool] = ContextVar("calls_itself", default=False)
 """True within `predict_and_call`, which needs the tools that it calls; an agent answers calls of others."""
 
@@ -245,7 +249,7 @@ class LlamaIndexCards(OptionsFromEnvironment, FunctionCallingLLM):
         **prompt_args: Any,
     ) -> Generator[Any, None, None]:
         messages = prompt.format_messages(llm=self, **prompt_args)
-        return stream_objects(self.stream_chat(messages, **_held_to(output_cls, llm_kwargs)), output_cls, self)
+        return stream_objects(self.stream_chat(messages, **_held_to(output_cls, llm_kwargs)), output_cls)
 
     async def _structured_astream_call(
         self,
@@ -256,7 +260,16 @@ class LlamaIndexCards(OptionsFromEnvironment, FunctionCallingLLM):
     ) -> AsyncGenerator[Any, None]:
         messages = prompt.format_messages(llm=self, **prompt_args)
         responses = await self.astream_chat(messages, **_held_to(output_cls, llm_kwargs))
-        return astream_objects(responses, output_cls, self)
+        return astream_objects(responses, output_cls)
+
+    def as_structured_llm(self, output_cls: type[BaseModel], **kwargs: Any) -> StructuredLLM:
+        """Return an LLM whose answers are objects of a pydantic class.
+
+        Raises:
+            SettingsError: No grammar can hold an answer to the schema of the class.
+        """
+        as_response_format(output_cls)
+        return super().as_structured_llm(output_cls, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle all options or none: LlamaIndex drops what cannot be pickled, even from the object itself."""
@@ -296,7 +309,9 @@ class LlamaIndexCards(OptionsFromEnvironment, FunctionCallingLLM):
 
 
 def _held_to(output_cls: type[BaseModel], llm_kwargs: dict[str, Any] | None) -> dict[str, Any]:
-    return {**(llm_kwargs or {}), "response_format": output_cls}
+    """The options of a call whose answer is an object; those of its tools say nothing where there are none."""
+    options = {**(llm_kwargs or {}), "response_format": output_cls}
+    return options if options.get("tools") else {k: v for k, v in options.items() if k not in TOOL_OPTIONS}
 
 
 def _predict_started(output_cls: type[BaseModel], prompt: PromptTemplate, prompt_args: dict[str, Any]) -> None:

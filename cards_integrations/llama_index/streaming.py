@@ -10,15 +10,13 @@ from typing import Any, TypeVar
 
 from llama_index.core.base.llms.types import ChatResponse, CompletionResponse
 from llama_index.core.instrumentation.events import BaseEvent
-from llama_index.core.llms.function_calling import FunctionCallingLLM
-from llama_index.core.program.utils import process_streaming_objects
 from llama_index_instrumentation import get_dispatcher
 from llama_index_instrumentation.span import active_span_id
 from pydantic import BaseModel
 
 from cards_integrations.engine.engine import Engine
 from cards_integrations.engine.request import Chunk, Request
-from cards_integrations.llama_index.convert import parse_response
+from cards_integrations.llama_index.growing import GrowingObject
 from cards_integrations.trace import Alignment, InvalidToolCall, ToolCall
 
 dispatcher = get_dispatcher(__name__)
@@ -106,20 +104,20 @@ def astream_responses(
     return _aresponses(engine.astream(request), GrowingResponse(respond, active_span_id.get()))
 
 
-def stream_objects(
-    responses: Iterable[ChatResponse], output_cls: type[BaseModel], llm: FunctionCallingLLM
-) -> Generator[Any, None, None]:
+def stream_objects(responses: Iterable[ChatResponse], output_cls: type[BaseModel]) -> Generator[Any, None, None]:
     """Growing objects of a pydantic class, whose missing fields are None; an `AnswerCut` if `max_tokens` cut them."""
+    growing = GrowingObject(output_cls)
     for response in responses:
-        yield _object(response, output_cls, llm)
+        yield growing.add(response)
 
 
 async def astream_objects(
-    responses: AsyncIterable[ChatResponse], output_cls: type[BaseModel], llm: FunctionCallingLLM
+    responses: AsyncIterable[ChatResponse], output_cls: type[BaseModel]
 ) -> AsyncGenerator[Any, None]:
     """Async version of `stream_objects`."""
+    growing = GrowingObject(output_cls)
     async for response in responses:
-        yield _object(response, output_cls, llm)
+        yield growing.add(response)
 
 
 class GrowingResponse:
@@ -159,12 +157,6 @@ async def _aresponses(
         async for item in items:
             if (response := growing.add(item)) is not None:
                 yield response
-
-
-def _object(response: ChatResponse, output_cls: type[BaseModel], llm: FunctionCallingLLM) -> Any:
-    if response.raw:  # the whole answer
-        parse_response(output_cls, response)
-    return process_streaming_objects(response, output_cls, llm=llm)
 
 
 def _close_both(outer: Generator[Response, None, None], inner: Any) -> Generator[Response, None, None]:

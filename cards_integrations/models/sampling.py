@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, PlainSerializer
@@ -96,6 +96,18 @@ class Sampler(BaseModel):
         penalties = self.repetition_penalty != 1, self.presence_penalty != 0, self.frequency_penalty != 0
         return any(penalties) or bool(self.logit_bias)
 
+    @cached_property
+    def plain(self) -> bool:
+        """True if logits are never changed before they are drawn from."""
+        return not (self.penalizes or self.min_tokens)
+
+    def __copy__(self) -> Self:
+        """A copy that may be given other settings: it remembers nothing that follows from these."""
+        copied = super().__copy__()
+        for name in ("kind", "penalizes", "plain"):
+            copied.__dict__.pop(name, None)
+        return copied
+
 
 def draw(
     samplers: Sequence[Sampler], logits: torch.Tensor, rows: Sequence[int], uniforms: Sequence[float]
@@ -124,8 +136,9 @@ def draw(
     arrays = np.array(rows), np.array(uniforms), divisors
     at, random, temperatures = (torch.from_numpy(array).to(logits.device) for array in arrays)
     kinds = [sampler.kind for sampler in samplers]
-    limits = _limits(samplers, kinds, logits, rows)
-    if len(alike := set(kinds)) == 1:
+    alike = set(kinds)
+    limits = _limits(samplers, logits, rows) if any(kind and kind[1] for kind in alike) else None
+    if len(alike) == 1:
         return _draw(kinds[0], logits, at, random, temperatures, limits)
     tokens = torch.empty_like(at)
     for kind in alike:
@@ -138,14 +151,10 @@ def draw(
     return tokens
 
 
-def _limits(
-    samplers: Sequence[Sampler], kinds: Sequence[tuple[int, bool] | None], logits: torch.Tensor, rows: Sequence[int]
-) -> torch.Tensor | None:
-    """`top_p` and `min_p` of each row, (2, n, 1); None where nobody has any."""
+def _limits(samplers: Sequence[Sampler], logits: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+    """`top_p` and `min_p` of each row, (2, n, 1)."""
     import torch
 
-    if not any(kind and kind[1] for kind in kinds):
-        return None
     limits = np.ones((2, len(logits), 1))
     limits[0, rows, 0] = [sampler.top_p for sampler in samplers]
     limits[1, rows, 0] = [sampler.min_p for sampler in samplers]

@@ -96,7 +96,7 @@ class BodyReader:
 
     def check_model(self, name: Any) -> None:
         """Raise HTTP 404 if this server has no such model."""
-        if name not in self._names:
+        if not isinstance(name, str) or name not in self._names:
             known = ", ".join(sorted(self._names))
             raise ApiError(
                 404,

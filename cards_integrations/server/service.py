@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cards_integrations.chat.message import Message
+from cards_integrations.engine.admission import check_length
 from cards_integrations.engine.engine import Engine
 from cards_integrations.engine.inspection import EngineState
 from cards_integrations.engine.request import Chunk, Request
@@ -24,6 +26,7 @@ from cards_integrations.server.settings import ServerSettings
 from cards_integrations.settings import Options
 from cards_integrations.trace import Alignment
 
+LONG = 100_000  # characters, which take a tokenizer some tens of milliseconds
 Item = tuple[int, Chunk | Alignment]
 """The number of an answer, and a kept segment of it or, at its end, all of it."""
 
@@ -65,7 +68,13 @@ class Service:
         Engine.release(self)
 
     def requests(self, call: Call) -> list[Request]:
-        """The engine's requests for a call: `n` for each prompt, each with a seed of its own."""
+        """The engine's requests for a call: `n` for each prompt, each with a seed of its own.
+
+        Raises:
+            CardsError: An option cannot be used as given, or a prompt is too long.
+        """
+        for prompt in call.prompts:
+            self._check_length(prompt)
         found = [request for prompt in call.prompts for request in self.options.requests(prompt, call.options)]
         return [replace(request, timeout=self._time(request)) for request in found]
 
@@ -102,6 +111,13 @@ class Service:
         for index, future in enumerate(found):
             future.add_done_callback(partial(put, index))
         return found
+
+    def _check_length(self, prompt: str | list[Message]) -> None:
+        """Refuse here what is far too long: the engine reads prompts in the thread that all requests share."""
+        texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+        if sum(map(len, texts)) > LONG:
+            model = self.engine.loaded()
+            check_length(sum(len(model.chat.encode(text)) for text in texts), 1, model.context_window)
 
     def _time(self, request: Request) -> float:
         """Seconds that an answer may take."""

@@ -6,21 +6,21 @@ content ask for; on a random one and on SmolLM2 those that look at the form only
 Off everywhere besides what `StandardSuite` names, and why:
 
 - test_stream_time (enable_vcr_tests): there is no HTTP traffic to record.
-- audio and reasoning tokens, cache_creation_input in the usage: there are none; what is read of a
-  prompt is kept anyway, so only cache_read_input means something.
+- audio tokens, cache_creation_input in the usage: there are none; what is read of a prompt is kept
+  anyway, so of these two only cache_read_input means something.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from typing import Any
 
 import faces
 import pytest
 import scripted
-from langchain_core.messages import AIMessage
+from langchain_core.messages import AIMessage, AIMessageChunk
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 
 from cards_integrations import CardsLLM
@@ -90,15 +90,23 @@ class OnScript(faces.StandardSuite, ChatModelIntegrationTests):
 
     @property
     def supported_usage_metadata_details(self) -> dict[Any, Any]:
-        return {"invoke": ["cache_read_input"], "stream": ["cache_read_input"]}
+        return {name: ["cache_read_input", "reasoning_output"] for name in ("invoke", "stream")}
 
     def invoke_with_cache_read_input(self, *, stream: bool = False) -> AIMessage:
         llm = self.chat_model_class(**self.chat_model_params)
         llm.invoke("Hello, I have read this before.")
         if not stream:
             return llm.invoke("Hello, I have read this before.")
-        first, *chunks = llm.stream("Hello, I have read this before.")
-        return sum(chunks, first)
+        return sum_of(llm.stream("Hello, I have read this before."))
+
+    def invoke_with_reasoning_output(self, *, stream: bool = False) -> AIMessage:
+        llm = self.chat_model_class(**faces.options(model=faces.thinking_model(), max_thinking_tokens=9))
+        return sum_of(llm.stream("Hello")) if stream else llm.invoke("Hello")
+
+
+def sum_of(chunks: Iterable[AIMessageChunk]) -> AIMessage:
+    first, *others = chunks
+    return sum(others, first)
 
 
 class ByTools(OnScript):

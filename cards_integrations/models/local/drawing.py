@@ -67,7 +67,8 @@ class TokenDrawer:
         self, candidates: Sequence[Candidate], logits: torch.Tensor, rows: Sequence[int]
     ) -> tuple[torch.Tensor, Collection[int]]:
         """The token of each candidate, from its row of the logits, and which of them had no choice."""
-        changed = [i for i, candidate in enumerate(candidates) if self._penalties.concern(candidate)]
+        changed = [i for i, candidate in enumerate(candidates) if not candidate.context.sampler.plain]
+        changed = [i for i in changed if self._penalties.concern(candidates[i])]
         if not changed:
             return self._plain(candidates, logits, rows)
         rest = sorted({*range(len(candidates))}.difference(changed))
@@ -139,7 +140,8 @@ def _reported(
     candidates: Sequence[Candidate], log_p: torch.Tensor, rows: Sequence[int]
 ) -> Iterator[tuple[int, list[tuple[int, float]]]]:
     """Indices of the candidates whose requests report the most probable tokens, and these."""
-    asked = [(i, count) for i, candidate in enumerate(candidates) if (count := candidate.context.logprobs)]
+    counts = [candidate.context.logprobs for candidate in candidates]
+    asked = [(i, count) for i, count in enumerate(counts) if count]
     if not asked:
         return
     most = min(max(count for _, count in asked), log_p.shape[-1])

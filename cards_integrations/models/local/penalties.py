@@ -31,7 +31,7 @@ class Penalties:
     def concern(candidate: Candidate) -> bool:
         """True if the logits of a candidate are changed."""
         sampler = candidate.context.sampler
-        return sampler.penalizes or (sampler.min_tokens > 0 and candidate.end < sampler.min_tokens)
+        return sampler.penalizes or candidate.end < sampler.min_tokens
 
     def apply(self, candidates: Sequence[Candidate], logits: torch.Tensor) -> torch.Tensor:
         """The changed logits of these candidates, from a row for each, (n, vocabulary); in double precision."""

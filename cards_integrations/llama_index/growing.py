@@ -1,0 +1,74 @@
+"""Objects of a pydantic class while their JSON is still being written."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+from llama_index.core.base.llms.types import ChatResponse
+from llama_index.core.program.utils import FlexibleModel, create_flexible_model
+from pydantic import BaseModel
+from pydantic_core import from_json
+
+from cards_integrations.llama_index.convert import parse_response
+
+flexible_model = lru_cache(maxsize=256)(create_flexible_model)
+
+
+class GrowingObject:
+    """What an answer's JSON says so far: each object has what the one before it had, the last is of the class itself.
+
+    Until then fields that are not there yet are None, whatever their defaults, and values are as JSON has them.
+    """
+
+    def __init__(self, output_cls: type[BaseModel]) -> None:
+        self.output_cls = output_cls
+        self.values: Any = {}
+
+    def add(self, response: ChatResponse) -> Any:
+        """The object after this response; an `AnswerCut` if `max_tokens` cut the whole answer."""
+        if response.raw:
+            return parse_response(self.output_cls, response)
+        self.values = _values(response.message.content or "", self.values)
+        is_root = "root" in self.output_cls.model_fields and not isinstance(self.values, dict)
+        return _object(self.output_cls, {"root": self.values} if is_root else self.values)
+
+
+def _values(text: str, before: Any) -> Any:
+    """The values in JSON that may end anywhere; a number at its end may have more digits, and does not count."""
+    try:
+        return from_json(text.rstrip("0123456789.eE+-"), allow_partial="trailing-strings")
+    except ValueError:
+        return before
+
+
+def _object(cls: type[BaseModel], values: Any) -> FlexibleModel:
+    names = {_key(name, field): name for name, field in cls.model_fields.items()}
+    found = {names.get(key, key): value for key, value in values.items()}
+    known = {name: _value(field.annotation, found[name]) for name, field in cls.model_fields.items() if name in found}
+    return flexible_model(cls).model_construct(**{**dict.fromkeys(cls.model_fields), **found, **known})
+
+
+def _key(name: str, field: Any) -> str:
+    """The name of a field in JSON."""
+    return field.validation_alias if isinstance(field.validation_alias, str) else field.alias or name
+
+
+def _value(kind: Any, value: Any) -> Any:
+    """A value with objects in place of its mappings, as far as its type tells their class."""
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    if isinstance(value, list):
+        items = [
+            get_args(each)[0] for each in kinds if get_origin(each) in (list, set, frozenset, tuple) and get_args(each)
+        ]
+        return [_value(items[0], item) for item in value] if items else value
+    if isinstance(value, dict):
+        for each in kinds:
+            if isinstance(each, type) and issubclass(each, BaseModel) and value.keys() <= _keys(each):
+                return _object(each, value)
+    return value
+
+
+def _keys(cls: type[BaseModel]) -> set[str]:
+    return {_key(name, field) for name, field in cls.model_fields.items()}
