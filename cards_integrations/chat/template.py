@@ -121,6 +121,8 @@ class ChatTokenizer:
 
         A partial character is one U+FFFD, the only text that more ids can change.
         """
+        if not (start.text or start.space):
+            return self._decode_characters(ids, start.visible)
         text = start.answer_in(self._decode_characters([*start.ids, *ids], start.visible))
         return self._decode_characters(ids, start.visible) if text is None else text
 
