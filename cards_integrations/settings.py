@@ -51,7 +51,7 @@ CALL_ARGUMENTS = {"context", "grammar", "response_format", "tools", "tool_choice
 """What a single call takes beside the options."""
 SET_HERE = {
     *("conversation", "messages", "tools", "add_generation_prompt", "continue_final_message", "tokenize"),
-    *("return_tensors", "return_dict", "padding", "truncation", "max_length", "tokenizer_kwargs"),
+    *("chat_template", "return_tensors", "return_dict", "padding", "truncation", "max_length", "tokenizer_kwargs"),
 }
 """Arguments of `apply_chat_template` that users cannot give."""
 
