@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-TAGS = (("<think>", "</think>"), ("<thinking>", "</thinking>"), ("[THINK]", "[/THINK]"))
+from cards_integrations.chat.thinking import KNOWN
+
+TAGS = (*((known.opening, known.closing) for known in KNOWN), ("<thinking>", "</thinking>"))
 
 
 class Thought(NamedTuple):
