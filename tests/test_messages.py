@@ -574,7 +574,6 @@ PLAIN = {"type": "object", "properties": {"mood": {"type": "string"}}}
     [
         ({"type": "json_object"}, None),
         ({"type": "json_schema", "json_schema": {"name": "x", "schema": PLAIN, "strict": True}}, PLAIN),
-        ({"type": "json_schema", "json_schema": {"name": "x"}}, None),
         (PLAIN, PLAIN),
         (Weather, Weather.model_json_schema()),
         (ResponseFormat(PLAIN), PLAIN),

@@ -172,6 +172,10 @@ class Models:
         return self.known[tuple(ids)]
 
     def decode(self, ids: Ids) -> str:
+        """The text of an answer: what follows that of the prompt."""
+        return self.said([*self.prompt, *ids])[len(self.said(self.prompt)) :]
+
+    def said(self, ids: Ids) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def loop(self, sampler: Sampler = SAMPLER, stop: tuple[str, ...] = ()) -> reference.Reference:
