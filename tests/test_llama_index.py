@@ -58,6 +58,7 @@ async def test_all_eight_methods_give_the_same_answer(llm):
         assert response.raw["usage"] == {
             "prompt_tokens": expected.usage.prompt_tokens,
             "completion_tokens": expected.usage.completion_tokens,
+            "reasoning_tokens": 0,
             "total_tokens": expected.usage.total_tokens,
         }
         assert response.raw["finish_reason"] == "length"
