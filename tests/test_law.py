@@ -38,8 +38,8 @@ Text = tuple[int, ...]
 
 
 def reward(text: str) -> float:
-    """Longer is better, with a part that only looks random; no two texts are equal in it."""
-    return 0.5 * len(text.split()) + zlib.crc32(text.encode()) / 2**32
+    """Longer is better, with a part that only looks random; no two texts, but for their spaces, are equal."""
+    return 0.5 * len(text.split()) + zlib.crc32(text.strip().encode()) / 2**32
 
 
 async def rewards(prompt: str, texts: list[str]) -> list[float]:

@@ -212,7 +212,8 @@ async def test_a_call_that_is_cut_is_none(llm: CardsLLM, way: str) -> None:
         assert [each["name"] for each in last.raw["invalid_tool_calls"]] == ["paint"]
         with pytest.raises(AnswerCut, match="larger max_tokens"):
             llm.get_tool_calls_from_response(last)
-        assert llm.get_tool_calls_from_response(last, error_on_no_tool_call=False) == []
+        [told] = llm.get_tool_calls_from_response(last, error_on_no_tool_call=False)  # an agent says so to the model
+        assert told.tool_name.startswith("'paint' (of a call that cannot be read")
 
 
 def test_a_call_that_is_cut_within_its_name_has_none(llm: CardsLLM) -> None:
