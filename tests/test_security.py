@@ -54,8 +54,8 @@ ALLOWED = {
 YAML = {"safe_load", "safe_dump", "MarkedYAMLError"}
 LOADS = {
     ("chat/grammar.py", "json"), ("chat/message.py", "json"), ("chat/tool_formats.py", "json"),
-    ("langchain/structured_output.py", "json"), ("registry.py", "json"), ("study/compare.py", "json"),
-    ("study/prompts.py", "json"), ("study/rows.py", "json"),
+    ("langchain/structured_output.py", "json"), ("models/local/resolve.py", "json"), ("registry.py", "json"),
+    ("server/call.py", "json"), ("study/compare.py", "json"), ("study/prompts.py", "json"), ("study/rows.py", "json"),
 }  # fmt: skip
 
 
