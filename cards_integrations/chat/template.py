@@ -25,7 +25,7 @@ from cards_integrations.chat.tool_prompts import (
     without_tool_messages,
 )
 from cards_integrations.chat.tools import FormatName, Tools
-from cards_integrations.errors import PromptError
+from cards_integrations.errors import ModelError, PromptError
 
 BEFORE_ANSWER = 6  # tokens of the prompt that an answer is decoded after
 NO_ARGUMENTS: Mapping[str, Any] = {}
@@ -102,7 +102,11 @@ class ChatTokenizer:
         raw = isinstance(prompt, FormattedPrompt) or not self.has_template
         space = "" if raw else self._space_before_content
         visible = {token for token, text in self._special.items() if any(text in each for each in stop)}
-        return AnswerStart(tuple(last), self.decode(last), space, frozenset(visible))
+        try:
+            text = self.decode(last)
+        except Exception as error:
+            raise ModelError(f"The tokenizer cannot decode a prompt: {type(error).__name__}: {error}") from error
+        return AnswerStart(tuple(last), text, space, frozenset(visible))
 
     @cached_property
     def _space_before_content(self) -> str:
