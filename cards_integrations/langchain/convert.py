@@ -26,8 +26,8 @@ from langchain_core.utils.json import parse_partial_json
 from pydantic import BaseModel
 
 from cards_integrations.chat import message
+from cards_integrations.chat.logprobs import openai_logprobs
 from cards_integrations.chat.message import (
-    PARTIAL_CHARACTER,
     THOUGHTS,
     Message,
     add_thoughts,
@@ -40,7 +40,7 @@ from cards_integrations.chat.message import (
 from cards_integrations.chat.pydantic_schema import is_more_precise, pydantic_schema
 from cards_integrations.engine.request import Chunk
 from cards_integrations.errors import SettingsError, short_repr
-from cards_integrations.trace import Alignment, InvalidToolCall, TokenLogprob, ToolCall
+from cards_integrations.trace import Alignment, InvalidToolCall, ToolCall
 
 PROVIDER = "cards"
 
@@ -178,15 +178,8 @@ def add_outputs(outputs: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
 
 def logprobs(answer: Alignment) -> dict[str, Any]:
     """The log p of an answer's tokens as OpenAI writes it, as metadata; empty if nobody asked."""
-    if not answer.logprobs:
-        return {}
-    content = [{**_openai_token(token), "top_logprobs": [*map(_openai_token, token.top)]} for token in answer.logprobs]
-    return {"logprobs": {"content": content, "refusal": None}}
-
-
-def _openai_token(token: TokenLogprob) -> dict[str, Any]:
-    whole = PARTIAL_CHARACTER not in token.token
-    return {"token": token.token, "bytes": [*token.token.encode()] if whole else None, "logprob": token.logprob}
+    found = openai_logprobs(answer.logprobs)
+    return {} if found is None else {"logprobs": found}
 
 
 class ChunkConverter:

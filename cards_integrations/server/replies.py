@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 from uuid import uuid4
 
+from cards_integrations.chat.logprobs import openai_logprobs
 from cards_integrations.engine.request import Chunk
-from cards_integrations.server.logprobs import chat_logprobs, text_logprobs
+from cards_integrations.server.logprobs import text_logprobs
 from cards_integrations.server.message import delta_of, message_of
 from cards_integrations.trace import Alignment
 
@@ -132,7 +133,7 @@ class ChatReply(Reply):
         return {"delta": delta_of(chunk, sent)}
 
     def logprobs(self, answer: Alignment) -> dict[str, Any] | None:
-        return chat_logprobs(answer)
+        return openai_logprobs(answer.logprobs)
 
     @property
     def no_part(self) -> dict[str, Any]:

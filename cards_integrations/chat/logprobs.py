@@ -1,0 +1,22 @@
+"""The log-probabilities of an answer's tokens in the form of OpenAI's chat API."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from cards_integrations.chat.message import PARTIAL_CHARACTER
+from cards_integrations.trace import TokenLogprob
+
+
+def openai_logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+    """What a choice has as `logprobs`; None if nobody asked."""
+    if not tokens:
+        return None
+    content = [{**_token(token), "top_logprobs": [*map(_token, token.top)]} for token in tokens]
+    return {"content": content, "refusal": None}
+
+
+def _token(token: TokenLogprob) -> dict[str, Any]:
+    whole = PARTIAL_CHARACTER not in token.token
+    return {"token": token.token, "bytes": [*token.token.encode()] if whole else None, "logprob": token.logprob}
