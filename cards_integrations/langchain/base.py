@@ -8,6 +8,7 @@ from typing import Any, Literal
 from langchain_core.language_models.base import LangSmithParams
 
 from cards_integrations.engine.engine import Engine
+from cards_integrations.errors import SettingsError
 from cards_integrations.langchain.convert import PROVIDER
 from cards_integrations.settings import OptionsFromEnvironment
 
@@ -54,6 +55,10 @@ class CardsLangChainBase(OptionsFromEnvironment):
         if stop or self.stop:
             params["ls_stop"] = list(stop or self.stop)
         return params
+
+    def _refuse_streaming_several(self, overrides: dict[str, Any]) -> None:
+        if (n := overrides.get("n", self.n)) != 1:
+            raise SettingsError(f"n={n}: a stream has one answer; use generate(), or a stream for each.")
 
     def _engine(self, overrides: dict[str, Any]) -> Engine:
         return self.engine_for(overrides, self)

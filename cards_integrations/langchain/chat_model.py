@@ -21,7 +21,7 @@ from cards_integrations.chat.response_format import as_response_format
 from cards_integrations.chat.thinking import switches
 from cards_integrations.chat.tools import as_tools
 from cards_integrations.engine.request import Request
-from cards_integrations.errors import PromptError, SettingsError
+from cards_integrations.errors import PromptError
 from cards_integrations.langchain.base import CardsLangChainBase
 from cards_integrations.langchain.callbacks import (
     asegment_callback,
@@ -248,10 +248,6 @@ class ChatCards(CardsLangChainBase, BaseChatModel):
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         return self._langsmith_params("chat", stop, kwargs)
-
-    def _refuse_streaming_several(self, overrides: dict[str, Any]) -> None:
-        if (n := overrides.get("n", self.n)) != 1:
-            raise SettingsError(f"n={n}: a stream has one answer; use generate(), or a stream for each.")
 
     def _request(self, messages: list[BaseMessage], stop: list[str] | None, overrides: dict[str, Any]) -> Request:
         self._refuse_streaming_several(overrides)

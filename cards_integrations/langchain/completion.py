@@ -15,7 +15,6 @@ from pydantic import ConfigDict
 from cards_integrations.chat.message import as_prompt
 from cards_integrations.chat.template import FormattedPrompt
 from cards_integrations.engine.request import Chunk, Request
-from cards_integrations.errors import SettingsError
 from cards_integrations.langchain.base import CardsLangChainBase
 from cards_integrations.langchain.callbacks import astream_chunks, stream_chunks
 from cards_integrations.langchain.convert import llm_output, logprobs
@@ -80,10 +79,9 @@ class CardsCompletion(CardsLangChainBase, BaseLLM):
         return self._langsmith_params("llm", stop, kwargs)
 
     def _request(self, prompt: str, stop: list[str] | None, overrides: dict[str, Any]) -> Request:
-        [requests] = self._requests([prompt], stop, overrides)
-        if len(requests) > 1:
-            raise SettingsError(f"n={len(requests)}: a stream has one answer; use generate(), or a stream for each.")
-        return requests[0]
+        self._refuse_streaming_several(overrides)
+        [[request]] = self._requests([prompt], stop, overrides)
+        return request
 
     def _requests(self, prompts: list[str], stop: list[str] | None, overrides: dict[str, Any]) -> list[list[Request]]:
         """The requests of each prompt."""
