@@ -53,7 +53,7 @@ SET_HERE = {
     *("conversation", "messages", "tools", "add_generation_prompt", "continue_final_message", "tokenize"),
     *("chat_template", "return_tensors", "return_dict", "padding", "truncation", "max_length", "tokenizer_kwargs"),
 }
-"""Arguments of `apply_chat_template` that users cannot give."""
+"""Arguments of `apply_chat_template` that users cannot give; a template is a program."""
 
 
 def _as_tuple(value: Any) -> Any:

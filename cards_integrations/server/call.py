@@ -83,7 +83,6 @@ class BodyReader:
         prompts = _messages(fields) if endpoint == "chat" else _texts(fields)
         stream, usage = _flag(fields, "stream"), _include_usage(fields)
         n, extra = self._n(fields, len(prompts)), _object(fields, "cards")
-        _check_template(fields)
         options = {"n": n, **_max_tokens(fields), **self._cards(extra, headers), **_effort(fields, endpoint)}
         options |= _logprobs(fields, endpoint)
         allowed = PASSED_ON | CHAT_ONLY if endpoint == "chat" else PASSED_ON
@@ -185,13 +184,6 @@ def _logprobs(fields: dict[str, Any], endpoint: Endpoint) -> dict[str, Any]:
         name = "top_logprobs" if endpoint == "chat" else "logprobs"
         raise invalid(f"{name}={short_repr(top)}: send a number from 0 to {MAX_LOGPROBS}.", name)
     return {"logprobs": asked, "top_logprobs": top if asked else 0}
-
-
-def _check_template(fields: Mapping[str, Any]) -> None:
-    """A template is a program: a client may send arguments for it, but not another one."""
-    arguments = fields.get("chat_template_kwargs")
-    if isinstance(arguments, dict) and "chat_template" in arguments:
-        raise invalid("chat_template_kwargs: chat_template is the server's to choose.", "chat_template_kwargs")
 
 
 def _effort(fields: dict[str, Any], endpoint: Endpoint) -> dict[str, Any]:
