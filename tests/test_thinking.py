@@ -219,6 +219,9 @@ def test_langchain_messages(thinks: Any, tmp_path: Path) -> None:
     usage = whole.usage_metadata
     assert usage["output_token_details"]["reasoning"] > 20
     assert usage["output_tokens"] > usage["output_token_details"]["reasoning"]
+    several = chat.generate([[HumanMessage("How many?")]], n=2).llm_output["token_usage"]
+    assert several["prompt_tokens"] + several["completion_tokens"] == several["total_tokens"]
+    assert several["completion_tokens"] == 2 * usage["output_tokens"]
     chunks = list(chat.stream("How many?"))
     assert len([c for c in chunks if c.additional_kwargs.get("reasoning_content")]) > 3
     assert not any(c.content and c.additional_kwargs.get("reasoning_content") for c in chunks)

@@ -161,7 +161,7 @@ def llm_output(answers: Sequence[Alignment]) -> dict[str, Any]:
         "model_name": answers[0].model if answers else None,
         "token_usage": {
             "prompt_tokens": sum(answer.usage.prompt_tokens for answer in answers),
-            "completion_tokens": sum(answer.usage.completion_tokens for answer in answers),
+            "completion_tokens": sum(answer.usage.output_tokens for answer in answers),
             "total_tokens": sum(answer.usage.total_tokens for answer in answers),
         },
     }
