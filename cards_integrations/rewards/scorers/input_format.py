@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from cards_integrations.chat.answer_frame import AnswerFrame
 from cards_integrations.chat.message import Message
 from cards_integrations.chat.template import ChatTokenizer, as_text
 from cards_integrations.rewards.base import Conversation
@@ -22,12 +25,12 @@ class InputFormat:
         self.prompt_format = prompt_format or ("chat" if chat.has_template else "{prompt}{response}")
         self.end_of_turn = end_of_turn
 
-    def around(self, conversation: Conversation) -> tuple[str, str]:
-        """Return the text before the answer and the text after it."""
+    def around(self, conversation: Conversation) -> AnswerFrame:
+        """Return what is read around the answer."""
         if self.prompt_format == "chat":
-            before, after = self.chat.around_answer(conversation.prompt)
-            return before, after if self.end_of_turn else ""
-        return around_response(self.prompt_format, conversation.prompt)
+            frame = self.chat.around_answer(conversation.prompt)
+            return frame if self.end_of_turn else replace(frame, after="")
+        return AnswerFrame(*around_response(self.prompt_format, conversation.prompt))
 
     @property
     def adds_special_tokens(self) -> bool:

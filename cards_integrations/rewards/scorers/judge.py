@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from cards_integrations.chat.answer_frame import AnswerFrame
 from cards_integrations.chat.template import ChatTokenizer
 from cards_integrations.errors import SettingsError
 from cards_integrations.rewards.base import Conversation
@@ -22,8 +23,8 @@ class Rubric(InputFormat):
         super().__init__(chat)
         self.rubric = rubric
 
-    def around(self, conversation: Conversation) -> tuple[str, str]:
-        return self.chat.around_part(*around_response(self.rubric, conversation.prompt))
+    def around(self, conversation: Conversation) -> AnswerFrame:
+        return AnswerFrame(*self.chat.around_part(*around_response(self.rubric, conversation.prompt)))
 
 
 class IncrementalJudge(Incremental):

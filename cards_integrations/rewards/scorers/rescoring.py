@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from cards_integrations.chat.answer_frame import AnswerFrame
 from cards_integrations.models.local.resolve import max_positions
 from cards_integrations.rewards.base import Conversation, Response, RewardModel, count_forward
 from cards_integrations.rewards.scorers.head import Head
@@ -30,13 +31,13 @@ class RescoringClassifier(RewardModel):
         config = model.config.get_text_config()
         if config.pad_token_id is None:
             config.pad_token_id = self.tokenizer.pad_token_id
-        self.surroundings: dict[Conversation, tuple[str, str]] = {}  # of open conversations
+        self.frames: dict[Conversation, AnswerFrame] = {}  # of open conversations
 
     def open(self, conversation: Conversation) -> None:
-        self.surroundings[conversation] = self.input_format.around(conversation)
+        self.frames[conversation] = self.input_format.around(conversation)
 
     def close(self, conversation: Conversation) -> None:
-        self.surroundings.pop(conversation, None)
+        self.frames.pop(conversation, None)
 
     async def score(self, responses: Sequence[Response]) -> list[float]:
         found: dict[Response, float] = {}
@@ -74,6 +75,6 @@ class RescoringClassifier(RewardModel):
 
     def _text(self, response: Response) -> str:
         """All that is read: the answer and what is around it."""
-        known = self.surroundings.get(response.conversation)
-        before, after = known or self.input_format.around(response.conversation)  # it may have been closed meanwhile
-        return before + response.text + after
+        known = self.frames.get(response.conversation)
+        frame = known or self.input_format.around(response.conversation)  # it may have been closed meanwhile
+        return frame.whole(response.text)
