@@ -31,17 +31,19 @@ class AnswerIds:
         self._head, self._turn = self._last_turn()
         self._appended = chat.appended if plain else []
         self._after_ids = [*chat.encode(frame.after), *self._appended]
+        self._special = frozenset(chat.tokenizer.all_special_ids)
         self._takes_drafted = drafted and self._goes_on_from_before
 
     def __call__(self, response: Response) -> tuple[list[int], int]:
         """Return all ids, and how many of them come after the answer.
 
-        A finished answer has the ids of its text; what is being written, those that the language model wrote, if they
-        are known and mean the same here.
+        A finished answer has the ids of its text. What is being written, or holds special tokens that its text does
+        not show, has those that the language model wrote, if they are known and mean the same here.
         """
-        if self._takes_drafted and not response.finished and response.ids is not None:
-            if self.frame.shown(response.text) == response.text:
-                return self._ended([*self.before_ids, *response.ids])
+        if (drafted := response.ids) is not None and self._takes_drafted:
+            as_written = not response.finished or any(token in self._special for token in drafted)
+            if as_written and self.frame.shown(response.text) == response.text:
+                return self._ended([*self.before_ids, *drafted])
         text = self.frame.upto(response.text)
         ids = self._encode_whole(text)
         if self._after_stands_alone:
