@@ -13,6 +13,7 @@ from cards_integrations.rewards.length import LengthReward
 from cards_integrations.rewards.loader import RewardLoader
 from cards_integrations.rewards.minimum import MinReward
 from cards_integrations.rewards.pattern import PatternReward
+from cards_integrations.rewards.process import ProcessReward
 from cards_integrations.rewards.registry import NAMED, REWARDS, AnyReward, as_reward, register_reward
 from cards_integrations.rewards.relevance import RelevanceReward
 from cards_integrations.rewards.remote import RemoteReward
@@ -42,6 +43,7 @@ __all__ = [
     "Loader",
     "MinReward",
     "PatternReward",
+    "ProcessReward",
     "RelevanceReward",
     "RemoteReward",
     "Response",

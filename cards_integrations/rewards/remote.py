@@ -249,7 +249,8 @@ class JoinedText(RemoteModel):
         """Return the text that is scored."""
         if self.input_format is not None:
             return self.input_format.around(response.conversation).whole(response.text)
-        before, after = around_response(self.settings.prompt_format or "{prompt}{response}", response.conversation.prompt)
+        prompt_format = self.settings.prompt_format or "{prompt}{response}"
+        before, after = around_response(prompt_format, response.conversation.prompt)
         return before + response.text + after
 
 
