@@ -136,9 +136,10 @@ def test_labels_are_added_up_and_named(tmp_path: Path, models: Callable[..., str
 
 
 def test_one_label_or_weights() -> None:
-    for wrong in ({"weights": {}}, {"weights": {"a": 1.0}, "label": "a"}):
+    wrongs: list[dict[str, Any]] = [{"weights": {}}, {"weights": {"a": 1.0}, "label": "a"}]
+    for wrong in wrongs:
         with pytest.raises(ValueError, match="leave label= out"):
-            ClassifierReward(model="a/b", **wrong)  # type: ignore[arg-type]
+            ClassifierReward(model="a/b", **wrong)
 
 
 # --- pairs ---
