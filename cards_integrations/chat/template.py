@@ -296,6 +296,21 @@ class ChatTokenizer:
         whole = self._render([{"role": "user", "content": before + _PLACEHOLDER + after}], add_generation_prompt=True)
         return whole.partition(_PLACEHOLDER)[::2]
 
+    def around_last_but_one(self, prompt: str | list[Message], last: Message) -> tuple[str, str]:
+        """The rendered text around an answer that one more message follows, up to where the model answers that.
+
+        Raises:
+            PromptError: The prompt has no messages, or the template leaves the answer out.
+        """
+        if isinstance(prompt, FormattedPrompt):
+            raise PromptError("A formatted prompt has no messages that another one could follow: pass the messages.")
+        answer = {"role": "assistant", "content": _PLACEHOLDER}
+        messages = [*as_messages(self.without_tools(prompt)), answer, last]
+        before, found, after = self._render(messages, add_generation_prompt=True).partition(_PLACEHOLDER)
+        if not found:
+            raise PromptError("The model's chat template leaves an answer out that another message follows.")
+        return before, after
+
     def _render(self, messages: list[Message], **options: Any) -> str:
         try:
             return first_whole(arrangements(messages), partial(self._apply, **options))
