@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 from conftest import Start
-from internals import assert_idle
+from internals import is_idle, wait_until
 from naive import Freed, drafts, said
 from pydantic import ValidationError
 from reference import Reference
@@ -30,9 +30,9 @@ GRADES = {"w6": 1.0, "w6 w7": 8.0, "w8": 3.0}
 TEXTS = ["", "w20 w21 w22 w23 w24 w25", "w7"]
 SELF = CritiqueJudgeReward(
     rubric="w30 {prompt} w31 {response} w32 {criterion} .", criteria=["w40 w41", "w42"], verdict=" w33 w34 ",
-    grades=GRADES, max_critique_tokens=6,
+    grades=GRADES, max_critique_tokens=4,
 )  # fmt: skip
-SAMPLED = SELF.model_copy(update={"temperature": 1.5, "critiques": 3, "seed": 4})
+SAMPLED = SELF.model_copy(update={"temperature": 1.5, "critiques": 2, "seed": 4})
 
 
 def ids(text: str, tokenizer: Any = WORDS) -> list[int]:
@@ -50,7 +50,8 @@ def logits(model: Any, text: tuple[int, ...]) -> torch.Tensor:
     return model(torch.tensor([text])).logits[0, -1]
 
 
-def written(model: Any, before: Sequence[int], judge: CritiqueJudgeReward, question: int, number: int) -> list[int]:
+@cache
+def written(model: Any, before: tuple[int, ...], judge: CritiqueJudgeReward, question: int, number: int) -> list[int]:
     """A critique by a loop of whole forwards."""
     loop = Reference(lambda text: logits(model, tuple(text)), lambda _: 0.0, str, tiny.EOS, judge.temperature, top_k=0)
     uniforms, found = Uniforms(judge.seed, question, number), list[int]()
@@ -83,18 +84,17 @@ def naive(
 ) -> list[float]:
     """The score of each criterion, all of the rest being written by the loop above."""
     found = []
-    grades = {tuple(ids(word, tokenizer)): value for word, value in judge.grades}
+    grades = {tuple(ids(judge.verdict + word, tokenizer)): value for word, value in judge.grades}
     for number, criterion in enumerate(judge.criteria):
         asked = before + ids(f" w32 {criterion.question} .{end}", tokenizer)
-        critiques = [written(model, asked, judge, number, each) for each in range(judge.critiques)]
-        after = [asked + critique + ids(judge.verdict, tokenizer) for critique in critiques]
-        found.append(sum(mean_grade(model, each, grades) for each in after) / len(after))
+        critiques = [written(model, (*asked,), judge, number, each) for each in range(judge.critiques)]
+        found.append(sum(mean_grade(model, asked + each, grades) for each in critiques) / len(critiques))
     return found
 
 
 def requests(judge: Any, count: int = 8, decoding: Decoding | None = None, **options: Any) -> list[Request]:
-    settings = {"sampler": Sampler(temperature=1.0), "max_tokens": 8, **options}
-    return [Request(PROMPT, decoding or BestOfN(n=3), judge, seed=seed, **settings) for seed in range(count)]
+    settings = {"sampler": Sampler(temperature=1.0, logit_bias={tiny.EOS: 3.0}), "max_tokens": 5, **options}
+    return [Request(PROMPT, decoding or BestOfN(n=2), judge, seed=seed, **settings) for seed in range(count)]
 
 
 # --- the value ---
@@ -120,40 +120,45 @@ def test_the_language_model_is_its_own_critic(
     assert len(lengths) > 1
     expected = [sum(naive(model, ids(f"{begun}{PROMPT} w31 {text}"), judge, end=end)) / 2 for text in TEXTS]
     assert engine.score(judge, PROMPT, TEXTS) == pytest.approx(expected, abs=1e-4)
-    assert_idle(engine)
+    wait_until(lambda: is_idle(engine))
 
 
-@pytest.mark.parametrize("width", [1, 8])
+@pytest.mark.parametrize(("width", "count"), [(1, 2), (8, 8)])
 def test_another_model_with_the_same_tokens(
-    models: Callable[..., str], start: Start, tmp_path: Path, width: int
+    models: Callable[..., str], start: Start, tmp_path: Path, width: int, count: int
 ) -> None:
     model = causal("gpt2", 5)
     judge = SAMPLED.model_copy(update={"model": CritiqueJudgeReward(model=tiny.save(tmp_path, model, WORDS)).model})
-    for answer in start(models("llama"), width=width).run_many(requests(judge)):
+    for answer in start(models("llama"), width=width).run_many(requests(judge, count)):
         for draft, whole in drafts(answer):
             found = naive(model, ids(f"w30 {PROMPT} w31 ") + whole, judge)
             assert draft.reward == pytest.approx(sum(found) / 2, abs=1e-4)
 
 
-@pytest.mark.parametrize("width", [1, 8])
-def test_another_model_with_other_tokens(models: Callable[..., str], start: Start, tmp_path: Path, width: int) -> None:
+@pytest.mark.parametrize(
+    ("width", "count", "grades"),
+    [(1, 2, {"1": 1.0, "10": 10.0}), (8, 8, {"1": 1.0, "10": 10.0, "cat": 4.0, "car": 7.0})],
+)
+def test_another_model_with_other_tokens(
+    models: Callable[..., str], start: Start, tmp_path: Path, width: int, count: int, grades: dict[str, float]
+) -> None:
     model = causal("mistral", 6, vocab_size=280, max_position_embeddings=1024)
     judge = SAMPLED.model_copy(
         update={
             "model": CritiqueJudgeReward(model=tiny.save(tmp_path, model, tiny.byte_pairs())).model,
-            "grades": (("1", 1.0), ("10", 10.0), ("cat", 4.0), ("car", 7.0)),
+            "grades": tuple(grades.items()),
             "verdict": " Grade: ",
         }
     )
     engine = start(models("llama"), width=width)
-    for answer in engine.run_many(requests(judge)):
+    for answer in engine.run_many(requests(judge, count)):
         for draft, whole in drafts(answer):
             read = ids(f"w30 {PROMPT} w31 {said(WORDS, whole)[0]}", PIECES)
             assert draft.reward == pytest.approx(sum(naive(model, read, judge, PIECES)) / 2, abs=1e-4)
     texts = ["", "! w9 .", "s"]  # the last one merges with what is before it
     expected = [sum(naive(model, ids(f"w30 {PROMPT} w31 {text}", PIECES), judge, PIECES)) / 2 for text in texts]
     assert engine.score(judge, PROMPT, texts) == pytest.approx(expected, abs=1e-4)
-    assert_idle(engine)
+    wait_until(lambda: is_idle(engine))
 
 
 def test_a_judge_with_recurrent_layers(models: Callable[..., str], start: Start) -> None:
@@ -162,7 +167,7 @@ def test_a_judge_with_recurrent_layers(models: Callable[..., str], start: Start)
         for draft, whole in drafts(answer):
             found = naive(causal("lfm2"), ids(f"w30 {PROMPT} w31 ") + whole, SAMPLED)
             assert draft.reward == pytest.approx(sum(found) / 2, abs=1e-4)
-    assert_idle(engine)
+    wait_until(lambda: is_idle(engine))
 
 
 # --- the price ---
@@ -174,7 +179,7 @@ def test_what_a_critique_costs(models: Callable[..., str], start: Start) -> None
     [answer] = engine.run_many(requests(SELF, 1, BestOfN(n=1)))
     whole = list(answer.token_ids)
     asked = [before + whole + ids(f"w32 {each.question} .") for each in SELF.criteria]
-    critiques = [written(causal(), each, SELF, number, 0) for number, each in enumerate(asked)]
+    critiques = [written(causal(), (*each,), SELF, number, 0) for number, each in enumerate(asked)]
     own = sum(len(ids(f"{each.question} .")) for each in SELF.criteria) + sum(map(len, critiques))
     after = len(SELF.criteria) * len(ids("w33 w34 w6"))  # the beginning of a grade of two tokens is read, too
     assert answer.usage.rm_tokens == len(before) + len(whole) + len(ids("w32")) + own + after
@@ -191,7 +196,7 @@ def test_it_does_not_guide(models: Callable[..., str], start: Start, decoding: D
     engine = start(models("llama"))
     with pytest.raises(RewardError, match=r"'critique_judge self' writes critiques of finished answers.*BestOfN"):
         engine.run_many(requests(SELF, 2, decoding))
-    assert_idle(engine)
+    wait_until(lambda: is_idle(engine))
 
 
 def test_only_what_passes_a_gate_is_judged(models: Callable[..., str], start: Start) -> None:
@@ -219,7 +224,7 @@ def test_a_critique_that_does_not_fit(models: Callable[..., str], start: Start) 
     judge = SELF.model_copy(update={"max_critique_tokens": 250})
     with pytest.raises(RewardError, match=r"max_critique_tokens=250 take \d+ tokens, more than the 256"):
         engine.score(judge, PROMPT, ["w7"])
-    assert_idle(engine)
+    wait_until(lambda: is_idle(engine))
 
 
 @pytest.mark.parametrize("end", ["the end", "a cancellation"])
@@ -233,4 +238,4 @@ def test_it_times_out(models: Callable[..., str], start: Start) -> None:
     judge = SELF.model_copy(update={"max_critique_tokens": 200, "timeout": 1e-3})
     with pytest.raises(RewardError, match="no scores within timeout"):
         engine.score(judge, PROMPT, ["w7"])
-    assert_idle(engine)
+    wait_until(lambda: is_idle(engine))

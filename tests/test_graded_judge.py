@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 from conftest import Start
-from internals import assert_idle
+from internals import is_idle, wait_until
 from naive import drafts, margin, said
 from pydantic import ValidationError
 
@@ -117,7 +117,7 @@ def test_the_language_model_grades_itself(
     texts = ["", "w20 w21 w22 w23 w24 w25", "w7"]
     expected = [weighted(by_criterion(score)(text, None)) for text in texts]
     assert engine.score(SELF, PROMPT, texts) == pytest.approx(expected, abs=1e-4)
-    assert_idle(engine)
+    wait_until(lambda: is_idle(engine))
 
 
 @pytest.mark.parametrize("width", [1, 8])
@@ -164,7 +164,7 @@ def test_a_judge_with_recurrent_layers(models: Callable[..., str], start: Start)
         return mean_grade(model, read + ids(f" w32 w33 {wording} ."), grades)
 
     assert_exact(engine.run_many(requests(SELF, 4)), by_criterion(score))
-    assert_idle(engine)
+    wait_until(lambda: is_idle(engine))
 
 
 PRINCIPLES = ("w40 w41", "w42 w43 w44")
@@ -251,7 +251,7 @@ def test_a_window_that_is_too_small(models: Callable[..., str], start: Start, tm
         assert engine.score(judge, PROMPT, [text]) == pytest.approx([sum(found) / 2], abs=1e-4)
     with pytest.raises(RewardError, match=r"judge.*16.*max_tokens"):
         engine.score(judge, PROMPT, [WORDS.decode([*range(20, 34)])])
-    assert_idle(engine)
+    wait_until(lambda: is_idle(engine))
 
 
 # --- edges ---
@@ -297,8 +297,7 @@ def test_rubrics_that_do_not_fit_the_judge(models: Callable[..., str], start: St
     silent = start(models("llama", chat_template=template))
     with pytest.raises(PromptError, match="leaves an answer out"):
         silent.score(JudgeReward(rubric="chat", words=("w6", "w7")), PROMPT, ["w9"])
-    for each in (engine, silent):
-        assert_idle(each)
+    wait_until(lambda: all(map(is_idle, (engine, silent))))
 
 
 def test_grades_and_criteria_come_back_from_yaml(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ class Expectation:
             SettingsError: Two of them have the same tokens, or one has none that the judge knows.
         """
         replies = [_reply(word, chat) for word, _ in grades]
-        check_grades([word for word, _ in grades], replies, chat)
+        _check([word for word, _ in grades], replies, chat)
         return cls([*map(tuple, replies)], [value for _, value in grades])
 
     @classmethod
@@ -105,8 +105,8 @@ class Expectation:
             SettingsError: As for `of`.
         """
         whole = [chat.encode(text + word) for word, _ in grades]
-        same = min(common(whole[0], other) for other in whole[1:])
-        check_grades([word for word, _ in grades], [each[same:] for each in whole], chat)
+        same = min([common(whole[0], other) for other in whole[1:]] + [len(each) - 1 for each in whole])
+        _check([word for word, _ in grades], [each[same:] for each in whole], chat)
         return whole[0][:same], cls([tuple(each[same:]) for each in whole], [value for _, value in grades])
 
     def read(self, logits: Sequence[torch.Tensor]) -> list[float]:
@@ -128,7 +128,7 @@ def _next_longer(grade: Tokens, grades: Sequence[Tokens]) -> list[int]:
     return [i for i in longer if not any(grades[i] != grades[j] == grades[i][: len(grades[j])] for j in longer)]
 
 
-def check_grades(words: Sequence[str], tokens: Sequence[Sequence[int]], chat: ChatTokenizer) -> None:
+def _check(words: Sequence[str], tokens: Sequence[Sequence[int]], chat: ChatTokenizer) -> None:
     """Check that a judge can tell grades apart.
 
     Raises:
