@@ -15,6 +15,7 @@ from conftest import Start
 from internals import is_idle, wait_until
 from naive import drafts, margin, said
 from pydantic import ValidationError
+from tokenizers.processors import TemplateProcessing
 
 from cards_integrations import CardsSettings
 from cards_integrations.decoding import Cards, Uncertainty
@@ -64,9 +65,14 @@ def mean_grade(model: Any, before: Sequence[int], grades: dict[tuple[int, ...], 
     return sum(p[grade] * value for grade, value in grades.items()) / sum(p.values())
 
 
-def requests(judge: Any, count: int = 8, **options: Any) -> list[Request]:
+def requests(judge: Any, count: int, **options: Any) -> list[Request]:
     settings = {"sampler": Sampler(temperature=1.0), "max_tokens": 12, "stop": STOP, **options}
     return [Request(PROMPT, GUIDED, judge, seed=seed, **settings) for seed in range(count)]
+
+
+def at_once(width: int) -> int:
+    """Eight requests together, and fewer where each has a single candidate: their texts are the same."""
+    return 8 if width > 1 else 2
 
 
 def weighted(found: Sequence[float]) -> float:
@@ -85,7 +91,7 @@ def assert_exact(alignments: list[Any], naive: Naive) -> None:
             assert draft.parts == pytest.approx(dict(zip(("first", "w42"), found, strict=True)), abs=1e-4)
             seen += 1
         assert [*alignment.rewards] == ["first", "w42"]
-    assert seen > 15
+    assert seen > 4 * len(alignments)
 
 
 def by_criterion(score: Callable[[str, list[int] | None, str], float]) -> Naive:
@@ -113,7 +119,7 @@ def test_the_language_model_grades_itself(
         read = ids(begun + text) if whole is None else ids(begun) + whole
         return mean_grade(model, read + ids(f" w32 w33 {wording} .{after}"), grades)
 
-    assert_exact(engine.run_many(requests(SELF)), by_criterion(score))
+    assert_exact(engine.run_many(requests(SELF, at_once(width))), by_criterion(score))
     texts = ["", "w20 w21 w22 w23 w24 w25", "w7"]
     expected = [weighted(by_criterion(score)(text, None)) for text in texts]
     assert engine.score(SELF, PROMPT, texts) == pytest.approx(expected, abs=1e-4)
@@ -132,7 +138,7 @@ def test_another_model_with_the_same_tokens(
         read = ids(f"w30 {PROMPT} w31 {text}") if whole is None else ids(f"w30 {PROMPT} w31 ") + whole
         return mean_grade(model, read + ids(f" w32 w33 {wording} ."), grades)
 
-    assert_exact(start(models("llama"), width=width).run_many(requests(judge)), by_criterion(score))
+    assert_exact(start(models("llama"), width=width).run_many(requests(judge, at_once(width))), by_criterion(score))
 
 
 @pytest.mark.parametrize("width", [1, 8])
@@ -152,7 +158,38 @@ def test_another_model_with_other_tokens(models: Callable[..., str], start: Star
         read = ids(f"<user> w30 {PROMPT} w31 {text}", PIECES)
         return mean_grade(model, read + ids(f" w32 w33 {wording} . </user>\n<assistant> ", PIECES), grades)
 
-    assert_exact(start(models("llama"), width=width).run_many(requests(judge)), by_criterion(score))
+    assert_exact(start(models("llama"), width=width).run_many(requests(judge, at_once(width))), by_criterion(score))
+
+
+def test_tokens_that_merge_with_what_follows_the_answer(
+    models: Callable[..., str], start: Start, tmp_path: Path
+) -> None:
+    """The whole text counts, each question's for itself."""
+    model = causal("mistral", 6, vocab_size=280, max_position_embeddings=1024)
+    judge = GradedJudgeReward(
+        model=tiny.save(tmp_path, model, tiny.byte_pairs()), rubric="{prompt} {response}{criterion} ",
+        criteria=["he cat", " dog"], grades={"1": 1.0, "10": 10.0},
+    )  # fmt: skip
+    assert ids("w7 the cat", PIECES) != ids("w7 t", PIECES) + ids("he cat", PIECES)
+    grades = {tuple(ids(f" {word}", PIECES)): value for word, value in judge.grades}
+    texts = ["w7 t", "t", "w8", ""]
+    expected = [
+        sum(mean_grade(model, ids(f"{PROMPT} {text}{q} ", PIECES), grades) for q in ("he cat", " dog")) / 2
+        for text in texts
+    ]
+    assert start(models("llama")).score(judge, PROMPT, texts) == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_judge_reads_no_end_of_text_that_its_tokenizer_appends(
+    models: Callable[..., str], start: Start, tmp_path: Path
+) -> None:
+    tokenizer, model = tiny.words(), causal("gpt2", 5)
+    ending = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", tiny.EOS)])
+    tokenizer.backend_tokenizer.post_processor = ending
+    assert tokenizer("w9")["input_ids"] == [*ids("w9"), tiny.EOS]
+    judge = JudgeReward(model=tiny.save(tmp_path, model, tokenizer), rubric="w30 {response} w32", words=("w6", "w7"))
+    expected = margin(model, ids("w30 w9 w32"), *ids("w6 w7"))
+    assert start(models("llama")).score(judge, PROMPT, ["w9"]) == pytest.approx([expected], abs=1e-4)
 
 
 def test_a_judge_with_recurrent_layers(models: Callable[..., str], start: Start) -> None:
@@ -189,7 +226,7 @@ def test_principles_after_the_answer_in_the_template(models: Callable[..., str],
     texts = ["w20 w21", "w22", "w23 w24 w25"]
     expected = [sum(principled(text, each) for each in PRINCIPLES) / 2 for text in texts]
     assert engine.score(judge, PROMPT, texts) == pytest.approx(expected, abs=1e-4)
-    answers = engine.run_many(requests(judge, stop=()))
+    answers = engine.run_many(requests(judge, at_once(width), stop=()))
     for answer in answers:
         for draft, whole in drafts(answer):
             if len(ids(text := said(WORDS, whole)[0])) == len(whole):  # no special tokens
@@ -295,7 +332,7 @@ def test_rubrics_that_do_not_fit_the_judge(models: Callable[..., str], start: St
         engine.score(GradedJudgeReward(rubric="{prompt} {response}", grades=GRADES), PROMPT, ["w9"])
     template = tiny.CHAT.replace("{{ m.content }}", "{{ m.content if m.role != 'assistant' }}")
     silent = start(models("llama", chat_template=template))
-    with pytest.raises(PromptError, match="leaves an answer out"):
+    with pytest.raises(PromptError, match="does not write what the assistant answers"):
         silent.score(JudgeReward(rubric="chat", words=("w6", "w7")), PROMPT, ["w9"])
     wait_until(lambda: all(map(is_idle, (engine, silent))))
 

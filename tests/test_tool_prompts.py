@@ -498,7 +498,7 @@ def test_what_a_call_says_comes_before_it() -> None:
 
 @pytest.mark.parametrize("template", ["qwen", "llama", "mistral", "chatml", "strict roles"])
 def test_the_text_around_an_answer_has_the_calls_before_it(template: str) -> None:
-    before, _ = chat_of(template).around_answer(HISTORY)
+    before = chat_of(template).around_answer(HISTORY).before
     assert "get_weather" in before
     assert before.index("Error: no signal") < before.index("Again!")
 

@@ -41,16 +41,17 @@ class ClassifierReward(Reward):
     output: Literal["logit", "probability", "log_odds"] = "logit"
     """The raw logit, the probability (softmax, or sigmoid for a single label), or its log-odds."""
     prompt_format: str | None = None
-    """"chat" (the reward model's own template), or a text with `{prompt}` and `{response}`.
-    None: "chat" if the tokenizer has a template, else "{prompt}{response}"."""
+    """"chat" (the reward model's own template), "pair" (two texts, which its tokenizer joins, as cross-encoders have
+    them), or one text with `{prompt}` and `{response}`. None: "chat" if the tokenizer has a template, else "pair" for
+    an encoder whose tokenizer has a way to join two texts, else "{prompt}{response}"."""
     end_of_turn: bool = True
     """Whether what the template writes after an answer is read as well."""
 
     @field_validator("prompt_format")
     @classmethod
     def _has_response(cls, value: str | None) -> str | None:
-        if value not in (None, "chat") and "{response}" not in str(value):
-            raise ValueError("prompt_format must be 'chat' or contain {response}")
+        if value not in (None, "chat", "pair") and "{response}" not in str(value):
+            raise ValueError("prompt_format must be 'chat', 'pair' or contain {response}")
         return value
 
     @property
@@ -61,14 +62,15 @@ class ClassifierReward(Reward):
         from cards_integrations.rewards.scorers.head import Head
         from cards_integrations.rewards.scorers.incremental import IncrementalClassifier, reads_incrementally
         from cards_integrations.rewards.scorers.input_format import InputFormat
-        from cards_integrations.rewards.scorers.rescoring import RescoringClassifier
+        from cards_integrations.rewards.scorers.rescoring import RescoringClassifier, reads_pairs
 
         models = loader.models
         model, tokenizer = models.on_device(self.device, self.dtype).classifier(self._spec())
         chat = ChatTokenizer(tokenizer, rows=embedding_rows(model))
-        input_format = InputFormat(chat, self.prompt_format, self.end_of_turn)
+        otherwise = "pair" if reads_pairs(model, tokenizer) else "{prompt}{response}"
+        input_format = InputFormat(chat, self.prompt_format, self.end_of_turn, otherwise)
         head = Head(self.label, self.output, getattr(model.config, "id2label", None))
-        if not reads_incrementally(model):
+        if input_format.is_pair or not reads_incrementally(model):
             return RescoringClassifier(self.name, model, input_format, head)
         same = models.language_model is not None and same_vocabulary(tokenizer, models.language_model[2])
         return IncrementalClassifier(self.name, model, input_format, head, same, models.memory)

@@ -248,10 +248,9 @@ class JoinedText(RemoteModel):
     def text(self, response: Response) -> str:
         """Return the text that is scored."""
         if self.input_format is not None:
-            before, after = self.input_format.around(response.conversation)
-        else:
-            prompt_format = self.settings.prompt_format or "{prompt}{response}"
-            before, after = around_response(prompt_format, response.conversation.prompt)
+            return self.input_format.around(response.conversation).whole(response.text)
+        prompt_format = self.settings.prompt_format or "{prompt}{response}"
+        before, after = around_response(prompt_format, response.conversation.prompt)
         return before + response.text + after
 
 

@@ -22,7 +22,7 @@ from cards_integrations.models.randomness import Uniforms
 from cards_integrations.models.sampling import Sampler, draw
 from cards_integrations.rewards.base import CausalModel, Conversation, Response, RewardModel, count_forward
 from cards_integrations.rewards.criterion import mean_by_criterion, weighted_mean
-from cards_integrations.rewards.scorers.rubric import Rubric, Suffixes
+from cards_integrations.rewards.scorers.rubric import AskedText, Rubric, RubricIds
 from cards_integrations.rewards.scorers.verdict import Verdict
 from cards_integrations.transformer.flat_batch import ForwardInput
 from cards_integrations.transformer.forward import PREFILL_CHUNK, Output, Transformer
@@ -43,22 +43,13 @@ class Critic(NamedTuple):
     seed: int
 
 
-class Surroundings(NamedTuple):
-    """What is read around the answers of a conversation."""
-
-    text: str
-    before: list[int]
-    """The tokens of the text."""
-    suffixes: Suffixes
-
-
 @dataclass(eq=False)
 class Answer:
-    """An answer while it is judged, in a row of its own; `ids` are all of its text up to the rests of the questions."""
+    """An answer while it is judged, in a row of its own; `before` are the tokens before it."""
 
     response: Response
-    around: Surroundings
-    ids: list[int]
+    before: list[int]
+    text: AskedText
     tree: Tree
 
 
@@ -109,7 +100,7 @@ class CritiqueJudge(RewardModel):
         self.transformer = Transformer(causal.model, causal.memory)
         self.window = max_positions(causal.model.config)
         self.eos = end_of_sequence(causal.model, causal.chat.tokenizer)
-        self.surroundings: dict[Conversation, Surroundings] = {}  # of open conversations
+        self.ids: dict[Conversation, RubricIds] = {}  # of open conversations
 
     # --- conversations and memory ---
 
@@ -121,22 +112,20 @@ class CritiqueJudge(RewardModel):
         self.transformer.release()
 
     def open(self, conversation: Conversation) -> None:
-        text, suffixes = self.rubric.asked(conversation)
-        suffixes.check(self.name)
-        self.surroundings[conversation] = Surroundings(text, self._encode(text), suffixes)
+        ids = self.rubric.ids(conversation, self.same_vocabulary)
+        ids.check(self.name)
+        self.ids[conversation] = ids
 
     def close(self, conversation: Conversation) -> None:
-        self.surroundings.pop(conversation, None)
+        self.ids.pop(conversation, None)
 
     def cache_needs(self, conversation: Conversation, tokens: int) -> list[CacheNeed]:
         return [CacheNeed(self.transformer.cache, 1, tokens + self._own_columns)]
 
     def growth(self, responses: Sequence[Response]) -> int:
-        cache, columns = self.transformer.cache, 0
-        for response in responses:
-            if (around := self.surroundings.get(response.conversation)) is not None:
-                read = len(self._ids(response, around)) + sum(map(len, around.suffixes.rests))
-                columns += cache.row_bytes(read + self._own_columns)
+        cache = self.transformer.cache
+        read = [len(self.ids[each.conversation](each)[0]) for each in responses if each.conversation in self.ids]
+        columns = sum(cache.row_bytes(tokens + self._own_columns) for tokens in read)
         return columns + (cache.pool.growth(len(responses) * 3 * self._branches) if cache.pool else 0)
 
     @property
@@ -156,8 +145,8 @@ class CritiqueJudge(RewardModel):
         answers: list[Answer] = []
         try:
             for response in responses:
-                if (around := self.surroundings.get(response.conversation)) is not None:
-                    answers.append(self._answer(response, around))
+                if (ids := self.ids.get(response.conversation)) is not None:
+                    answers.append(self._answer(response, ids))
             critiques = await self._begin(answers)
             await self._write(critiques)
             grades = await self._grades(critiques)
@@ -175,11 +164,11 @@ class CritiqueJudge(RewardModel):
                 "unfinished ones: use decoding=BestOfN(...), or guide by another reward and score what was written."
             )
 
-    def _answer(self, response: Response, around: Surroundings) -> Answer:
+    def _answer(self, response: Response, ids: RubricIds) -> Answer:
         """Open the row of an answer, if the judge's context has room for it and a critique."""
-        ids = self._ids(response, around)
-        most = len(ids) + max(map(len, around.suffixes.rests)) + self.critic.max_tokens + max(map(len, self.replies))
-        long = self.transformer.is_long(len(ids))
+        text = ids.apart(response)
+        most = text.longest + self.critic.max_tokens + max(map(len, self.replies))
+        long = self.transformer.is_long(len(text.ids))
         window = self.window if long else self.transformer.switch or self.window  # one reading for all of a text
         if most > window:
             raise RewardError(
@@ -187,16 +176,7 @@ class CritiqueJudge(RewardModel):
                 f"max_critique_tokens={self.critic.max_tokens} take {most} tokens, more than the {window} of the "
                 "judge's context; use a smaller max_critique_tokens or max_tokens."
             )
-        return Answer(response, around, ids, self.transformer.cache.open(len(ids) + 1, long))
-
-    def _ids(self, response: Response, around: Surroundings) -> list[int]:
-        """The tokens of a text up to the rests of the questions."""
-        if self.same_vocabulary and response.ids is not None:
-            return [*around.before, *response.ids, *around.suffixes.shared]
-        return [*self._encode(around.text + response.text), *around.suffixes.shared]
-
-    def _encode(self, text: str) -> list[int]:
-        return self.chat.encode_beginning(text) if self.rubric.adds_special_tokens else self.chat.encode(text)
+        return Answer(response, ids.before_ids, text, self.transformer.cache.open(len(text.ids) + 1, long))
 
     # --- reading ---
 
@@ -204,11 +184,11 @@ class CritiqueJudge(RewardModel):
         """Read the answers and the questions; returns critiques to be written, by answer and then by question."""
         await self._read_prompts(answers)
         texts = [self._unread(answer) for answer in answers]
-        await self._read(texts)
+        await self._read([text for text in texts if text.ids])
         questions = [
             ForwardInput(text.branch.branch(), rest, answer.response)
             for text, answer in zip(texts, answers, strict=True)
-            for rest in answer.around.suffixes.rests
+            for rest in answer.text.rests
         ]
         numbers = [*range(len(self.rubric.questions))] * len(answers)
         return [
@@ -221,7 +201,7 @@ class CritiqueJudge(RewardModel):
         """Read what is before the answers, once for each conversation."""
         first: dict[tuple[Conversation, bool], Tree] = {}
         for answer in answers:
-            tree, before = answer.tree, answer.around.before
+            tree, before = answer.tree, answer.before
             known = first.setdefault((answer.response.conversation, tree.long), tree)
             if known is not tree:
                 self.transformer.cache.copy(known, tree)
@@ -236,8 +216,8 @@ class CritiqueJudge(RewardModel):
     @staticmethod
     def _unread(answer: Answer) -> ForwardInput:
         """What is left to be read of an answer; its first token may have merged with the last one before it."""
-        tree, ids = answer.tree, answer.ids
-        known = tree.known(min(common(ids, tree.ids), len(ids) - 1))
+        tree, ids = answer.tree, answer.text.ids
+        known = tree.known(max(0, min(common(ids, tree.ids), len(ids) - 1)))
         return ForwardInput(tree.branch(known), ids[known:], answer.response)
 
     async def _read(self, inputs: Sequence[ForwardInput]) -> list[Output]:

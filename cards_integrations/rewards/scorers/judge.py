@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
+from weakref import WeakKeyDictionary
 
 import torch
 
 from cards_integrations.rewards.base import CausalModel, Conversation, Response
 from cards_integrations.rewards.criterion import mean_by_criterion, weighted_mean
-from cards_integrations.rewards.scorers.conversation_row import FittedText, Reading
+from cards_integrations.rewards.scorers.conversation_row import ConversationRow, FittedText, Reading
 from cards_integrations.rewards.scorers.incremental import Incremental
-from cards_integrations.rewards.scorers.rubric import Rubric
+from cards_integrations.rewards.scorers.rubric import Rubric, RubricIds
 from cards_integrations.rewards.scorers.verdict import Tokens, Verdict
 from cards_integrations.transformer.flat_batch import ForwardInput
 from cards_integrations.transformer.forward import Output
@@ -34,32 +34,28 @@ class IncrementalJudge(Incremental):
         self.verdict = verdict
         self.shows_parts = shows_parts
         self.single = len(rubric.questions) == len(verdict.beginnings) == 1
-        self.rests: dict[Conversation, list[list[int]]] = {}  # a branch for each, of open conversations
+        self._rests: WeakKeyDictionary[Response, list[list[int]]] = WeakKeyDictionary()  # of what is to be scored
 
     def open(self, conversation: Conversation) -> None:
-        _, suffixes = self.rubric.asked(conversation)
+        ids = self.rubric.ids(conversation, self.same_vocabulary, self.verdict.beginnings)
         if not self.single or self.verdict.beginnings[0]:
-            suffixes.check(self.name)
-        super().open(conversation)
-        rests = [[*rest, *begun] for rest in suffixes.rests for begun in self.verdict.beginnings]
-        self.rests[conversation] = rests
-        self.rows[conversation].after_ids = [*suffixes.shared, *chain(*rests)]
-
-    def close(self, conversation: Conversation) -> None:
-        self.rests.pop(conversation, None)
-        super().close(conversation)
+            ids.check(self.name)
+        tree = self.transformer.cache.open(self._columns(ids.before_ids))
+        self.rows[conversation] = ConversationRow(tree, ids.before_ids, ids)
 
     def growth(self, responses: Sequence[Response]) -> int:
         paths = len(self.rubric.questions) * len(self.verdict.beginnings) if self.transformer.recurrent else 1
         return super().growth([*responses] * paths)  # each path has a state
 
     def _fitted(self, response: Response) -> FittedText:
-        """As for one question, the longest: those beside it are on branches of their own."""
-        ids, suffix = self._ids(response, self.rows[response.conversation])
-        lengths = [len(rest) for rest in self.rests[response.conversation]]
-        read = len(ids) - sum(lengths) + max(lengths)
-        cut = self._cut(read, response)
-        return FittedText(ids[cut:], suffix, Reading(cut, self.transformer.is_long(read - cut)))
+        """As for the longest question alone: those beside it are on branches of their own."""
+        ids = self.rows[response.conversation].answer_ids
+        assert isinstance(ids, RubricIds)
+        text = ids.apart(response)
+        self._rests[response] = text.rests
+        cut, whole = self._cut(text.longest, response), text.whole
+        reading = Reading(cut, self.transformer.is_long(text.longest - cut))
+        return FittedText(whole[cut:], len(whole) - text.answered, reading)
 
     def _score_batch(self, batch: list[ForwardInput]) -> list[float]:
         outputs = self._read_whole(batch) if self.single else self._read_apart(batch)
@@ -76,7 +72,7 @@ class IncrementalJudge(Incremental):
 
     def _read_apart(self, batch: list[ForwardInput]) -> list[Output]:
         """A forward of the answers and what all questions share, and one of the rest of each question."""
-        rests = [self.rests[each.owner.conversation] for each in batch]
+        rests = [self._rests[each.owner] for each in batch]
         shared = [
             ForwardInput(each.branch, each.ids[: len(each.ids) - sum(map(len, own))], each.owner)
             for each, own in zip(batch, rests, strict=True)
