@@ -285,8 +285,9 @@ class ChatTokenizer:
         if isinstance(prompt, FormattedPrompt):
             return AnswerFrame(str(prompt))
         messages = as_messages(self.without_tools(prompt))
-        marks = (self.thinking.opening, self.thinking.closing) if self.thinking else ()
-        return answer_frame(lambda text: self._render([*messages, {"role": "assistant", "content": text}]), marks)
+        return answer_frame(
+            lambda text: self._render([*messages, {"role": "assistant", "content": text}]), self._thought_marks
+        )
 
     def around_part(self, before: str, after: str) -> tuple[str, str]:
         """The rendered text around a part of one user message, which is `before` + the part + `after`."""
@@ -294,6 +295,25 @@ class ChatTokenizer:
             return before, after
         whole = self._render([{"role": "user", "content": before + PLACEHOLDER + after}], add_generation_prompt=True)
         return whole.partition(PLACEHOLDER)[::2]
+
+    def around_last_but_one(self, prompt: str | list[Message], last: Message) -> AnswerFrame:
+        """What the template writes around an answer that one more message follows, up to where the model replies.
+
+        Raises:
+            PromptError: The prompt has no messages, or the template does not show the answer.
+        """
+        if isinstance(prompt, FormattedPrompt):
+            raise PromptError("A formatted prompt has no messages that another one could follow: pass the messages.")
+        messages = as_messages(self.without_tools(prompt))
+
+        def render(text: str) -> str:
+            return self._render([*messages, {"role": "assistant", "content": text}, last], add_generation_prompt=True)
+
+        return answer_frame(render, self._thought_marks)
+
+    @property
+    def _thought_marks(self) -> tuple[str, ...]:
+        return (self.thinking.opening, self.thinking.closing) if self.thinking else ()
 
     def _render(self, messages: list[Message], **options: Any) -> str:
         try:

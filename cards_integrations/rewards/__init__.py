@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from cards_integrations.rewards.base import Conversation, Loader, Response, Reward, RewardModel
 from cards_integrations.rewards.classifier import ClassifierReward
+from cards_integrations.rewards.criterion import Criterion
+from cards_integrations.rewards.critique_judge import CritiqueJudgeReward
 from cards_integrations.rewards.function import FunctionReward
 from cards_integrations.rewards.gate import GateReward
+from cards_integrations.rewards.graded_judge import GradedJudgeReward
 from cards_integrations.rewards.groundedness import GroundednessReward
 from cards_integrations.rewards.implicit import ImplicitReward
 from cards_integrations.rewards.judge import JudgeReward
@@ -34,8 +37,11 @@ __all__ = [
     "AnyReward",
     "ClassifierReward",
     "Conversation",
+    "Criterion",
+    "CritiqueJudgeReward",
     "FunctionReward",
     "GateReward",
+    "GradedJudgeReward",
     "GroundednessReward",
     "ImplicitReward",
     "JudgeReward",

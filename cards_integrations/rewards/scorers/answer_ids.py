@@ -21,15 +21,18 @@ class AnswerIds:
         frame: The text around the answer.
         plain: Whether the tokenizer adds what it adds to a plain text; a chat template brings its own.
         drafted: Whether ids of the language model's are ids of this model.
+        ended: Whether what the tokenizer appends to a plain text is read; not where the model is to go on.
     """
 
-    def __init__(self, chat: ChatTokenizer, frame: AnswerFrame, plain: bool = False, drafted: bool = False) -> None:
+    def __init__(
+        self, chat: ChatTokenizer, frame: AnswerFrame, plain: bool = False, drafted: bool = False, ended: bool = True
+    ) -> None:
         self.chat = chat
         self.frame = frame
         self._encode: Callable[[str], list[int]] = chat.encode_beginning if plain else chat.encode
         self.before_ids = self._encode(frame.before)
         self._head, self._turn = self._last_turn()
-        self._appended = chat.appended if plain else []
+        self._appended = chat.appended if plain and ended else []
         self._after_ids = [*chat.encode(frame.after), *self._appended]
         self._special = frozenset(chat.tokenizer.all_special_ids)
         self._takes_drafted = drafted and self._goes_on_from_before
