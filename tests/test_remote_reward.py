@@ -213,7 +213,11 @@ async def asked(reward: RemoteReward, *texts: str, of: Conversation | None = Non
     [
         ("classify", {"model": "rm"}, {"model": "rm", "input": ["Q44", "Q", "Qa4"], "use_activation": False}),
         ("classify", {}, {"input": ["Q44", "Q", "Qa4"], "use_activation": False}),
-        ("score", {"model": "rm"}, {"model": "rm", "text_1": "Q", "text_2": ["44", "", "a4"]}),
+        (
+            "score",
+            {"model": "rm"},
+            {"model": "rm", "text_1": "Q", "text_2": ["44", "", "a4"], "use_activation": False},
+        ),
         ("predict", {}, {"inputs": [["Q44"], ["Q"], ["Qa4"]], "raw_scores": True, "truncate": True}),
         ("json", {}, {"prompt": "Q", "context": ["one", "two"], "responses": ["44", "", "a4"]}),
     ],
