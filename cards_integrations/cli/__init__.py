@@ -8,7 +8,7 @@ import typer
 from pydantic_core import ValidationError
 from rich.console import Console
 
-from cards_integrations.cli import calibrate, chat, compare, demo, generate, judge, lists, mcp, serve
+from cards_integrations.cli import calibrate, chat, compare, demo, generate, judge, lists, mcp, serve, train_value
 from cards_integrations.errors import CardsError, SettingsError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
@@ -17,6 +17,7 @@ app.command()(chat.chat)
 app.command()(compare.compare)
 app.command()(judge.judge)
 app.command()(calibrate.calibrate)
+app.command()(train_value.train_value)
 app.command()(lists.rewards)
 app.command()(lists.models)
 app.command()(serve.serve)
