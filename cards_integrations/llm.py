@@ -31,7 +31,7 @@ from cards_integrations.settings import CardsSettings, as_context
 from cards_integrations.trace import Alignment
 
 if TYPE_CHECKING:
-    from cards_integrations.study import Calibration
+    from cards_integrations.study import Calibration, TrainedValue
 
 
 class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
@@ -266,6 +266,21 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
         if remember:
             found.remember()
         return found
+
+    def train_value(self, prompts: Sequence[Any], *, path: str | Path, **how: Any) -> TrainedValue:
+        """Train a head on the language model's own hidden state that says what the reward would, at no extra cost.
+
+        Args:
+            prompts: What plain answers are written to; some hundreds, like those that will be asked.
+            path: The file to write.
+            how: See `study.train_value`: `reward`, `target`, `contexts`, `held_out`, `seed` and others.
+
+        Returns:
+            The head with its correlations; print it, or pass its `reward` on.
+        """
+        from cards_integrations.study import train_value
+
+        return train_value(self, prompts, path, **how)
 
     def close(self) -> None:
         """Free the models, unless another object uses them; the next call loads them again."""

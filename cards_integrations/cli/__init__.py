@@ -7,7 +7,7 @@ import sys
 import typer
 from rich.console import Console
 
-from cards_integrations.cli import calibrate, chat, compare, demo, generate, judge, lists, mcp, serve
+from cards_integrations.cli import calibrate, chat, compare, demo, generate, judge, lists, mcp, serve, train_value
 from cards_integrations.errors import CardsError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
@@ -16,6 +16,7 @@ app.command()(chat.chat)
 app.command()(compare.compare)
 app.command()(judge.judge)
 app.command()(calibrate.calibrate)
+app.command()(train_value.train_value)
 app.command()(lists.rewards)
 app.command()(lists.models)
 app.command()(serve.serve)

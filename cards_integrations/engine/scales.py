@@ -136,8 +136,8 @@ class Scales:
         stored = self.store.get(self.model, reward)
         if stored is not None:
             return KnownScale(stored, "remembered")
-        if reward.scale is not None:
-            mean, std = reward.scale
+        if (published := reward.published_scale) is not None:
+            mean, std = published
             return KnownScale(Scale(mean=mean, std=std), "published")
         return None
 

@@ -2,7 +2,7 @@
 
 `LanguageModel` is all that a backend has to be. What only some backends can do is a protocol of its own:
 `StepwiseModel` for one that computes here, a step at a time; `ConstrainedModel` for one that can be held to a
-grammar; `LogitsReader` for one that can read a whole text again.
+grammar; `LogitsReader` and `StateReader` for one that can read a whole text again.
 """
 
 from __future__ import annotations
@@ -98,6 +98,7 @@ class Context:
         matcher: Where the kept text is in its grammar; None without one.
         logprobs: How many of the most probable tokens are reported for each token; None reports nothing.
         whole_sentences: True if an answer that reaches `max_tokens` ends with its last whole sentence.
+        states: True if a model that has hidden states hands its candidates over with these.
         ids: Token ids of the kept text.
         text: The kept text.
         start: What it is decoded after: the end of the prompt.
@@ -112,6 +113,7 @@ class Context:
     matcher: Matcher | None = None
     logprobs: int | None = None
     whole_sentences: bool = False
+    states: bool = False
     ids: list[int] = field(default_factory=list)
     text: str = ""
     start: AnswerStart = NOTHING_BEFORE
@@ -147,6 +149,8 @@ class Candidate:
         limit: The most tokens that it may have.
         watched: True if its text is looked at after each token, for stop strings or by its boundary.
         response: The whole answer with this candidate, cut before a stop string.
+        states: If its context asks for states, once it has ended: the last hidden state after its last token, and the
+            mean of those after all tokens of the answer, (2, hidden size) in float32; None if they are unknown.
     """
 
     context: Context
@@ -169,6 +173,7 @@ class Candidate:
     limit: int = field(init=False)
     watched: bool = field(init=False)
     response: str = field(init=False)
+    states: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         parent = self.parent
@@ -299,6 +304,14 @@ class LogitsReader(Protocol):
 
     def read(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> torch.Tensor:
         """Logits before each token of an answer, (tokens, vocabulary), float32."""
+
+
+@runtime_checkable
+class StateReader(Protocol):
+    """A language model that can read the hidden states of a whole answer again."""
+
+    def read_states(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> torch.Tensor:
+        """The last hidden state after the prompt and after each token of an answer, (1 + tokens, hidden size)."""
 
 
 class CustomModel(SettingsModel):

@@ -20,6 +20,7 @@ from cards_integrations.rewards.process import ProcessReward
 from cards_integrations.rewards.registry import NAMED, REWARDS, AnyReward, as_reward, register_reward
 from cards_integrations.rewards.relevance import RelevanceReward
 from cards_integrations.rewards.remote import RemoteReward
+from cards_integrations.rewards.value import ValueReward
 from cards_integrations.rewards.weighted import WeightedReward
 
 NAMED |= {
@@ -56,6 +57,7 @@ __all__ = [
     "Reward",
     "RewardLoader",
     "RewardModel",
+    "ValueReward",
     "WeightedReward",
     "as_reward",
     "register_reward",

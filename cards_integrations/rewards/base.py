@@ -28,6 +28,8 @@ from cards_integrations.settings_model import SettingsModel
 from cards_integrations.trace import Usage
 
 if TYPE_CHECKING:
+    import torch
+
     from cards_integrations.transformer.kv_memory import CacheNeed, KVMemory
     from cards_integrations.transformer.step_times import StepTimes
 
@@ -60,6 +62,9 @@ class Response:
     """Where a composite leaves the scores of its parts, by name."""
     parent: Response | None = None
     """A scored response, not kept yet, that this one continues."""
+    states: torch.Tensor | None = None
+    """The language model's last hidden state after its last token, and the mean of those after all of its tokens,
+    (2, hidden size), float32. None if no reward reads them, if the text was cut, or if it is not the model's."""
 
 
 class RewardModel(ABC):
@@ -75,6 +80,11 @@ class RewardModel(ABC):
     """Seconds that one call of `score` may take."""
     across_requests: bool = False
     """True if one call of `score` may take answers of several requests."""
+
+    @property
+    def reads_states(self) -> bool:
+        """True if drafted answers should come with the language model's hidden states."""
+        return False
 
     @property
     def step_times(self) -> StepTimes | None:
@@ -262,6 +272,11 @@ class Reward(SettingsModel):
     def scale_source(self) -> Reward:
         """The reward whose scale is also the scale of this one."""
         return self.with_parts([part.scale_source for part in self.parts])
+
+    @property
+    def published_scale(self) -> tuple[float, float] | None:
+        """The scale as the settings, or the files that they name, have it; None if it has to be measured."""
+        return self.scale
 
     def has_signal_for(self, conversation: Conversation) -> bool:
         """Return True if the reward can guide an answer here; otherwise a plain answer is written."""

@@ -87,12 +87,12 @@ class ProcessReward(Reward):
 
     def _causal(self, loader: Loader, steps: Steps, words: tuple[str, str]) -> RewardModel:
         from cards_integrations.rewards.scorers.input_format import InputFormat
-        from cards_integrations.rewards.scorers.judge import first_tokens
         from cards_integrations.rewards.scorers.process import CausalWords
+        from cards_integrations.rewards.scorers.verdict import Margin
 
         causal = loader.causal(self._spec, self.name)
         form = InputFormat(causal.chat, self.prompt_format)
-        tokens = first_tokens(words, causal.chat)
+        tokens = Margin.of(words, causal.chat).words
         return CausalWords(tokens, self.name, causal.model, form, steps, self.aggregate, causal.memory)
 
     @property

@@ -44,6 +44,22 @@ def mean(values: Sequence[float], groups: Sequence[object] | None = None, seed: 
     return Mean(float(data.mean()), float(low), float(high))
 
 
+def pearson(one: Sequence[float], other: Sequence[float]) -> float:
+    """Return the correlation of two series; 0 if one of them is constant."""
+    a, b = (np.asarray(values, dtype=float) for values in (one, other))
+    return 0.0 if a.std() == 0 or b.std() == 0 else float(np.corrcoef(a, b)[0, 1])
+
+
+def spearman(one: Sequence[float], other: Sequence[float]) -> float:
+    """Return the correlation of the ranks in two series, equal values having their mean rank."""
+    return pearson(*(_ranks(np.asarray(values, dtype=float)) for values in (one, other)))
+
+
+def _ranks(values: np.ndarray) -> list[float]:
+    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return list((np.cumsum(counts) - (counts - 1) / 2)[which])
+
+
 def distinct(texts: Sequence[str], n: int) -> float:
     """Return distinct-n, the number of distinct n-grams of words over that of all (Li et al., arXiv 1510.03055)."""
     grams = [tuple(words[i : i + n]) for text in texts for words in [text.split()] for i in range(len(words) - n + 1)]

@@ -150,7 +150,7 @@ class TokenHead(Process):
 class CausalWords(Process):
     """A causal model that says one word behind good steps, and another behind bad ones."""
 
-    def __init__(self, words: tuple[int, int], *settings: Any) -> None:
+    def __init__(self, words: list[int], *settings: Any) -> None:
         super().__init__(*settings)
         self.words = words
 
@@ -158,5 +158,5 @@ class CausalWords(Process):
         return [output.values for output in self._counted(batch, self.transformer.logits(batch))]
 
     def _good(self, values: torch.Tensor) -> list[float]:
-        found: list[float] = values[:, list(self.words)].float().softmax(-1)[:, 0].tolist()
+        found: list[float] = values[:, self.words].float().softmax(-1)[:, 0].tolist()
         return found
