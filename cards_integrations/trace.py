@@ -271,6 +271,7 @@ class Alignment:
             "seed": self.seed,
             "method": self.method,
             "finish_reason": self.finish_reason,
+            "out_of_reach": self.out_of_reach,
             "segments": [
                 {"text": s.text, "reward": s.reward, "threshold": s.threshold, "drafts": len(s.drafts)}
                 for s in self.segments
