@@ -1,9 +1,11 @@
 """Does each reward guide? Does calibration foresee? Are guided answers grounded? Is stopping as good as a target?
 
     python benchmarks/rewards.py [--parts guide grounded calibration stopping] [--models ../shared/models]
+    python benchmarks/rewards.py --parts guide --rewards judge  # only those with these words in their names
 
-    guide        every kind of reward guides SmolLM2: its mean for plain and for CARDS answers, same
-                 prompts, seeds and length limit, 95% bootstrap intervals of the paired difference
+    guide        every kind of reward guides SmolLM2: its mean for plain and for CARDS answers (best-of-4 for the
+                 judge that writes critiques, which reads finished answers only), same prompts, seeds and length
+                 limit, 95% bootstrap intervals of the paired difference
     grounded     twenty questions with a context: how many answers hold the context's fact
     calibration  predicted against measured acceptance, tokens and reward, on other prompts
     stopping     optimal stopping against calibrated CARDS: rewards at equal tokens looked at
@@ -41,8 +43,10 @@ from cards_integrations.models.local.settings import LocalModel
 from cards_integrations.rewards import (
     NAMED,
     ClassifierReward,
+    CritiqueJudgeReward,
     FunctionReward,
     GateReward,
+    GradedJudgeReward,
     GroundednessReward,
     ImplicitReward,
     JudgeReward,
@@ -60,6 +64,7 @@ from cards_integrations.trace import Alignment
 
 RESULTS = Path(__file__).parent / "results" / "rewards.json"
 SEEDS = 5
+PRINCIPLES = ("Does it answer the message?", "Is it friendly?", "Is it free of repetition?")
 SERVER = """
     import http.server, json
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -132,6 +137,9 @@ def rewards(url: str, tuned: LocalModel) -> dict[str, Reward]:
         "pattern (rain, sun; no I)": PatternReward(wanted=["rain", "sun"], forbidden=[r"\bI\b"], case_sensitive=True),
         "implicit (distilled best-of-8)": ImplicitReward(tuned=tuned),
         "judge (SmolLM2 itself)": JudgeReward(),
+        "judge of three principles (SmolLM2 itself)": JudgeReward(criteria=PRINCIPLES),
+        "graded judge, 1 to 5 (SmolLM2 itself)": GradedJudgeReward(),
+        "critique judge, best-of-4 (SmolLM2 itself)": CritiqueJudgeReward(max_critique_tokens=48),
         "relevance (MiniLM)": RelevanceReward(),
         "groundedness by likelihood": GroundednessReward(),
         "groundedness by embedding": GroundednessReward(by="embedding"),
@@ -153,15 +161,18 @@ def guide(options: argparse.Namespace) -> dict[str, Any]:
     )  # fmt: skip
     llm = CardsLLM(max_tokens=48)
     with server() as url, tempfile.TemporaryDirectory() as folder:
-        tuned = distilled(llm, Path(folder))
-        for name, reward in rewards(url, tuned).items():
+        chosen = [name for name in rewards(url, LocalModel()) if any(word in name for word in options.rewards)]
+        tuned = distilled(llm, Path(folder)) if any("implicit" in name for name in chosen) else LocalModel()
+        for name in chosen:
+            reward = rewards(url, tuned)[name]
             prompts: list[str] = PROMPTS[:16]
             if isinstance(reward, GroundednessReward):
                 prompts = [PROMPT.format(question=q, context=c) for q, c, _ in QUESTIONS[:16]]
             ask = {"seeds": range(len(prompts)), "reward": reward}
             plain = llm.align_batch(prompts, decoding=Sampling(), **ask)
             before = np.array([llm.score(p, [a.text], reward)[0] for p, a in zip(prompts, plain, strict=True)])
-            aligned = llm.align_batch(prompts, decoding=Cards(), **ask)
+            decoding = BestOfN(n=4) if isinstance(reward, CritiqueJudgeReward) else Cards()
+            aligned = llm.align_batch(prompts, decoding=decoding, **ask)
             after = np.array([a.reward for a in aligned])
             rng = np.random.default_rng(0)
             row = {
@@ -322,10 +333,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--models", type=Path, default=Path(__file__).parents[2] / "shared" / "models")
+    parser.add_argument("--rewards", nargs="+", default=[""], help="words of which a name has one, for the part guide")
     options = parser.parse_args()
     for part in options.parts:
         found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        found[part] = PARTS[part](options)
+        found[part] = {**found.get(part, {}), **PARTS[part](options)}
         RESULTS.write_text(json.dumps(found, indent=1) + "\n")
 
 

@@ -88,6 +88,7 @@ def classes() -> dict[str, type[BaseModel]]:
         LocalModel,
         VllmModel,
         rewards.Reward,
+        rewards.Criterion,
         *decoding.METHODS.values(),
     ]
     return {each.__name__: each for each in [*found, *ends, *own]}

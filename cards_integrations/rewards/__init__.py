@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from cards_integrations.rewards.base import Conversation, Loader, Response, Reward, RewardModel
 from cards_integrations.rewards.classifier import ClassifierReward
+from cards_integrations.rewards.criterion import Criterion
+from cards_integrations.rewards.critique_judge import CritiqueJudgeReward
 from cards_integrations.rewards.fluency import FluencyReward
 from cards_integrations.rewards.function import FunctionReward
 from cards_integrations.rewards.gate import GateReward
+from cards_integrations.rewards.graded_judge import GradedJudgeReward
 from cards_integrations.rewards.groundedness import GroundednessReward
 from cards_integrations.rewards.guarded import GuardedReward
 from cards_integrations.rewards.implicit import ImplicitReward
@@ -15,6 +18,7 @@ from cards_integrations.rewards.length import LengthReward
 from cards_integrations.rewards.loader import RewardLoader
 from cards_integrations.rewards.minimum import MinReward
 from cards_integrations.rewards.pattern import PatternReward
+from cards_integrations.rewards.process import ProcessReward
 from cards_integrations.rewards.registry import HELD_OUT, NAMED, REWARDS, AnyReward, as_reward, register_reward
 from cards_integrations.rewards.relevance import RelevanceReward
 from cards_integrations.rewards.remote import RemoteReward
@@ -39,9 +43,12 @@ __all__ = [
     "AnyReward",
     "ClassifierReward",
     "Conversation",
+    "Criterion",
+    "CritiqueJudgeReward",
     "FluencyReward",
     "FunctionReward",
     "GateReward",
+    "GradedJudgeReward",
     "GroundednessReward",
     "GuardedReward",
     "ImplicitReward",
@@ -50,6 +57,7 @@ __all__ = [
     "Loader",
     "MinReward",
     "PatternReward",
+    "ProcessReward",
     "RelevanceReward",
     "RemoteReward",
     "Response",
