@@ -22,9 +22,11 @@ from cards_integrations.rewards import (
     REWARDS,
     ClassifierReward,
     Conversation,
+    FluencyReward,
     FunctionReward,
     GateReward,
     GroundednessReward,
+    GuardedReward,
     ImplicitReward,
     JudgeReward,
     LengthReward,
@@ -95,6 +97,7 @@ LEAVES: dict[str, st.SearchStrategy[Reward]] = {
         prompt_format=st.none() | st.just("chat") | formats,
     ),
     "function": some(FunctionReward, function=st.sampled_from([words, as_reward])),
+    "fluency": some(FluencyReward, n=st.integers(1, 99), least_log_p=st.none() | number),
     "length": some(LengthReward, target=st.integers(1, 10**9), unit=st.sampled_from(["words", "characters"])),
     "pattern": some(PatternReward, wanted=expressions, forbidden=expressions, case_sensitive=st.booleans()),
     "judge": st.builds(judge, text, name, model=st.none() | model, **common),
@@ -120,6 +123,7 @@ def composites(part: st.SearchStrategy[Reward]) -> dict[str, st.SearchStrategy[R
     return {
         "weighted": st.builds(weighted, parts, st.lists(number, min_size=2, max_size=2), **common),
         "min": some(MinReward, rewards=parts),
+        "guarded": some(GuardedReward, reward=part, guard=part, weight=st.floats(1e-3, 1e3)),
         "gate": some(GateReward, gate=part, reward=part, threshold=number, closed=number),
     }
 
@@ -319,6 +323,8 @@ BAD: dict[str, tuple[Any, str]] = {
     "a kind that is a list": ({"kind": ["length"]}, "not known"),
     "gate without reward": ({"kind": "gate", "gate": LENGTH}, "reward"),
     "threshold nan": ({"kind": "gate", "gate": LENGTH, "reward": LENGTH, "threshold": float("nan")}, "threshold"),
+    "weight of a guard zero": ({"kind": "guarded", "reward": LENGTH, "weight": 0}, "weight"),
+    "n-grams of nothing": ({"kind": "fluency", "n": 0}, "n"),
     "closed infinite": ({"kind": "gate", "gate": LENGTH, "reward": LENGTH, "closed": float("-inf")}, "closed"),
     "an unknown field": ({**LENGTH, "tmeout": 3}, "tmeout"),
     "timeout negative": ({**LENGTH, "timeout": -1}, "timeout"),

@@ -268,6 +268,10 @@ class Reward(SettingsModel):
     def __hash__(self) -> int:
         return hash((type(self), *(_hash(getattr(self, name)) for name in type(self).model_fields)))
 
+    def needs_scale_of(self, part: int) -> bool:
+        """Return True if the part with this index has to come with its scale."""
+        return self.needs_part_scales
+
     @property
     def scale_source(self) -> Reward:
         """The reward whose scale is also the scale of this one."""

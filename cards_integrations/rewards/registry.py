@@ -14,6 +14,8 @@ from cards_integrations.rewards.base import Reward
 
 GROUP = "cards_integrations.rewards"
 NAMED: dict[str, Reward] = {}
+HELD_OUT: dict[str, str] = {}
+"""By name of a reward, that of another model for the same, which judges where the first one guides."""
 R = TypeVar("R", bound=Reward)
 
 _registry = Registry(Reward, "reward", "kind", GROUP)
@@ -83,6 +85,12 @@ def as_reward(value: Any) -> Reward:
     raise SettingsError(
         f"reward={short_repr(value)}: pass a name, a hub id, a directory, a function or a settings object."
     )
+
+
+def held_out_for(reward: Reward) -> Reward | None:
+    """Return the named reward that judges where this one guides, alone or guarded; None if there is none."""
+    guides = {name: NAMED[name].scale_source for name in HELD_OUT}
+    return next((NAMED[HELD_OUT[name]] for name, guide in guides.items() if guide == reward.scale_source), None)
 
 
 def _by_kind(kind: str) -> Reward:
