@@ -192,6 +192,7 @@ def test_demo_answers_with_both_methods(monkeypatch):
     monkeypatch.setattr("transformers.utils.logging.set_verbosity_error", lambda: None)
     monkeypatch.setattr("cards_integrations.llm.CardsLLM", lambda max_tokens: faces.cards_llm(max_tokens=8))
     monkeypatch.setattr(demo, "PROMPTS", ["Hello"])
+    monkeypatch.setattr(demo, "QUESTIONS", demo.QUESTIONS[:1])
     monkeypatch.setattr(demo, "JUDGE", None)
     shown = run("demo").stdout
     with faces.cards_llm(max_tokens=8) as llm:
@@ -199,6 +200,8 @@ def test_demo_answers_with_both_methods(monkeypatch):
             usage = llm.align("Hello", decoding=decoding, seed=0).usage
             assert str(usage.drafted_tokens) in shown
     assert "mean over 1 prompts" in shown
+    assert "of 1 plain answers" in shown
+    assert demo.DOCUMENTS[0].partition(". ")[0] in " ".join(shown.split())
 
 
 def test_rewards_and_models():
