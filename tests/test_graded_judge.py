@@ -14,7 +14,6 @@ import torch
 from conftest import Start
 from internals import is_idle, wait_until
 from naive import drafts, margin, said
-from pydantic import ValidationError
 from tokenizers.processors import TemplateProcessing
 
 from cards_integrations import CardsSettings
@@ -309,7 +308,7 @@ def test_a_window_that_is_too_small(models: Callable[..., str], start: Start, tm
     ],
 )
 def test_settings_that_cannot_work(kind: Any, settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
+    with pytest.raises(SettingsError, match=message):
         kind(**settings)
 
 

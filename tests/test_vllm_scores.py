@@ -204,7 +204,7 @@ async def test_steps(served: Served, by_step: bool, aggregate: str, joined: Call
 
 async def test_steps_of_texts(served: Served) -> None:
     reward = served.reward(
-        "pooling", step_tag=TAG, step_separator=" the ", label=0, prompt_format="{prompt} {response}"
+        "pooling", step_tag=TAG, separator=" the ", aggregate="last", label=0, prompt_format="{prompt} {response}"
     )
     found = await asked(reward, ["on the mat"])
     assert served.asked[0]["input"] == [f"{PROMPT} on{TAG}mat{TAG}"]
@@ -325,7 +325,7 @@ async def test_a_sure_answer_is_a_number(served: Served, p: float) -> None:
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"protocol": "pooling"}, "needs step_tag="),
+        ({"protocol": "score", "after_tag": " "}, "after_tag=.*leave it out"),
         ({"protocol": "generative_scoring"}, "needs tokenizer="),
         ({"protocol": "score", "step_tag": TAG}, "leave it out; it is for protocol='pooling'"),
         ({"protocol": "classify", "question": "Is it?"}, "question=.*leave it out"),
@@ -366,7 +366,7 @@ def test_settings_come_back(settings: dict[str, Any]) -> None:
 @pytest.mark.parametrize("protocol", ["pooling", "generative_scoring", "systemone"])
 def test_it_guides(served: Served, start: Start, protocol: str) -> None:
     more: dict[str, dict[str, Any]] = {
-        "pooling": {"step_tag": TAG, "step_separator": " ", "tokenizer": served.folder},
+        "pooling": {"step_tag": TAG, "separator": " ", "tokenizer": served.folder},
         "generative_scoring": {"tokenizer": served.folder, "prompt_format": "{response}?"},
         "systemone": {"prompt_format": "{response}"},
     }

@@ -9,6 +9,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 from cards_integrations.http_client import Keyed, ServerUrl
 from cards_integrations.rewards.base import Reward
 from cards_integrations.rewards.question import HELPFUL, AnyQuestion
+from cards_integrations.rewards.steps import Aggregate
 
 KEY = "CARDS_REWARD_API_KEY"
 Protocol = Literal["classify", "score", "predict", "json", "pooling", "generative_scoring", "systemone"]
@@ -16,8 +17,9 @@ ONLY_WITH: dict[str, tuple[Protocol, ...]] = {
     "label": ("classify", "predict", "pooling"),
     "tokenizer": ("classify", "pooling", "generative_scoring"),
     "use_activation": ("score",),
+    "separator": ("pooling",),
     "step_tag": ("pooling",),
-    "step_separator": ("pooling",),
+    "after_tag": ("pooling",),
     "aggregate": ("pooling",),
     "words": ("generative_scoring",),
     "question": ("systemone",),
@@ -54,12 +56,14 @@ class RemoteSettings(Keyed, Reward):
     use_activation: bool = False
     """Whether vLLM puts the scores of "score" through the model's activation, a sigmoid as a rule. True for
     late-interaction models, whose vectors it normalises so."""
-    step_tag: Annotated[str, Field(min_length=1)] | None = None
-    """For "pooling": the text of the token that follows each step, such as "<extra_0>"."""
-    step_separator: Annotated[str, Field(min_length=1)] = "\n\n"
-    """Between the steps of an answer, which are sent without it."""
-    aggregate: Literal["last", "min", "product", "mean"] = "last"
-    """How the probabilities of the steps become one score."""
+    separator: Annotated[str, Field(min_length=1)] = "\n\n"
+    """For "pooling": what ends a step in an answer's text, and is left out of it."""
+    step_tag: Annotated[str, Field(min_length=1)] = "<extra_0>"
+    """For "pooling": the text of the token that the model was trained to read behind each step."""
+    after_tag: str = ""
+    """For "pooling": what stands between a tag and the next step."""
+    aggregate: Aggregate = "min"
+    """For "pooling": how the scores of the steps become one: that of the last, the least, the product or the mean."""
     words: tuple[Annotated[str, Field(min_length=1)], Annotated[str, Field(min_length=1)]] = ("Yes", "No")
     """For "generative_scoring": the score is log p of the first word minus that of the second; their first tokens are
     compared."""
@@ -92,8 +96,6 @@ class RemoteSettings(Keyed, Reward):
 
     @model_validator(mode="after")
     def _has_what_it_needs(self) -> Self:
-        if self.protocol == "pooling" and self.step_tag is None:
-            raise ValueError("protocol='pooling' needs step_tag=, the text of the token that follows each step")
         if self.protocol == "generative_scoring" and self.tokenizer is None:
             raise ValueError("protocol='generative_scoring' needs tokenizer=, which has the tokens of the words")
         if self.words[0] == self.words[1]:

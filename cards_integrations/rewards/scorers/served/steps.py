@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel, FiniteFloat
@@ -15,15 +14,10 @@ from cards_integrations.http_client import REPLY_BYTES
 from cards_integrations.rewards.base import Response
 from cards_integrations.rewards.scorers.served.client import Entries, IndexedEntry, in_order, named
 from cards_integrations.rewards.scorers.served.texts import JoinedText
+from cards_integrations.rewards.steps import Steps, aggregated
 
 LARGE = 700.0  # whose exponential is still a number
 ROW_BYTES = 256  # of a reply for each token at most: the numbers of ten labels
-AGGREGATES: Mapping[str, Callable[[list[float]], float]] = {
-    "last": lambda steps: steps[-1],
-    "min": min,
-    "product": math.prod,
-    "mean": statistics.fmean,
-}
 
 
 class TokenScores(IndexedEntry):
@@ -48,18 +42,18 @@ class StepScores(JoinedText):
 
     def use_tokenizer(self, chat: ChatTokenizer, padding: int | None) -> None:
         super().use_tokenizer(chat, padding)
-        ids = chat.encode(str(self.settings.step_tag))
+        ids = chat.encode(self.settings.step_tag)
         if len(ids) != 1:
             raise SettingsError(f"reward.step_tag={self.settings.step_tag!r} is {len(ids)} tokens of this tokenizer.")
         self.tag = ids[0]
 
-    def steps(self, response: Response) -> list[str]:
-        """Return the steps of an answer; an empty one has a single, empty step."""
-        parts = response.text.split(self.settings.step_separator)
-        return [part for part in parts if part.strip()] or [""]
+    @property
+    def steps(self) -> Steps:
+        """How an answer is taken apart."""
+        return Steps(self.settings.separator, self.settings.step_tag, self.settings.after_tag)
 
     def answer(self, response: Response) -> str:
-        return "".join(f"{step}{self.settings.step_tag}" for step in self.steps(response))
+        return self.steps.tagged(self.steps.split(response.text))
 
     def body(self, responses: Sequence[Response]) -> dict[str, Any]:
         asked = {**named(self.settings.model), "input": self.input(responses)}
@@ -73,7 +67,7 @@ class StepScores(JoinedText):
         if len(data) != len(responses):
             raise ValueError(f"{len(data)} scores for {len(responses)} texts. Check reward.protocol.")
         given = zip(data, body["input"], responses, strict=True)
-        return [self._score(entry.data, text, len(self.steps(response))) for entry, text, response in given]
+        return [self._score(entry.data, text, len(self.steps.split(response.text))) for entry, text, response in given]
 
     def _score(self, rows: list[list[float]], text: str | list[int], steps: int) -> float:
         if isinstance(text, list) and len(rows) == len(text):
@@ -83,7 +77,7 @@ class StepScores(JoinedText):
                 f"there are {len(rows)} scores for {steps} steps. Start vLLM with the step tag, --pooler-config "
                 "'{\"step_tag_id\": ...}', or give reward.tokenizer; the tag must be in no prompt and no answer."
             )
-        return AGGREGATES[self.settings.aggregate]([self._probability(row) for row in rows])
+        return aggregated([self._probability(row) for row in rows], self.settings.aggregate)
 
     def _probability(self, logits: list[float]) -> float:
         """Of the label: the only one by a sigmoid, one of several by their softmax (the last by default)."""

@@ -9,7 +9,6 @@ from pydantic import BaseModel
 
 from cards_integrations.chat.answer_frame import AnswerFrame
 from cards_integrations.chat.template import ChatTokenizer
-from cards_integrations.errors import SettingsError
 from cards_integrations.rewards.base import Conversation, Response
 from cards_integrations.rewards.question import Probability, log_odds
 from cards_integrations.rewards.scorers.input_format import InputFormat, around_response
@@ -36,11 +35,6 @@ class Rubric(InputFormat):
         return AnswerFrame(*self.chat.around_part(*around_response(self.rubric, conversation.prompt)))
 
 
-def _as_said(word: str, chat: ChatTokenizer) -> str:
-    """As the model begins its answer with it; without a template, after a space."""
-    return word if chat.has_template else " " + word
-
-
 class WordScore(IndexedEntry):
     score: Probability
 
@@ -65,10 +59,10 @@ class WordMargin(JoinedText):
     labels: list[int]
 
     def use_tokenizer(self, chat: ChatTokenizer, padding: int | None) -> None:
+        from cards_integrations.rewards.scorers.verdict import Margin  # needs torch, which settings do not
+
         self.input_format = Rubric(chat, self.settings.prompt_format or RUBRIC)
-        self.labels = [ids[0] for word in self.settings.words if (ids := chat.encode(_as_said(word, chat)))]
-        if len({*self.labels}) != 2:
-            raise SettingsError(f"reward.words={self.settings.words!r} do not begin with two different tokens.")
+        self.labels = Margin.of(self.settings.words, chat).words
 
     def body(self, responses: Sequence[Response]) -> dict[str, Any]:
         texts = [list(each) for each in self.input(responses)]
