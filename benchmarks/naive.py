@@ -57,8 +57,9 @@ class Plain:
 
     def around(self, prompt: str) -> tuple[list[int], list[int]]:
         """What the reward model reads before an answer and after it."""
-        before, after = self.input_format.around(Conversation(prompt, Usage()))
-        return self.chat.encode(before, special=self.input_format.adds_special_tokens), self.chat.encode(after)
+        frame = self.input_format.around(Conversation(prompt, Usage()))
+        before = self.chat.encode(frame.before, special=self.input_format.adds_special_tokens)
+        return before, self.chat.encode(frame.after)
 
     @torch.inference_mode()
     def rewards(self, prompt: str, answers: list[list[int]]) -> list[float]:

@@ -1,9 +1,11 @@
 """Does each reward guide? Does calibration foresee? Are guided answers grounded? Is stopping as good as a target?
 
     python benchmarks/rewards.py [--parts guide grounded calibration stopping] [--models ../shared/models]
+    python benchmarks/rewards.py --parts guide --rewards judge  # only those with these words in their names
 
-    guide        every kind of reward guides SmolLM2: its mean for plain and for CARDS answers, same
-                 prompts, seeds and length limit, 95% bootstrap intervals of the paired difference
+    guide        every kind of reward guides SmolLM2: its mean for plain and for CARDS answers (best-of-4 for the
+                 judge that writes critiques, which reads finished answers only), same prompts, seeds and length
+                 limit, 95% bootstrap intervals of the paired difference
     grounded     twenty questions with a context: how many answers hold the context's fact
     calibration  predicted against measured acceptance, tokens and reward, on other prompts
     stopping     optimal stopping against calibrated CARDS: rewards at equal tokens looked at
@@ -41,8 +43,10 @@ from cards_integrations.models.local.settings import LocalModel
 from cards_integrations.rewards import (
     NAMED,
     ClassifierReward,
+    CritiqueJudgeReward,
     FunctionReward,
     GateReward,
+    GradedJudgeReward,
     GroundednessReward,
     ImplicitReward,
     JudgeReward,
@@ -55,10 +59,12 @@ from cards_integrations.rewards import (
     WeightedReward,
 )
 from cards_integrations.rewards.prompts import PLAIN
+from cards_integrations.study.metrics import distinct, points, repeated_3grams
 from cards_integrations.trace import Alignment
 
 RESULTS = Path(__file__).parent / "results" / "rewards.json"
 SEEDS = 5
+PRINCIPLES = ("Does it answer the message?", "Is it friendly?", "Is it free of repetition?")
 SERVER = """
     import http.server, json
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -124,19 +130,23 @@ def distilled(llm: CardsLLM, folder: Path, n: int = 8, epochs: int = 2) -> Local
 def rewards(url: str, tuned: LocalModel) -> dict[str, Reward]:
     """One of each kind."""
     return {
-        "classifier, decoder (sentiment)": NAMED["sentiment"],
+        "classifier, decoder (sentiment)": NAMED["sentiment"].parts[0],
         "classifier, encoder (sentiment)": NAMED["sentiment-minilm"],
         "function (short words)": FunctionReward(function=short_words),
         "length (20 words)": LengthReward(target=20),
         "pattern (rain, sun; no I)": PatternReward(wanted=["rain", "sun"], forbidden=[r"\bI\b"], case_sensitive=True),
         "implicit (distilled best-of-8)": ImplicitReward(tuned=tuned),
         "judge (SmolLM2 itself)": JudgeReward(),
+        "judge of three principles (SmolLM2 itself)": JudgeReward(criteria=PRINCIPLES),
+        "graded judge, 1 to 5 (SmolLM2 itself)": GradedJudgeReward(),
+        "critique judge, best-of-4 (SmolLM2 itself)": CritiqueJudgeReward(max_critique_tokens=48),
         "relevance (MiniLM)": RelevanceReward(),
         "groundedness by likelihood": GroundednessReward(),
         "groundedness by embedding": GroundednessReward(by="embedding"),
         "remote (share of vowels)": RemoteReward(url=url, protocol="json"),
         "weighted (sentiment + relevance)": WeightedReward(rewards=["sentiment", RelevanceReward()]),
         "min (sentiment, 20 words)": MinReward(rewards=["sentiment", LengthReward(target=20)]),
+        "guarded (sentiment, no repetition)": NAMED["sentiment"],
         "gate (no I, then sentiment)": GateReward(
             gate=PatternReward(forbidden=[r"\bI\b"], case_sensitive=True), reward="sentiment", closed=-5
         ),
@@ -145,18 +155,24 @@ def rewards(url: str, tuned: LocalModel) -> dict[str, Reward]:
 
 def guide(options: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    table = Table("reward", "plain", "CARDS", "difference", "looked at / kept", "tokens", title="each reward guides")
+    table = Table(
+        "reward", "plain", "CARDS", "difference", "wins, %", "looked at / kept", "tokens", "repeated 3-grams, %",
+        "distinct-2", "log p / token", title="each reward guides",
+    )  # fmt: skip
     llm = CardsLLM(max_tokens=48)
     with server() as url, tempfile.TemporaryDirectory() as folder:
-        tuned = distilled(llm, Path(folder))
-        for name, reward in rewards(url, tuned).items():
+        chosen = [name for name in rewards(url, LocalModel()) if any(word in name for word in options.rewards)]
+        tuned = distilled(llm, Path(folder)) if any("implicit" in name for name in chosen) else LocalModel()
+        for name in chosen:
+            reward = rewards(url, tuned)[name]
             prompts: list[str] = PROMPTS[:16]
             if isinstance(reward, GroundednessReward):
                 prompts = [PROMPT.format(question=q, context=c) for q, c, _ in QUESTIONS[:16]]
             ask = {"seeds": range(len(prompts)), "reward": reward}
             plain = llm.align_batch(prompts, decoding=Sampling(), **ask)
             before = np.array([llm.score(p, [a.text], reward)[0] for p, a in zip(prompts, plain, strict=True)])
-            aligned = llm.align_batch(prompts, decoding=Cards(), **ask)
+            decoding = BestOfN(n=4) if isinstance(reward, CritiqueJudgeReward) else Cards()
+            aligned = llm.align_batch(prompts, decoding=decoding, **ask)
             after = np.array([a.reward for a in aligned])
             rng = np.random.default_rng(0)
             row = {
@@ -165,16 +181,21 @@ def guide(options: argparse.Namespace) -> dict[str, Any]:
                 "difference": interval(after - before, rng),
                 "looked at": measured(aligned)["drafted_tokens"],
                 "drafted": float(np.mean([a.usage.drafted_tokens for a in aligned])),
+                "win_rate": float(np.mean([points(*pair) for pair in zip(after, before, strict=True)])),
+                **{name: [text[name] for text in map(texts_of, (plain, aligned))] for name in TEXT_NUMBERS},
                 "tokens": [float(np.mean([len(a.token_ids) for a in answers])) for answers in (plain, aligned)],
             }
             found[name] = row
             mean, low, high = row["difference"]
             table.add_row(
                 name, f"{row['plain']:.3g}", f"{row['cards']:.3g}", f"{mean:.3g} [{low:.3g}, {high:.3g}]",
-                f"{row['looked at'] / row['tokens'][1]:.1f}", f"{row['tokens'][0]:.0f} / {row['tokens'][1]:.0f}",
+                f"{100 * row['win_rate']:.0f}",
+                f"{row['looked at'] / row['tokens'][1]:.1f}",
+                f"{row['tokens'][0]:.0f} / {row['tokens'][1]:.0f}",
+                *(f"{row[name][0]:.2f} / {row[name][1]:.2f}" for name in TEXT_NUMBERS),
             )  # fmt: skip
     llm.close()
-    Console(width=150).print(table)
+    Console(width=200).print(table)
     return found
 
 
@@ -214,8 +235,21 @@ def measured(answers: Sequence[Alignment]) -> dict[str, float]:
     }
 
 
+TEXT_NUMBERS = ("repeated_3grams", "distinct_2", "log_p_per_token")
+
+
+def texts_of(answers: Sequence[Alignment]) -> dict[str, float]:
+    """Numbers about the texts themselves, whatever a reward says of them."""
+    texts = [answer.text for answer in answers]
+    return {
+        "repeated_3grams": float(np.mean([repeated_3grams(text) for text in texts])),
+        "distinct_2": distinct(texts, 2),
+        "log_p_per_token": float(np.mean([a.log_likelihood / max(1, len(a.token_ids)) for a in answers])),
+    }
+
+
 def calibration(options: argparse.Namespace) -> dict[str, Any]:
-    sentiment = NAMED["sentiment"].model_copy(update={"scale": None})
+    sentiment = NAMED["sentiment"].parts[0].model_copy(update={"scale": None})
     # (r - mean) / spread with these numbers is 100 r + 7
     shifted = WeightedReward(rewards=[sentiment.model_copy(update={"scale": (-0.07, 0.01)})], weights=[1.0])
     asked: dict[str, tuple[Reward, list[str], list[str]]] = {
@@ -261,7 +295,10 @@ def stopping(options: argparse.Namespace) -> dict[str, Any]:
     pairs["SmolLM2"] = (CardsLLM(max_tokens=64), PROMPTS[:16], {}, 0.75, 0.53)
     found: dict[str, Any] = {}
     for pair, (llm, prompts, settings, mean, spread) in pairs.items():
-        table = Table("", "tokens looked at", "guiding reward", "judge", title=f"{pair}: a target or a price")
+        table = Table(
+            "", "tokens looked at", "guiding reward", "judge", "repeated 3-grams, %", "distinct-2", "log p / token",
+            title=f"{pair}: a target or a price",
+        )  # fmt: skip
         methods: dict[str, Decoding] = {
             f"target mean + {k:g} spreads": Cards(target_reward=mean + k * spread, beta=0.15 * spread, **settings)
             for k in (0.5, 1.0, 1.5, 2.0)
@@ -278,10 +315,12 @@ def stopping(options: argparse.Namespace) -> dict[str, Any]:
                 "looked at": measured(answers)["drafted_tokens"],
                 "reward": interval(np.array([a.reward for a in answers]), rng),
                 "judge": interval(np.array(judged), rng),
+                **texts_of(answers),
             }
             found.setdefault(pair, {})[name] = row
             table.add_row(name, f"{row['looked at']:.0f}", *(
-                f"{m:.2f} [{low:.2f}, {high:.2f}]" for m, low, high in (row["reward"], row["judge"])))  # fmt: skip
+                f"{m:.2f} [{low:.2f}, {high:.2f}]" for m, low, high in (row["reward"], row["judge"])),
+                *(f"{row[name]:.2f}" for name in TEXT_NUMBERS))  # fmt: skip
         llm.close()
         Console(width=120).print(table)
     return found
@@ -294,10 +333,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--models", type=Path, default=Path(__file__).parents[2] / "shared" / "models")
+    parser.add_argument("--rewards", nargs="+", default=[""], help="words of which a name has one, for the part guide")
     options = parser.parse_args()
     for part in options.parts:
         found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        found[part] = PARTS[part](options)
+        found[part] = {**found.get(part, {}), **PARTS[part](options)}
         RESULTS.write_text(json.dumps(found, indent=1) + "\n")
 
 

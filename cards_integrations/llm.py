@@ -49,7 +49,7 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
     share one engine, which runs all their requests in one batch.
 
     Raises:
-        ValidationError: An option is unknown or cannot be used as given.
+        SettingsError: An option is unknown or cannot be used as given.
     """
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, populate_by_name=True)
@@ -84,8 +84,8 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
             allow_imports: Import the reward functions that the file names. This runs their modules' code.
 
         Raises:
-            SettingsError: The file cannot be read.
-            ValidationError: An option is unknown, cannot be used as given, or would import code without permission.
+            SettingsError: The file cannot be read, or an option is unknown, cannot be used as given, or would import
+                code without permission.
         """
         if not isinstance(settings, CardsSettings):
             settings = CardsSettings.from_yaml(settings, allow_imports=allow_imports)

@@ -87,7 +87,7 @@ def test_a_template_that_insists_on_turns(models: Callable[..., str], start: Sta
         ("user", "w11"),
     ]
     messages = [{"role": role, "content": text} for role, text in turns]
-    before, _ = engine.loaded().chat.around_answer(messages)
+    before = engine.loaded().chat.around_answer(messages).before
     assert before == "user: w6\n\nw7\n\nw8\nassistant: w9\n\nw10\nuser: w11\nassistant: "
     assert engine.run(Request(messages, PLAIN, max_tokens=2)).text
 

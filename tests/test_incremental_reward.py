@@ -121,7 +121,8 @@ async def test_another_tokenizer_whose_tokens_merge_across_candidates(template: 
     reward = incremental(model, tokenizer, False)
     talk = Conversation("the dog sat on the mat and the cat ran away. " * 4, Usage())
     reward.open(talk)
-    start, end = reward.input_format.around(talk)
+    frame = reward.input_format.around(talk)
+    start, end = frame.before, frame.after
     suffix = tokenizer(end)["input_ids"]
     assert bool(suffix) == bool(template)
 
@@ -165,7 +166,8 @@ def test_every_reward_in_the_trace_is_the_whole_text_s(
         for seed in range(8)
     ]
     form = InputFormat(ChatTokenizer(tokenizer), judge.prompt_format, judge.end_of_turn)
-    before, after = form.around(Conversation(prompt, Usage()))
+    frame = form.around(Conversation(prompt, Usage()))
+    before, after = frame.before, frame.after
 
     def whole(text: str) -> list[int]:
         return tokenizer(before + text)["input_ids"] + tokenizer(after)["input_ids"]

@@ -308,7 +308,7 @@ def test_history(name: str, message: Any, tmp_path: Path) -> None:
         chat = ChatTokenizer(tokenizer)
         text, _ = chat.prompt(as_prompt([("user", "Hi"), message]))
         assert "<think>\nHm.\n</think>\n\nSeven.<|im_end|>" in text
-        shown, _ = chat.around_answer(as_prompt([("user", "Hi"), message]))
+        shown = chat.around_answer(as_prompt([("user", "Hi"), message])).before
         assert "Hm." not in shown  # to a reward
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError
 
+from cards_integrations.chat.answer_frame import PLACEHOLDER, AnswerFrame, answer_frame
 from cards_integrations.chat.answer_start import NOTHING_BEFORE, AnswerStart
 from cards_integrations.chat.arrangements import arrangements, first_whole, tool_arrangements
 from cards_integrations.chat.message import PARTIAL_CHARACTER, THOUGHTS, Message
@@ -29,7 +30,6 @@ from cards_integrations.errors import ModelError, PromptError
 
 BEFORE_ANSWER = 6  # tokens of the prompt that an answer is decoded after
 NO_ARGUMENTS: Mapping[str, Any] = {}
-_PLACEHOLDER = "\u2063answer\u2063"  # stands for the answer while a rendered template is split around it
 
 
 class FormattedPrompt(str):
@@ -280,21 +280,40 @@ class ChatTokenizer:
             return f"<[{added[text]}]>"
         return json.dumps(text, ensure_ascii=False)
 
-    def around_answer(self, prompt: str | list[Message]) -> tuple[str, str]:
-        """The rendered text before the assistant's answer and after it."""
+    def around_answer(self, prompt: str | list[Message]) -> AnswerFrame:
+        """What the template writes around the assistant's answer, read off the conversation with an answer."""
         if isinstance(prompt, FormattedPrompt):
-            return str(prompt), ""
+            return AnswerFrame(str(prompt))
         messages = as_messages(self.without_tools(prompt))
-        before = self._render(messages, add_generation_prompt=True)
-        whole = self._render([*messages, {"role": "assistant", "content": _PLACEHOLDER}])
-        return before, whole.partition(_PLACEHOLDER)[2]
+        return answer_frame(
+            lambda text: self._render([*messages, {"role": "assistant", "content": text}]), self._thought_marks
+        )
 
     def around_part(self, before: str, after: str) -> tuple[str, str]:
         """The rendered text around a part of one user message, which is `before` + the part + `after`."""
         if not self.has_template:
             return before, after
-        whole = self._render([{"role": "user", "content": before + _PLACEHOLDER + after}], add_generation_prompt=True)
-        return whole.partition(_PLACEHOLDER)[::2]
+        whole = self._render([{"role": "user", "content": before + PLACEHOLDER + after}], add_generation_prompt=True)
+        return whole.partition(PLACEHOLDER)[::2]
+
+    def around_last_but_one(self, prompt: str | list[Message], last: Message) -> AnswerFrame:
+        """What the template writes around an answer that one more message follows, up to where the model replies.
+
+        Raises:
+            PromptError: The prompt has no messages, or the template does not show the answer.
+        """
+        if isinstance(prompt, FormattedPrompt):
+            raise PromptError("A formatted prompt has no messages that another one could follow: pass the messages.")
+        messages = as_messages(self.without_tools(prompt))
+
+        def render(text: str) -> str:
+            return self._render([*messages, {"role": "assistant", "content": text}, last], add_generation_prompt=True)
+
+        return answer_frame(render, self._thought_marks)
+
+    @property
+    def _thought_marks(self) -> tuple[str, ...]:
+        return (self.thinking.opening, self.thinking.closing) if self.thinking else ()
 
     def _render(self, messages: list[Message], **options: Any) -> str:
         try:

@@ -27,7 +27,9 @@ PROMPTS = [
     "What do you think of this old phone?",
     "Write a sentence about the train ride home.",
 ]
-COLUMNS = ("reward", "judge", "log p\n/ token", "tokens\nkept", "tokens\ndrafted", "RM\ncalls", "s")
+COLUMNS = (
+    "reward", "judge", "repeated\n%", "log p\n/ token", "tokens\nkept", "tokens\ndrafted", "RM\ncalls", "s",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -92,21 +94,29 @@ def _answers_table(console: Console, prompt: str, answers: dict[str, ScoredAnswe
 
 
 def _means_table(console: Console, answers: dict[str, list[ScoredAnswer]]) -> Table:
-    """Means over all prompts, by method."""
+    """Means over all prompts, by method; how varied the texts are, and how often the judge prefers them to plain."""
+    from cards_integrations.study.metrics import distinct, points
+
     table = Table(title=f"[bold]mean over {len(PROMPTS)} prompts[/bold]", title_justify="left", width=console.width)
-    for column in ("", *COLUMNS):
+    for column in ("", *COLUMNS, "distinct\n-2", "wins\n%"):
         table.add_column(column, justify="right")
+    plain, *_ = answers.values()
     for name, found in answers.items():
-        table.add_row(name, *_means(found))
+        won = fmean(points(one.judge, other.judge) for one, other in zip(found, plain, strict=True))
+        varied = distinct([scored.answer.text for scored in found], 2)
+        table.add_row(name, *_means(found), f"{varied:.2f}", "" if found is plain else f"{100 * won:.0f}")
     return table
 
 
 def _means(answers: Sequence[ScoredAnswer]) -> Iterable[str]:
     """The cells of `COLUMNS`."""
+    from cards_integrations.study.metrics import repeated_3grams
+
     usages = [scored.answer.usage for scored in answers]
     return (
         f"{fmean(scored.reward for scored in answers):.2f}",
         f"{fmean(scored.judge for scored in answers):.2f}",
+        f"{fmean(repeated_3grams(scored.answer.text) for scored in answers):.1f}",
         f"{fmean(scored.log_likelihood for scored in answers):.2f}",
         f"{fmean(usage.completion_tokens for usage in usages):.0f}",
         f"{fmean(usage.drafted_tokens for usage in usages):.0f}",

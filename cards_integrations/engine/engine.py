@@ -218,7 +218,19 @@ class Engine:
         self, reward: Reward, prompt: str | list[Message], texts: Sequence[str], context: tuple[str, ...] = ()
     ) -> list[float]:
         """Rewards of whole answers to a prompt."""
-        return self._wait(self._ask(lambda worker: worker.score_texts(reward, prompt, list(texts), context)))
+        return self._wait(self.submit_score(reward, prompt, texts, context))
+
+    async def ascore(
+        self, reward: Reward, prompt: str | list[Message], texts: Sequence[str], context: tuple[str, ...] = ()
+    ) -> list[float]:
+        """Like `score`, without blocking the event loop."""
+        return await asyncio.wrap_future(self.submit_score(reward, prompt, texts, context))
+
+    def submit_score(
+        self, reward: Reward, prompt: str | list[Message], texts: Sequence[str], context: tuple[str, ...] = ()
+    ) -> Future[list[float]]:
+        """Begin to score whole answers to a prompt, without waiting for them."""
+        return self._ask(lambda worker: worker.score_texts(reward, prompt, list(texts), context))
 
     def uncertainties(self, measure: Measure, answers: Sequence[Alignment]) -> list[list[float]]:
         """The language model's predictive uncertainty before each token of these answers."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Protocol, runtime_checkable
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from cards_integrations.chat.answer_start import NOTHING_BEFORE, AnswerStart
 from cards_integrations.chat.message import PARTIAL_CHARACTER, Message
@@ -20,6 +20,7 @@ from cards_integrations.chat.stop_strings import StopStrings
 from cards_integrations.errors import CardsError
 from cards_integrations.models.randomness import Uniforms
 from cards_integrations.models.sampling import Sampler
+from cards_integrations.settings_model import SettingsModel
 from cards_integrations.trace import FinishReason, Usage
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 CLOSE_WITHIN = 32  # tokens before the limit; arguments that are still to come take some
 
 
-class Boundary(BaseModel):
+class Boundary(SettingsModel):
     """Where a candidate segment ends, besides end-of-sequence, stop strings and the tokens that remain."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -313,7 +314,7 @@ class StateReader(Protocol):
         """The last hidden state after the prompt and after each token of an answer, (1 + tokens, hidden size)."""
 
 
-class CustomModel(BaseModel):
+class CustomModel(SettingsModel):
     """Settings of a language model that another package brings.
 
     Attributes:

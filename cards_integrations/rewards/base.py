@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import ConfigDict, Field, FiniteFloat
 
 from cards_integrations.chat.message import Message
 from cards_integrations.chat.template import ChatTokenizer, as_text
@@ -24,6 +24,7 @@ from cards_integrations.models.local.loader import ModelLoader
 from cards_integrations.models.local.settings import LocalModel
 from cards_integrations.rewards.hung_calls import HUNG_CALLS
 from cards_integrations.rewards.prompts import PLAIN
+from cards_integrations.settings_model import SettingsModel
 from cards_integrations.trace import Usage
 
 if TYPE_CHECKING:
@@ -233,7 +234,7 @@ class Loader(Protocol):
         """Return the reward model of these settings; built once, and there as long as the one that asks for it."""
 
 
-class Reward(BaseModel):
+class Reward(SettingsModel):
     """Settings of a reward model. A subclass has a `kind` and either `score` or `build`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, use_attribute_docstrings=True)
@@ -266,6 +267,10 @@ class Reward(BaseModel):
 
     def __hash__(self) -> int:
         return hash((type(self), *(_hash(getattr(self, name)) for name in type(self).model_fields)))
+
+    def needs_scale_of(self, part: int) -> bool:
+        """Return True if the part with this index has to come with its scale."""
+        return self.needs_part_scales
 
     @property
     def scale_source(self) -> Reward:

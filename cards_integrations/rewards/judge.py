@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from cards_integrations.models.local.settings import AnyLocalModel
 from cards_integrations.rewards.base import Loader, Reward, RewardModel
+from cards_integrations.rewards.criterion import AnyCriterion, Criterion
 from cards_integrations.rewards.registry import register_reward
 
 RUBRIC = """Here is a message, and the beginning of an answer to it.
@@ -16,38 +17,83 @@ Message: {prompt}
 
 Answer: {response}
 
-Is this a helpful, honest and harmless answer? Say Yes or No."""
+{criterion} Say Yes or No."""
 
 
-@register_reward
-class JudgeReward(Reward):
-    """logit("Yes") - logit("No") of the judge's first token after the `rubric`."""
+class RubricReward(Reward):
+    """Settings of a language model that reads an answer within a rubric, and is asked about it."""
 
-    kind: Literal["judge"] = "judge"
-    """Names this class in settings files."""
+    default_question: ClassVar[str] = "Is this a helpful, honest and harmless answer?"
+    """What is asked if there are no criteria."""
+
     model: AnyLocalModel | None = None
     """The judge; None is the language model that drafts (self-evaluation, on the same weights)."""
     rubric: str = RUBRIC
-    """A text with `{response}` and usually `{prompt}`, which goes through the judge's chat template as a
-    user's message."""
-    words: tuple[Annotated[str, Field(min_length=1)], Annotated[str, Field(min_length=1)]] = ("Yes", "No")
-    """The score is the logit of the first word minus that of the second; their first tokens are compared."""
+    """A text with `{response}`, usually `{prompt}` and, after `{response}`, `{criterion}`, which goes through the
+    judge's chat template as a user's message. "chat" is the conversation itself in that template, its answer and, as
+    the message after it, the criterion: what judges expect that were trained on principles."""
+    criteria: tuple[AnyCriterion, ...] = ()
+    """What is asked, each on its own, for a part of the score; a text is a question, of weight 1. All that is before
+    `{criterion}` is read once for all of them. None: whether the answer is helpful, honest and harmless."""
+    criterion_role: Annotated[str, Field(min_length=1)] = "user"
+    """Whose message the criterion is in the rubric "chat": of the user, or of a role of the template's own
+    ("principle")."""
 
     @model_validator(mode="after")
     def _usable(self) -> Self:
-        if "{response}" not in self.rubric:
-            raise ValueError("the rubric must contain {response}")
-        if self.words[0] == self.words[1]:
-            raise ValueError("the two words are the same")
+        before, _, after = self.rubric.partition("{response}")
+        if self.rubric == "chat":
+            pass
+        elif "{response}" not in self.rubric:
+            raise ValueError("the rubric must contain {response}, or be 'chat'")
+        elif "{criterion}" in before or (self.criteria and "{criterion}" not in after):
+            raise ValueError("the rubric must contain {criterion} after {response}: what is before it is read once")
+        elif self.criterion_role != "user":
+            raise ValueError("criterion_role is for rubric='chat'; in a text the user says all of it")
+        return self
+
+    @model_validator(mode="after")
+    def _distinct_criteria(self) -> Self:
+        labels = [each.label for each in self.criteria]
+        if len({*labels}) < len(labels):
+            raise ValueError(f"two criteria have the same name: {', '.join(map(repr, labels))}")
+        if self.criteria and not any(each.weight for each in self.criteria):
+            raise ValueError("all weights are zero")
         return self
 
     @property
     def name(self) -> str:
-        return f"judge {self.model.model if self.model else 'self'}"
+        return f"{self.kind} {self.model.model if self.model else 'self'}"
+
+    @property
+    def asked(self) -> tuple[Criterion, ...]:
+        """The criteria, or the default question."""
+        return self.criteria or (Criterion(question=self.default_question),)
+
+
+@register_reward
+class JudgeReward(RubricReward):
+    """logit("Yes") - logit("No") of the judge's first token after the `rubric`.
+
+    With `criteria`, the weighted mean of such margins, each of which is a part of the score: a judge of principles.
+    """
+
+    kind: Literal["judge"] = "judge"
+    """Names this class in settings files."""
+    words: tuple[Annotated[str, Field(min_length=1)], Annotated[str, Field(min_length=1)]] = ("Yes", "No")
+    """The score is the logit of the first word minus that of the second; their first tokens are compared."""
+
+    @model_validator(mode="after")
+    def _two_words(self) -> Self:
+        if self.words[0] == self.words[1]:
+            raise ValueError("the two words are the same")
+        return self
 
     def build(self, loader: Loader) -> RewardModel:
-        from cards_integrations.rewards.scorers.judge import IncrementalJudge, Rubric, first_tokens
+        from cards_integrations.rewards.scorers.judge import IncrementalJudge
+        from cards_integrations.rewards.scorers.rubric import Rubric
+        from cards_integrations.rewards.scorers.verdict import Margin
 
         judge = loader.causal(self.model, self.name)
-        rubric, words = Rubric(judge.chat, self.rubric), first_tokens(self.words, judge.chat)
-        return IncrementalJudge(self.name, judge.model, rubric, words, judge.same_vocabulary, judge.memory)
+        rubric = Rubric(judge.chat, self.rubric, self.asked, self.criterion_role)
+        return IncrementalJudge(self.name, judge, rubric, Margin.of(self.words, judge.chat), bool(self.criteria))

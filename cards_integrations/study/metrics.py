@@ -1,4 +1,4 @@
-"""Numbers about a set of answers: means with intervals, and how much they repeat each other."""
+"""Numbers about a set of answers: means with intervals, wins, and how much they repeat themselves and each other."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+from cards_integrations.rewards.scorers.repetition import repeated_share
 
 BOOTSTRAP_SAMPLES = 2000
 
@@ -58,6 +60,16 @@ def spearman(one: Sequence[float], other: Sequence[float]) -> float:
 def _ranks(values: np.ndarray) -> list[float]:
     _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
     return list((np.cumsum(counts) - (counts - 1) / 2)[which])
+
+
+def points(one: float, other: float) -> float:
+    """Return 1.0 if the first number is higher, 0.5 if both are equal, and 0.0 otherwise."""
+    return 0.5 if one == other else float(one > other)
+
+
+def repeated_3grams(text: str) -> float:
+    """Return, in percent, the share of a text's 3-grams of words that have occurred in it before."""
+    return 100 * repeated_share(text, 3)
 
 
 def distinct(texts: Sequence[str], n: int) -> float:

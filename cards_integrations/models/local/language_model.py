@@ -64,7 +64,7 @@ class LocalLanguageModel:
         self.reads_again = bool(self.transformer.switch) and reads_again(model, self.transformer.switch)
         self.memory = self.transformer.memory
         self.context_window = max_positions(model.config)
-        self.eos = _end_of_sequence(model, chat.tokenizer)
+        self.eos = end_of_sequence(model, chat.tokenizer)
         decodes_locally(chat)  # tested while nobody waits
         self.steps = 0  # forwards that carried at least one candidate
         self.drawer = TokenDrawer(lambda: self.grammars, self.eos)
@@ -629,7 +629,8 @@ class _Long(Boundary):
         return 64
 
 
-def _end_of_sequence(model: Any, tokenizer: Any) -> set[int]:
+def end_of_sequence(model: Any, tokenizer: Any) -> set[int]:
+    """Return the tokens that end a text of this model."""
     ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = ids if isinstance(ids, list) else [ids, tokenizer.eos_token_id]
     return {int(i) for i in ids if i is not None}

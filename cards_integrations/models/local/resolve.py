@@ -107,3 +107,11 @@ def max_positions(config: Any) -> int:
     """Return how many positions a model's config allows; practically unlimited if it names no number."""
     named = int(getattr(config.get_text_config(), "max_position_embeddings", None) or UNLIMITED)
     return named if named > 0 else UNLIMITED  # XLNet says -1
+
+
+def readable_positions(model: Any) -> int:
+    """Return how many tokens a model reads: RoBERTa and its kin begin to count behind the padding's position."""
+    named = max_positions(model.config)
+    embeddings = getattr(model.base_model, "embeddings", None)
+    padding = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
+    return named if padding is None else named - padding - 1

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from cards_integrations.rewards.base import Response
+from cards_integrations.rewards.scorers.answer_ids import AnswerIds
 from cards_integrations.transformer.kv_cache import Branch, Tree
 from cards_integrations.transformer.prefix_tree import common
 
@@ -49,13 +50,13 @@ class ScoredBranch:
 
 @dataclass
 class ConversationRow:
-    """An open conversation in the cache, and the text and ids around its answer."""
+    """An open conversation in the cache."""
 
     tree: Tree
-    before: str
-    after: str
     before_ids: list[int]
-    after_ids: list[int]
+    """Those of all that stands before the answer."""
+    answer_ids: AnswerIds | None
+    """From an answer to all ids; None where an answer has no text around it."""
     known_ids: list[int] = field(default_factory=list)
     """The trunk's tokens when the row was freed, which are read again together."""
     log_p: list[float] = field(default_factory=list)
@@ -76,8 +77,7 @@ class ConversationRow:
 
     def again(self, tree: Tree, known_ids: list[int]) -> ConversationRow:
         """The same in an empty row, where these tokens are to be read again."""
-        around = self.before, self.after, self.before_ids, self.after_ids
-        return ConversationRow(tree, *around, known_ids, self.log_p, cut=self.cut)
+        return ConversationRow(tree, self.before_ids, self.answer_ids, known_ids, self.log_p, cut=self.cut)
 
     def begin(self, reading: Reading) -> None:
         """Choose how the trunk is read, of which nothing has been."""

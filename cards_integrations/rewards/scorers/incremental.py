@@ -15,6 +15,7 @@ import torch
 from cards_integrations.errors import CardsError, ModelError, RewardError
 from cards_integrations.models.local.resolve import max_positions
 from cards_integrations.rewards.base import Conversation, Response, RewardModel, count_forward
+from cards_integrations.rewards.scorers.answer_ids import AnswerIds
 from cards_integrations.rewards.scorers.conversation_row import ConversationRow, FittedText, Reading, ScoredBranch
 from cards_integrations.rewards.scorers.head import Head
 from cards_integrations.rewards.scorers.input_format import InputFormat, without_final_padding
@@ -32,7 +33,7 @@ log = logging.getLogger("cards_integrations")
 class Incremental(RewardModel):
     """A decoder that reads prompt and answer as one text; a candidate costs its own tokens and what follows it.
 
-    With the language model's own vocabulary the candidate's ids are read as they are. Otherwise its
+    With the language model's own vocabulary an unfinished candidate's ids are read as they are. Otherwise its
     text is tokenized again, and what it shares with the kept tokens is not read again, even where
     the last of them has merged with the first of the candidate. A text longer than the window loses
     the beginning of the prompt.
@@ -77,12 +78,10 @@ class Incremental(RewardModel):
         return [CacheNeed(self.transformer.cache, 1, tokens + (self.transformer.switch if outgrows else 0))]
 
     def open(self, conversation: Conversation) -> None:
-        chat, special = self.input_format.chat, self.input_format.adds_special_tokens
-        before, after = self.input_format.around(conversation)
-        before_ids = chat.encode_beginning(before) if special else chat.encode(before)
-        after_ids = [*chat.encode(after), *(chat.appended if special else ())]
-        tree = self.transformer.cache.open(self._columns(before_ids))
-        self.rows[conversation] = ConversationRow(tree, before, after, before_ids, after_ids)
+        form = self.input_format
+        ids = AnswerIds(form.chat, form.around(conversation), form.adds_special_tokens, self.same_vocabulary)
+        tree = self.transformer.cache.open(self._columns(ids.before_ids))
+        self.rows[conversation] = ConversationRow(tree, ids.before_ids, ids)
 
     def _columns(self, ids: Sequence[int]) -> int:
         """Those of a row in which so many tokens will be read first."""
@@ -262,7 +261,7 @@ class Incremental(RewardModel):
         row, (ids, suffix, reading) = self.rows[response.conversation], text
         if not row.tree.ids:
             self._recall(row, ids[: len(ids) - suffix], reading)
-        most = len(ids) - max(1, suffix)  # the score is read at the last token
+        most = self._known_before(response, text)
         parent = row.branches.get(response.parent) if response.parent else None
         again = 0 if parent is None else max(0, len(parent.path) - most)  # nothing new: the last token is read again
         follows = parent is not None and parent.branch.long == reading.long and parent.can_go_on(again)
@@ -273,7 +272,15 @@ class Incremental(RewardModel):
             root, shared, branch = row.leave(text, most)
         path = ids[: len(ids) - suffix]
         row.branches[response] = ScoredBranch(branch, reading.cut, root, len(path) - shared, path)
-        return ForwardInput(branch, ids[shared:], response)
+        return ForwardInput(branch, ids[shared:], response, self._outputs(response, text))
+
+    def _known_before(self, response: Response, text: FittedText) -> int:
+        """How many of the first ids need not be read, if they are known: the score is read at the last token."""
+        return len(text.ids) - max(1, text.suffix)
+
+    def _outputs(self, response: Response, text: FittedText) -> int:
+        """How many of the last tokens have an output that is looked at."""
+        return 1
 
     def _fitted(self, response: Response) -> FittedText:
         """What is read of a conversation with this answer."""
@@ -304,14 +311,8 @@ class Incremental(RewardModel):
 
     def _ids(self, response: Response, row: ConversationRow) -> tuple[list[int], int]:
         """All ids of the conversation with this answer, and how many of them come after the answer."""
-        chat = self.input_format.chat
-        if self.same_vocabulary and response.ids is not None:
-            ids = [*row.before_ids, *response.ids]
-        else:
-            encode = chat.encode_beginning if self.input_format.adds_special_tokens else chat.encode
-            ids = encode(row.before + response.text)
-        whole = [*ids, *row.after_ids] or [chat.tokenizer.pad_token_id]  # something must be read
-        return whole, len(whole) - len(ids)
+        assert row.answer_ids is not None
+        return row.answer_ids(response)
 
     @abstractmethod
     def _score_batch(self, batch: list[ForwardInput]) -> list[float]:
@@ -353,7 +354,8 @@ class IncrementalClassifier(Incremental):
     def _score_batch(self, batch: list[ForwardInput]) -> list[float]:
         outputs = self._counted(batch, self.transformer.hidden(batch))
         with torch.inference_mode():
-            return self.head(self.to_logits(torch.stack([output.value for output in outputs]).float()))
+            logits = self.to_logits(torch.stack([output.value for output in outputs]).float())
+            return self.head.score([each.owner for each in batch], logits)
 
 
 def reads_incrementally(model: Any) -> bool:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from cards_integrations.chat.answer_frame import AnswerFrame
 from cards_integrations.chat.message import Message
 from cards_integrations.chat.template import ChatTokenizer, as_text
 from cards_integrations.rewards.base import Conversation
@@ -12,22 +15,31 @@ class InputFormat:
 
     Args:
         chat: The reward model's tokenizer, with its chat template if it has one.
-        prompt_format: "chat" for that template, or a text with `{response}` and usually `{prompt}`.
-            None: "chat" if there is a template, else "{prompt}{response}".
+        prompt_format: "chat" for that template, "pair" for two texts, or one text with `{response}` and usually
+            `{prompt}`. None: "chat" if there is a template, else `otherwise`.
         end_of_turn: Whether what the template writes after an answer is read as well.
+        otherwise: The format of a tokenizer without a template.
     """
 
-    def __init__(self, chat: ChatTokenizer, prompt_format: str | None = None, end_of_turn: bool = True) -> None:
+    def __init__(
+        self, chat: ChatTokenizer, prompt_format: str | None = None, end_of_turn: bool = True,
+        otherwise: str = "{prompt}{response}",
+    ) -> None:  # fmt: skip
         self.chat = chat
-        self.prompt_format = prompt_format or ("chat" if chat.has_template else "{prompt}{response}")
+        self.prompt_format = prompt_format or ("chat" if chat.has_template else otherwise)
         self.end_of_turn = end_of_turn
 
-    def around(self, conversation: Conversation) -> tuple[str, str]:
-        """Return the text before the answer and the text after it."""
+    def around(self, conversation: Conversation) -> AnswerFrame:
+        """Return what is read around the answer."""
         if self.prompt_format == "chat":
-            before, after = self.chat.around_answer(conversation.prompt)
-            return before, after if self.end_of_turn else ""
-        return around_response(self.prompt_format, conversation.prompt)
+            frame = self.chat.around_answer(conversation.prompt)
+            return frame if self.end_of_turn else replace(frame, after="")
+        return AnswerFrame(*around_response(self.prompt_format, conversation.prompt))
+
+    @property
+    def is_pair(self) -> bool:
+        """True if prompt and answer are two texts, which the tokenizer joins."""
+        return self.prompt_format == "pair"
 
     @property
     def adds_special_tokens(self) -> bool:

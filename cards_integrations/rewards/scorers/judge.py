@@ -1,57 +1,99 @@
-"""A language model as judge: the margin between two words that it could answer with."""
+"""A language model as judge: what it could reply to questions about an answer, which it reads once for all of them."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 
-from cards_integrations.chat.template import ChatTokenizer
-from cards_integrations.errors import SettingsError
-from cards_integrations.rewards.base import Conversation
+from cards_integrations.rewards.base import CausalModel, Conversation, Response
+from cards_integrations.rewards.criterion import mean_by_criterion, weighted_mean
+from cards_integrations.rewards.scorers.conversation_row import ConversationRow, FittedText, Reading
 from cards_integrations.rewards.scorers.incremental import Incremental
-from cards_integrations.rewards.scorers.input_format import InputFormat, around_response
+from cards_integrations.rewards.scorers.rubric import Rubric, RubricIds
+from cards_integrations.rewards.scorers.verdict import Tokens, Verdict
 from cards_integrations.transformer.flat_batch import ForwardInput
-from cards_integrations.transformer.kv_memory import KVMemory
-
-
-class Rubric(InputFormat):
-    """The rubric as a user's message, up to where the judge answers."""
-
-    def __init__(self, chat: ChatTokenizer, rubric: str) -> None:
-        super().__init__(chat)
-        self.rubric = rubric
-
-    def around(self, conversation: Conversation) -> tuple[str, str]:
-        return self.chat.around_part(*around_response(self.rubric, conversation.prompt))
+from cards_integrations.transformer.forward import Output
 
 
 class IncrementalJudge(Incremental):
-    """The margin between the logits of two tokens, read at the last token of the rubric."""
+    """Reads an answer and what all questions share, and then the rest of each question on a branch of its own.
 
-    def __init__(
-        self, name: str, model: Any, rubric: Rubric, words: tuple[int, int], same_vocabulary: bool,
-        memory: KVMemory | None = None,
-    ) -> None:  # fmt: skip
-        super().__init__(name, model, rubric, same_vocabulary, memory)
-        self.words = words
+    Args:
+        name: What errors call the reward.
+        causal: The judge.
+        rubric: What is read around an answer.
+        verdict: What is made of the judge's next tokens.
+        shows_parts: Whether the scores of the criteria are parts of an answer's score.
+    """
+
+    def __init__(self, name: str, causal: CausalModel, rubric: Rubric, verdict: Verdict, shows_parts: bool) -> None:
+        super().__init__(name, causal.model, rubric, causal.same_vocabulary, causal.memory)
+        self.rubric = rubric
+        self.verdict = verdict
+        self.shows_parts = shows_parts
+        self.single = len(rubric.questions) == len(verdict.beginnings) == 1
+        self._rests: WeakKeyDictionary[Response, list[list[int]]] = WeakKeyDictionary()  # of what is to be scored
+
+    def open(self, conversation: Conversation) -> None:
+        ids = self.rubric.ids(conversation, self.same_vocabulary, self.verdict.beginnings)
+        if not self.single or self.verdict.beginnings[0]:
+            ids.check(self.name)
+        tree = self.transformer.cache.open(self._columns(ids.before_ids))
+        self.rows[conversation] = ConversationRow(tree, ids.before_ids, ids)
+
+    def growth(self, responses: Sequence[Response]) -> int:
+        paths = len(self.rubric.questions) * len(self.verdict.beginnings) if self.transformer.recurrent else 1
+        return super().growth([*responses] * paths)  # each path has a state
+
+    def _fitted(self, response: Response) -> FittedText:
+        """As for the longest question alone: those beside it are on branches of their own."""
+        ids = self.rows[response.conversation].answer_ids
+        assert isinstance(ids, RubricIds)
+        text = ids.apart(response)
+        self._rests[response] = text.rests
+        cut, whole = self._cut(text.longest, response), text.whole
+        reading = Reading(cut, self.transformer.is_long(text.longest - cut))
+        return FittedText(whole[cut:], len(whole) - text.answered, reading)
 
     def _score_batch(self, batch: list[ForwardInput]) -> list[float]:
-        yes, no = self.words
-        rows = self._counted(batch, self.transformer.logits(batch))
+        outputs = self._read_whole(batch) if self.single else self._read_apart(batch)
         with torch.inference_mode():
-            logits = torch.stack([row.value[[yes, no]] for row in rows]).float()
-            found: list[float] = (logits[:, 0] - logits[:, 1]).tolist()
-        return found
+            found = self.verdict.read([output.values for output in outputs])
+        questions = len(found) // len(batch)
+        return [self._rated(each.owner, found[i * questions :][:questions]) for i, each in enumerate(batch)]
 
+    def _read_whole(self, batch: list[ForwardInput]) -> list[Output]:
+        """A single question with a single beginning of replies: one forward reads it with the answer."""
+        outputs = len(self.verdict.beginnings[0]) + 1
+        inputs = [ForwardInput(each.branch, each.ids, each.owner, outputs) for each in batch]
+        return self._counted(inputs, self.transformer.logits(inputs))
 
-def first_tokens(words: tuple[str, str], chat: ChatTokenizer) -> tuple[int, int]:
-    """Return the tokens that the two words begin with where the judge answers; without a template, after a space.
+    def _read_apart(self, batch: list[ForwardInput]) -> list[Output]:
+        """A forward of the answers and what all questions share, and one of the rest of each question."""
+        rests = [self._rests[each.owner] for each in batch]
+        shared = [
+            ForwardInput(each.branch, each.ids[: len(each.ids) - sum(map(len, own))], each.owner)
+            for each, own in zip(batch, rests, strict=True)
+        ]
+        if shared := [each for each in shared if each.ids]:
+            self._counted(shared, self.transformer.hidden(shared))
+        begun: Sequence[Tokens] = [*self.verdict.beginnings] * len(self.rubric.questions)
+        inputs = [
+            ForwardInput(each.branch.branch(), rest, each.owner, len(reply) + 1)
+            for each, own in zip(batch, rests, strict=True)
+            for rest, reply in zip(own, begun, strict=True)
+        ]
+        try:
+            return self._counted(inputs, self.transformer.logits(inputs))
+        finally:
+            for each in inputs:
+                each.branch.tree.drop(each.branch)
 
-    Raises:
-        SettingsError: They begin with the same token, or with none.
-    """
-    yes, no = (chat.encode(word if chat.has_template else " " + word)[:1] for word in words)
-    if not yes or not no or yes == no:
-        raise SettingsError(f"reward.words={words!r} do not begin with two different tokens of a model.")
-    return yes[0], no[0]
+    def _rated(self, response: Response, scores: Sequence[float]) -> float:
+        """The score of an answer from those of all questions."""
+        by_criterion = mean_by_criterion(self.rubric.criteria, scores)
+        if self.shows_parts:
+            response.parts |= by_criterion
+        return weighted_mean(self.rubric.criteria, [*by_criterion.values()])

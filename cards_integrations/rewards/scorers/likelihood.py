@@ -26,9 +26,9 @@ class Likelihood(Incremental):
     """sum_t log p(y_t | prompt, y_<t) in nats, full vocabulary, temperature 1; 0 for an empty answer."""
 
     def open(self, conversation: Conversation) -> None:
-        text, ids = self.input_format.chat.prompt(conversation.prompt)
+        _, ids = self.input_format.chat.prompt(conversation.prompt)
         tree = self.transformer.cache.open(self._columns(ids))
-        self.rows[conversation] = ConversationRow(tree, text, "", ids, [])
+        self.rows[conversation] = ConversationRow(tree, ids, None)
 
     def keep(self, response: Response) -> None:
         row = self.rows.get(response.conversation)

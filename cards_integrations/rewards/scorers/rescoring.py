@@ -1,4 +1,4 @@
-"""A classifier without a KV cache (an encoder): whole texts, batched."""
+"""A classifier without a KV cache (an encoder): whole texts, or pairs of texts, batched."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 
-from cards_integrations.models.local.resolve import max_positions
+from cards_integrations.chat.answer_frame import AnswerFrame
+from cards_integrations.chat.template import as_text
+from cards_integrations.errors import RewardError
+from cards_integrations.models.local.resolve import readable_positions
 from cards_integrations.rewards.base import Conversation, Response, RewardModel, count_forward
 from cards_integrations.rewards.scorers.head import Head
 from cards_integrations.rewards.scorers.input_format import InputFormat
@@ -15,7 +18,7 @@ from cards_integrations.transformer.rope import rope_switch
 
 
 class RescoringClassifier(RewardModel):
-    """Reads the whole text of every answer; a text longer than the window loses its beginning."""
+    """Reads the whole text of every answer; a text longer than the window loses its beginning, a pair its prompt's."""
 
     across_requests = True
 
@@ -26,17 +29,18 @@ class RescoringClassifier(RewardModel):
         self.head = head
         self.tokenizer = input_format.chat.tokenizer
         self.switch = rope_switch(model.config.get_text_config())
-        self.window = min(max_positions(model.config), self.tokenizer.model_max_length)
+        self.window = min(readable_positions(model), self.tokenizer.model_max_length)
         config = model.config.get_text_config()
         if config.pad_token_id is None:
             config.pad_token_id = self.tokenizer.pad_token_id
-        self.surroundings: dict[Conversation, tuple[str, str]] = {}  # of open conversations
+        self.frames: dict[Conversation, AnswerFrame] = {}  # of open conversations
 
     def open(self, conversation: Conversation) -> None:
-        self.surroundings[conversation] = self.input_format.around(conversation)
+        if not self.input_format.is_pair:
+            self.frames[conversation] = self.input_format.around(conversation)
 
     def close(self, conversation: Conversation) -> None:
-        self.surroundings.pop(conversation, None)
+        self.frames.pop(conversation, None)
 
     async def score(self, responses: Sequence[Response]) -> list[float]:
         found: dict[Response, float] = {}
@@ -55,6 +59,8 @@ class RescoringClassifier(RewardModel):
 
     def _encoded(self, responses: Sequence[Response], **options: Any) -> Any:
         self.tokenizer.truncation_side = "left"
+        if self.input_format.is_pair:
+            return self._encoded_pairs(responses, **options)
         return self.tokenizer(
             [self._text(response) for response in responses],
             add_special_tokens=self.input_format.adds_special_tokens,
@@ -63,6 +69,18 @@ class RescoringClassifier(RewardModel):
             **options,
         )
 
+    def _encoded_pairs(self, responses: Sequence[Response], **options: Any) -> Any:
+        answers = [response.text for response in responses]
+        around = self.tokenizer.num_special_tokens_to_add(pair=True)
+        longest = max(map(len, self.tokenizer(answers, add_special_tokens=False)["input_ids"]))
+        if longest + around >= self.window:
+            raise RewardError(
+                f"reward {self.name!r}: the answer takes {longest} tokens, and the prompt has no room in the "
+                f"{self.window} of its window; use a smaller max_tokens."
+            )
+        prompts = [as_text(response.conversation.prompt) for response in responses]
+        return self.tokenizer(prompts, answers, truncation="only_first", max_length=self.window, **options)
+
     def _scores(self, responses: Sequence[Response]) -> list[float]:
         inputs = self._encoded(responses, padding=True, return_tensors="pt")
         self.input_format.chat.check_ids(inputs["input_ids"].flatten().tolist())
@@ -70,10 +88,16 @@ class RescoringClassifier(RewardModel):
             logits = self.model(**inputs.to(self.model.device)).logits
         read = inputs["attention_mask"].sum(-1).tolist()
         count_forward((response.conversation, tokens) for response, tokens in zip(responses, read, strict=True))
-        return self.head(logits)
+        return self.head.score(responses, logits)
 
     def _text(self, response: Response) -> str:
         """All that is read: the answer and what is around it."""
-        known = self.surroundings.get(response.conversation)
-        before, after = known or self.input_format.around(response.conversation)  # it may have been closed meanwhile
-        return before + response.text + after
+        known = self.frames.get(response.conversation)
+        frame = known or self.input_format.around(response.conversation)  # it may have been closed meanwhile
+        return frame.whole(response.text)
+
+
+def reads_pairs(model: Any, tokenizer: Any) -> bool:
+    """Return True for an encoder whose tokenizer has tokens of its own to join two texts."""
+    joined = tokenizer.num_special_tokens_to_add(pair=True) > tokenizer.num_special_tokens_to_add(pair=False)
+    return joined and not hasattr(model, "score")
