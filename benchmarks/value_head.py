@@ -1,6 +1,6 @@
 """A value head: does it know its teacher, does it guide, and what does it save?
 
-    python benchmarks/value_head.py [--parts tiny smollm2] [--train 240] [--test 32] [--pairs 6]
+    python benchmarks/value_head.py [--parts tiny smollm2] [--train 240] [--test 32] [--heads FOLDER]
 
 For the tiny pair and for SmolLM2 with the sentiment reward:
 
@@ -8,10 +8,12 @@ For the tiny pair and for SmolLM2 with the sentiment reward:
                  the reward of the finished answer ("value"), or that of the answer so far ("prefix")
     guides       plain answers, those guided by either head, and those guided by the teacher, to other prompts with
                  the same seeds, all scored by the teacher; 95% bootstrap intervals of the paired differences
-    time         seconds for each token of an answer with the head over those with the teacher, in one process, in
-                 turns; who begins changes from pair to pair
+    time         seconds for each token of an answer with a head over those with the teacher, four requests at once, in
+                 one process and in turns: the order of the arms changes from block to block. By the clock and by the
+                 process's own CPU time, which a busy machine changes less. The method is CARDS, which goes by the
+                 scale of each reward and so drafts more or less, and best-of-4 for each segment, which does not
 
-Writes results/value_head.json.
+Writes results/value_head.json, and the heads into FOLDER; heads that are there are not trained again.
 """
 
 from __future__ import annotations
@@ -32,10 +34,10 @@ from quality import PROMPTS, interval
 from cards_integrations import CardsLLM
 from cards_integrations.decoding import Cards, Decoding, Sampling, SegmentBestOfN, Uncertainty
 from cards_integrations.engine import EngineSettings
-from cards_integrations.rewards import ClassifierReward, Reward, ValueReward
-from cards_integrations.rewards.value_head import Target
+from cards_integrations.rewards import ClassifierReward, ValueReward
+from cards_integrations.rewards.value_head import Target, ValueHead
 from cards_integrations.study.prefixes import Prefixes, ScoredPrefixes, collect_prefixes
-from cards_integrations.study.train_value import TrainedValue, fit_head
+from cards_integrations.study.train_value import fit_head
 from cards_integrations.trace import Alignment
 
 RESULTS = Path(__file__).parent / "results" / "value_head.json"
@@ -51,7 +53,12 @@ FORMS = (
     "Give me your opinion on {}.",
 )  # fmt: skip
 TARGETS: tuple[Target, ...] = ("value", "prefix")
+METHODS: dict[str, Decoding] = {"cards": Cards(), "segment_best_of_n": SegmentBestOfN(n=4)}
 SHOWN = {"prompts", "prefixes", "pearson", "spearman", "penalty", "scale", "max_tokens"}  # of a head's card
+AT_ONCE = 4
+SENTIMENT = ClassifierReward(  # as in `reward="sentiment"`, without its guard
+    model="smollm2", adapter="sentiment-smollm2", prompt_format="chat", end_of_turn=False, scale=(0.75, 0.53)
+)
 THEN = ("and then", "because", "but", "so", "when it was dark", "with a friend", "after lunch", "the next day")
 
 
@@ -76,73 +83,82 @@ class Pair:
     @classmethod
     def smollm2(cls) -> Pair:
         """The embedded model and its sentiment reward."""
-        llm = CardsLLM(reward="sentiment", max_tokens=48, engine=EngineSettings(threads=1))
+        llm = CardsLLM(reward=SENTIMENT, max_tokens=48, engine=EngineSettings(threads=1))
         return cls(llm, [form.format(subject) for subject in SUBJECTS for form in FORMS], PROMPTS)
-
-    def answers(self, reward: Reward | None, decoding: Decoding, prompts: Sequence[str]) -> list[Alignment]:
-        """One to each prompt, always with the same seeds."""
-        options = {"decoding": decoding, **({"reward": reward} if reward is not None else {})}
-        return self.llm.align_batch(prompts, range(len(prompts)), **options)
 
     def judged(self, answers: Sequence[Alignment], prompts: Sequence[str]) -> np.ndarray:
         """What the teacher says of answers."""
         return np.array([self.llm.score(p, [a.text])[0] for p, a in zip(prompts, answers, strict=True)])
 
 
-def trained(pair: Pair, prompts: list[str], folder: Path) -> dict[str, TrainedValue]:
+@dataclass(frozen=True)
+class Run:
+    """Answers that were written together, what the teacher says of each, and what they took."""
+
+    answers: list[Alignment]
+    rewards: np.ndarray
+    seconds: float
+    cpu: float
+
+    def per_token(self, clock: str) -> float:
+        """Seconds for each token that was kept."""
+        return float(getattr(self, clock)) / sum(len(answer.token_ids) for answer in self.answers)
+
+    def __str__(self) -> str:
+        clocks = ", ".join(f"{1000 * self.per_token(clock):.0f} ms ({clock})" for clock in ("seconds", "cpu"))
+        return f"{self.rewards.mean():.2f}, {clocks} a token"
+
+
+def trained(pair: Pair, prompts: list[str], folder: Path) -> dict[Target, ValueHead]:
     """A head for either target, from the same answers."""
-    options: dict[str, Any] = {"decoding": ScoredPrefixes(boundary=Uncertainty())}
-    engine = pair.llm.engine_for(options, pair.llm)
-    found: Prefixes = collect_prefixes(pair.llm, engine, prompts, None, 0, True, options)
-    chosen, heads = pair.llm.resolve_options({}), dict[str, TrainedValue]()
-    for target in TARGETS:
-        heads[target] = fit_head(engine, chosen, found, folder / f"{target}.safetensors", target, 0.25, 0)
-        print(heads[target], flush=True)
-    return heads
+    files = {target: folder / f"{target}.safetensors" for target in TARGETS}
+    if not all(file.exists() for file in files.values()):
+        options: dict[str, Any] = {"decoding": ScoredPrefixes(boundary=Uncertainty())}
+        engine = pair.llm.engine_for(options, pair.llm)
+        found: Prefixes = collect_prefixes(pair.llm, engine, prompts, None, 0, True, options)
+        for target, file in files.items():
+            print(fit_head(engine, pair.llm.resolve_options({}), found, file, target, 0.25, 0), flush=True)
+    return {target: ValueHead.load(file) for target, file in files.items()}
 
 
-def guides(pair: Pair, heads: dict[str, ValueReward], prompts: list[str]) -> dict[str, Any]:
-    """The teacher's mean reward of each kind of answers, and what it has more than plain ones have."""
-    rng, found = np.random.default_rng(0), dict[str, Any]()
-    plain = pair.judged(pair.answers(None, Sampling(), prompts), prompts)
-    found["plain"] = {"reward": round(float(plain.mean()), 3)}
-    arms: dict[str, Reward | None] = {**{f"head, {name}": head for name, head in heads.items()}, "teacher": None}
-    for name, reward in arms.items():
-        answers = pair.answers(reward, Cards(), prompts)
-        rewards = pair.judged(answers, prompts)
+def run(pair: Pair, arms: dict[str, dict[str, Any]], prompts: list[str]) -> dict[str, list[Run]]:
+    """Blocks of answers of all arms, in turns."""
+    found: dict[str, list[Run]] = {name: [] for name in arms}
+    pair.llm.align(prompts[0], max_tokens=8)
+    for number in range(0, len(prompts), AT_ONCE):
+        asked, turn = prompts[number : number + AT_ONCE], number // AT_ONCE % len(arms)
+        for name in [*arms, *arms][turn : turn + len(arms)]:
+            began, used = time.perf_counter(), time.process_time()
+            answers = pair.llm.align_batch(asked, range(number, number + len(asked)), **arms[name])
+            seconds, used = time.perf_counter() - began, time.process_time() - used
+            found[name].append(Run(answers, pair.judged(answers, asked), seconds, used))
+            print(name, number, found[name][-1], flush=True)
+    return found
+
+
+def summary(found: dict[str, list[Run]]) -> dict[str, Any]:
+    """Rewards over those of plain answers, and times over those of the teacher."""
+    rng, rows = np.random.default_rng(0), dict[str, Any]()
+    rewards = {name: np.concatenate([run.rewards for run in runs]) for name, runs in found.items()}
+    for name, runs in found.items():
+        answers = [answer for run in runs for answer in run.answers]
         kept = sum(len(answer.token_ids) for answer in answers)
-        found[name] = {
-            "reward": round(float(rewards.mean()), 3),
-            "over plain": interval(rewards - plain, rng),
+        row = rows[name] = {
+            "reward": round(float(rewards[name].mean()), 3),
             "drafted per kept": round(sum(a.usage.drafted_tokens for a in answers) / kept, 2),
             "read for the reward per kept": round(sum(a.usage.rm_tokens for a in answers) / kept, 2),
+            "milliseconds per token": round(1000 * sum(run.seconds for run in runs) / kept, 1),
         }
-        print(name, found[name], flush=True)
-    return found
-
-
-def times(pair: Pair, head: ValueReward, pairs: int) -> dict[str, Any]:
-    """Seconds for each token of an answer, with the head over with the teacher."""
-    found: dict[str, Any] = {}
-    for decoding in (Cards(), SegmentBestOfN(n=4)):
-        for several in (1, 4):
-            sides: dict[str, list[float]] = {"head": [], "teacher": []}
-            for number in range(pairs + 1):
-                at = number * several % len(pair.test)
-                asked = (pair.test * 2)[at : at + several]
-                for name in sorted(sides, reverse=number % 2 == 0):
-                    began = time.perf_counter()
-                    answers = pair.answers(head if name == "head" else None, decoding, asked)
-                    seconds = time.perf_counter() - began
-                    if number:  # the first is the warm-up
-                        sides[name].append(seconds / sum(len(answer.token_ids) for answer in answers))
-            ratios = np.array(sides["head"]) / np.array(sides["teacher"])
-            found[f"{decoding.method}, {several} at once"] = {
-                "ratio": [round(float(x), 3) for x in (np.median(ratios), ratios.min(), ratios.max())],
-                "milliseconds per token": {name: round(1000 * float(np.median(s)), 1) for name, s in sides.items()},
-            }
-            print(decoding.method, several, found[f"{decoding.method}, {several} at once"], flush=True)
-    return found
+        if "plain" in found and name != "plain":
+            row["over plain"] = interval(rewards[name] - rewards["plain"], rng)
+        if name.startswith("head"):
+            for clock in ("seconds", "cpu"):
+                ratios = [
+                    one.per_token(clock) / other.per_token(clock)
+                    for one, other in zip(runs, found["teacher"], strict=True)
+                ]
+                row[f"{clock} over teacher"] = [round(float(f(ratios)), 3) for f in (np.median, min, max)]
+    return rows
 
 
 def main() -> None:
@@ -151,19 +167,27 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=["tiny", "smollm2"], choices=["tiny", "smollm2"])
     parser.add_argument("--train", type=int, default=240, help="Prompts to train and test the heads on.")
     parser.add_argument("--test", type=int, default=32, help="Prompts whose answers are guided.")
-    parser.add_argument("--pairs", type=int, default=6, help="Runs of each side.")
+    parser.add_argument("--heads", type=Path, help="Where the heads are, or are written to.")
+    parser.add_argument("--methods", nargs="+", default=["cards", "segment_best_of_n"], choices=METHODS)
     options = parser.parse_args()
     for part in options.parts:
         pair = Pair.tiny(options.models.resolve()) if part == "tiny" else Pair.smollm2()
-        with tempfile.TemporaryDirectory() as folder, pair.llm:
-            heads = trained(pair, pair.train[: options.train], Path(folder))
-            rewards = {name: head.reward for name, head in heads.items()}
-            found = {
-                "prompts": {"train": options.train, "test": options.test},
-                "heads": {name: head.card.model_dump(mode="json", include=SHOWN) for name, head in heads.items()},
-                "guides": guides(pair, rewards, pair.test[: options.test]),
-                "time, head over teacher": times(pair, rewards["value"], options.pairs),
+        with tempfile.TemporaryDirectory() as aside, pair.llm:
+            folder = Path(options.heads or aside) / part
+            folder.mkdir(parents=True, exist_ok=True)
+            heads = trained(pair, pair.train[: options.train], folder)
+            found: dict[str, Any] = {
+                "heads": {name: head.card.model_dump(mode="json", include=SHOWN) for name, head in heads.items()}
             }
+            for name in options.methods:
+                rewards = {
+                    f"head, {target}": ValueReward(path=str(folder / f"{target}.safetensors")) for target in heads
+                }
+                arms: dict[str, dict[str, Any]] = {"plain": {"decoding": Sampling()}} if name == "cards" else {}
+                arms |= {arm: {"decoding": METHODS[name], "reward": reward} for arm, reward in rewards.items()}
+                arms["teacher"] = {"decoding": METHODS[name]}
+                found[name] = summary(run(pair, arms, pair.test[: options.test]))
+                print(json.dumps(found[name], indent=1), flush=True)
         results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
         RESULTS.write_text(json.dumps({**results, part: found}, indent=2) + "\n")
 
