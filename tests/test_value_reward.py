@@ -196,31 +196,12 @@ def test_in_half_precision_it_reads_the_states_of_the_model_as_it_drafts(
 
 def test_a_text_that_outgrows_the_frequencies_of_short_ones(start: Start, tmp_path: Path) -> None:
     """Its states are others then, and are read."""
-    scaling = {
-        "rope_type": "longrope",
-        "rope_theta": 1e4,
-        "short_factor": [1.0] * 4,
-        "long_factor": [2.0, 3.0, 4.0, 5.0],
-    }
     original = {"original_max_position_embeddings": 16}
-    model = tiny.causal(
-        "phi3",
-        eos_token_id=None,
-        sliding_window=None,
-        rope_parameters={**scaling, **original, "factor": 8.0},
-        **original,
-    )
-    engine = start(tiny.save(tmp_path / "model", model, tiny.words(eos_token=None)), width=4)
-    reward, made = head(
-        tmp_path,
-        tiny.causal(
-            "phi3",
-            eos_token_id=None,
-            sliding_window=None,
-            rope_parameters={**scaling, **original, "factor": 8.0},
-            **original,
-        ),
-    )
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "factor": 8.0, **original}
+    config = {**original, "rope_parameters": {**rope, "long_factor": [2.0, 3.0, 4.0, 5.0]}, "sliding_window": None}
+    model, same = (tiny.causal("phi3", eos_token_id=None, **config) for _ in range(2))
+    engine = start(tiny.save(tmp_path / "model", same, tiny.words(eos_token=None)), width=4)
+    reward, made = head(tmp_path, model)
     answers = engine.run_many([request(reward, seed, max_tokens=20) for seed in range(3)])
     assert_exact(answers, Plain(model, made), fewest=20)
     assert_idle(engine)
