@@ -287,7 +287,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(words, tmp_pat
 def test_a_trained_value_head_guides(config, tmp_path):
     prompts, head = tmp_path / "prompts.txt", tmp_path / "head.safetensors"
     prompts.write_text("".join(f"Tell me about {number}\n" for number in range(24)))
-    told = run("train-value", str(prompts), "--config", config, "--out", str(head), "--target", "prefix").stdout
+    told = run("train-value", str(prompts), "--config", config, "--out", str(head)).stdout
     assert "Pearson" in told
     assert "18 prompts" in told
     reward = json.dumps({"kind": "value", "path": str(head)})

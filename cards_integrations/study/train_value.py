@@ -62,7 +62,7 @@ def train_value(
     path: str | Path,
     *,
     contexts: Sequence[Any] | None = None,
-    target: Target = "value",
+    target: Target = "prefix",
     boundary: AnyBoundary | None = None,
     held_out: float = 0.25,
     seed: int = 0,
@@ -78,7 +78,7 @@ def train_value(
         prompts: Strings or lists of messages, at least 20, better some hundreds, like those that will be asked.
         path: The file to write.
         contexts: The context of each prompt, for rewards that read it.
-        target: "value" foretells the reward of the finished answer; "prefix" that of the answer so far.
+        target: "prefix" foretells the reward of the answer so far; "value" that of the finished answer.
         boundary: Where a segment ends; by default where that of `decoding` does, if it has segments.
         held_out: The share of the prompts that the head is tested on, and not trained on.
         seed: The seed of the first answer, and of the split.
