@@ -52,7 +52,7 @@ FORMS = (
     "Write the first lines of a story about {}.", "What is bad about {}?", "Write a short poem about {}.",
     "Give me your opinion on {}.",
 )  # fmt: skip
-TARGETS: tuple[Target, ...] = ("value", "prefix")
+TARGETS: tuple[Target, ...] = ("prefix", "value")
 METHODS: dict[str, Decoding] = {"cards": Cards(), "segment_best_of_n": SegmentBestOfN(n=4)}
 SHOWN = {"prompts", "prefixes", "pearson", "spearman", "penalty", "scale", "max_tokens"}  # of a head's card
 AT_ONCE = 4
@@ -133,6 +133,7 @@ def run(pair: Pair, arms: dict[str, dict[str, Any]], prompts: list[str]) -> dict
             seconds, used = time.perf_counter() - began, time.process_time() - used
             found[name].append(Run(answers, pair.judged(answers, asked), seconds, used))
             print(name, number, found[name][-1], flush=True)
+        print(summary(found), flush=True)
     return found
 
 
@@ -167,6 +168,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=["tiny", "smollm2"], choices=["tiny", "smollm2"])
     parser.add_argument("--train", type=int, default=240, help="Prompts to train and test the heads on.")
     parser.add_argument("--test", type=int, default=32, help="Prompts whose answers are guided.")
+    parser.add_argument("--targets", nargs="+", default=["prefix", "value"], choices=TARGETS, help="Heads that guide.")
     parser.add_argument("--heads", type=Path, help="Where the heads are, or are written to.")
     parser.add_argument("--methods", nargs="+", default=["cards", "segment_best_of_n"], choices=METHODS)
     options = parser.parse_args()
@@ -181,7 +183,7 @@ def main() -> None:
             }
             for name in options.methods:
                 rewards = {
-                    f"head, {target}": ValueReward(path=str(folder / f"{target}.safetensors")) for target in heads
+                    f"head, {each}": ValueReward(path=str(folder / f"{each}.safetensors")) for each in options.targets
                 }
                 arms: dict[str, dict[str, Any]] = {"plain": {"decoding": Sampling()}} if name == "cards" else {}
                 arms |= {arm: {"decoding": METHODS[name], "reward": reward} for arm, reward in rewards.items()}
