@@ -198,7 +198,11 @@ def test_a_text_that_outgrows_the_frequencies_of_short_ones(start: Start, tmp_pa
     """Its states are others then, and are read."""
     original = {"original_max_position_embeddings": 16}
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "factor": 8.0, **original}
-    config = {**original, "rope_parameters": {**rope, "long_factor": [2.0, 3.0, 4.0, 5.0]}, "sliding_window": None}
+    config: dict[str, Any] = {
+        **original,
+        "rope_parameters": {**rope, "long_factor": [2.0, 3.0, 4.0, 5.0]},
+        "sliding_window": None,
+    }
     model, same = (tiny.causal("phi3", eos_token_id=None, **config) for _ in range(2))
     engine = start(tiny.save(tmp_path / "model", same, tiny.words(eos_token=None)), width=4)
     reward, made = head(tmp_path, model)
