@@ -115,7 +115,7 @@ def test_a_head_that_is_not_known_is_refused(
 def test_labels_are_added_up_and_named(tmp_path: Path, models: Callable[..., str], start: Start) -> None:
     model = tiny.classifier(num_labels=3, id2label={0: "helpful", 1: "correct", 2: "verbose"})
     folder = tiny.save(tmp_path, model, tiny.words())
-    weights: dict[str | int, float] = {"helpful": 0.7, 1: 0.5, "verbose": -0.2}
+    weights: Any = {"helpful": 0.7, 1: 0.5, "verbose": -0.2}
     reward = ClassifierReward(model=folder, weights=weights, prompt_format=FORMAT)
 
     @torch.inference_mode()

@@ -22,9 +22,12 @@ from cards_integrations.rewards import (
     REWARDS,
     ClassifierReward,
     Conversation,
+    Criterion,
+    CritiqueJudgeReward,
     FluencyReward,
     FunctionReward,
     GateReward,
+    GradedJudgeReward,
     GroundednessReward,
     GuardedReward,
     ImplicitReward,
@@ -32,6 +35,7 @@ from cards_integrations.rewards import (
     LengthReward,
     MinReward,
     PatternReward,
+    ProcessReward,
     RelevanceReward,
     RemoteReward,
     Response,
@@ -91,17 +95,28 @@ def judge(before: str, yes: str, **others: Any) -> JudgeReward:
     return JudgeReward(rubric=before + "{prompt} {response}", words=(yes, yes + "!"), **others)
 
 
+criterion = st.builds(Criterion, question=name, name=maybe, weight=st.floats(0.5, 9))
+criteria = st.lists(criterion, max_size=1).map(tuple)
+
+
 LEAVES: dict[str, st.SearchStrategy[Reward]] = {
     "classifier": some(
         ClassifierReward, model=name, revision=maybe, adapter=maybe, trust_remote_code=st.booleans(), label=label,
         output=st.sampled_from(["logit", "probability", "log_odds"]), end_of_turn=st.booleans(),
         prompt_format=st.none() | st.just("chat") | formats,
+    )
+    | some(ClassifierReward, model=name, weights=st.dictionaries(name | st.integers(0, 9), number, min_size=1)),
+    "process": some(
+        ProcessReward, model=name, separator=maybe, step_tag=name, after_tag=text, label=label,
+        aggregate=st.sampled_from(["last", "min", "product", "mean"]), prompt_format=st.none() | formats,
     ),
     "function": some(FunctionReward, function=st.sampled_from([words, as_reward])),
     "fluency": some(FluencyReward, n=st.integers(1, 99), least_log_p=st.none() | number),
     "length": some(LengthReward, target=st.integers(1, 10**9), unit=st.sampled_from(["words", "characters"])),
     "pattern": some(PatternReward, wanted=expressions, forbidden=expressions, case_sensitive=st.booleans()),
     "judge": st.builds(judge, text, name, model=st.none() | model, **common),
+    "graded_judge": some(GradedJudgeReward, model=st.none() | model, criteria=criteria),
+    "critique_judge": some(CritiqueJudgeReward, criteria=criteria, seed=st.integers(0, 99)),
     "implicit": st.builds(implicit, model, beta=st.floats(1e-3, 1e3), **common),
     "relevance": some(RelevanceReward, model=name, revision=maybe),
     "value": some(ValueReward, path=name),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -63,6 +64,6 @@ def compare(
     if as_json:
         print(json.dumps(found.summary()))
     else:
-        Console().print(found.table())
+        Console(width=None if sys.stdout.isatty() else 160).print(found.table())  # a file has no width
     if report:
         found.to_html(report)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, FiniteFloat, field_validator, model_validator
+from pydantic import BeforeValidator, Field, FiniteFloat, field_validator, model_validator
 
 from cards_integrations.chat.template import ChatTokenizer, same_vocabulary
 from cards_integrations.models.local.checks import embedding_rows
@@ -14,6 +15,11 @@ from cards_integrations.rewards.base import Loader, Reward, RewardModel
 from cards_integrations.rewards.registry import register_reward
 
 ADAPTERS = Path(__file__).parent / "adapters"
+
+
+def _by_text(weights: Any) -> Any:
+    """The same mapping with its keys as JSON has them."""
+    return {str(key): weight for key, weight in weights.items()} if isinstance(weights, Mapping) else weights
 
 
 @register_reward
@@ -38,7 +44,7 @@ class ClassifierReward(Reward):
     """Bits of the weights, as for `LocalModel`; an adapter shares the language model's if they have the same."""
     label: int | str | None = None
     """Index or name of the label that is the score, for a model with several labels."""
-    weights: dict[str | int, FiniteFloat] | None = None
+    weights: Annotated[dict[str, FiniteFloat] | None, BeforeValidator(_by_text)] = None
     """Labels, by index or name, and the weights of their sum, which is then the score; the trace has each of them."""
     output: Literal["logit", "probability", "log_odds"] = "logit"
     """The raw logit, the probability (softmax, or sigmoid for a single label), or its log-odds."""

@@ -29,7 +29,7 @@ class Head:
         label: int | str | None,
         output: Literal["logit", "probability", "log_odds"],
         id2label: dict[int, str] | None,
-        weights: Mapping[str | int, float] | None = None,
+        weights: Mapping[str, float] | None = None,
     ) -> None:
         labels = id2label or {0: "LABEL_0"}
         self.output = output
@@ -72,4 +72,6 @@ def _index(label: int | str | None, labels: dict[int, str]) -> int:
         return label
     if isinstance(label, str) and label in names:
         return names[label]
+    if isinstance(label, str) and label.isdecimal() and int(label) in labels:
+        return int(label)
     raise SettingsError(f"reward.label={label!r}: choose one of {labels}.")
