@@ -878,7 +878,7 @@ def _take_option(case: Case, world: World) -> object:
 
 
 def _reply(random: Random) -> Case:
-    protocol = random.choice(list(PROTOCOLS))
+    protocol = random.choice(["classify", "score", "predict", "json"])
     whole = {
         "classify": {"data": [{"index": 0, "probs": [random.choice(NUMBERS)]}]}, "score": {"data": [{"index": 0, "score": random.choice(NUMBERS)}]},
         "predict": [[{"label": "a", "score": random.choice(NUMBERS)}]], "json": {"scores": [random.choice(NUMBERS), 1.0]},
@@ -900,7 +900,7 @@ def _take_reply(case: Case, world: World) -> object:
         else None
     )
     settings = RemoteReward(url="http://localhost", protocol=case["protocol"], label=label)
-    scores = PROTOCOLS[case["protocol"]](settings, None).read(bytes.fromhex(case["hex"]))
+    scores = PROTOCOLS[case["protocol"]](settings, None).read(bytes.fromhex(case["hex"]), {}, [])
     assert all(isinstance(score, float) and math.isfinite(score) for score in scores)
     return scores
 

@@ -1,4 +1,4 @@
-"""What CARDS buys on the embedded models: guiding reward, a held-out judge, likelihood, cost.
+"""What CARDS buys on the embedded models: guiding reward, a held-out judge, likelihood, repetition, cost.
 
     python benchmarks/quality.py [--prompts 32] [--max-tokens 64]
 
@@ -20,6 +20,7 @@ from rich.table import Table
 from cards_integrations import CardsLLM
 from cards_integrations.cli.demo import JUDGE
 from cards_integrations.decoding import Decoding, Sampling
+from cards_integrations.study.metrics import distinct, points, repeated_3grams
 
 PROMPTS = [
     "How was your day at work?", "Describe the weather this week.", "Tell me about your new neighbours.",
@@ -53,15 +54,18 @@ def main() -> None:
     llm = CardsLLM(max_tokens=options.max_tokens)
     methods: dict[str, Decoding] = {"plain": Sampling(), "cards": llm.decoding}
     columns: dict[str, dict[str, np.ndarray]] = {}
+    texts: dict[str, list[str]] = {}
     seconds: dict[str, float] = {}
     for name, decoding in methods.items():
         began = time.perf_counter()
         answers = llm.align_batch(prompts, seeds=range(len(prompts)), decoding=decoding)
         seconds[name] = time.perf_counter() - began
+        texts[name] = [answer.text for answer in answers]
         columns[name] = {
             "reward": np.array([llm.score(p, [a.text])[0] for p, a in zip(prompts, answers, strict=True)]),
             "judge": np.array([llm.score(p, [a.text], reward=JUDGE)[0] for p, a in zip(prompts, answers, strict=True)]),
             "log p per token": np.array([a.log_likelihood / max(1, len(a.token_ids)) for a in answers]),
+            "repeated 3-grams, %": np.array([repeated_3grams(a.text) for a in answers]),
             "tokens kept": np.array([a.usage.completion_tokens for a in answers]),
             "tokens drafted": np.array([a.usage.drafted_tokens for a in answers]),
             "candidates": np.array([a.usage.drafts for a in answers]),
@@ -69,15 +73,23 @@ def main() -> None:
         }
     rows = {name: {key: interval(values, rng) for key, values in found.items()} for name, found in columns.items()}
     rows["cards - plain"] = {key: interval(columns["cards"][key] - columns["plain"][key], rng) for key in rows["plain"]}
+    judged = zip(columns["cards"]["judge"], columns["plain"]["judge"], strict=True)
+    wins = interval(np.array([points(*pair) for pair in judged]), rng)
+    diversity = {name: distinct(found, 2) for name, found in texts.items()}
     table = Table(title=f"{len(prompts)} prompts, {options.max_tokens} tokens; mean [95% interval]")
-    for column in ("", *rows["plain"], "seconds, all"):
+    for column in ("", *rows["plain"], "distinct-2", "wins by the judge", "seconds, all"):
         table.add_column(column, justify="right")
     for name, row in rows.items():
+        won = f"{wins[0]:.2f} [{wins[1]:.2f}, {wins[2]:.2f}]" if name == "cards" else ""
         cells = [f"{m:.2f} [{low:.2f}, {high:.2f}]" for m, low, high in row.values()]
-        table.add_row(name, *cells, f"{seconds[name]:.0f}" if name in seconds else "")
-    Console(width=180).print(table)
+        table.add_row(name, *cells, f"{diversity[name]:.2f}" if name in diversity else "", won,
+                      f"{seconds[name]:.0f}" if name in seconds else "")  # fmt: skip
+    Console(width=220).print(table)
     target = Path(__file__).parent / "results" / "quality.json"
-    target.write_text(json.dumps({"rows": rows, "seconds": seconds, **vars(options)}, indent=2) + "\n")
+    target.write_text(
+        json.dumps({"rows": rows, "wins": wins, "distinct-2": diversity, "seconds": seconds, **vars(options)}, indent=2)
+        + "\n"
+    )
     llm.close()
 
 

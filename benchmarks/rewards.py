@@ -61,6 +61,7 @@ from cards_integrations.rewards import (
 )
 from cards_integrations.rewards.judge import RubricReward
 from cards_integrations.rewards.prompts import PLAIN
+from cards_integrations.study.metrics import distinct, points, repeated_3grams
 from cards_integrations.trace import Alignment
 
 RESULTS = Path(__file__).parent / "results" / "rewards.json"
@@ -131,7 +132,7 @@ def distilled(llm: CardsLLM, folder: Path, n: int = 8, epochs: int = 2) -> Local
 def rewards(url: str, tuned: LocalModel) -> dict[str, Reward]:
     """One of each kind."""
     return {
-        "classifier, decoder (sentiment)": NAMED["sentiment"],
+        "classifier, decoder (sentiment)": NAMED["sentiment"].parts[0],
         "classifier, encoder (sentiment)": NAMED["sentiment-minilm"],
         "function (short words)": FunctionReward(function=short_words),
         "length (20 words)": LengthReward(target=20),
@@ -147,6 +148,7 @@ def rewards(url: str, tuned: LocalModel) -> dict[str, Reward]:
         "remote (share of vowels)": RemoteReward(url=url, protocol="json"),
         "weighted (sentiment + relevance)": WeightedReward(rewards=["sentiment", RelevanceReward()]),
         "min (sentiment, 20 words)": MinReward(rewards=["sentiment", LengthReward(target=20)]),
+        "guarded (sentiment, no repetition)": NAMED["sentiment"],
         "gate (no I, then sentiment)": GateReward(
             gate=PatternReward(forbidden=[r"\bI\b"], case_sensitive=True), reward="sentiment", closed=-5
         ),
@@ -166,6 +168,8 @@ def guided(llm: CardsLLM, reward: Reward, prompts: Sequence[str], decoding: Deco
         "difference": interval(after - before, np.random.default_rng(0)),
         "looked at": measured(aligned)["drafted_tokens"],
         "drafted": float(np.mean([a.usage.drafted_tokens for a in aligned])),
+        "win_rate": float(np.mean([points(*pair) for pair in zip(after, before, strict=True)])),
+        **{name: [text[name] for text in map(texts_of, (plain, aligned))] for name in TEXT_NUMBERS},
         "tokens": [float(np.mean([len(a.token_ids) for a in answers])) for answers in (plain, aligned)],
     }
 
@@ -198,7 +202,10 @@ def judges(options: argparse.Namespace) -> dict[str, Any]:
 
 def guide(options: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    table = Table("reward", "plain", "CARDS", "difference", "looked at / kept", "tokens", title="each reward guides")
+    table = Table(
+        "reward", "plain", "CARDS", "difference", "wins, %", "looked at / kept", "tokens", "repeated 3-grams, %",
+        "distinct-2", "log p / token", title="each reward guides",
+    )  # fmt: skip
     llm = CardsLLM(max_tokens=48)
     with server() as url, tempfile.TemporaryDirectory() as folder:
         chosen = [name for name in rewards(url, LocalModel()) if any(word in name for word in options.rewards)]
@@ -214,10 +221,13 @@ def guide(options: argparse.Namespace) -> dict[str, Any]:
             mean, low, high = row["difference"]
             table.add_row(
                 name, f"{row['plain']:.3g}", f"{row['cards']:.3g}", f"{mean:.3g} [{low:.3g}, {high:.3g}]",
-                f"{row['looked at'] / row['tokens'][1]:.1f}", f"{row['tokens'][0]:.0f} / {row['tokens'][1]:.0f}",
+                f"{100 * row['win_rate']:.0f}",
+                f"{row['looked at'] / row['tokens'][1]:.1f}",
+                f"{row['tokens'][0]:.0f} / {row['tokens'][1]:.0f}",
+                *(f"{row[name][0]:.2f} / {row[name][1]:.2f}" for name in TEXT_NUMBERS),
             )  # fmt: skip
     llm.close()
-    Console(width=150).print(table)
+    Console(width=200).print(table)
     return found
 
 
@@ -257,8 +267,21 @@ def measured(answers: Sequence[Alignment]) -> dict[str, float]:
     }
 
 
+TEXT_NUMBERS = ("repeated_3grams", "distinct_2", "log_p_per_token")
+
+
+def texts_of(answers: Sequence[Alignment]) -> dict[str, float]:
+    """Numbers about the texts themselves, whatever a reward says of them."""
+    texts = [answer.text for answer in answers]
+    return {
+        "repeated_3grams": float(np.mean([repeated_3grams(text) for text in texts])),
+        "distinct_2": distinct(texts, 2),
+        "log_p_per_token": float(np.mean([a.log_likelihood / max(1, len(a.token_ids)) for a in answers])),
+    }
+
+
 def calibration(options: argparse.Namespace) -> dict[str, Any]:
-    sentiment = NAMED["sentiment"].model_copy(update={"scale": None})
+    sentiment = NAMED["sentiment"].parts[0].model_copy(update={"scale": None})
     # (r - mean) / spread with these numbers is 100 r + 7
     shifted = WeightedReward(rewards=[sentiment.model_copy(update={"scale": (-0.07, 0.01)})], weights=[1.0])
     asked: dict[str, tuple[Reward, list[str], list[str]]] = {
@@ -304,7 +327,10 @@ def stopping(options: argparse.Namespace) -> dict[str, Any]:
     pairs["SmolLM2"] = (CardsLLM(max_tokens=64), PROMPTS[:16], {}, 0.75, 0.53)
     found: dict[str, Any] = {}
     for pair, (llm, prompts, settings, mean, spread) in pairs.items():
-        table = Table("", "tokens looked at", "guiding reward", "judge", title=f"{pair}: a target or a price")
+        table = Table(
+            "", "tokens looked at", "guiding reward", "judge", "repeated 3-grams, %", "distinct-2", "log p / token",
+            title=f"{pair}: a target or a price",
+        )  # fmt: skip
         methods: dict[str, Decoding] = {
             f"target mean + {k:g} spreads": Cards(target_reward=mean + k * spread, beta=0.15 * spread, **settings)
             for k in (0.5, 1.0, 1.5, 2.0)
@@ -321,10 +347,12 @@ def stopping(options: argparse.Namespace) -> dict[str, Any]:
                 "looked at": measured(answers)["drafted_tokens"],
                 "reward": interval(np.array([a.reward for a in answers]), rng),
                 "judge": interval(np.array(judged), rng),
+                **texts_of(answers),
             }
             found.setdefault(pair, {})[name] = row
             table.add_row(name, f"{row['looked at']:.0f}", *(
-                f"{m:.2f} [{low:.2f}, {high:.2f}]" for m, low, high in (row["reward"], row["judge"])))  # fmt: skip
+                f"{m:.2f} [{low:.2f}, {high:.2f}]" for m, low, high in (row["reward"], row["judge"])),
+                *(f"{row[name]:.2f}" for name in TEXT_NUMBERS))  # fmt: skip
         llm.close()
         Console(width=120).print(table)
     return found
@@ -341,8 +369,9 @@ def main() -> None:
     parser.add_argument("--rewards", nargs="+", default=[""], help="words of which a name has one, for the part guide")
     options = parser.parse_args()
     for part in options.parts:
-        found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        found[part] = {**found.get(part, {}), **PARTS[part](options)}
+        now = PARTS[part](options)
+        found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}  # as another run may have left it meanwhile
+        found[part] = {**found.get(part, {}), **now}
         RESULTS.write_text(json.dumps(found, indent=1) + "\n")
 
 

@@ -45,7 +45,7 @@ from cards_integrations.trace import Alignment
 
 T = TypeVar("T")
 RESULTS = Path(__file__).parent / "results"
-REWARD = NAMED["sentiment"]
+REWARD = NAMED["sentiment"].parts[0]  # without its guard, which others than the engine do not have
 SAMPLER = Sampler()
 STORY = "Write a long story about a lighthouse keeper and her dog."
 

@@ -68,7 +68,7 @@ def servers(stack: ExitStack, options: argparse.Namespace) -> tuple[VllmModel, R
 
 def sentiment_model(folder: Path) -> str:
     """The one that comes with this package, its adapter merged."""
-    settings = NAMED["sentiment"]
+    settings = NAMED["sentiment"].parts[0]
     assert isinstance(settings, ClassifierReward)
     spec = LocalModel(model=settings.model, adapter=str(ADAPTERS / str(settings.adapter)))
     model, tokenizer = ModelLoader(Placement(dtype="bfloat16")).classifier(spec)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from reprlib import Repr
 
@@ -14,8 +15,36 @@ class CardsError(Exception):
     """Base of every error this package raises on purpose."""
 
 
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with one setting.
+
+    Attributes:
+        where: The path to it: names of settings, and places in lists.
+        what: What is wrong, and how to fix it.
+        value: "=..." if the value is to be shown.
+    """
+
+    where: tuple[int | str, ...]
+    what: str
+    value: str = ""
+
+    def inside(self, outer: tuple[int | str, ...]) -> Problem:
+        """The same, of settings that are themselves at this path."""
+        return replace(self, where=(*outer, *self.where))
+
+    def __str__(self) -> str:
+        path = ".".join(step for step in map(str, self.where) if "[" not in step)  # the types of a union have brackets
+        if not self.value and path in self.what.partition(". ")[0]:
+            return self.what  # it names the setting itself
+        return f"{path}{self.value}: {self.what}"
+
+
 class SettingsError(CardsError, ValueError):
     """A setting or a per-call argument cannot be used as given."""
+
+    problems: tuple[Problem, ...] = ()
+    """All that is wrong, where the settings of a class were checked."""
 
 
 class PromptError(CardsError, ValueError):
@@ -72,6 +101,10 @@ def unknown_name(what: str, name: str, known: Iterable[str], hint: str = "") -> 
     """The error for an unknown name, with the nearest known names and then all of them."""
     known = sorted(known)
     name = name[:200]
-    near = get_close_matches(name, known, n=3, cutoff=0.5)
-    suggestion = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-    return SettingsError(f"The {what} {name!r} is not known.{suggestion} Known: {', '.join(known)}.{hint}")
+    return SettingsError(f"The {what} {name!r} is not known.{nearest(name, known)} Known: {', '.join(known)}.{hint}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """ " Did you mean ...?" with the names that are most like it; "" if none is."""
+    near = get_close_matches(name[:200], list(known), n=3, cutoff=0.5)
+    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""

@@ -31,7 +31,7 @@ from cards_integrations.settings import CardsSettings, as_context
 from cards_integrations.trace import Alignment
 
 if TYPE_CHECKING:
-    from cards_integrations.study import Calibration
+    from cards_integrations.study import Calibration, TrainedValue
 
 
 class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
@@ -49,7 +49,7 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
     share one engine, which runs all their requests in one batch.
 
     Raises:
-        ValidationError: An option is unknown or cannot be used as given.
+        SettingsError: An option is unknown or cannot be used as given.
     """
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, populate_by_name=True)
@@ -84,8 +84,8 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
             allow_imports: Import the reward functions that the file names. This runs their modules' code.
 
         Raises:
-            SettingsError: The file cannot be read.
-            ValidationError: An option is unknown, cannot be used as given, or would import code without permission.
+            SettingsError: The file cannot be read, or an option is unknown, cannot be used as given, or would import
+                code without permission.
         """
         if not isinstance(settings, CardsSettings):
             settings = CardsSettings.from_yaml(settings, allow_imports=allow_imports)
@@ -266,6 +266,21 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
         if remember:
             found.remember()
         return found
+
+    def train_value(self, prompts: Sequence[Any], *, path: str | Path, **how: Any) -> TrainedValue:
+        """Train a head on the language model's own hidden state that says what the reward would, at no extra cost.
+
+        Args:
+            prompts: What plain answers are written to; some hundreds, like those that will be asked.
+            path: The file to write.
+            how: See `study.train_value`: `reward`, `target`, `contexts`, `held_out`, `seed` and others.
+
+        Returns:
+            The head with its correlations; print it, or pass its `reward` on.
+        """
+        from cards_integrations.study import train_value
+
+        return train_value(self, prompts, path, **how)
 
     def close(self) -> None:
         """Free the models, unless another object uses them; the next call loads them again."""

@@ -10,15 +10,13 @@ import pydantic_settings
 import yaml
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     FiniteFloat,
-    ValidationError,
     model_validator,
 )
-from pydantic_core import ErrorDetails, PydanticSerializationError
+from pydantic_core import PydanticSerializationError
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -42,6 +40,7 @@ from cards_integrations.models.sampling import LogitBias, Sampler, TokenIds
 from cards_integrations.models.sources import AnyModel
 from cards_integrations.rewards import NAMED, AnyReward
 from cards_integrations.rewards.function import imports_allowed
+from cards_integrations.settings_model import SettingsModel
 
 if TYPE_CHECKING:
     from cards_integrations.engine.engine import Engine
@@ -85,22 +84,7 @@ def _document_text(document: Any) -> str:
     return text
 
 
-def validation_message(error: ValidationError) -> str:
-    """All errors of a validation in one line, each with its setting."""
-    return "; ".join(map(_describe_one, error.errors()))
-
-
-def _describe_one(error: ErrorDetails) -> str:
-    """Our own message if there is one, otherwise the setting and pydantic's message."""
-    cause = error.get("ctx", {}).get("error")
-    if isinstance(cause, SettingsError):
-        return str(cause)
-    value = error["input"]
-    shown = f"={short_repr(value)}" if isinstance(value, (str, int, float)) else ""  # a mapping may hold a key
-    return f"{'.'.join(map(str, error['loc']))}{shown}: {error['msg']}"
-
-
-class Options(BaseModel):
+class Options(SettingsModel):
     """The options that `CardsLLM`, `ChatCards`, `CardsCompletion` and `CardsSettings` have in common."""
 
     # errors must not show the input, which may hold a key
@@ -167,7 +151,7 @@ class Options(BaseModel):
     """Most tokens of the thoughts, beside `max_tokens` for the answer: at this many they are closed as the template
     closes them. Fewer where the model's context has no room for as many."""
 
-    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_template_arguments)] = {}
+    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_template_arguments)] = {}  # noqa: RUF012
     """Further arguments of the model's chat template, such as `{"enable_thinking": False}` or
     `{"reasoning_effort": "low"}`; they win over `thinking`."""
 
@@ -265,10 +249,7 @@ class Options(BaseModel):
 
     def resolve_options(self, overrides: dict[str, Any]) -> Options:
         """Return the validated options of one call; attributes may have been assigned since construction."""
-        try:
-            return Options.model_validate({**self.options(), **overrides})
-        except ValidationError as error:
-            raise SettingsError(validation_message(error)) from error
+        return Options.model_validate({**self.options(), **overrides})
 
     @model_validator(mode="after")
     def _refuse_impossible(self) -> Self:
@@ -340,8 +321,8 @@ class CardsSettings(BaseSettings, Options):
             allow_imports: Import the reward functions that the file names. This runs their modules' code.
 
         Raises:
-            SettingsError: The file cannot be read.
-            ValidationError: An option is unknown, cannot be used as given, or would import code without permission.
+            SettingsError: The file cannot be read, or an option is unknown, cannot be used as given, or would import
+                code without permission.
         """
         try:
             found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))

@@ -206,6 +206,13 @@ class Alignment:
         return self.text
 
     @property
+    def out_of_reach(self) -> bool:
+        """True if a method with a target accepted no segment: each is the best of its rejected candidates."""
+        if self.guidance is None or self.guidance.target is None or not self.segments:
+            return False
+        return all(any(draft.verdict == "best" for draft in segment.drafts) for segment in self.segments)
+
+    @property
     def thoughts(self) -> str:
         """What the model thought before it answered; empty if it did not."""
         return self.thinking.text if self.thinking else ""
@@ -264,6 +271,7 @@ class Alignment:
             "seed": self.seed,
             "method": self.method,
             "finish_reason": self.finish_reason,
+            "out_of_reach": self.out_of_reach,
             "segments": [
                 {"text": s.text, "reward": s.reward, "threshold": s.threshold, "drafts": len(s.drafts)}
                 for s in self.segments

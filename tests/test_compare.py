@@ -20,7 +20,7 @@ from cards_integrations.engine import EngineSettings
 from cards_integrations.errors import SettingsError
 from cards_integrations.rewards import LengthReward
 from cards_integrations.study import Comparison, compare, read_prompts
-from cards_integrations.study.metrics import distinct, mean, self_bleu
+from cards_integrations.study.metrics import distinct, mean, repeated_3grams, self_bleu
 from cards_integrations.study.rows import Results, read_rows
 
 PROMPTS = ["Hello", "Once upon a time", "Who <b>are</b> you?"]
@@ -51,6 +51,8 @@ def test_every_arm_answers_every_prompt_with_every_seed(llm, found):
             assert row["text"] == alone.text
             assert row["reward"] == pytest.approx(llm.score(PROMPTS[row["prompt"]], [alone.text])[0], abs=1e-4)
             assert row["judged"] == vowels("", [alone.text])[0]
+            assert row["repeated_3grams"] == repeated_3grams(alone.text)
+            assert row["out_of_reach"] == alone.out_of_reach
             assert row["tokens"] == len(alone.token_ids)
             assert row["log_p_per_token"] == pytest.approx(alone.log_likelihood / len(alone.token_ids), abs=1e-4)
             looked_at = [len(d.token_ids) for segment in alone.segments for d in segment.drafts]
@@ -173,6 +175,42 @@ def test_means_differences_and_costs_between_arms():
     assert found.cost_at(3.5, "seconds", family) is None
 
 
+def test_wins_and_repetition_by_hand(tmp_path):
+    def row(arm: str, prompt: int, seed: int, judged: float | None, text: str) -> dict[str, Any]:
+        decoding = {"decoding": {"method": "sampling" if arm == "plain" else "cards"}}
+        return {
+            "arm": arm,
+            "prompt": prompt,
+            "seed": seed,
+            "judged": judged,
+            "text": text,
+            "asked": "?",
+            "settings": decoding,
+        }
+
+    looping = "a b c a b c"
+    rows = [
+        row("guided", 0, 0, 1.0, looping), row("guided", 0, 1, 1.0, "d e f g"), row("guided", 1, 0, 0.0, "h"),
+        row("plain", 0, 0, 0.0, "x y"), row("plain", 0, 1, 1.0, "x y"), row("plain", 1, 0, 1.0, "x y"),
+        row("plain", 2, 0, 1.0, "x y"), row("unjudged", 0, 0, None, "x y"),
+    ]  # fmt: skip
+    found = Comparison(tuple(rows))
+    assert found.baseline == "plain"
+    wins = found.wins["guided"]["judged"]
+    assert wins is not None
+    assert wins.value == pytest.approx((0.75 + 0.0) / 2)  # over prompts, of which one has a win and a tie
+    assert found.win_rate("plain", "guided", "judged")[0] == pytest.approx(1 - wins.value)  # type: ignore[index]
+    assert found.wins["plain"]["judged"] is None
+    assert found.wins["unjudged"]["judged"] is None
+    assert found.wins["guided"]["reward"] is None
+    summary = found.summary()["guided"]
+    assert summary["repeated_3grams"].value == pytest.approx((25 / 2 + 0) / 2)  # files of earlier versions lack it
+    assert summary["judged_win_rate"] == wins
+    assert Comparison(tuple(rows[:3])).baseline == "guided"
+    page = found.to_html(tmp_path / "page.html").read_text()
+    assert "over the answers of plain" in " ".join(page.split())
+
+
 def test_metrics_by_hand():
     assert mean([1.0, 1.0]) == (1.0, 1.0, 1.0)
     low, high = mean([0.0, 1.0] * 50)[1:]
@@ -226,6 +264,9 @@ def test_the_table_and_the_chart(found):
     for name, arm in found.arms.items():
         assert name in shown
         assert f"{arm.mean('reward').value:.3g}" in shown
+        assert f"{arm.mean('repeated_3grams').value:.3g}" in shown
+        assert f"{arm.diversity['distinct_2']:.3g}" in shown
+    assert f"{100 * found.wins['segments']['judged'].value:.0f}" in shown
     figure = found.plot("looked_at_tokens")
     assert [axis.get_ylabel() for axis in figure.axes] == ["guiding reward", "held-out reward"]
     assert {text.get_text() for text in figure.legends[0].get_texts()} == set(ARMS)

@@ -14,12 +14,11 @@ import torch
 from conftest import Start
 from internals import is_idle, wait_until
 from naive import Freed, drafts, said
-from pydantic import ValidationError
 from reference import Reference
 
 from cards_integrations.decoding import BestOfN, Cards, Decoding, FixedLength, SpeculativeRejection
 from cards_integrations.engine import Request
-from cards_integrations.errors import RewardError
+from cards_integrations.errors import RewardError, SettingsError
 from cards_integrations.models.randomness import Uniforms
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import CritiqueJudgeReward, GateReward, PatternReward
@@ -215,7 +214,7 @@ def test_only_what_passes_a_gate_is_judged(models: Callable[..., str], start: St
     [({"critiques": 2}, "temperature above 0"), ({"verdict": ""}, "at least 1"), ({"max_critique_tokens": 0}, "1")],
 )
 def test_settings_that_cannot_work(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
+    with pytest.raises(SettingsError, match=message):
         CritiqueJudgeReward(**settings)
 
 

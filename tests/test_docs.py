@@ -108,7 +108,7 @@ def test_the_defaults_are_as_documented(owner: str) -> None:
         field = classes()[owner].model_fields[name]
         assert (written == "required") == field.is_required(), name
         if written not in ("required", "built in"):
-            value = eval(written, {**vars(decoding), "EngineSettings": EngineSettings})
+            value = eval(written, {**vars(decoding), **vars(rewards), "EngineSettings": EngineSettings})
             annotation: Any = Annotated[field.annotation, Field(), *field.metadata]
             adapter: TypeAdapter[Any] = TypeAdapter(annotation)
             assert adapter.validate_python(value) == field.default, name

@@ -14,7 +14,6 @@ import torch
 from conftest import Start
 from internals import is_idle, wait_until
 from naive import drafts, margin, said
-from pydantic import ValidationError
 from tokenizers import Tokenizer
 from tokenizers.decoders import Metaspace as MetaspaceDecoder
 from tokenizers.models import WordLevel
@@ -342,7 +341,7 @@ def test_its_branches_count_where_memory_ends(models: Callable[..., str], start:
     ],
 )
 def test_settings_that_cannot_work(kind: Any, settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
+    with pytest.raises(SettingsError, match=message):
         kind(**settings)
 
 

@@ -11,7 +11,6 @@ import tiny
 from conftest import Start
 from internals import assert_idle, language_model, reward_models
 from naive import Freed, drafts, margin, parameters, said
-from pydantic import ValidationError
 
 from cards_integrations.decoding import Cards, Uncertainty
 from cards_integrations.engine import Request
@@ -203,7 +202,7 @@ def test_a_word_of_no_tokens(models: Callable[..., str], start: Start) -> None:
     ],
 )
 def test_settings_that_cannot_work(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
+    with pytest.raises(SettingsError, match=message):
         JudgeReward(**settings)
 
 

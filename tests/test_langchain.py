@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 from operator import add
 from typing import Any
 
@@ -498,3 +500,10 @@ def test_closing_frees_what_no_other_object_uses():
     with one:
         assert one.invoke("Hello").content == text
     assert one.inspect().status == "new"
+
+
+def test_decision_models_ask_for_a_newer_langchain_core() -> None:
+    code = "import sys; sys.modules['langchain_core.decisions'] = None; import cards_integrations.langchain.decisions"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert "ImportError: Decision models need langchain-core 1.8 or later, and 1." in ran.stderr
+    assert "pip install -U langchain-core" in ran.stderr

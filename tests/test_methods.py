@@ -23,7 +23,6 @@ import torch
 from conftest import Start
 from internals import assert_idle, caches, is_idle, until
 from naive import Freed
-from pydantic import ValidationError
 from reference import Ids
 from speculator import Eager, Watch
 from tokenizers import Tokenizer, decoders
@@ -311,7 +310,7 @@ def test_mixed_methods_at_once(
     assert_idle(engine)
 
 
-@pytest.mark.parametrize("width", [1, 4, "auto"])
+@pytest.mark.parametrize("width", [1, "auto"])
 def test_alone(cases_of: Cases, models: Callable[..., str], start: Start, width: int | str) -> None:
     engine, cases = start(models("llama"), width=width), cases_of("llama", "decoder")
     assert_same([engine.run(request) for request in asked(cases)], cases)
@@ -1141,7 +1140,7 @@ def test_settings_go_round(method: Any) -> None:
 )  # fmt: skip
 def test_nonsense_is_refused(method: str, wrong: dict[str, Any]) -> None:
     [name] = wrong
-    with pytest.raises(ValidationError, match=name):
+    with pytest.raises(SettingsError, match=name):
         as_decoding({"method": method, **wrong})
 
 

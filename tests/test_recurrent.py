@@ -23,6 +23,7 @@ from cards_integrations.errors import ModelError
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import ClassifierReward, ImplicitReward
 from cards_integrations.transformer.attention import AttentionMetadata
+from cards_integrations.transformer.cuda_graphs import Computed
 from cards_integrations.transformer.flat_batch import ForwardInput
 
 pytestmark = pytest.mark.slow
@@ -174,7 +175,7 @@ def test_a_model_that_fails_in_the_middle_of_single_tokens(monkeypatch: pytest.M
     texts.logits([ForwardInput(branch, text(0, 9)) for branch in branches])
     run, steps = texts.transformer._logits.run, iter(range(100))
 
-    def fails(tensors: dict[str, torch.Tensor], metadata: AttentionMetadata) -> torch.Tensor:
+    def fails(tensors: dict[str, torch.Tensor], metadata: AttentionMetadata) -> Computed:
         if next(steps) > 0:
             raise ValueError
         return run(tensors, metadata)

@@ -19,7 +19,6 @@ import pytest
 import tenacity
 import yaml
 from conftest import Start
-from pydantic import ValidationError
 
 from cards_integrations.decoding import Cards, FixedLength, Sampling
 from cards_integrations.engine import Request
@@ -214,7 +213,11 @@ async def asked(reward: RemoteReward, *texts: str, of: Conversation | None = Non
     [
         ("classify", {"model": "rm"}, {"model": "rm", "input": ["Q44", "Q", "Qa4"], "use_activation": False}),
         ("classify", {}, {"input": ["Q44", "Q", "Qa4"], "use_activation": False}),
-        ("score", {"model": "rm"}, {"model": "rm", "text_1": "Q", "text_2": ["44", "", "a4"]}),
+        (
+            "score",
+            {"model": "rm"},
+            {"model": "rm", "text_1": "Q", "text_2": ["44", "", "a4"], "use_activation": False},
+        ),
         ("predict", {}, {"inputs": [["Q44"], ["Q"], ["Qa4"]], "raw_scores": True, "truncate": True}),
         ("json", {}, {"prompt": "Q", "context": ["one", "two"], "responses": ["44", "", "a4"]}),
     ],
@@ -395,7 +398,7 @@ async def test_the_key_is_not_shown(site: Site, pad: int) -> None:
 
 @pytest.mark.parametrize("key", ["", "two words", "ch\u00e4ndler", "line\n"])
 def test_a_key_that_is_none(site: Site, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValidationError, match=r"api_key must be printable") as caught:
+    with pytest.raises(SettingsError, match=r"api_key must be printable") as caught:
         site.reward(api_key=key)
     assert not key or key not in str(caught.value)
     monkeypatch.setenv(remote.KEY, "two words")
@@ -405,7 +408,7 @@ def test_a_key_that_is_none(site: Site, key: str, monkeypatch: pytest.MonkeyPatc
 
 def test_no_error_of_the_settings_shows_the_key(site: Site) -> None:
     for wrong in ({"label": 3}, {"url": "nowhere"}, {"retries": -1}, {"rate": 3}):
-        with pytest.raises(ValidationError) as caught:
+        with pytest.raises(SettingsError) as caught:
             RemoteReward(**{"url": site.server, "protocol": "json", "api_key": SECRET, **wrong})
         assert SECRET not in str(caught.value)
 
@@ -439,7 +442,7 @@ def test_settings_that_are_written_and_read(site: Site) -> None:
     ],
 )
 def test_settings_that_are_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError, match=message) as caught:
+    with pytest.raises(SettingsError, match=message) as caught:
         RemoteReward(**{"url": "http://host", "protocol": "json", **settings})
     assert "sesame" not in str(caught.value)
 

@@ -28,7 +28,8 @@ ANSWERS = [
     "the mat.",
 ]
 PROMPT = "the dog ran away. "
-LETTERS = tuple((token, 9.0) for text, token in tiny.byte_pairs().get_vocab().items() if text.lstrip("Ġ").islower())
+VOCABULARY = {text.lstrip("Ġ"): token for text, token in tiny.byte_pairs().get_vocab().items()}
+LETTERS = tuple((token, 40.0) for text, token in VOCABULARY.items() if text.isascii() and text.isalpha())
 
 
 def drafter(folder: Path, other: bool = False) -> str:

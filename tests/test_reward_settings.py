@@ -14,7 +14,6 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
 from cards_integrations import CardsLLM, CardsSettings
 from cards_integrations.errors import CardsError, SettingsError
@@ -23,9 +22,11 @@ from cards_integrations.rewards import (
     REWARDS,
     ClassifierReward,
     Conversation,
+    FluencyReward,
     FunctionReward,
     GateReward,
     GroundednessReward,
+    GuardedReward,
     ImplicitReward,
     JudgeReward,
     LengthReward,
@@ -36,13 +37,14 @@ from cards_integrations.rewards import (
     Response,
     Reward,
     RewardLoader,
+    ValueReward,
     WeightedReward,
     as_reward,
 )
 from cards_integrations.rewards.function import imports_allowed
 from cards_integrations.trace import Usage
 
-TYPED = (CardsError, ValidationError)
+TYPED = CardsError
 URL = "https://example.org:8000/x"
 
 
@@ -96,11 +98,13 @@ LEAVES: dict[str, st.SearchStrategy[Reward]] = {
         prompt_format=st.none() | st.just("chat") | formats,
     ),
     "function": some(FunctionReward, function=st.sampled_from([words, as_reward])),
+    "fluency": some(FluencyReward, n=st.integers(1, 99), least_log_p=st.none() | number),
     "length": some(LengthReward, target=st.integers(1, 10**9), unit=st.sampled_from(["words", "characters"])),
     "pattern": some(PatternReward, wanted=expressions, forbidden=expressions, case_sensitive=st.booleans()),
     "judge": st.builds(judge, text, name, model=st.none() | model, **common),
     "implicit": st.builds(implicit, model, beta=st.floats(1e-3, 1e3), **common),
     "relevance": some(RelevanceReward, model=name, revision=maybe),
+    "value": some(ValueReward, path=name),
     "groundedness": some(GroundednessReward, patterns=st.just(("(?P<context>.+)é",)))
     | some(GroundednessReward, by=st.sampled_from(["entailment", "embedding"]), model=name, label=name),
     "remote": some(
@@ -121,6 +125,7 @@ def composites(part: st.SearchStrategy[Reward]) -> dict[str, st.SearchStrategy[R
     return {
         "weighted": st.builds(weighted, parts, st.lists(number, min_size=2, max_size=2), **common),
         "min": some(MinReward, rewards=parts),
+        "guarded": some(GuardedReward, reward=part, guard=part, weight=st.floats(1e-3, 1e3)),
         "gate": some(GateReward, gate=part, reward=part, threshold=number, closed=number),
     }
 
@@ -320,6 +325,8 @@ BAD: dict[str, tuple[Any, str]] = {
     "a kind that is a list": ({"kind": ["length"]}, "not known"),
     "gate without reward": ({"kind": "gate", "gate": LENGTH}, "reward"),
     "threshold nan": ({"kind": "gate", "gate": LENGTH, "reward": LENGTH, "threshold": float("nan")}, "threshold"),
+    "weight of a guard zero": ({"kind": "guarded", "reward": LENGTH, "weight": 0}, "weight"),
+    "n-grams of nothing": ({"kind": "fluency", "n": 0}, "n"),
     "closed infinite": ({"kind": "gate", "gate": LENGTH, "reward": LENGTH, "closed": float("-inf")}, "closed"),
     "an unknown field": ({**LENGTH, "tmeout": 3}, "tmeout"),
     "timeout negative": ({**LENGTH, "timeout": -1}, "timeout"),
@@ -398,6 +405,6 @@ def test_json_too_deep_to_read_is_refused() -> None:
 def test_an_infinite_timeout_comes_back_or_is_refused() -> None:
     try:
         reward = LengthReward(target=3, timeout=float("inf"))
-    except ValidationError:
+    except SettingsError:
         return
     assert as_reward(reward.model_dump_json()) == reward

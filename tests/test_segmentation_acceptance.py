@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
 from scipy.stats import entropy, kstest
 
 from cards_integrations.chat.stop_strings import StopStrings
@@ -24,6 +23,7 @@ from cards_integrations.decoding import (
     Uncertainty,
 )
 from cards_integrations.decoding.base import Scale
+from cards_integrations.errors import SettingsError
 from cards_integrations.models.randomness import Uniforms
 from cards_integrations.models.sampling import Sampler, _largest, draw
 from cards_integrations.uncertainty import uncertainty
@@ -73,7 +73,7 @@ def test_other_boundaries() -> None:
     [{"min_length": 9, "max_length": 8}, {"min_length": 0}, {"threshold": math.nan}, {"measure": "guess"}, {"size": 3}],
 )
 def test_wrong_boundaries(wrong: dict[str, object]) -> None:
-    with pytest.raises(ValidationError, match=next(iter(wrong))):
+    with pytest.raises(SettingsError, match=next(iter(wrong))):
         Uncertainty.model_validate(wrong)
 
 
@@ -138,7 +138,7 @@ def test_which_settings_need_the_scale() -> None:
 def test_a_search_rule_takes_no_settings_of_quasi_rejection() -> None:
     rule = OptimalStopping(price=0.1)
     for unused in ({"target_reward": 2.0}, {"alpha": 0.1}, {"beta": 0.3}):
-        with pytest.raises(ValidationError, match=f"OptimalStopping.* no use of {min(unused)}: leave"):
+        with pytest.raises(SettingsError, match=f"OptimalStopping.* no use of {min(unused)}: leave"):
             Cards(acceptance=rule, **unused)
     saved = Cards(acceptance=rule).model_dump()
     assert Cards(**saved) == Cards(acceptance=rule)  # its defaults are no choice

@@ -52,7 +52,7 @@ def test_reward_is_on_the_language_models_own_weights(llm: CardsLLM) -> None:
     assert answer.reward is not None
     assert answer.text
     worker = internals.worker(llm._engine({}))
-    judge: Any = worker.rewards[NAMED["sentiment"]].model  # type: ignore[attr-defined]
+    judge: Any = worker.rewards[NAMED["sentiment"].parts[0]].model  # type: ignore[attr-defined]
     body = internals.language_model(llm._engine({})).model.base_model
     theirs = {tensor.data_ptr() for tensor in [*judge.parameters(), *judge.buffers()]}
     copied = [

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import faces
@@ -12,11 +14,24 @@ import pytest
 from pydantic import ValidationError
 
 from cards_integrations import CardsLLM, CardsSettings, ChatCards
+from cards_integrations.cli.options import options_from
+from cards_integrations.cli.serve import allowed_rewards
 from cards_integrations.decoding import Cards, FixedLength, Punctuation, Sampling, Uncertainty
 from cards_integrations.engine import EngineSettings
 from cards_integrations.errors import SettingsError
+from cards_integrations.langchain import CardsCompletion
 from cards_integrations.models.local.settings import LocalModel
-from cards_integrations.rewards import NAMED, ClassifierReward, FunctionReward
+from cards_integrations.rewards import (
+    NAMED,
+    ClassifierReward,
+    FunctionReward,
+    GateReward,
+    GroundednessReward,
+    JudgeReward,
+    RelevanceReward,
+    WeightedReward,
+)
+from cards_integrations.server import ServerSettings
 
 CLASSIFIER = ClassifierReward(
     model="some/reward", label="good", output="log_odds", prompt_format="{prompt}|{response}", scale=(0.5, 2.0)
@@ -74,7 +89,7 @@ def test_a_yaml_file_of_names_is_enough(tmp_path):
 def test_a_bad_yaml_file_says_what_is_wrong(text, says, tmp_path):
     file = tmp_path / "cards.yaml"
     file.write_text(text)
-    with pytest.raises((SettingsError, ValidationError), match=says):
+    with pytest.raises(SettingsError, match=says):
         CardsSettings.from_yaml(file)
 
 
@@ -123,7 +138,7 @@ def test_the_environment_takes_names_and_json(face, monkeypatch):
 
 def test_a_bad_environment_variable_is_named(monkeypatch):
     monkeypatch.setenv("CARDS_MAX_TOKENS", "many")
-    with pytest.raises(ValidationError, match="max_tokens"):
+    with pytest.raises(SettingsError, match="max_tokens"):
         CardsLLM()
 
 
@@ -143,11 +158,11 @@ def test_settings_are_frozen():
 def test_settings_take_no_unknown_names():
     kinds: list[Any] = [Cards, Sampling, Uncertainty, FixedLength, Punctuation, LocalModel, EngineSettings]
     for kind in kinds:
-        with pytest.raises(ValidationError, match="nonsense"):
+        with pytest.raises(SettingsError, match="nonsense"):
             kind(nonsense=1)
     faces: list[Any] = [CardsSettings, CardsLLM, ChatCards]
     for face in faces:
-        with pytest.raises(ValidationError, match="Did you mean 'temperature'"):
+        with pytest.raises(SettingsError, match="Did you mean 'temperature'"):
             face(temprature=1)
 
 
@@ -203,7 +218,7 @@ def test_what_is_given_replaces_what_the_environment_says(monkeypatch, tmp_path)
 
 @pytest.mark.parametrize("measure", ["max_probability", "evidential"])
 def test_a_threshold_that_is_never_reached_is_refused(measure):
-    with pytest.raises(ValidationError, match="never reached"):
+    with pytest.raises(SettingsError, match="never reached"):
         Uncertainty(measure=measure)
     assert Uncertainty(measure=measure, threshold=0.7).threshold == 0.7
 
@@ -212,5 +227,78 @@ def test_a_variable_that_is_no_json_is_named(monkeypatch):
     monkeypatch.setenv("CARDS_ENGINE", "x")
     with pytest.raises(SettingsError, match=r'cannot be read: .*"engine"'):
         CardsSettings()
-    with pytest.raises(ValidationError, match=r'cannot be read: .*"engine"'):
+    with pytest.raises(SettingsError, match=r'cannot be read: .*"engine"'):
         CardsLLM()
+
+
+NEAR: dict[str, tuple[Callable[[], Any], str, str]] = {
+    "a kind of a part": (lambda: WeightedReward(rewards=[{"kind": "lenght"}]), "rewards.0: ", "length"),
+    "a setting of a reward": (lambda: ClassifierReward(**{"modle": "m"}), "modle: ", "model"),
+    "a setting of a part": (
+        lambda: CardsLLM(reward={"kind": "min", "rewards": ["sentiment", {"kind": "length", "taget": 3}]}),
+        "reward.rewards.1.taget: ", "target",
+    ),
+    "a gate": (lambda: GateReward(gate="sentimnt", reward="sentiment"), "gate: ", "sentiment"),
+    "a setting of a method": (lambda: CardsLLM(decoding={"method": "cards", "betta": 1}), "decoding.betta: ", "beta"),
+    "a boundary": (lambda: Cards(boundary={"kind": "uncertanty"}), "boundary: ", "uncertainty"),
+    "a setting of a boundary": (
+        lambda: CardsSettings(decoding={"method": "cards", "boundary": {"kind": "uncertainty", "treshold": 1}}),
+        "decoding.boundary.uncertainty.treshold: ", "threshold",
+    ),
+    "a measure": (lambda: Uncertainty(measure="entopy"), "measure='entopy': ", "entropy"),
+    "a setting of the engine": (lambda: ChatCards(engine={"widht": 4}), "engine.widht: ", "width"),
+    "a setting of a model": (lambda: CardsCompletion(model={"modle": "m"}), "model.modle: ", "model"),
+    "an option": (lambda: CardsLLM(**{"tempratur": 1}), "The setting 'tempratur'", "temperature"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", NEAR)
+def test_a_typing_error_is_told_in_one_line_with_its_path_and_the_nearest_name(what):
+    wrong, path, near = NEAR[what]
+    with pytest.raises(SettingsError) as caught:
+        wrong()
+    said = str(caught.value)
+    assert said.startswith(path)
+    assert re.search(rf"Did you mean '{near}'", said)
+    assert "\n" not in said
+    assert ";" not in said  # nothing that follows from it, such as a setting that is missing
+
+
+def test_the_path_is_told_by_yaml_and_by_a_call_as_well(tmp_path):
+    file, wrong = tmp_path / "cards.yaml", {"method": "best_of_n", "nn": 2}
+    file.write_text(json.dumps({"decoding": wrong}))
+    for read in (lambda: CardsSettings.from_yaml(file), lambda: CardsLLM().align("Hello", decoding=wrong)):
+        with pytest.raises(SettingsError, match=r"^decoding\.nn: BestOfN has no such setting. Did you mean 'n'"):
+            read()
+
+
+def test_several_mistakes_are_all_told():
+    with pytest.raises(SettingsError, match=r"^max_tokens=0: .*; top_p=9: ") as caught:
+        CardsSettings(max_tokens=0, top_p=9)
+    assert [problem.where for problem in caught.value.problems] == [("max_tokens",), ("top_p",)]
+
+
+def test_a_kind_whose_settings_have_defaults_is_a_name_everywhere(tmp_path, monkeypatch):
+    file = tmp_path / "cards.yaml"
+    file.write_text("reward: {kind: gate, gate: groundedness, reward: relevance}\n")
+    gate = GateReward(gate=GroundednessReward(), reward=RelevanceReward())
+    assert CardsSettings.from_yaml(file).reward == gate
+    assert CardsLLM(reward="relevance").reward == RelevanceReward()
+    assert CardsLLM().request("Hello", {"reward": "judge"}).reward == JudgeReward()
+    assert options_from(None, False, reward="relevance") == {"reward": "relevance"}
+    assert ServerSettings(**allowed_rewards(["relevance"])).rewards["relevance"] == RelevanceReward()
+    monkeypatch.setenv("CARDS_REWARD", "relevance")
+    assert CardsSettings().reward == RelevanceReward()
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("length", r"reward='length' needs settings: pass LengthReward\(target=...\)"),
+        ("pattern", "give wanted="),
+        ("relevanse", "Did you mean 'relevance'"),
+    ],
+)
+def test_a_kind_that_needs_settings_says_which(name, says):
+    with pytest.raises(SettingsError, match=says):
+        CardsSettings(reward=name)

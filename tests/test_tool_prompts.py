@@ -11,7 +11,6 @@ import jsonschema
 import pytest
 import tiny
 from conftest import Start
-from pydantic import ValidationError
 
 from cards_integrations import CardsLLM
 from cards_integrations.chat.grammar import Grammar
@@ -21,6 +20,7 @@ from cards_integrations.chat.tools import FormatName, as_tools
 from cards_integrations.decoding import Cards, Sampling, Uncertainty
 from cards_integrations.engine import Engine, EngineSettings, Request
 from cards_integrations.engine.request import Chunk
+from cards_integrations.errors import SettingsError
 from cards_integrations.models.local.loader import ModelLoader
 from cards_integrations.models.local.settings import LocalModel, Placement
 from cards_integrations.models.sampling import Sampler
@@ -294,7 +294,7 @@ def test_a_form_that_is_named_goes_first(template: str, form: FormatName) -> Non
 
 
 def test_a_form_that_nobody_knows() -> None:
-    with pytest.raises(ValidationError, match="tool_format"):
+    with pytest.raises(SettingsError, match="tool_format"):
         LocalModel.model_validate({"model": "x", "tool_format": "xml"})
 
 

@@ -111,7 +111,8 @@ class Rule:
 class VllmServer:
     """One replica on 127.0.0.1; `folder` holds the drafting model, `judge` the reward model.
 
-    `pace` are seconds that a token takes at least; `spoil` changes a completion before it is sent.
+    `pace` are seconds that a token takes at least; `spoil` changes a completion before it is sent; `more` are further
+    paths, and what they answer.
     """
 
     folder: str
@@ -125,6 +126,7 @@ class VllmServer:
     wrong_tokenizer: bool = False
     healthy: bool = True
     spoil: Callable[[dict[str, Any]], None] | None = None
+    more: dict[str, Callable[[Any], Any]] = field(default_factory=dict)
     asked: list[Asked] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     in_flight: int = 0
@@ -283,6 +285,8 @@ class VllmServer:
                 return 200, found
             if asked.path == CLASSIFY and self.classifier is not None:
                 return 200, self._classified(asked.body)
+            if asked.path in self.more:
+                return 200, self.more[asked.path](asked.body)
         except Refused as error:
             return 400, _error(400, *error.args)
         return 404, {"detail": "Not Found"}

@@ -1,4 +1,4 @@
-"""What a chat template makes of an assistant's last answer: the text around it, and what of the answer it leaves out."""
+"""What a chat template makes of an assistant's last answer: the text around it, and what of it is left out."""
 
 from __future__ import annotations
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import sys
 
 import typer
-from pydantic_core import ValidationError
 from rich.console import Console
 
-from cards_integrations.cli import calibrate, chat, compare, demo, generate, judge, lists, mcp, serve
-from cards_integrations.errors import CardsError, SettingsError
+from cards_integrations.cli import calibrate, chat, compare, demo, generate, judge, lists, mcp, serve, train_value
+from cards_integrations.errors import CardsError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 app.command()(generate.generate)
@@ -17,6 +16,7 @@ app.command()(chat.chat)
 app.command()(compare.compare)
 app.command()(judge.judge)
 app.command()(calibrate.calibrate)
+app.command()(train_value.train_value)
 app.command()(lists.rewards)
 app.command()(lists.models)
 app.command()(serve.serve)
@@ -33,13 +33,7 @@ def main() -> None:
     """Run the command: errors of this package and of the disk are one line and exit code 1, Ctrl-C is exit code 130."""
     try:
         app()
-    except (CardsError, ValidationError, OSError) as error:
-        if isinstance(error, ValidationError):
-            from cards_integrations.settings import (
-                validation_message,  # imported here so that `--help` does not wait for torch
-            )
-
-            error = SettingsError(validation_message(error))
+    except (CardsError, OSError) as error:
         console = Console(stderr=True)
         console.print(f"[red]{type(error).__name__}[/red]: ", end="")
         console.print(" ".join(str(error).splitlines()), markup=False, highlight=False, soft_wrap=True)

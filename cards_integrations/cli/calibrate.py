@@ -37,9 +37,16 @@ def calibrate(
     ] = None,
     segment_length: Annotated[float | None, typer.Option(help="The mean length of a segment, in tokens.")] = None,
     candidates: Annotated[int, typer.Option(min=2, help="Scored drafts of each segment.")] = 4,
+    held_out: Annotated[
+        str,
+        typer.Option(help='A reward that judges and does not guide; "none" for none, "auto" for that of the guide.'),
+    ] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the first answer.")] = 0,
     out: Annotated[Path | None, file_to_write("Write the settings here, as YAML.")] = None,
-    report: Annotated[Path | None, file_to_write("Write the charts here, as .png, .svg, .pdf or .html.")] = None,
+    report: Annotated[
+        Path | None,
+        file_to_write("Write the charts here, as .png, .svg, .pdf or .html; or, as .csv, the held-out curve."),
+    ] = None,
     remember: Annotated[bool, typer.Option(help='Use the result for "auto" with these models from now on.')] = True,
     as_json: JsonOption = False,
 ) -> None:
@@ -50,11 +57,14 @@ def calibrate(
     with llm_from(config, allow_imports, model=model, reward=reward, max_tokens=max_tokens) as llm:
         found = llm.calibrate(
             texts, contexts=contexts, budget=budget, goal=goal, quantile=quantile, segment_length=segment_length,
-            candidates=candidates, seed=seed, remember=remember, progress=not as_json,
+            candidates=candidates, held_out=None if held_out == "none" else held_out, seed=seed, remember=remember,
+            progress=not as_json,
         )  # fmt: skip
     if as_json:
         chosen = found.decoding.model_dump(mode="json")
-        print(json.dumps({"decoding": chosen, "predicted": asdict(found.chosen.predicted), "warnings": found.warnings}))
+        curve = found.held_out.rows() if found.held_out else None
+        predicted = asdict(found.chosen.predicted)
+        print(json.dumps({"decoding": chosen, "predicted": predicted, "held_out": curve, "warnings": found.warnings}))
     else:
         print(found)
     if out:

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 ConfigOption = Annotated[Path | None, typer.Option(help="Settings as YAML; the other options override it.")]
 AllowImportsOption = Annotated[bool, typer.Option(help="Let the settings import the reward function that they name.")]
 ModelOption = Annotated[str | None, typer.Option(help="Name, hub id or directory of the language model.")]
-RewardOption = Annotated[str | None, typer.Option("--reward", help="Name, hub id, directory, or JSON of the reward.")]
+RewardOption = Annotated[
+    str | None, typer.Option("--reward", help="Name, kind, hub id, directory or JSON of the reward.")
+]
 DecodingOption = Annotated[
     str | None, typer.Option("--decoding", help="The method, as a name, name:setting=value,..., or JSON.")
 ]

@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Protocol
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from cards_integrations.models.base import Boundary
+from cards_integrations.settings_model import SettingsModel
 from cards_integrations.trace import Guidance, ScaleOrigin, Verdict
 
 
@@ -147,7 +148,7 @@ class Session(Protocol):
         """
 
 
-class Decoding(BaseModel):
+class Decoding(SettingsModel):
     """A decoding method: its settings, and one coroutine that reads like the paper.
 
     Example:

@@ -9,13 +9,14 @@ from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from cards_integrations.decoding.base import Draft, Session
 from cards_integrations.models.base import Boundary
+from cards_integrations.settings_model import SettingsModel
 
 
-class OptimalStopping(BaseModel):
+class OptimalStopping(SettingsModel):
     """A search rule for a segment that needs no target: what a token costs, in reward.
 
     The next `batch` drafts are worth E[max(M - best, 0)], with M the highest of their rewards, and cost

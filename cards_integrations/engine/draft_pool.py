@@ -11,7 +11,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from cards_integrations.decoding.base import Draft
 from cards_integrations.engine.scoring import ScoreQueue, ScoreRequest
@@ -19,6 +19,9 @@ from cards_integrations.errors import as_cards_error
 from cards_integrations.models.base import Boundary, Candidate, Context, LanguageModel
 from cards_integrations.models.randomness import Uniforms
 from cards_integrations.rewards.base import Conversation, Response
+
+if TYPE_CHECKING:
+    import torch
 
 MIN_REACH = 0.02  # a candidate that is examined with less probability is not drafted ahead
 FIRST_LEVEL = 2**32  # levels of a tree are numbered from here, segments from 0: each has random numbers of its own
@@ -103,6 +106,18 @@ class DraftPlan:
         return (self.until, self.limit, self.scored) == (other.until, other.limit, other.scored)
 
 
+class NoTokens(Boundary):
+    """Ends a candidate that has no token: it waits until what it follows has been read."""
+
+    @property
+    def min_tokens(self) -> int:
+        return 0
+
+    @property
+    def max_tokens(self) -> int:
+        return 0
+
+
 class OwnErrors:
     """A block whose errors end one request. Entered for each request at each step: a generator would cost more."""
 
@@ -168,6 +183,19 @@ class DraftPool:
             self.current = SegmentDrafts(self, plan, self.segments, None, begun)
         self.current.open()
         return self.current
+
+    async def prompt_states(self) -> torch.Tensor | None:
+        """The hidden states after the prompt, as drafting reads it; None if something has been drafted already."""
+        if self.segments or self.current is not None:
+            return None
+        if self.error is not None:
+            raise self.error
+        self.current = SegmentDrafts(self, DraftPlan(NoTokens(), 1, False, None), 0, None)
+        self.current.open()
+        pending = self.current.begin()
+        await pending.score
+        self._give_up_ahead()
+        return pending.candidate.states
 
     async def grow(
         self, parents: Sequence[Draft | None], until: Boundary, scored: bool, ranks: Sequence[int] | None
@@ -319,6 +347,7 @@ class DraftPool:
             response.ids = candidate.before + candidate.ids
             branch = self._unkept(pending)
             response.log_likelihood = self.log_likelihood + sum(each.candidate.log_likelihood for each in branch)
+            response.states = candidate.states
         response.parent = parent.response if parent is not None else None
         return response
 

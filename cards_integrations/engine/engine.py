@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Gene
 from concurrent.futures import CancelledError, Future
 from contextlib import aclosing, closing, suppress
 from dataclasses import replace
-from typing import Any, ClassVar, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, overload
 
 from cards_integrations.chat.message import Message
 from cards_integrations.engine.inspection import EngineState
@@ -26,6 +26,9 @@ from cards_integrations.models.sources import ModelSource
 from cards_integrations.rewards.base import Reward
 from cards_integrations.trace import Alignment
 from cards_integrations.uncertainty import Measure
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 
@@ -215,11 +218,34 @@ class Engine:
         self, reward: Reward, prompt: str | list[Message], texts: Sequence[str], context: tuple[str, ...] = ()
     ) -> list[float]:
         """Rewards of whole answers to a prompt."""
-        return self._wait(self._ask(lambda worker: worker.score_texts(reward, prompt, list(texts), context)))
+        return self._wait(self.submit_score(reward, prompt, texts, context))
+
+    async def ascore(
+        self, reward: Reward, prompt: str | list[Message], texts: Sequence[str], context: tuple[str, ...] = ()
+    ) -> list[float]:
+        """Like `score`, without blocking the event loop."""
+        return await asyncio.wrap_future(self.submit_score(reward, prompt, texts, context))
+
+    def submit_score(
+        self, reward: Reward, prompt: str | list[Message], texts: Sequence[str], context: tuple[str, ...] = ()
+    ) -> Future[list[float]]:
+        """Begin to score whole answers to a prompt, without waiting for them."""
+        return self._ask(lambda worker: worker.score_texts(reward, prompt, list(texts), context))
 
     def uncertainties(self, measure: Measure, answers: Sequence[Alignment]) -> list[list[float]]:
         """The language model's predictive uncertainty before each token of these answers."""
         return self._wait(self._ask(lambda worker: worker.uncertainties(measure, answers)))
+
+    def states(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[torch.Tensor]:
+        """The language model's last hidden states while it reads answers.
+
+        Args:
+            texts: Token ids of prompts, each with those of an answer to it.
+
+        Returns:
+            For each text those after the prompt and after each token of the answer, (1 + tokens, hidden size), float32.
+        """
+        return self._wait(self._ask(lambda worker: worker.states(texts)))
 
     def loaded(self) -> LanguageModel:
         """The language model, loaded if need be (its tokenizer may be used from any thread)."""

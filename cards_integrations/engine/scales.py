@@ -136,8 +136,8 @@ class Scales:
         stored = self.store.get(self.model, reward)
         if stored is not None:
             return KnownScale(stored, "remembered")
-        if reward.scale is not None:
-            mean, std = reward.scale
+        if (published := reward.published_scale) is not None:
+            mean, std = published
             return KnownScale(Scale(mean=mean, std=std), "published")
         return None
 
@@ -146,8 +146,10 @@ class Scales:
         if not reward.parts:
             return reward
         parts = [await self.standardised(part) for part in reward.parts]
-        if reward.needs_part_scales:
-            parts = [part if part.scale else await self._with_scale(part) for part in parts]
+        parts = [
+            await self._with_scale(part) if reward.needs_scale_of(i) and not part.scale else part
+            for i, part in enumerate(parts)
+        ]
         return reward.with_parts(parts)
 
     async def _with_scale(self, part: Reward) -> Reward:

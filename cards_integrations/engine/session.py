@@ -90,6 +90,7 @@ class Session:
         self._prompt_reward: float | None = None
         self._reader = reader
         self._emit = emit
+        context.states = reward_model is not None and reward_model.reads_states
         with ExitStack() as opened:  # what is refused leaves nothing open
             if reward_model is not None:
                 reward_model.open(conversation)
@@ -106,6 +107,8 @@ class Session:
     async def prompt_reward(self) -> float:
         if self._prompt_reward is None:
             response = Response(self.conversation, "", [], 0.0)
+            if self.context.states:
+                response.states = await self.pool.prompt_states()
             self._prompt_reward = await self._score_queue().submit(response)
             self._score_queue().reward_model.keep(response)
         return self._prompt_reward

@@ -36,7 +36,7 @@ from cards_integrations.engine.step_loop import StepLoop
 from cards_integrations.engine.telemetry import request_span
 from cards_integrations.engine.thinking import Thinker, render
 from cards_integrations.errors import CardsError, EngineClosed, ModelError, SettingsError
-from cards_integrations.models.base import ConstrainedModel, Context, LanguageModel, LogitsReader
+from cards_integrations.models.base import ConstrainedModel, Context, LanguageModel, LogitsReader, StateReader
 from cards_integrations.models.local.loader import ModelLoader
 from cards_integrations.models.randomness import fresh_seed
 from cards_integrations.models.sources import ModelSource, build_model, source_name
@@ -228,6 +228,18 @@ class Worker:
             for answer in answers:
                 logits = model.read(answer.prompt_ids, answer.token_ids)
                 found.append(uncertainty(measure, logits, logits.log_softmax(-1)).tolist())
+                await asyncio.sleep(0)  # others take a step
+            return found
+
+    async def states(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[torch.Tensor]:
+        """The language model's hidden states after each prompt, and after each token of the answer to it."""
+        async with self._serving():
+            model = self.language_model
+            if not isinstance(model, StateReader):
+                raise ModelError(f"Hidden states are those of a local model: {model.name!r} has none to read.")
+            found = []
+            for prompt_ids, ids in texts:
+                found.append(model.read_states(prompt_ids, ids).cpu())
                 await asyncio.sleep(0)  # others take a step
             return found
 

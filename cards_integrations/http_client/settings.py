@@ -6,9 +6,10 @@ import os
 from typing import Annotated, Any, ClassVar
 
 import httpx
-from pydantic import AfterValidator, BaseModel, ConfigDict, SecretStr, field_validator
+from pydantic import AfterValidator, ConfigDict, SecretStr, field_validator
 
 from cards_integrations.errors import SettingsError
+from cards_integrations.settings_model import SettingsModel
 
 HIDDEN = "**********"  # what pydantic writes in place of a secret
 
@@ -46,7 +47,7 @@ def _server_url(value: str) -> str:
     return value
 
 
-class Keyed(BaseModel):
+class Keyed(SettingsModel):
     """Settings with an API key. It is not pickled: where they are unpickled, it comes from the environment.
 
     Subclasses name the setting (`key_setting`, for errors) and the environment variable (`key_variable`).
@@ -54,6 +55,7 @@ class Keyed(BaseModel):
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
+    quotes_values: ClassVar[bool] = False
     key_setting: ClassVar[str]
     key_variable: ClassVar[str]
 

@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from langchain.agents.middleware import AgentMiddleware, AgentState, hook_config
-from langchain_core.messages import AIMessage, ToolMessage
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, ToolMessage
+
+from cards_integrations.chat.message import Message, text_of
+from cards_integrations.engine.engine import Engine
+from cards_integrations.errors import SettingsError
+from cards_integrations.langchain.convert import as_prompt
+from cards_integrations.rewards import Reward, as_reward
+from cards_integrations.settings import Options, OptionsFromEnvironment, as_context
+
+MARK = "cards_reward"
+"""Where a message's `response_metadata` has its score, and what marks the middleware's own messages."""
+FEEDBACK = (
+    "Your answer is not good enough: {reward} gave it {score}, and {threshold} is needed. {parts}"
+    "Write a better answer to my last question, and only that."
+)
 
 
 class InvalidCallsAnswered(AgentMiddleware):
@@ -37,3 +53,180 @@ class InvalidCallsAnswered(AgentMiddleware):
 def _answer(call: Any) -> ToolMessage:
     text = f"Error: this call could not be read: {call['error']}. Write it again, with arguments that are valid JSON."
     return ToolMessage(text, tool_call_id=call["id"] or "", name=call["name"] or "tool", status="error")
+
+
+class RewardMiddleware(AgentMiddleware):
+    """Scores the final answers of an agent with any reward, whoever its model is, and retries or flags bad ones.
+
+    The score is in the answer's `response_metadata["cards_reward"]`: `name`, `score`, `threshold`, `passed` and
+    `retries`. An answer below the threshold is sent back with what fell short, up to `max_retries` times. If none
+    passes, the agent's last message is the best of them, with `passed` False. Answers that call tools are not final::
+
+        create_agent(
+            model, [search], middleware=[RewardMiddleware(GroundednessReward(), threshold=1.0)]
+        )
+
+    The reward sees the question with all before it, and as context what the tools have returned since then. A retry
+    is a step of the agent: mind its recursion limit.
+
+    Args:
+        reward: As in `CardsLLM`.
+        threshold: The score that an answer needs, in the reward's own units.
+        on_low: "retry", or "flag" to leave the answer as it is, with `passed` False.
+        max_retries: How often one question is answered anew.
+        context: Texts or documents in place of what the tools have returned.
+        feedback: What the model is told, with `{reward}`, `{score}`, `{threshold}` and `{parts}`: the scores of a
+            composite's parts.
+        llm: The `ChatCards` or `CardsLLM` on whose engine the reward runs; by default that of `ChatCards()`.
+
+    Raises:
+        SettingsError: A setting cannot be used as given.
+    """
+
+    def __init__(
+        self,
+        reward: Any,
+        *,
+        threshold: float,
+        on_low: Literal["retry", "flag"] = "retry",
+        max_retries: int = 2,
+        context: Any = None,
+        feedback: str = FEEDBACK,
+        llm: Options | None = None,
+    ) -> None:
+        super().__init__()
+        if on_low not in ("retry", "flag"):
+            raise SettingsError(f"on_low={on_low!r}: one of 'retry' and 'flag'.")
+        if max_retries < 0:
+            raise SettingsError(f"max_retries={max_retries}: must be 0 or more.")
+        self.reward = as_reward(reward)
+        self.threshold = threshold
+        self.max_retries = max_retries if on_low == "retry" else 0
+        self.context = None if context is None else as_context(context)
+        self.feedback = feedback
+        self.llm = llm
+
+    @hook_config(can_jump_to=["model"])
+    def after_model(self, state: AgentState[Any], runtime: Any) -> dict[str, Any] | None:
+        """Score the model's last message, if it is an answer."""
+        turn = Turn.of(state)
+        if turn is None:
+            return None
+        [score] = self._engine().score(self.reward, *self._asked(turn))
+        parts = self._parts(turn, score)
+        return self._verdict(turn, score, [self._engine().score(part, *self._asked(turn))[0] for part in parts])
+
+    @hook_config(can_jump_to=["model"])
+    async def aafter_model(self, state: AgentState[Any], runtime: Any) -> dict[str, Any] | None:
+        """Async version of `after_model`."""
+        turn = Turn.of(state)
+        if turn is None:
+            return None
+        [score] = await self._engine().ascore(self.reward, *self._asked(turn))
+        parts = self._parts(turn, score)
+        return self._verdict(turn, score, [(await self._engine().ascore(p, *self._asked(turn)))[0] for p in parts])
+
+    def close(self) -> None:
+        """Free the models, unless another object uses them; the next answer loads them again."""
+        Engine.release(self)
+
+    def _engine(self) -> Engine:
+        return (self.llm or OptionsFromEnvironment()).engine_for({}, self)
+
+    def _asked(self, turn: Turn) -> tuple[str | list[Message], list[str], tuple[str, ...]]:
+        context = turn.results if self.context is None else self.context
+        return as_prompt(turn.question), [turn.text], context
+
+    def _parts(self, turn: Turn, score: float) -> Sequence[Reward]:
+        """The parts of the reward whose scores the model is told."""
+        retries = score < self.threshold and len(turn.attempts) < self.max_retries
+        return self.reward.parts if retries and "{parts}" in self.feedback else ()
+
+    def _verdict(self, turn: Turn, score: float, parts: Sequence[float]) -> dict[str, Any]:
+        """The answer with its score, and what follows from it."""
+        passed = score >= self.threshold
+        found = {"name": self.reward.name, "score": score, "threshold": self.threshold, "passed": passed}
+        scored = _with_score(turn.answer, {**found, "retries": len(turn.attempts)})
+        if passed or len(turn.attempts) >= self.max_retries:
+            return {"messages": [scored if passed else turn.best(scored)]}
+        names = zip(self.reward.parts, parts, strict=False)
+        told = {
+            "{reward}": self.reward.name, "{score}": f"{score:.3g}", "{threshold}": f"{self.threshold:.3g}",
+            "{parts}": "".join(f"{part.name}: {value:.3g}. " for part, value in names),
+        }  # fmt: skip
+        feedback = self.feedback
+        for name, value in told.items():
+            feedback = feedback.replace(name, value)
+        return {
+            "messages": [scored, HumanMessage(feedback, additional_kwargs={MARK: True})],
+            "jump_to": "model",
+        }
+
+
+@dataclass(frozen=True)
+class Turn:
+    """The last question of a conversation, and what came of it.
+
+    Attributes:
+        question: All messages up to the question, without what was sent back before.
+        results: What tools have returned since then.
+        attempts: Earlier answers that were sent back.
+        answer: The last answer.
+        is_parsed: Whether the agent has made an object of it.
+    """
+
+    question: list[BaseMessage]
+    results: tuple[str, ...]
+    attempts: tuple[AIMessage, ...]
+    answer: AIMessage
+    is_parsed: bool
+
+    @classmethod
+    def of(cls, state: AgentState[Any]) -> Turn | None:
+        """Find it; None if the last message is no final answer."""
+        messages = state["messages"]
+        last = messages[-1]
+        if not isinstance(last, AIMessage) or last.tool_calls:
+            return None
+        asked = [at for at, each in enumerate(messages) if isinstance(each, HumanMessage) and not _is_feedback(each)]
+        start = asked[-1] + 1 if asked else 0
+        since = messages[start:-1]
+        return cls(
+            question=_without_attempts(messages[:start]),
+            results=tuple(text_of(each.content) for each in since if isinstance(each, ToolMessage)),
+            attempts=tuple(each for each in since if isinstance(each, AIMessage) and MARK in each.response_metadata),
+            answer=last,
+            is_parsed=state.get("structured_response") is not None,
+        )
+
+    @property
+    def text(self) -> str:
+        """What is scored: the answer, without thoughts."""
+        return text_of(self.answer.content)
+
+    def best(self, scored: AIMessage) -> AIMessage:
+        """The best of all attempts, in the place of the last; in a tie, the earliest.
+
+        An answer of which the agent has made an object stays, so that both say the same.
+        """
+        if self.is_parsed:
+            return scored
+        found = max((*self.attempts, scored), key=lambda each: each.response_metadata[MARK]["score"])
+        retries = scored.response_metadata[MARK]["retries"]
+        return _with_score(
+            found.model_copy(update={"id": scored.id}), {**found.response_metadata[MARK], "retries": retries}
+        )
+
+
+def _without_attempts(messages: Sequence[BaseMessage]) -> list[BaseMessage]:
+    """Leave out what was sent back for earlier questions, and the words it was sent back with."""
+    pairs = zip(messages, [*messages[1:], None], strict=True)
+    return [each for each, after in pairs if not _is_feedback(each) and (after is None or not _is_feedback(after))]
+
+
+def _is_feedback(message: BaseMessage) -> bool:
+    return MARK in message.additional_kwargs
+
+
+def _with_score(message: AIMessage, found: dict[str, Any]) -> AIMessage:
+    return message.model_copy(update={"response_metadata": {**message.response_metadata, MARK: found}})

@@ -2,7 +2,7 @@
 
 `LanguageModel` is all that a backend has to be. What only some backends can do is a protocol of its own:
 `StepwiseModel` for one that computes here, a step at a time; `ConstrainedModel` for one that can be held to a
-grammar; `LogitsReader` for one that can read a whole text again.
+grammar; `LogitsReader` and `StateReader` for one that can read a whole text again.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Protocol, runtime_checkable
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from cards_integrations.chat.answer_start import NOTHING_BEFORE, AnswerStart
 from cards_integrations.chat.message import PARTIAL_CHARACTER, Message
@@ -20,6 +20,7 @@ from cards_integrations.chat.stop_strings import StopStrings
 from cards_integrations.errors import CardsError
 from cards_integrations.models.randomness import Uniforms
 from cards_integrations.models.sampling import Sampler
+from cards_integrations.settings_model import SettingsModel
 from cards_integrations.trace import FinishReason, Usage
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 CLOSE_WITHIN = 32  # tokens before the limit; arguments that are still to come take some
 
 
-class Boundary(BaseModel):
+class Boundary(SettingsModel):
     """Where a candidate segment ends, besides end-of-sequence, stop strings and the tokens that remain."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -97,6 +98,7 @@ class Context:
         matcher: Where the kept text is in its grammar; None without one.
         logprobs: How many of the most probable tokens are reported for each token; None reports nothing.
         whole_sentences: True if an answer that reaches `max_tokens` ends with its last whole sentence.
+        states: True if a model that has hidden states hands its candidates over with these.
         ids: Token ids of the kept text.
         text: The kept text.
         start: What it is decoded after: the end of the prompt.
@@ -111,6 +113,7 @@ class Context:
     matcher: Matcher | None = None
     logprobs: int | None = None
     whole_sentences: bool = False
+    states: bool = False
     ids: list[int] = field(default_factory=list)
     text: str = ""
     start: AnswerStart = NOTHING_BEFORE
@@ -146,6 +149,8 @@ class Candidate:
         limit: The most tokens that it may have.
         watched: True if its text is looked at after each token, for stop strings or by its boundary.
         response: The whole answer with this candidate, cut before a stop string.
+        states: If its context asks for states, once it has ended: the last hidden state after its last token, and the
+            mean of those after all tokens of the answer, (2, hidden size) in float32; None if they are unknown.
     """
 
     context: Context
@@ -168,6 +173,7 @@ class Candidate:
     limit: int = field(init=False)
     watched: bool = field(init=False)
     response: str = field(init=False)
+    states: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         parent = self.parent
@@ -300,7 +306,15 @@ class LogitsReader(Protocol):
         """Logits before each token of an answer, (tokens, vocabulary), float32."""
 
 
-class CustomModel(BaseModel):
+@runtime_checkable
+class StateReader(Protocol):
+    """A language model that can read the hidden states of a whole answer again."""
+
+    def read_states(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> torch.Tensor:
+        """The last hidden state after the prompt and after each token of an answer, (1 + tokens, hidden size)."""
+
+
+class CustomModel(SettingsModel):
     """Settings of a language model that another package brings.
 
     Attributes:

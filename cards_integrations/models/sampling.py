@@ -10,7 +10,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, PlainSerializer
+from pydantic import BeforeValidator, ConfigDict, Field, FiniteFloat, PlainSerializer
+
+from cards_integrations.settings_model import SettingsModel
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +43,7 @@ TokenIds = Annotated[tuple[TokenId, ...], BeforeValidator(_as_tuple)]
 """Token ids: one or several."""
 
 
-class Sampler(BaseModel):
+class Sampler(SettingsModel):
     """Samples from softmax(logits / temperature), restricted to probable tokens.
 
     The meaning of the settings, and their order, are those of transformers: `logit_bias`, `repetition_penalty`,

@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import ConfigDict, Field, FiniteFloat
 
 from cards_integrations.chat.message import Message
 from cards_integrations.chat.template import ChatTokenizer, as_text
@@ -24,9 +24,12 @@ from cards_integrations.models.local.loader import ModelLoader
 from cards_integrations.models.local.settings import LocalModel
 from cards_integrations.rewards.hung_calls import HUNG_CALLS
 from cards_integrations.rewards.prompts import PLAIN
+from cards_integrations.settings_model import SettingsModel
 from cards_integrations.trace import Usage
 
 if TYPE_CHECKING:
+    import torch
+
     from cards_integrations.transformer.kv_memory import CacheNeed, KVMemory
     from cards_integrations.transformer.step_times import StepTimes
 
@@ -59,6 +62,9 @@ class Response:
     """Where a composite leaves the scores of its parts, by name."""
     parent: Response | None = None
     """A scored response, not kept yet, that this one continues."""
+    states: torch.Tensor | None = None
+    """The language model's last hidden state after its last token, and the mean of those after all of its tokens,
+    (2, hidden size), float32. None if no reward reads them, if the text was cut, or if it is not the model's."""
 
 
 class RewardModel(ABC):
@@ -74,6 +80,11 @@ class RewardModel(ABC):
     """Seconds that one call of `score` may take."""
     across_requests: bool = False
     """True if one call of `score` may take answers of several requests."""
+
+    @property
+    def reads_states(self) -> bool:
+        """True if drafted answers should come with the language model's hidden states."""
+        return False
 
     @property
     def step_times(self) -> StepTimes | None:
@@ -223,7 +234,7 @@ class Loader(Protocol):
         """Return the reward model of these settings; built once, and there as long as the one that asks for it."""
 
 
-class Reward(BaseModel):
+class Reward(SettingsModel):
     """Settings of a reward model. A subclass has a `kind` and either `score` or `build`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, use_attribute_docstrings=True)
@@ -257,10 +268,19 @@ class Reward(BaseModel):
     def __hash__(self) -> int:
         return hash((type(self), *(_hash(getattr(self, name)) for name in type(self).model_fields)))
 
+    def needs_scale_of(self, part: int) -> bool:
+        """Return True if the part with this index has to come with its scale."""
+        return self.needs_part_scales
+
     @property
     def scale_source(self) -> Reward:
         """The reward whose scale is also the scale of this one."""
         return self.with_parts([part.scale_source for part in self.parts])
+
+    @property
+    def published_scale(self) -> tuple[float, float] | None:
+        """The scale as the settings, or the files that they name, have it; None if it has to be measured."""
+        return self.scale
 
     def has_signal_for(self, conversation: Conversation) -> bool:
         """Return True if the reward can guide an answer here; otherwise a plain answer is written."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, FiniteFloat, field_validator, model_validator
 
 from cards_integrations.chat.template import ChatTokenizer, same_vocabulary
 from cards_integrations.models.local.checks import embedding_rows
@@ -38,6 +38,8 @@ class ClassifierReward(Reward):
     """Bits of the weights, as for `LocalModel`; an adapter shares the language model's if they have the same."""
     label: int | str | None = None
     """Index or name of the label that is the score, for a model with several labels."""
+    weights: dict[str | int, FiniteFloat] | None = None
+    """Labels, by index or name, and the weights of their sum, which is then the score; the trace has each of them."""
     output: Literal["logit", "probability", "log_odds"] = "logit"
     """The raw logit, the probability (softmax, or sigmoid for a single label), or its log-odds."""
     prompt_format: str | None = None
@@ -54,6 +56,12 @@ class ClassifierReward(Reward):
             raise ValueError("prompt_format must be 'chat', 'pair' or contain {response}")
         return value
 
+    @model_validator(mode="after")
+    def _one_choice(self) -> Self:
+        if self.weights is not None and (self.label is not None or not self.weights):
+            raise ValueError("weights: name at least one label, and leave label= out")
+        return self
+
     @property
     def name(self) -> str:
         return f"classifier {self.model}" + (f" + {Path(self.adapter).name}" if self.adapter else "")
@@ -69,7 +77,7 @@ class ClassifierReward(Reward):
         chat = ChatTokenizer(tokenizer, rows=embedding_rows(model))
         otherwise = "pair" if reads_pairs(model, tokenizer) else "{prompt}{response}"
         input_format = InputFormat(chat, self.prompt_format, self.end_of_turn, otherwise)
-        head = Head(self.label, self.output, getattr(model.config, "id2label", None))
+        head = Head(self.label, self.output, getattr(model.config, "id2label", None), self.weights)
         if input_format.is_pair or not reads_incrementally(model):
             return RescoringClassifier(self.name, model, input_format, head)
         same = models.language_model is not None and same_vocabulary(tokenizer, models.language_model[2])

@@ -6,12 +6,14 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, FiniteFloat, model_validator
+
+from cards_integrations.settings_model import SettingsModel
 
 Text = Annotated[str, Field(min_length=1)]
 
 
-class Criterion(BaseModel):
+class Criterion(SettingsModel):
     """One thing that a judge is asked about an answer: a question or, for models trained on them, a principle."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)

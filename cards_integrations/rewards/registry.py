@@ -14,6 +14,8 @@ from cards_integrations.rewards.base import Reward
 
 GROUP = "cards_integrations.rewards"
 NAMED: dict[str, Reward] = {}
+HELD_OUT: dict[str, str] = {}
+"""By name of a reward, that of another model for the same, which judges where the first one guides."""
 R = TypeVar("R", bound=Reward)
 
 _registry = Registry(Reward, "reward", "kind", GROUP)
@@ -48,7 +50,8 @@ def as_reward(value: Any) -> Reward:
     """Make a reward from whatever `reward=` takes.
 
     Args:
-        value: A name, a hub id, a directory, a callable, settings as a dict or as JSON, or a reward itself.
+        value: A name, a kind whose settings all have defaults, a hub id, a directory, a callable, settings as a dict
+            or as JSON, or a reward itself.
 
     Raises:
         SettingsError: It is none of these.
@@ -60,9 +63,12 @@ def as_reward(value: Any) -> Reward:
         name = str(value)
         if name in NAMED:
             return NAMED[name]
+        if name in known_rewards():
+            return _by_kind(name)
         if "/" in name or is_directory(name):
             return REWARDS["classifier"].model_validate({"model": name})
-        raise unknown_name("reward", name, NAMED, " Or pass a hub id, a directory, a function or a settings object.")
+        known = {*NAMED, *known_rewards()}
+        raise unknown_name("reward", name, known, " Or pass a hub id, a directory, a function or a settings object.")
     if isinstance(value, dict):
         if "kind" not in value:
             given = ", ".join(map(short_repr, value))  # the values may hold a key
@@ -79,6 +85,22 @@ def as_reward(value: Any) -> Reward:
     raise SettingsError(
         f"reward={short_repr(value)}: pass a name, a hub id, a directory, a function or a settings object."
     )
+
+
+def held_out_for(reward: Reward) -> Reward | None:
+    """Return the named reward that judges where this one guides, alone or guarded; None if there is none."""
+    guides = {name: NAMED[name].scale_source for name in HELD_OUT}
+    return next((NAMED[HELD_OUT[name]] for name, guide in guides.items() if guide == reward.scale_source), None)
+
+
+def _by_kind(kind: str) -> Reward:
+    """The reward of a kind as it is by default."""
+    cls = reward_class(kind)
+    needed = [name for name, field in cls.model_fields.items() if field.is_required()]
+    if needed:
+        shown = ", ".join(f"{name}=..." for name in needed)
+        raise SettingsError(f"reward={kind!r} needs settings: pass {cls.__name__}({shown}), or a dict with its kind.")
+    return cls.model_validate({})
 
 
 _SCHEMA = WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object", "required": ["kind"]}], "title": "Reward"})

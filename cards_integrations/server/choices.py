@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pydantic import ValidationError
-
 from cards_integrations.decoding import Decoding, as_decoding
-from cards_integrations.errors import SettingsError, short_repr, unknown_name
+from cards_integrations.errors import short_repr, unknown_name
 from cards_integrations.registry import from_json
 from cards_integrations.rewards import Reward, as_reward
 from cards_integrations.server.errors import invalid
 from cards_integrations.server.settings import ServerSettings
-from cards_integrations.settings import validation_message
 
 PARTS = {"length": (), "weighted": ("rewards",), "min": ("rewards",), "gate": ("gate", "reward")}
 """The fields of an inline reward that hold further ones."""
@@ -43,7 +40,7 @@ class Choices:
             value = {**self._own.model_dump(), **value}
         if value["method"] not in self._settings.methods:
             raise unknown_name("cards.decoding.method", str(value["method"]), self._settings.methods)
-        found: Decoding = _validated(as_decoding, dict(value))
+        found: Decoding = as_decoding(dict(value))
         if (largest := max(_whole_numbers(found.model_dump()), default=0)) > self._settings.max_candidates:
             raise invalid(
                 f"cards.decoding: {largest} is more than this server allows, {self._settings.max_candidates}.",
@@ -53,7 +50,7 @@ class Choices:
 
     def reward(self, value: Any) -> Reward:
         """The reward of a request: one that the server names, or settings of a kind that loads and runs nothing."""
-        found: Reward = _validated(as_reward, self._reward(from_json("cards.reward", value), 0))
+        found: Reward = as_reward(self._reward(from_json("cards.reward", value), 0))
         return found
 
     def _reward(self, value: Any, depth: int) -> Any:
@@ -88,10 +85,3 @@ def _whole_numbers(settings: Any) -> Iterator[int]:
     parts = settings.values() if isinstance(settings, Mapping) else settings
     for each in parts if isinstance(settings, (Mapping, list, tuple)) else ():
         yield from _whole_numbers(each)
-
-
-def _validated(convert: Any, value: Any) -> Any:
-    try:
-        return convert(value)
-    except ValidationError as error:
-        raise SettingsError(validation_message(error)) from None

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import ConfigDict, Field, SecretStr
 
 from cards_integrations.decoding import METHODS
 from cards_integrations.errors import SettingsError
 from cards_integrations.http_client import usable_key
 from cards_integrations.rewards import NAMED, AnyReward
+from cards_integrations.settings_model import SettingsModel
 
 KEY_VARIABLE = "CARDS_SERVER_API_KEY"
 InlineKind = Literal["length", "weighted", "min", "gate"]
 
 
-class ServerSettings(BaseModel):
+class ServerSettings(SettingsModel):
     """Where the server listens, who may ask, and what a single request may ask for."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, hide_input_in_errors=True)
+
+    quotes_values: ClassVar[bool] = False
 
     host: str = "127.0.0.1"
     """The address to listen on; "0.0.0.0" for all of this machine's."""
@@ -35,7 +38,7 @@ class ServerSettings(BaseModel):
     served_name: str | None = None
     """What clients call the model; None for its own name."""
 
-    rewards: dict[str, AnyReward] = dict(NAMED)
+    rewards: dict[str, AnyReward] = dict(NAMED)  # noqa: RUF012 - pydantic copies it
     """The rewards that a request may name."""
 
     inline_rewards: tuple[InlineKind, ...] = ("length", "weighted", "min", "gate")

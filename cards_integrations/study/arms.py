@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from cards_integrations.study.metrics import Mean, distinct, mean, self_bleu
+from cards_integrations.study.metrics import Mean, distinct, mean, repeated_3grams, self_bleu
 from cards_integrations.study.rows import Row
 
 
@@ -45,6 +45,10 @@ class Arm:
 
 
 def by_name(rows: Sequence[Row]) -> dict[str, Arm]:
-    """Group rows by method, in the order in which the methods first occur."""
+    """Group rows by method, in the order in which the methods first occur.
+
+    Rows of earlier versions lack `repeated_3grams`, which their texts give.
+    """
+    rows = [{"repeated_3grams": repeated_3grams(row["text"])} | row for row in rows]
     names = dict.fromkeys(row["arm"] for row in rows)
     return {name: Arm(name, tuple(row for row in rows if row["arm"] == name)) for name in names}

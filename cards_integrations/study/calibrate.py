@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import logging
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from cards_integrations.decoding import Cards, Decoding, OptimalStopping, Sampling, Uncertainty
+from cards_integrations.decoding import Cards, OptimalStopping, Sampling, Uncertainty
 from cards_integrations.decoding.base import Scale
 from cards_integrations.errors import SettingsError
+from cards_integrations.rewards import AnyReward
 from cards_integrations.study.aligner import Aligner
 from cards_integrations.study.calibration import FRACTIONS, Calibration, Choice
+from cards_integrations.study.overoptimisation import Wish, judge_for, with_held_out
 from cards_integrations.study.pilot import Pilot
+from cards_integrations.study.runner import Runner
 from cards_integrations.study.simulation import Prediction, SimulationSettings, Simulator
 from cards_integrations.trace import Alignment
 
@@ -25,6 +28,7 @@ TARGET_STDS = np.arange(-1.0, 3.55, 0.1)  # targets that are tried, in standard 
 BETA_STDS = (0.1, 0.2, 0.4)  # betas that are tried, in standard deviations
 DEFAULT_TARGET_STDS = 1.5
 WEAK_CORRELATION = 0.3  # of half an answer's reward with the whole one's: below it CARDS cannot decide by beginnings
+MOSTLY = 0.5  # of the segments
 MAX_PREDICTABLE_STDS = 2.0  # above the mean: beyond it too few plain answers were seen
 
 
@@ -38,6 +42,8 @@ def calibrate(
     quantile: float | None = None,
     segment_length: float | None = None,
     candidates: int = 4,
+    held_out: AnyReward | str | Callable[..., Any] | None = "auto",
+    targets: Sequence[float] | None = None,
     seed: int = 0,
     progress: bool = True,
     **options: Any,
@@ -49,6 +55,10 @@ def calibrate(
     `budget`, `goal` and `quantile` at most one may be given; without any of them the target is 1.5 standard
     deviations above the mean of plain answers.
 
+    With a held-out reward, which does not guide, the prompts are answered with a few targets, too. Then the target is
+    the lowest one that is as good as the peak of the held-out reward, within a standard error; one that a budget, a
+    goal or a quantile asks for is lowered to the peak if it is worse by more than that.
+
     Args:
         llm: The language model, with its reward.
         prompts: Strings or lists of messages, at least 8, better 50. By default those built in for the reward.
@@ -59,6 +69,10 @@ def calibrate(
         segment_length: The mean length of a segment in tokens, which sets the entropy threshold; without it the
             threshold of `decoding` stays.
         candidates: Scored drafts for each segment.
+        held_out: A reward that judges and does not guide. "auto" is the one that comes with the guiding reward:
+            "sentiment-minilm" for "sentiment", and none for others. None does not look at one.
+        targets: Those at which the held-out reward is measured; by default 0.5, 1, 1.5, 2 and 2.5 standard deviations
+            above the mean of plain answers, or up to the target that a budget, a goal or a quantile asks for.
         seed: The seed of the first answer; those of the others follow it.
         progress: Show a progress bar.
         options: Arguments of `align` that replace the LLM's own options, such as `reward` or `decoding`.
@@ -79,7 +93,7 @@ def calibrate(
     if isinstance(requested.acceptance, OptimalStopping):
         requested = requested.model_copy(update={"acceptance": "soft"})  # a target is what is calibrated
     boundary = requested.boundary if isinstance(requested.boundary, Uncertainty) else Uncertainty()
-    runner = _Runner(llm, prompts, contexts or [None] * len(prompts), seed, progress, options)
+    runner = Runner(llm, prompts, contexts or [None] * len(prompts), seed, progress, options)
 
     if segment_length is not None:
         plain = runner.answers(Sampling(), "plain answers")
@@ -106,25 +120,14 @@ def calibrate(
         correlations=_correlations(answers),
         segment_lengths=tuple(len(draft.token_ids) for a in answers for s in a.segments for draft in s.drafts),
     )
-    return replace(calibration, warnings=_warnings(calibration, budget, goal))
-
-
-@dataclass
-class _Runner:
-    """Answers the prompts with one method or another."""
-
-    llm: Aligner
-    prompts: Sequence[Any]
-    contexts: Sequence[Any]
-    seed: int
-    progress: bool
-    options: dict[str, Any]
-
-    def answers(self, decoding: Decoding, title: str) -> list[Alignment]:
-        """One answer to each prompt; `title` is the text of the progress bar."""
-        seeds = [self.seed + i for i in range(len(self.prompts))]
-        progress, options = title if self.progress else False, {**self.options, "decoding": decoding}
-        return self.llm.align_batch(self.prompts, seeds, self.contexts, progress, **options)
+    if (judge := judge_for(held_out, chosen.reward)) is not None:
+        given = any(wanted is not None for wanted in (budget, goal, quantile))
+        wish = Wish(judge, optional=held_out == "auto", targets=targets, target_is_given=given)
+        calibration = with_held_out(calibration, runner, answers, wish)
+    warnings = (*calibration.warnings, *_warnings(calibration, budget, goal))
+    for warning in warnings:
+        log.warning("calibrate: %s", warning)
+    return replace(calibration, warnings=warnings)
 
 
 def _boundary_for(length: float, uncertainties: list[list[float]], boundary: Uncertainty) -> Uncertainty:
@@ -214,7 +217,7 @@ def _rewards_at_fractions(answer: Alignment) -> list[float]:
     return [float(np.interp(fraction * length, [0, *ends], rewards)) for fraction in FRACTIONS]
 
 
-def _warnings(calibration: Calibration, budget: float | None, goal: float | None) -> tuple[str, ...]:
+def _warnings(calibration: Calibration, budget: float | None, goal: float | None) -> list[str]:
     warnings = []
     if calibration.scale.std == 0:
         warnings.append("the reward gives every plain answer the same score, so it cannot guide.")
@@ -230,6 +233,9 @@ def _warnings(calibration: Calibration, budget: float | None, goal: float | None
         warnings.append(f"no target is predicted to reach a mean reward of {goal:g}.")
     if calibration.chosen.target > calibration.scale.mean + MAX_PREDICTABLE_STDS * calibration.scale.std:
         warnings.append("few plain answers reach the target, so the prediction is uncertain.")
-    for warning in warnings:
-        log.warning("calibrate: %s", warning)
-    return tuple(warnings)
+    if predicted.best_of_rejected > MOSTLY:
+        warnings.append(
+            f"{100 * predicted.best_of_rejected:.0f}% of the segments are predicted to end as the best of the rejected "
+            "candidates: the target is out of reach."
+        )
+    return warnings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,10 +14,12 @@ import yaml
 from cards_integrations.decoding import Cards, Uncertainty
 from cards_integrations.decoding.base import Scale
 from cards_integrations.engine.scales import ScaleStore
+from cards_integrations.errors import SettingsError
 from cards_integrations.models.sources import ModelSource
 from cards_integrations.rewards.base import Reward
 from cards_integrations.study import calibration_report
 from cards_integrations.study.figures import new_figure
+from cards_integrations.study.held_out import HeldOutCurve
 from cards_integrations.study.simulation import Prediction
 
 if TYPE_CHECKING:
@@ -61,14 +64,20 @@ class Calibration:
     """Of the reward of the first 25, 50, 75 and 100 percent of an answer with that of the whole."""
     segment_lengths: tuple[int, ...]
     """The lengths of all drafts, in tokens."""
+    held_out: HeldOutCurve | None = None
+    """The reward that did not guide, over the target; None if there was none."""
     warnings: tuple[str, ...] = field(default=())
     """What speaks against relying on the prediction."""
 
     @property
     def decoding(self) -> Cards:
         """The settings of CARDS with the target, the beta and the boundary that were found."""
-        chosen = {"target_reward": self.chosen.target, "beta": self.chosen.beta, "boundary": self.boundary}
-        return self.requested.model_copy(update=chosen)
+        return self.decoding_for(self.chosen)
+
+    def decoding_for(self, choice: Choice) -> Cards:
+        """Return the settings of CARDS with the target and the beta of a choice."""
+        update = {"target_reward": choice.target, "beta": choice.beta, "boundary": self.boundary}
+        return self.requested.model_copy(update=update)
 
     def __str__(self) -> str:
         predicted, plain = self.chosen.predicted, self.plain
@@ -84,6 +93,7 @@ class Calibration:
             f"{predicted.rm_calls:.0f} scores an answer.",
             "Correlation of the reward of the first 25/50/75% of an answer with that of the whole: "
             + "/".join(f"{c:.2f}" for c in self.correlations[:3]) + ".",
+            *(str(self.held_out).splitlines() if self.held_out else ()),
             *(f"Warning: {warning}" for warning in self.warnings),
         ]  # fmt: skip
         return "\n".join(lines)
@@ -111,19 +121,24 @@ class Calibration:
     def plot(self, axes: Sequence[Axes] | None = None) -> Figure:
         """Draw the mean reward over tokens, how well a beginning predicts the end, and the lengths of segments.
 
+        With a held-out reward, it is drawn over the target on a fourth chart.
+
         Args:
-            axes: Three axes of one figure; None for a new figure.
+            axes: Three axes of one figure, or four with a held-out reward; None for a new figure.
 
         Returns:
             The figure.
         """
+        held_out = self.held_out
         if axes is None:
-            axes = new_figure(13, 3.8).subplots(1, 3)
-        rewards, correlations, lengths = axes
+            axes = new_figure(18, 3.8).subplots(1, 4) if held_out else new_figure(13, 3.8).subplots(1, 3)
+        rewards, correlations, lengths = axes[:3]
         curve = [choice.predicted for choice in self.curve]
         calibration_report.draw_rewards(rewards, curve, self.plain, self.chosen.predicted)
         calibration_report.draw_correlations(correlations, FRACTIONS, self.correlations)
         calibration_report.draw_lengths(lengths, self.segment_lengths, self.boundary.threshold)
+        if held_out is not None:
+            calibration_report.draw_held_out(axes[3], held_out, self.chosen.target)
         for axis in axes:
             axis.spines[["top", "right"]].set_visible(False)
         figure: Figure = rewards.figure  # type: ignore[assignment]
@@ -134,10 +149,26 @@ class Calibration:
         """Write the charts as an image, or as a page that opens offline and has the results, too.
 
         Args:
-            path: The file to write: .png, .svg, .pdf, or .html for the page.
+            path: The file to write: .png, .svg, .pdf, .html for the page, or .csv for the levels of the held-out
+                reward as a table.
+
+        Raises:
+            SettingsError: A table is asked for, but there was no held-out reward.
         """
-        figure, path = self.plot(), Path(path)
+        path = Path(path)
+        if path.suffix == ".csv":
+            return self._save_table(path)
+        figure = self.plot()
         if path.suffix == ".html":
             path.write_text(calibration_report.page(str(self), figure), encoding="utf-8")
         else:
             figure.savefig(path, dpi=150)
+
+    def _save_table(self, path: Path) -> None:
+        if self.held_out is None:
+            raise SettingsError("calibrate: there is no table without a held-out reward; pass held_out=.")
+        rows = self.held_out.rows()
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)

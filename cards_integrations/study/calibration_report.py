@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cards_integrations.study.figures import as_base64
+from cards_integrations.study.held_out import HeldOutCurve
 from cards_integrations.study.simulation import Prediction
 from cards_integrations.templates import render
 
@@ -43,6 +44,32 @@ def draw_lengths(axes: Axes, lengths: Sequence[int], threshold: float) -> None:
     """Draw a histogram of the lengths of segments."""
     axes.hist(lengths, bins=range(1, max(lengths) + 2), color="tab:blue", align="left")
     axes.set(xlabel="tokens", ylabel="drafts", title=f"Segments at entropy threshold {threshold:.2f}")
+
+
+def draw_held_out(axes: Axes, found: HeldOutCurve, chosen: float) -> None:
+    """Draw both rewards over the target, with 95% intervals, and what was chosen.
+
+    Args:
+        axes: Where to draw; the guiding reward gets an axis of its own on the right.
+        found: The held-out reward at some targets.
+        chosen: The target that was chosen.
+    """
+    plain, *levels = found.levels
+    targets, means = found.targets, [level.held_out for level in levels]
+    axes.errorbar(
+        targets, [mean.value for mean in means],
+        yerr=[[mean.value - mean.low for mean in means], [mean.high - mean.value for mean in means]],
+        fmt="o-", color="tab:green", capsize=2, label="held out",
+    )  # fmt: skip
+    axes.plot(targets, found.fitted[1:], "--", color="tab:green", linewidth=1, label="held out, one peak")
+    axes.axhline(plain.held_out.value, color="tab:gray", linewidth=0.8, label="held out, plain")
+    guide = axes.twinx()
+    guide.plot(targets, [level.reward.value for level in levels], "s:", color="tab:blue", label="guide (right)")
+    guide.spines["top"].set_visible(False)
+    axes.axvline(chosen, color="tab:red", linewidth=1, label="chosen")
+    axes.set(xlabel="target reward", ylabel="mean held-out reward", title="Does the guide still help?")
+    lines = [*axes.get_legend_handles_labels()[0], *guide.get_legend_handles_labels()[0]]
+    axes.legend(lines, [str(line.get_label()) for line in lines], frameon=False, fontsize=8)
 
 
 def page(text: str, figure: Figure) -> str:

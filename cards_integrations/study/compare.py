@@ -19,6 +19,7 @@ from cards_integrations.rewards.base import Reward
 from cards_integrations.settings import as_context
 from cards_integrations.study.aligner import Aligner
 from cards_integrations.study.comparison import COSTS, REQUIRED_FIELDS, Comparison
+from cards_integrations.study.metrics import repeated_3grams
 from cards_integrations.study.rows import Results, Row
 from cards_integrations.trace import Alignment
 
@@ -140,6 +141,8 @@ def _measured(answer: Alignment) -> Row:
         "text": answer.text,
         "tokens": len(answer.token_ids),
         "finish_reason": answer.finish_reason,
+        "out_of_reach": answer.out_of_reach,
+        "repeated_3grams": repeated_3grams(answer.text),
         "log_p_per_token": answer.log_likelihood / max(1, len(answer.token_ids)),
         "looked_at_tokens": sum(examined),
         **{name: getattr(answer.usage, name) for name in COSTS if name != "looked_at_tokens"},

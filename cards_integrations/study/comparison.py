@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cards_integrations.study import comparison_report
 from cards_integrations.study.arms import Arm, by_name
-from cards_integrations.study.metrics import Mean, mean
+from cards_integrations.study.metrics import Mean, mean, points
 from cards_integrations.study.rows import Row, read_rows
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 REQUIRED_FIELDS = {"arm", "prompt", "asked", "text"}
+REWARDS = ("judged", "reward")  # that which guides nothing first
 COSTS = ("drafted_tokens", "looked_at_tokens", "drafts", "lm_forwards", "lm_tokens", "rm_forwards", "rm_tokens")
 
 
@@ -54,6 +55,38 @@ class Comparison:
         shared = sorted(one_means.keys() & other_means.keys())
         return mean([one_means[prompt] - other_means[prompt] for prompt in shared])
 
+    @property
+    def baseline(self) -> str:
+        """The name of the arm that the others are compared with: plain answers, else the first arm."""
+        plain = [name for name, arm in self.arms.items() if _is_plain(arm.rows[0])]
+        return next(iter([*plain, *self.arms]))
+
+    def win_rate(self, one: str, other: str, name: str) -> Mean | None:
+        """Average over prompts how often one arm's answer has the higher number; equal ones count half.
+
+        Args:
+            one: The name of an arm.
+            other: The name of the arm whose answers, to the same prompts with the same seeds, are compared with.
+            name: The key of a number in the rows, such as "reward" or "judged".
+
+        Returns:
+            The share with its interval; None if no answers can be compared.
+        """
+        theirs = {_asked(row): row[name] for row in self.arms[other].rows if row.get(name) is not None}
+        ours = [row for row in self.arms[one].rows if row.get(name) is not None and _asked(row) in theirs]
+        if not ours:
+            return None
+        return mean([points(row[name], theirs[_asked(row)]) for row in ours], [row["prompt"] for row in ours])
+
+    @cached_property
+    def wins(self) -> dict[str, dict[str, Mean | None]]:
+        """For each arm, its win rates over the baseline by name of the reward; the baseline itself has none."""
+        others = {name: self.baseline for name in self.arms if name != self.baseline}
+        return {
+            arm: {name: self.win_rate(arm, others[arm], name) if arm in others else None for name in REWARDS}
+            for arm in self.arms
+        }
+
     def _prompt_means(self, arm: str, name: str) -> dict[int, float]:
         by_prompt: dict[int, list[float]] = {}
         for row in self.arms[arm].rows:
@@ -88,13 +121,20 @@ class Comparison:
         return float(np.exp(np.interp(level, rewards, costs)))
 
     def summary(self) -> dict[str, dict[str, Any]]:
-        """Return, for each arm, its means with their intervals by name, and its diversity."""
-        names = ("reward", "judged", "log_p_per_token", "tokens", "seconds", *COSTS)
-        return {arm.name: {**{name: arm.mean(name) for name in names}, **arm.diversity} for arm in self.arms.values()}
+        """Return, for each arm, its means with their intervals by name, its win rates, and its diversity."""
+        names = ("reward", "judged", "repeated_3grams", "log_p_per_token", "tokens", "seconds", *COSTS)
+        return {
+            name: {
+                **{number: arm.mean(number) for number in names},
+                **{f"{reward}_win_rate": rate for reward, rate in self.wins[name].items()},
+                **arm.diversity,
+            }
+            for name, arm in self.arms.items()
+        }
 
     def table(self) -> Table:
         """Return the means as a table for a terminal."""
-        return comparison_report.table(list(self.arms.values()))
+        return comparison_report.table(list(self.arms.values()), self.wins)
 
     def plot(self, cost: str = "drafted_tokens") -> Figure:
         """Draw mean rewards over their cost, with 95% intervals.
@@ -114,5 +154,17 @@ class Comparison:
             Its path.
         """
         path = Path(path)
-        path.write_text(comparison_report.page(list(self.arms.values()), self.rows), encoding="utf-8")
+        path.write_text(
+            comparison_report.page(list(self.arms.values()), self.wins, self.baseline, self.rows), encoding="utf-8"
+        )
         return path
+
+
+def _is_plain(row: Row) -> bool:
+    settings = row.get("settings")
+    decoding = settings.get("decoding") if isinstance(settings, dict) else None
+    return isinstance(decoding, dict) and decoding.get("method") == "sampling"
+
+
+def _asked(row: Row) -> tuple[Any, Any]:
+    return row["prompt"], row.get("seed")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cards_integrations.study.arms import Arm
 from cards_integrations.study.figures import as_base64, new_figure
+from cards_integrations.study.metrics import Mean
 from cards_integrations.study.rows import Row
 from cards_integrations.templates import printable, render
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 COLUMNS = {
     "reward": "reward",
     "judged": "judge",
+    "repeated_3grams": "repeated 3-grams, %",
     "log_p_per_token": "log p / token",
     "tokens": "tokens",
     "drafted_tokens": "drafted",
@@ -28,23 +30,36 @@ COLUMNS = {
     "rm_forwards": "RM forwards",
     "seconds": "seconds",
 }
-DERIVED_COLUMNS = ("perplexity", "distinct-2", "self-BLEU")
-TERMINAL_COLUMNS = ("reward", "judged", "log_p_per_token", "drafted_tokens", "rm_tokens", "seconds")
+WIN_COLUMNS = {"judged": "wins by the judge, %", "reward": "wins by the reward, %"}
+DERIVED_COLUMNS = ("perplexity", "distinct-1", "distinct-2", "self-BLEU")
+TERMINAL_COLUMNS = ("reward", "judged", "repeated_3grams", "log_p_per_token", "drafted_tokens", "seconds")
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
 MARKS = "osD^vP*Xh<>"
+Wins = Mapping[str, Mapping[str, Mean | None]]
+"""By arm and by name of the reward, the share of wins over the baseline."""
 
 
-def table(arms: Sequence[Arm]) -> Table:
-    """Return a table for a terminal, with one line for each arm."""
+def table(arms: Sequence[Arm], wins: Wins) -> Table:
+    """Return a table for a terminal, with one line for each arm.
+
+    Args:
+        arms: The arms.
+        wins: Their win rates.
+    """
     from rich.table import Table
 
+    rewards = [name for name in WIN_COLUMNS if any(wins[arm.name][name] is not None for arm in arms)][:1]
     table = Table(box=None)
     table.add_column("", overflow="fold")
-    for name in TERMINAL_COLUMNS:
-        table.add_column(COLUMNS[name], justify="right")
+    shown = [COLUMNS[name] for name in TERMINAL_COLUMNS]
+    for heading in (*shown, "distinct-2", *(WIN_COLUMNS[name] for name in rewards)):
+        table.add_column(heading, justify="right")
     for arm in arms:
         means = [arm.mean(name) for name in TERMINAL_COLUMNS]
-        table.add_row(arm.name, *("" if mean is None else f"{mean.value:.3g}" for mean in means))
+        cells = ["" if mean is None else f"{mean.value:.3g}" for mean in means]
+        won = [wins[arm.name][name] for name in rewards]
+        rates = ["" if rate is None else f"{100 * rate.value:.0f}" for rate in won]
+        table.add_row(arm.name, *cells, f"{arm.diversity['distinct_2']:.3g}", *rates)
     return table
 
 
@@ -84,22 +99,30 @@ def _draw(axes: Axes, arms: Sequence[Arm], kind: str, cost: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def page(arms: Sequence[Arm], rows: Sequence[Row], max_examples: int = 20) -> str:
+def page(arms: Sequence[Arm], wins: Wins, baseline: str, rows: Sequence[Row], max_examples: int = 20) -> str:
     """Return an HTML page without scripts or anything from elsewhere, in which the models' text is escaped.
 
     Args:
         arms: The arms of the table and of the charts.
+        wins: Their win rates.
+        baseline: The name of the arm that these are over.
         rows: Their answers.
         max_examples: How many prompts are shown with all their answers.
     """
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))
     return render(
         "comparison.html.j2",
-        headings=[*COLUMNS.values(), *DERIVED_COLUMNS],
+        headings=[*WIN_COLUMNS.values(), *COLUMNS.values(), *DERIVED_COLUMNS],
         arms=[
-            {"name": arm.name, "means": [arm.mean(name) for name in COLUMNS], "derived": _derived(arm)} for arm in arms
+            {
+                "name": arm.name,
+                "means": [*_percent(wins[arm.name]), *(arm.mean(name) for name in COLUMNS)],
+                "derived": _derived(arm),
+            }
+            for arm in arms
         ],
         n_prompts=len(prompts),
+        baseline=baseline,
         image=as_base64(frontier(arms)),
         examples=[_example([row for row in rows if row["prompt"] == prompt]) for prompt in prompts[:max_examples]],
         short=_short,
@@ -119,9 +142,13 @@ def _scores(row: Row) -> str:
     return ", ".join(f"{name} {value:.2f}" for name, value in scores if isinstance(value, float))
 
 
+def _percent(wins: Mapping[str, Mean | None]) -> list[Mean | None]:
+    return [rate and Mean(*(100 * value for value in rate)) for rate in map(wins.get, WIN_COLUMNS)]
+
+
 def _derived(arm: Arm) -> list[str]:
-    log_p = arm.mean("log_p_per_token")
-    values = (log_p and math.exp(-log_p.value), arm.diversity["distinct_2"], arm.diversity["self_bleu"])
+    log_p, names = arm.mean("log_p_per_token"), ("distinct_1", "distinct_2", "self_bleu")
+    values = (log_p and math.exp(-log_p.value), *(arm.diversity[name] for name in names))
     return ["" if value is None else f"{value:.3g}" for value in values]
 
 

@@ -1,4 +1,4 @@
-"""Numbers about a set of answers: means with intervals, and how much they repeat each other."""
+"""Numbers about a set of answers: means with intervals, wins, and how much they repeat themselves and each other."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+from cards_integrations.rewards.scorers.repetition import repeated_share
 
 BOOTSTRAP_SAMPLES = 2000
 
@@ -42,6 +44,32 @@ def mean(values: Sequence[float], groups: Sequence[object] | None = None, seed: 
     drawn = data[rng.integers(len(data), size=(BOOTSTRAP_SAMPLES, len(data)))].mean(1)
     low, high = np.quantile(drawn, [0.025, 0.975])
     return Mean(float(data.mean()), float(low), float(high))
+
+
+def pearson(one: Sequence[float], other: Sequence[float]) -> float:
+    """Return the correlation of two series; 0 if one of them is constant."""
+    a, b = (np.asarray(values, dtype=float) for values in (one, other))
+    return 0.0 if a.std() == 0 or b.std() == 0 else float(np.corrcoef(a, b)[0, 1])
+
+
+def spearman(one: Sequence[float], other: Sequence[float]) -> float:
+    """Return the correlation of the ranks in two series, equal values having their mean rank."""
+    return pearson(*(_ranks(np.asarray(values, dtype=float)) for values in (one, other)))
+
+
+def _ranks(values: np.ndarray) -> list[float]:
+    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return list((np.cumsum(counts) - (counts - 1) / 2)[which])
+
+
+def points(one: float, other: float) -> float:
+    """Return 1.0 if the first number is higher, 0.5 if both are equal, and 0.0 otherwise."""
+    return 0.5 if one == other else float(one > other)
+
+
+def repeated_3grams(text: str) -> float:
+    """Return, in percent, the share of a text's 3-grams of words that have occurred in it before."""
+    return 100 * repeated_share(text, 3)
 
 
 def distinct(texts: Sequence[str], n: int) -> float:

@@ -16,7 +16,8 @@ Row = dict[str, Any]
 """A result.
 
 Of an answer: `arm` (the name of its method), `prompt` (the prompt's index), `asked` (the prompt itself), `context`,
-`seed`, `text`, `reward`, `judged` (the judge's reward), what it cost, and the settings on which it depends.
+`seed`, `text`, `reward`, `judged` (the judge's reward), `repeated_3grams` (in percent), `log_p_per_token`,
+`out_of_reach` (as in `Alignment`), what it cost, and the settings on which it depends.
 Of a judged pair: `question`, `seed`, `ours`, `theirs`, `verdict`, and `asked_twice`: the judge's reply to either order.
 """
 

@@ -48,6 +48,8 @@ class Prediction:
     """Scores for an answer, that of the prompt included."""
     reward: float
     """The reward of the finished answer."""
+    best_of_rejected: float = 0.0
+    """The share of segments none of whose drafts is accepted, so that the best of the rejected ones is kept."""
 
 
 class Simulator:
@@ -104,7 +106,7 @@ class Simulator:
         start = (1 - settings.alpha) * prompt + settings.alpha * settings.target
         reward, written = prompt.copy(), np.zeros(n_answers, dtype=int)
         live = np.ones(n_answers, dtype=bool)
-        examined = accepted = drafted = 0
+        examined = accepted = drafted = segments = 0
         while live.any():
             rows = np.flatnonzero(live)
             rewards, lengths, ends = self._drafts(random, reward[rows], written[rows], tries)
@@ -116,6 +118,7 @@ class Simulator:
             seen = np.where(passed, index + 1, tries)
             examined += int(seen.sum())
             accepted += int(passed.sum())
+            segments += len(rows)
             drafted += int(np.where(np.arange(tries) < seen[:, None], lengths, 0).sum())
             reward[rows] = rewards[kept]
             written[rows] += lengths[kept]
@@ -126,6 +129,7 @@ class Simulator:
             drafted_tokens=drafted / n_answers,
             rm_calls=1 + examined / n_answers,
             reward=float(reward.mean()),
+            best_of_rejected=1 - accepted / segments,
         )
 
     def _drafts(

@@ -12,7 +12,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,8 +21,20 @@ from cards_integrations.transformer.attention import AttentionMetadata
 log = logging.getLogger("cards_integrations")
 MOST = 256  # shapes to remember
 
-Run = Callable[[dict[str, torch.Tensor], AttentionMetadata], torch.Tensor]
-"""The tensors of `FlatBatch.tensors`, and the attention metadata -> outputs (n, ...)."""
+
+class Computed(NamedTuple):
+    """What a forward gives: outputs (n, ...), and (n, hidden size) of which they were made, if those are asked for."""
+
+    outputs: torch.Tensor
+    states: torch.Tensor | None = None
+
+    def clone(self) -> Computed:
+        """The same at other addresses."""
+        return Computed(self.outputs.clone(), None if self.states is None else self.states.clone())
+
+
+Run = Callable[[dict[str, torch.Tensor], AttentionMetadata], Computed]
+"""From the tensors of `FlatBatch.tensors` and the attention metadata."""
 
 Shape = tuple[Any, ...]
 
@@ -33,7 +45,7 @@ class StaticStep:
 
     tensors: dict[str, torch.Tensor]
     metadata: AttentionMetadata
-    output: torch.Tensor | None = None
+    output: Computed | None = None
     graph: Any = None
 
     def fill(self, tensors: dict[str, torch.Tensor], metadata: AttentionMetadata) -> None:
@@ -62,8 +74,8 @@ class StaticSteps:
         self.steps: OrderedDict[Shape, StaticStep | None] = OrderedDict()  # None: it has run once
         self.pool: Any = None
 
-    def __call__(self, tensors: dict[str, torch.Tensor], metadata: AttentionMetadata) -> torch.Tensor:
-        """Return the outputs (n, ...) of one forward, padding included."""
+    def __call__(self, tensors: dict[str, torch.Tensor], metadata: AttentionMetadata) -> Computed:
+        """Return what one forward gives, padding included."""
         if not metadata.rounded or not all(group.block.ready for group in metadata.groups):
             return self.run(tensors, metadata)  # which makes what the cache now needs
         step = self._step(_shape(tensors, metadata), tensors, metadata)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from inspect import signature
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -15,7 +17,7 @@ import torch
 from cards_integrations.errors import CardsError, ModelError, OutOfMemory, as_cards_error
 from cards_integrations.transformer.attention import CHUNKED, FULL, METADATA, NAME, SLIDING, AttentionMetadata
 from cards_integrations.transformer.cache_layers import RECURRENT, TreeLayer, cache_layers
-from cards_integrations.transformer.cuda_graphs import StaticSteps
+from cards_integrations.transformer.cuda_graphs import Computed, StaticSteps
 from cards_integrations.transformer.flat_batch import FlatBatch, ForwardInput, Reach
 from cards_integrations.transformer.kv_block import Layout
 from cards_integrations.transformer.kv_cache import TreeCache
@@ -33,11 +35,15 @@ PREFILL_CHUNK = 2048  # tokens that a forward reads at most, where they can be r
 
 
 class Output(NamedTuple):
-    """What a forward gave for one input: `outputs` rows of its `batch` (n, ...), the last of which is `last`."""
+    """What a forward gave for one input: `outputs` rows of its `batch` (n, ...), the last of which is `last`.
+
+    `states` (n, hidden size) are the hidden states that logits were made of, where they were asked for.
+    """
 
     batch: torch.Tensor
     last: int
     outputs: int = 1
+    states: torch.Tensor | None = None
 
     @property
     def value(self) -> torch.Tensor:
@@ -48,6 +54,16 @@ class Output(NamedTuple):
     def values(self) -> torch.Tensor:
         """All of its outputs, (outputs, ...)."""
         return self.batch[self.last + 1 - self.outputs : self.last + 1]
+
+    @property
+    def state(self) -> torch.Tensor:
+        """The hidden state of the last output, (hidden size,)."""
+        assert self.states is not None
+        return self.states[self.last]
+
+    def alone(self) -> Output:
+        """A copy of the last output, without the batch."""
+        return Output(self.value[None].clone(), 0, states=None if self.states is None else self.state[None].clone())
 
 
 class Transformer:
@@ -85,6 +101,7 @@ class Transformer:
         self.memory.caches.append(self.cache)
         self._logits = StaticSteps(self._run_model, model.device)
         self._hidden = StaticSteps(self._run_body, model.device)
+        self._logits_and_states = StaticSteps(self._run_model_for_states, model.device)
         use_tree_attention(model)
         self.switch = use_tokenwise_rotary(model)
         self._inputs = _cache_and_mask(model, self.cache, self.patterns)
@@ -130,6 +147,10 @@ class Transformer:
         """Run a causal model: logits (vocabulary,) after the last tokens of each input, or why it cannot be read."""
         return self._forward(inputs, self._logits)
 
+    def logits_and_states(self, inputs: Sequence[ForwardInput]) -> list[Output | CardsError]:
+        """As `logits`, with the hidden states that the logits are made of: those that `hidden` gives."""
+        return self._forward(inputs, self._logits_and_states)
+
     def hidden(self, inputs: Sequence[ForwardInput]) -> list[Output | CardsError]:
         """Run the body: hidden states (hidden size,) of the last tokens of each input, or why it cannot be read."""
         return self._forward(inputs, self._hidden)
@@ -163,11 +184,13 @@ class Transformer:
         try:
             flat = FlatBatch(inputs, self.cache, run.rounding and not self.recurrent)
             self.memory.evict_for(0)  # the cache may have grown
-            batch = run(*self._prepare(flat, inputs))[: len(flat.output_indices)]
+            batch, states = run(*self._prepare(flat, inputs))
+            n = len(flat.output_indices)
+            batch, states = batch[:n], None if states is None else states[:n]
             if self.cache.pool is not None:
                 self.cache.advance([item.branch for item in flat.inputs])
             ends = accumulate([item.outputs for item in inputs])
-            return [Output(batch, end - 1, item.outputs) for item, end in zip(inputs, ends, strict=True)]
+            return [Output(batch, end - 1, item.outputs, states) for item, end in zip(inputs, ends, strict=True)]
         except Exception as error:
             problem = error
         for item, columns in zip(inputs, before, strict=True):
@@ -201,7 +224,7 @@ class Transformer:
     def release(self) -> None:
         """Give the memory of the cache back; nothing is read any more."""
         self.memory.forget(self.cache)
-        del self._logits, self._hidden  # they reference this object, and through it the model
+        del self._logits, self._hidden, self._logits_and_states  # they reference this object, and through it the model
 
     def time(self, tokens: int) -> float:
         """Return the seconds of a forward of the body with so many tokens, after a short text."""
@@ -216,25 +239,23 @@ class Transformer:
 
         return least_seconds(step, self.model.device)
 
-    def _run_model(self, tensors: dict[str, torch.Tensor], metadata: AttentionMetadata) -> torch.Tensor:
-        indices = tensors["output_indices"]
-        if metadata.rows > 1:
-            return self._logits_of_rows(tensors, metadata)
-        logits: torch.Tensor = self._run(self.model, tensors, metadata, logits_to_keep=indices).logits[0]
-        return logits
+    def _run_model(self, tensors: dict[str, torch.Tensor], metadata: AttentionMetadata) -> Computed:
+        indices: Any = tensors["output_indices"]
+        if metadata.rows > 1:  # the same tokens of each: the last ones, among which all are that have outputs
+            tokens = len(tensors["ids"]) // metadata.rows
+            indices = tokens - int((indices % tokens).min())
+        logits: torch.Tensor = self._run(self.model, tensors, metadata, logits_to_keep=indices).logits
+        return Computed(_with_outputs(logits, tensors, metadata))
 
-    def _logits_of_rows(self, tensors: dict[str, torch.Tensor], metadata: AttentionMetadata) -> torch.Tensor:
-        """The model keeps the same tokens of each row: the last ones, among which all are that have outputs."""
-        n = len(tensors["ids"]) // metadata.rows
-        row, token = tensors["output_indices"] // n, tensors["output_indices"] % n
-        kept = n - int(token.min())
-        logits: torch.Tensor = self._run(self.model, tensors, metadata, logits_to_keep=kept).logits
-        return logits[row, token - (n - kept)]
+    def _run_model_for_states(self, tensors: dict[str, torch.Tensor], metadata: AttentionMetadata) -> Computed:
+        with _inputs_of(self.model.get_output_embeddings()) as seen:
+            logits = self._run_model(tensors, metadata).outputs
+        [states] = seen
+        return Computed(logits, _with_outputs(states, tensors, metadata))
 
-    def _run_body(self, tensors: dict[str, torch.Tensor], metadata: AttentionMetadata) -> torch.Tensor:
+    def _run_body(self, tensors: dict[str, torch.Tensor], metadata: AttentionMetadata) -> Computed:
         found = self._run(body(self.model), tensors, metadata)
-        hidden: torch.Tensor = found.last_hidden_state.flatten(0, 1)[tensors["output_indices"]]
-        return hidden
+        return Computed(found.last_hidden_state.flatten(0, 1)[tensors["output_indices"]])
 
     def _run(self, model: Any, tensors: dict[str, torch.Tensor], metadata: AttentionMetadata, **options: Any) -> Any:
         self.cache.begin(tensors["write_indices"])
@@ -298,6 +319,31 @@ def body(model: Any) -> Any:
     return model.base_model if model.base_model is not model else model.model  # Llama 4 names another one
 
 
+def _with_outputs(values: torch.Tensor, tensors: dict[str, torch.Tensor], metadata: AttentionMetadata) -> torch.Tensor:
+    """Of (rows, last tokens, ...) those that have outputs, (outputs, ...)."""
+    if metadata.rows == 1:
+        return values[0]  # there are no others
+    tokens = len(tensors["ids"]) // metadata.rows
+    return values[tensors["output_indices"] // tokens, tensors["output_indices"] % tokens - tokens]
+
+
+@contextmanager
+def _inputs_of(module: Any) -> Iterator[list[torch.Tensor]]:
+    """Yield what the calls of a module in this thread are given, each as it comes."""
+    seen: list[torch.Tensor] = []
+    thread = threading.get_ident()
+
+    def note(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        if threading.get_ident() == thread:
+            seen.append(inputs[0])
+
+    handle = module.register_forward_pre_hook(note)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
 def use_tree_attention(model: Any) -> None:
     """Replace a model's attention.
 
@@ -347,12 +393,14 @@ def first_position(model: Any) -> int:
 
 def _joined(outputs: Iterable[Output | CardsError]) -> Output | CardsError:
     """The outputs of one input that was read in several forwards."""
-    values = []
+    values, states = [], []
     for output in outputs:
         if isinstance(output, CardsError):
             return output
         values.append(output.value)
-    return Output(torch.stack(values), len(values) - 1, len(values))
+        states.append(None if output.states is None else output.state)
+    known = [state for state in states if state is not None]
+    return Output(torch.stack(values), len(values) - 1, len(values), torch.stack(known) if known else None)
 
 
 def _error_of(item: ForwardInput, problem: Exception, expected: bool) -> CardsError:

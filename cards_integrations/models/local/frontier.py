@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
 
 from cards_integrations.chat.detokenizer import Detokenizer
 from cards_integrations.models.base import Candidate
 from cards_integrations.transformer.forward import Output
 from cards_integrations.transformer.kv_cache import Branch
+
+
+class ReadStates(NamedTuple):
+    """The sum of hidden states, (hidden size,) float32, after so many tokens."""
+
+    total: torch.Tensor
+    tokens: int
 
 
 @dataclass(eq=False)
@@ -22,6 +32,9 @@ class Frontier:
         unread: The last tokens, which the model has not read yet.
         logits: Those after the last token, once it has.
         waiting: Candidates that go on from here as soon as there are logits.
+        complete: True if the owner has all of its tokens, and only its hidden states are waited for.
+        read: The sum of the hidden states after the tokens of the answer, where its request asks for states; None if
+            some of them are unknown.
         detokenizer: Decodes the owner's text; None until it is looked at.
     """
 
@@ -31,6 +44,8 @@ class Frontier:
     unread: list[int] = field(default_factory=list)
     logits: Output | None = None
     waiting: list[Candidate] = field(default_factory=list)
+    complete: bool = False
+    read: ReadStates | None = None
     detokenizer: Detokenizer | None = None
 
     @property
@@ -43,10 +58,24 @@ class Frontier:
         """Be what has these tokens to read, none of which is in the cache."""
         self.held, self.own_row, self.unread, self.logits = None, False, [*ids], None
 
+    def note_state(self, state: torch.Tensor, tokens: int) -> None:
+        """Note the hidden state after so many tokens of the answer, 0 being the end of the prompt."""
+        if self.read is None:
+            self.read = ReadStates(torch.zeros_like(state, dtype=torch.float32), 0) if tokens == 0 else None
+        elif tokens > self.read.tokens:  # else it is read again
+            self.read = ReadStates(self.read.total + state, tokens) if tokens == self.read.tokens + 1 else None
+
+    @property
+    def states(self) -> torch.Tensor | None:
+        """The hidden state after the last token, and the mean of those after the answer's tokens, (2, hidden size)."""
+        if self.read is None or self.logits is None:
+            return None
+        return torch.stack([self.logits.state.float(), self.read.total / max(1, self.read.tokens)])
+
     def own_logits(self) -> None:
         """Keep a copy of its own logits only: those of the whole step would stay alive as long."""
         if self.logits is not None and len(self.logits.batch) > 1:
-            self.logits = Output(self.logits.value[None].clone(), 0)
+            self.logits = self.logits.alone()
 
 
 @dataclass(eq=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
@@ -26,7 +26,7 @@ from cards_integrations.models.sampling import Sampler
 from cards_integrations.trace import Usage
 from cards_integrations.transformer.exact import check_exact
 from cards_integrations.transformer.flat_batch import ForwardInput
-from cards_integrations.transformer.forward import PREFILL_CHUNK, Transformer
+from cards_integrations.transformer.forward import PREFILL_CHUNK, Output, Transformer
 from cards_integrations.transformer.kv_cache import Branch, Tree
 from cards_integrations.transformer.kv_memory import CacheNeed, KVMemory, first_to_read
 from cards_integrations.transformer.rope import reads_again
@@ -36,11 +36,12 @@ from cards_integrations.transformer.thread_tuner import ThreadTuner
 log = logging.getLogger("cards_integrations")
 PREFILL_BESIDE = 512  # tokens of prompts that are read before a step of others
 UNKNOWN_TIMES = StepTimes({1: 1.0, 16: 2.0})  # not seconds: more candidates are taken to cost little
+Read = Callable[[Sequence[ForwardInput]], list[Output | CardsError]]
 LONG = 96  # tokens from which on a candidate does not share a row
 
 
 class LocalLanguageModel:
-    """A transformers causal model; implements `StepwiseModel`, `ConstrainedModel` and `LogitsReader`.
+    """A transformers causal model; implements all protocols of `models.base`.
 
     Args:
         model: A causal model of transformers.
@@ -179,7 +180,8 @@ class LocalLanguageModel:
         if origin.owner is not candidate:
             branch, text = self._branch(origin.branch, candidate), origin.detokenizer
             own_row = branch.tree is not origin.branch.tree
-            frontier = Frontier(branch, candidate, own_row, logits=origin.logits)
+            frontier = Frontier(branch, candidate, own_row, logits=origin.logits, read=origin.read)
+            frontier.complete = candidate.limit == 0
             if text is not None and len(text.ids) == len(candidate.before):
                 frontier.detokenizer = text.fork()
             self._requests[candidate.context].candidates[candidate] = frontier
@@ -267,6 +269,8 @@ class LocalLanguageModel:
         """
         ready = [(c, frontier) for c in self._ready if (frontier := self._frontier(c)) is not None]
         ended, self._ready, self._failed = self._failed, [], []
+        ended += [_with_states(*pair) for pair in ready if pair[1].complete]
+        ready = [pair for pair in ready if not pair[1].complete]
         return ended + self._sample(ready) if ready else ended
 
     def _sample(self, ready: Sequence[tuple[Candidate, Frontier]]) -> list[Candidate]:
@@ -290,6 +294,12 @@ class LocalLanguageModel:
         try:
             if not self._take(candidate, frontier, drawn):
                 return False
+            if candidate.context.states:
+                if frontier.unread:  # as it would be for whatever follows
+                    frontier.complete = True
+                    frontier.waiting.append(candidate)
+                    return False
+                _with_states(candidate, frontier)
             frontier.own_logits()
         except BaseException as error:
             _failed(candidate, error)
@@ -379,6 +389,7 @@ class LocalLanguageModel:
             if origin is request.long:
                 frontier.held = origin.branch.branch()
                 frontier.unread = [*candidate.before[len(context.ids) :], *candidate.ids]
+                frontier.read = None
             else:
                 frontier.held = self._branch(origin.branch, candidate)
                 frontier.own_row = frontier.branch.tree is not origin.branch.tree
@@ -394,6 +405,7 @@ class LocalLanguageModel:
 
     def _leave_short(self, frontier: Frontier, request: OpenRequest, context: Context) -> None:
         """Give up what was read of a path with the frequencies of short texts."""
+        frontier.read = None  # they are others from now on
         if frontier is not request.kept:
             assert frontier.owner is not None
             self._free(frontier, row=frontier.own_row)
@@ -487,13 +499,17 @@ class LocalLanguageModel:
     def _run(self, inputs: Sequence[ForwardInput]) -> None:
         """One forward; frontiers that have nothing unread any more get their logits."""
         served = {}
-        for each, logits in zip(inputs, self.transformer.logits(inputs), strict=True):
+        asked = any(each.owner[1].states for each in inputs)
+        outputs = self.transformer.logits_and_states(inputs) if asked else self.transformer.logits(inputs)
+        for each, logits in zip(inputs, outputs, strict=True):
             frontier, context = each.owner
             request = self._requests[context]
             if isinstance(logits, CardsError):
                 self._fail(frontier, request, logits)
                 continue
             del frontier.unread[: len(each.ids)]
+            if context.states:
+                frontier.note_state(logits.state, frontier.branch.length - len(context.prompt_ids))
             if request.is_trunk(frontier):
                 frontier.branch.tree.keep(frontier.branch)
             if not frontier.unread and frontier is not request.long:
@@ -516,21 +532,27 @@ class LocalLanguageModel:
 
     def read(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> torch.Tensor:
         """The logits before each token of an answer, (tokens, vocabulary)."""
+        return self._read_answer(self.transformer.logits, prompt_ids, ids)[:-1]
+
+    def read_states(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> torch.Tensor:
+        """The last hidden state after the prompt and after each token of an answer, (1 + tokens, hidden size)."""
+        return self._read_answer(self.transformer.hidden, prompt_ids, ids)
+
+    def _read_answer(self, run: Read, prompt_ids: Sequence[int], ids: Sequence[int]) -> torch.Tensor:
+        """What a forward gives after the prompt and after each token of an answer, (1 + tokens, ...)."""
         text, prompt = [*prompt_ids, *ids], len(prompt_ids)
         short = min(len(text), self.transformer.switch) if self.reads_again else len(text)
         long = self.transformer.is_long(prompt)
         if long or short == len(text):
-            found = self._read(text, len(ids) + 1, long)
-        else:
-            after = self._read(text, len(text) - short, long=True)
-            found = torch.cat([self._read(text[:short], short + 1 - prompt, long=False), after])
-        return found[:-1].float()
+            return self._read(run, text, len(ids) + 1, long).float()
+        after = self._read(run, text, len(text) - short, long=True)
+        return torch.cat([self._read(run, text[:short], short + 1 - prompt, long=False), after]).float()
 
-    def _read(self, ids: list[int], outputs: int, long: bool) -> torch.Tensor:
-        """The logits after the last tokens of a text, (outputs, vocabulary)."""
+    def _read(self, run: Read, ids: list[int], outputs: int, long: bool) -> torch.Tensor:
+        """What a forward gives after the last tokens of a text, (outputs, ...)."""
         tree = self.transformer.cache.open(long=long)
         try:
-            [row] = self.transformer.logits([ForwardInput(tree.branch(), ids, outputs=outputs)])
+            [row] = run([ForwardInput(tree.branch(), ids, outputs=outputs)])
         finally:
             self.transformer.cache.close(tree)
         if isinstance(row, CardsError):
@@ -582,6 +604,13 @@ def _ends_by_text(candidate: Candidate) -> bool:
     asked = boundary.reads_text and len(candidate.ids) >= boundary.min_tokens
     own = candidate.response[len(candidate.before_text) :]  # with half a character at its end, unlike its text
     return full or (asked and boundary.ends_after(own))
+
+
+def _with_states(candidate: Candidate, frontier: Frontier) -> Candidate:
+    """The candidate, all of which has been read, with its hidden states."""
+    candidate.states = frontier.states
+    frontier.own_logits()
+    return candidate
 
 
 def _failed(candidate: Candidate, error: BaseException) -> Candidate:

@@ -30,6 +30,7 @@ from cards_integrations.models.local.embedded import SMOLLM2, embedded_groups
 from cards_integrations.models.local.load_lock import load_errors, load_lock
 from cards_integrations.models.local.multimodal import drop_other_parts, text_family
 from cards_integrations.models.local.resolve import load_config, read_config, resolve_model
+from cards_integrations.models.local.reward_heads import check_kind, put_own_head
 from cards_integrations.models.local.settings import Bits, DType, LocalModel, Placement
 from cards_integrations.transformer.thread_tuner import ThreadTuner
 
@@ -102,22 +103,30 @@ class ModelLoader:
         self.language_model = own or (spec, model, self._tokenizers[model])
         return model
 
-    def classifier(self, spec: LocalModel) -> tuple[Any, Any]:
+    def classifier(self, spec: LocalModel, of_steps: bool = False) -> tuple[Any, Any]:
         """Return (model, tokenizer) for scoring; `adapter` may bring the head that the checkpoint lacks.
 
+        Args:
+            spec: The model.
+            of_steps: Whether it scores tokens, those where the steps of an answer end; else whole answers.
+
         Raises:
-            ModelError: It cannot be loaded, or has no weights for a part.
+            ModelError: It cannot be loaded, is of the other kind, or has no weights for a part.
         """
-        return self._with_tokenizer(self.cached(("classifier", spec), lambda: self._classifier(spec)))
+        return self._with_tokenizer(
+            self.cached(("classifier", spec, of_steps), lambda: self._classifier(spec, of_steps))
+        )
 
-    def _classifier(self, spec: LocalModel) -> Any:
-        from transformers import AutoModelForSequenceClassification
+    def _classifier(self, spec: LocalModel, of_steps: bool) -> Any:
+        from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
-        shared = self._on_language_model(spec)
+        shared = self._on_language_model(spec) and not of_steps
         if shared:
             model = self._on_shared_body(spec)
         else:
-            model = self._load(spec, AutoModelForSequenceClassification, label_options(spec.adapter))
+            check_kind(spec, read_config(spec), of_steps)
+            family = AutoModelForTokenClassification if of_steps else AutoModelForSequenceClassification
+            model = self._load(spec, family, label_options(spec.adapter))
         model = self._adapted(spec, model, shared)
         self._tokenizers[model] = self._fitting_tokenizer(spec, model)
         return model
@@ -227,8 +236,11 @@ class ModelLoader:
                     use_safetensors=True,
                     output_loading_info=True,
                 )
+        brought = brought_by(spec)
+        if family is not None:
+            brought |= put_own_head(spec, model, report["unexpected_keys"])
         # transformers would leave them random
-        check_complete(f"model={spec.model!r}", report["missing_keys"], brought_by(spec), type(model).__name__)
+        check_complete(f"model={spec.model!r}", report["missing_keys"], brought, type(model).__name__)
         drop_other_parts(model.eval())
         if bits and on_cpu:
             quantize(model, bits, embedded_groups(spec.model) if bits == "int4" else {})

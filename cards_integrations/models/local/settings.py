@@ -5,16 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 
 from cards_integrations.chat.tools import FormatName
 from cards_integrations.models.local.embedded import SMOLLM2
+from cards_integrations.settings_model import SettingsModel
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Bits = Literal["int4", "int8", "float16"]
 
 
-class LocalModel(BaseModel):
+class LocalModel(SettingsModel):
     """A transformers model on this machine. Weights are read from safetensors and GGUF files only."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -49,7 +50,7 @@ class LocalModel(BaseModel):
         return self == other.model_copy(update={"tool_format": self.tool_format})
 
 
-class Placement(BaseModel):
+class Placement(SettingsModel):
     """Where and how weights are held."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)

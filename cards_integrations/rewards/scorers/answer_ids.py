@@ -91,7 +91,5 @@ class AnswerIds:
     @property
     def _goes_on_from_before(self) -> bool:
         """True if an answer's tokens can follow those before it: none of them merges with the first of the answer."""
-        known = self.before_ids
-        return (
-            not self.frame.before[-1:].isspace() or self._encode_whole(self.frame.before + "a")[: len(known)] == known
-        )
+        before, known = self.frame.before, self.before_ids
+        return not before[-1:].isspace() or self._encode_whole(before + "a")[: len(known)] == known

@@ -38,6 +38,10 @@ class Composite(RewardModel):
         self.views: dict[Conversation, PartViews] = {}
 
     @property
+    def reads_states(self) -> bool:
+        return any(model.reads_states for model in self.models)
+
+    @property
     def step_times(self) -> StepTimes | None:
         known = [model.step_times for model in self.models if model.step_times is not None]
         return StepTimes.together(known) if known else None
@@ -82,6 +86,7 @@ class Composite(RewardModel):
             response.log_likelihood,
             response.finished,
             parent=parent[part] if parent else None,
+            states=response.states,
         )
 
     def open(self, conversation: Conversation) -> None:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
 
 from cards_integrations.errors import SettingsError
+from cards_integrations.rewards.base import Response
 
 
 class Head:
-    """The score of one label.
+    """The score of one label, or a weighted sum of several.
 
     Args:
         label: Index or name of the label; None if there is only one.
         output: The raw logit, the probability (softmax, or sigmoid for a single label), or its log-odds.
         id2label: The labels' names, as the model's config gives them.
+        weights: Labels by index or name, and their weights; None for one label.
 
     Raises:
         SettingsError: There is no such label.
@@ -26,24 +29,39 @@ class Head:
         label: int | str | None,
         output: Literal["logit", "probability", "log_odds"],
         id2label: dict[int, str] | None,
+        weights: Mapping[str | int, float] | None = None,
     ) -> None:
         labels = id2label or {0: "LABEL_0"}
         self.output = output
         self.single = len(labels) == 1
-        self.index = _index(label, labels)
+        self.weights = list(weights.values()) if weights else [1.0]
+        self.indices = [_index(each, labels) for each in weights or [label]]
+        self.names = [labels[index] for index in self.indices] if weights else []
 
     def __call__(self, logits: torch.Tensor) -> list[float]:
         """Turn logits (n, labels) into n scores."""
+        return self._weighted(self._values(logits))
+
+    def score(self, responses: Sequence[Response], logits: torch.Tensor) -> list[float]:
+        """Turn logits (n, labels) into the scores of n responses, in whose parts those of several labels are left."""
+        values = self._values(logits)
+        for response, each in zip(responses, values.tolist() if self.names else (), strict=bool(self.names)):
+            response.parts.update(zip(self.names, each, strict=True))
+        return self._weighted(values)
+
+    def _weighted(self, values: torch.Tensor) -> list[float]:
+        found: list[float] = (values @ values.new_tensor(self.weights)).tolist()
+        return found
+
+    def _values(self, logits: torch.Tensor) -> torch.Tensor:
+        """The values (n, chosen labels) that are added."""
         logits = logits.float()
         if self.output == "logit":
-            scores = logits[:, self.index]
-        elif self.single:
-            scores = logits[:, 0].sigmoid() if self.output == "probability" else logits[:, 0]
-        else:
-            log_p = logits.log_softmax(-1)[:, self.index]
-            scores = log_p.exp() if self.output == "probability" else log_p - (-log_p.expm1()).log()
-        found: list[float] = scores.tolist()
-        return found
+            return logits[:, self.indices]
+        if self.single:
+            return logits[:, :1].sigmoid() if self.output == "probability" else logits[:, :1]
+        log_p = logits.log_softmax(-1)[:, self.indices]
+        return log_p.exp() if self.output == "probability" else log_p - (-log_p.expm1()).log()
 
 
 def _index(label: int | str | None, labels: dict[int, str]) -> int:

@@ -261,7 +261,7 @@ class Incremental(RewardModel):
         row, (ids, suffix, reading) = self.rows[response.conversation], text
         if not row.tree.ids:
             self._recall(row, ids[: len(ids) - suffix], reading)
-        most = len(ids) - max(1, suffix)  # the score is read at the last token
+        most = self._known_before(response, text)
         parent = row.branches.get(response.parent) if response.parent else None
         again = 0 if parent is None else max(0, len(parent.path) - most)  # nothing new: the last token is read again
         follows = parent is not None and parent.branch.long == reading.long and parent.can_go_on(again)
@@ -272,7 +272,15 @@ class Incremental(RewardModel):
             root, shared, branch = row.leave(text, most)
         path = ids[: len(ids) - suffix]
         row.branches[response] = ScoredBranch(branch, reading.cut, root, len(path) - shared, path)
-        return ForwardInput(branch, ids[shared:], response)
+        return ForwardInput(branch, ids[shared:], response, self._outputs(response, text))
+
+    def _known_before(self, response: Response, text: FittedText) -> int:
+        """How many of the first ids need not be read, if they are known: the score is read at the last token."""
+        return len(text.ids) - max(1, text.suffix)
+
+    def _outputs(self, response: Response, text: FittedText) -> int:
+        """How many of the last tokens have an output that is looked at."""
+        return 1
 
     def _fitted(self, response: Response) -> FittedText:
         """What is read of a conversation with this answer."""
@@ -346,7 +354,8 @@ class IncrementalClassifier(Incremental):
     def _score_batch(self, batch: list[ForwardInput]) -> list[float]:
         outputs = self._counted(batch, self.transformer.hidden(batch))
         with torch.inference_mode():
-            return self.head(self.to_logits(torch.stack([output.value for output in outputs]).float()))
+            logits = self.to_logits(torch.stack([output.value for output in outputs]).float())
+            return self.head.score([each.owner for each in batch], logits)
 
 
 def reads_incrementally(model: Any) -> bool:

@@ -88,7 +88,7 @@ class RescoringClassifier(RewardModel):
             logits = self.model(**inputs.to(self.model.device)).logits
         read = inputs["attention_mask"].sum(-1).tolist()
         count_forward((response.conversation, tokens) for response, tokens in zip(responses, read, strict=True))
-        return self.head(logits)
+        return self.head.score(responses, logits)
 
     def _text(self, response: Response) -> str:
         """All that is read: the answer and what is around it."""

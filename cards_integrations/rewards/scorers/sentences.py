@@ -78,7 +78,7 @@ class WholeSentences(Composite):
         view = super().response_view(part, response)
         view.text, _ = _scored_of(response)
         if view.text != response.text:
-            view.ids = view.log_likelihood = None
+            view.ids = view.log_likelihood = view.states = None
         return view
 
     def _known(self, response: Response, text: Scored) -> float:

@@ -1,0 +1,179 @@
+"""Where does a guide stop to help, and what does a guard against repetition change?
+
+    python benchmarks/overoptimisation.py smollm2 --prompts ../shared/data/hh_harmless_test.jsonl.gz
+    python benchmarks/overoptimisation.py tiny --models ../shared/models
+
+Two things, on SmolLM2 with its sentiment reward or on the tiny pair, each without a guard and with one:
+
+    curve     a reward that does not guide over the target of the one that does, on prompts to tune on: its peak,
+              and the target that a calibration would choose
+    default   plain answers, and CARDS at its default target, on other prompts: both rewards, repeated 3-grams,
+              distinct 2-grams and log p per token; the guard's paired difference with 95% intervals
+
+Writes results/overoptimisation-<which>-<part>.jsonl (every answer; an interrupted run goes on), and the numbers of both
+models to results/overoptimisation.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from frontier import BOUNDARY, DID, WHO
+from rich.console import Console
+from rich.table import Table
+
+from cards_integrations import CardsLLM
+from cards_integrations.decoding import Cards, Sampling, Uncertainty
+from cards_integrations.rewards import NAMED, ClassifierReward, GuardedReward, Reward
+from cards_integrations.study import Comparison, compare, read_prompts
+from cards_integrations.study.arms import Arm
+from cards_integrations.study.held_out import HeldOutCurve, Level
+from cards_integrations.study.metrics import distinct, mean, points
+
+RESULTS = Path(__file__).parent / "results"
+JUDGE = NAMED["sentiment-minilm"]
+PLAIN = "plain"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A language model with its guide, and what it is asked."""
+
+    name: str
+    llm: CardsLLM
+    guide: Reward
+    boundary: Uncertainty
+    targets: Sequence[float]
+    tune: Sequence[Any]
+    report: Sequence[Any]
+    at_once: int
+
+    def run(self, part: str, decodings: Mapping[str, Mapping[str, Any]], prompts: Sequence[Any]) -> Comparison:
+        """Answer the prompts, with the guide's own reward as the one that is reported."""
+        out = RESULTS / f"overoptimisation-{self.name}-{part}.jsonl"
+        return compare(self.llm, decodings, prompts, judge=JUDGE, out=out, at_once=self.at_once)
+
+
+def smollm2(options: argparse.Namespace) -> Setup:
+    guarded = NAMED["sentiment"]
+    assert isinstance(guarded, GuardedReward)
+    prompts = [prompt for prompt in read_prompts(options.prompts)[0] if len(str(prompt)) < 600]
+    report, tune = prompts[: options.report], prompts[100 : 100 + options.tune]
+    targets, llm = (0.4, 0.8, 1.1, 1.545, 2.0), CardsLLM(max_tokens=options.max_tokens, reward=guarded.reward)
+    return Setup("smollm2", llm, guarded.reward, Uncertainty(), targets, tune, report, options.at_once)
+
+
+def tiny(options: argparse.Namespace) -> Setup:
+    guide = ClassifierReward(model=str(options.models / "rm-sentiment-stories260k"))
+    llm = CardsLLM(model=str(options.models / "stories260k"), reward=guide, max_tokens=96, temperature=0.9)
+    prompts = [f"{who} {did}" for did in DID for who in WHO]
+    targets = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+    return Setup("tiny", llm, guide, BOUNDARY, targets, prompts[1::2], prompts[::2], options.at_once)
+
+
+def curves(setup: Setup) -> dict[str, HeldOutCurve]:
+    """The held-out reward over the target, by what guides."""
+    guides = {"unguarded": setup.guide, "guarded": GuardedReward(reward=setup.guide)}
+    arms: dict[str, dict[str, Any]] = {PLAIN: {"decoding": Sampling()}}
+    for name, reward in guides.items():
+        for target in setup.targets:
+            decoding = Cards(target_reward=target, boundary=setup.boundary)
+            arms[f"{name}, target {target:g}"] = {"decoding": decoding, "reward": reward}
+    found = setup.run("curve", arms, setup.tune).arms
+    plain = level(found[PLAIN])
+    return {
+        name: HeldOutCurve(
+            JUDGE, (plain, *(level(found[f"{name}, target {target:g}"], plain, target) for target in setup.targets))
+        )
+        for name in guides
+    }
+
+
+def level(arm: Arm, plain: Level | None = None, target: float | None = None) -> Level:
+    """The answers of an arm, one to each prompt, as a level of a curve."""
+    rows = sorted(arm.rows, key=lambda row: row["prompt"])
+    held_out = [row["judged"] for row in rows]
+    wins = [points(*pair) for pair in zip(held_out, plain.by_prompt, strict=True)] if plain else None
+
+    def average(name: str) -> float:
+        return sum(row[name] for row in rows) / len(rows)
+
+    return Level(
+        target=target,
+        beta=None,
+        reward=mean([row["reward"] for row in rows]),
+        held_out=mean(held_out),
+        win_rate=mean(wins) if wins else None,
+        repeated_3grams=average("repeated_3grams"),
+        distinct_2=distinct([row["text"] for row in rows], 2),
+        log_p_per_token=average("log_p_per_token"),
+        tokens=average("tokens"),
+        looked_at_tokens=average("looked_at_tokens"),
+        out_of_reach=average("out_of_reach"),
+        by_prompt=tuple(held_out),
+    )
+
+
+def at_default(setup: Setup) -> Comparison:
+    """Plain answers, and those of CARDS as it comes, without and with the guard."""
+    cards = Cards(boundary=setup.boundary)
+    return setup.run(
+        "default",
+        {
+            PLAIN: {"decoding": Sampling()},
+            "CARDS, guarded": {"decoding": cards, "reward": GuardedReward(reward=setup.guide)},
+            "CARDS": {"decoding": cards, "reward": setup.guide},
+        },
+        setup.report,
+    )
+
+
+def show_curve(console: Console, title: str, found: HeldOutCurve) -> None:
+    names = ("target", "reward", "held_out", "win_rate", "repeated_3grams", "distinct_2", "log_p_per_token",
+             "looked_at_tokens", "out_of_reach")  # fmt: skip
+    table = Table(*(name.replace("_", " ") for name in names), "", title=title)
+    for row in found.rows():
+        marks = ", ".join(name for name in ("peak", "chosen") if row[name])
+        table.add_row(*("" if row[name] is None else f"{row[name]:.3g}" for name in names), marks)
+    console.print(table)
+    console.print(found.conclusion)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("which", choices=["smollm2", "tiny"])
+    parser.add_argument("--parts", nargs="+", choices=["curve", "default"], default=["curve", "default"])
+    parser.add_argument("--prompts", default="../shared/data/hh_harmless_test.jsonl.gz")
+    parser.add_argument("--models", type=Path, default=Path("../shared/models"))
+    parser.add_argument("--tune", type=int, default=16, help="Prompts for the curve of SmolLM2.")
+    parser.add_argument("--report", type=int, default=100, help="Prompts for the default of SmolLM2, at most 100.")
+    parser.add_argument("--max-tokens", type=int, default=48, help="Of SmolLM2.")
+    parser.add_argument("--at-once", type=int, default=16)
+    options, console = parser.parse_args(), Console(width=150)
+    setup = {"smollm2": smollm2, "tiny": tiny}[options.which](options)
+    path = RESULTS / "overoptimisation.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    own = results.setdefault(setup.name, {})
+    if "curve" in options.parts:
+        for name, found in curves(setup).items():
+            show_curve(console, f"{setup.name}, {name}, {len(setup.tune)} prompts", found)
+            own.setdefault("curve", {})[name] = {"conclusion": found.conclusion, "levels": found.rows()}
+    if "default" in options.parts:
+        found = at_default(setup)
+        console.print(found.table())
+        names = ("judged", "reward", "repeated_3grams", "log_p_per_token")
+        differences = {name: found.difference("CARDS, guarded", "CARDS", name) for name in names}
+        for name, difference in differences.items():
+            console.print(f"guarded - not guarded, {name}: {difference}")
+        own["default"] = {"prompts": len(setup.report), "arms": found.summary(), "guarded - not": differences}
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    setup.llm.close()
+
+
+if __name__ == "__main__":
+    main()

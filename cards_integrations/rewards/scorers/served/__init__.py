@@ -1,0 +1,1 @@
+"""Reward models behind HTTP: what each protocol sends, and how it reads the reply."""

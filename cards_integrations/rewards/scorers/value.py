@@ -1,0 +1,176 @@
+"""A linear head on hidden states of the language model that drafts, which the drafting computes anyway."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import torch
+
+from cards_integrations.chat.template import ChatTokenizer
+from cards_integrations.errors import CardsError, ModelError, RewardError
+from cards_integrations.models.local.resolve import max_positions
+from cards_integrations.rewards.base import CausalModel, Conversation, Response, RewardModel, count_forward
+from cards_integrations.rewards.value_head import PROBE, ValueHead, pooled
+from cards_integrations.transformer.flat_batch import ForwardInput
+from cards_integrations.transformer.forward import PREFILL_CHUNK, Output, Transformer
+from cards_integrations.transformer.kv_cache import Tree
+
+SAME = 0.15  # of the norm of states: 4 bits in place of 32 make 0.05, and an adapter of low rank 0.5
+EXACT, ROUNDED = 1e-3, 0.05  # how far states from drafting may be off from those of a text that is read
+
+
+class Value(RewardModel):
+    """A head on the last hidden state after an answer, and on the mean of those after its tokens.
+
+    What is drafted comes with them. Other texts are read, each call in rows of its own: the prompt once, then the
+    answers.
+
+    Args:
+        name: What errors call the reward.
+        causal: The language model that drafts.
+        head: Trained on its hidden states.
+    """
+
+    across_requests = True
+
+    def __init__(self, name: str, causal: CausalModel, head: ValueHead) -> None:
+        self.name = name
+        self.model = causal.model
+        self.chat: ChatTokenizer = causal.chat
+        self.transformer = Transformer(causal.model, causal.memory)
+        self.window = max_positions(causal.model.config)
+        self.head = head
+        self.weight = head.weight.to(self.transformer.device)
+
+    @property
+    def reads_states(self) -> bool:
+        return True
+
+    @property
+    def cache_bytes(self) -> int:
+        return self.transformer.cache.bytes
+
+    def release(self) -> None:
+        self.transformer.release()
+
+    def growth(self, responses: Sequence[Response]) -> int:
+        others = [response for response in responses if response.states is None]
+        prompts = {r.conversation: len(self.chat.prompt(r.conversation.prompt)[1]) for r in others}
+        return sum(self.transformer.cache.row_bytes(prompts[r.conversation] + len(self._ids(r)) + 1) for r in others)
+
+    async def score(self, responses: Sequence[Response]) -> list[float]:
+        others: dict[Conversation, list[Response]] = {}
+        for response in responses:
+            if response.states is None:
+                others.setdefault(response.conversation, []).append(response)
+        read: dict[Response, torch.Tensor] = {}
+        for conversation, group in others.items():
+            read |= await self._read(conversation, group)
+        states = [response.states if response.states is not None else read[response] for response in responses]
+        with torch.inference_mode():
+            found = torch.stack([*states]).flatten(1) @ self.weight.flatten() + self.head.bias
+        values: list[float] = found.tolist()
+        return values
+
+    # --- texts that were not drafted ---
+
+    async def _read(self, conversation: Conversation, responses: Sequence[Response]) -> dict[Response, torch.Tensor]:
+        """The states of answers to one prompt, each (2, hidden size)."""
+        _, prompt = self.chat.prompt(conversation.prompt)
+        alike: dict[bool, dict[Response, list[int]]] = {}  # short texts and long ones may have other frequencies
+        for response in responses:
+            answer = self._ids(response)
+            if len(prompt) + len(answer) > self.window:
+                raise RewardError(f"reward {self.name!r}: prompt and answer are longer than {self.window} tokens.")
+            alike.setdefault(self.transformer.is_long(len(prompt) + len(answer)), {})[response] = answer
+        found: dict[Response, torch.Tensor] = {}
+        for long, answers in alike.items():
+            tree = self.transformer.cache.open(long=long)
+            try:
+                found |= await self._read_answers(tree, conversation, prompt, answers)
+            finally:
+                self.transformer.cache.close(tree)
+        return found
+
+    async def _read_answers(
+        self, tree: Tree, conversation: Conversation, prompt: list[int], answers: dict[Response, list[int]]
+    ) -> dict[Response, torch.Tensor]:
+        """The prompt, in pieces, and then the answers after it."""
+        trunk = tree.branch()
+        for start in range(0, len(prompt), PREFILL_CHUNK):
+            [output] = self._forward(conversation, [ForwardInput(trunk, prompt[start : start + PREFILL_CHUNK])])
+            await asyncio.sleep(0)  # others take a step
+        tree.keep(trunk)
+        after = output.value[None].float()
+        found = dict.fromkeys(answers, pooled(after))
+        inputs = [ForwardInput(tree.branch(), ids, each, outputs=len(ids)) for each, ids in answers.items() if ids]
+        for batch in self.transformer.batches(inputs):
+            for item, output in zip(batch, self._forward(conversation, batch), strict=True):
+                found[item.owner] = pooled(torch.cat([after, output.values.float()]))
+            await asyncio.sleep(0)
+        return found
+
+    def _forward(self, conversation: Conversation, inputs: Sequence[ForwardInput]) -> list[Output]:
+        """One forward, which is counted."""
+        outputs = _checked(self.transformer.hidden(inputs))
+        count_forward((conversation, len(item.ids)) for item in inputs)
+        return outputs
+
+    def _ids(self, response: Response) -> list[int]:
+        """The tokens of the answer."""
+        return response.ids if response.ids is not None else self.chat.encode_answer(response.text)
+
+    # --- the model that it was trained on ---
+
+    def check(self) -> None:
+        """Compare the model with the one that the head was trained on, and what its drafting shows with what it reads.
+
+        Raises:
+            RewardError: The head is another model's.
+            ModelError: The states that drafting shows are not those of the text.
+        """
+        ids = self.chat.encode(PROBE) or [0]
+        if ids != self.head.card.probe_ids:
+            raise self._is_anothers("has another tokenizer")
+        read, drafted = self._probe(ids, drafted=False), self._probe(ids, drafted=True)
+        if read.shape != self.head.probe.shape:
+            needed = self.head.probe.shape[1]
+            raise self._is_anothers(f"has hidden states of {read.shape[1]} numbers in place of {needed}")
+        error = float((read.cpu() - self.head.probe).norm() / self.head.probe.norm())
+        if not error <= SAME:
+            raise self._is_anothers(f"has other weights: its hidden states are {error:.0%} off")
+        off, rounded = float((drafted - read).norm() / read.norm()), self.model.dtype != torch.float32
+        if not off <= (ROUNDED if rounded else EXACT):
+            raise ModelError(
+                f"model type {self.model.config.model_type!r} cannot have a value head: what its drafting shows is "
+                f"{off:.1%} off from its last hidden state."
+            )
+
+    def _is_anothers(self, found: str) -> RewardError:
+        return RewardError(
+            f"reward {self.name!r} was trained on {self.head.card.trained_on}, and the language model {found}. "
+            "Draft with that model, or train a head for this one: cards train-value."
+        )
+
+    def _probe(self, ids: list[int], drafted: bool) -> torch.Tensor:
+        """The hidden states of a text, as it is read or as drafting shows them, (tokens, hidden size)."""
+        run = self.transformer.logits_and_states if drafted else self.transformer.hidden
+        tree = self.transformer.cache.open()
+        try:
+            [output] = _checked(run([ForwardInput(tree.branch(), ids, outputs=len(ids))]))
+        finally:
+            self.transformer.cache.close(tree)
+        states = output.states if drafted else output.values
+        assert states is not None
+        return states.float()
+
+
+def _checked(outputs: Sequence[Output | CardsError]) -> list[Output]:
+    """Outputs, or the first error."""
+    found = []
+    for output in outputs:
+        if isinstance(output, CardsError):
+            raise output
+        found.append(output)
+    return found

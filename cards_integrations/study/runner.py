@@ -1,0 +1,39 @@
+"""The prompts of a study, answered with one method or another, and scored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cards_integrations.decoding import Decoding
+from cards_integrations.rewards.base import Reward
+from cards_integrations.study.aligner import Aligner
+from cards_integrations.trace import Alignment
+
+
+@dataclass
+class Runner:
+    """Answers the prompts with one method or another, each with the same seed."""
+
+    llm: Aligner
+    prompts: Sequence[Any]
+    contexts: Sequence[Any]
+    """One for each prompt."""
+    seed: int
+    """That of the first prompt; those of the others follow it."""
+    progress: bool
+    """Whether a progress bar is shown."""
+    options: dict[str, Any]
+    """Arguments of `align`."""
+
+    def answers(self, decoding: Decoding, title: str) -> list[Alignment]:
+        """Return one answer to each prompt; `title` is the text of the progress bar."""
+        seeds = [self.seed + i for i in range(len(self.prompts))]
+        progress, options = title if self.progress else False, {**self.options, "decoding": decoding}
+        return self.llm.align_batch(self.prompts, seeds, self.contexts, progress, **options)
+
+    def scores(self, answers: Sequence[Alignment], reward: Reward) -> list[float]:
+        """Score the answers to the prompts."""
+        asked = zip(self.prompts, answers, self.contexts, strict=True)
+        return [self.llm.score(prompt, [answer.text], reward, context)[0] for prompt, answer, context in asked]
