@@ -1,11 +1,12 @@
 """Does each reward guide? Does calibration foresee? Are guided answers grounded? Is stopping as good as a target?
 
-    python benchmarks/rewards.py [--parts guide grounded calibration stopping] [--models ../shared/models]
+    python benchmarks/rewards.py [--parts guide judges grounded calibration stopping] [--models ../shared/models]
     python benchmarks/rewards.py --parts guide --rewards judge  # only those with these words in their names
 
     guide        every kind of reward guides SmolLM2: its mean for plain and for CARDS answers (best-of-4 for the
                  judge that writes critiques, which reads finished answers only), same prompts, seeds and length
                  limit, 95% bootstrap intervals of the paired difference
+    judges       the same for judges that are the tiny pair's language model
     grounded     twenty questions with a context: how many answers hold the context's fact
     calibration  predicted against measured acceptance, tokens and reward, on other prompts
     stopping     optimal stopping against calibrated CARDS: rewards at equal tokens looked at
@@ -58,6 +59,7 @@ from cards_integrations.rewards import (
     Reward,
     WeightedReward,
 )
+from cards_integrations.rewards.judge import RubricReward
 from cards_integrations.rewards.prompts import PLAIN
 from cards_integrations.study.metrics import distinct, points, repeated_3grams
 from cards_integrations.trace import Alignment
@@ -153,6 +155,51 @@ def rewards(url: str, tuned: LocalModel) -> dict[str, Reward]:
     }
 
 
+def guided(llm: CardsLLM, reward: Reward, prompts: Sequence[str], decoding: Decoding) -> dict[str, Any]:
+    """Plain and guided answers by the reward that guides, same prompts and seeds."""
+    ask = {"seeds": range(len(prompts)), "reward": reward}
+    plain = llm.align_batch(prompts, decoding=Sampling(), **ask)
+    before = np.array([llm.score(p, [a.text], reward)[0] for p, a in zip(prompts, plain, strict=True)])
+    aligned = llm.align_batch(prompts, decoding=decoding, **ask)
+    after = np.array([a.reward for a in aligned])
+    return {
+        "plain": float(before.mean()),
+        "cards": float(after.mean()),
+        "difference": interval(after - before, np.random.default_rng(0)),
+        "looked at": measured(aligned)["drafted_tokens"],
+        "drafted": float(np.mean([a.usage.drafted_tokens for a in aligned])),
+        "win_rate": float(np.mean([points(*pair) for pair in zip(after, before, strict=True)])),
+        **{name: [text[name] for text in map(texts_of, (plain, aligned))] for name in TEXT_NUMBERS},
+        "tokens": [float(np.mean([len(a.token_ids) for a in answers])) for answers in (plain, aligned)],
+    }
+
+
+def judges(options: argparse.Namespace) -> dict[str, Any]:
+    """The kinds of judges on the tiny pair's language model, which tells stories: what would it go on with?"""
+    rubric, feelings = "{prompt} {response}\n{criterion} ", ["sad", "scared", "happy"]
+    asked: dict[str, RubricReward] = {
+        "judge of two principles": JudgeReward(
+            rubric=rubric, criteria=["They were happy.", "It was a sunny day."], words=("They", "But")
+        ),
+        "graded judge": GradedJudgeReward(rubric=rubric, criteria=["Tim felt"], grades=feelings),
+        "critique judge, best-of-4": CritiqueJudgeReward(
+            rubric=rubric, criteria=["In the end,"], verdict=" Tim felt ", grades=feelings, max_critique_tokens=24
+        ),
+    }
+    prompts = [f"{who} {did}" for did in DID for who in WHO][:24]
+    llm = CardsLLM(model=str(options.models / "stories260k"), max_tokens=48, temperature=0.9, reward=None)
+    found: dict[str, Any] = {}
+    table = Table("reward", "plain", "guided", "difference", title="judges guide the tiny pair")
+    for name, reward in asked.items():
+        decoding = BestOfN(n=4) if isinstance(reward, CritiqueJudgeReward) else Cards(boundary=BOUNDARY)
+        row = found[name] = guided(llm, reward, prompts, decoding)
+        mean, low, high = row["difference"]
+        table.add_row(name, f"{row['plain']:.3g}", f"{row['cards']:.3g}", f"{mean:.3g} [{low:.3g}, {high:.3g}]")
+    llm.close()
+    Console(width=120).print(table)
+    return found
+
+
 def guide(options: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
     table = Table(
@@ -168,23 +215,8 @@ def guide(options: argparse.Namespace) -> dict[str, Any]:
             prompts: list[str] = PROMPTS[: options.prompts]
             if isinstance(reward, GroundednessReward):
                 prompts = [PROMPT.format(question=q, context=c) for q, c, _ in QUESTIONS[: options.prompts]]
-            ask = {"seeds": range(len(prompts)), "reward": reward}
-            plain = llm.align_batch(prompts, decoding=Sampling(), **ask)
-            before = np.array([llm.score(p, [a.text], reward)[0] for p, a in zip(prompts, plain, strict=True)])
             decoding = BestOfN(n=4) if isinstance(reward, CritiqueJudgeReward) else Cards()
-            aligned = llm.align_batch(prompts, decoding=decoding, **ask)
-            after = np.array([a.reward for a in aligned])
-            rng = np.random.default_rng(0)
-            row = {
-                "plain": float(before.mean()),
-                "cards": float(after.mean()),
-                "difference": interval(after - before, rng),
-                "looked at": measured(aligned)["drafted_tokens"],
-                "drafted": float(np.mean([a.usage.drafted_tokens for a in aligned])),
-                "win_rate": float(np.mean([points(*pair) for pair in zip(after, before, strict=True)])),
-                **{name: [text[name] for text in map(texts_of, (plain, aligned))] for name in TEXT_NUMBERS},
-                "tokens": [float(np.mean([len(a.token_ids) for a in answers])) for answers in (plain, aligned)],
-            }
+            row = guided(llm, reward, prompts, decoding)
             found[name] = row
             mean, low, high = row["difference"]
             table.add_row(
@@ -326,7 +358,7 @@ def stopping(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-PARTS = {"guide": guide, "grounded": grounded, "calibration": calibration, "stopping": stopping}
+PARTS = {"guide": guide, "judges": judges, "grounded": grounded, "calibration": calibration, "stopping": stopping}
 
 
 def main() -> None:
@@ -337,8 +369,9 @@ def main() -> None:
     parser.add_argument("--rewards", nargs="+", default=[""], help="words of which a name has one, for the part guide")
     options = parser.parse_args()
     for part in options.parts:
-        found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        found[part] = {**found.get(part, {}), **PARTS[part](options)}
+        now = PARTS[part](options)
+        found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}  # as another run may have left it meanwhile
+        found[part] = {**found.get(part, {}), **now}
         RESULTS.write_text(json.dumps(found, indent=1) + "\n")
 
 
