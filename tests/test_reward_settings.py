@@ -22,9 +22,11 @@ from cards_integrations.rewards import (
     REWARDS,
     ClassifierReward,
     Conversation,
+    CritiqueJudgeReward,
     FluencyReward,
     FunctionReward,
     GateReward,
+    GradedJudgeReward,
     GroundednessReward,
     GuardedReward,
     ImplicitReward,
@@ -32,6 +34,7 @@ from cards_integrations.rewards import (
     LengthReward,
     MinReward,
     PatternReward,
+    ProcessReward,
     RelevanceReward,
     RemoteReward,
     Response,
@@ -40,6 +43,7 @@ from cards_integrations.rewards import (
     WeightedReward,
     as_reward,
 )
+from cards_integrations.rewards.criterion import Criterion
 from cards_integrations.rewards.function import imports_allowed
 from cards_integrations.trace import Usage
 
@@ -90,7 +94,19 @@ def judge(before: str, yes: str, **others: Any) -> JudgeReward:
     return JudgeReward(rubric=before + "{prompt} {response}", words=(yes, yes + "!"), **others)
 
 
+criteria = st.lists(st.builds(Criterion, question=name, weight=st.floats(0.1, 9)), max_size=1)
+grades = st.sampled_from([("bad", "good"), {"A": 1.0, "B": -2.5}])
 LEAVES: dict[str, st.SearchStrategy[Reward]] = {
+    "critique_judge": some(
+        CritiqueJudgeReward, model=st.none() | model, criteria=criteria, grades=grades, verdict=name,
+        critiques=st.integers(1, 9), temperature=st.floats(0.1, 9), seed=st.integers(0, 9),
+    ),
+    "graded_judge": some(GradedJudgeReward, model=st.none() | model, criteria=criteria, grades=grades),
+    "process": some(
+        ProcessReward, model=name, revision=maybe, separator=st.none() | name, step_tag=name, after_tag=text,
+        words=st.none() | st.just(("+", "-")), aggregate=st.sampled_from(["last", "min", "product", "mean"]),
+        prompt_format=st.none() | st.just("chat") | formats,
+    ),
     "classifier": some(
         ClassifierReward, model=name, revision=maybe, adapter=maybe, trust_remote_code=st.booleans(), label=label,
         output=st.sampled_from(["logit", "probability", "log_odds"]), end_of_turn=st.booleans(),
@@ -106,7 +122,7 @@ LEAVES: dict[str, st.SearchStrategy[Reward]] = {
     "groundedness": some(GroundednessReward, patterns=st.just(("(?P<context>.+)é",)))
     | some(GroundednessReward, by=st.sampled_from(["entailment", "embedding"]), model=name, label=name),
     "remote": some(
-        RemoteReward, url=st.just(URL), protocol=st.sampled_from(["score", "json"]),
+        RemoteReward, url=st.just(URL), protocol=st.sampled_from(["score", "json", "systemone"]),
         model=maybe, prompt_format=formats, retries=st.integers(0, 9), batch_size=st.integers(1, 99),
         request_timeout=st.floats(1e-3, 1e6),
     ),
