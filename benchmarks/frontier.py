@@ -23,6 +23,7 @@ from cards_integrations.engine import Engine, EngineSettings, Request
 from cards_integrations.models.local.settings import LocalModel
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import NAMED, ClassifierReward
+from cards_integrations.study.metrics import distinct, repeated_3grams
 
 MAX_TOKENS = 96
 BOUNDARY = Uncertainty(threshold=2.9)  # the 92% quantile of this model's entropy
@@ -60,6 +61,8 @@ def measured(models: Path, prompts: int, concurrent: int, answers: int = 2) -> d
             "reward": float(np.mean([a.reward for a in found])),
             "reward spread": float(np.std([a.reward for a in found])),
             "judge": float(np.mean(judged)),
+            "repeated 3-grams, %": float(np.mean([repeated_3grams(a.text) for a in found])),
+            "distinct-2": distinct([a.text for a in found], 2),
             "log p per token": float(np.mean([a.log_likelihood / max(1, len(a.token_ids)) for a in found])),
             "drafted": float(np.mean([a.usage.drafted_tokens for a in found])),
             "looked at": float(np.mean([sum(len(d.token_ids) for s in a.segments for d in s.drafts) for a in found])),

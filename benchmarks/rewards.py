@@ -165,9 +165,9 @@ def guide(options: argparse.Namespace) -> dict[str, Any]:
         tuned = distilled(llm, Path(folder)) if any("implicit" in name for name in chosen) else LocalModel()
         for name in chosen:
             reward = rewards(url, tuned)[name]
-            prompts: list[str] = PROMPTS[:16]
+            prompts: list[str] = PROMPTS[: options.prompts]
             if isinstance(reward, GroundednessReward):
-                prompts = [PROMPT.format(question=q, context=c) for q, c, _ in QUESTIONS[:16]]
+                prompts = [PROMPT.format(question=q, context=c) for q, c, _ in QUESTIONS[: options.prompts]]
             ask = {"seeds": range(len(prompts)), "reward": reward}
             plain = llm.align_batch(prompts, decoding=Sampling(), **ask)
             before = np.array([llm.score(p, [a.text], reward)[0] for p, a in zip(prompts, plain, strict=True)])
@@ -333,6 +333,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--models", type=Path, default=Path(__file__).parents[2] / "shared" / "models")
+    parser.add_argument("--prompts", type=int, default=16, help="how many of them, for the part guide")
     parser.add_argument("--rewards", nargs="+", default=[""], help="words of which a name has one, for the part guide")
     options = parser.parse_args()
     for part in options.parts:

@@ -192,6 +192,7 @@ def test_demo_answers_with_both_methods(monkeypatch):
     monkeypatch.setattr("transformers.utils.logging.set_verbosity_error", lambda: None)
     monkeypatch.setattr("cards_integrations.llm.CardsLLM", lambda max_tokens: faces.cards_llm(max_tokens=8))
     monkeypatch.setattr(demo, "PROMPTS", ["Hello"])
+    monkeypatch.setattr(demo, "QUESTIONS", demo.QUESTIONS[:1])
     monkeypatch.setattr(demo, "JUDGE", None)
     shown = run("demo").stdout
     with faces.cards_llm(max_tokens=8) as llm:
@@ -199,6 +200,8 @@ def test_demo_answers_with_both_methods(monkeypatch):
             usage = llm.align("Hello", decoding=decoding, seed=0).usage
             assert str(usage.drafted_tokens) in shown
     assert "mean over 1 prompts" in shown
+    assert "of 1 plain answers" in shown
+    assert demo.DOCUMENTS[0].partition(". ")[0] in " ".join(shown.split())
 
 
 def test_rewards_and_models():
@@ -274,7 +277,7 @@ def test_a_full_disk_is_one_line_and_the_answer_is_not_lost(config, failed):
     [
         *(["generate", "Hi", "--trace"], ["generate", "--prompts", "in.txt", "--out"]),
         *(["compare", "in.txt", "--out"], ["compare", "in.txt", "--report"], ["judge", "a.jsonl", "b.jsonl", "--out"]),
-        *(["calibrate", "--out"], ["calibrate", "--report"]),
+        *(["calibrate", "--out"], ["calibrate", "--report"], ["train-value", "in.txt", "--out"]),
     ],
     ids=" ".join,
 )
@@ -282,6 +285,17 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(words, tmp_pat
     monkeypatch.setattr(CardsLLM, "__init__", None)
     assert "There is no folder '/nowhere'" in run(*words, "/nowhere/file", code=2).stderr
     assert "is a directory" in run(*words, "/", code=2).stderr
+
+
+def test_a_trained_value_head_guides(config, tmp_path):
+    prompts, head = tmp_path / "prompts.txt", tmp_path / "head.safetensors"
+    prompts.write_text("".join(f"Tell me about {number}\n" for number in range(24)))
+    told = run("train-value", str(prompts), "--config", config, "--out", str(head)).stdout
+    assert "Pearson" in told
+    assert "18 prompts" in told
+    reward = json.dumps({"kind": "value", "path": str(head)})
+    answer = run("generate", "Hi", "--config", config, "--reward", reward, "--decoding", "best_of_n:n=2", "--json")
+    assert json.loads(answer.stdout)["usage"]["rm_forwards"] == 0
 
 
 def test_help_is_quick_to_import():

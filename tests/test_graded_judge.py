@@ -14,7 +14,12 @@ import torch
 from conftest import Start
 from internals import is_idle, wait_until
 from naive import drafts, margin, said
+from tokenizers import Tokenizer
+from tokenizers.decoders import Metaspace as MetaspaceDecoder
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Metaspace
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from cards_integrations import CardsSettings
 from cards_integrations.decoding import Cards, Uncertainty
@@ -179,6 +184,21 @@ def test_tokens_that_merge_with_what_follows_the_answer(
     assert start(models("llama")).score(judge, PROMPT, texts) == pytest.approx(expected, abs=1e-4)
 
 
+def test_words_of_a_tokenizer_that_puts_a_space_before_a_text(
+    models: Callable[..., str], start: Start, tmp_path: Path
+) -> None:
+    """As SentencePiece does: a word after a space is that word, and not a space that all words would begin with."""
+    names = ["<pad>", "</s>", "<unk>", "\u2581", *(f"\u2581w{i}" for i in range(6, 48))]
+    fast = Tokenizer(WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
+    fast.pre_tokenizer = Metaspace(prepend_scheme="always")
+    fast.decoder = MetaspaceDecoder(prepend_scheme="always")
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    tokenizer, model = PreTrainedTokenizerFast(tokenizer_object=fast, **special), causal("gpt2", 5)
+    judge = JudgeReward(model=tiny.save(tmp_path, model, tokenizer), rubric="w30 {response} w32", words=("w6", "w7"))
+    expected = margin(model, ids("w30 w9 w32", tokenizer), *ids("w6 w7", tokenizer))
+    assert start(models("llama")).score(judge, PROMPT, ["w9"]) == pytest.approx([expected], abs=1e-4)
+
+
 def test_a_judge_reads_no_end_of_text_that_its_tokenizer_appends(
     models: Callable[..., str], start: Start, tmp_path: Path
 ) -> None:
@@ -288,6 +308,19 @@ def test_a_window_that_is_too_small(models: Callable[..., str], start: Start, tm
     with pytest.raises(RewardError, match=r"judge.*16.*max_tokens"):
         engine.score(judge, PROMPT, [WORDS.decode([*range(20, 34)])])
     wait_until(lambda: is_idle(engine))
+
+
+def test_its_branches_count_where_memory_ends(models: Callable[..., str], start: Start) -> None:
+    """Requests that are preempted for the memory of their criteria are scored as those that are not."""
+    criteria = [f"w{i} w{i + 1} w{i + 2} w{i + 3} w{i + 4} w{i + 5}" for i in range(10, 40, 5)]
+    judge = JudgeReward(rubric=RUBRIC, criteria=criteria, words=("w6", "w7"))
+    asked = requests(judge, 3, stop=(), max_tokens=40)
+    expected = start(models("gpt2"), width=4).run_many(asked)
+    engine = start(models("gpt2"), width=4, kv_memory=250_000)
+    found = engine.run_many(asked)
+    assert engine.inspect().preempted
+    assert [each.text for each in found] == [each.text for each in expected]
+    assert [each.reward for each in found] == pytest.approx([each.reward for each in expected], abs=1e-4)
 
 
 # --- edges ---

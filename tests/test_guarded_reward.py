@@ -87,6 +87,7 @@ def ask(reward: Reward, seed: int = 0, decoding: Any = None, tokens: int = 24, *
         ("the end of the day, at the end of the year", 2 / 32), ("the end of the day", 0),
         ("one two three four. One two, three!", 1 / 32),
         (LOOP, 76 / 78),
+        ("smol.smol.smol.smol.smol", 2 / 32), ("it's 'quoted' it's \u2018quoted\u2019 it's", 1 / 32),
         ("不错不错不错", 0),
     ],
 )  # fmt: skip

@@ -17,7 +17,8 @@ from scipy.optimize import isotonic_regression
 from cards_integrations import CardsLLM
 from cards_integrations.decoding import Cards, FixedLength
 from cards_integrations.engine import EngineSettings, scales
-from cards_integrations.errors import SettingsError
+from cards_integrations.errors import ModelError, SettingsError
+from cards_integrations.rewards import HELD_OUT, NAMED, ClassifierReward, GuardedReward
 from cards_integrations.rewards.base import Instant, Loader, Reward, RewardModel
 from cards_integrations.study.held_out import HeldOutCurve, Level, unimodal
 from cards_integrations.study.metrics import Mean, mean, points, repeated_3grams
@@ -169,6 +170,25 @@ def test_a_target_that_was_asked_for_is_lowered_where_it_harms(llm: CardsLLM) ->
     assert any("lowered" in warning for warning in harmed.warnings)
     assert any("than plain answers have" in warning for warning in harmed.warnings)
     assert not any("lowered" in warning for warning in helped.warnings)
+
+
+def test_the_judge_of_a_named_guide_is_looked_at_where_it_is_there(
+    llm: CardsLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {"targets": [0.1], "candidates": 2, "progress": False, "remember": False}
+    assert llm.calibrate(PROMPTS, **asked).held_out is None  # nobody's judge is known
+    monkeypatch.setitem(NAMED, "vowels", Vowels())
+    monkeypatch.setitem(NAMED, "judge", Vowels(wanted="some"))
+    monkeypatch.setitem(HELD_OUT, "vowels", "judge")
+    found = llm.calibrate(PROMPTS, reward=GuardedReward(reward="vowels"), **asked)
+    assert found.held_out is not None
+    assert found.held_out.reward == NAMED["judge"]
+    monkeypatch.setitem(NAMED, "judge", ClassifierReward(model="no-such/model"))
+    without = llm.calibrate(PROMPTS, **asked)
+    assert without.held_out is None
+    assert any("no-such/model" in warning for warning in without.warnings)
+    with pytest.raises(ModelError, match="no-such/model"):
+        llm.calibrate(PROMPTS, held_out="judge", **asked)
 
 
 def test_a_target_out_of_reach_is_said(llm: CardsLLM) -> None:

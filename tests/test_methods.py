@@ -310,7 +310,7 @@ def test_mixed_methods_at_once(
     assert_idle(engine)
 
 
-@pytest.mark.parametrize("width", [1, 4, "auto"])
+@pytest.mark.parametrize("width", [1, "auto"])
 def test_alone(cases_of: Cases, models: Callable[..., str], start: Start, width: int | str) -> None:
     engine, cases = start(models("llama"), width=width), cases_of("llama", "decoder")
     assert_same([engine.run(request) for request in asked(cases)], cases)

@@ -16,6 +16,7 @@ from cards_integrations.rewards import (
     ClassifierReward,
     Conversation,
     GateReward,
+    GradedJudgeReward,
     GroundednessReward,
     ImplicitReward,
     JudgeReward,
@@ -41,6 +42,7 @@ def rewards(models: Callable[..., str]) -> dict[str, Reward]:
         "sentences": decoder.model_copy(update={"granularity": "sentence"}),
         "implicit": ImplicitReward(tuned=LocalModel(model=models("mistral"))),
         "judge": JudgeReward(words=("w7", "w8")),
+        "graded judge": GradedJudgeReward(criteria=["w30", "w31 w32"], grades=["w7", "w7 w8", "w9"]),
         "likelihood": GroundednessReward(),
         "entailment": GroundednessReward(by="entailment", model=encoder.model, label="LABEL_0"),
         "gate": GateReward(gate=PatternReward(forbidden="w30"), reward=decoder),
@@ -61,7 +63,18 @@ def remembered(model: RewardModel) -> list[Any]:
 
 @pytest.mark.parametrize(
     "kind",
-    ["decoder", "encoder", "sentences", "implicit", "judge", "likelihood", "entailment", "gate", "nested"],
+    [
+        "decoder",
+        "encoder",
+        "sentences",
+        "implicit",
+        "judge",
+        "graded judge",
+        "likelihood",
+        "entailment",
+        "gate",
+        "nested",
+    ],
 )
 async def test_nothing_stays_referenced(models: Callable[..., str], kind: str) -> None:
     loader = ModelLoader(Placement(dtype="float32"))

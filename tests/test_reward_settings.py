@@ -40,6 +40,7 @@ from cards_integrations.rewards import (
     Response,
     Reward,
     RewardLoader,
+    ValueReward,
     WeightedReward,
     as_reward,
 )
@@ -119,6 +120,7 @@ LEAVES: dict[str, st.SearchStrategy[Reward]] = {
     "judge": st.builds(judge, text, name, model=st.none() | model, **common),
     "implicit": st.builds(implicit, model, beta=st.floats(1e-3, 1e3), **common),
     "relevance": some(RelevanceReward, model=name, revision=maybe),
+    "value": some(ValueReward, path=name),
     "groundedness": some(GroundednessReward, patterns=st.just(("(?P<context>.+)é",)))
     | some(GroundednessReward, by=st.sampled_from(["entailment", "embedding"]), model=name, label=name),
     "remote": some(

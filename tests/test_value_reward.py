@@ -14,7 +14,7 @@ import tiny
 import torch
 from conftest import Start
 from internals import assert_idle
-from naive import drafts, said
+from naive import Freed, drafts, said
 from safetensors.torch import save_file
 
 from cards_integrations import CardsLLM
@@ -141,7 +141,7 @@ class Told(Reward):
     ("family", "width", "boundary"),
     [
         ("llama", 1, RISES), ("llama", 8, FixedLength(length=5)), ("gpt2", 8, RISES),
-        ("mistral", 8, Punctuation(max_length=8)), ("lfm2", 8, RISES), ("jamba", 1, FixedLength(length=4)),
+        ("mistral", 8, Punctuation(max_length=8)), ("lfm2", 8, RISES),
     ],
 )  # fmt: skip
 def test_the_score_is_that_of_a_plain_forward(
@@ -194,6 +194,46 @@ def test_in_half_precision_it_reads_the_states_of_the_model_as_it_drafts(
         assert all(draft.reward == pytest.approx(plain(whole), abs=0.15) for draft, whole in drafts(answer))
 
 
+def test_a_text_that_outgrows_the_frequencies_of_short_ones(start: Start, tmp_path: Path) -> None:
+    """Its states are others then, and are read."""
+    original = {"original_max_position_embeddings": 16}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "factor": 8.0, **original}
+    config: dict[str, Any] = {
+        **original,
+        "rope_parameters": {**rope, "long_factor": [2.0, 3.0, 4.0, 5.0]},
+        "sliding_window": None,
+    }
+    model, same = (tiny.causal("phi3", eos_token_id=None, **config) for _ in range(2))
+    engine = start(tiny.save(tmp_path / "model", same, tiny.words(eos_token=None)), width=4)
+    reward, made = head(tmp_path, model)
+    answers = engine.run_many([request(reward, seed, max_tokens=20) for seed in range(3)])
+    assert_exact(answers, Plain(model, made), fewest=20)
+    assert_idle(engine)
+
+
+def test_preempted_requests_have_the_same_scores(models: Callable[..., str], start: Start, tmp_path: Path) -> None:
+    """What is read again is not counted twice."""
+    model = tiny.causal()
+    reward, made = head(tmp_path, model)
+    boundary = Uncertainty(threshold=2.95, min_length=4, max_length=8)  # some end before a token, some with one
+    decoding, sampler = SegmentBestOfN(n=2, boundary=boundary), Sampler(temperature=1.0, min_tokens=70)
+    requests = [request(reward, seed, decoding=decoding, max_tokens=70, sampler=sampler) for seed in range(5)]
+    engine = start(models("llama"), width=2, kv_memory=90_000)
+    found = engine.run_many(requests)
+    assert engine.inspect().preempted > 0
+    assert_exact(found, Plain(model, made))
+    assert sum(answer.usage.rm_tokens for answer in found) == 0
+    assert_idle(engine)
+
+
+async def test_nothing_is_left_of_cancelled_requests(models: Callable[..., str], start: Start, tmp_path: Path) -> None:
+    reward, _ = head(tmp_path, tiny.causal())
+    engine = start(models("llama"), width=4)
+    decoding = GUIDED.model_copy(update={"boundary": FixedLength(length=4)})
+    requests = [request(reward, seed, decoding=decoding, max_tokens=200) for seed in range(4)]
+    await Freed(engine).after("a cancellation", [replace(each, sampler=Sampler(min_tokens=200)) for each in requests])
+
+
 # --- what it costs ---
 
 
@@ -207,7 +247,7 @@ def test_it_costs_nothing_where_segments_end_before_a_token(
     told = Told(plain=plain)
     decoding = GUIDED.model_copy(update={"boundary": Uncertainty(threshold=2.9, min_length=1, max_length=64)})
     sampler = Sampler(temperature=1.0, stop_token_ids=(7, 8, 9))
-    for seed in range(4):
+    for seed in range(2):
         one, other = (
             engine.run(request(each, seed, decoding=decoding, sampler=sampler, max_tokens=64))
             for each in (reward, told)
@@ -261,7 +301,7 @@ def test_within_other_rewards(models: Callable[..., str], start: Start, tmp_path
     (one, first), (two, second) = head(tmp_path, model), head(tmp_path, model, 1)
     plain, other = Plain(model, first), Plain(model, second)
     joined = WeightedReward(rewards=[one, MinReward(rewards=[two, LengthReward(target=20)])], weights=[1.0, 0.5])
-    for answer in engine.run_many([request(joined, seed) for seed in range(4)]):
+    for answer in engine.run_many([request(joined, seed) for seed in range(2)]):
         for draft, whole in drafts(answer):
             assert draft.parts[one.name] == pytest.approx(plain(whole), abs=1e-4)
             [value] = [value for name, value in draft.parts.items() if name.endswith(two.name)]
@@ -378,16 +418,14 @@ def prompts(count: int, seed: int = 0) -> list[str]:
 
 
 def test_a_trained_head_knows_its_teacher_and_guides(llm: CardsLLM, teacher: Told, tmp_path: Path) -> None:
-    found = llm.train_value(
-        [PROMPT] * 4 + prompts(60), path=tmp_path / "head.safetensors", target="prefix", progress=False
-    )
+    found = llm.train_value([PROMPT] * 4 + prompts(44), path=tmp_path / "head.safetensors", progress=False)
     card = found.card
     assert (card.model, card.teacher, card.max_tokens) == (llm.model.model, "told", 16)
-    assert (card.prompts, sum(card.prefixes) > 200) == ((46, 15), True)
+    assert (card.prompts, sum(card.prefixes) > 150) == ((34, 11), True)
     assert card.pearson > 0.95
     assert card.spearman > 0.9
     assert "Pearson" in str(found)
-    asked, seeds = [PROMPT] * 24, range(24)
+    asked, seeds = [PROMPT] * 12, range(12)
     guided = llm.align_batch(asked, seeds, decoding=Cards(boundary=RISES), reward=found.reward)
     assert guided[0].guidance is not None
     assert guided[0].guidance.target_origin == "published"
@@ -397,15 +435,17 @@ def test_a_trained_head_knows_its_teacher_and_guides(llm: CardsLLM, teacher: Tol
     assert [answer.reward for answer in guided] == pytest.approx(told, abs=card.scale[1])
 
 
-def test_it_foretells_the_finished_answer_by_default(llm: CardsLLM, tmp_path: Path) -> None:
+def test_it_can_foretell_the_finished_answer(llm: CardsLLM, tmp_path: Path) -> None:
     """All beginnings of an answer have the same target."""
-    found = llm.train_value(prompts(24), path=tmp_path / "head.safetensors", progress=False, held_out=0.5)
+    path = tmp_path / "head.safetensors"
+    found = llm.train_value(prompts(24), path=path, target="value", progress=False, held_out=0.5)
     assert (found.card.target, found.card.prompts) == ("value", (12, 12))
     assert found.card.scale[1] > 0
+    assert found.card.pearson < 0.9  # nobody knows what comes
 
 
 def test_prompts_that_are_equal_are_not_on_both_sides(llm: CardsLLM, tmp_path: Path) -> None:
-    found = llm.train_value(prompts(20) * 2, path=tmp_path / "head.safetensors", progress=False)
+    found = llm.train_value(prompts(20) + prompts(4), path=tmp_path / "head.safetensors", progress=False)
     assert found.card.prompts == (15, 5)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
@@ -12,19 +13,31 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from cards_integrations.decoding import Decoding
     from cards_integrations.llm import CardsLLM
     from cards_integrations.trace import Alignment
 
+DOCUMENTS = (
+    "The town museum opens at noon on weekdays. Children enter free of charge.",
+    "The ridge trail is nine miles long. It starts behind the old mill.",
+    "In this town the buses are painted violet. They run until midnight.",
+    "The harbour report was written by Ada Moreno. It was printed in spring.",
+)
+QUESTIONS = (  # each with the fact that an answer should hold
+    ("When does the town museum open?", r"noon|12"),
+    ("How long is the ridge trail?", r"\bnine\b|\b9\b"),
+    ("What colour are the buses?", r"violet"),
+    ("Who wrote the harbour report?", r"Moreno"),
+)
+QUESTION = "Context: {context}\n\nQuestion: {question}\n\nAnswer the question in one sentence."
 JUDGE = "sentiment-minilm"
 PROMPTS = [
     "Write a short review of a restaurant you visited last night.",
     "How was your day at work?",
-    "Describe the weather this week.",
     "Tell me about your new neighbours.",
-    "What do you think of this old phone?",
     "Write a sentence about the train ride home.",
 ]
 COLUMNS = (
@@ -47,7 +60,7 @@ class ScoredAnswer:
 
 
 def demo() -> None:
-    """Answer a few prompts plainly and with CARDS, and score all answers with a judge that did not guide."""
+    """Answer plainly and with CARDS: questions about documents, and prompts that a sentiment reward guides."""
     from transformers.utils import logging as transformers_logging
 
     from cards_integrations.decoding import Sampling
@@ -59,20 +72,64 @@ def demo() -> None:
     console = Console(width=None if sys.stdout.isatty() else 120)
     llm = CardsLLM(max_tokens=64)
     methods: dict[str, Decoding] = {"plain": Sampling(), "CARDS": llm.decoding}
-    answers: dict[str, list[ScoredAnswer]] = {name: [] for name in methods}
-    console.print("[bold]SmolLM2-135M, guided by a sentiment reward; judged by a held-out MiniLM.[/bold]\n")
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
     )
     with llm, bar:
-        task = bar.add_task("loading", total=len(PROMPTS) * len(methods))
-        for seed, prompt in enumerate(PROMPTS):
-            for name, decoding in methods.items():
-                bar.update(task, description=f"{name:>5}")
-                answers[name].append(_answer(llm, prompt, decoding, seed))
-                bar.advance(task)
-            bar.print(_answers_table(console, prompt, {name: found[-1] for name, found in answers.items()}))
-    console.print(_means_table(console, answers))
+        _answer_from_documents(llm, methods, bar)
+        _answer_in_good_spirits(llm, methods, bar)
+
+
+def _answer_from_documents(llm: CardsLLM, methods: dict[str, Decoding], bar: Progress) -> None:
+    """Questions about documents: is what they say in the answers?"""
+    from cards_integrations.rewards import GroundednessReward
+
+    bar.print("[bold]SmolLM2-135M answers from documents, guided by how much they support the answer.[/bold]\n")
+    task = bar.add_task("loading", total=len(QUESTIONS) * len(methods))
+    reward, held = GroundednessReward(), dict.fromkeys(methods, 0)
+    for seed, (question, fact) in enumerate(QUESTIONS):
+        prompt = QUESTION.format(context=" ".join(DOCUMENTS), question=question)
+        table = Table(title=f"[bold]{question}[/bold]", title_justify="left", show_lines=True, width=bar.console.width)
+        for column in ("", "answer", "support", "fact"):
+            table.add_column(column, ratio=1 if column == "answer" else None)
+        for name, decoding in methods.items():
+            bar.update(task, description=f"{name:>5}")
+            text = llm.align(prompt, decoding=decoding, reward=reward, context=DOCUMENTS, seed=seed).text.strip()
+            [support] = llm.score(prompt, [text], reward=reward, context=DOCUMENTS)
+            found = re.search(fact, text, re.IGNORECASE) is not None
+            held[name] += found
+            table.add_row(name, text, f"{support:.2f}", "[green]yes[/green]" if found else "[red]no[/red]")
+            bar.advance(task)
+        bar.print(table)
+        bar.print(_marked(fact), "\n")
+    bar.remove_task(task)
+    counts = ", ".join(f"{n} of {len(QUESTIONS)} {name} answers" for name, n in held.items())
+    bar.print(f"[bold]The fact is in {counts}.[/bold]\n")
+
+
+def _marked(fact: str) -> Text:
+    """The documents, the sentence with the fact marked."""
+    from cards_integrations.rewards.scorers.sentences import split_sentences
+
+    text = Text("documents: ", style="dim")
+    for sentence in (sentence for document in DOCUMENTS for sentence in split_sentences(document)):
+        text.append(sentence.strip(), style="bold green" if re.search(fact, sentence) else "dim").append(" ")
+    return text
+
+
+def _answer_in_good_spirits(llm: CardsLLM, methods: dict[str, Decoding], bar: Progress) -> None:
+    """The simplest reward: sentiment, with a judge that did not guide."""
+    bar.print("[bold]The simplest reward: sentiment, judged by a held-out MiniLM.[/bold]\n")
+    answers: dict[str, list[ScoredAnswer]] = {name: [] for name in methods}
+    task = bar.add_task("loading", total=len(PROMPTS) * len(methods))
+    for seed, prompt in enumerate(PROMPTS):
+        for name, decoding in methods.items():
+            bar.update(task, description=f"{name:>5}")
+            answers[name].append(_answer(llm, prompt, decoding, seed))
+            bar.advance(task)
+        bar.print(_answers_table(bar.console, prompt, {name: found[-1] for name, found in answers.items()}))
+    bar.remove_task(task)
+    bar.print(_means_table(bar.console, answers))
 
 
 def _answer(llm: CardsLLM, prompt: str, decoding: Decoding, seed: int) -> ScoredAnswer:

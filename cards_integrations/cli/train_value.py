@@ -31,8 +31,8 @@ def train_value(
     assigned: SetOption = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only the first prompts.")] = None,
     target: Annotated[
-        str, typer.Option(help="Foretell the reward of the finished answer (value) or of the answer so far (prefix).")
-    ] = "value",
+        str, typer.Option(help="Foretell the reward of the answer so far (prefix) or of the finished answer (value).")
+    ] = "prefix",
     held_out: Annotated[float, typer.Option(help="The share of the prompts to test on.")] = 0.25,
     seed: Annotated[int, typer.Option(help="Seed of the first answer.")] = 0,
     as_json: JsonOption = False,

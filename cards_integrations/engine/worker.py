@@ -352,6 +352,8 @@ class Worker:
             "request %s: %s after %d tokens, %d drafts of %d tokens, %.2f s", answer.request_id, answer.finish_reason,
             usage.completion_tokens, usage.drafts, usage.drafted_tokens, usage.seconds,
         )  # fmt: skip
+        if answer.out_of_reach:
+            log.info("request %s: no candidate was accepted: the target is out of reach", answer.request_id)
         return answer
 
     async def _score_again(self, session: Session, reward: RewardModel) -> None:

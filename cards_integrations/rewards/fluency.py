@@ -25,7 +25,8 @@ class FluencyReward(Reward):
     kind: Literal["fluency"] = "fluency"
     """Names this class in settings files."""
     n: Annotated[int, Field(ge=1)] = 3
-    """Words of an n-gram. Words are separated by whitespace, and in a script without it hardly any are found."""
+    """Words of an n-gram. Words are separated by whitespace and punctuation: in a script without spaces hardly any are
+    found."""
     least_log_p: FiniteFloat | None = None
     """The least mean log p of a token in nats (full vocabulary, temperature 1) that costs nothing; None does not look
     at it. One in a hundred plain answers of SmolLM2 is below -2.9."""

@@ -12,10 +12,12 @@ import torch
 
 from cards_integrations.decoding import Uncertainty
 from cards_integrations.decoding.segmentation import AnyBoundary
+from cards_integrations.engine.engine import Engine
 from cards_integrations.errors import SettingsError
 from cards_integrations.models.local.settings import LocalModel
 from cards_integrations.rewards import ValueReward
 from cards_integrations.rewards.value_head import PROBE, Target, ValueCard, ValueHead
+from cards_integrations.settings import Options
 from cards_integrations.study.aligner import Aligner
 from cards_integrations.study.metrics import pearson, spearman
 from cards_integrations.study.prefixes import Prefixes, ScoredPrefixes, collect_prefixes
@@ -60,7 +62,7 @@ def train_value(
     path: str | Path,
     *,
     contexts: Sequence[Any] | None = None,
-    target: Target = "value",
+    target: Target = "prefix",
     boundary: AnyBoundary | None = None,
     held_out: float = 0.25,
     seed: int = 0,
@@ -76,7 +78,7 @@ def train_value(
         prompts: Strings or lists of messages, at least 20, better some hundreds, like those that will be asked.
         path: The file to write.
         contexts: The context of each prompt, for rewards that read it.
-        target: "value" foretells the reward of the finished answer; "prefix" that of the answer so far.
+        target: "prefix" foretells the reward of the answer so far; "value" that of the finished answer.
         boundary: Where a segment ends; by default where that of `decoding` does, if it has segments.
         held_out: The share of the prompts that the head is tested on, and not trained on.
         seed: The seed of the first answer, and of the split.
@@ -97,30 +99,44 @@ def train_value(
         raise SettingsError(f"train_value: target={target!r}: pass 'value' or 'prefix'.")
     if len(prompts) < MIN_PROMPTS:
         raise SettingsError(f"train_value: {len(prompts)} prompts are too few; give at least {MIN_PROMPTS}.")
-    distinct = {repr(prompt) for prompt in prompts}
-    tested = round(len(distinct) * held_out)
-    if not 2 <= tested <= len(distinct) - 2:
-        raise SettingsError(
-            f"train_value: held_out={held_out:g} leaves {tested} of {len(distinct)} different prompts to test on."
-        )
+    _check_split(len({repr(prompt) for prompt in prompts}), held_out)
     boundary = boundary or getattr(chosen.decoding, "boundary", None) or Uncertainty()
     options = {**options, "decoding": ScoredPrefixes(boundary=boundary), "stop": (), "finish_at": "token"}
     engine = llm.engine_for(options, llm)
+    found = collect_prefixes(llm, engine, prompts, contexts, seed, progress, options)
+    return fit_head(engine, chosen, found, path, target, held_out, seed)
+
+
+def fit_head(
+    engine: Engine, trained: Options, found: Prefixes, path: str | Path, target: Target, held_out: float, seed: int
+) -> TrainedValue:
+    """Fit a head to prefixes that have been collected, and write it.
+
+    Args:
+        engine: The engine of the language model.
+        trained: What the prefixes were collected with: the model, the teacher and the limit of the answers.
+        found: The prefixes.
+        path: The file to write.
+        target: As for `train_value`, and so are the other arguments.
+    """
+    assert isinstance(trained.model, LocalModel)
+    assert trained.reward is not None
     probe_ids = engine.loaded().chat.encode(PROBE) or [0]
     [probe] = engine.states([(probe_ids[:1], probe_ids[1:])])
-    found = collect_prefixes(llm, engine, prompts, contexts, seed, progress, options)
-    order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(seed)).tolist()
+    prompts = int(found.prompts.max()) + 1
+    tested = _check_split(prompts, held_out)
+    order = torch.randperm(prompts, generator=torch.Generator().manual_seed(seed)).tolist()
     test, train = found.of(order[:tested]), found.of(order[tested:])
     fit = fit_ridge(train.states, train.targets(target), train.prompts)
     card = ValueCard(
-        model=chosen.model.model,
-        revision=chosen.model.revision,
-        adapter=chosen.model.adapter,
+        model=trained.model.model,
+        revision=trained.model.revision,
+        adapter=trained.model.adapter,
         probe_ids=probe_ids,
-        teacher=chosen.reward.name,
+        teacher=trained.reward.name,
         target=target,
-        max_tokens=chosen.max_tokens,
-        prompts=(len(distinct) - tested, tested),
+        max_tokens=trained.max_tokens,
+        prompts=(prompts - tested, tested),
         prefixes=(len(train.states), len(test.states)),
         penalty=fit.penalty,
         **_worth(fit, test, target),
@@ -128,6 +144,16 @@ def train_value(
     head = ValueHead(fit.weight.float().view(2, -1), fit.bias, probe, card)
     head.save(path)
     return TrainedValue(Path(path), head)
+
+
+def _check_split(prompts: int, held_out: float) -> int:
+    """How many of so many different prompts are tested on."""
+    tested = round(prompts * held_out)
+    if not 2 <= tested <= prompts - 2:
+        raise SettingsError(
+            f"train_value: held_out={held_out:g} leaves {tested} of {prompts} different prompts to test on."
+        )
+    return tested
 
 
 def _worth(fit: Ridge, test: Prefixes, target: Target) -> dict[str, Any]:

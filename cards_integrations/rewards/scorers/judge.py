@@ -52,7 +52,8 @@ class IncrementalJudge(Incremental):
         ids = self.rows[response.conversation].answer_ids
         assert isinstance(ids, RubricIds)
         text = ids.apart(response)
-        self._rests[response] = text.rests
+        if not self.single:
+            self._rests[response] = text.rests
         cut, whole = self._cut(text.longest, response), text.whole
         reading = Reading(cut, self.transformer.is_long(text.longest - cut))
         return FittedText(whole[cut:], len(whole) - text.answered, reading)
@@ -72,7 +73,7 @@ class IncrementalJudge(Incremental):
 
     def _read_apart(self, batch: list[ForwardInput]) -> list[Output]:
         """A forward of the answers and what all questions share, and one of the rest of each question."""
-        rests = [self._rests[each.owner] for each in batch]
+        rests = [self._rests.pop(each.owner) for each in batch]
         shared = [
             ForwardInput(each.branch, each.ids[: len(each.ids) - sum(map(len, own))], each.owner)
             for each, own in zip(batch, rests, strict=True)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
-EDGES = ".,;:!?\"'()[]{}*_`\u2026\u2018\u2019\u201c\u201d\u3001\u3002\uff01\uff1f"  # around a word, and no part of it
+BETWEEN_WORDS = re.compile(
+    r"""[\s.,;:!?"()\[\]{}<>*_`~|/\\=+\u2013\u2014\u2026\u201c\u201d\u3001\u3002\uff01\uff1f-]+"""
+)
+APOSTROPHES = "'\u2018\u2019"  # within a word they are a part of it
 FULL_LENGTH = 32  # n-grams, or tokens
 
 
 def words(text: str) -> list[str]:
-    """Return the words of a text: between whitespace, in lower case, without the punctuation around them."""
-    return [word for each in text.lower().split() if (word := each.strip(EDGES))]
+    """Return the words of a text: what is between whitespace and punctuation, in lower case."""
+    return [word for each in BETWEEN_WORDS.split(text.lower()) if (word := each.strip(APOSTROPHES))]
 
 
 def n_repeated(words: Sequence[str], n: int) -> int:

@@ -104,7 +104,7 @@ class Expectation:
         Raises:
             SettingsError: As for `of`.
         """
-        whole = [chat.encode(text + word) for word, _ in grades]
+        whole = [chat.encode_answer(text + word) for word, _ in grades]
         same = min([common(whole[0], other) for other in whole[1:]] + [len(each) - 1 for each in whole])
         _check([word for word, _ in grades], [each[same:] for each in whole], chat)
         return whole[0][:same], cls([tuple(each[same:]) for each in whole], [value for _, value in grades])
@@ -144,4 +144,4 @@ def _check(words: Sequence[str], tokens: Sequence[Sequence[int]], chat: ChatToke
 
 def _reply(word: str, chat: ChatTokenizer) -> list[int]:
     """The tokens of a word where a judge replies; without a template, after a space."""
-    return chat.encode(word if chat.has_template else " " + word)
+    return chat.encode(word) if chat.has_template else chat.encode_answer(" " + word)
