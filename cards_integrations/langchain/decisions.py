@@ -211,7 +211,9 @@ class Decided(RewardModel):
 
     async def score(self, responses: Sequence[Response]) -> list[float]:
         settings = self.settings
-        asked: list[Any] = [{"state": as_state(each, settings.prompt_format), "questions": self.questions} for each in responses]
+        asked: list[Any] = [
+            {"state": as_state(each, settings.prompt_format), "questions": self.questions} for each in responses
+        ]
         found = await settings.model.abatch(asked)
         for response, reply in zip(responses, found, strict=True):
             usage = response.conversation.usage
