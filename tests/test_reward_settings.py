@@ -22,7 +22,6 @@ from cards_integrations.rewards import (
     REWARDS,
     ClassifierReward,
     Conversation,
-    Criterion,
     CritiqueJudgeReward,
     FluencyReward,
     FunctionReward,
@@ -45,6 +44,7 @@ from cards_integrations.rewards import (
     WeightedReward,
     as_reward,
 )
+from cards_integrations.rewards.criterion import Criterion
 from cards_integrations.rewards.function import imports_allowed
 from cards_integrations.trace import Usage
 
@@ -95,35 +95,37 @@ def judge(before: str, yes: str, **others: Any) -> JudgeReward:
     return JudgeReward(rubric=before + "{prompt} {response}", words=(yes, yes + "!"), **others)
 
 
-criterion = st.builds(Criterion, question=name, name=maybe, weight=st.floats(0.5, 9))
-criteria = st.lists(criterion, max_size=1).map(tuple)
-
-
+criteria = st.lists(st.builds(Criterion, question=name, weight=st.floats(0.1, 9)), max_size=1)
+grades = st.sampled_from([("bad", "good"), {"A": 1.0, "B": -2.5}])
 LEAVES: dict[str, st.SearchStrategy[Reward]] = {
+    "critique_judge": some(
+        CritiqueJudgeReward, model=st.none() | model, criteria=criteria, grades=grades, verdict=name,
+        critiques=st.integers(1, 9), temperature=st.floats(0.1, 9), seed=st.integers(0, 9),
+    ),
+    "graded_judge": some(GradedJudgeReward, model=st.none() | model, criteria=criteria, grades=grades),
+    "process": some(
+        ProcessReward, model=name, revision=maybe, separator=st.none() | name, step_tag=name, after_tag=text,
+        words=st.none() | st.just(("+", "-")), aggregate=st.sampled_from(["last", "min", "product", "mean"]),
+        prompt_format=st.none() | st.just("chat") | formats,
+    ),
     "classifier": some(
         ClassifierReward, model=name, revision=maybe, adapter=maybe, trust_remote_code=st.booleans(), label=label,
         output=st.sampled_from(["logit", "probability", "log_odds"]), end_of_turn=st.booleans(),
         prompt_format=st.none() | st.just("chat") | formats,
     )
     | some(ClassifierReward, model=name, weights=st.dictionaries(name | st.integers(0, 9), number, min_size=1)),
-    "process": some(
-        ProcessReward, model=name, separator=maybe, step_tag=name, after_tag=text, label=label,
-        aggregate=st.sampled_from(["last", "min", "product", "mean"]), prompt_format=st.none() | formats,
-    ),
     "function": some(FunctionReward, function=st.sampled_from([words, as_reward])),
     "fluency": some(FluencyReward, n=st.integers(1, 99), least_log_p=st.none() | number),
     "length": some(LengthReward, target=st.integers(1, 10**9), unit=st.sampled_from(["words", "characters"])),
     "pattern": some(PatternReward, wanted=expressions, forbidden=expressions, case_sensitive=st.booleans()),
     "judge": st.builds(judge, text, name, model=st.none() | model, **common),
-    "graded_judge": some(GradedJudgeReward, model=st.none() | model, criteria=criteria),
-    "critique_judge": some(CritiqueJudgeReward, criteria=criteria, seed=st.integers(0, 99)),
     "implicit": st.builds(implicit, model, beta=st.floats(1e-3, 1e3), **common),
     "relevance": some(RelevanceReward, model=name, revision=maybe),
     "value": some(ValueReward, path=name),
     "groundedness": some(GroundednessReward, patterns=st.just(("(?P<context>.+)é",)))
     | some(GroundednessReward, by=st.sampled_from(["entailment", "embedding"]), model=name, label=name),
     "remote": some(
-        RemoteReward, url=st.just(URL), protocol=st.sampled_from(["score", "json"]),
+        RemoteReward, url=st.just(URL), protocol=st.sampled_from(["score", "json", "systemone"]),
         model=maybe, prompt_format=formats, retries=st.integers(0, 9), batch_size=st.integers(1, 99),
         request_timeout=st.floats(1e-3, 1e6),
     ),

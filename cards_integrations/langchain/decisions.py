@@ -211,12 +211,14 @@ class Decided(RewardModel):
 
     async def score(self, responses: Sequence[Response]) -> list[float]:
         settings = self.settings
-        asked = [{"state": as_state(each, settings.prompt_format), "questions": self.questions} for each in responses]
+        asked: list[Any] = [
+            {"state": as_state(each, settings.prompt_format), "questions": self.questions} for each in responses
+        ]
         found = await settings.model.abatch(asked)
         for response, reply in zip(responses, found, strict=True):
             usage = response.conversation.usage
             usage.rm_forwards += 1
-            usage.rm_tokens += (reply.usage or {}).get("input_tokens", 0)
+            usage.rm_tokens += reply.usage["input_tokens"] if reply.usage else 0
         return [settings.question.score(reply.answers[ID].model_dump()) for reply in found]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Len
-from pydantic import AfterValidator, BeforeValidator, Field, FiniteFloat
+from pydantic import AfterValidator, BeforeValidator, Field, FiniteFloat, PlainSerializer
 
 from cards_integrations.rewards.base import Loader, RewardModel
 from cards_integrations.rewards.judge import RubricReward
@@ -44,6 +44,7 @@ Grades = Annotated[
     Len(2),
     BeforeValidator(_as_pairs, json_schema_input_type=dict[str, float]),
     AfterValidator(_different),
+    PlainSerializer(dict, return_type=dict[str, float]),
 ]
 """What a judge may reply, and what it is worth: given as a mapping or as words alone, held as pairs."""
 FIVE = tuple((str(grade), float(grade)) for grade in range(1, 6))
