@@ -9,9 +9,10 @@ For the tiny pair and for SmolLM2 with the sentiment reward:
     guides       plain answers, those guided by either head, and those guided by the teacher, to other prompts with
                  the same seeds, all scored by the teacher; 95% bootstrap intervals of the paired differences
     time         seconds for each token of an answer with a head over those with the teacher, four requests at once, in
-                 one process and in turns: the order of the arms changes from block to block. By the clock and by the
-                 process's own CPU time, which a busy machine changes less. The method is CARDS, which goes by the
-                 scale of each reward and so drafts more or less, and best-of-4 for each segment, which does not
+                 one process and in turns: the order of the arms changes from block to block. By the clock, and by the
+                 process's own CPU time, which a busy machine changes less; with `width=4`, so that nothing depends on
+                 measured step times. The method is CARDS, which goes by the scale of each reward and so drafts more or
+                 less, and best-of-4 for each segment, which does not
 
 Writes results/value_head.json, and the heads into FOLDER; heads that are there are not trained again.
 """
@@ -76,14 +77,14 @@ class Pair:
         beginnings = [f"{who} {did}" for did in DID for who in WHO]
         llm = CardsLLM(
             model=str(models / "stories260k"), reward=ClassifierReward(model=str(models / "rm-sentiment-stories260k")),
-            max_tokens=48, temperature=0.9, engine=EngineSettings(dtype="float32", threads=1),
+            max_tokens=48, temperature=0.9, engine=EngineSettings(dtype="float32", threads=1, width=4),
         )  # fmt: skip
         return cls(llm, [f"{each} {then}" for then in THEN for each in beginnings], beginnings)
 
     @classmethod
     def smollm2(cls) -> Pair:
         """The embedded model and its sentiment reward."""
-        llm = CardsLLM(reward=SENTIMENT, max_tokens=48, engine=EngineSettings(threads=1))
+        llm = CardsLLM(reward=SENTIMENT, max_tokens=48, engine=EngineSettings(threads=1, width=4))
         return cls(llm, [form.format(subject) for subject in SUBJECTS for form in FORMS], PROMPTS)
 
     def judged(self, answers: Sequence[Alignment], prompts: Sequence[str]) -> np.ndarray:
