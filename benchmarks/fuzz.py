@@ -1080,7 +1080,7 @@ def _report(random: Random) -> Case:
 @surface("reports as HTML", _report, 0.1)
 def _take_report(case: Case, world: World) -> object:
     found = Comparison(tuple(case["rows"]))
-    html = page(list(found.arms.values()), found.rows)
+    html = page(list(found.arms.values()), found.wins, found.baseline, found.rows)
     found.table()
     return escaped(html, 4)
 
