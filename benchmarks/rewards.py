@@ -1,12 +1,13 @@
 """Does each reward guide? Does calibration foresee? Are guided answers grounded? Is stopping as good as a target?
 
-    python benchmarks/rewards.py [--parts guide judges grounded calibration stopping] [--models ../shared/models]
+    python benchmarks/rewards.py [--parts guide judges heads grounded calibration stopping] [--models ../shared/models]
     python benchmarks/rewards.py --parts guide --rewards judge  # only those with these words in their names
 
     guide        every kind of reward guides SmolLM2: its mean for plain and for CARDS answers (best-of-4 for the
                  judge that writes critiques, which reads finished answers only), same prompts, seeds and length
                  limit, 95% bootstrap intervals of the paired difference
     judges       the same for judges that are the tiny pair's language model
+    heads        the same for other kinds of heads, which have the weights of the tiny pair's sentiment model
     grounded     twenty questions with a context: how many answers hold the context's fact
     calibration  predicted against measured acceptance, tokens and reward, on other prompts
     stopping     optimal stopping against calibrated CARDS: rewards at equal tokens looked at
@@ -24,7 +25,7 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -54,12 +55,12 @@ from cards_integrations.rewards import (
     LengthReward,
     MinReward,
     PatternReward,
+    ProcessReward,
     RelevanceReward,
     RemoteReward,
     Reward,
     WeightedReward,
 )
-from cards_integrations.rewards.judge import RubricReward
 from cards_integrations.rewards.prompts import PLAIN
 from cards_integrations.study.metrics import distinct, points, repeated_3grams
 from cards_integrations.trace import Alignment
@@ -177,7 +178,7 @@ def guided(llm: CardsLLM, reward: Reward, prompts: Sequence[str], decoding: Deco
 def judges(options: argparse.Namespace) -> dict[str, Any]:
     """The kinds of judges on the tiny pair's language model, which tells stories: what would it go on with?"""
     rubric, feelings = "{prompt} {response}\n{criterion} ", ["sad", "scared", "happy"]
-    asked: dict[str, RubricReward] = {
+    asked: dict[str, Reward] = {
         "judge of two principles": JudgeReward(
             rubric=rubric, criteria=["They were happy.", "It was a sunny day."], words=("They", "But")
         ),
@@ -188,8 +189,47 @@ def judges(options: argparse.Namespace) -> dict[str, Any]:
     }
     prompts = [f"{who} {did}" for did in DID for who in WHO][:24]
     llm = CardsLLM(model=str(options.models / "stories260k"), max_tokens=48, temperature=0.9, reward=None)
+    return on_tiny_pair(llm, asked, prompts, "judges guide the tiny pair")
+
+
+def heads(options: argparse.Namespace) -> dict[str, Any]:
+    """A process reward model, and one of two labels, made of the tiny pair's sentiment model."""
+    llm = CardsLLM(model=str(options.models / "stories260k"), max_tokens=48, temperature=0.9, reward=None)
+    prompts = [f"{who} {did}" for did in DID for who in WHO][:24]
+    with tempfile.TemporaryDirectory() as folder:
+        steps, labels = other_heads(options.models / "rm-sentiment-stories260k", Path(folder))
+        asked: dict[str, Reward] = {
+            "process, mean over sentences": ProcessReward(
+                model=steps, separator=".", step_tag=".", aggregate="mean", prompt_format="{prompt}{response}"
+            ),
+            "two labels, weighted": ClassifierReward(
+                model=labels, weights={"0": -0.5, "1": 1.0}, prompt_format="{prompt}{response}"
+            ),
+        }
+        return on_tiny_pair(llm, asked, prompts, "other heads guide the tiny pair")
+
+
+def other_heads(sentiment: Path, folder: Path) -> tuple[str, str]:
+    """Directories of a token classifier and of a classifier of two labels: nothing, and the sentiment."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
+
+    model = AutoModelForSequenceClassification.from_pretrained(sentiment)
+    weight = torch.cat([torch.zeros_like(model.score.weight), model.score.weight]).detach()
+    model.score.weight = torch.nn.Parameter(weight)
+    model.config.num_labels = model.num_labels = 2
+    of_tokens = AutoModelForTokenClassification.from_config(model.config)
+    of_tokens.load_state_dict({**model.state_dict(), "score.bias": torch.zeros(2)})
+    for made, name in ((of_tokens, "steps"), (model, "labels")):
+        made.save_pretrained(folder / name)
+        AutoTokenizer.from_pretrained(sentiment).save_pretrained(folder / name)
+    return str(folder / "steps"), str(folder / "labels")
+
+
+def on_tiny_pair(llm: CardsLLM, asked: Mapping[str, Reward], prompts: Sequence[str], title: str) -> dict[str, Any]:
+    """Each reward guides: a row of the table for each."""
     found: dict[str, Any] = {}
-    table = Table("reward", "plain", "guided", "difference", title="judges guide the tiny pair")
+    table = Table("reward", "plain", "guided", "difference", title=title)
     for name, reward in asked.items():
         decoding = BestOfN(n=4) if isinstance(reward, CritiqueJudgeReward) else Cards(boundary=BOUNDARY)
         row = found[name] = guided(llm, reward, prompts, decoding)
@@ -358,7 +398,14 @@ def stopping(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-PARTS = {"guide": guide, "judges": judges, "grounded": grounded, "calibration": calibration, "stopping": stopping}
+PARTS = {
+    "guide": guide,
+    "judges": judges,
+    "heads": heads,
+    "grounded": grounded,
+    "calibration": calibration,
+    "stopping": stopping,
+}
 
 
 def main() -> None:

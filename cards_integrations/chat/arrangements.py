@@ -10,6 +10,7 @@ from contextlib import suppress
 from jinja2.exceptions import TemplateError
 
 from cards_integrations.chat.message import Message
+from cards_integrations.chat.thoughts import after_thoughts
 from cards_integrations.errors import PromptError
 
 ID_LENGTH = 9  # characters of a call's id, as Mistral's templates demand
@@ -154,7 +155,7 @@ def _texts(message: Message) -> list[str]:
     if calls := message.get("tool_calls"):
         return [call["function"]["name"] for call in calls]
     content: str = message["content"]
-    return [content.rpartition("</think>")[2].strip() if message["role"] == "assistant" else content.strip()]
+    return [after_thoughts(content).strip() if message["role"] == "assistant" else content.strip()]
 
 
 def _is_in(text: str, rendered: str) -> bool:

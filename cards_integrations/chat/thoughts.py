@@ -26,6 +26,11 @@ def next_thought(text: str, start: int = 0) -> Thought | None:
     return Thought(begin, None if end < 0 else end + len(closing))
 
 
+def after_thoughts(text: str) -> str:
+    """What follows the last thought that ends in a text: all of it if none does."""
+    return text[max((text.rfind(closing) + len(closing) for _, closing in TAGS if closing in text), default=0) :]
+
+
 def leading_thoughts(text: str) -> int:
     """The length of the thoughts that a text begins with, in characters; an open one takes all of it."""
     end = 0
