@@ -13,6 +13,7 @@ pytestmark = pytest.mark.slow
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
+@pytest.mark.models
 def test_the_accelerator_benchmark_at_toy_size() -> None:
     command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--toy", "--batch", "1", "4", "--tokens", "16"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

@@ -19,6 +19,7 @@ from cards_integrations.decoding import Cards, Uncertainty
 from cards_integrations.engine import EngineSettings, scales
 from cards_integrations.errors import SettingsError
 from cards_integrations.rewards import ClassifierReward, FunctionReward, WeightedReward
+from cards_integrations.study.calibration import Calibration
 from cards_integrations.study.simulation import Prediction
 from cards_integrations.trace import Alignment
 
@@ -45,6 +46,12 @@ def stories(shared_models: Path) -> Iterator[CardsLLM]:
         yield llm
 
 
+@pytest.fixture(scope="module")
+def by_default(stories: CardsLLM) -> Calibration:
+    """The calibration that nothing is asked of."""
+    return stories.calibrate(LEARNT_ON, progress=False, remember=False)
+
+
 @pytest.fixture
 def words(models: Callable[..., str]) -> Iterator[CardsLLM]:
     """A random model, and a reward that counts a word."""
@@ -64,8 +71,8 @@ def measured(answers: list[Alignment]) -> Prediction:
     )
 
 
-@pytest.mark.parametrize("budget", [2.0, 4.0])
-def test_what_is_predicted_is_what_happens_on_other_prompts(stories: CardsLLM, budget: float) -> None:
+def test_what_is_predicted_is_what_happens_on_other_prompts(stories: CardsLLM) -> None:
+    budget = 3.0
     found = stories.calibrate(LEARNT_ON, budget=budget, progress=False)
     assert found.chosen.predicted.drafted_tokens <= budget * found.plain.kept_tokens
     answers = stories.align_batch(TRIED_ON * 4, range(1000, 1000 + 4 * len(TRIED_ON)), decoding=found.decoding)
@@ -77,13 +84,12 @@ def test_what_is_predicted_is_what_happens_on_other_prompts(stories: CardsLLM, b
     assert happened.reward > found.scale.mean
 
 
-def test_another_scale_gives_the_same_answers(stories: CardsLLM) -> None:
+def test_another_scale_gives_the_same_answers(stories: CardsLLM, by_default: Calibration) -> None:
     """The same reward times 100 plus 7."""
     own = stories.reward
     assert isinstance(own, ClassifierReward)
     other = WeightedReward(rewards=[own.model_copy(update={"scale": (-0.07, 0.01)})], weights=[1.0])
-    one = stories.calibrate(LEARNT_ON, progress=False)
-    two = stories.calibrate(LEARNT_ON, reward=other, progress=False)
+    one, two = by_default, stories.calibrate(LEARNT_ON, reward=other, progress=False)
     assert two.scale.mean == pytest.approx(100 * one.scale.mean + 7, rel=1e-3)
     assert two.chosen.target == pytest.approx(100 * one.chosen.target + 7, rel=1e-3)
     assert two.chosen.beta == pytest.approx(100 * one.chosen.beta, rel=1e-3)
@@ -130,8 +136,8 @@ def test_a_beginning_that_says_nothing_is_warned_of(words: CardsLLM) -> None:
     assert any("cannot guide" in warning for warning in constant.warnings)
 
 
-def test_settings_that_were_found_can_be_read(stories: CardsLLM, tmp_path: Path) -> None:
-    found = stories.calibrate(LEARNT_ON, progress=False, remember=False)
+def test_settings_that_were_found_can_be_read(stories: CardsLLM, by_default: Calibration, tmp_path: Path) -> None:
+    found = by_default
     found.to_yaml(tmp_path / "cards.yaml")
     read = CardsLLM.from_settings(tmp_path / "cards.yaml")
     assert (read.model, read.reward, read.decoding, read.max_tokens) == (

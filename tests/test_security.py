@@ -54,7 +54,8 @@ ALLOWED = {
 YAML = {"safe_load", "safe_dump", "MarkedYAMLError"}
 LOADS = {
     ("chat/grammar.py", "json"), ("chat/message.py", "json"), ("chat/tool_formats.py", "json"),
-    ("langchain/structured_output.py", "json"), ("models/local/resolve.py", "json"), ("registry.py", "json"),
+    ("langchain/structured_output.py", "json"), ("models/local/resolve.py", "json"),
+    ("models/local/reward_heads.py", "json"), ("registry.py", "json"), ("rewards/value_head.py", "json"),
     ("server/call.py", "json"), ("study/compare.py", "json"), ("study/prompts.py", "json"), ("study/rows.py", "json"),
 }  # fmt: skip
 
@@ -354,7 +355,7 @@ mark, found = pathlib.Path(os.environ["MARK"]), {}
 found["names"] = "marked" in known_rewards()
 as_reward({"kind": "length", "target": 3})
 CardsSettings(reward="sentiment")
-for wrong in ({"kind": "markd"}, "marked", {"no": "kind"}):
+for wrong in ({"kind": "markd"}, "markd", {"no": "kind"}):
     try:
         as_reward(wrong)
     except ValueError:

@@ -71,9 +71,9 @@ def test_reward_is_on_the_language_models_own_weights(llm: CardsLLM) -> None:
 
 @pytest.mark.skipif(not fast_form(), reason="this CPU has no fast kernels")
 def test_a_seed_gives_the_same_text_alone_and_in_company(llm: CardsLLM) -> None:
-    questions = [f"Write one sentence about {subject}." for subject in ("bread", "the sea", "a dog", "an old house")]
-    together = llm.align_batch(questions, seeds=range(4), max_tokens=8)
-    alone = [llm.align(question, seed=seed, max_tokens=8) for seed, question in enumerate(questions)]
+    questions = [f"Write one sentence about {subject}." for subject in ("bread", "the sea")]
+    together = llm.align_batch(questions, seeds=range(2), max_tokens=6)
+    alone = [llm.align(question, seed=seed, max_tokens=6) for seed, question in enumerate(questions)]
     assert [a.text for a in alone] == [a.text for a in together]
     assert [a.reward for a in alone] == pytest.approx([a.reward for a in together], abs=1e-4)
 

@@ -190,6 +190,7 @@ class TestChatCards(OnRandomWeights):
     pass
 
 
+@pytest.mark.models
 class TestChatCardsSmolLM2(OnSmolLM2):
     pass
 
@@ -224,5 +225,6 @@ class TestCardsLLM(ItIsCardsLLM, OnRandomWeights):
     pass
 
 
+@pytest.mark.models
 class TestCardsLLMSmolLM2(ItIsCardsLLM, OnSmolLM2):
     pass
