@@ -33,6 +33,7 @@ QUESTIONS = (  # each with the fact that an answer should hold
     ("Who wrote the harbour report?", r"Moreno"),
 )
 QUESTION = "Context: {context}\n\nQuestion: {question}\n\nAnswer the question in one sentence."
+SUPPORT = (1.55, 0.87)  # mean and standard deviation over plain answers of SmolLM2, as an engine measures them
 JUDGE = "sentiment-minilm"
 PROMPTS = [
     "Write a short review of a restaurant you visited last night.",
@@ -86,7 +87,7 @@ def _answer_from_documents(llm: CardsLLM, methods: dict[str, Decoding], bar: Pro
 
     bar.print("[bold]SmolLM2-135M answers from documents, guided by how much they support the answer.[/bold]\n")
     task = bar.add_task("loading", total=len(QUESTIONS) * len(methods))
-    reward, held = GroundednessReward(), dict.fromkeys(methods, 0)
+    reward, held = GroundednessReward(scale=SUPPORT), dict.fromkeys(methods, 0)
     for seed, (question, fact) in enumerate(QUESTIONS):
         prompt = QUESTION.format(context=" ".join(DOCUMENTS), question=question)
         table = Table(title=f"[bold]{question}[/bold]", title_justify="left", show_lines=True, width=bar.console.width)
