@@ -63,7 +63,7 @@ def as_reward(value: Any) -> Reward:
         name = str(value)
         if name in NAMED:
             return NAMED[name]
-        if name in known_rewards():
+        if "/" not in name and name in known_rewards():  # plug-ins are looked up, which takes a while
             return _by_kind(name)
         if "/" in name or is_directory(name):
             return REWARDS["classifier"].model_validate({"model": name})

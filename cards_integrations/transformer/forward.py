@@ -233,9 +233,7 @@ class Transformer:
         aside.hidden([ForwardInput(trunk, [0] * 32)])
 
         def step() -> None:
-            [output] = aside.hidden([ForwardInput(trunk.branch(), [0] * tokens)])
-            if isinstance(output, CardsError):
-                raise output
+            checked(aside.hidden([ForwardInput(trunk.branch(), [0] * tokens)]))
 
         return least_seconds(step, self.model.device)
 
@@ -389,6 +387,16 @@ def first_position(model: Any) -> int:
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             return int(module.padding_idx) + 1
     return 0
+
+
+def checked(outputs: Iterable[Output | CardsError]) -> list[Output]:
+    """Return the outputs of a forward, or raise the first error of its inputs."""
+    found = []
+    for output in outputs:
+        if isinstance(output, CardsError):
+            raise output
+        found.append(output)
+    return found
 
 
 def _joined(outputs: Iterable[Output | CardsError]) -> Output | CardsError:

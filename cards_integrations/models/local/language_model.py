@@ -26,7 +26,7 @@ from cards_integrations.models.sampling import Sampler
 from cards_integrations.trace import Usage
 from cards_integrations.transformer.exact import check_exact
 from cards_integrations.transformer.flat_batch import ForwardInput
-from cards_integrations.transformer.forward import PREFILL_CHUNK, Output, Transformer
+from cards_integrations.transformer.forward import PREFILL_CHUNK, Output, Transformer, checked
 from cards_integrations.transformer.kv_cache import Branch, Tree
 from cards_integrations.transformer.kv_memory import CacheNeed, KVMemory, first_to_read
 from cards_integrations.transformer.rope import reads_again
@@ -552,11 +552,9 @@ class LocalLanguageModel:
         """What a forward gives after the last tokens of a text, (outputs, ...)."""
         tree = self.transformer.cache.open(long=long)
         try:
-            [row] = run([ForwardInput(tree.branch(), ids, outputs=outputs)])
+            [row] = checked(run([ForwardInput(tree.branch(), ids, outputs=outputs)]))
         finally:
             self.transformer.cache.close(tree)
-        if isinstance(row, CardsError):
-            raise row
         return row.values
 
     def step_times(self) -> StepTimes:

@@ -14,18 +14,17 @@ from typing import NamedTuple
 
 import torch
 
-from cards_integrations.errors import CardsError, RewardError
+from cards_integrations.errors import RewardError
 from cards_integrations.models.local.drawing import ON_HOST
 from cards_integrations.models.local.language_model import end_of_sequence
 from cards_integrations.models.local.resolve import max_positions
 from cards_integrations.models.randomness import Uniforms
 from cards_integrations.models.sampling import Sampler, draw
 from cards_integrations.rewards.base import CausalModel, Conversation, Response, RewardModel, count_forward
-from cards_integrations.rewards.criterion import mean_by_criterion, weighted_mean
 from cards_integrations.rewards.scorers.rubric import AskedText, Rubric, RubricIds
 from cards_integrations.rewards.scorers.verdict import Verdict
 from cards_integrations.transformer.flat_batch import ForwardInput
-from cards_integrations.transformer.forward import PREFILL_CHUNK, Output, Transformer
+from cards_integrations.transformer.forward import PREFILL_CHUNK, Output, Transformer, checked
 from cards_integrations.transformer.kv_cache import Branch, Tree
 from cards_integrations.transformer.kv_memory import CacheNeed
 from cards_integrations.transformer.prefix_tree import common
@@ -224,10 +223,7 @@ class CritiqueJudge(RewardModel):
         """The outputs of all inputs; others go on between two forwards."""
         found: list[Output] = []
         for batch in self.transformer.batches(inputs):
-            for output in self.transformer.logits(batch):
-                if isinstance(output, CardsError):
-                    raise output
-                found.append(output)
+            found += checked(self.transformer.logits(batch))
             count_forward((each.owner.conversation, len(each.ids)) for each in batch)
             await asyncio.sleep(0)
         return found
@@ -275,8 +271,5 @@ class CritiqueJudge(RewardModel):
         means = [sum(grades[i : i + several]) / several for i in range(0, len(grades), several)]
         found = []
         for i, answer in enumerate(answers):
-            by_criterion = mean_by_criterion(self.rubric.criteria, means[i * questions :][:questions])
-            if self.shows_parts:
-                answer.response.parts |= by_criterion
-            found.append(weighted_mean(self.rubric.criteria, [*by_criterion.values()]))
+            found.append(self.rubric.rate(answer.response, means[i * questions :][:questions], self.shows_parts))
         return found

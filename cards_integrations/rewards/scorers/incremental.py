@@ -21,7 +21,7 @@ from cards_integrations.rewards.scorers.head import Head
 from cards_integrations.rewards.scorers.input_format import InputFormat, without_final_padding
 from cards_integrations.transformer.exact import check_exact
 from cards_integrations.transformer.flat_batch import ForwardInput
-from cards_integrations.transformer.forward import PREFILL_CHUNK, Output, Transformer
+from cards_integrations.transformer.forward import PREFILL_CHUNK, Output, Transformer, checked
 from cards_integrations.transformer.kv_cache import Tree
 from cards_integrations.transformer.kv_memory import CacheNeed, KVMemory, first_to_read
 from cards_integrations.transformer.prefix_tree import common
@@ -320,11 +320,7 @@ class Incremental(RewardModel):
 
     def _counted(self, batch: list[ForwardInput], outputs: list[Output | CardsError]) -> list[Output]:
         """The outputs of a forward, which is counted; the first error of its inputs."""
-        found = []
-        for output in outputs:
-            if isinstance(output, CardsError):
-                raise output
-            found.append(output)
+        found = checked(outputs)
         count_forward((_conversation(each.owner), len(each.ids)) for each in batch)
         return found
 

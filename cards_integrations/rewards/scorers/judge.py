@@ -8,7 +8,6 @@ from weakref import WeakKeyDictionary
 import torch
 
 from cards_integrations.rewards.base import CausalModel, Conversation, Response
-from cards_integrations.rewards.criterion import mean_by_criterion, weighted_mean
 from cards_integrations.rewards.scorers.conversation_row import ConversationRow, FittedText, Reading
 from cards_integrations.rewards.scorers.incremental import Incremental
 from cards_integrations.rewards.scorers.rubric import Rubric, RubricIds
@@ -63,7 +62,10 @@ class IncrementalJudge(Incremental):
         with torch.inference_mode():
             found = self.verdict.read([output.values for output in outputs])
         questions = len(found) // len(batch)
-        return [self._rated(each.owner, found[i * questions :][:questions]) for i, each in enumerate(batch)]
+        return [
+            self.rubric.rate(each.owner, found[i * questions :][:questions], self.shows_parts)
+            for i, each in enumerate(batch)
+        ]
 
     def _read_whole(self, batch: list[ForwardInput]) -> list[Output]:
         """A single question with a single beginning of replies: one forward reads it with the answer."""
@@ -91,10 +93,3 @@ class IncrementalJudge(Incremental):
         finally:
             for each in inputs:
                 each.branch.tree.drop(each.branch)
-
-    def _rated(self, response: Response, scores: Sequence[float]) -> float:
-        """The score of an answer from those of all questions."""
-        by_criterion = mean_by_criterion(self.rubric.criteria, scores)
-        if self.shows_parts:
-            response.parts |= by_criterion
-        return weighted_mean(self.rubric.criteria, [*by_criterion.values()])

@@ -12,7 +12,7 @@ from cards_integrations.chat.message import Message
 from cards_integrations.chat.template import ChatTokenizer, as_text
 from cards_integrations.errors import RewardError, SettingsError
 from cards_integrations.rewards.base import Conversation, Response
-from cards_integrations.rewards.criterion import Criterion
+from cards_integrations.rewards.criterion import Criterion, mean_by_criterion, weighted_mean
 from cards_integrations.rewards.scorers.answer_ids import AnswerIds
 from cards_integrations.rewards.scorers.input_format import InputFormat
 from cards_integrations.transformer.prefix_tree import common
@@ -64,6 +64,13 @@ class Rubric(InputFormat):
         if len({frame.before for frame in frames}) > 1:
             raise RewardError("The judge's chat template tells the criterion before the answer: write a text rubric.")
         return RubricIds(self.chat, frames, replies, self.adds_special_tokens, drafted)
+
+    def rate(self, response: Response, scores: Sequence[float], shows_parts: bool) -> float:
+        """Return the score of an answer from those of all questions; its parts are left in the response on demand."""
+        by_criterion = mean_by_criterion(self.criteria, scores)
+        if shows_parts:
+            response.parts |= by_criterion
+        return weighted_mean(self.criteria, [*by_criterion.values()])
 
     def _around(self, conversation: Conversation, question: str) -> AnswerFrame:
         if self.rubric == "chat":

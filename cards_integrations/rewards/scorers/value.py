@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import torch
 
 from cards_integrations.chat.template import ChatTokenizer
-from cards_integrations.errors import CardsError, ModelError, RewardError
+from cards_integrations.errors import ModelError, RewardError
 from cards_integrations.models.local.resolve import max_positions
 from cards_integrations.rewards.base import CausalModel, Conversation, Response, RewardModel, count_forward
 from cards_integrations.rewards.value_head import PROBE, ValueHead, pooled
 from cards_integrations.transformer.flat_batch import ForwardInput
-from cards_integrations.transformer.forward import PREFILL_CHUNK, Output, Transformer
+from cards_integrations.transformer.forward import PREFILL_CHUNK, Output, Transformer, checked
 from cards_integrations.transformer.kv_cache import Tree
 
 SAME = 0.15  # of the norm of states: 4 bits in place of 32 make 0.05, and an adapter of low rank 0.5
@@ -113,7 +113,7 @@ class Value(RewardModel):
 
     def _forward(self, conversation: Conversation, inputs: Sequence[ForwardInput]) -> list[Output]:
         """One forward, which is counted."""
-        outputs = _checked(self.transformer.hidden(inputs))
+        outputs = checked(self.transformer.hidden(inputs))
         count_forward((conversation, len(item.ids)) for item in inputs)
         return outputs
 
@@ -158,19 +158,9 @@ class Value(RewardModel):
         run = self.transformer.logits_and_states if drafted else self.transformer.hidden
         tree = self.transformer.cache.open()
         try:
-            [output] = _checked(run([ForwardInput(tree.branch(), ids, outputs=len(ids))]))
+            [output] = checked(run([ForwardInput(tree.branch(), ids, outputs=len(ids))]))
         finally:
             self.transformer.cache.close(tree)
         states = output.states if drafted else output.values
         assert states is not None
         return states.float()
-
-
-def _checked(outputs: Sequence[Output | CardsError]) -> list[Output]:
-    """Outputs, or the first error."""
-    found = []
-    for output in outputs:
-        if isinstance(output, CardsError):
-            raise output
-        found.append(output)
-    return found
