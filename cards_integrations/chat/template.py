@@ -264,8 +264,13 @@ class ChatTokenizer:
         return {token: byte for byte, token in enumerate(self._byte_tokens)}
 
     @cached_property
+    def added_tokens(self) -> dict[int, Any]:
+        """The tokens that were added to the vocabulary, as transformers describes them, by id."""
+        return dict(self.tokenizer.added_tokens_decoder)
+
+    @cached_property
     def _special(self) -> dict[int, str]:
-        return {i: str(token) for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        return {i: str(token) for i, token in self.added_tokens.items() if token.special}
 
     @cached_property
     def markers(self) -> dict[int, str]:
@@ -275,7 +280,7 @@ class ChatTokenizer:
 
     def grammar_literal(self, text: str) -> str:
         """The text as a literal of a grammar: a string, or the special token that it is."""
-        added = {str(token): i for i, token in self.tokenizer.added_tokens_decoder.items()}  # not all are special
+        added = {str(token): i for i, token in self.added_tokens.items()}  # not all are special
         if text in self.tool_format.markers and text in added:
             return f"<[{added[text]}]>"
         return json.dumps(text, ensure_ascii=False)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cached_property
 
 from cards_integrations.chat.answer_frame import AnswerFrame
 from cards_integrations.chat.template import ChatTokenizer
 from cards_integrations.rewards.base import Response
+from cards_integrations.rewards.scorers.turn_encoder import TurnEncoder
 from cards_integrations.transformer.prefix_tree import common
 
 
 class AnswerIds:
-    """Encodes a conversation with its answer, which grows: what comes before the turn of the answer only once.
+    """Encodes a conversation with its answer, which grows.
 
     The whole rendered text is what counts, for tokens may merge where a template ends and an answer begins.
 
@@ -29,9 +29,8 @@ class AnswerIds:
     ) -> None:
         self.chat = chat
         self.frame = frame
-        self._encode: Callable[[str], list[int]] = chat.encode_beginning if plain else chat.encode
-        self.before_ids = self._encode(frame.before)
-        self._head, self._turn = self._last_turn()
+        self._encode = TurnEncoder(chat, frame.before, plain)
+        self.before_ids = self._encode.before_ids
         self._appended = chat.appended if plain and ended else []
         self._after_ids = [*chat.encode(frame.after), *self._appended]
         self._special = frozenset(chat.tokenizer.all_special_ids)
@@ -48,10 +47,10 @@ class AnswerIds:
             if as_written and self.frame.shown(response.text) == response.text:
                 return self._ended([*self.before_ids, *drafted])
         text = self.frame.upto(response.text)
-        ids = self._encode_whole(text)
+        ids = self._encode(text)
         if self._after_stands_alone:
             return self._ended(ids)
-        whole = [*self._encode_whole(text + self.frame.after), *self._appended]
+        whole = [*self._encode(text + self.frame.after), *self._appended]
         return self._something(whole, len(whole) - common(whole, ids))
 
     def _ended(self, ids: list[int]) -> tuple[list[int], int]:
@@ -61,35 +60,15 @@ class AnswerIds:
         """Something must be read."""
         return (ids, after) if ids else ([self.chat.tokenizer.pad_token_id], 1)
 
-    def _encode_whole(self, text: str) -> list[int]:
-        """The ids of a text; what is known of its beginning is not encoded again."""
-        if self._turn and text.startswith(self.frame.before):
-            return [*self._head, *self.chat.encode(self._turn + text[len(self.frame.before) :])]
-        return self._encode(text)
-
-    def _last_turn(self) -> tuple[list[int], str]:
-        """The ids before the last added token of what stands before the answer, and the text from there on.
-
-        No token reaches across an added one. Without one there is no such text.
-        """
-        added = self.chat.tokenizer.added_tokens_decoder
-        at = next((i for i in reversed(range(len(self.before_ids))) if self.before_ids[i] in added), None)
-        if at is None:
-            return [], ""
-        start = self.frame.before.rfind(str(added[self.before_ids[at]]))
-        turn = self.frame.before[start:] if start >= 0 else ""
-        alike = bool(turn) and self.chat.encode(turn) == self.before_ids[at:]
-        return (self.before_ids[:at], turn) if alike else ([], "")
-
     @cached_property
     def _after_stands_alone(self) -> bool:
         """True if what follows the answer begins with a token that merges with nothing, or is nothing."""
         after = self.frame.after
-        tokens = self.chat.tokenizer.added_tokens_decoder.values()
+        tokens = self.chat.added_tokens.values()
         return not after or any(after.startswith(str(each)) and not each.lstrip for each in tokens)
 
     @property
     def _goes_on_from_before(self) -> bool:
         """True if an answer's tokens can follow those before it: none of them merges with the first of the answer."""
         before, known = self.frame.before, self.before_ids
-        return not before[-1:].isspace() or self._encode_whole(before + "a")[: len(known)] == known
+        return not before[-1:].isspace() or self._encode(before + "a")[: len(known)] == known

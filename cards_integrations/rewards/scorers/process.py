@@ -101,13 +101,15 @@ class Process(Incremental):
         return keys, min(first, len(keys) - 1)
 
     def _known_before(self, response: Response, text: FittedText) -> int:
-        _, first = self._unknown(response, text.reading.cut)
-        tag = self._tagged[response].tags[first] - text.reading.cut
-        return min(super()._known_before(response, text), max(0, tag))
+        return min(super()._known_before(response, text), self._first_tag(response, text))
 
     def _outputs(self, response: Response, text: FittedText) -> int:
+        return len(text.ids) - self._first_tag(response, text)
+
+    def _first_tag(self, response: Response, text: FittedText) -> int:
+        """Where the first tag is whose score is not known."""
         _, first = self._unknown(response, text.reading.cut)
-        return len(text.ids) - max(0, self._tagged[response].tags[first] - text.reading.cut)
+        return max(0, self._tagged[response].tags[first] - text.reading.cut)
 
     def _score_batch(self, batch: list[ForwardInput]) -> list[float]:
         with torch.inference_mode():
@@ -140,8 +142,7 @@ class TokenHead(Process):
 
     @property
     def _one_by_one(self) -> bool:
-        added = self.input_format.chat.tokenizer.added_tokens_decoder.values()
-        return self.steps.tag not in map(str, added)
+        return self.steps.tag not in map(str, self.input_format.chat.added_tokens.values())
 
     def _good(self, values: torch.Tensor) -> list[float]:
         return self.head(self.to_logits(values.float()))

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from cards_integrations.chat.answer_frame import AnswerFrame
 from cards_integrations.chat.template import ChatTokenizer
+from cards_integrations.rewards.scorers.turn_encoder import TurnEncoder
 from cards_integrations.rewards.steps import Steps
 from cards_integrations.transformer.prefix_tree import common
 
@@ -39,9 +40,9 @@ class StepIds:
     ) -> None:
         self.frame = frame
         self.steps = steps
-        self._encode = chat.encode
-        self._encode_beginning = chat.encode_beginning if plain else chat.encode
-        self.before_ids = self._encode_beginning(frame.before)
+        self.chat = chat
+        self._encode = TurnEncoder(chat, frame.before, plain)
+        self.before_ids = self._encode.before_ids
         self._tag_ids = chat.encode(steps.tag)
         self._each = one_by_one
 
@@ -49,16 +50,17 @@ class StepIds:
         """Encode the conversation with these steps."""
         if self._each:
             return self._one_by_one(steps)
-        ids = self._encode_beginning(self.frame.upto(self.steps.tagged(steps)))
+        text = self.frame.upto(self.steps.tagged(steps))
+        ids = self._encode(text)
         tags = [place for place, token in enumerate(ids) if token == self._tag_ids[-1]][-len(steps) :]
         if not (len(tags) == len(steps) and tags[-1] == len(ids) - 1 and tags[0] >= common(ids, self.before_ids)):
             return self._one_by_one(steps)
-        without = self._encode_beginning(self.frame.upto(self.steps.tagged(steps)).removesuffix(self.steps.tag))
+        without = self._encode(text.removesuffix(self.steps.tag))
         return TaggedIds(ids, tags, len(ids) - common(ids, without))
 
     def _one_by_one(self, steps: Sequence[str]) -> TaggedIds:
-        ids, tags, between = [*self.before_ids], list[int](), self._encode(self.steps.after_tag)
+        ids, tags, between = [*self.before_ids], list[int](), self.chat.encode(self.steps.after_tag)
         for step in steps:
-            ids += [*(between if tags else ()), *self._encode(step), *self._tag_ids]
+            ids += [*(between if tags else ()), *self.chat.encode(step), *self._tag_ids]
             tags.append(len(ids) - 1)
         return TaggedIds(ids, tags, len(self._tag_ids))
