@@ -25,7 +25,7 @@ from cards_integrations.models.randomness import Uniforms
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import ClassifierReward
 from cards_integrations.rewards.base import Conversation
-from cards_integrations.rewards.classifier import ADAPTERS
+from cards_integrations.rewards.head_reward import ADAPTERS
 from cards_integrations.rewards.scorers.input_format import InputFormat
 from cards_integrations.trace import Usage
 from cards_integrations.uncertainty import uncertainty

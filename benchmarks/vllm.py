@@ -32,7 +32,7 @@ from cards_integrations.models.local.embedded import embedded_model
 from cards_integrations.models.local.loader import ModelLoader
 from cards_integrations.models.local.settings import Placement
 from cards_integrations.rewards import NAMED, ClassifierReward, RemoteReward, Reward
-from cards_integrations.rewards.classifier import ADAPTERS
+from cards_integrations.rewards.head_reward import ADAPTERS
 
 RESULTS = Path(__file__).parent / "results"
 WORDS = [f"w{i}" for i in range(6, 48)]

@@ -12,7 +12,7 @@ import pytest
 from cards_integrations import CardsLLM
 from cards_integrations.cli.demo import JUDGE
 from cards_integrations.rewards import NAMED
-from cards_integrations.rewards.classifier import ADAPTERS
+from cards_integrations.rewards.head_reward import ADAPTERS
 from cards_integrations.transformer.quantization import fast_form, is_quantized
 
 pytestmark = [

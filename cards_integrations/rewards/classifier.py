@@ -6,15 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, FiniteFloat, field_validator, model_validator
+from pydantic import BeforeValidator, FiniteFloat, field_validator, model_validator
 
 from cards_integrations.chat.template import ChatTokenizer, same_vocabulary
 from cards_integrations.models.local.checks import embedding_rows
-from cards_integrations.models.local.settings import Bits, DType, LocalModel
-from cards_integrations.rewards.base import Loader, Reward, RewardModel
+from cards_integrations.rewards.base import Loader, RewardModel
+from cards_integrations.rewards.head_reward import HeadReward
 from cards_integrations.rewards.registry import register_reward
-
-ADAPTERS = Path(__file__).parent / "adapters"
 
 
 def _by_text(weights: Any) -> Any:
@@ -23,25 +21,11 @@ def _by_text(weights: Any) -> Any:
 
 
 @register_reward
-class ClassifierReward(Reward):
+class ClassifierReward(HeadReward):
     """A sequence classifier: a decoder scores incrementally, an encoder by batched rescoring."""
 
     kind: Literal["classifier"] = "classifier"
     """Names this class in settings files."""
-    model: Annotated[str, Field(min_length=1)]
-    """An embedded name ("smollm2"), a hub id or a local directory."""
-    revision: str | None = None
-    """Branch, tag or commit on the hub."""
-    adapter: str | None = None
-    """A peft adapter on top of the model: one that comes with this package, by name, a directory or a hub id."""
-    trust_remote_code: bool = False
-    """Whether code that comes with the model may run."""
-    device: str | None = None
-    """A torch device; None is the engine's."""
-    dtype: DType | None = None
-    """Number format of the weights; None is the engine's."""
-    quantization: Bits | None = None
-    """Bits of the weights, as for `LocalModel`; an adapter shares the language model's if they have the same."""
     label: int | str | None = None
     """Index or name of the label that is the score, for a model with several labels."""
     weights: Annotated[dict[str, FiniteFloat] | None, BeforeValidator(_by_text)] = None
@@ -79,7 +63,7 @@ class ClassifierReward(Reward):
         from cards_integrations.rewards.scorers.rescoring import RescoringClassifier, reads_pairs
 
         models = loader.models
-        model, tokenizer = models.on_device(self.device, self.dtype).classifier(self._spec())
+        model, tokenizer = models.on_device(self.device, self.dtype).classifier(self.local_model)
         chat = ChatTokenizer(tokenizer, rows=embedding_rows(model))
         otherwise = "pair" if reads_pairs(model, tokenizer) else "{prompt}{response}"
         input_format = InputFormat(chat, self.prompt_format, self.end_of_turn, otherwise)
@@ -88,15 +72,3 @@ class ClassifierReward(Reward):
             return RescoringClassifier(self.name, model, input_format, head)
         same = models.language_model is not None and same_vocabulary(tokenizer, models.language_model[2])
         return IncrementalClassifier(self.name, model, input_format, head, same, models.memory)
-
-    def _spec(self) -> LocalModel:
-        adapter = self.adapter
-        if adapter is not None and (ADAPTERS / adapter).is_dir():
-            adapter = str(ADAPTERS / adapter)
-        return LocalModel(
-            model=self.model,
-            revision=self.revision,
-            adapter=adapter,
-            trust_remote_code=self.trust_remote_code,
-            quantization=self.quantization,
-        )

@@ -8,16 +8,17 @@ from pydantic import Field, model_validator
 
 from cards_integrations.chat.template import ChatTokenizer
 from cards_integrations.models.local.checks import embedding_rows
-from cards_integrations.models.local.settings import Bits, DType, LocalModel
-from cards_integrations.rewards.base import Loader, Reward, RewardModel
+from cards_integrations.rewards.base import Loader, RewardModel
+from cards_integrations.rewards.head_reward import HeadReward
 from cards_integrations.rewards.registry import register_reward
 from cards_integrations.rewards.steps import Aggregate, Steps
 
 
 @register_reward
-class ProcessReward(Reward):
+class ProcessReward(HeadReward):
     """The probability that the steps of an answer are good, each read at a tag behind it; in [0, 1].
 
+    The model is a token classifier, or a causal model if there are `words`.
     Qwen2.5-Math-PRM and its kin: the defaults. Models of TRL's `PRMTrainer`: `step_tag="\\n"`. Math-Shepherd:
     `step_tag=" ки"`, `after_tag="\\n"`, `words=("+", "-")`, `separator="\\n"`, `prompt_format="{prompt} {response}"`.
     Segments that are steps: `Cards(boundary=Punctuation(marks=["\\n\\n"], max_length=256))`.
@@ -25,20 +26,6 @@ class ProcessReward(Reward):
 
     kind: Literal["process"] = "process"
     """Names this class in settings files."""
-    model: Annotated[str, Field(min_length=1)]
-    """A token classifier, or a causal model if there are `words`: a hub id or a local directory."""
-    revision: str | None = None
-    """Branch, tag or commit on the hub."""
-    adapter: str | None = None
-    """A peft adapter on top of the model: a directory or a hub id."""
-    trust_remote_code: bool = False
-    """Whether code that comes with the model may run."""
-    device: str | None = None
-    """A torch device for a token classifier; None is the engine's."""
-    dtype: DType | None = None
-    """Number format of its weights; None is the engine's."""
-    quantization: Bits | None = None
-    """Bits of the weights, as for `LocalModel`."""
     separator: Annotated[str, Field(min_length=1)] | None = "\n\n"
     """What ends a step in an answer's text, and is left out of it. None: each kept segment is a step."""
     step_tag: Annotated[str, Field(min_length=1)] = "<extra_0>"
@@ -78,7 +65,7 @@ class ProcessReward(Reward):
         from cards_integrations.transformer.exact import check_exact
 
         models = loader.models
-        model, tokenizer = models.on_device(self.device, self.dtype).classifier(self._spec, of_steps=True)
+        model, tokenizer = models.on_device(self.device, self.dtype).classifier(self.local_model, of_steps=True)
         check_exact(model)
         form = InputFormat(ChatTokenizer(tokenizer, rows=embedding_rows(model)), self.prompt_format)
         label = max(model.config.id2label) if self.label is None else self.label
@@ -90,14 +77,7 @@ class ProcessReward(Reward):
         from cards_integrations.rewards.scorers.process import CausalWords
         from cards_integrations.rewards.scorers.verdict import Margin
 
-        causal = loader.causal(self._spec, self.name)
+        causal = loader.causal(self.local_model, self.name)
         form = InputFormat(causal.chat, self.prompt_format)
         tokens = Margin.of(words, causal.chat).words
         return CausalWords(tokens, self.name, causal.model, form, steps, self.aggregate, causal.memory)
-
-    @property
-    def _spec(self) -> LocalModel:
-        return LocalModel(
-            model=self.model, revision=self.revision, adapter=self.adapter,
-            trust_remote_code=self.trust_remote_code, quantization=self.quantization,
-        )  # fmt: skip
