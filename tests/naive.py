@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import internals
+import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
@@ -18,6 +20,18 @@ from cards_integrations.errors import RewardError
 from cards_integrations.trace import Alignment, DraftTrace
 
 KINDS = ("causal", "classifier")
+WORDS = tiny.words()
+
+
+def ids(text: str, tokenizer: Any = WORDS) -> list[int]:
+    """The tokens of a text."""
+    return list(tokenizer(text)["input_ids"])
+
+
+@cache
+def causal(family: str = "llama", seed: int = 0, **sizes: int) -> Any:
+    """A tiny model, made once."""
+    return tiny.causal(family, seed, **sizes)
 
 
 @torch.inference_mode()

@@ -13,7 +13,7 @@ import tiny
 import torch
 from conftest import Start
 from internals import is_idle, wait_until
-from naive import Freed, drafts, said
+from naive import Freed, causal, drafts, ids, said
 from reference import Reference
 
 from cards_integrations.decoding import BestOfN, Cards, Decoding, FixedLength, SpeculativeRejection
@@ -32,15 +32,6 @@ SELF = CritiqueJudgeReward(
     grades=GRADES, max_critique_tokens=4,
 )  # fmt: skip
 SAMPLED = SELF.model_copy(update={"temperature": 1.5, "critiques": 2, "seed": 4})
-
-
-def ids(text: str, tokenizer: Any = WORDS) -> list[int]:
-    return list(tokenizer(text)["input_ids"])
-
-
-@cache
-def causal(family: str = "llama", seed: int = 0, **sizes: int) -> Any:
-    return tiny.causal(family, seed, **sizes)
 
 
 @cache

@@ -13,7 +13,7 @@ import tiny
 import torch
 from conftest import Start
 from internals import is_idle, wait_until
-from naive import drafts, margin, said
+from naive import causal, drafts, ids, margin, said
 from tokenizers import Tokenizer
 from tokenizers.decoders import Metaspace as MetaspaceDecoder
 from tokenizers.models import WordLevel
@@ -41,15 +41,6 @@ WEIGHTS = (2 / 3, 1 / 3)
 GRADES = {"w6": 1.0, "w6 w7": 8.0, "w8": 3.0}  # the second begins with the first
 SELF = GradedJudgeReward(rubric=RUBRIC, criteria=CRITERIA, grades=GRADES)
 Naive = Callable[[str, list[int] | None], list[float]]
-
-
-def ids(text: str, tokenizer: Any = WORDS) -> list[int]:
-    return list(tokenizer(text)["input_ids"])
-
-
-@cache
-def causal(family: str = "llama", seed: int = 0, **sizes: int) -> Any:
-    return tiny.causal(family, seed, **sizes)
 
 
 @cache

@@ -16,7 +16,7 @@ from langchain_core.messages import HumanMessage, SystemMessage
 from llama_index.core.llms import ChatMessage
 from llama_index.core.prompts import chat_prompts, default_prompts
 from llama_index.core.schema import NodeWithScore, TextNode
-from naive import Freed, drafts, log_p, said
+from naive import Freed, drafts, ids, log_p, said
 
 from cards_integrations import CardsLLM
 from cards_integrations.chat.template import FormattedPrompt
@@ -34,10 +34,6 @@ GUIDED = Cards(target_reward=1.0, beta=0.3, boundary=Uncertainty(threshold=2.95,
 BY_LIKELIHOOD = GroundednessReward()
 WORDS = tiny.words()
 STOP = ("5 w1", "w45")
-
-
-def ids(text: str) -> list[int]:
-    return list(WORDS(text)["input_ids"])
 
 
 def request(seed: int, prompt: Any = PROMPT, context: tuple[str, ...] = (), **options: Any) -> Request:

@@ -11,7 +11,7 @@ import pytest
 import tiny
 from conftest import Start
 from internals import assert_idle
-from naive import log_p
+from naive import ids, log_p
 
 from cards_integrations.decoding import Cards, FixedLength
 from cards_integrations.engine import Engine, EngineSettings, Request, scales
@@ -65,10 +65,6 @@ def again(prompt: str, texts: list[str]) -> list[float]:
 def known(prompt: str, texts: list[str]) -> list[float]:
     """Whether a word is there."""
     return [float("w7" in text.split()) for text in texts]
-
-
-def ids(text: str) -> list[int]:
-    return list(WORDS(text)["input_ids"])
 
 
 def ask(reward: Reward, seed: int = 0, decoding: Any = None, tokens: int = 24, **options: Any) -> Request:

@@ -10,7 +10,7 @@ import pytest
 import tiny
 from conftest import Start
 from internals import assert_idle, language_model, reward_models
-from naive import Freed, drafts, margin, parameters, said
+from naive import Freed, drafts, ids, margin, parameters, said
 
 from cards_integrations.decoding import Cards, Uncertainty
 from cards_integrations.engine import Request
@@ -27,10 +27,6 @@ WORDS, PIECES = tiny.words(), tiny.byte_pairs()
 SELF = JudgeReward(rubric=RUBRIC, words=("w6", "w7"))
 BEFORE, AFTER = f"w30 {PROMPT} w31 ", " w32 w33 ."
 CHAT_BEFORE, CHAT_AFTER = f"<user> {BEFORE}", f"{AFTER} </user>\n<assistant> "
-
-
-def ids(text: str, tokenizer: Any = WORDS) -> list[int]:
-    return list(tokenizer(text)["input_ids"])
 
 
 def requests(judge: JudgeReward, count: int = 8, **options: Any) -> list[Request]:

@@ -12,7 +12,7 @@ import tiny
 import torch
 from conftest import Start
 from internals import assert_idle, language_model, worker
-from naive import Freed, drafts, log_p, lora, parameters, said
+from naive import Freed, drafts, ids, log_p, lora, parameters, said
 from transformers import AutoTokenizer
 
 from cards_integrations.decoding import Cards, FixedLength, Uncertainty
@@ -42,10 +42,6 @@ def other_words(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A model whose tokens are pieces of words, and merge across candidates."""
     model = tiny.causal("mistral", 6, vocab_size=280, max_position_embeddings=1024)
     return tiny.save(tmp_path_factory.mktemp("pieces"), model, tiny.byte_pairs())
-
-
-def ids(text: str) -> list[int]:
-    return list(WORDS(text)["input_ids"])
 
 
 def request(reward: ImplicitReward, seed: int, prompt: str = PROMPT, **options: Any) -> Request:

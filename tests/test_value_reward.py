@@ -14,7 +14,7 @@ import tiny
 import torch
 from conftest import Start
 from internals import assert_idle
-from naive import Freed, drafts, said
+from naive import Freed, drafts, ids, said
 from safetensors.torch import save_file
 
 from cards_integrations import CardsLLM
@@ -57,10 +57,6 @@ WORDS = tiny.words()
 RISES = Uncertainty(threshold=2.95, min_length=2, max_length=6)
 GUIDED = Cards(target_reward=1.0, beta=0.7, boundary=RISES, max_rejections=4)
 STOP = ("5 w1", "w45")
-
-
-def ids(text: str) -> list[int]:
-    return list(WORDS(text)["input_ids"])
 
 
 class Plain:
