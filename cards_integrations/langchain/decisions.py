@@ -40,7 +40,8 @@ from cards_integrations.chat.template import as_text
 from cards_integrations.engine.engine import Engine
 from cards_integrations.errors import SettingsError
 from cards_integrations.langchain.convert import PROVIDER, as_prompt
-from cards_integrations.rewards import AnyReward, Loader, Response, Reward, RewardModel
+from cards_integrations.rewards import AnyReward, Loader, Response, RewardModel
+from cards_integrations.rewards.base import ObjectReward
 from cards_integrations.rewards.question import HELPFUL, AnyQuestion
 from cards_integrations.rewards.scorers.state import as_state
 from cards_integrations.settings import Options, OptionsFromEnvironment
@@ -160,7 +161,7 @@ class RewardDecisionModel(SettingsModel, BaseDecisionModel):  # type: ignore[mis
         )
 
 
-class DecisionReward(Reward):
+class DecisionReward(ObjectReward):
     """A decision model of LangChain as a reward: what it answers to `question` about an answer.
 
     It holds an object and so goes into no settings file; a decision model behind vLLM does, as
@@ -186,14 +187,6 @@ class DecisionReward(Reward):
     @property
     def name(self) -> str:
         return f"decision {self.model.model}"
-
-    @property
-    def is_reproducible(self) -> bool:
-        return False
-
-    @property
-    def stays_loaded(self) -> bool:
-        return False  # there may be one for each request
 
     def build(self, loader: Loader) -> RewardModel:
         return Decided(self)

@@ -326,6 +326,18 @@ class Reward(SettingsModel):
         return CallableModel(self.name, self.score)
 
 
+class ObjectReward(Reward):
+    """Settings that hold an object of this process, which another one cannot have; there may be one for each request."""
+
+    @property
+    def is_reproducible(self) -> bool:
+        return False
+
+    @property
+    def stays_loaded(self) -> bool:
+        return False
+
+
 def _hash(value: Any) -> int:
     """Return 0 for what has no hash: a plug-in's fields may be lists."""
     try:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BeforeValidator, ImportString, PlainSerializer, TypeAdapter, ValidationError
 
 from cards_integrations.errors import SettingsError
-from cards_integrations.rewards.base import CallableModel, Loader, Reward, RewardModel
+from cards_integrations.rewards.base import CallableModel, Loader, ObjectReward, RewardModel
 from cards_integrations.rewards.registry import register_reward
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def _import_string(function: Any) -> str:
 
 
 @register_reward
-class FunctionReward(Reward):
+class FunctionReward(ObjectReward):
     """A Python function of the prompt and several answers.
 
     `function(prompt, responses) -> list[float]` gets the user's text, or the whole conversation with
@@ -68,14 +68,6 @@ class FunctionReward(Reward):
     @property
     def name(self) -> str:
         return f"function {getattr(self.function, '__name__', repr(self.function))}"
-
-    @property
-    def is_reproducible(self) -> bool:
-        return False
-
-    @property
-    def stays_loaded(self) -> bool:
-        return False  # there may be one for each request
 
     def build(self, loader: Loader) -> RewardModel:
         return CallableModel(self.name, self.function)
