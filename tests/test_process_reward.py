@@ -187,6 +187,7 @@ def test_models_of_steps_and_models_of_answers(tmp_path: Path, start: Start) -> 
         ({"prompt_format": "{prompt}"}, "must be 'chat' or contain"),
         ({"words": ("+", "+")}, "two different ones"),
         ({"words": ("+", "-"), "label": 1}, "leave label= out"),
+        ({"words": ("+", "-"), "device": "cpu"}, "leave device= and dtype= out"),
         ({"aggregate": "most"}, "aggregate"),
     ],
 )

@@ -48,6 +48,8 @@ class ProcessReward(HeadReward):
             raise ValueError("prompt_format must be 'chat' or contain {response}")
         if self.words is not None and (self.label is not None or self.words[0] == self.words[1]):
             raise ValueError("words must be two different ones, and leave label= out")
+        if self.words is not None and (self.device, self.dtype) != (None, None):
+            raise ValueError("a causal model with words runs where the engine does: leave device= and dtype= out")
         return self
 
     @property
