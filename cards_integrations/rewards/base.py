@@ -327,7 +327,7 @@ class Reward(SettingsModel):
 
 
 class ObjectReward(Reward):
-    """Settings that hold an object of this process, which another one cannot have; there may be one for each request."""
+    """Settings that hold an object of this process, which no other one has; there may be one for each request."""
 
     @property
     def is_reproducible(self) -> bool:
