@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Sequence
 from itertools import takewhile
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator
 
 from cards_integrations.decoding.base import Decoding, Draft, Session
 from cards_integrations.decoding.registry import register_method
@@ -16,16 +16,19 @@ from cards_integrations.decoding.segmentation import FixedLength
 from cards_integrations.trace import SearchPlan, SearchRound
 
 FLAT = 0.05  # of the largest gain so far: less than that is no gain
-TOKENS = re.compile(r"tokens:(\d+(?:\.\d+)?)")
+TOKENS = "tokens:"
+MOST = 1000
 
 
-def _as_budget(value: Any) -> Any:
-    if isinstance(value, str) and not TOKENS.fullmatch(value):
-        try:
-            return float(value)
-        except ValueError:
-            raise ValueError(f"budget={value!r}: pass a number such as 1.4, or 'tokens:5'") from None
-    return value
+def _as_budget(value: Any) -> float | str:
+    counted = isinstance(value, str) and value.startswith(TOKENS)
+    try:
+        times = float(value.removeprefix(TOKENS) if counted else value)
+    except (TypeError, ValueError):
+        times = math.nan
+    if not 1 <= times <= MOST:
+        raise ValueError(f"{value!r} is neither a number from 1 to {MOST}, such as 1.4, nor of the form 'tokens:5'")
+    return f"{TOKENS}{times:g}" if counted else times
 
 
 @register_method
@@ -49,7 +52,7 @@ class Cascade(Decoding):
 
     method: Literal["cascade"] = "cascade"
     """Names this method in settings files."""
-    budget: Annotated[Annotated[float, Field(ge=1, le=1000)] | str, BeforeValidator(_as_budget)] = 1.4
+    budget: Annotated[float | str, BeforeValidator(_as_budget)] = 1.4
     """What an answer costs over a plain one: 1.4 is of the time, on this device under the load of the moment;
     "tokens:5" is of the drafted tokens, with which a seed gives the same text on every device."""
     plan: SearchPlan | None = None
@@ -69,7 +72,7 @@ class Cascade(Decoding):
 
     async def _planned(self, session: Session) -> SearchPlan:
         if isinstance(self.budget, str):
-            return plan_search(float(self.budget.removeprefix("tokens:")), CountedTokens(), session.max_tokens)
+            return plan_search(float(self.budget.removeprefix(TOKENS)), CountedTokens(), session.max_tokens)
         return plan_search(self.budget, await session.step_costs(), session.max_tokens)
 
 
