@@ -26,6 +26,7 @@ from cards_integrations.decoding import (
     Args,
     BestOfN,
     Cards,
+    Cascade,
     Decoding,
     FixedLength,
     OptimalStopping,
@@ -63,6 +64,7 @@ DECODINGS: list[Decoding] = [
     Args(k=2),
     SpeculativeRejection(n=3),
     TreeBoN(n=4, children=2, boundary=SHORT),
+    Cascade(budget="tokens:3"),
     Particles(n=3, beta=0.5, boundary=SHORT),
     Rain(width=2, searches=2, boundary=SHORT),
 ]
