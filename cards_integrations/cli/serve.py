@@ -137,6 +137,7 @@ def run(options: Any, settings: ServerSettings, log_level: str = "info", access_
     import uvicorn
 
     from cards_integrations.server.app import create_app
+    from cards_integrations.server.memory import give_back_unused
 
     app = create_app(options, settings)
     if not settings.api_keys and settings.host not in LOOPBACK:
@@ -144,6 +145,7 @@ def run(options: Any, settings: ServerSettings, log_level: str = "info", access_
     typer.echo(f"loading {app.state.service.model} ...", err=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the first process of a container has no default
     app.state.service.load()
+    give_back_unused()
     uvicorn.run(
         app,
         host=settings.host,
