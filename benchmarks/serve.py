@@ -98,7 +98,7 @@ def latency(url: str, llm: CardsLLM, requests: int) -> dict[str, Any]:
     """Both in turns."""
     found: dict[str, list[list[float]]] = {"direct": [], "server": []}
     same = 0
-    with httpx.Client(base_url=url, timeout=600) as client:
+    with httpx.Client(base_url=url, timeout=3600) as client:
         for seed in range(-2, requests):  # the first ones warm up
             prompt = PROMPTS[seed % len(PROMPTS)]
             pair = {"direct": direct(llm, prompt, abs(seed)), "server": through(client, prompt, abs(seed))}
@@ -165,12 +165,12 @@ async def load(url: str, process: psutil.Process, clients: int, seconds: float) 
 
     async def ask(number: int) -> None:
         rng = random.Random(number)
-        async with httpx.AsyncClient(base_url=url, timeout=600) as client:
+        async with httpx.AsyncClient(base_url=url, timeout=3600) as client:
             while time.monotonic() < end:
                 outcomes[await one(client, rng)] += 1
 
     async def watch() -> None:
-        async with httpx.AsyncClient(base_url=url, timeout=600) as client:
+        async with httpx.AsyncClient(base_url=url, timeout=3600) as client:
             while time.monotonic() < end:
                 texts.append((await numbers(client))["cards_prefix_bytes"] / 2**20)
                 memory.append(process.memory_info().rss / 2**20)
