@@ -12,7 +12,7 @@ import tiny
 from conftest import Start
 from internals import assert_idle
 
-from cards_integrations.decoding import Cascade, as_decoding
+from cards_integrations.decoding import AdaSearch, Cascade, as_decoding
 from cards_integrations.decoding.search_plan import CountedTokens, plan_search
 from cards_integrations.engine import Chunk, Request
 from cards_integrations.errors import SettingsError
@@ -218,3 +218,14 @@ def test_greedy_text_is_that_of_the_model(models: Callable[..., str], start: Sta
     plain, wide = engine.run_many(asked)
     assert plain.text == wide.text
     assert_idle(engine)
+
+
+def test_schedules_of_blocks() -> None:
+    def widths(**settings: Any) -> list[tuple[int, int, int]]:
+        rounds = AdaSearch(**settings).plan_for(96).rounds
+        return [(each.tokens, each.width, each.survivors) for each in rounds]
+
+    assert widths() == [(32, 27, 1), (32, 14, 1), (32, 7, 1)]
+    assert widths(schedule="growth", beams=3) == [(32, 7, 3), (32, 14, 3), (32, 27, 1)]
+    assert widths(schedule="uniform", n=5, blocks=4, beams=9) == [(24, 5, 5)] * 3 + [(24, 5, 1)]
+    assert AdaSearch(blocks=8).plan_for(3).rounds[-1].tokens == 1
