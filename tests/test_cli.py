@@ -8,7 +8,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from importlib.metadata import EntryPoint
+from importlib.metadata import EntryPoint, version
 from pathlib import Path
 from typing import Any
 
@@ -253,10 +253,42 @@ def test_methods_that_cannot_be_read():
 )
 def test_errors_are_one_line_and_the_exit_code_says_so(tmp_path, monkeypatch, failed, words, told):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
     Path("bad.yaml").write_text("max_tokens: x")
     said = failed("generate", *words).err
     assert said.startswith(f"SettingsError: {told}")
     assert said.count("\n") == 1
+
+
+def test_the_version_is_that_of_the_package():
+    assert run("--version").stdout == f"{version('cards-integrations')}\n"
+
+
+def test_a_pipe_is_the_prompt(config):
+    expected = run("generate", "Hello", "--config", config).stdout
+    assert run("generate", "--config", config, input="Hello\n").stdout == expected
+
+
+def test_options_of_sampling_reach_the_answer(config):
+    plain = run("generate", "Hello", "--config", config).stdout.strip()
+    greedy = {run("generate", "Hello", "--config", config, "--top-k", "1", "--seed", str(s)).stdout for s in range(2)}
+    assert len(greedy) == 1
+    middle = plain[len(plain) // 2 :][:3]
+    stopped = run("generate", "Hello", "--config", config, "--stop", middle).stdout.strip()
+    assert stopped == plain[: plain.index(middle)].strip()
+    nucleus = run("generate", "Hello", "--config", config, "--top-p", "1e-9").stdout
+    assert nucleus in greedy
+
+
+def test_a_system_message_comes_before_each_prompt(config, tmp_path):
+    with CardsLLM.from_settings(config) as llm:
+        said = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+        expected = llm.align(said).text
+        assert expected != llm.align("Hello").text
+    assert run("generate", "Hello", "--system", "Be brief.", "--config", config).stdout == expected + "\n"
+    (prompts := tmp_path / "in.txt").write_text("Hello\n")
+    rows = run("generate", "--prompts", str(prompts), "--system", "Be brief.", "--config", config).stdout
+    assert json.loads(rows)["text"] == expected
 
 
 def test_a_bad_variable_is_one_line(monkeypatch, failed):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -10,7 +11,7 @@ from rich.console import Console
 from cards_integrations.cli import calibrate, chat, compare, demo, generate, judge, lists, mcp, serve, train_value
 from cards_integrations.errors import CardsError
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 app.command()(generate.generate)
 app.command()(chat.chat)
 app.command()(compare.compare)
@@ -24,8 +25,20 @@ app.command()(mcp.mcp)
 app.command()(demo.demo)
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(version("cards-integrations"))
+        raise typer.Exit
+
+
 @app.callback()
-def cards() -> None:
+def cards(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
     """Aligned text from a local model: Cascade Reward Sampling."""
 
 

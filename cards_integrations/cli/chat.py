@@ -15,8 +15,12 @@ from cards_integrations.cli.options import (
     RewardOption,
     SeedOption,
     SetOption,
+    StopOption,
+    SystemOption,
     TemperatureOption,
     ThinkingOption,
+    TopKOption,
+    TopPOption,
     llm_from,
 )
 
@@ -38,7 +42,10 @@ def chat(
     seed: SeedOption = None,
     thinking: ThinkingOption = None,
     assigned: SetOption = None,
-    system: Annotated[str | None, typer.Option(help="The system message.")] = None,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
+    stop: StopOption = None,
+    system: SystemOption = None,
     rejected: Annotated[bool, typer.Option(help="Show rejected candidates, dimmed.")] = False,
 ) -> None:
     """Chat with the model. Kept segments appear as they are decided; an empty line or Ctrl-D ends the chat."""
@@ -48,7 +55,7 @@ def chat(
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     with llm_from(
         config, allow_imports, assigned, model=model, reward=reward, decoding=decoding, max_tokens=max_tokens,
-        temperature=temperature, seed=seed, thinking=thinking,
+        temperature=temperature, seed=seed, thinking=thinking, top_k=top_k, top_p=top_p, stop=stop,
     ) as llm:  # fmt: skip
         while question := _read_line(console):
             messages.append({"role": "user", "content": question})

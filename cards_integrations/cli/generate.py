@@ -21,8 +21,12 @@ from cards_integrations.cli.options import (
     RewardOption,
     SeedOption,
     SetOption,
+    StopOption,
+    SystemOption,
     TemperatureOption,
     ThinkingOption,
+    TopKOption,
+    TopPOption,
     file_to_write,
     llm_from,
 )
@@ -36,7 +40,9 @@ if TYPE_CHECKING:
 
 
 def generate(
-    prompt: Annotated[str | None, typer.Argument(help="The prompt; - reads it from standard input.")] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(help="The prompt; - reads it from standard input, and so does a pipe without it.")
+    ] = None,
     config: ConfigOption = None,
     allow_imports: AllowImportsOption = False,
     model: ModelOption = None,
@@ -46,6 +52,10 @@ def generate(
     temperature: TemperatureOption = None,
     seed: SeedOption = None,
     thinking: ThinkingOption = None,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
+    stop: StopOption = None,
+    system: SystemOption = None,
     assigned: SetOption = None,
     prompts: Annotated[
         Path | None, typer.Option(help="Answer the prompts of a file instead: lines of text, or JSON lines.")
@@ -56,6 +66,8 @@ def generate(
     as_json: JsonOption = False,
 ) -> None:
     """Answer a prompt, or every prompt of a file; an interrupted run continues where it stopped."""
+    if prompt == "-" or (prompt is None and prompts is None and not sys.stdin.isatty()):
+        prompt = sys.stdin.read().removesuffix("\n") or None
     if (prompt is None) == (prompts is None):
         raise SettingsError("cards generate: give a prompt or --prompts FILE, but only one of the two.")
     if prompts is None and out is not None:
@@ -66,23 +78,30 @@ def generate(
 
     with llm_from(
         config, allow_imports, assigned, model=model, reward=reward, decoding=decoding, max_tokens=max_tokens,
-        temperature=temperature, seed=seed, thinking=thinking,
+        temperature=temperature, seed=seed, thinking=thinking, top_k=top_k, top_p=top_p, stop=stop,
     ) as llm:  # fmt: skip
         if prompts is not None:
-            if failed := answer_file(llm, prompts, out, concurrency):
+            if failed := answer_file(llm, prompts, out, concurrency, system):
                 raise CardsError(f"{failed} prompts could not be answered; run the same command to try them again.")
             return
-        prompt = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
         if trace is not None and llm.n > 1:
             raise SettingsError(f"--trace draws a single answer: omit n={llm.n}.")
         seeds = None if llm.seed is None else answer_seeds(llm.seed, llm.n)
-        for answer in llm.align_batch([prompt] * llm.n, seeds, n=1):
+        for answer in llm.align_batch([_after_system(prompt, system)] * llm.n, seeds, n=1):
             print(json.dumps(as_row(answer), ensure_ascii=False) if as_json else answer.text, flush=True)
         if trace is not None:
             answer.to_html(trace)
 
 
-def answer_file(llm: CardsLLM, prompts: Path, out: Path | None, concurrency: int) -> int:
+def _after_system(prompt: Any, system: str | None) -> Any:
+    """The prompt, as a conversation with a system message if there is one."""
+    if not system:
+        return prompt
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return [{"role": "system", "content": system}, *asked]
+
+
+def answer_file(llm: CardsLLM, prompts: Path, out: Path | None, concurrency: int, system: str | None = None) -> int:
     """Answer every prompt of a file; a prompt that fails is reported and left out.
 
     Args:
@@ -91,6 +110,7 @@ def answer_file(llm: CardsLLM, prompts: Path, out: Path | None, concurrency: int
         out: A file to which every answer is added as a line of JSON once it is finished; prompts that it
             already answers are skipped. None prints the answers.
         concurrency: Prompts that are answered at the same time.
+        system: The system message before each.
 
     Returns:
         The number of prompts that failed.
@@ -121,7 +141,7 @@ def answer_file(llm: CardsLLM, prompts: Path, out: Path | None, concurrency: int
         nonlocal failed
         for line in missing:
             try:
-                alignment = await llm.aalign(texts[line], context=contexts[line])
+                alignment = await llm.aalign(_after_system(texts[line], system), context=contexts[line])
             except CardsError as error:
                 failed += 1
                 console.print(f"line {line}: {type(error).__name__}: {error}", markup=False, soft_wrap=True)

@@ -28,8 +28,14 @@ SeedOption = Annotated[int | None, typer.Option(help="Seed of the answer; by def
 ThinkingOption = Annotated[
     str | None, typer.Option("--thinking", help="off, free or aligned; by default as the model's chat template does.")
 ]
+TopKOption = Annotated[int | None, typer.Option(help="Draw among so many most probable tokens.")]
+TopPOption = Annotated[float | None, typer.Option(help="Draw among the most probable tokens up to this probability.")]
+StopOption = Annotated[
+    list[str] | None, typer.Option("--stop", help="A text at which the answer ends; repeat it for each.")
+]
+SystemOption = Annotated[str | None, typer.Option(help="The system message.")]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", help="Any other option, such as top_p=0.9; repeat it for each.")
+    list[str] | None, typer.Option("--set", help="Any other option, such as min_p=0.05; repeat it for each.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
