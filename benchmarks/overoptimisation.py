@@ -8,7 +8,9 @@ Two things, on SmolLM2 with its sentiment reward or on the tiny pair, each witho
     curve     a reward that does not guide over the target of the one that does, on prompts to tune on: its peak,
               and the target that a calibration would choose
     default   plain answers, and CARDS at its default target, on other prompts: both rewards, repeated 3-grams,
-              distinct 2-grams and log p per token; the guard's paired difference with 95% intervals
+              distinct 2-grams and log p per token
+
+and the guard's paired differences with 95% bootstrap intervals over prompts: at the default target, and over all targets.
 
 Writes results/overoptimisation-<which>-<part>.jsonl (every answer; an interrupted run goes on), and the numbers of both
 models to results/overoptimisation.json.
@@ -38,6 +40,7 @@ from cards_integrations.study.metrics import distinct, mean, points
 RESULTS = Path(__file__).parent / "results"
 JUDGE = NAMED["sentiment-minilm"]
 PLAIN = "plain"
+NUMBERS = ("judged", "reward", "repeated_3grams", "log_p_per_token")
 
 
 @dataclass(frozen=True)
@@ -76,22 +79,24 @@ def tiny(options: argparse.Namespace) -> Setup:
     return Setup("tiny", llm, guide, BOUNDARY, targets, prompts[1::2], prompts[::2], options.at_once)
 
 
-def curves(setup: Setup) -> dict[str, HeldOutCurve]:
-    """The held-out reward over the target, by what guides."""
+def curves(setup: Setup) -> tuple[dict[str, HeldOutCurve], dict[str, Any]]:
+    """The held-out reward over the target, by what guides; what the guard changes, over all targets."""
     guides = {"unguarded": setup.guide, "guarded": GuardedReward(reward=setup.guide)}
     arms: dict[str, dict[str, Any]] = {PLAIN: {"decoding": Sampling()}}
     for name, reward in guides.items():
         for target in setup.targets:
             decoding = Cards(target_reward=target, boundary=setup.boundary)
             arms[f"{name}, target {target:g}"] = {"decoding": decoding, "reward": reward}
-    found = setup.run("curve", arms, setup.tune).arms
-    plain = level(found[PLAIN])
-    return {
+    answers = setup.run("curve", arms, setup.tune)
+    found, plain = answers.arms, level(answers.arms[PLAIN])
+    by_guide = {
         name: HeldOutCurve(
             JUDGE, (plain, *(level(found[f"{name}, target {target:g}"], plain, target) for target in setup.targets))
         )
         for name in guides
     }
+    pooled = Comparison(tuple({**row, "arm": row["arm"].split(",")[0]} for row in answers.rows))
+    return by_guide, differences(pooled, [("guarded", "unguarded")])
 
 
 def level(arm: Arm, plain: Level | None = None, target: float | None = None) -> Level:
@@ -133,6 +138,17 @@ def at_default(setup: Setup) -> Comparison:
     )
 
 
+def differences(found: Comparison, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """Paired differences between arms: name of the pair -> name of the number -> mean with its interval."""
+    return {f"{a} - {b}": {name: found.difference(a, b, name) for name in NUMBERS} for a, b in pairs}
+
+
+def show_differences(console: Console, found: Mapping[str, Mapping[str, Any]]) -> None:
+    for pair, by_name in found.items():
+        for name, difference in by_name.items():
+            console.print(f"{pair}, {name}: {difference}")
+
+
 def show_curve(console: Console, title: str, found: HeldOutCurve) -> None:
     names = ("target", "reward", "held_out", "win_rate", "repeated_3grams", "distinct_2", "log_p_per_token",
              "looked_at_tokens", "out_of_reach")  # fmt: skip
@@ -160,17 +176,18 @@ def main() -> None:
     results = json.loads(path.read_text()) if path.exists() else {}
     own = results.setdefault(setup.name, {})
     if "curve" in options.parts:
-        for name, found in curves(setup).items():
+        by_guide, changes = curves(setup)
+        own["curve"] = {"prompts": len(setup.tune), "differences over all targets": changes}
+        for name, found in by_guide.items():
             show_curve(console, f"{setup.name}, {name}, {len(setup.tune)} prompts", found)
-            own.setdefault("curve", {})[name] = {"conclusion": found.conclusion, "levels": found.rows()}
+            own["curve"][name] = {"conclusion": found.conclusion, "levels": found.rows()}
+        show_differences(console, changes)
     if "default" in options.parts:
-        found = at_default(setup)
-        console.print(found.table())
-        names = ("judged", "reward", "repeated_3grams", "log_p_per_token")
-        differences = {name: found.difference("CARDS, guarded", "CARDS", name) for name in names}
-        for name, difference in differences.items():
-            console.print(f"guarded - not guarded, {name}: {difference}")
-        own["default"] = {"prompts": len(setup.report), "arms": found.summary(), "guarded - not": differences}
+        answers = at_default(setup)
+        console.print(answers.table())
+        changes = differences(answers, [("CARDS, guarded", "CARDS"), ("CARDS, guarded", PLAIN), ("CARDS", PLAIN)])
+        show_differences(console, changes)
+        own["default"] = {"prompts": len(setup.report), "arms": answers.summary(), "differences": changes}
     path.write_text(json.dumps(results, indent=1) + "\n")
     setup.llm.close()
 
