@@ -10,7 +10,7 @@ Two things, on SmolLM2 with its sentiment reward or on the tiny pair, each witho
     default   plain answers, and CARDS at its default target, on other prompts: both rewards, repeated 3-grams,
               distinct 2-grams and log p per token
 
-and the guard's paired differences with 95% bootstrap intervals over prompts: at the default target, and over all targets.
+and the guard's paired differences with 95% bootstrap intervals over prompts, at the default and over all targets.
 
 Writes results/overoptimisation-<which>-<part>.jsonl (every answer; an interrupted run goes on), and the numbers of both
 models to results/overoptimisation.json.
