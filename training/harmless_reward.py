@@ -45,7 +45,7 @@ from cards_integrations.study.prompts import dialogue
 
 OF_BENCHMARKS, SHORT = 200, 600
 """As many of the first prompts, of those with fewer characters than that, are left to the benchmarks."""
-FOLDS, WINDOW = 5, 192
+FOLDS, WINDOW = 5, 128
 PENALTIES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 SHARES = (0.25, 0.5, 0.75, 1.0)
 
