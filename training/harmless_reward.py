@@ -205,9 +205,7 @@ class CrossEncoder(Encoder):
         """The scores of both answers, (pairs, 2)."""
         rows = [tokens(self.tokenizer, pair, answer) for pair in pairs for answer in pair.answers]
         batch = {name: pad([row[name] for row in rows], 0) for name in rows[0]}
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            logits = self.model(**batch).logits
-        return logits.float().reshape(len(pairs), 2)
+        return self.model(**batch).logits.reshape(len(pairs), 2)
 
     def margin_loss(self, pairs: Sequence[Pair], rng: random.Random) -> torch.Tensor:
         cut = [pair if rng.random() < 0.5 else pair.cut(rng.random()) for pair in pairs]
@@ -216,8 +214,8 @@ class CrossEncoder(Encoder):
 
     def margins(self, pairs: Sequence[Pair]) -> np.ndarray:
         with torch.inference_mode():
-            scores = [self.both(pairs[at : at + 32]) for at in range(0, len(pairs), 32)]
-        return (lambda both: (both[:, 0] - both[:, 1]).numpy())(torch.cat(scores))
+            scores = torch.cat([self.both(pairs[at : at + 32]) for at in range(0, len(pairs), 32)])
+        return (scores[:, 0] - scores[:, 1]).numpy()
 
 
 def tuned(pairs: Sequence[Pair], options: argparse.Namespace) -> dict[str, Any]:
