@@ -153,6 +153,22 @@ class Guidance:
 
 
 @dataclass(frozen=True)
+class SearchRound:
+    """A round of a search: `width` drafts of `tokens` tokens each, of which `survivors` go on."""
+
+    tokens: int
+    width: int
+    survivors: int
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """The rounds of a search, chosen when it begins. With the same seed the same plan gives the same text."""
+
+    rounds: tuple[SearchRound, ...]
+
+
+@dataclass(frozen=True)
 class TokenLogprob:
     """A token, and log p of it under the language model itself: full vocabulary, temperature 1."""
 
@@ -197,6 +213,8 @@ class Alignment:
     """The name of the request in the log."""
     guidance: Guidance | None = None
     """The target and the beta that the method went by, and where they came from; None for a method without them."""
+    plan: SearchPlan | None = None
+    """The rounds that the method planned, for `Cascade(plan=...)`; None for a method without a plan."""
     thinking: Thinking | None = None
     """The thoughts before the answer; None if there were none."""
     logprobs: tuple[TokenLogprob, ...] = ()

@@ -20,6 +20,7 @@ from reference import Ids
 from cards_integrations.decoding import (
     Args,
     Boundary,
+    Cascade,
     Decoding,
     FixedLength,
     Particles,
@@ -227,6 +228,37 @@ def particles(request: Naive, method: Particles) -> Draft:
             now, last, weights = [found[i] for i in ancestors], [last[i] for i in ancestors], np.ones(n)
 
 
+def cascade(request: Naive, method: Cascade) -> Draft:
+    assert method.plan is not None
+    alive: list[Draft] = []
+    going: list[Draft | None] = [None]
+    gains: list[float] = []
+    for stage in method.plan.rounds:
+        done = [draft for draft in alive if draft.finished]
+        flat = gains and gains[-1] <= 0.05 * max(gains)
+        room = (max(2, stage.width // 2) if flat else stage.width) - len(done)
+        going = going[: max(1, room)]
+        children = [parent for k, parent in enumerate(going) for _ in range(shares(max(1, room), len(going))[k])]
+        drafts = request.grow(children, FixedLength(length=stage.tokens))
+        if len(drafts) > 1:
+            rewards = [draft.reward for draft in drafts]
+            gains.append(max(rewards) - sum(rewards) / len(rewards))
+        alive = sorted([*done, *drafts], key=lambda draft: draft.reward, reverse=True)[: stage.survivors]
+        going = [draft for draft in alive if not draft.finished]
+        if not going:
+            break
+    answer = best(alive)
+    while not answer.finished:
+        [answer] = request.grow([answer], FixedLength(length=request.max_tokens))
+    return kept(answer, "best")
+
+
+def shares(children: int, parents: int) -> list[int]:
+    """How many children each parent has: they differ by one at most, and those that have more are spread evenly."""
+    upto = [-(-k * children // parents) for k in range(parents + 1)]
+    return [after - before for before, after in pairwise(upto)]
+
+
 @dataclass(eq=False, repr=False)
 class Visited:
     """What RAIN knows of a draft."""
@@ -292,6 +324,7 @@ METHODS: dict[type[Decoding], Callable[[Naive, Any], Draft]] = {
     SpeculativeRejection: speculative_rejection,
     TreeBoN: tree_bon,
     Particles: particles,
+    Cascade: cascade,
     Rain: rain,
 }
 

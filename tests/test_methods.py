@@ -38,6 +38,7 @@ from cards_integrations.chat.grammar import Grammar
 from cards_integrations.decoding import (
     METHODS,
     Args,
+    Cascade,
     Decoding,
     FixedLength,
     Particles,
@@ -67,7 +68,7 @@ from cards_integrations.models.randomness import Uniforms
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import ClassifierReward, FunctionReward, Reward, WeightedReward
 from cards_integrations.settings import CardsSettings
-from cards_integrations.trace import Alignment
+from cards_integrations.trace import Alignment, SearchPlan, SearchRound
 
 EAGER = {"attn_implementation": "eager"}  # what transformers 5.17 takes for Gemma 2 has no soft cap
 PROMPT = "w9 w20 w31 w5"
@@ -81,6 +82,11 @@ SENTENCE = Punctuation(min_length=1, max_length=6)
 
 
 # --- the same as a naive transcription ---
+
+
+def plan(*rounds: tuple[int, int, int]) -> SearchPlan:
+    """Of the tokens, the width and the survivors of each round."""
+    return SearchPlan(tuple(SearchRound(*each) for each in rounds))
 
 
 def methods(target: float) -> list[Decoding]:
@@ -103,6 +109,9 @@ def methods(target: float) -> list[Decoding]:
         Particles(n=5, beta=0.8, threshold=1.0, boundary=FixedLength(length=3)),
         Particles(n=3, beta=0.4, threshold=1.0, keep="best", boundary=SENTENCE),
         Particles(n=4, beta=1.0, threshold=0.0, boundary=FixedLength(length=4)),
+        Cascade(plan=plan((4, 5, 2), (3, 6, 3), (3, 7, 2), (4, 8, 1))),
+        Cascade(plan=plan((2, 3, 3), (3, 2, 2), (2, 1, 1), (2, 6, 4))),
+        Cascade(plan=plan((6, 1, 1), (2, 4, 1), (1, 3, 2))),
         Rain(width=3, searches=4, boundary=FixedLength(length=3)),
         Rain(width=4, searches=6, explore=2.0, share=0.6, boundary=UNCERTAIN),
         Rain(width=2, searches=9, explore=4.0, value_threshold=target, boundary=SENTENCE),
@@ -679,7 +688,7 @@ def endless(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return model, tiny.save(folder / "judge", tiny.classifier(**size), words)
 
 
-SEVEN: list[Decoding] = [
+EIGHT: list[Decoding] = [
     RejectionSampling(target_reward=90.0, acceptance="hard", max_rejections=3),
     SegmentBestOfN(n=3, boundary=UNCERTAIN),
     Args(k=4),
@@ -687,13 +696,14 @@ SEVEN: list[Decoding] = [
     TreeBoN(n=6, children=2, boundary=FixedLength(length=4)),
     Particles(n=5, beta=0.5, threshold=1.0, boundary=UNCERTAIN),
     Rain(width=3, searches=4, boundary=FixedLength(length=3)),
+    Cascade(plan=plan((4, 5, 2), (3, 6, 3), (3, 7, 2), (4, 8, 1))),
 ]
-named = pytest.mark.parametrize("method", SEVEN, ids=lambda method: method.method)
+named = pytest.mark.parametrize("method", EIGHT, ids=lambda method: method.method)
 
 
 def test_no_method_was_forgotten() -> None:
-    assert {type(method) for method in SEVEN} == naive_methods.METHODS.keys()
-    assert {*METHODS} == {"cards", "sampling", "best_of_n", *(method.method for method in SEVEN)}
+    assert {type(method) for method in EIGHT} == naive_methods.METHODS.keys()
+    assert {*METHODS} == {"cards", "sampling", "best_of_n", *(method.method for method in EIGHT)}
     assert all(cls.model_fields["method"].default == name for name, cls in METHODS.items())
 
 
@@ -761,12 +771,12 @@ async def test_nothing_is_held_after_the_engine_is_closed(endless: tuple[str, st
     model, judge = endless
     engine = start(model)
     reward = weighted(judge, zero)
-    tasks = [asyncio.create_task(engine.arun(Request(PROMPT, m, reward, SAMPLER, 3000, seed=1))) for m in SEVEN]
+    tasks = [asyncio.create_task(engine.arun(Request(PROMPT, m, reward, SAMPLER, 3000, seed=1))) for m in EIGHT]
     engine.loaded()
     await until(lambda: engine.inspect().steps > 10)
     held = caches(engine)
     await asyncio.to_thread(engine.close)
-    assert [type(e) for e in await asyncio.gather(*tasks, return_exceptions=True)] == [EngineClosed] * len(SEVEN)
+    assert [type(e) for e in await asyncio.gather(*tasks, return_exceptions=True)] == [EngineClosed] * len(EIGHT)
     assert len(held) == 2
     assert not any(cache.blocks for cache in held)  # their memory is given back
 
@@ -1099,13 +1109,14 @@ NOT_DEFAULT: list[Decoding] = [
     TreeBoN(n=1, children=1, boundary=UNCERTAIN),
     Particles(n=1, beta=3.0, threshold=0.0, keep="best", boundary=FixedLength(length=1)),
     Rain(width=1, searches=1, explore=0.0, share=1.0, value_threshold=-1.0, boundary=SENTENCE),
+    Cascade(budget="tokens:2.5"),
 ]
 
 
 KINDS: dict[str, type[Any]] = METHODS
 
 
-@pytest.mark.parametrize("method", [*SEVEN, *NOT_DEFAULT, *(KINDS[each.method]() for each in SEVEN)])
+@pytest.mark.parametrize("method", [*EIGHT, *NOT_DEFAULT, *(KINDS[each.method]() for each in EIGHT)])
 def test_settings_go_round(method: Any) -> None:
     assert as_decoding(method) is method
     assert as_decoding(method.model_dump()) == method
@@ -1145,7 +1156,7 @@ def test_nonsense_is_refused(method: str, wrong: dict[str, Any]) -> None:
 
 
 def test_what_a_method_asks_for() -> None:
-    assert all(method.needs_reward for method in SEVEN)
+    assert all(method.needs_reward for method in EIGHT)
     scaled = {method for method in METHODS if KINDS[method]().needs_scale}
     assert scaled == {"cards", "rejection", "particles"}
     assert RejectionSampling(target_reward=1.0).needs_scale  # its beta

@@ -26,7 +26,7 @@ from cards_integrations.decoding import BestOfN, FixedLength
 from cards_integrations.engine import Request, idle
 from cards_integrations.engine.draft_pool import MIN_REACH, PendingDraft, SegmentDrafts
 from cards_integrations.engine.scheduler import BestPerSecond
-from cards_integrations.engine.session import AcceptanceRate, Session
+from cards_integrations.engine.session import FREE, AcceptanceRate, Session
 from cards_integrations.models.base import Context
 from cards_integrations.models.local.language_model import LocalLanguageModel
 from cards_integrations.models.local.loader import ModelLoader
@@ -297,6 +297,9 @@ class Host:
         self.language_model = LocalLanguageModel(
             tiny.causal(eos_token_id=None), ChatTokenizer(tiny.words(eos_token=None)), "tiny"
         )
+
+    step_times = FREE
+    requests = 1
 
     def wake(self) -> None: ...
 

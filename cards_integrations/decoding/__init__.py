@@ -7,6 +7,7 @@ from cards_integrations.decoding.args import Args
 from cards_integrations.decoding.base import Decoding, Draft, Session
 from cards_integrations.decoding.best_of_n import BestOfN
 from cards_integrations.decoding.cards import Cards
+from cards_integrations.decoding.cascade import Cascade
 from cards_integrations.decoding.particles import Particles
 from cards_integrations.decoding.rain import Rain
 from cards_integrations.decoding.registry import METHODS, AnyDecoding, as_decoding, known_methods, register_method
@@ -27,6 +28,7 @@ __all__ = [
     "BestOfN",
     "Boundary",
     "Cards",
+    "Cascade",
     "Decoding",
     "Draft",
     "FixedLength",

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from cards_integrations.models.base import Boundary
 from cards_integrations.settings_model import SettingsModel
-from cards_integrations.trace import Guidance, ScaleOrigin, Verdict
+from cards_integrations.trace import Guidance, ScaleOrigin, SearchPlan, Verdict
 
 
 class Scale(BaseModel):
@@ -57,6 +57,16 @@ class Draft:
     verdict: Verdict = "unscored"
 
 
+class StepCosts(Protocol):
+    """What the steps of a request cost, beside the others that run: in seconds, or in any other unit."""
+
+    def draft(self, width: int) -> float:
+        """What a step costs in which each request drafts a token of so many candidates."""
+
+    def score(self, tokens: int) -> float:
+        """What a call of the reward model costs in which each request has so many new tokens."""
+
+
 class Session(Protocol):
     """One request as its decoding method sees it: no tensors, no threads, no framework.
 
@@ -65,9 +75,11 @@ class Session(Protocol):
 
     Attributes:
         max_tokens: The most tokens of the answer.
+        plan: What the method goes by, for the trace; set by the method.
     """
 
     max_tokens: int
+    plan: SearchPlan | None
 
     @property
     def finished(self) -> bool:
@@ -79,6 +91,13 @@ class Session(Protocol):
 
     async def prompt_reward(self) -> float:
         """Return r(x), the reward of the prompt with an empty answer."""
+
+    async def step_costs(self) -> StepCosts:
+        """Return what steps cost now; requests that begin together count each other.
+
+        Raises:
+            SettingsError: The steps were not timed.
+        """
 
     def drafts(
         self, until: Boundary, limit: int, scored: bool = True, passes: Callable[[Draft], bool] | None = None

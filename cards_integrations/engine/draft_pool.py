@@ -19,6 +19,7 @@ from cards_integrations.errors import as_cards_error
 from cards_integrations.models.base import Boundary, Candidate, Context, LanguageModel
 from cards_integrations.models.randomness import Uniforms
 from cards_integrations.rewards.base import Conversation, Response
+from cards_integrations.transformer.step_times import StepTimes
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +34,14 @@ class SessionHost(Protocol):
     @property
     def language_model(self) -> LanguageModel:
         """Where candidates are drafted."""
+
+    @property
+    def step_times(self) -> StepTimes:
+        """Seconds of a step by its number of candidates."""
+
+    @property
+    def requests(self) -> int:
+        """How many run now."""
 
     def vacancies(self, context: Context, boundary: Boundary) -> int:
         """For how many more candidates of a request there is memory."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from uuid import uuid4
 
 from cards_integrations.chat.message import PARTIAL_CHARACTER
@@ -24,6 +25,7 @@ from cards_integrations.trace import (
     FinishReason,
     Guidance,
     InvalidToolCall,
+    SearchPlan,
     Segment,
     Thinking,
     TokenLogprob,
@@ -33,6 +35,27 @@ from cards_integrations.transformer.step_times import StepTimes
 
 log = logging.getLogger("cards_integrations")
 FREE = StepTimes({1: 0.0, 2: 0.0})  # a reward that costs this device nothing
+
+
+@dataclass(frozen=True)
+class SharedStepCosts:
+    """Implements `decoding.base.StepCosts` by step times, for requests of the same kind that run side by side.
+
+    Attributes:
+        drafting: Seconds of a step by its number of candidates.
+        scoring: Seconds of a call of the reward model by its number of tokens.
+        requests: How many run.
+    """
+
+    drafting: StepTimes
+    scoring: StepTimes
+    requests: int
+
+    def draft(self, width: int) -> float:
+        return self.drafting.at(width * self.requests)
+
+    def score(self, tokens: int) -> float:
+        return self.scoring.at(tokens * self.requests)
 
 
 class AcceptanceRate:
@@ -77,6 +100,7 @@ class Session:
         self.conversation = conversation
         self.reward_scale = scale
         self.max_tokens = context.max_tokens
+        self.plan: SearchPlan | None = None
         self.finish: FinishReason | None = None
         self.segments: list[Segment] = []
         self.acceptance_rate = AcceptanceRate()
@@ -112,6 +136,10 @@ class Session:
             self._prompt_reward = await self._score_queue().submit(response)
             self._score_queue().reward_model.keep(response)
         return self._prompt_reward
+
+    async def step_costs(self) -> SharedStepCosts:
+        await asyncio.sleep(0)  # those that begin together are all live then
+        return SharedStepCosts(self.host.step_times, self.seconds_to_score, self.host.requests)
 
     def drafts(
         self, until: Boundary, limit: int, scored: bool = True, passes: Callable[[Draft], bool] | None = None
@@ -245,6 +273,7 @@ class Session:
             model=self.host.language_model.name,
             method=method,
             guidance=guidance,
+            plan=self.plan,
             thinking=thinking,
             request_id=self.request_id,
             content=parsed.content,

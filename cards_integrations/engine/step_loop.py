@@ -10,7 +10,7 @@ from cards_integrations.engine.preemption import Preemption
 from cards_integrations.engine.scheduler import BestPerSecond, FixedWidth, Scheduler
 from cards_integrations.engine.scoring import Scoring
 from cards_integrations.engine.session import Session
-from cards_integrations.errors import CardsError, ModelError
+from cards_integrations.errors import CardsError, ModelError, SettingsError
 from cards_integrations.models.base import Boundary, Context, LanguageModel, StepwiseModel
 from cards_integrations.transformer.kv_memory import KVMemory
 from cards_integrations.transformer.step_times import StepTimes
@@ -58,6 +58,21 @@ class StepLoop:
         """Note that somebody holds less memory, or was promised less."""
         self.preemption.freed.set()
         self.wake()
+
+    @property
+    def step_times(self) -> StepTimes:
+        """Seconds of a step by its number of candidates."""
+        if not isinstance(self.scheduler, BestPerSecond):
+            raise SettingsError(
+                "A budget of time goes by the times of steps, which are measured with EngineSettings(width='auto') "
+                "only: use that, or a budget of tokens such as Cascade(budget='tokens:5'), or Cascade(plan=...)."
+            )
+        return self.scheduler.times
+
+    @property
+    def requests(self) -> int:
+        """How many run now."""
+        return len(self.live)
 
     def vacancies(self, context: Context, boundary: Boundary) -> int:
         """For how many more candidates of a request there is memory."""

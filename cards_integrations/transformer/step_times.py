@@ -72,6 +72,11 @@ class StepTimes:
         seconds: NDArray[np.float64] = np.interp(n, self.tokens, self.seconds) + beyond
         return seconds
 
+    def at(self, tokens: int) -> float:
+        """Return the seconds of a forward with so many tokens."""
+        beyond = max(0, tokens - int(self.tokens[-1])) * self.per_token
+        return float(np.interp(tokens, self.tokens, self.seconds)) + beyond
+
     @property
     def fixed(self) -> float:
         """Seconds that a forward takes at least."""
