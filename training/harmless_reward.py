@@ -45,7 +45,7 @@ from cards_integrations.study.prompts import dialogue
 
 OF_BENCHMARKS, SHORT = 200, 600
 """As many of the first prompts, of those with fewer characters than that, are left to the benchmarks."""
-FOLDS, WINDOW = 5, 128
+FOLDS, WINDOW, COMPONENTS = 5, 96, 256
 PENALTIES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 SHARES = (0.25, 0.5, 0.75, 1.0)
 
@@ -106,9 +106,9 @@ def folds(pairs: Sequence[Pair]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 def bradley_terry(differences: np.ndarray, penalty: float) -> np.ndarray:
     """Weights of a linear score: -log sigmoid(w d) on average, plus penalty |w|^2 / 2."""
-    data = torch.from_numpy(differences).float()
-    weights = torch.zeros(data.shape[1], requires_grad=True)
-    optimizer = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
+    data = torch.from_numpy(differences).double()
+    weights = torch.zeros(data.shape[1], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], max_iter=100, tolerance_grad=1e-5, line_search_fn="strong_wolfe")
 
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
@@ -187,13 +187,19 @@ def tokens(tokenizer: Any, pair: Pair, answer: str, with_prompt: bool = True) ->
 
 
 def frozen(pairs: Sequence[Pair], options: argparse.Namespace) -> dict[str, Any]:
-    parts = {name: embeddings(pairs, name == "prompt and answer") for name in ("answer alone", "prompt and answer")}
-    parts["both"] = np.concatenate([*parts.values()], -1)
-    found = {}
-    for name, features in parts.items():
-        differences = features[:, 0] - features[:, 1]
-        found[name] = held_out(differences / differences.std(0), pairs)
-    return found
+    found, known = {}, []
+    for name in ("answer alone", "prompt and answer"):
+        features = embeddings(pairs, name == "prompt and answer")
+        known.append(features[:, 0] - features[:, 1])
+        found[name] = held_out(components(known[-1]), pairs)
+        print(name, found[name], flush=True)
+    return {**found, "both": held_out(components(np.concatenate(known, 1)), pairs)}
+
+
+def components(differences: np.ndarray) -> np.ndarray:
+    """The principal components of the pairs' differences, whichever answer comes first; the first has variance 1."""
+    left, sizes, _ = np.linalg.svd(differences.astype(np.float64), full_matrices=False)
+    return left[:, :COMPONENTS] * sizes[:COMPONENTS] / sizes[0] * len(differences) ** 0.5
 
 
 class CrossEncoder(Encoder):
