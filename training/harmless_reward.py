@@ -5,16 +5,13 @@ the same dialogue, of which people preferred one.
 
     python training/harmless_reward.py baselines harmless-base/test.jsonl.gz
     python training/harmless_reward.py frozen    harmless-base/test.jsonl.gz
-    python training/harmless_reward.py tuned     harmless-base/test.jsonl.gz
 
     baselines  the shorter answer; counts of words in a Bradley-Terry model
     frozen     a linear head on what MiniLM makes of prompt and answer, and of the answer alone
-    tuned      MiniLM as a cross-encoder of prompt and answer, with LoRA on every linear map
 
 Dialogues that begin with the same words are all trained on, or all held out, and those of the benchmarks' prompts are
-neither. Baselines and frozen heads are judged by five-fold cross-validation, the tuned model on every fourth dialogue.
-Half of the pairs that it learns from are cut, both answers at the same share of their words, so that it can tell
-beginnings, too. `--out` keeps the tuned model.
+neither. All is judged by five-fold cross-validation. Nothing is kept: the heads are worth no more than counts of words
+(docs/rewards.md).
 """
 
 from __future__ import annotations
@@ -23,8 +20,6 @@ import argparse
 import gzip
 import hashlib
 import json
-import random
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from sentiment_reward import Encoder, pad
+from sentiment_reward import pad
 from transformers import AutoModel, AutoTokenizer
 
 from cards_integrations.chat.message import Message
@@ -47,7 +42,6 @@ OF_BENCHMARKS, SHORT = 200, 600
 """As many of the first prompts, of those with fewer characters than that, are left to the benchmarks."""
 FOLDS, WINDOW, COMPONENTS = 5, 96, 256
 PENALTIES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-SHARES = (0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True)
@@ -66,12 +60,6 @@ class Pair:
     def number(self) -> int:
         """The same for all dialogues that begin with the same words, and as good as random."""
         return int(hashlib.sha256(self.first.encode()).hexdigest()[:8], 16)
-
-    def cut(self, share: float) -> Pair:
-        """The same with a share of the words of each answer, one at least."""
-        split = [answer.split() for answer in self.answers]
-        one, other = (" ".join(each[: max(1, round(share * len(each)))]) for each in split)
-        return Pair(self.prompt, (one, other))
 
 
 def read(file: Path) -> list[Pair]:
@@ -154,7 +142,7 @@ def lengths(pairs: Sequence[Pair]) -> np.ndarray:
     return np.array([len(pair.answers[1]) - len(pair.answers[0]) for pair in pairs])
 
 
-def baselines(pairs: Sequence[Pair], options: argparse.Namespace) -> dict[str, Any]:
+def baselines(pairs: Sequence[Pair]) -> dict[str, Any]:
     return {
         "the shorter answer": accuracy(points(lengths(pairs)), pairs),
         "counts of words": held_out(word_counts(pairs), pairs),
@@ -186,7 +174,7 @@ def tokens(tokenizer: Any, pair: Pair, answer: str, with_prompt: bool = True) ->
     return dict(tokenizer(as_text(pair.prompt), answer, truncation="only_first", max_length=WINDOW))
 
 
-def frozen(pairs: Sequence[Pair], options: argparse.Namespace) -> dict[str, Any]:
+def frozen(pairs: Sequence[Pair]) -> dict[str, Any]:
     found, known = {}, []
     for name in ("answer alone", "prompt and answer"):
         features = embeddings(pairs, name == "prompt and answer")
@@ -202,66 +190,9 @@ def components(differences: np.ndarray) -> np.ndarray:
     return left[:, :COMPONENTS] * sizes[:COMPONENTS] / sizes[0] * len(differences) ** 0.5
 
 
-class CrossEncoder(Encoder):
-    """MiniLM that reads prompt and answer, and learns from pairs."""
-
-    name, lr, batch = "harmless-minilm", 5e-4, 16
-
-    def both(self, pairs: Sequence[Pair]) -> torch.Tensor:
-        """The scores of both answers, (pairs, 2)."""
-        rows = [tokens(self.tokenizer, pair, answer) for pair in pairs for answer in pair.answers]
-        batch = {name: pad([row[name] for row in rows], 0) for name in rows[0]}
-        return self.model(**batch).logits.reshape(len(pairs), 2)
-
-    def margin_loss(self, pairs: Sequence[Pair], rng: random.Random) -> torch.Tensor:
-        cut = [pair if rng.random() < 0.5 else pair.cut(rng.random()) for pair in pairs]
-        scores = self.both(cut)
-        return torch.nn.functional.softplus(scores[:, 1] - scores[:, 0]).mean()
-
-    def margins(self, pairs: Sequence[Pair]) -> np.ndarray:
-        with torch.inference_mode():
-            scores = torch.cat([self.both(pairs[at : at + 32]) for at in range(0, len(pairs), 32)])
-        return (scores[:, 0] - scores[:, 1]).numpy()
-
-
-def tuned(pairs: Sequence[Pair], options: argparse.Namespace) -> dict[str, Any]:
-    rng, began = random.Random(options.seed), time.time()
-    torch.manual_seed(options.seed)
-    test = [pair for pair in pairs if pair.number % 4 == 0]
-    train = [pair for pair in pairs if pair.number % 4]
-    trainee = CrossEncoder()
-    steps = options.epochs * (len(train) // trainee.batch)
-    optimizer = torch.optim.AdamW([p for p in trainee.model.parameters() if p.requires_grad], lr=trainee.lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, trainee.lr, total_steps=steps, pct_start=0.1)
-    pool: list[Pair] = []
-    for step in range(steps):
-        if len(pool) < trainee.batch:
-            pool = rng.sample(train, len(train))
-        loss = trainee.margin_loss([pool.pop() for _ in range(trainee.batch)], rng)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trainee.model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 20 == 0 or step == steps - 1:
-            print(f"step {step}/{steps}  loss {loss.item():.3f}  {time.time() - began:.0f} s", flush=True)
-    trainee.model.eval()
-    shares = {share: points(trainee.margins([pair.cut(share) for pair in test])) for share in SHARES}
-    if options.out:
-        trainee.model.peft_config["default"].base_model_name_or_path = trainee.base
-        trainee.model.peft_config["default"].inference_mode = True
-        trainee.model.save_pretrained(options.out, save_embedding_layers=False)
-    return {
-        "trained on": len(train), "held out": len(test), "seconds": round(time.time() - began),
-        "by share of the answer": {str(share): accuracy(right, test) for share, right in shares.items()},
-        "the shorter answer, of these": accuracy(points(lengths(test)), test),
-    }  # fmt: skip
-
-
-PARTS: dict[str, Callable[[Sequence[Pair], argparse.Namespace], dict[str, Any]]] = {
+PARTS: dict[str, Callable[[Sequence[Pair]], dict[str, Any]]] = {
     "baselines": baselines,
     "frozen": frozen,
-    "tuned": tuned,
 }
 
 
@@ -269,13 +200,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("file", type=Path)
-    parser.add_argument("--epochs", type=int, default=3, help="Of the tuned model.")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="A folder for the tuned model.")
     options = parser.parse_args()
     pairs = read(options.file)
     print(f"{len(pairs)} pairs of {len({pair.first for pair in pairs})} dialogues")
-    print(json.dumps(PARTS[options.part](pairs, options), indent=1))
+    print(json.dumps(PARTS[options.part](pairs), indent=1))
 
 
 if __name__ == "__main__":
