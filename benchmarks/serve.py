@@ -3,11 +3,13 @@
     python benchmarks/serve.py                                         # SmolLM2; five minutes of load
     python benchmarks/serve.py --model ../shared/models/stories260k --reward ../shared/models/rm-sentiment-stories260k \
         --seconds 60
+    python benchmarks/serve.py --requests 2 --clients 8 --kv-memory 128    # MiB, which are full within two minutes
 
 The server is a process of its own. For the latency, one request after the other goes to it and, with the same seed, to
 an engine in this process, in turns; the ratio is that of the median times between two segments, and of the times to the
 first one. For the load, `--clients` clients ask for streams, whole answers, several answers and JSON; a quarter of them
-leave in the middle, and some ask for what is refused. Memory is that of the server's process.
+leave in the middle, and some ask for what is refused. Memory is that of the server's process; finished texts, which
+it keeps for prompts that begin like them, are a part of it that grows up to `--kv-memory`.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -95,7 +98,7 @@ def latency(url: str, llm: CardsLLM, requests: int) -> dict[str, Any]:
     """Both in turns."""
     found: dict[str, list[list[float]]] = {"direct": [], "server": []}
     same = 0
-    with httpx.Client(base_url=url, timeout=600) as client:
+    with httpx.Client(base_url=url, timeout=3600) as client:
         for seed in range(-2, requests):  # the first ones warm up
             prompt = PROMPTS[seed % len(PROMPTS)]
             pair = {"direct": direct(llm, prompt, abs(seed)), "server": through(client, prompt, abs(seed))}
@@ -148,43 +151,54 @@ async def one(client: httpx.AsyncClient, rng: random.Random) -> str:
     return f"{kind} {reply.status_code}"
 
 
+async def numbers(client: httpx.AsyncClient) -> dict[str, float]:
+    """Those of /metrics, by their names."""
+    lines = (await client.get("/metrics")).text.splitlines()
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
+
+
 async def load(url: str, process: psutil.Process, clients: int, seconds: float) -> dict[str, Any]:
     """Many clients for a while; the memory of the server every second."""
-    end, memory, outcomes = time.monotonic() + seconds, [], Counter[str]()
+    end, outcomes = time.monotonic() + seconds, Counter[str]()
+    memory: list[float] = []
+    texts: list[float] = []
 
     async def ask(number: int) -> None:
         rng = random.Random(number)
-        async with httpx.AsyncClient(base_url=url, timeout=600) as client:
+        async with httpx.AsyncClient(base_url=url, timeout=3600) as client:
             while time.monotonic() < end:
                 outcomes[await one(client, rng)] += 1
 
     async def watch() -> None:
-        while time.monotonic() < end:
-            memory.append(process.memory_info().rss / 2**20)
-            await asyncio.sleep(1)
+        async with httpx.AsyncClient(base_url=url, timeout=3600) as client:
+            while time.monotonic() < end:
+                texts.append((await numbers(client))["cards_prefix_bytes"] / 2**20)
+                memory.append(process.memory_info().rss / 2**20)
+                await asyncio.sleep(1)
 
     await asyncio.gather(watch(), *map(ask, range(clients)))
     await asyncio.sleep(2)
     async with httpx.AsyncClient(base_url=url) as client:
-        metrics = dict(
-            line.rsplit(" ", 1) for line in (await client.get("/metrics")).text.splitlines() if line[0] != "#"
-        )
-    third = max(1, len(memory) // 3)
+        metrics = await numbers(client)
     return {
         "seconds": seconds,
         "clients": clients,
         "outcomes": dict(sorted(outcomes.items())),
-        "segments": int(float(metrics["cards_segments_total"])),
-        "tokens kept": int(float(metrics['cards_tokens_total{kind="kept"}'])),
-        "rows afterwards": int(float(metrics["cards_rows"])),
-        "answers afterwards": int(float(metrics["cards_answers"])),
-        "MiB, mean of each third": [round(sum(part) / len(part)) for part in _thirds(memory, third)],
+        "segments": int(metrics["cards_segments_total"]),
+        "tokens kept": int(metrics['cards_tokens_total{kind="kept"}']),
+        "rows afterwards": int(metrics["cards_rows"]),
+        "answers afterwards": int(metrics["cards_answers"]),
+        "MiB, mean of each sixth": _means(memory),
         "MiB, first and last": [round(memory[0]), round(memory[-1])],
+        "MiB of finished texts, mean of each sixth": _means(texts),
+        "MiB of KV caches, most of it and of finished texts": round(metrics["cards_memory_limit_bytes"] / 2**20),
     }
 
 
-def _thirds(values: list[float], size: int) -> list[list[float]]:
-    return [values[:size], values[size : 2 * size] or values[:size], values[-size:]]
+def _means(values: list[float], parts: int = 6) -> list[int]:
+    """The mean of each part of a series."""
+    ends = [len(values) * part // parts for part in range(parts + 1)]
+    return [round(sum(values[a:b]) / max(1, b - a)) for a, b in pairwise(ends)]
 
 
 def main() -> None:
@@ -195,11 +209,14 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=20)
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=300)
+    parser.add_argument("--kv-memory", type=int, help="MiB of the server's KV caches and finished texts")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     os.environ.setdefault("CARDS_ENGINE__THREADS", "1")
     options = {"model": args.model, "reward": args.reward, "max_tokens": args.max_tokens}
     found: dict[str, Any] = {"model": Path(args.model).name, "max_tokens": args.max_tokens}
+    if args.kv_memory is not None:
+        os.environ["CARDS_ENGINE__KV_MEMORY"] = str(args.kv_memory * 2**20)
     with server(options) as (url, process):
         with CardsLLM(**options) as llm:
             found["latency"] = latency(url, llm, args.requests)

@@ -18,6 +18,7 @@ import torch
 from reference import Ids
 
 from cards_integrations.decoding import (
+    AdaSearch,
     Args,
     Boundary,
     Cascade,
@@ -32,6 +33,7 @@ from cards_integrations.decoding import (
 )
 from cards_integrations.decoding.base import Draft as Offered
 from cards_integrations.models.randomness import Uniforms
+from cards_integrations.trace import SearchPlan
 
 TREES = 2**32  # levels of a tree have the random numbers from this segment on
 
@@ -230,12 +232,20 @@ def particles(request: Naive, method: Particles) -> Draft:
 
 def cascade(request: Naive, method: Cascade) -> Draft:
     assert method.plan is not None
+    return search(request, method.plan, halves=True)
+
+
+def ada_search(request: Naive, method: AdaSearch) -> Draft:
+    return search(request, method.plan_for(request.max_tokens), halves=False)
+
+
+def search(request: Naive, plan: SearchPlan, halves: bool) -> Draft:
     alive: list[Draft] = []
     going: list[Draft | None] = [None]
     gains: list[float] = []
-    for stage in method.plan.rounds:
+    for stage in plan.rounds:
         done = [draft for draft in alive if draft.finished]
-        flat = gains and gains[-1] <= 0.05 * max(gains)
+        flat = halves and gains and gains[-1] <= 0.05 * max(gains)
         room = (max(2, stage.width // 2) if flat else stage.width) - len(done)
         going = going[: max(1, room)]
         children = [parent for k, parent in enumerate(going) for _ in range(shares(max(1, room), len(going))[k])]
@@ -325,6 +335,7 @@ METHODS: dict[type[Decoding], Callable[[Naive, Any], Draft]] = {
     TreeBoN: tree_bon,
     Particles: particles,
     Cascade: cascade,
+    AdaSearch: ada_search,
     Rain: rain,
 }
 

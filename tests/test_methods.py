@@ -37,6 +37,7 @@ from transformers import (
 from cards_integrations.chat.grammar import Grammar
 from cards_integrations.decoding import (
     METHODS,
+    AdaSearch,
     Args,
     Cascade,
     Decoding,
@@ -112,6 +113,8 @@ def methods(target: float) -> list[Decoding]:
         Cascade(plan=plan((4, 5, 2), (3, 6, 3), (3, 7, 2), (4, 8, 1))),
         Cascade(plan=plan((2, 3, 3), (3, 2, 2), (2, 1, 1), (2, 6, 4))),
         Cascade(plan=plan((6, 1, 1), (2, 4, 1), (1, 3, 2))),
+        AdaSearch(n=4),
+        AdaSearch(n=3, blocks=4, schedule="growth", beams=2),
         Rain(width=3, searches=4, boundary=FixedLength(length=3)),
         Rain(width=4, searches=6, explore=2.0, share=0.6, boundary=UNCERTAIN),
         Rain(width=2, searches=9, explore=4.0, value_threshold=target, boundary=SENTENCE),
@@ -688,7 +691,7 @@ def endless(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return model, tiny.save(folder / "judge", tiny.classifier(**size), words)
 
 
-EIGHT: list[Decoding] = [
+SCORED: list[Decoding] = [
     RejectionSampling(target_reward=90.0, acceptance="hard", max_rejections=3),
     SegmentBestOfN(n=3, boundary=UNCERTAIN),
     Args(k=4),
@@ -697,13 +700,14 @@ EIGHT: list[Decoding] = [
     Particles(n=5, beta=0.5, threshold=1.0, boundary=UNCERTAIN),
     Rain(width=3, searches=4, boundary=FixedLength(length=3)),
     Cascade(plan=plan((4, 5, 2), (3, 6, 3), (3, 7, 2), (4, 8, 1))),
+    AdaSearch(n=4),
 ]
-named = pytest.mark.parametrize("method", EIGHT, ids=lambda method: method.method)
+named = pytest.mark.parametrize("method", SCORED, ids=lambda method: method.method)
 
 
 def test_no_method_was_forgotten() -> None:
-    assert {type(method) for method in EIGHT} == naive_methods.METHODS.keys()
-    assert {*METHODS} == {"cards", "sampling", "best_of_n", *(method.method for method in EIGHT)}
+    assert {type(method) for method in SCORED} == naive_methods.METHODS.keys()
+    assert {*METHODS} == {"cards", "sampling", "best_of_n", *(method.method for method in SCORED)}
     assert all(cls.model_fields["method"].default == name for name, cls in METHODS.items())
 
 
@@ -771,12 +775,12 @@ async def test_nothing_is_held_after_the_engine_is_closed(endless: tuple[str, st
     model, judge = endless
     engine = start(model)
     reward = weighted(judge, zero)
-    tasks = [asyncio.create_task(engine.arun(Request(PROMPT, m, reward, SAMPLER, 3000, seed=1))) for m in EIGHT]
+    tasks = [asyncio.create_task(engine.arun(Request(PROMPT, m, reward, SAMPLER, 3000, seed=1))) for m in SCORED]
     engine.loaded()
     await until(lambda: engine.inspect().steps > 10)
     held = caches(engine)
     await asyncio.to_thread(engine.close)
-    assert [type(e) for e in await asyncio.gather(*tasks, return_exceptions=True)] == [EngineClosed] * len(EIGHT)
+    assert [type(e) for e in await asyncio.gather(*tasks, return_exceptions=True)] == [EngineClosed] * len(SCORED)
     assert len(held) == 2
     assert not any(cache.blocks for cache in held)  # their memory is given back
 
@@ -1110,13 +1114,14 @@ NOT_DEFAULT: list[Decoding] = [
     Particles(n=1, beta=3.0, threshold=0.0, keep="best", boundary=FixedLength(length=1)),
     Rain(width=1, searches=1, explore=0.0, share=1.0, value_threshold=-1.0, boundary=SENTENCE),
     Cascade(budget="tokens:2.5"),
+    AdaSearch(n=2, blocks=5, schedule="uniform", beams=3),
 ]
 
 
 KINDS: dict[str, type[Any]] = METHODS
 
 
-@pytest.mark.parametrize("method", [*EIGHT, *NOT_DEFAULT, *(KINDS[each.method]() for each in EIGHT)])
+@pytest.mark.parametrize("method", [*SCORED, *NOT_DEFAULT, *(KINDS[each.method]() for each in SCORED)])
 def test_settings_go_round(method: Any) -> None:
     assert as_decoding(method) is method
     assert as_decoding(method.model_dump()) == method
@@ -1156,7 +1161,7 @@ def test_nonsense_is_refused(method: str, wrong: dict[str, Any]) -> None:
 
 
 def test_what_a_method_asks_for() -> None:
-    assert all(method.needs_reward for method in EIGHT)
+    assert all(method.needs_reward for method in SCORED)
     scaled = {method for method in METHODS if KINDS[method]().needs_scale}
     assert scaled == {"cards", "rejection", "particles"}
     assert RejectionSampling(target_reward=1.0).needs_scale  # its beta

@@ -20,6 +20,7 @@ from cards_integrations.chat.grammar import Grammar
 from cards_integrations.decoding import (
     BestOfN,
     Cards,
+    Cascade,
     Decoding,
     FixedLength,
     Particles,
@@ -57,6 +58,7 @@ METHODS: list[Decoding] = [
     SegmentBestOfN(n=3, boundary=FIXED),
     Cards(target_reward=0.6, beta=0.3, boundary=UNCERTAIN),
     TreeBoN(n=4, children=2, boundary=FixedLength(length=24)),
+    Cascade(budget="tokens:3"),
     Particles(n=4, boundary=FIXED),
     Rain(width=3, searches=3, boundary=FIXED),
     SpeculativeRejection(n=5),

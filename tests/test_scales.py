@@ -606,6 +606,20 @@ def test_optimal_stopping_measures_nothing(start: Start, models: Callable[..., s
     assert not Cards(acceptance=OptimalStopping(price=0.1)).needs_scale
 
 
+def test_a_price_in_standard_deviations_is_one_in_rewards(
+    start: Start, models: Callable[..., str], judge: ClassifierReward
+) -> None:
+    engine, spread = start(models("llama")), 0.3
+    scaled = judge.model_copy(update={"scale": (0.0, spread)})
+    in_rewards = searching(scaled, 0.02 * spread)
+    rule = OptimalStopping(price=0.02, unit="std")
+    assert Cards(acceptance=rule).needs_scale
+    in_spreads = replace(in_rewards, decoding=in_rewards.decoding.model_copy(update={"acceptance": rule}))
+    one, other = engine.run_many([in_rewards, in_spreads])
+    assert (one.text, numbers(one)) == (other.text, numbers(other))
+    assert min(numbers(one)) < 6
+
+
 def test_as_long_as_no_spread_is_known_there_is_no_threshold(
     start: Start, models: Callable[..., str], judge: ClassifierReward
 ) -> None:

@@ -26,7 +26,8 @@ from cards_integrations.decoding import BestOfN, FixedLength
 from cards_integrations.engine import Request, idle
 from cards_integrations.engine.draft_pool import MIN_REACH, PendingDraft, SegmentDrafts
 from cards_integrations.engine.scheduler import BestPerSecond
-from cards_integrations.engine.session import FREE, AcceptanceRate, Session
+from cards_integrations.engine.session import AcceptanceRate, Session
+from cards_integrations.engine.step_costs import SharedStepCosts
 from cards_integrations.models.base import Context
 from cards_integrations.models.local.language_model import LocalLanguageModel
 from cards_integrations.models.local.loader import ModelLoader
@@ -298,10 +299,10 @@ class Host:
             tiny.causal(eos_token_id=None), ChatTokenizer(tiny.words(eos_token=None)), "tiny"
         )
 
-    step_times = FREE
-    requests = 1
-
     def wake(self) -> None: ...
+
+    def step_costs(self, scoring: StepTimes) -> SharedStepCosts:
+        return SharedStepCosts(scoring, scoring, 1)
 
     def vacancies(self, context: Context, boundary: Any) -> int:
         return self.language_model.vacancies(context, boundary)

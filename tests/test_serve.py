@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -30,11 +31,12 @@ from served import NAME, Served, served, until
 from test_thinking import ANSWER, THOUGHTS
 
 from cards_integrations import CardsLLM
+from cards_integrations.engine import EngineSettings
 from cards_integrations.errors import CardsError, SettingsError
 from cards_integrations.models.local import language_model as local
 from cards_integrations.models.randomness import answer_seeds
 from cards_integrations.rewards import LengthReward, Reward
-from cards_integrations.server import ServerSettings
+from cards_integrations.server import ServerSettings, memory
 from cards_integrations.server.call import CHAT_ONLY, IGNORED, NEUTRAL, PASSED_ON, Endpoint
 from cards_integrations.server.errors import ApiError, as_api_error
 from cards_integrations.server.settings import read_keys
@@ -607,6 +609,28 @@ def test_health_and_metrics(server: Served) -> None:
     assert server.metric("cards_segments_total") >= 4
     assert server.metric('cards_request_seconds_count{endpoint="chat"}') >= 1
     assert server.metric('cards_first_segment_seconds_count{endpoint="chat"}') >= 1
+
+
+def test_what_a_server_keeps_stays_within_its_memory() -> None:
+    """Texts that nobody asks for again make room for others, and are told apart from what requests use."""
+    limit = 150_000
+    engine = EngineSettings(device="cpu", dtype="float32", kv_memory=limit)
+    with served(faces.options(max_tokens=1, decoding="sampling", reward=None, engine=engine)) as server:
+        for number in range(9):
+            server.chat(f"{number} " * 80)
+            kept, used = server.metric("cards_prefix_bytes"), server.metric("cards_cache_bytes")
+            assert 0 < kept <= server.metric("cards_memory_limit_bytes") - used
+        assert server.metric("cards_memory_limit_bytes") == limit
+        assert len(server.service.inspect().cached_prefixes) < 9
+
+
+def test_memory_is_given_back_as_long_as_it_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory.give_back_unused()
+    calls: list[int] = []
+    monkeypatch.setattr(memory, "give_back_unused", lambda: calls.append(threading.active_count()))
+    with memory.giving_back(0.001):
+        until(lambda: len(calls) > 2)
+    until(lambda: not any(thread.name == "cards-memory" for thread in threading.enumerate()))
 
 
 @pytest.mark.slow

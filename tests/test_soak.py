@@ -23,9 +23,11 @@ import pytest
 from cards_integrations import CardsLLM
 from cards_integrations.decoding import (
     METHODS,
+    AdaSearch,
     Args,
     BestOfN,
     Cards,
+    Cascade,
     Decoding,
     FixedLength,
     OptimalStopping,
@@ -63,6 +65,8 @@ DECODINGS: list[Decoding] = [
     Args(k=2),
     SpeculativeRejection(n=3),
     TreeBoN(n=4, children=2, boundary=SHORT),
+    Cascade(budget="tokens:3"),
+    AdaSearch(n=3, beams=2),
     Particles(n=3, beta=0.5, boundary=SHORT),
     Rain(width=2, searches=2, boundary=SHORT),
 ]

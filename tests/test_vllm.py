@@ -30,6 +30,7 @@ from cards_integrations.decoding import (
     BestOfN,
     Boundary,
     Cards,
+    Cascade,
     Decoding,
     FixedLength,
     Particles,
@@ -235,6 +236,7 @@ def test_thoughts(judge: str, server: VllmServer, tmp_path: Path) -> None:
         SegmentBestOfN(n=3, boundary=UNCERTAIN),
         Particles(n=3, beta=0.5, boundary=UNCERTAIN),
         TreeBoN(n=4, children=2, boundary=FixedLength(length=5)),
+        Cascade(budget="tokens:3"),
         SpeculativeRejection(n=4, checkpoint=5),
         Sampling(chunk=4),
     ],
@@ -253,6 +255,16 @@ def test_other_methods(remote: Make, local: Make, decoding: Decoding) -> None:
         if answer.reward is not None:
             [again] = llm.score(PROMPTS[answer.seed], [answer.text])
             assert answer.reward == pytest.approx(again, abs=1e-4)
+
+
+def test_a_round_of_a_search_is_a_round_trip(remote: Make, server: VllmServer) -> None:
+    """A budget in steps of the server goes into fewer, wider rounds than one in tokens."""
+    [timed] = remote(decoding=Cascade(budget=2), max_tokens=60).align_batch(PROMPTS[:1], seeds=[0])
+    [counted] = remote(decoding=Cascade(budget="tokens:2"), max_tokens=60).align_batch(PROMPTS[:1], seeds=[0])
+    assert timed.plan is not None
+    assert counted.plan is not None
+    assert len(timed.plan.rounds) < len(counted.plan.rounds)
+    assert timed.plan.rounds[0].width > counted.plan.rounds[0].width
 
 
 def test_ranks_need_a_local_model(remote: Make) -> None:

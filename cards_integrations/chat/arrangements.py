@@ -54,10 +54,16 @@ def arrangements(messages: Sequence[Message]) -> Iterator[list[Message]]:
     yield from forms
 
 
-def tool_arrangements(messages: Sequence[Message]) -> Iterator[list[Message]]:
-    """The same for a conversation with calls: as it is, then with ids of nine characters, then with one call a turn."""
-    yield from arrangements(messages)
-    if (short := with_short_ids(messages)) != list(messages):
+def tool_arrangements(messages: Sequence[Message], several: bool = True) -> Iterator[list[Message]]:
+    """The same for a conversation with calls: as it is, then with ids of nine characters, then with one call a turn.
+
+    Args:
+        messages: The conversation.
+        several: Whether the template shows several calls of one turn; if not, each gets a turn of its own at once.
+    """
+    own = list(messages) if several else single_calls(messages)
+    yield from arrangements(own)
+    if (short := with_short_ids(own)) != own:
         yield from arrangements(short)
     if (single := single_calls(short)) != short:
         yield from arrangements(single)

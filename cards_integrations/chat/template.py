@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property, partial
@@ -19,9 +20,11 @@ from cards_integrations.chat.thinking import KEYS, ThinkingFormat, thinking_form
 from cards_integrations.chat.tool_formats import FORMATS, ToolFormat
 from cards_integrations.chat.tool_prompts import (
     PROBE,
+    PROBE_OF_SEVERAL,
     PROBED_TOOLS,
     format_in,
     mentions_tools,
+    shows_several,
     shows_tools,
     without_tool_messages,
 )
@@ -253,6 +256,14 @@ class ChatTokenizer:
         return format_in(shown) if shows_tools(shown) else None
 
     @cached_property
+    def _shows_several_calls(self) -> bool:
+        """True if the template shows all calls of a turn, or refuses several."""
+        try:
+            return shows_several(self._apply(PROBE_OF_SEVERAL, tools=PROBED_TOOLS))
+        except Exception:  # a template may raise anything
+            return True
+
+    @cached_property
     def _byte_tokens(self) -> list[int]:
         """The tokens of bytes 0 to 255 (sentencepiece's byte fallback); empty if one is missing."""
         found = self.tokenizer.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in range(256)])
@@ -284,6 +295,12 @@ class ChatTokenizer:
         if text in self.tool_format.markers and text in added:
             return f"<[{added[text]}]>"
         return json.dumps(text, ensure_ascii=False)
+
+    def grammar_literals(self, text: str) -> str:
+        """A text with special tokens in it as a part of a rule of a grammar."""
+        added = {str(token): f"<[{i}]>" for i, token in self.added_tokens.items()}
+        pieces = re.split(f"({'|'.join(map(re.escape, added))})", text) if added else [text]
+        return " ".join(added.get(piece) or json.dumps(piece, ensure_ascii=False) for piece in pieces if piece)
 
     def around_answer(self, prompt: str | list[Message]) -> AnswerFrame:
         """What the template writes around the assistant's answer, read off the conversation with an answer."""
@@ -333,7 +350,7 @@ class ChatTokenizer:
         named = isinstance(self.tokenizer.chat_template, dict)  # with [] the one that is named "tool_use" is chosen
         shown = schemas if schemas or named else None
         options = {**arguments, "tools": shown, "add_generation_prompt": True}
-        return first_whole(tool_arrangements(messages), partial(self._apply, **options))
+        return first_whole(tool_arrangements(messages, self._shows_several_calls), partial(self._apply, **options))
 
     def _apply(self, messages: list[Message], **options: Any) -> str:
         for message in messages:

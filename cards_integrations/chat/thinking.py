@@ -19,7 +19,7 @@ _THOUGHT, _ANSWER = "probed thought", "probed answer"
 
 @dataclass(frozen=True)
 class ThinkingFormat:
-    """How a model writes its thoughts: `opening` `before` thoughts `lead` `closing` `after` answer.
+    """How a model writes its thoughts: `opening` `before` thoughts `lead` `closing` `after` `channel` answer.
 
     Attributes:
         opening: The mark before them.
@@ -27,7 +27,7 @@ class ThinkingFormat:
         before: What its template writes between the mark and the thoughts.
         lead: What its template writes between the thoughts and the mark.
         after: What its template writes between the mark and the answer.
-        direct: What stands before an answer without thoughts.
+        channel: The mark before an answer, with and without thoughts, in whose place a call has another; "" for none.
         key: What its template calls the thoughts of an earlier message; None if it does not show them.
     """
 
@@ -36,7 +36,7 @@ class ThinkingFormat:
     before: str = ""
     lead: str = ""
     after: str = ""
-    direct: str = ""
+    channel: str = ""
     key: str | None = None
 
     def is_open(self, prompt: str) -> bool:
@@ -65,7 +65,7 @@ class ThinkingFormat:
         """What to append to a prompt whose template was asked for no thoughts, so that there are none."""
         if self.is_open(prompt):
             return f"{self.lead}{self.closing}{self.after}"
-        return "" if self.is_closed(prompt) else self.direct
+        return ""
 
 
 KNOWN = (
@@ -73,8 +73,8 @@ KNOWN = (
     ThinkingFormat(  # gpt-oss (harmony)
         "<|channel|>analysis<|message|>",
         "<|end|>",
-        after="<|start|>assistant<|channel|>final<|message|>",
-        direct="<|channel|>final<|message|>",
+        after="<|start|>assistant",
+        channel="<|channel|>final<|message|>",
     ),
     ThinkingFormat("<|channel>thought", "<channel|>", "\n"),  # Gemma 4
     ThinkingFormat("[THINK]", "[/THINK]"),  # Mistral
@@ -108,7 +108,8 @@ def _as_shown(known: ThinkingFormat, render: Callable[[list[Message]], str]) -> 
         if start < 0 or opening < 0:
             continue
         before = shown[opening + len(known.opening) : start]
-        lead, closing, after = shown[start + len(_THOUGHT) : answer].partition(known.closing)
+        between = shown[start + len(_THOUGHT) : answer].removesuffix(known.channel)
+        lead, closing, after = between.partition(known.closing)
         if closing and not before.strip() and not lead.strip():
             return replace(known, before=before, lead=lead, after=after, key=key)
         return replace(known, key=key)

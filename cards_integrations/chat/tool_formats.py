@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from cards_integrations.chat.call_scanner import CallScanner, SplitAnswer
-from cards_integrations.chat.grammar import Grammar
+from cards_integrations.chat.grammar import Grammar, json_rule
 from cards_integrations.chat.thoughts import leading_thoughts
 from cards_integrations.chat.tools import FormatName, ParsedAnswer, Tools, parameters_rule
+from cards_integrations.errors import SettingsError
 from cards_integrations.trace import InvalidToolCall, ToolCall
 
 WriteLiteral = Callable[[str], str]
@@ -19,6 +20,7 @@ WriteLiteral = Callable[[str], str]
 
 _BEGINS_OBJECT = re.compile(r"\s*\[?\s*\{\s*[\"'}]")
 _BEGINS_NAMED = re.compile(r"\s*[^\s\[\]]*\s*\[ARGS\]")
+_BEGINS_HARMONY = re.compile(r"[^\s<]+(<\|channel\|>commentary)?\s*(<\|constrain\|>)?(json)?\s*<\|message\|>")
 
 
 class ToolFormat(ABC):
@@ -28,6 +30,7 @@ class ToolFormat(ABC):
     opening: ClassVar[str] = ""
     closing: ClassVar[str] = ""
     middle: ClassVar[str] = ""
+    channel: ClassVar[str] = ""  # the mark before a call, in the place of that before an answer
     key: ClassVar[str] = "arguments"
 
     @property
@@ -160,12 +163,10 @@ class Mistral(Marked):
         return '"[" rest (", " rest)* "]"' if several else '"[" rest "]"'
 
 
-class MistralNamed(Marked):
-    """[TOOL_CALLS]name[ARGS]{...}, one after another (Mistral, from its tokenizer v11 on)."""
+class Named(Marked):
+    """A format with the name before the JSON of the arguments, and a mark between the two."""
 
-    name = "mistral_named"
-    opening = "[TOOL_CALLS]"
-    middle = "[ARGS]"
+    begins: ClassVar[re.Pattern[str]]
 
     def write(self, calls: Sequence[dict[str, Any]]) -> str:
         return "".join(self._write_call(call["function"]) for call in calls)
@@ -173,15 +174,9 @@ class MistralNamed(Marked):
     def _write_call(self, function: dict[str, Any]) -> str:
         return f"{self.opening}{function['name']}{self.middle}{json.dumps(function['arguments'], ensure_ascii=False)}"
 
-    def _after(self, several: bool) -> str:
-        return "rest one*" if several else "rest"
-
-    def _rest(self, function: dict[str, Any], literal: WriteLiteral) -> str:
-        return f"{literal(function['name'])} {literal(self.middle)} {parameters_rule(function)}"
-
     def begins_call(self, text: str, start: int) -> bool:
         """True if a name and the marker before its arguments follow."""
-        return _BEGINS_NAMED.match(text, start) is not None
+        return self.begins.match(text, start) is not None
 
     def call_end(self, text: str, start: int) -> int | None:
         """Where the arguments after the second marker end; None if there are none, or not yet."""
@@ -189,11 +184,61 @@ class MistralNamed(Marked):
         return None if middle < 0 else _json_end(text, middle + len(self.middle))
 
     def _parse_piece(self, piece: str) -> list[ParsedCall]:
-        name, _, arguments = piece.partition(self.middle)
+        header, _, arguments = piece.partition(self.middle)
+        name = self._name(header)
         try:
-            return [_parse_call({"name": name.strip(), "arguments": json.loads(arguments)})]
+            return [_parse_call({"name": name, "arguments": json.loads(arguments)})]
         except (ValueError, RecursionError) as error:
-            return [Malformed(name.strip() or None, arguments, f"not JSON: {error}")]
+            return [Malformed(name or None, arguments, f"not JSON: {error}")]
+
+    def _name(self, header: str) -> str:
+        """The name in what stands before the second marker."""
+        return header.strip()
+
+
+class MistralNamed(Named):
+    """[TOOL_CALLS]name[ARGS]{...}, one after another (Mistral, from its tokenizer v11 on)."""
+
+    name = "mistral_named"
+    opening = "[TOOL_CALLS]"
+    middle = "[ARGS]"
+    begins = _BEGINS_NAMED
+
+    def _after(self, several: bool) -> str:
+        return "rest one*" if several else "rest"
+
+    def _rest(self, function: dict[str, Any], literal: WriteLiteral) -> str:
+        return f"{literal(function['name'])} {literal(self.middle)} {parameters_rule(function)}"
+
+
+class Harmony(Named):
+    """to=functions.name <|constrain|>json<|message|>{...}<|call|>, one an answer, in a channel for calls (gpt-oss)."""
+
+    name = "harmony"
+    channel = "<|channel|>commentary"
+    opening = " to=functions."
+    middle = "<|message|>"
+    closing = "<|call|>"  # which ends the answer, and seldom is part of its text
+    constrain: ClassVar[str] = "<|constrain|>"
+    begins = _BEGINS_HARMONY
+
+    @property
+    def markers(self) -> list[str]:
+        return [*super().markers, self.constrain]
+
+    def _write_call(self, function: dict[str, Any]) -> str:
+        arguments = json.dumps(function["arguments"], ensure_ascii=False)
+        return f"{self.opening}{function['name']} {self.constrain}json{self.middle}{arguments}{self.closing}"
+
+    def _after(self, several: bool) -> str:
+        return "rest"
+
+    def _rest(self, function: dict[str, Any], literal: WriteLiteral) -> str:
+        literals = [function["name"], " ", self.constrain, "json", self.middle]
+        return " ".join([*map(literal, literals), _held_or_any(function), f"{literal(self.closing)}?"])
+
+    def _name(self, header: str) -> str:
+        return re.split(r"\s|<\|", header.strip())[0]
 
 
 class Bare(ToolFormat):
@@ -274,7 +319,9 @@ class Llama3(Bare):
         return 'rest ("; " rest)*' if several else "rest"
 
 
-FORMATS: dict[FormatName, ToolFormat] = {f.name: f for f in (Hermes(), Mistral(), MistralNamed(), Llama3(), Bare())}
+FORMATS: dict[FormatName, ToolFormat] = {
+    each.name: each for each in (Hermes(), Mistral(), MistralNamed(), Harmony(), Llama3(), Bare())
+}
 
 
 class Malformed:
@@ -301,6 +348,14 @@ def _parse_call(value: Any) -> ParsedCall:
     if not isinstance(arguments, dict):
         return Malformed(value["name"], json.dumps(arguments, ensure_ascii=False), "the arguments are not an object")
     return value["name"], arguments
+
+
+def _held_or_any(function: dict[str, Any]) -> str:
+    """The arguments of a function, which need not have a schema that a grammar can hold unless its calls are held."""
+    try:
+        return parameters_rule(function)
+    except SettingsError:
+        return json_rule({"type": "object"})
 
 
 def _json_end(text: str, start: int) -> int | None:

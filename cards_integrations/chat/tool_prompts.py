@@ -31,16 +31,31 @@ PROBE: list[Message] = [
     {"role": "tool", "name": "probed_call", "tool_call_id": "probe1234", "content": "probed result"},
 ]
 
+_SECOND = {**_CALL, "id": "probe5678", "function": {"name": "probed_second", "arguments": {"key": "probed other"}}}
+PROBE_OF_SEVERAL: list[Message] = [
+    PROBE[0],
+    {**PROBE[1], "tool_calls": [_CALL, _SECOND]},
+    PROBE[2],
+    {**PROBE[2], "name": "probed_second", "tool_call_id": "probe5678"},
+]
+
 
 def shows_tools(rendered: str) -> bool:
     """True if a template that rendered `PROBE` to this text shows tools, calls and results."""
     return all(text in rendered for text in ("probed_tool", "probed_call", "probed result"))
 
 
+def shows_several(rendered: str) -> bool:
+    """True if a template that rendered `PROBE_OF_SEVERAL` to this text shows both calls of the turn."""
+    return "probed_second" in rendered and "probed other" in rendered
+
+
 def format_in(rendered: str) -> FormatName:
     """The tool format in which a template wrote the call of `PROBE`."""
     if "[TOOL_CALLS]" in rendered:
         return "mistral_named" if "[ARGS]" in rendered else "mistral"
+    if "to=functions.probed_call" in rendered:
+        return "harmony"
     if re.search(r'<tool_call>\s*{\s*"(name|arguments)"', rendered):
         return "hermes"
     return "llama3" if '"parameters": {"key"' in rendered else "json"

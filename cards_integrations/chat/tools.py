@@ -11,7 +11,7 @@ from cards_integrations.chat.grammar import as_json, json_rule
 from cards_integrations.errors import SettingsError, short_repr
 from cards_integrations.trace import InvalidToolCall, ToolCall
 
-FormatName = Literal["hermes", "mistral", "mistral_named", "llama3", "json"]
+FormatName = Literal["hermes", "mistral", "mistral_named", "harmony", "llama3", "json"]
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ NEEDED = {
     "prometheus_client": "prometheus-client",
 }
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+MEMORY_SECONDS = 20.0  # between two times that memory which nothing uses goes back to the operating system
 ANSWERS, LISTENING, REQUESTS = "Answers", "Listening", "What a request may ask for"
 
 
@@ -137,6 +138,7 @@ def run(options: Any, settings: ServerSettings, log_level: str = "info", access_
     import uvicorn
 
     from cards_integrations.server.app import create_app
+    from cards_integrations.server.memory import give_back_unused, giving_back
 
     app = create_app(options, settings)
     if not settings.api_keys and settings.host not in LOOPBACK:
@@ -144,15 +146,17 @@ def run(options: Any, settings: ServerSettings, log_level: str = "info", access_
     typer.echo(f"loading {app.state.service.model} ...", err=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the first process of a container has no default
     app.state.service.load()
-    uvicorn.run(
-        app,
-        host=settings.host,
-        port=settings.port,
-        log_level=log_level,
-        access_log=access_log,
-        timeout_graceful_shutdown=settings.grace + 1,  # streams end after `grace`, and then what is left
-        server_header=False,
-    )
+    give_back_unused()
+    with giving_back(MEMORY_SECONDS):
+        uvicorn.run(
+            app,
+            host=settings.host,
+            port=settings.port,
+            log_level=log_level,
+            access_log=access_log,
+            timeout_graceful_shutdown=settings.grace + 1,  # streams end after `grace`, and then what is left
+            server_header=False,
+        )
 
 
 def _settings(api_key_file: Path | None, given: dict[str, Any]) -> ServerSettings:

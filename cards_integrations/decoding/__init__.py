@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cards_integrations.decoding.acceptance import Acceptance, Threshold
+from cards_integrations.decoding.ada_search import AdaSearch
 from cards_integrations.decoding.args import Args
 from cards_integrations.decoding.base import Decoding, Draft, Session
 from cards_integrations.decoding.best_of_n import BestOfN
@@ -23,6 +24,7 @@ from cards_integrations.models.base import Boundary
 __all__ = [
     "METHODS",
     "Acceptance",
+    "AdaSearch",
     "AnyDecoding",
     "Args",
     "BestOfN",

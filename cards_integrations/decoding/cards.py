@@ -49,7 +49,9 @@ class Cards(RewardTargeted):
 
     @property
     def needs_scale(self) -> bool:
-        return super().needs_scale and not isinstance(self.acceptance, OptimalStopping)
+        if isinstance(self.acceptance, OptimalStopping):
+            return self.acceptance.unit == "std"
+        return super().needs_scale
 
     def guidance(self, scale: Scale | None, origin: ScaleOrigin | None) -> Guidance | None:
         return None if isinstance(self.acceptance, OptimalStopping) else super().guidance(scale, origin)
@@ -65,7 +67,8 @@ class Cards(RewardTargeted):
 
     async def generate(self, session: Session) -> None:
         if isinstance(self.acceptance, OptimalStopping):
-            return await self.acceptance.generate(session, self.boundary, self.max_rejections + 1)
+            rule = self.acceptance.in_rewards(session.reward_scale)
+            return await rule.generate(session, self.boundary, self.max_rejections + 1)
         target, beta = self.target_and_beta(session)
         accepts = Acceptance(self.acceptance, beta)
         threshold = Threshold.adaptive(await session.prompt_reward(), target, self.alpha, session.max_tokens)

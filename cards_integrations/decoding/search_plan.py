@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from cards_integrations.decoding.base import StepCosts
 from cards_integrations.trace import SearchPlan, SearchRound
@@ -11,7 +12,7 @@ from cards_integrations.trace import SearchPlan, SearchRound
 MIN_TOKENS = 6  # of a round: over fewer tokens a reward changes little, and by chance
 MAX_WIDTH = 512
 SCORING = 0.35  # share of what a search may cost beyond a plain answer that goes into the calls of the reward model
-RAMP = 4.0  # the last round is so many times as wide as the first: what is selected early regresses until the end
+RAMP, RISE = 4.0, 96  # rounds from this token on are so many times as wide as the first: early selection is forgotten
 SURVIVING = 2.5  # one of so many drafts goes on
 
 
@@ -29,7 +30,8 @@ class CountedTokens:
 def plan_search(budget: float, costs: StepCosts, max_tokens: int) -> SearchPlan:
     """Choose the rounds of a search that costs at most `budget` times what a plain answer costs.
 
-    Round k of R has about max_tokens / R tokens and round(w RAMP^(k / (R - 1))) drafts, and w is the largest with
+    Round k of R has about max_tokens / R tokens and, after t_k tokens, round(w RAMP^min(1, t_k / RISE)) drafts; w is
+    the largest with
 
         sum_k L_k draft(W_k) + score(W_k L_k)  <=  budget * max_tokens * draft(1).
 
@@ -48,9 +50,9 @@ def plan_search(budget: float, costs: StepCosts, max_tokens: int) -> SearchPlan:
     low, high = 1 / RAMP, float(MAX_WIDTH)
     for _ in range(24):
         middle = (low * high) ** 0.5
-        fits = _cost(lengths, _widths(middle, len(lengths)), costs) <= allowed
+        fits = _cost(lengths, _widths(middle, lengths), costs) <= allowed
         low, high = (middle, high) if fits else (low, middle)
-    widths = _widths(low, len(lengths))
+    widths = _widths(low, lengths)
     if max(widths) == 1:
         return SearchPlan((SearchRound(max_tokens, 1, 1),))
     single = widths.count(1)  # these make one round: there is nothing to select
@@ -69,9 +71,9 @@ def _lengths(tokens: int, rounds: int) -> list[int]:
     return [tokens * (k + 1) // rounds - tokens * k // rounds for k in range(rounds)]
 
 
-def _widths(first: float, rounds: int) -> list[int]:
-    steps = max(1, rounds - 1)
-    return [min(MAX_WIDTH, max(1, round(first * RAMP ** (k / steps)))) for k in range(rounds)]
+def _widths(first: float, lengths: Sequence[int]) -> list[int]:
+    written = accumulate(lengths[:-1], initial=0)
+    return [min(MAX_WIDTH, max(1, round(first * RAMP ** min(1.0, tokens / RISE)))) for tokens in written]
 
 
 def _cost(lengths: Sequence[int], widths: Sequence[int], costs: StepCosts) -> float:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import ConfigDict, Field
 
-from cards_integrations.decoding.base import Draft, Session
+from cards_integrations.decoding.base import Draft, Scale, Session
 from cards_integrations.models.base import Boundary
 from cards_integrations.settings_model import SettingsModel
 
@@ -32,8 +32,18 @@ class OptimalStopping(SettingsModel):
 
     price: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     """The reward that a drafted token has to bring."""
+    unit: Literal["reward", "std"] = "reward"
+    """What the price is in: "reward", or "std", standard deviations of the rewards of plain answers, so that one price
+    serves every reward."""
     batch: Annotated[int, Field(ge=1)] = 1
     """Drafts between two decisions; more than 1 pays off where several drafts cost about as much as one."""
+
+    def in_rewards(self, scale: Scale | None) -> OptimalStopping:
+        """Return the rule with its price in rewards, by the rewards of plain answers."""
+        if self.unit == "reward":
+            return self
+        std = 1.0 if scale is None or not scale.std else scale.std
+        return OptimalStopping(price=self.price * std, batch=self.batch)
 
     async def generate(self, session: Session, boundary: Boundary, limit: int) -> None:
         """Draft and keep until `session.finished`.

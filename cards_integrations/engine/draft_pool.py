@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from cards_integrations.decoding.base import Draft
+from cards_integrations.decoding.base import Draft, StepCosts
 from cards_integrations.engine.scoring import ScoreQueue, ScoreRequest
 from cards_integrations.errors import as_cards_error
 from cards_integrations.models.base import Boundary, Candidate, Context, LanguageModel
@@ -35,13 +35,12 @@ class SessionHost(Protocol):
     def language_model(self) -> LanguageModel:
         """Where candidates are drafted."""
 
-    @property
-    def step_times(self) -> StepTimes:
-        """Seconds of a step by its number of candidates."""
+    def step_costs(self, scoring: StepTimes) -> StepCosts:
+        """What steps cost now, with a reward model that takes these times.
 
-    @property
-    def requests(self) -> int:
-        """How many run now."""
+        Raises:
+            SettingsError: They were not timed.
+        """
 
     def vacancies(self, context: Context, boundary: Boundary) -> int:
         """For how many more candidates of a request there is memory."""

@@ -6,12 +6,12 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from uuid import uuid4
 
 from cards_integrations.chat.message import PARTIAL_CHARACTER
 from cards_integrations.chat.tool_reader import ToolReader
-from cards_integrations.decoding.base import Draft, Scale
+from cards_integrations.decoding.base import Draft, Scale, StepCosts
 from cards_integrations.engine.draft_pool import DraftPool, PendingDraft, SegmentDrafts, SessionHost
 from cards_integrations.engine.request import Chunk
 from cards_integrations.engine.scoring import ScoreQueue
@@ -35,27 +35,6 @@ from cards_integrations.transformer.step_times import StepTimes
 
 log = logging.getLogger("cards_integrations")
 FREE = StepTimes({1: 0.0, 2: 0.0})  # a reward that costs this device nothing
-
-
-@dataclass(frozen=True)
-class SharedStepCosts:
-    """Implements `decoding.base.StepCosts` by step times, for requests of the same kind that run side by side.
-
-    Attributes:
-        drafting: Seconds of a step by its number of candidates.
-        scoring: Seconds of a call of the reward model by its number of tokens.
-        requests: How many run.
-    """
-
-    drafting: StepTimes
-    scoring: StepTimes
-    requests: int
-
-    def draft(self, width: int) -> float:
-        return self.drafting.at(width * self.requests)
-
-    def score(self, tokens: int) -> float:
-        return self.scoring.at(tokens * self.requests)
 
 
 class AcceptanceRate:
@@ -137,9 +116,9 @@ class Session:
             self._score_queue().reward_model.keep(response)
         return self._prompt_reward
 
-    async def step_costs(self) -> SharedStepCosts:
+    async def step_costs(self) -> StepCosts:
         await asyncio.sleep(0)  # those that begin together are all live then
-        return SharedStepCosts(self.host.step_times, self.seconds_to_score, self.host.requests)
+        return self.host.step_costs(self.seconds_to_score)
 
     def drafts(
         self, until: Boundary, limit: int, scored: bool = True, passes: Callable[[Draft], bool] | None = None

@@ -10,6 +10,7 @@ from cards_integrations.engine.preemption import Preemption
 from cards_integrations.engine.scheduler import BestPerSecond, FixedWidth, Scheduler
 from cards_integrations.engine.scoring import Scoring
 from cards_integrations.engine.session import Session
+from cards_integrations.engine.step_costs import SharedStepCosts
 from cards_integrations.errors import CardsError, ModelError, SettingsError
 from cards_integrations.models.base import Boundary, Context, LanguageModel, StepwiseModel
 from cards_integrations.transformer.kv_memory import KVMemory
@@ -17,6 +18,7 @@ from cards_integrations.transformer.step_times import StepTimes
 
 MAX_REMOTE = 64  # candidates of one request in a server, at most
 REMOTE_STEP = StepTimes({1: 1.0, 16: 2.0})  # not seconds: what more candidates cost there, so that few are in vain
+ROUND_TRIP = StepTimes({1: 4.0, 2: 4.0})  # in the same unit: a round of drafts is a call of the server for each
 log = logging.getLogger("cards_integrations")
 
 
@@ -59,20 +61,16 @@ class StepLoop:
         self.preemption.freed.set()
         self.wake()
 
-    @property
-    def step_times(self) -> StepTimes:
-        """Seconds of a step by its number of candidates."""
+    def step_costs(self, scoring: StepTimes) -> SharedStepCosts:
+        """What steps cost now, with a reward model that takes these times."""
+        if self.stepwise is None:
+            return SharedStepCosts(REMOTE_STEP, ROUND_TRIP, len(self.live))
         if not isinstance(self.scheduler, BestPerSecond):
             raise SettingsError(
                 "A budget of time goes by the times of steps, which are measured with EngineSettings(width='auto') "
                 "only: use that, or a budget of tokens such as Cascade(budget='tokens:5'), or Cascade(plan=...)."
             )
-        return self.scheduler.times
-
-    @property
-    def requests(self) -> int:
-        """How many run now."""
-        return len(self.live)
+        return SharedStepCosts(self.scheduler.times, scoring, len(self.live))
 
     def vacancies(self, context: Context, boundary: Boundary) -> int:
         """For how many more candidates of a request there is memory."""

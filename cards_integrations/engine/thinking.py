@@ -49,7 +49,7 @@ class OpenSession(Protocol):
     ) -> AbstractAsyncContextManager[Session]: ...
 
 
-class OpensThoughts(Boundary):
+class BeginsWith(Boundary):
     """Ends as soon as a text has begun with a mark, or cannot begin with it any more."""
 
     mark: str
@@ -65,6 +65,13 @@ class OpensThoughts(Boundary):
     def ends_after(self, text: str) -> bool:
         begun = text.lstrip()
         return begun.startswith(self.mark) or not self.mark.startswith(begun)
+
+
+def phase_of(request: Request, **changes: Any) -> Request:
+    """A request without what is about its answer, for what is written before it."""
+    sampler = request.sampler.model_copy(update={"min_tokens": 0, "stop_token_ids": ()})
+    plain = replace(request, grammar=None, tools=None, logprobs=None, finish_at="token", sampler=sampler)
+    return replace(plain, **changes)
 
 
 @dataclass(frozen=True)
@@ -116,7 +123,7 @@ class Thinker:
         ids = prompt.ids
         if not form.is_open(prompt.text):
             if not await self._opens(form, ids, derived_seed(seed, "opening")):
-                return Begun(self._without_opening(form), [*ids, *self._encode(form.direct)])
+                return Begun(self._without_opening(form), ids)
             ids = [*ids, *self._encode(form.opening + form.before)]
         phase = self._phase(form, len(prompt.ids))
         emit = None if self.emit is None else ThoughtStream(self.emit)
@@ -146,23 +153,16 @@ class Thinker:
                 "thinking='off'."
             )
         decoding = self.request.decoding if self.request.thinking == "aligned" else Sampling()
-        return self._plain(
-            decoding=decoding, max_tokens=min(self.request.max_thinking_tokens, room), stop=(form.closing,)
-        )
+        most = min(self.request.max_thinking_tokens, room)
+        return phase_of(self.request, decoding=decoding, max_tokens=most, stop=(form.closing,))
 
     async def _opens(self, form: ThinkingFormat, ids: list[int], seed: int) -> bool:
         """Let the model decide whether to think."""
-        phase = self._plain(decoding=Sampling(), max_tokens=LONGEST_OPENING, stop=())
+        phase = phase_of(self.request, decoding=Sampling(), max_tokens=LONGEST_OPENING, stop=())
         async with self.session(phase, ids, seed, False, None) as session:
-            async for draft in session.drafts(until=OpensThoughts(mark=form.opening), limit=1, scored=False):
+            async for draft in session.drafts(until=BeginsWith(mark=form.opening), limit=1, scored=False):
                 return form.opens(draft.text)
         return False
-
-    def _plain(self, **changes: Any) -> Request:
-        """The request without what is about its answer."""
-        sampler = self.request.sampler.model_copy(update={"min_tokens": 0, "stop_token_ids": ()})
-        plain = replace(self.request, grammar=None, tools=None, logprobs=None, finish_at="token", sampler=sampler)
-        return replace(plain, **changes)
 
     def _without_opening(self, form: ThinkingFormat) -> Request:
         """The request for an answer of a model that does not want to think: it does not begin to later, either."""

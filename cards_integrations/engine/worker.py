@@ -25,6 +25,7 @@ from cards_integrations.chat.tool_reader import ToolReader
 from cards_integrations.decoding.base import Scale
 from cards_integrations.decoding.sampling import Sampling
 from cards_integrations.engine.admission import Admission, check_length, time_limit
+from cards_integrations.engine.channel import Channels
 from cards_integrations.engine.idle import IdleMoments
 from cards_integrations.engine.inspection import CacheState, EngineState
 from cards_integrations.engine.preemption import cache_needs
@@ -332,7 +333,8 @@ class Worker:
         seed = fresh_seed() if request.seed is None else request.seed
         open_session = partial(self._session, Usage(prompt_tokens=len(prompt.ids)), reward, scale)
         thinker = Thinker(request, model.chat, model.context_window, open_session, emit)
-        begun = await thinker.think(prompt, seed)
+        channels = Channels(model.chat, isinstance(model, ConstrainedModel), open_session)
+        begun = await channels.enter(await thinker.think(prompt, seed), seed)
         async with open_session(begun.request, begun.ids, seed, True, emit) as session:
             log.info(
                 "request %s: %s, prompt of %d tokens, seed %d",

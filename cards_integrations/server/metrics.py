@@ -53,6 +53,12 @@ class Metrics:
         self._rows = Gauge("cards_rows", "Rows of all KV caches that are in use.", registry=self.registry)
         self._live = Gauge("cards_live_requests", "Requests that are drafting.", registry=self.registry)
         self._cache = Gauge("cards_cache_bytes", "Memory of all KV caches.", registry=self.registry)
+        self._texts = Gauge(
+            "cards_prefix_bytes", "Memory of finished texts, for prompts that begin like them.", registry=self.registry
+        )
+        self._limit = Gauge(
+            "cards_memory_limit_bytes", "Most memory of KV caches and finished texts.", registry=self.registry
+        )
         self._preempted = Gauge("cards_preempted", "Requests that gave their rows back.", registry=self.registry)
 
     @contextmanager
@@ -100,6 +106,8 @@ class Metrics:
         self._rows.set(state.rows)
         self._live.set(state.requests)
         self._cache.set(state.cache_bytes)
+        self._texts.set(state.prefix_bytes)
+        self._limit.set(state.memory_limit)
         self._preempted.set(state.preempted)
         return generate_latest(self.registry)
 
