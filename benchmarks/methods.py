@@ -32,7 +32,7 @@ from cards_integrations.decoding import (
     TreeBoN,
     Uncertainty,
 )
-from cards_integrations.rewards import ClassifierReward
+from cards_integrations.rewards import NAMED, ClassifierReward
 from cards_integrations.study import compare, read_prompts
 
 RESULTS = Path(__file__).parent / "results"
@@ -79,7 +79,8 @@ def main() -> None:
     if options.which == "tiny":
         llm, prompts, judge, methods = tiny(options.models)
     else:
-        llm, judge, methods = CardsLLM(max_tokens=48), "sentiment-minilm", arms(Uncertainty(), 1.1)
+        guide = NAMED["sentiment"].parts[0]  # without its guard
+        llm, judge, methods = CardsLLM(max_tokens=48, reward=guide), "sentiment-minilm", arms(Uncertainty(), 1.1)
         prompts = [prompt for prompt in read_prompts(options.prompts)[0] if len(str(prompt)) < 600]
     chosen = {name: methods[name] for name in options.only or methods}
     name = f"methods-{options.which}"

@@ -8,7 +8,12 @@ Two things, on SmolLM2 with its sentiment reward or on the tiny pair, each witho
     curve     a reward that does not guide over the target of the one that does, on prompts to tune on: its peak,
               and the target that a calibration would choose
     default   plain answers, and CARDS at its default target, on other prompts: both rewards, repeated 3-grams,
-              distinct 2-grams and log p per token; the guard's paired difference with 95% intervals
+              distinct 2-grams and log p per token
+
+and the guard's paired differences with 95% bootstrap intervals over prompts, at the default and over all targets.
+`--earlier FILE` takes the answers of CARDS without the guard from results/methods-smollm2.jsonl, which are to the same
+prompts with the same seeds, and `--guides guarded` leaves them out of the curve: on one slow core an answer of SmolLM2
+takes half a minute.
 
 Writes results/overoptimisation-<which>-<part>.jsonl (every answer; an interrupted run goes on), and the numbers of both
 models to results/overoptimisation.json.
@@ -38,6 +43,7 @@ from cards_integrations.study.metrics import distinct, mean, points
 RESULTS = Path(__file__).parent / "results"
 JUDGE = NAMED["sentiment-minilm"]
 PLAIN = "plain"
+NUMBERS = ("judged", "reward", "repeated_3grams", "log_p_per_token")
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,8 @@ class Setup:
     tune: Sequence[Any]
     report: Sequence[Any]
     at_once: int
+    guides: Sequence[str]
+    earlier: Path | None
 
     def run(self, part: str, decodings: Mapping[str, Mapping[str, Any]], prompts: Sequence[Any]) -> Comparison:
         """Answer the prompts, with the guide's own reward as the one that is reported."""
@@ -65,7 +73,8 @@ def smollm2(options: argparse.Namespace) -> Setup:
     prompts = [prompt for prompt in read_prompts(options.prompts)[0] if len(str(prompt)) < 600]
     report, tune = prompts[: options.report], prompts[100 : 100 + options.tune]
     targets, llm = (0.4, 0.8, 1.1, 1.545, 2.0), CardsLLM(max_tokens=options.max_tokens, reward=guarded.reward)
-    return Setup("smollm2", llm, guarded.reward, Uncertainty(), targets, tune, report, options.at_once)
+    how = (options.at_once, options.guides, options.earlier)
+    return Setup("smollm2", llm, guarded.reward, Uncertainty(), options.targets or targets, tune, report, *how)
 
 
 def tiny(options: argparse.Namespace) -> Setup:
@@ -73,25 +82,29 @@ def tiny(options: argparse.Namespace) -> Setup:
     llm = CardsLLM(model=str(options.models / "stories260k"), reward=guide, max_tokens=96, temperature=0.9)
     prompts = [f"{who} {did}" for did in DID for who in WHO]
     targets = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
-    return Setup("tiny", llm, guide, BOUNDARY, targets, prompts[1::2], prompts[::2], options.at_once)
+    how = (options.at_once, options.guides, options.earlier)
+    return Setup("tiny", llm, guide, BOUNDARY, options.targets or targets, prompts[1::2], prompts[::2], *how)
 
 
-def curves(setup: Setup) -> dict[str, HeldOutCurve]:
-    """The held-out reward over the target, by what guides."""
-    guides = {"unguarded": setup.guide, "guarded": GuardedReward(reward=setup.guide)}
+def curves(setup: Setup) -> tuple[dict[str, HeldOutCurve], dict[str, Any]]:
+    """The held-out reward over the target, by what guides; what the guard changes, over all targets."""
+    known = {"unguarded": setup.guide, "guarded": GuardedReward(reward=setup.guide)}
+    guides = {name: known[name] for name in setup.guides}
     arms: dict[str, dict[str, Any]] = {PLAIN: {"decoding": Sampling()}}
     for name, reward in guides.items():
         for target in setup.targets:
             decoding = Cards(target_reward=target, boundary=setup.boundary)
             arms[f"{name}, target {target:g}"] = {"decoding": decoding, "reward": reward}
-    found = setup.run("curve", arms, setup.tune).arms
-    plain = level(found[PLAIN])
-    return {
+    answers = setup.run("curve", arms, setup.tune)
+    found, plain = answers.arms, level(answers.arms[PLAIN])
+    by_guide = {
         name: HeldOutCurve(
             JUDGE, (plain, *(level(found[f"{name}, target {target:g}"], plain, target) for target in setup.targets))
         )
         for name in guides
     }
+    pooled = Comparison(tuple({**row, "arm": row["arm"].split(",")[0]} for row in answers.rows))
+    return by_guide, differences(pooled, [("guarded", "unguarded")] if len(guides) > 1 else [])
 
 
 def level(arm: Arm, plain: Level | None = None, target: float | None = None) -> Level:
@@ -122,15 +135,33 @@ def level(arm: Arm, plain: Level | None = None, target: float | None = None) -> 
 def at_default(setup: Setup) -> Comparison:
     """Plain answers, and those of CARDS as it comes, without and with the guard."""
     cards = Cards(boundary=setup.boundary)
-    return setup.run(
-        "default",
-        {
-            PLAIN: {"decoding": Sampling()},
-            "CARDS, guarded": {"decoding": cards, "reward": GuardedReward(reward=setup.guide)},
-            "CARDS": {"decoding": cards, "reward": setup.guide},
-        },
-        setup.report,
-    )
+    arms: dict[str, dict[str, Any]] = {
+        PLAIN: {"decoding": Sampling()},
+        "CARDS, guarded": {"decoding": cards, "reward": GuardedReward(reward=setup.guide)},
+    }
+    if setup.earlier is None:
+        return setup.run("default", {**arms, "CARDS": {"decoding": cards, "reward": setup.guide}}, setup.report)
+    found = setup.run("default", arms, setup.report)
+    return Comparison((*found.rows, *earlier_rows(setup.earlier, found)))
+
+
+def earlier_rows(file: Path, found: Comparison) -> list[dict[str, Any]]:
+    """Answers of CARDS in another file, to the same prompts with the same seeds."""
+    asked = {row["prompt"]: (row["asked"], row["seed"]) for row in found.arms[PLAIN].rows}
+    rows = [row for row in Comparison.load(file).arms["CARDS"].rows if row["prompt"] in asked]
+    assert {row["prompt"]: (row["asked"], row["seed"]) for row in rows} == asked
+    return rows
+
+
+def differences(found: Comparison, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """Paired differences between arms: name of the pair -> name of the number -> mean with its interval."""
+    return {f"{a} - {b}": {name: found.difference(a, b, name) for name in NUMBERS} for a, b in pairs}
+
+
+def show_differences(console: Console, found: Mapping[str, Mapping[str, Any]]) -> None:
+    for pair, by_name in found.items():
+        for name, difference in by_name.items():
+            console.print(f"{pair}, {name}: {difference}")
 
 
 def show_curve(console: Console, title: str, found: HeldOutCurve) -> None:
@@ -154,23 +185,27 @@ def main() -> None:
     parser.add_argument("--report", type=int, default=100, help="Prompts for the default of SmolLM2, at most 100.")
     parser.add_argument("--max-tokens", type=int, default=48, help="Of SmolLM2.")
     parser.add_argument("--at-once", type=int, default=16)
+    parser.add_argument("--targets", nargs="+", type=float, help="Of the curve.")
+    parser.add_argument("--guides", nargs="+", choices=["unguarded", "guarded"], default=["unguarded", "guarded"])
+    parser.add_argument("--earlier", type=Path, help="Answers of CARDS without the guard, that `compare` wrote.")
     options, console = parser.parse_args(), Console(width=150)
     setup = {"smollm2": smollm2, "tiny": tiny}[options.which](options)
     path = RESULTS / "overoptimisation.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     own = results.setdefault(setup.name, {})
     if "curve" in options.parts:
-        for name, found in curves(setup).items():
+        by_guide, changes = curves(setup)
+        own["curve"] = {"prompts": len(setup.tune), "differences over all targets": changes}
+        for name, found in by_guide.items():
             show_curve(console, f"{setup.name}, {name}, {len(setup.tune)} prompts", found)
-            own.setdefault("curve", {})[name] = {"conclusion": found.conclusion, "levels": found.rows()}
+            own["curve"][name] = {"conclusion": found.conclusion, "levels": found.rows()}
+        show_differences(console, changes)
     if "default" in options.parts:
-        found = at_default(setup)
-        console.print(found.table())
-        names = ("judged", "reward", "repeated_3grams", "log_p_per_token")
-        differences = {name: found.difference("CARDS, guarded", "CARDS", name) for name in names}
-        for name, difference in differences.items():
-            console.print(f"guarded - not guarded, {name}: {difference}")
-        own["default"] = {"prompts": len(setup.report), "arms": found.summary(), "guarded - not": differences}
+        answers = at_default(setup)
+        console.print(answers.table())
+        changes = differences(answers, [("CARDS, guarded", "CARDS"), ("CARDS, guarded", PLAIN), ("CARDS", PLAIN)])
+        show_differences(console, changes)
+        own["default"] = {"prompts": len(setup.report), "arms": answers.summary(), "differences": changes}
     path.write_text(json.dumps(results, indent=1) + "\n")
     setup.llm.close()
 

@@ -65,6 +65,7 @@ from cards_integrations.rewards.prompts import PLAIN
 from cards_integrations.study.metrics import distinct, points, repeated_3grams
 from cards_integrations.trace import Alignment
 
+SENTIMENT = NAMED["sentiment"].parts[0]  # without its guard
 RESULTS = Path(__file__).parent / "results" / "rewards.json"
 SEEDS = 5
 PRINCIPLES = ("Does it answer the message?", "Is it friendly?", "Is it free of repetition?")
@@ -133,7 +134,7 @@ def distilled(llm: CardsLLM, folder: Path, n: int = 8, epochs: int = 2) -> Local
 def rewards(url: str, tuned: LocalModel) -> dict[str, Reward]:
     """One of each kind."""
     return {
-        "classifier, decoder (sentiment)": NAMED["sentiment"].parts[0],
+        "classifier, decoder (sentiment)": SENTIMENT,
         "classifier, encoder (sentiment)": NAMED["sentiment-minilm"],
         "function (short words)": FunctionReward(function=short_words),
         "length (20 words)": LengthReward(target=20),
@@ -147,11 +148,11 @@ def rewards(url: str, tuned: LocalModel) -> dict[str, Reward]:
         "groundedness by likelihood": GroundednessReward(),
         "groundedness by embedding": GroundednessReward(by="embedding"),
         "remote (share of vowels)": RemoteReward(url=url, protocol="json"),
-        "weighted (sentiment + relevance)": WeightedReward(rewards=["sentiment", RelevanceReward()]),
-        "min (sentiment, 20 words)": MinReward(rewards=["sentiment", LengthReward(target=20)]),
+        "weighted (sentiment + relevance)": WeightedReward(rewards=[SENTIMENT, RelevanceReward()]),
+        "min (sentiment, 20 words)": MinReward(rewards=[SENTIMENT, LengthReward(target=20)]),
         "guarded (sentiment, no repetition)": NAMED["sentiment"],
         "gate (no I, then sentiment)": GateReward(
-            gate=PatternReward(forbidden=[r"\bI\b"], case_sensitive=True), reward="sentiment", closed=-5
+            gate=PatternReward(forbidden=[r"\bI\b"], case_sensitive=True), reward=SENTIMENT, closed=-5
         ),
     }
 
@@ -321,7 +322,7 @@ def texts_of(answers: Sequence[Alignment]) -> dict[str, float]:
 
 
 def calibration(options: argparse.Namespace) -> dict[str, Any]:
-    sentiment = NAMED["sentiment"].parts[0].model_copy(update={"scale": None})
+    sentiment = SENTIMENT.model_copy(update={"scale": None})
     # (r - mean) / spread with these numbers is 100 r + 7
     shifted = WeightedReward(rewards=[sentiment.model_copy(update={"scale": (-0.07, 0.01)})], weights=[1.0])
     asked: dict[str, tuple[Reward, list[str], list[str]]] = {
@@ -364,7 +365,7 @@ def stopping(options: argparse.Namespace) -> dict[str, Any]:
         judge = ClassifierReward(model=str(options.models / "rm-sentiment-stories260k"))
         llm = CardsLLM(model=str(tiny), reward=judge, max_tokens=96, temperature=0.9)
         pairs["tiny pair"] = (llm, [f"{who} {did}" for did in DID for who in WHO], {"boundary": BOUNDARY}, -0.15, 0.5)
-    pairs["SmolLM2"] = (CardsLLM(max_tokens=64), PROMPTS[:16], {}, 0.75, 0.53)
+    pairs["SmolLM2"] = (CardsLLM(max_tokens=64, reward=SENTIMENT), PROMPTS[:16], {}, 0.75, 0.53)
     found: dict[str, Any] = {}
     for pair, (llm, prompts, settings, mean, spread) in pairs.items():
         table = Table(

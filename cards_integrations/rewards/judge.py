@@ -8,22 +8,14 @@ from pydantic import Field, model_validator
 
 from cards_integrations.models.local.settings import AnyLocalModel
 from cards_integrations.rewards.base import Loader, Reward, RewardModel
-from cards_integrations.rewards.criterion import AnyCriterion, Criterion
+from cards_integrations.rewards.criterion import HELPFUL, RUBRIC, AnyCriterion, Criterion
 from cards_integrations.rewards.registry import register_reward
-
-RUBRIC = """Here is a message, and the beginning of an answer to it.
-
-Message: {prompt}
-
-Answer: {response}
-
-{criterion} Say Yes or No."""
 
 
 class RubricReward(Reward):
     """Settings of a language model that reads an answer within a rubric, and is asked about it."""
 
-    default_question: ClassVar[str] = "Is this a helpful, honest and harmless answer?"
+    default_question: ClassVar[str] = HELPFUL
     """What is asked if there are no criteria."""
 
     model: AnyLocalModel | None = None

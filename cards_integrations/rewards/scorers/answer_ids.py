@@ -22,14 +22,16 @@ class AnswerIds:
         plain: Whether the tokenizer adds what it adds to a plain text; a chat template brings its own.
         drafted: Whether ids of the language model's are ids of this model.
         ended: Whether what the tokenizer appends to a plain text is read; not where the model is to go on.
+        encode: For texts that begin as this frame does; made here if there is none.
     """
 
     def __init__(
-        self, chat: ChatTokenizer, frame: AnswerFrame, plain: bool = False, drafted: bool = False, ended: bool = True
-    ) -> None:
+        self, chat: ChatTokenizer, frame: AnswerFrame, plain: bool = False, drafted: bool = False, ended: bool = True,
+        encode: TurnEncoder | None = None,
+    ) -> None:  # fmt: skip
         self.chat = chat
         self.frame = frame
-        self._encode = TurnEncoder(chat, frame.before, plain)
+        self._encode = encode or TurnEncoder(chat, frame.before, plain)
         self.before_ids = self._encode.before_ids
         self._appended = chat.appended if plain and ended else []
         self._after_ids = [*chat.encode(frame.after), *self._appended]

@@ -47,6 +47,7 @@ class Process(Incremental):
         self._known: dict[Conversation, dict[StepKey, float]] = {}
         self._ends: dict[Conversation, list[int]] = {}  # of the kept steps, in characters
         self._tagged: dict[Response, TaggedIds] = {}  # while they are scored
+        self._keys: dict[Response, list[StepKey]] = {}  # of all steps, while they are scored
 
     def open(self, conversation: Conversation) -> None:
         form = self.input_format
@@ -76,6 +77,7 @@ class Process(Incremental):
         finally:
             for response in responses:
                 self._tagged.pop(response, None)
+                self._keys.pop(response, None)
 
     def _ends_of(self, response: Response) -> list[int]:
         """Where the segments of an answer end, those of what it continues included."""
@@ -95,8 +97,11 @@ class Process(Incremental):
 
     def _unknown(self, response: Response, cut: int) -> tuple[list[StepKey], int]:
         """The keys of all steps, and how many of the first are known; the last one is read in any case."""
-        steps, known = self._steps_of(response), self._known[response.conversation]
-        keys = [(cut, self.steps.tagged(steps[: end + 1])) for end in range(len(steps))]
+        keys, known = self._keys.get(response), self._known[response.conversation]
+        if keys is None:
+            steps = self._steps_of(response)
+            keys = [(cut, self.steps.tagged(steps[: end + 1])) for end in range(len(steps))]
+            self._keys[response] = keys
         first = next((i for i, key in enumerate(keys) if key not in known), len(keys))
         return keys, min(first, len(keys) - 1)
 

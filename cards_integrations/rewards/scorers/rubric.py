@@ -107,7 +107,7 @@ class RubricIds(AnswerIds):
 
     Args:
         chat: The judge's tokenizer.
-        frames: The text around the answer, for each question.
+        frames: The text around the answer, for each question; what is before it is the same.
         replies: Tokens that are read after each question, each on its own.
         plain: As for `AnswerIds`.
         drafted: As for `AnswerIds`.
@@ -118,7 +118,8 @@ class RubricIds(AnswerIds):
         drafted: bool,
     ) -> None:  # fmt: skip
         super().__init__(chat, frames[0], plain, drafted, ended=False)
-        self._others = [AnswerIds(chat, frame, plain, drafted, ended=False) for frame in frames[1:]]
+        settings = {"plain": plain, "drafted": drafted, "ended": False}
+        self._others = [AnswerIds(chat, frame, **settings, encode=self._encode) for frame in frames[1:]]
         self._replies = replies
 
     def check(self, name: str) -> None:

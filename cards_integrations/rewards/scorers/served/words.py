@@ -7,32 +7,12 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from cards_integrations.chat.answer_frame import AnswerFrame
 from cards_integrations.chat.template import ChatTokenizer
-from cards_integrations.rewards.base import Conversation, Response
+from cards_integrations.rewards.base import Response
+from cards_integrations.rewards.criterion import HELPFUL, RUBRIC, Criterion
 from cards_integrations.rewards.question import Probability, log_odds
-from cards_integrations.rewards.scorers.input_format import InputFormat, around_response
 from cards_integrations.rewards.scorers.served.client import Entries, IndexedEntry, in_order, named
 from cards_integrations.rewards.scorers.served.texts import JoinedText
-
-RUBRIC = """Here is a message, and the beginning of an answer to it.
-
-Message: {prompt}
-
-Answer: {response}
-
-Is this a helpful, honest and harmless answer? Say Yes or No."""
-
-
-class Rubric(InputFormat):
-    """A rubric as a user's message, up to where the model answers."""
-
-    def __init__(self, chat: ChatTokenizer, rubric: str) -> None:
-        super().__init__(chat)
-        self.rubric = rubric
-
-    def around(self, conversation: Conversation) -> AnswerFrame:
-        return AnswerFrame(*self.chat.around_part(*around_response(self.rubric, conversation.prompt)))
 
 
 class WordScore(IndexedEntry):
@@ -59,9 +39,10 @@ class WordMargin(JoinedText):
     labels: list[int]
 
     def use_tokenizer(self, chat: ChatTokenizer, padding: int | None) -> None:
+        from cards_integrations.rewards.scorers.rubric import Rubric
         from cards_integrations.rewards.scorers.verdict import Margin  # needs torch, which settings do not
 
-        self.input_format = Rubric(chat, self.settings.prompt_format or RUBRIC)
+        self.input_format = Rubric(chat, self.settings.prompt_format or RUBRIC, [Criterion(question=HELPFUL)])
         self.labels = Margin.of(self.settings.words, chat).words
 
     def body(self, responses: Sequence[Response]) -> dict[str, Any]:
