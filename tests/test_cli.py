@@ -264,6 +264,19 @@ def test_the_version_is_that_of_the_package():
     assert run("--version").stdout == f"{version('cards-integrations')}\n"
 
 
+def test_the_doctor_says_what_is_there_and_what_a_step_costs(config):
+    found = json.loads(run("doctor", "--config", config, "--set", "engine={width: auto}", "--json").stdout)
+    assert found["packages"]["torch"] == version("torch")
+    times = found["model"]["milliseconds of a step"]
+    assert [*times] == ["1", "16", "64"]
+    assert all(seconds > 0 for seconds in times.values())
+    ratio = found["advice"][-1].partition(" takes ")[2].partition(" times")[0]
+    assert float(ratio) > 0
+    shown = run("doctor", "--config", config, "--set", "engine={width: 2}").stdout
+    assert "Steps are not timed" in shown
+    assert f"python: {sys.version.split()[0]}" in shown
+
+
 def test_a_pipe_is_the_prompt(config):
     expected = run("generate", "Hello", "--config", config).stdout
     assert run("generate", "--config", config, input="Hello\n").stdout == expected

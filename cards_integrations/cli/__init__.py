@@ -8,7 +8,19 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from cards_integrations.cli import calibrate, chat, compare, demo, generate, judge, lists, mcp, serve, train_value
+from cards_integrations.cli import (
+    calibrate,
+    chat,
+    compare,
+    demo,
+    doctor,
+    generate,
+    judge,
+    lists,
+    mcp,
+    serve,
+    train_value,
+)
 from cards_integrations.errors import CardsError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -20,6 +32,7 @@ app.command()(calibrate.calibrate)
 app.command()(train_value.train_value)
 app.command()(lists.rewards)
 app.command()(lists.models)
+app.command()(doctor.doctor)
 app.command()(serve.serve)
 app.command()(mcp.mcp)
 app.command()(demo.demo)

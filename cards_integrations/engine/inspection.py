@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from cards_integrations.transformer.kv_cache import TreeCache
@@ -57,6 +58,7 @@ class EngineState:
         steps: Decode steps of the language model so far, each with one candidate at least.
         forwards: Its forwards so far, those that only read prompts included.
         tokens: Tokens that these have read.
+        step_seconds: Seconds of a step by its number of candidates, as measured; empty where nothing was.
     """
 
     status: Literal["new", "loading", "ready", "failed", "closed"]
@@ -74,6 +76,7 @@ class EngineState:
     steps: int = 0
     forwards: int = 0
     tokens: int = 0
+    step_seconds: Mapping[int, float] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:

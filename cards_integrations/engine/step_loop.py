@@ -61,6 +61,13 @@ class StepLoop:
         self.preemption.freed.set()
         self.wake()
 
+    @property
+    def measured_times(self) -> dict[int, float]:
+        """Seconds of a step by its number of candidates, as measured; empty where nothing was."""
+        if self.stepwise is None or not isinstance(self.scheduler, BestPerSecond):
+            return {}
+        return self.scheduler.times.measured
+
     def step_costs(self, scoring: StepTimes) -> SharedStepCosts:
         """What steps cost now, with a reward model that takes these times."""
         if self.stepwise is None:

@@ -265,6 +265,7 @@ class Worker:
             steps=stepwise.steps if stepwise else 0,
             forwards=stepwise.forwards if stepwise else 0,
             tokens=stepwise.tokens if stepwise else 0,
+            step_seconds=self.steps.measured_times,
         )
 
     @asynccontextmanager
@@ -315,7 +316,8 @@ class Worker:
 
     def _step_times(self) -> list[StepTimes]:
         """Those that plan the drafting now."""
-        own = [self.steps.scheduler.times] if isinstance(self.steps.scheduler, BestPerSecond) else []
+        scheduler = self.steps.scheduler
+        own = [scheduler.times] if isinstance(scheduler, BestPerSecond) else []
         return [*own, *self.rewards.step_times]
 
     async def _decode(

