@@ -36,13 +36,15 @@ def doctor(
     """Say what is installed, where the model runs, how fast a step is, and what that suggests."""
     from rich.console import Console
 
+    from cards_integrations.models.sources import source_name
+
     found: dict[str, Any] = {"packages": dict(_installed()), "machine": _machine()}
     with llm_from(config, allow_imports, assigned, model=model) as llm:
         began = time.perf_counter()
         llm.align("Hello", decoding="sampling", max_tokens=1)
         seconds, state = time.perf_counter() - began, llm.inspect()
         found["model"] = {
-            "name": str(llm.model),
+            "name": source_name(llm.model),
             "seconds until the first token": round(seconds, 1),
             "milliseconds of a step": {n: round(1e3 * each, 1) for n, each in state.step_seconds.items()},
             "memory for caches, MiB": state.memory_limit // 2**20,
@@ -99,4 +101,4 @@ def _advice(machine: Mapping[str, Any], step_seconds: Mapping[int, float]) -> It
     if ratio <= CHEAP:
         yield f"{many}: wide searches are cheap here, take decoding='cascade'."
     else:
-        yield f"{many}: every drafted token costs, take Cards() or a small budget such as Cascade(budget='tokens:3')."
+        yield f"{many}: every drafted token costs here, so plan by them, as Cascade(budget='tokens:4') does."
