@@ -342,7 +342,8 @@ async def test_the_chance_that_a_candidate_is_examined() -> None:
     assert chances(drafts) == [(0, first, 1), (0, second, 0.75), (0, None, 0.75**2)]
 
     host.finish(drafts, first)  # has no reward yet: others may follow it, if it passes
-    after_first = [(1, None, 0.25 * reach) for reach in falling]
+    kept = 0.25 + 0.75**3 / 3  # it passes, or all fail and it is the best
+    after_first = [(1, None, kept * reach) for reach in falling]
     assert chances(drafts) == [*after_first, (0, second, 0.75), (0, None, 0.75**2)]
 
     first.score.set_result(-1.0)  # kept if the two others have less
@@ -358,7 +359,7 @@ async def test_the_chance_that_a_candidate_is_examined() -> None:
     assert child.candidate.before == second.candidate.ids
     host.finish(second.next_segment, child)
     assert child.response is not None  # it is scored as soon as only the turn of what it follows is missing
-    expected = [(2, None, 0.25 * reach) for reach in falling] + [(1, None, 0.75), (1, None, 0.75**2)]
+    expected = [(2, None, kept * reach) for reach in falling] + [(1, None, 0.75), (1, None, 0.75**2)]
     assert chances(drafts) == expected
 
 
@@ -386,7 +387,7 @@ async def test_the_best_of_the_rejected_is_followed_before_all_are_examined() ->
     for each, reward in zip(pending[:3], [-3.0, -1.0, -2.0], strict=True):
         host.finish(drafts, each)
         each.score.set_result(reward)
-    follows_best = [(1, None, pytest.approx(0.75 * 3 / 4 * 0.75**n)) for n in range(4)]
+    follows_best = [(1, None, 0.75 * 3 / 4 * 0.75**n) for n in range(4)]
     assert chances(drafts) == [(0, pending[3], 1), *follows_best]
     assert [each.next_segment is not None for each in pending] == [False, True, False, False]
     for _ in range(3):  # the same after they have been examined
@@ -394,7 +395,7 @@ async def test_the_best_of_the_rejected_is_followed_before_all_are_examined() ->
     assert chances(drafts) == [(0, pending[3], 1), *follows_best]
     host.finish(drafts, pending[3])
     pending[3].score.set_result(-0.5)
-    assert chances(drafts) == [(1, None, pytest.approx(0.75**n)) for n in range(4)]
+    assert chances(drafts) == [(1, None, 0.75**n) for n in range(4)]
     session.reject(await anext(drafts))
     ahead = pending[3].next_segment
     await session.keep_best()
@@ -409,15 +410,26 @@ async def test_the_chance_that_an_answer_waits_for_rewards() -> None:
     first, second = drafts.begin(), drafts.begin()
     assert session.pool.waiting(0.25) == 0.0
     host.finish(drafts, second)
-    assert session.pool.waiting(0.25) == 0.75 * 0.25
+    best = 0.75**3 / 3  # of three that all fail
+    assert session.pool.waiting(0.25) == 0.75 * 0.25 + best
     host.finish(drafts, first)
-    assert session.pool.waiting(0.25) == 0.25 + 0.75 * 0.25
+    assert session.pool.waiting(0.25) == 0.25 + 0.75 * 0.25 + 2 * best
     first.score.set_result(1.0)
     assert session.pool.waiting(0.25) == 0.0
     chances(drafts)
     assert first.next_segment is not None
     host.finish(first.next_segment, first.next_segment.begin())
-    assert session.pool.waiting(0.25) == 0.25
+    assert session.pool.waiting(0.25) == 0.25 + best
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.04, 0.25])
+async def test_an_answer_waits_for_certain_if_all_of_its_candidates_do(rate: float) -> None:
+    host = Host()
+    session = host.session()
+    drafts = session.drafts(FixedLength(length=2), limit=3, passes=lambda draft: draft.reward > 0)
+    for pending in [drafts.begin() for _ in range(3)]:
+        host.finish(drafts, pending)
+    assert session.pool.waiting(rate) == pytest.approx(1)
 
 
 async def test_what_is_hardly_examined_is_not_drafted() -> None:

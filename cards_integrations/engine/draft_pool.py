@@ -531,8 +531,8 @@ class SegmentDrafts:
 
         Returns:
             Those that the method may get to, each with the probability that it examines it, and that it keeps it; and
-            the probability that it gets to the first one that has not begun. If none passes, the best of all is
-            kept, which of `limit` is one of the known ones with a probability of known / limit.
+            the probability that it gets to the first one that has not begun. If none passes, the best is kept: each
+            of `limit` with the same probability while rewards are unknown, and so the best of those known with theirs.
         """
         found: list[tuple[PendingDraft, float, float]] = []
         best, known = self._best_rejected, self.begun - len(self.ahead)
@@ -545,9 +545,10 @@ class SegmentDrafts:
                 known += 1
                 best = max(best, pending, key=_reward) if best else pending
             reach *= self._going_on(passing)
-        if best is not None and self.plan.passes is not None:
-            none_passes = reach * (1 - acceptance_rate) ** (self.plan.limit - self.begun)
-            found.append((best, 0.0, none_passes * known / self.plan.limit))
+        if self.plan.passes is not None:
+            each = reach * (1 - acceptance_rate) ** (self.plan.limit - self.begun) / self.plan.limit
+            found = [(one, examined, kept + each * (one.draft is None)) for one, examined, kept in found]
+            found += [(best, 0.0, each * known)] if best is not None else []
         return found, reach
 
     def _following(self, pending: PendingDraft) -> SegmentDrafts:
