@@ -201,10 +201,10 @@ class Offered:
         self.acceptance_rate = AcceptanceRate()
         self.seconds_to_score = scoring
         self.scores = SimpleNamespace(waiting=[])
-        self.blocking: list[Any] = []
+        self.blocked = 0.0
 
-    def waits_for(self, request: Any) -> bool:
-        return request in self.blocking
+    def waiting(self, rate: float) -> float:
+        return self.blocked
 
     def own_errors(self) -> Any:
         return nullcontext()
@@ -248,11 +248,10 @@ def test_nothing_is_chosen_where_nothing_is_drafted() -> None:
 # --- scoring now, or later with others ---
 
 
-def steps_until_scored(scheduler: BestPerSecond, waiting: int, sessions: int, scoring: float) -> int:
-    """How many steps are taken before rewards are scored, `waiting` of which hold up their request."""
+def steps_until_scored(scheduler: BestPerSecond, waiting: float, sessions: int, scoring: float) -> int:
+    """How many steps are taken before rewards are scored that hold up so many requests."""
     session = Offered([1.0], 1, StepTimes({1: scoring, 64: scoring}))
-    session.scores.waiting = list(range(waiting + 3))
-    session.blocking = session.scores.waiting[:waiting]
+    session.scores.waiting, session.blocked = [0, 1, 2], waiting
     others = [SimpleNamespace(scores=None) for _ in range(sessions - 1)]
     live: Any = [session, *others]
     for steps in range(100):
@@ -264,10 +263,10 @@ def steps_until_scored(scheduler: BestPerSecond, waiting: int, sessions: int, sc
 
 @pytest.mark.parametrize(
     ("waiting", "sessions", "steps"),
-    [(1, 1, 4), (8, 8, 4), (1, 2, 8), (4, 16, 16), (0, 1, 100)],
-    ids=["all", "all of many", "half", "a quarter", "nobody"],
+    [(1, 1, 4), (8, 8, 4), (1, 2, 8), (4, 16, 16), (0.5, 1, 8), (0, 1, 100)],
+    ids=["all", "all of many", "half", "a quarter", "perhaps", "nobody"],
 )
-def test_scoring_waits_until_waiting_has_cost_as_much(waiting: int, sessions: int, steps: int) -> None:
+def test_scoring_waits_until_waiting_has_cost_as_much(waiting: float, sessions: int, steps: int) -> None:
     """A step takes a quarter of the seconds that scoring takes at least; nothing is lost before the first."""
     scheduler = BestPerSecond(StepTimes({1: 0.25, 64: 0.25}))
     assert steps_until_scored(scheduler, waiting, sessions, scoring=1.0) == steps
@@ -344,11 +343,13 @@ async def test_the_chance_that_a_candidate_is_examined() -> None:
     assert chances(drafts) == [(0, first, 1), (0, second, 0.75), (0, None, 0.75**2)]
 
     host.finish(drafts, first)  # has no reward yet: others may follow it, if it passes
-    after_first = [(1, None, 0.25 * reach) for reach in falling]
+    kept = 0.25 + 0.75**3 / 3  # it passes, or all fail and it is the best
+    after_first = [(1, None, kept * reach) for reach in falling]
     assert chances(drafts) == [*after_first, (0, second, 0.75), (0, None, 0.75**2)]
 
-    first.score.set_result(-1.0)
-    assert chances(drafts) == [(0, second, 1), (0, None, 0.75)]
+    first.score.set_result(-1.0)  # kept if the two others have less
+    after_first = [(1, None, 0.75**2 / 3 * reach) for reach in falling]
+    assert chances(drafts) == [(0, second, 1), *after_first, (0, None, 0.75)]
 
     host.finish(drafts, second)
     second.score.set_result(1.0)
@@ -358,9 +359,78 @@ async def test_the_chance_that_a_candidate_is_examined() -> None:
     child = second.next_segment.begin()
     assert child.candidate.before == second.candidate.ids
     host.finish(second.next_segment, child)
-    assert child.response is None  # scored only once the method gets there
-    expected = [(2, None, 0.25 * reach) for reach in falling] + [(1, None, 0.75), (1, None, 0.75**2)]
+    assert child.response is not None  # it is scored as soon as only the turn of what it follows is missing
+    expected = [(2, None, kept * reach) for reach in falling] + [(1, None, 0.75), (1, None, 0.75**2)]
     assert chances(drafts) == expected
+
+
+async def test_what_follows_a_candidate_without_a_reward_is_not_scored() -> None:
+    host = Host()
+    drafts = host.session().drafts(FixedLength(length=2), limit=3, passes=lambda draft: draft.reward > 0)
+    first, second = drafts.begin(), drafts.begin()
+    host.finish(drafts, second)
+    chances(drafts)
+    assert second.next_segment is not None
+    child = second.next_segment.begin()
+    host.finish(second.next_segment, child)
+    assert child.response is None
+    second.score.set_result(1.0)
+    chances(drafts)
+    assert (first.ended, child.response is None) == (False, False)
+
+
+async def test_the_best_of_the_rejected_is_followed_before_all_are_examined() -> None:
+    """Whichever of the four is the best is kept: of those that are known, each with a quarter."""
+    host = Host()
+    session = host.session()
+    drafts = session.drafts(FixedLength(length=2), limit=4, passes=lambda draft: draft.reward > 0)
+    pending = [drafts.begin() for _ in range(4)]
+    for each, reward in zip(pending[:3], [-3.0, -1.0, -2.0], strict=True):
+        host.finish(drafts, each)
+        each.score.set_result(reward)
+    follows_best = [(1, None, 0.75 * 3 / 4 * 0.75**n) for n in range(4)]
+    assert chances(drafts) == [(0, pending[3], 1), *follows_best]
+    assert [each.next_segment is not None for each in pending] == [False, True, False, False]
+    for _ in range(3):  # the same after they have been examined
+        session.reject(await anext(drafts))
+    assert chances(drafts) == [(0, pending[3], 1), *follows_best]
+    host.finish(drafts, pending[3])
+    pending[3].score.set_result(-0.5)
+    assert chances(drafts) == [(1, None, 0.75**n) for n in range(4)]
+    session.reject(await anext(drafts))
+    ahead = pending[3].next_segment
+    await session.keep_best()
+    assert session.drafts(FixedLength(length=2), limit=4, passes=drafts.plan.passes) is ahead
+
+
+async def test_the_chance_that_an_answer_waits_for_rewards() -> None:
+    host = Host()
+    session = host.session()
+    assert session.pool.waiting(0.25) == 1.0  # for the reward of the prompt
+    drafts = session.drafts(FixedLength(length=2), limit=3, passes=lambda draft: draft.reward > 0)
+    first, second = drafts.begin(), drafts.begin()
+    assert session.pool.waiting(0.25) == 0.0
+    host.finish(drafts, second)
+    best = 0.75**3 / 3  # of three that all fail
+    assert session.pool.waiting(0.25) == 0.75 * 0.25 + best
+    host.finish(drafts, first)
+    assert session.pool.waiting(0.25) == 0.25 + 0.75 * 0.25 + 2 * best
+    first.score.set_result(1.0)
+    assert session.pool.waiting(0.25) == 0.0
+    chances(drafts)
+    assert first.next_segment is not None
+    host.finish(first.next_segment, first.next_segment.begin())
+    assert session.pool.waiting(0.25) == 0.25 + best
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.04, 0.25])
+async def test_an_answer_waits_for_certain_if_all_of_its_candidates_do(rate: float) -> None:
+    host = Host()
+    session = host.session()
+    drafts = session.drafts(FixedLength(length=2), limit=3, passes=lambda draft: draft.reward > 0)
+    for pending in [drafts.begin() for _ in range(3)]:
+        host.finish(drafts, pending)
+    assert session.pool.waiting(rate) == pytest.approx(1)
 
 
 async def test_what_is_hardly_examined_is_not_drafted() -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from cards_integrations.decoding.base import Draft, StepCosts
-from cards_integrations.engine.scoring import ScoreQueue, ScoreRequest
+from cards_integrations.engine.scoring import ScoreQueue
 from cards_integrations.errors import as_cards_error
 from cards_integrations.models.base import Boundary, Candidate, Context, LanguageModel
 from cards_integrations.models.randomness import Uniforms
@@ -280,7 +280,7 @@ class DraftPool:
         if pending is not None:  # else it was given up meanwhile
             pending.ended = True
             pending.source.drafting.pop(candidate, None)
-            if pending.source.parent is None:
+            if pending.source.scoring:
                 self.submit(pending)
 
     @property
@@ -288,9 +288,9 @@ class DraftPool:
         """Tokens of the candidates that are neither kept nor given up."""
         return sum(len(candidate.ids) for candidate in self._pending)
 
-    def waits_for(self, request: ScoreRequest) -> bool:
-        """True if the method gets nothing new before this is scored."""
-        return self.current is None or self.current.waits_for(request)
+    def waiting(self, acceptance_rate: float) -> float:
+        """The probability that the answer does not get on because rewards are not known; see `SegmentDrafts`."""
+        return 1.0 if self.current is None else self.current.waiting(1.0, acceptance_rate)
 
     def fail(self, error: Exception) -> None:
         """Let everything that the method waits for, or asks for next, raise."""
@@ -415,7 +415,8 @@ class SegmentDrafts:
     """Candidates of one segment, in index order; an asynchronous iterator of drafts.
 
     They follow the kept text or, drafted ahead of its verdict, a candidate of the segment before (`parent`). If
-    that is kept, the method goes on with these, and only then they are scored.
+    that is kept, the method goes on with these. They are scored as soon as only its turn is missing: it passes, but
+    the method has not examined all before it.
     """
 
     def __init__(
@@ -428,14 +429,21 @@ class SegmentDrafts:
         self.begun = begun  # candidates of this segment so far, and so the index of the next one
         self.ahead: deque[PendingDraft] = deque()  # not examined yet
         self.drafting: dict[Candidate, None] = {}  # those of them that have not ended, in the same order
+        self.scoring = False  # rewards are asked for
 
     def open(self) -> None:
         """Let the method draw from these: their parent, if any, has been kept."""
         self.parent = None
-        for pending in self.ahead:
-            if pending.ended:
-                self.pool.submit(pending)
+        self.score()
         self.pool.host.wake()
+
+    def score(self) -> None:
+        """Ask for the reward of each that has ended, and from now on of each that ends."""
+        if not self.scoring:
+            self.scoring = True
+            for pending in self.ahead:
+                if pending.ended:
+                    self.pool.submit(pending)
 
     def __aiter__(self) -> SegmentDrafts:
         return self
@@ -466,9 +474,20 @@ class SegmentDrafts:
         more = self.pool.host.vacancies(self.pool.context, self.plan.until) - len(self.drafting)
         return min(remaining, max(0, more))
 
-    def waits_for(self, request: ScoreRequest) -> bool:
-        """True if the method gets nothing before this is scored."""
-        return bool(self.ahead) and self.ahead[0].score is request.score
+    def waiting(self, reach: float, acceptance_rate: float) -> float:
+        """The probability that the answer goes on with one of these, or of those after them, that wait for rewards.
+
+        Args:
+            reach: Probability that the method gets to these drafts.
+            acceptance_rate: Probability that a candidate without a reward passes.
+        """
+        found = 0.0
+        for pending, _, kept in self._chances(reach, acceptance_rate)[0]:
+            if pending.draft is None:
+                found += kept if pending.ended else 0.0
+            elif pending.next_segment is not None:
+                found += pending.next_segment.waiting(kept, acceptance_rate)
+        return found
 
     def begin(self) -> PendingDraft:
         """Start the next candidate."""
@@ -494,34 +513,76 @@ class SegmentDrafts:
             The probability that the method will examine a candidate, its drafts, and the candidate itself (None for
             one that has not begun).
         """
-        examines_all = self.plan.passes is None
-        for pending in self.ahead:
-            passing = self._passing(pending, acceptance_rate)
-            if reach < MIN_REACH:
-                return
+        begun, reach = self._chances(reach, acceptance_rate)
+        for pending, examined, kept in begun:
             if not pending.ended:
-                yield reach, self, pending
-            elif pending.candidate.finish is None and reach * passing >= MIN_REACH:
-                if pending.next_segment is None:
-                    pending.next_segment = SegmentDrafts(self.pool, self.plan, self.number + 1, pending)
-                yield from pending.next_segment.ranked_candidates(reach * passing, acceptance_rate)
-            reach *= 1 if examines_all else 1 - passing
+                yield examined, self, pending
+            elif kept >= MIN_REACH and pending.candidate.finish is None:
+                yield from self._following(pending).ranked_candidates(kept, acceptance_rate)
         for _ in range(self.vacancies if reach >= MIN_REACH else 0):
             if reach < MIN_REACH:
                 return
             yield reach, self, None
-            reach *= 1 if examines_all else 1 - acceptance_rate
+            reach *= self._going_on(acceptance_rate)
+
+    def _chances(self, reach: float, acceptance_rate: float) -> tuple[list[tuple[PendingDraft, float, float]], float]:
+        """What becomes of the candidates that have begun.
+
+        Returns:
+            Those that the method may get to, each with the probability that it examines it, and that it keeps it; and
+            the probability that it gets to the first one that has not begun. If none passes, the best is kept: each
+            of `limit` with the same probability while rewards are unknown, and so the best of those known with theirs.
+        """
+        found: list[tuple[PendingDraft, float, float]] = []
+        best, known = self._best_rejected, self.begun - len(self.ahead)
+        for pending in self.ahead:
+            if reach < MIN_REACH:
+                return found, 0.0
+            passing = self._passing(pending, acceptance_rate)
+            found.append((pending, reach, reach * passing))
+            if pending.draft is not None:
+                known += 1
+                best = max(best, pending, key=_reward) if best else pending
+            reach *= self._going_on(passing)
+        if self.plan.passes is not None:
+            each = reach * (1 - acceptance_rate) ** (self.plan.limit - self.begun) / self.plan.limit
+            found = [(one, examined, kept + each * (one.draft is None)) for one, examined, kept in found]
+            found += [(best, 0.0, each * known)] if best is not None else []
+        return found, reach
+
+    def _following(self, pending: PendingDraft) -> SegmentDrafts:
+        """The drafts of the next segment after one of these that has ended."""
+        if pending.next_segment is None:
+            pending.next_segment = SegmentDrafts(self.pool, self.plan, self.number + 1, pending)
+        if self.scoring and pending.draft is not None:
+            pending.next_segment.score()
+        return pending.next_segment
 
     def drop(self) -> None:
         """Give up all that has not been examined."""
         for pending in self.ahead:
             self.pool.release(pending)
 
+    @property
+    def _best_rejected(self) -> PendingDraft | None:
+        """The best of those that the method has examined and rejected."""
+        best = self.pool.best_rejected
+        return None if best is None or self.pool.current is not self else self.pool.examined[best]
+
+    def _going_on(self, passing: float) -> float:
+        """Probability that the method examines the one after a candidate that passes with this probability."""
+        return 1.0 if self.plan.passes is None else 1 - passing
+
     def _passing(self, pending: PendingDraft, acceptance_rate: float) -> float:
         """Probability that the method keeps this one when it examines it."""
         if self.plan.passes is None:
             return 1 / self.plan.limit
         return acceptance_rate if pending.draft is None else float(self.plan.passes(pending.draft))
+
+
+def _reward(pending: PendingDraft) -> float:
+    assert pending.draft is not None
+    return pending.draft.reward
 
 
 class TreeLevel(SegmentDrafts):
@@ -552,9 +613,9 @@ class TreeLevel(SegmentDrafts):
             parent.children += 1
         return pending
 
-    def waits_for(self, request: ScoreRequest) -> bool:
-        """True: the method waits for all of a level."""
-        return True
+    def waiting(self, reach: float, acceptance_rate: float) -> float:
+        """How many wait for their rewards: the method waits for all of a level."""
+        return sum(pending.ended and pending.draft is None for pending in self.ahead)
 
     def ranked_candidates(
         self, reach: float, acceptance_rate: float

@@ -58,8 +58,9 @@ class BestPerSecond:
     With the probabilities P_1 >= P_2 >= ... of being examined, and the time t(n) of a step with n candidates and
     of the scoring of their tokens, n maximises (P_1 + ... + P_n) / t(n).
 
-    Scoring has a fixed cost, too, so it begins when the requests that wait for it have waited as long as that
-    takes, each weighted with its share of the steps.
+    Scoring has a fixed cost, too, so it begins when the requests have waited for it as long as that takes: a step
+    counts with the probability that an answer goes on with a candidate whose reward is still to come, and each
+    request with its share of the steps.
 
     Args:
         times: Seconds of a step by its number of candidates.
@@ -95,10 +96,11 @@ class BestPerSecond:
         return chosen
 
     def score_now(self, sessions: Collection[Session]) -> bool:
-        waiting = [(session, request) for session in sessions if session.scores for request in session.scores.waiting]
-        blocked = sum(session.pool.waits_for(request) for session, request in waiting)
-        self.waited += blocked / len(sessions) * self.step
-        if self.waited < max(session.seconds_to_score.fixed for session, _ in waiting):
+        asking = [session for session in sessions if session.scores and session.scores.waiting]
+        for session in asking:
+            with session.pool.own_errors():  # the method's `passes` is asked
+                self.waited += session.pool.waiting(session.acceptance_rate.value) / len(sessions) * self.step
+        if self.waited < max(session.seconds_to_score.fixed for session in asking):
             return False
         self.waited = 0.0
         return True
