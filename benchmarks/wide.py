@@ -3,7 +3,8 @@
     python benchmarks/wide.py tiny --models ../shared/models
     python benchmarks/wide.py smollm2 --prompts ../shared/data/hh_harmless_test.jsonl.gz
     python benchmarks/wide.py tiny --device l4 --at-once 16 --arms plain "best-of-32" "Cascade 1.4"
-    python benchmarks/wide.py tiny --report            # only prints what is known
+    python benchmarks/wide.py smollm2 --device here --at-once 16     # wall time of this machine, step times as measured
+    python benchmarks/wide.py tiny --report                          # only prints what is known
 
 The models here are small, and a forward of a large one takes as long as `DEVICES` says: seconds by the number of
 tokens, the same for the language model and the reward model. The engine plans with that table, too, so what is
@@ -16,12 +17,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from frontier import DID, WHO
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
@@ -51,7 +54,8 @@ from cards_integrations.transformer.step_times import StepTimes
 
 RESULTS = Path(__file__).parent / "results"
 JUDGE = NAMED["sentiment-minilm"]
-DEVICES = {
+DEVICES: dict[str, dict[int, float]] = {
+    "here": {},  # the clock on the wall
     "h200": {1: 3.4174e-3, 16: 3.6784e-3, 64: 4.5136e-3},  # 7B in bf16: 3.4 ms for the weights, 17.4 us a token
     "l4": {1: 47.2e-3, 16: 50.2e-3, 64: 59.8e-3},  # 7B in bf16: 47 ms for the weights, 0.2 ms a token
     "cpu": {1: 20e-3, 16: 73e-3, 64: 125e-3},  # 135M on two cores
@@ -86,21 +90,26 @@ class Clock:
     """The forwards of all models, and how long they would take on a device.
 
     Args:
-        seconds: Of a forward, by the number of tokens.
+        seconds: Of a forward, by the number of tokens; none for the time that passes here.
     """
 
     def __init__(self, seconds: dict[int, float]) -> None:
-        self.times = StepTimes(seconds)
-        self.passed = np.zeros(3)  # forwards, tokens, seconds
-        language_model.step_times = incremental.step_times = lambda what, model, measure: self.times  # type: ignore[assignment]
+        self.times = StepTimes(seconds) if seconds else None
+        self.passed = np.zeros(3)  # forwards, tokens, simulated seconds
+        if self.times is not None:
+            language_model.step_times = incremental.step_times = lambda what, model, measure: self.times  # type: ignore[assignment,return-value]
         prepare = Transformer._prepare
 
         def counted(transformer: Transformer, flat: FlatBatch, inputs: Sequence[ForwardInput]) -> Any:
             tokens = sum(len(each.ids) for each in inputs)
-            self.passed += (1, tokens, self.times.at(tokens))
+            self.passed += (1, tokens, self.times.at(tokens) if self.times else 0.0)
             return prepare(transformer, flat, inputs)
 
         Transformer._prepare = counted  # type: ignore[method-assign]
+
+    def read(self) -> NDArray[np.float64]:
+        """Forwards, tokens and seconds so far, (3,)."""
+        return self.passed if self.times else self.passed + np.array([0.0, 0.0, time.perf_counter()])
 
 
 class Bench:
@@ -125,19 +134,19 @@ class Bench:
             self.sampler, self.max_tokens = Sampler(), 48
         settings = EngineSettings(max_rows=options.at_once, prefix_reuse=False)
         self.engine = Engine(LocalModel(model=model), settings)
-        warm_up = Request(self.prompts[0], Cards(max_rejections=0), self.guide, max_tokens=4, seed=0)
-        self.engine.run(warm_up)  # loads the reward, and measures its scale
+        warm_up = [Request(self.prompts[0], Cards(), self.guide, max_tokens=8, seed=i) for i in range(self.at_once)]
+        self.engine.run_many(warm_up)  # loads the reward, and measures its scale
 
     def rows(self, decoding: Decoding, known: Collection[int]) -> Iterator[dict[str, Any]]:
         """One for each prompt, but those known; requests that run together share their time."""
         for numbers in _groups(len(self.prompts), self.at_once):
             if set(numbers) <= set(known):
                 continue
-            before = self.clock.passed.copy()
+            before = self.clock.read().copy()
             answers = self.engine.run_many(
                 [Request(self.prompts[i], decoding, self.guide, self.sampler, self.max_tokens, seed=i) for i in numbers]
             )
-            passed = (self.clock.passed - before) / len(numbers)
+            passed = (self.clock.read() - before) / len(numbers)
             for i, answer in zip(numbers, answers, strict=True):
                 yield {"prompt": i, **self._quality(i, answer), **dict(zip(COSTS, map(float, passed), strict=True))}
 
