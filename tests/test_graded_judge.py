@@ -273,7 +273,7 @@ def test_a_criterion_costs_its_own_tokens(models: Callable[..., str], start: Sta
 
 
 def test_a_grade_of_two_tokens_costs_one_more(models: Callable[..., str], start: Start) -> None:
-    engine = start(models("llama"))
+    engine = start(models("llama"), width=1)  # nothing is scored ahead of its turn
     for grades, more in (({"w6": 1.0, "w8": 3.0}, 0), (GRADES, 1)):
         judge = GradedJudgeReward(rubric=RUBRIC, grades=grades)
         answer = engine.run(requests(judge, 1, stop=())[0])
