@@ -45,8 +45,9 @@ def plan_search(budget: float, costs: StepCosts, max_tokens: int) -> SearchPlan:
     Returns:
         The plan; one round of one draft if the budget allows no second one.
     """
-    allowed = budget * max_tokens * costs.draft(1)
-    lengths = _lengths(max_tokens, _rounds(allowed - max_tokens * costs.draft(1), costs, max_tokens))
+    plain = max_tokens * costs.draft(1)
+    allowed = budget * plain
+    lengths = _lengths(max_tokens, _rounds(allowed - plain, costs, max_tokens))
     low, high = 1 / RAMP, float(MAX_WIDTH)
     for _ in range(24):
         middle = (low * high) ** 0.5

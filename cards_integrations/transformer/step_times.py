@@ -68,19 +68,20 @@ class StepTimes:
     def together(cls, several: Iterable[StepTimes]) -> StepTimes:
         """Return the times of forwards that run one after another."""
         each = list(several)
-        return cls({n: sum(float(times.upto(n)[-1]) for times in each) for n in POINTS})
+        return cls({n: sum(times.at(n) for times in each) for n in POINTS})
 
     def upto(self, most: int) -> NDArray[np.float64]:
         """Return the seconds of forwards with 1, 2, ... `most` tokens, (most,)."""
-        n = np.arange(1, most + 1)
-        beyond = np.maximum(0, n - self.tokens[-1]) * self.per_token
-        seconds: NDArray[np.float64] = np.interp(n, self.tokens, self.seconds) + beyond
-        return seconds
+        return self._seconds(np.arange(1, most + 1))
 
     def at(self, tokens: int) -> float:
         """Return the seconds of a forward with so many tokens."""
-        beyond = max(0, tokens - int(self.tokens[-1])) * self.per_token
-        return float(np.interp(tokens, self.tokens, self.seconds)) + beyond
+        return float(self._seconds(np.array([tokens]))[0])
+
+    def _seconds(self, n: NDArray[np.int_]) -> NDArray[np.float64]:
+        beyond = np.maximum(0, n - self.tokens[-1]) * self.per_token
+        seconds: NDArray[np.float64] = np.interp(n, self.tokens, self.seconds) + beyond
+        return seconds
 
     @property
     def fixed(self) -> float:
