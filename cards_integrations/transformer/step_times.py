@@ -29,8 +29,10 @@ from cards_integrations.paths import cache_dir, write_atomically
 if TYPE_CHECKING:
     import torch
 
-POINTS = (1, 16, 64)  # numbers of tokens that are measured
+POINTS = (1, 16, 64, 256)  # numbers of tokens that are measured
 MOST = 200  # models to remember
+RUNS = 5  # of a forward, of which the fastest counts
+LONG = 0.5  # seconds after which two runs are enough
 TRIES = 3  # measurements, if the first ones cannot be right
 FAR_OFF = 1.5  # times as fast as was remembered
 LOCK_TIMEOUT = 5.0  # seconds to wait for another process that writes
@@ -193,12 +195,12 @@ def _store(key: str, found: dict[int, float]) -> dict[int, float]:
     return found
 
 
-def least_seconds(work: Callable[[], Any], device: torch.device, times: int = 5) -> float:
-    """Return the seconds of the fastest of several runs, the first of which warm up."""
+def least_seconds(work: Callable[[], Any], device: torch.device) -> float:
+    """Return the seconds of the fastest of several runs, the first of which warm up; of fewer if they take long."""
     import torch
 
-    seconds = []
-    for _ in range(times):
+    seconds = list[float]()
+    while len(seconds) < RUNS and (len(seconds) < 2 or sum(seconds) < LONG):
         began = time.perf_counter()
         work()
         if device.type == "cuda":

@@ -580,6 +580,7 @@ class LocalLanguageModel:
                 if candidate.error is not None:
                     raise candidate.error
 
+        step()  # the prompt, once for all of them
         return least_seconds(step, self.model.device)
 
     def reset(self) -> None:
