@@ -81,8 +81,8 @@ def arms(boundary: Uncertainty, targets: tuple[float, ...], layers: tuple[int, .
     found["particles 32"] = Particles(n=32, beta=0.1, boundary=boundary)
     found["CARDS"] = Cards(boundary=boundary)
     found |= {f"CARDS, target {t}": Cards(target_reward=t, beta=0.1, boundary=boundary) for t in targets}
-    found |= {f"Cascade {budget}": Cascade(budget=budget) for budget in (1.2, 1.35, 1.4, 1.6, 2.0, 3.0, 4.0, 8.0)}
-    found |= {f"Cascade tokens:{n}": Cascade(budget=f"tokens:{n}") for n in (3, 5, 8)}
+    found |= {f"Cascade {budget}": Cascade(budget=budget) for budget in (1.2, 1.35, 1.4, 1.6, 2.0, 3.0, 4.0, 8.0, 12.0)}
+    found |= {f"Cascade tokens:{n}": Cascade(budget=f"tokens:{n}") for n in (4, 6, 8)}
     return found
 
 

@@ -31,7 +31,7 @@ from cards_integrations.chat.message import Message
 from cards_integrations.chat.response_format import as_response_format
 from cards_integrations.chat.thinking import ThinkingMode
 from cards_integrations.chat.tools import Tools, as_tools
-from cards_integrations.decoding import AnyDecoding, Cards, Decoding
+from cards_integrations.decoding import AnyDecoding, Cascade, Decoding
 from cards_integrations.engine.request import EngineSettings, Request
 from cards_integrations.errors import SettingsError, short_repr, unknown_name
 from cards_integrations.models.local.settings import LocalModel
@@ -97,8 +97,8 @@ class Options(SettingsModel):
     """The reward that guides the answers: an embedded name, a hub id, a directory, a function
     `f(prompt, answers) -> scores`, or settings such as `ClassifierReward(...)`. None for methods that need none."""
 
-    decoding: Annotated[AnyDecoding, NoDecode] = Cards()
-    """The decoding method: its name ("cards", "best_of_n", "sampling", ...) or its settings, such as `Cards(...)`."""
+    decoding: Annotated[AnyDecoding, NoDecode] = Cascade()
+    """The decoding method: its name ("cascade", "cards", "sampling", ...) or its settings, such as `Cards(...)`."""
 
     max_tokens: Annotated[int, Field(ge=1)] = 128
     """Most tokens of an answer."""

@@ -24,6 +24,7 @@ from cards_integrations.decoding import BestOfN, Cards, Particles
 from cards_integrations.engine import Engine
 from cards_integrations.errors import SettingsError
 from cards_integrations.rewards.registry import GROUP
+from cards_integrations.transformer.step_times import POINTS
 
 
 @pytest.fixture
@@ -268,7 +269,7 @@ def test_the_doctor_says_what_is_there_and_what_a_step_costs(config):
     found = json.loads(run("doctor", "--config", config, "--set", "engine={width: auto}", "--json").stdout)
     assert found["packages"]["torch"] == version("torch")
     times = found["model"]["milliseconds of a step"]
-    assert [*times] == ["1", "16", "64"]
+    assert [*times] == [*map(str, POINTS)]
     assert all(seconds > 0 for seconds in times.values())
     ratio = found["advice"][-1].partition(" takes ")[2].partition(" times")[0]
     assert float(ratio) > 0

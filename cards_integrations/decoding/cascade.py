@@ -31,7 +31,7 @@ def _as_budget(value: Any) -> float | str:
 
 @register_method
 class Cascade(Decoding):
-    """CARDS's cascade with several kept prefixes, which costs `budget` times as much as a plain answer.
+    """CARDS's cascade with several kept prefixes, which costs at most `budget` times as much as a plain answer.
 
     Round k drafts W_k children of the S_(k-1) prefixes that survived the round before, L_k tokens each and as equally
     many of each prefix as can be, and keeps the S_k of highest reward among them and the finished ones. The answer
@@ -43,16 +43,17 @@ class Cascade(Decoding):
     the reward-tilted distribution that quasi-rejection (`Cards`) approximates.
 
     Example:
-        >>> Cascade(budget=2)
         >>> Cascade(budget="tokens:5")
+        >>> Cascade(budget=1.4)
         >>> Cascade(plan=answer.plan)
     """
 
     method: Literal["cascade"] = "cascade"
     """Names this method in settings files."""
-    budget: Annotated[float | str, BeforeValidator(_as_budget)] = 1.4
-    """What an answer costs over a plain one: 1.4 is of the time, on this device under the load of the moment;
-    "tokens:5" is of the drafted tokens, with which a seed gives the same text on every device."""
+    budget: Annotated[float | str, BeforeValidator(_as_budget)] = "tokens:8"
+    """What an answer costs over a plain one, at most. "tokens:8" is of the drafted tokens: a seed gives the same text
+    on every device under every load. 1.4 is of the time of drafting and scoring, on this device under the load of
+    the moment: on a busy one little is left for a search."""
     plan: SearchPlan | None = None
     """The rounds, such as those of an earlier answer (`Alignment.plan`); None plans by the budget."""
 
