@@ -140,8 +140,9 @@ def test_an_answer_takes_the_time_that_it_may(endless: tuple[str, str], start: S
 
 def test_those_that_begin_together_count_each_other(endless: tuple[str, str], start: Start, timed: None) -> None:
     engine, reward = start(endless[0]), ClassifierReward(model=endless[1])
-    alone = engine.run(request(Cascade(), reward))
-    plans = {answer.plan for answer in engine.run_many([request(Cascade(), reward, seed) for seed in range(6)])}
+    by_time = Cascade(budget=1.4)
+    alone = engine.run(request(by_time, reward))
+    plans = {answer.plan for answer in engine.run_many([request(by_time, reward, seed) for seed in range(6)])}
     [together] = plans
     assert alone.plan is not None
     assert together is not None
@@ -198,7 +199,7 @@ def test_what_all_prefixes_share_is_streamed(endless: tuple[str, str], start: St
 def test_without_times_there_is_no_budget_of_time(endless: tuple[str, str], start: Start) -> None:
     engine, reward = start(endless[0], width=2), FunctionReward(function=of_length)
     with pytest.raises(SettingsError, match=r"width='auto'.*budget='tokens:5'"):
-        engine.run(request(Cascade(), reward))
+        engine.run(request(Cascade(budget=1.4), reward))
     assert engine.run(request(Cascade(budget="tokens:2"), reward)).text
     assert_idle(engine)
 
