@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from cards_integrations.trace import Alignment
 
 __version__ = version("cards-integrations")
+"""The version that is installed."""
 __all__ = [
     "Alignment",
     "CardsCompletion",

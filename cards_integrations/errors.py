@@ -7,6 +7,19 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from reprlib import Repr
 
+__all__ = [
+    "AnswerCut",
+    "CardsError",
+    "CardsTimeout",
+    "EngineClosed",
+    "ModelError",
+    "OutOfMemory",
+    "Problem",
+    "PromptError",
+    "RewardError",
+    "SettingsError",
+]
+
 _EXCERPT = Repr()
 _EXCERPT.maxlevel, _EXCERPT.maxstring, _EXCERPT.maxother = 4, 200, 200
 

@@ -38,7 +38,7 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
     """A language model whose answers a reward model guides while they are written (CARDS, arXiv:2406.16306).
 
     One object is a LlamaIndex LLM (`Settings.llm = llm`, `llm.complete`, `llm.chat`) and a LangChain Runnable
-    (`prompt | llm | parser`, `llm.invoke`). Its own methods return everything that is known of an answer::
+    (`prompt | llm | parser`, `llm.invoke`). Its own methods return everything that is known of an answer:
 
         llm = CardsLLM(model="smollm2", reward="sentiment", max_tokens=64, seed=1)
         llm.align("How was your day?").reward

@@ -9,8 +9,28 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+__all__ = [
+    "Alignment",
+    "DraftTrace",
+    "FinishReason",
+    "Guidance",
+    "GuidanceOrigin",
+    "InvalidToolCall",
+    "ScaleOrigin",
+    "SearchPlan",
+    "SearchRound",
+    "Segment",
+    "Thinking",
+    "TokenLogprob",
+    "ToolCall",
+    "Usage",
+    "Verdict",
+]
+
 Verdict = Literal["accepted", "rejected", "best", "unscored"]
+"""What a method decided: kept, not kept, kept as the best of those that were not, or kept without a reward."""
 FinishReason = Literal["stop", "length"]
+"""Why a text ended: the model or a stop string ended it, or the length limit did."""
 ScaleOrigin = Literal["published", "remembered", "measured"]
 """Where a reward's scale came from: its settings, the cache directory, or a measurement by this engine."""
 GuidanceOrigin = Literal["given", "calibrated", "default"] | ScaleOrigin
@@ -62,7 +82,9 @@ class DraftTrace:
     index: int
     """Its place among the candidates of its segment."""
     text: str
+    """Its own text."""
     token_ids: tuple[int, ...]
+    """Its own tokens."""
     reward: float | None
     """The reward of the answer up to its end; None if it was not scored."""
     threshold: float | None
@@ -78,7 +100,9 @@ class Segment:
     """A kept segment."""
 
     text: str
+    """Its own text."""
     token_ids: tuple[int, ...]
+    """Its own tokens."""
     reward: float | None
     """The reward of the answer up to its end; None if it was not scored."""
     threshold: float | None
@@ -106,8 +130,11 @@ class ToolCall:
     """A call of a tool."""
 
     id: str
+    """Names the call; the tool's result refers to it."""
     name: str
+    """The name of the tool."""
     arguments: dict[str, Any]
+    """The arguments by name."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +142,7 @@ class InvalidToolCall:
     """A text in the place of a tool call that is none."""
 
     id: str
+    """Names the call, as if it were one."""
     name: str | None
     """The name of the tool; None if there is none in the text."""
     arguments: str
@@ -157,8 +185,11 @@ class SearchRound:
     """A round of a search: `width` drafts of `tokens` tokens each, of which `survivors` go on."""
 
     tokens: int
+    """Tokens of a draft."""
     width: int
+    """Drafts, of all prefixes together."""
     survivors: int
+    """Prefixes that are kept."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +197,7 @@ class SearchPlan:
     """The rounds of a search, chosen when it begins. With the same seed the same plan gives the same text."""
 
     rounds: tuple[SearchRound, ...]
+    """In order."""
 
 
 @dataclass(frozen=True)
@@ -175,6 +207,7 @@ class TokenLogprob:
     token: str
     """Its text; U+FFFD for bytes that are no whole character."""
     token_id: int
+    """Its id in the model's vocabulary."""
     logprob: float
     """In nats."""
     top: tuple[TokenLogprob, ...] = ()
@@ -188,6 +221,7 @@ class Alignment:
     text: str
     """All of the answer."""
     token_ids: tuple[int, ...]
+    """Its tokens."""
     prompt_ids: tuple[int, ...]
     """All that was before the answer: the prompt, and the thoughts."""
     reward: float | None
@@ -195,7 +229,9 @@ class Alignment:
     segments: tuple[Segment, ...]
     """The kept segments, in order."""
     usage: Usage
+    """What it cost."""
     finish_reason: FinishReason
+    """"stop" if the model or a stop string ended it, "length" if `max_tokens` did."""
     log_likelihood: float
     """The sum of log p over the answer's tokens in nats, under the language model itself (temperature 1, full
     vocabulary)."""
@@ -204,11 +240,15 @@ class Alignment:
     prompt_reward: float | None = None
     """The reward of the prompt with an empty answer; None if the method did not ask for it."""
     model: str = ""
+    """The name of the language model."""
     method: str = ""
+    """The name of the decoding method."""
     content: str = ""
     """The answer without its tool calls."""
     tool_calls: tuple[ToolCall, ...] = ()
+    """Its calls of tools."""
     invalid_tool_calls: tuple[InvalidToolCall, ...] = ()
+    """What stands in the place of calls and is none."""
     request_id: str = ""
     """The name of the request in the log."""
     guidance: Guidance | None = None

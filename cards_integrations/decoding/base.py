@@ -170,7 +170,7 @@ class Session(Protocol):
 class Decoding(SettingsModel):
     """A decoding method: its settings, and one coroutine that reads like the paper.
 
-    Example:
+    Examples:
         >>> @register_method
         ... class Shorter(Decoding):
         ...     method: Literal["shorter"] = "shorter"

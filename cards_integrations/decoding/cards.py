@@ -25,7 +25,7 @@ class Cards(RewardTargeted):
     probability min(1, exp((r(x, y + s) - tau(t)) / beta)), t being the tokens of y + s. The threshold tau rises
     from r0 = (1 - alpha) r(x) + alpha r* to the target r* (see `Threshold`).
 
-    Example:
+    Examples:
         >>> Cards(target_reward=1.2, beta=0.1, max_rejections=8)
         >>> Cards(acceptance=OptimalStopping(price=0.01), boundary=FixedLength(length=16))
     """

@@ -42,7 +42,7 @@ class Cascade(Decoding):
     It needs neither a target nor a beta, a threshold or a calibration. It is a search rule: it does not sample from
     the reward-tilted distribution that quasi-rejection (`Cards`) approximates.
 
-    Example:
+    Examples:
         >>> Cascade(budget="tokens:5")
         >>> Cascade(budget=1.4)
         >>> Cascade(plan=answer.plan)

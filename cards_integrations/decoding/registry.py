@@ -15,6 +15,7 @@ D = TypeVar("D", bound=Decoding)
 
 _registry = Registry(Decoding, "decoding", "method", GROUP)
 METHODS: dict[str, type[Decoding]] = _registry.classes
+"""The methods of this package, and those of plug-ins that have been asked for, by name."""
 
 
 def register_method(cls: type[D]) -> type[D]:
@@ -50,3 +51,4 @@ def as_decoding(value: Any) -> Decoding:
 
 
 AnyDecoding = Annotated[SerializeAsAny[Decoding], BeforeValidator(as_decoding)]
+"""A field that takes whatever `as_decoding` does."""

@@ -22,7 +22,7 @@ from cards_integrations.trace import InvalidToolCall, Segment, ToolCall
 class EngineSettings(Placement):
     """What is about the machine and not about the method. No result depends on it.
 
-    Example:
+    Examples:
         >>> CardsLLM(engine=EngineSettings(device="cuda:1", max_rows=16, kv_memory=8 * 2**30))
     """
 

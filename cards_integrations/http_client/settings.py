@@ -48,16 +48,15 @@ def _server_url(value: str) -> str:
 
 
 class Keyed(SettingsModel):
-    """Settings with an API key. It is not pickled: where they are unpickled, it comes from the environment.
-
-    Subclasses name the setting (`key_setting`, for errors) and the environment variable (`key_variable`).
-    """
+    """Settings with an API key. It is not pickled: where they are unpickled, it comes from the environment."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     quotes_values: ClassVar[bool] = False
     key_setting: ClassVar[str]
+    """What errors call the key."""
     key_variable: ClassVar[str]
+    """The environment variable that has the key."""
 
     api_key: SecretStr | None = None
     """Sent as a Bearer token; None for the environment variable, if that is set. Not written with the settings."""

@@ -47,6 +47,8 @@ from cards_integrations.rewards.scorers.state import as_state
 from cards_integrations.settings import Options, OptionsFromEnvironment
 from cards_integrations.settings_model import SettingsModel
 
+__all__ = ["DecisionReward", "RewardDecisionModel"]
+
 ID = "answer"
 
 
@@ -66,7 +68,7 @@ class RewardDecisionModel(SettingsModel, BaseDecisionModel):  # type: ignore[mis
     itself is scored instead, and the question's words are not read: the reward is the question. Only `Noul` can be
     asked then, and p(yes) is the sigmoid of (score - `threshold`) / `temperature`.
 
-    Example:
+    Examples:
         >>> router = ModelRouterMiddleware(
         ...     choices={"fast": ModelChoice("openai:gpt-5-mini", "Small talk."), "strong": ...},
         ...     instructions="Which model suits the task?",

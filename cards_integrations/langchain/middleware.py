@@ -16,19 +16,22 @@ from cards_integrations.langchain.convert import as_prompt
 from cards_integrations.rewards import Reward, as_reward
 from cards_integrations.settings import Options, OptionsFromEnvironment, as_context
 
+__all__ = ["InvalidCallsAnswered", "RewardMiddleware"]
+
 MARK = "cards_reward"
 """Where a message's `response_metadata` has its score, and what marks the middleware's own messages."""
 FEEDBACK = (
     "Your answer is not good enough: {reward} gave it {score}, and {threshold} is needed. {parts}"
     "Write a better answer to my last question, and only that."
 )
+"""What a model is told of an answer that did not pass, by default."""
 
 
 class InvalidCallsAnswered(AgentMiddleware):
     """Tells the model what is wrong with calls that cannot be read, where an agent would pass over them.
 
     An agent whose model writes nothing but invalid calls ends without a word: it looks at `tool_calls` only. With
-    this, each invalid call is answered with its error, and the model goes on::
+    this, each invalid call is answered with its error, and the model goes on:
 
         create_agent(llm.as_langchain(), tools, middleware=[InvalidCallsAnswered()])
 
@@ -60,7 +63,7 @@ class RewardMiddleware(AgentMiddleware):
 
     The score is in the answer's `response_metadata["cards_reward"]`: `name`, `score`, `threshold`, `passed` and
     `retries`. An answer below the threshold is sent back with what fell short, up to `max_retries` times. If none
-    passes, the agent's last message is the best of them, with `passed` False. Answers that call tools are not final::
+    passes, the agent's last message is the best of them, with `passed` False. Answers that call tools are not final:
 
         create_agent(
             model, [search], middleware=[RewardMiddleware(GroundednessReward(), threshold=1.0)]

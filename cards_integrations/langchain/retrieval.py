@@ -25,7 +25,7 @@ def documents_chain(
 
     It takes the arguments of LangChain's `create_stuff_documents_chain` and can replace it. `GroundednessReward`
     finds a context in most prompts by itself; this chain hands it the documents one by one, whatever the prompt
-    looks like, so that the trace has a score for each of them::
+    looks like, so that the trace has a score for each of them:
 
         {"context": retriever, "question": RunnablePassthrough()} | documents_chain(llm, prompt)
 

@@ -15,7 +15,7 @@ class RetrievedContext(BaseNodePostprocessor):
     """Makes the retrieved nodes the `context=` of the answers whose prompts contain them.
 
     It changes no nodes. Query engines and chat engines take it; put it last, so that it sees the nodes that the
-    other postprocessors leave::
+    other postprocessors leave:
 
         index.as_query_engine(llm=llm, node_postprocessors=[RetrievedContext()])
 

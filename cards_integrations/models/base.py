@@ -215,8 +215,11 @@ class LanguageModel(Protocol):
     """
 
     name: str
+    """Its name in errors, logs and traces."""
     chat: ChatTokenizer
+    """Its tokenizer, with its chat template."""
     context_window: int
+    """Most tokens of prompt and answer together."""
 
     def open(self, context: Context) -> None:
         """Begin a request."""

@@ -41,7 +41,9 @@ class Conversation:
     """The request that answers belong to. Hashes by identity."""
 
     prompt: str | list[Message]
+    """The user's text, or the messages of a chat."""
     usage: Usage
+    """What the request has cost so far; a reward model adds its own forwards."""
     context: tuple[str, ...] = ()
     """The texts that answers should be grounded in."""
 
@@ -51,7 +53,9 @@ class Response:
     """An answer so far. Hashes by identity."""
 
     conversation: Conversation
+    """What it answers."""
     text: str
+    """All of the answer so far."""
     ids: list[int] | None = None
     """The language model's own tokens; None if the text was cut, or is not the model's."""
     log_likelihood: float | None = None
@@ -76,6 +80,7 @@ class RewardModel(ABC):
     """
 
     name: str
+    """Its name in errors, logs and traces."""
     timeout: float | None = None
     """Seconds that one call of `score` may take."""
     across_requests: bool = False
@@ -218,6 +223,7 @@ class Loader(Protocol):
     """What `Reward.build` builds from: the weights of one engine, and the models of other rewards."""
 
     models: ModelLoader
+    """Loads weights onto the engine's device, each once."""
 
     def causal(self, spec: LocalModel | None, name: str) -> CausalModel:
         """Load a causal model for a reward.

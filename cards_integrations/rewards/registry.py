@@ -14,12 +14,14 @@ from cards_integrations.rewards.base import Reward
 
 GROUP = "cards_integrations.rewards"
 NAMED: dict[str, Reward] = {}
+"""The embedded rewards, by name."""
 HELD_OUT: dict[str, str] = {}
 """By name of a reward, that of another model for the same, which judges where the first one guides."""
 R = TypeVar("R", bound=Reward)
 
 _registry = Registry(Reward, "reward", "kind", GROUP)
 REWARDS: dict[str, type[Reward]] = _registry.classes
+"""The classes of rewards, and those of plug-ins that have been asked for, by kind."""
 
 
 def register_reward(cls: type[R]) -> type[R]:
@@ -105,3 +107,4 @@ def _by_kind(kind: str) -> Reward:
 
 _SCHEMA = WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object", "required": ["kind"]}], "title": "Reward"})
 AnyReward = Annotated[SerializeAsAny[Reward], BeforeValidator(as_reward), _SCHEMA]
+"""A field that takes whatever `as_reward` does."""

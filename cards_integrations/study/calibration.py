@@ -45,7 +45,9 @@ class Calibration:
     """What was measured on plain answers, what was chosen, and what it is predicted to give."""
 
     model: ModelSource
+    """The language model."""
     reward: Reward
+    """The reward that guides."""
     max_tokens: int
     """The length limit of the answers for which this was calibrated."""
     requested: Cards

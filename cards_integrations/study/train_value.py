@@ -31,7 +31,9 @@ class TrainedValue:
     """A value head, and what it is worth on prompts that it has not seen."""
 
     path: Path
+    """The file that was written."""
     head: ValueHead
+    """What is in it."""
 
     @property
     def card(self) -> ValueCard:
