@@ -1,4 +1,4 @@
-.PHONY: setup lock demo test quick lint types unit test-models pages cookbook clean test-vllm test-ray
+.PHONY: setup lock demo test quick lint types unit test-models pages docs cookbook clean test-vllm test-ray
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -16,9 +16,11 @@ setup: .venv/.ready
 	touch $@
 
 # The pinned versions with the hashes of their files; torch has a build for every machine, and none here.
+LOCK := uv pip compile --quiet --no-deps --universal --python-version 3.11.5 --generate-hashes --no-annotate --no-header
+
 lock:
-	uv pip compile constraints.txt --quiet --no-deps --universal --python-version 3.11.5 --generate-hashes \
-		--no-annotate --no-header --no-emit-package torch --output-file requirements.lock
+	$(LOCK) constraints.txt --no-emit-package torch --output-file requirements.lock
+	$(LOCK) constraints-docs.txt --output-file requirements-docs.lock
 
 demo: setup
 	$(BIN)/cards demo
@@ -87,6 +89,19 @@ test-ray: setup
 	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > \
 		$$(.venv-ray/bin/python -c "import site; print(site.getsitepackages()[0])")/zz_main.pth
 	RAY_USAGE_STATS_ENABLED=0 OMP_NUM_THREADS=1 .venv-ray/bin/python -m pytest -o addopts="" tests_ray
+
+# The site, into site/: without a warning, and without a network, now or when it is read. What it imports of this package
+# it finds in .venv.
+docs: setup .venv-docs/.ready
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --quiet --strict
+	! grep -rE --include='*.html' '<(script|img)[^>]+src="https?:' site
+
+.venv-docs/.ready: requirements-docs.lock
+	test -x .venv-docs/bin/pip || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet --no-deps --require-hashes --requirement requirements-docs.lock
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > \
+		$$(.venv-docs/bin/python -c "import site; print(site.getsitepackages()[0])")/zz_main.pth
+	touch $@
 
 # The notebooks are made from the plain sources beside them, outputs included.
 cookbook: setup

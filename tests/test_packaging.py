@@ -68,19 +68,26 @@ def test_the_wheel_brings_the_templates(wheel: list[str]) -> None:
 
 def test_the_pinned_versions_are_those_that_the_project_admits() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    pinned = versions("constraints.txt")
-    for needed in map(Requirement, [*project["dependencies"], *project["optional-dependencies"]["dev"]]):
-        assert needed.name.startswith("cards-integrations") or needed.specifier.contains(
-            pinned[canonicalize_name(needed.name)]
-        ), needed
+    extras = project["optional-dependencies"]
+    for file, requirements in {
+        "constraints.txt": [*project["dependencies"], *extras["dev"]],
+        "constraints-docs.txt": extras["docs"],
+    }.items():
+        pinned = versions(file)
+        for needed in map(Requirement, requirements):
+            assert needed.name.startswith("cards-integrations") or needed.specifier.contains(
+                pinned[canonicalize_name(needed.name)]
+            ), needed
 
 
-def test_the_lock_has_a_hash_for_every_pinned_version() -> None:
+@pytest.mark.parametrize("of", ["", "-docs"])
+def test_the_lock_has_a_hash_for_every_pinned_version(of: str) -> None:
     """But for torch, of which every platform has builds of its own; `make lock` writes it."""
-    expected = versions("constraints.txt")
-    del expected["torch"]
-    assert versions("requirements.lock") == expected
-    entries = re.split(r"\n(?=\S)", (ROOT / "requirements.lock").read_text(encoding="utf-8"))
+    expected = versions(f"constraints{of}.txt")
+    expected.pop("torch", None)
+    lock = f"requirements{of}.lock"
+    assert versions(lock) == expected
+    entries = re.split(r"\n(?=\S)", (ROOT / lock).read_text(encoding="utf-8"))
     assert all("--hash=sha256:" in entry for entry in entries)
 
 
