@@ -192,12 +192,15 @@ def _without_names(tokenizer: Any) -> str:
     """The tokenizer as JSON, with names for its added tokens that occur in no text; grammars use their ids.
 
     With its own name the text "<tool_call>", which any JSON may contain, would have to be the token of that name,
-    and would then be refused because a special token is not text.
+    and would then be refused because a special token is not text. Those that merges lead to are text, such as the line
+    breaks that Gemma adds, and stay.
     """
     found = json.loads(tokenizer.backend_tokenizer.to_str())
     found |= {"post_processor": None, "padding": None, "truncation": None}  # they contain the names, too
-    names = {added["content"]: f"<|added {added['id']}|>" for added in found["added_tokens"]}
-    for added in found["added_tokens"]:
+    merged = {part for pair in found["model"].get("merges") or () for part in (*pair, "".join(pair))}
+    named = [added for added in found["added_tokens"] if added["content"] not in merged]
+    names = {added["content"]: f"<|added {added['id']}|>" for added in named}
+    for added in named:
         added.update(content=names[added["content"]], special=True)
     vocabulary = found["model"].get("vocab")
     if isinstance(vocabulary, dict):
