@@ -9,11 +9,8 @@ export TOKENIZERS_PARALLELISM ?= false
 setup: .venv/.ready
 
 .venv/.ready: pyproject.toml constraints.txt requirements.lock
-	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --no-deps --require-hashes --requirement requirements.lock
-	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
-	touch $@
+	@$(PYTHON) install.py
+	@touch $@
 
 # The pinned versions with the hashes of their files; torch has a build for every machine, and none here.
 LOCK := uv pip compile --quiet --no-deps --universal --python-version 3.11.5 --generate-hashes --no-annotate --no-header
@@ -23,7 +20,7 @@ lock:
 	$(LOCK) constraints-docs.txt --output-file requirements-docs.lock
 
 demo: setup
-	$(BIN)/cards demo
+	@$(BIN)/cards demo
 
 test: lint types unit
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
@@ -26,6 +26,7 @@ from cards_integrations.langchain.convert import as_message as from_langchain
 from cards_integrations.llama_index.convert import as_message as from_llama_index
 from cards_integrations.llama_index.convert import convert_options, describe_tools
 from cards_integrations.llama_index.llm import LlamaIndexCards
+from cards_integrations.progress import answering, phase, shown
 from cards_integrations.rewards import AnyReward, as_reward
 from cards_integrations.settings import CardsSettings, as_context
 from cards_integrations.trace import Alignment
@@ -154,12 +155,12 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
     @overload
     def align_batch(
         self, prompts: Sequence[Any], seeds: Sequence[int] | None = None, contexts: Sequence[Any] | None = None,
-        progress: bool | str = False, *, return_exceptions: Literal[False] = False, **options: Any,
+        progress: bool | str = True, *, return_exceptions: Literal[False] = False, **options: Any,
     ) -> list[Alignment]: ...  # fmt: skip
     @overload
     def align_batch(
         self, prompts: Sequence[Any], seeds: Sequence[int] | None = None, contexts: Sequence[Any] | None = None,
-        progress: bool | str = False, *, return_exceptions: bool, **options: Any,
+        progress: bool | str = True, *, return_exceptions: bool, **options: Any,
     ) -> list[Alignment | Exception]: ...  # fmt: skip
 
     def align_batch(
@@ -167,7 +168,7 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
         prompts: Sequence[Any],
         seeds: Sequence[int] | None = None,
         contexts: Sequence[Any] | None = None,
-        progress: bool | str = False,
+        progress: bool | str = True,
         *,
         return_exceptions: bool = False,
         **options: Any,
@@ -180,7 +181,8 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
             prompts: As for `align`.
             seeds: One for each prompt.
             contexts: One for each prompt.
-            progress: Show a progress bar, with this text if it is one.
+            progress: False shows no progress, and neither does an object with `progress=False`; a text names what is
+                answered.
             return_exceptions: Return errors in the places of their answers; else the first one cancels the rest.
             options: For all answers, as for `align`. `timeout` counts from the moment on in which an answer is begun.
 
@@ -189,7 +191,8 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
         """
         found: list[Any] = [None] * len(prompts)
         answers = self.align_as_completed(prompts, seeds, contexts, return_exceptions=return_exceptions, **options)
-        with _progress_bar(progress, len(prompts)) as advance:
+        steps = phase(progress, len(prompts)) if isinstance(progress, str) else answering(len(prompts))
+        with shown(bool(progress) and self.progress), steps as advance:
             for index, answer in answers:
                 found[index] = answer
                 advance()
@@ -393,19 +396,6 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
         if _is_llama_index_call(*args, **kwargs):
             return super().astream(*args, **kwargs)
         return self.as_langchain().astream(*args, **kwargs)
-
-
-@contextmanager
-def _progress_bar(text: bool | str, total: int) -> Iterator[Callable[[], None]]:
-    """Show a progress bar, unless the text is False; yields what advances it by one answer."""
-    if not text:
-        yield lambda: None
-        return
-    from rich.progress import Progress
-
-    with Progress(transient=True) as bar:
-        task = bar.add_task(text if isinstance(text, str) else "answers", total=total)
-        yield lambda: bar.advance(task)
 
 
 def _is_llama_index_call(prompt: Any = None, *_: Any, **__: Any) -> bool:

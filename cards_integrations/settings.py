@@ -175,6 +175,10 @@ class Options(SettingsModel):
     timeout: Annotated[float, Field(gt=0)] | None = None
     """Time limit of an answer in seconds; a `CardsTimeout` is raised after it. None sets no limit."""
 
+    progress: bool = True
+    """Whether what takes long is shown on stderr while it runs: loading, converting, measuring, answers that are not
+    streamed. A stderr that is neither a terminal nor a notebook gets one line for each long phase but answers."""
+
     engine: EngineSettings = EngineSettings()
     """Settings of the machine: device, data type, memory, rows. A single call cannot change them."""
 
@@ -244,8 +248,9 @@ class Options(SettingsModel):
         """Return the process's engine for the model, which all objects with equal settings share."""
         from cards_integrations.engine.engine import Engine  # needs torch, which settings do not
 
-        options = self.resolve_options({name: value for name, value in overrides.items() if name == "model"})
-        return Engine.shared(options.model, options.engine, owner)
+        chosen = {name: value for name, value in overrides.items() if name in ("model", "progress")}
+        options = self.resolve_options(chosen)
+        return Engine.shared(options.model, options.engine, owner, progress=options.progress)
 
     def resolve_options(self, overrides: dict[str, Any]) -> Options:
         """Return the validated options of one call; attributes may have been assigned since construction."""

@@ -58,7 +58,6 @@ def calibrate(
         found = llm.calibrate(
             texts, contexts=contexts, budget=budget, goal=goal, quantile=quantile, segment_length=segment_length,
             candidates=candidates, held_out=None if held_out == "none" else held_out, seed=seed, remember=remember,
-            progress=not as_json,
         )  # fmt: skip
     if as_json:
         chosen = found.decoding.model_dump(mode="json")

@@ -59,7 +59,7 @@ def compare(
     ) as llm:
         found = run(
             llm, arms, texts[:limit], contexts=contexts[:limit], judge=judge, seeds=range(seeds), at_once=at_once,
-            out=out, progress=not as_json,
+            out=out,
         )  # fmt: skip
     if as_json:
         print(json.dumps(found.summary()))

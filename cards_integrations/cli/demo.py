@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 import sys
-import warnings
-from collections.abc import Iterable, Sequence
+import time
 from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING
 
+from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
+
+from cards_integrations.progress import phase
 
 if TYPE_CHECKING:
     from cards_integrations.decoding import Decoding
@@ -41,146 +42,143 @@ PROMPTS = [
     "Tell me about your new neighbours.",
     "Write a sentence about the train ride home.",
 ]
-COLUMNS = (
-    "reward", "judge", "repeated\n%", "log p\n/ token", "tokens\nkept", "tokens\ndrafted", "RM\ncalls", "s",
-)  # fmt: skip
+BEST_OF = 16
+NEXT = "Next: `cards chat`, or the notebooks in cookbook/."
 
 
 @dataclass(frozen=True)
-class ScoredAnswer:
-    """An answer with the rewards of the guide and of the judge."""
+class Run:
+    """All prompts answered with one method, in one batch.
 
-    answer: Alignment
-    reward: float
-    judge: float
+    Attributes:
+        answers: One for each prompt.
+        rewards: Of the reward that guides.
+        judged: Of the reward that does not.
+        seconds: That all answers took together.
+    """
 
-    @property
-    def log_likelihood(self) -> float:
-        """Mean log p per token, in nats."""
-        return self.answer.log_likelihood / max(1, len(self.answer.token_ids))
+    answers: list[Alignment]
+    rewards: list[float]
+    judged: list[float]
+    seconds: float
 
 
 def demo() -> None:
-    """Answer plainly and with CARDS: questions about documents, and prompts that a sentiment reward guides."""
-    from transformers.utils import logging as transformers_logging
+    """Answer questions about documents, plain and guided by what supports the answer; then measure what guidance costs.
 
-    from cards_integrations.decoding import Sampling
-    from cards_integrations.llm import CardsLLM
-
-    warnings.simplefilter("ignore")
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    llm = CardsLLM(max_tokens=64)
-    methods: dict[str, Decoding] = {"plain": Sampling(), "CARDS": llm.decoding}
-    bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
-    )
-    with llm, bar:
-        _answer_from_documents(llm, methods, bar)
-        _answer_in_good_spirits(llm, methods, bar)
+    The first run loads and measures what later ones find in the cache.
+    """
+    began = time.perf_counter()
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    with phase("importing the frameworks"):
+        from cards_integrations.llm import CardsLLM
+    with CardsLLM(max_tokens=64) as llm:
+        _answer_from_documents(console, llm)
+        _compare_with_best_of_n(console, llm)
+    console.print(f"\n[dim]{time.perf_counter() - began:.0f} s in all. {NEXT}[/dim]")
 
 
-def _answer_from_documents(llm: CardsLLM, methods: dict[str, Decoding], bar: Progress) -> None:
+def _answer_from_documents(console: Console, llm: CardsLLM) -> None:
     """Questions about documents: is what they say in the answers?"""
+    from cards_integrations.decoding import Sampling
     from cards_integrations.rewards import GroundednessReward
 
-    bar.print("[bold]SmolLM2-135M answers from documents, guided by how much they support the answer.[/bold]\n")
-    task = bar.add_task("loading", total=len(QUESTIONS) * len(methods))
+    console.print("[bold]SmolLM2-135M answers from documents, guided by how much they support the answer.[/bold]\n")
+    methods: dict[str, Decoding] = {"plain": Sampling(), "guided": llm.decoding}
     reward, held = GroundednessReward(scale=SUPPORT), dict.fromkeys(methods, 0)
     for seed, (question, fact) in enumerate(QUESTIONS):
         prompt = QUESTION.format(context=" ".join(DOCUMENTS), question=question)
-        table = Table(title=f"[bold]{question}[/bold]", title_justify="left", show_lines=True, width=bar.console.width)
+        table = Table(title=question, title_style="bold cyan", title_justify="left", box=box.ROUNDED, expand=True)
         for column in ("", "answer", "support", "fact"):
-            table.add_column(column, ratio=1 if column == "answer" else None)
+            table.add_column(column, ratio=1 if column == "answer" else None, header_style="dim")
         for name, decoding in methods.items():
-            bar.update(task, description=f"{name:>5}")
             text = llm.align(prompt, decoding=decoding, reward=reward, context=DOCUMENTS, seed=seed).text.strip()
             [support] = llm.score(prompt, [text], reward=reward, context=DOCUMENTS)
             found = re.search(fact, text, re.IGNORECASE) is not None
             held[name] += found
-            table.add_row(name, text, f"{support:.2f}", "[green]yes[/green]" if found else "[red]no[/red]")
-            bar.advance(task)
-        bar.print(table)
-        bar.print(_marked(fact), "\n")
-    bar.remove_task(task)
+            answer = Text(text)
+            answer.highlight_regex(re.compile(fact, re.IGNORECASE), style="bold green")
+            table.add_row(name, answer, f"{support:.2f}", "[green]yes[/green]" if found else "[red]no[/red]")
+        console.print(table)
+        console.print(_source(fact), "\n")
     counts = ", ".join(f"{n} of {len(QUESTIONS)} {name} answers" for name, n in held.items())
-    bar.print(f"[bold]The fact is in {counts}.[/bold]\n")
+    console.print(f"[bold]The fact is in {counts}.[/bold]\n")
 
 
-def _marked(fact: str) -> Text:
-    """The documents, the sentence with the fact marked."""
+def _source(fact: str) -> Text:
+    """The document with the fact, its sentence marked."""
     from cards_integrations.rewards.scorers.sentences import split_sentences
 
-    text = Text("documents: ", style="dim")
-    for sentence in (sentence for document in DOCUMENTS for sentence in split_sentences(document)):
+    text = Text("  document: ", style="dim")
+    document = next(document for document in DOCUMENTS if re.search(fact, document))
+    for sentence in split_sentences(document):
         text.append(sentence.strip(), style="bold green" if re.search(fact, sentence) else "dim").append(" ")
     return text
 
 
-def _answer_in_good_spirits(llm: CardsLLM, methods: dict[str, Decoding], bar: Progress) -> None:
-    """The simplest reward: sentiment, with a judge that did not guide."""
-    bar.print("[bold]The simplest reward: sentiment, judged by a held-out MiniLM.[/bold]\n")
-    answers: dict[str, list[ScoredAnswer]] = {name: [] for name in methods}
-    task = bar.add_task("loading", total=len(PROMPTS) * len(methods))
-    for seed, prompt in enumerate(PROMPTS):
-        for name, decoding in methods.items():
-            bar.update(task, description=f"{name:>5}")
-            answers[name].append(_answer(llm, prompt, decoding, seed))
-            bar.advance(task)
-        bar.print(_answers_table(bar.console, prompt, {name: found[-1] for name, found in answers.items()}))
-    bar.remove_task(task)
-    bar.print(_means_table(bar.console, answers))
+def _compare_with_best_of_n(console: Console, llm: CardsLLM) -> None:
+    """The simplest reward, sentiment: how high it gets, and in what time."""
+    from cards_integrations.decoding import BestOfN, Sampling
+
+    console.print("[bold]The same with sentiment as the reward: what it brings, and what it costs.[/bold]\n")
+    with phase("getting ready to measure"):
+        llm.align(PROMPTS[0], max_tokens=8)  # loads the reward and times its steps
+        llm.score(PROMPTS[0], ["Yes."], reward=JUDGE)
+    methods: dict[str, Decoding] = {
+        "plain": Sampling(), f"best-of-{BEST_OF}": BestOfN(n=BEST_OF), llm.decoding.method: llm.decoding,
+    }  # fmt: skip
+    runs = {name: _run(llm, name, decoding) for name, decoding in methods.items()}
+    console.print(_answers_table(runs))
+    console.print(_costs_table(runs))
 
 
-def _answer(llm: CardsLLM, prompt: str, decoding: Decoding, seed: int) -> ScoredAnswer:
-    answer = llm.align(prompt, decoding=decoding, seed=seed)
-    [reward], [judge] = llm.score(prompt, [answer.text]), llm.score(prompt, [answer.text], reward=JUDGE)
-    return ScoredAnswer(answer, reward, judge)
-
-
-def _answers_table(console: Console, prompt: str, answers: dict[str, ScoredAnswer]) -> Table:
-    """The answers to one prompt, by method."""
-    table = Table(title=f"[bold]{prompt}[/bold]", title_justify="left", show_lines=True, width=console.width)
-    table.add_column("")
-    table.add_column("answer", ratio=1)
-    for column in COLUMNS:
-        table.add_column(column, justify="right", min_width=7)
-    for name, scored in answers.items():
-        table.add_row(name, scored.answer.text.strip(), *_means([scored]))
-    return table
-
-
-def _means_table(console: Console, answers: dict[str, list[ScoredAnswer]]) -> Table:
-    """Means over all prompts, by method; how varied the texts are, and how often the judge prefers them to plain."""
-    from cards_integrations.study.metrics import distinct, points
-
-    table = Table(title=f"[bold]mean over {len(PROMPTS)} prompts[/bold]", title_justify="left", width=console.width)
-    for column in ("", *COLUMNS, "distinct\n-2", "wins\n%"):
-        table.add_column(column, justify="right")
-    plain, *_ = answers.values()
-    for name, found in answers.items():
-        won = fmean(points(one.judge, other.judge) for one, other in zip(found, plain, strict=True))
-        varied = distinct([scored.answer.text for scored in found], 2)
-        table.add_row(name, *_means(found), f"{varied:.2f}", "" if found is plain else f"{100 * won:.0f}")
-    return table
-
-
-def _means(answers: Sequence[ScoredAnswer]) -> Iterable[str]:
-    """The cells of `COLUMNS`."""
-    from cards_integrations.study.metrics import repeated_3grams
-
-    usages = [scored.answer.usage for scored in answers]
-    return (
-        f"{fmean(scored.reward for scored in answers):.2f}",
-        f"{fmean(scored.judge for scored in answers):.2f}",
-        f"{fmean(repeated_3grams(scored.answer.text) for scored in answers):.1f}",
-        f"{fmean(scored.log_likelihood for scored in answers):.2f}",
-        f"{fmean(usage.completion_tokens for usage in usages):.0f}",
-        f"{fmean(usage.drafted_tokens for usage in usages):.0f}",
-        f"{fmean(usage.rm_forwards for usage in usages):.0f}",
-        f"{fmean(usage.seconds for usage in usages):.1f}",
+def _run(llm: CardsLLM, name: str, decoding: Decoding) -> Run:
+    began = time.perf_counter()
+    answers = llm.align_batch(PROMPTS, range(len(PROMPTS)), progress=f"answering by {name}", decoding=decoding)
+    seconds = time.perf_counter() - began
+    texts = list(zip(PROMPTS, answers, strict=True))
+    rewards, judged = (
+        [llm.score(prompt, [answer.text], reward=reward)[0] for prompt, answer in texts] for reward in (None, JUDGE)
     )
+    return Run(answers, rewards, judged, seconds)
+
+
+def _answers_table(runs: dict[str, Run]) -> Table:
+    """The answers to the first prompt, by method."""
+    table = Table(
+        title=PROMPTS[0], title_style="bold cyan", title_justify="left", box=box.ROUNDED, show_lines=True, expand=True
+    )
+    table.add_column("")
+    table.add_column("answer", ratio=1, header_style="dim")
+    table.add_column("reward", justify="right", header_style="dim")
+    for name, run in runs.items():
+        table.add_row(name, Text(run.answers[0].text.strip()), f"{run.rewards[0]:.2f}")
+    return table
+
+
+def _costs_table(runs: dict[str, Run]) -> Table:
+    """Means over all prompts, by method."""
+    plain, *_ = runs.values()
+    table = Table(
+        title=f"{len(PROMPTS)} prompts at once", title_style="bold cyan", title_justify="left",
+        caption="reward: sentiment, which guides; judge: a model that does not. Tokens are of an answer, on average.",
+        caption_justify="left", box=box.ROUNDED,
+    )  # fmt: skip
+    table.add_column("")
+    for column in ("reward", "judge", "tokens kept", "drafted", "seconds", "of plain's"):
+        table.add_column(column, justify="right", header_style="dim")
+    for name, run in runs.items():
+        usages = [answer.usage for answer in run.answers]
+        table.add_row(
+            name,
+            f"{fmean(run.rewards):.2f}",
+            f"{fmean(run.judged):.2f}",
+            f"{fmean(usage.completion_tokens for usage in usages):.0f}",
+            f"{fmean(usage.drafted_tokens for usage in usages):.0f}",
+            f"{run.seconds:.1f}",
+            f"x {run.seconds / plain.seconds:.1f}",
+        )
+    return table
 
 
 if __name__ == "__main__":

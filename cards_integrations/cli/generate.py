@@ -33,9 +33,8 @@ from cards_integrations.cli.options import (
 from cards_integrations.errors import CardsError, SettingsError
 
 if TYPE_CHECKING:
-    from rich.progress import TaskID
-
     from cards_integrations.llm import CardsLLM
+    from cards_integrations.progress import Advance
     from cards_integrations.trace import Alignment
 
 
@@ -119,9 +118,9 @@ def answer_file(llm: CardsLLM, prompts: Path, out: Path | None, concurrency: int
         SettingsError: If `out` answers other prompts.
     """
     from rich.console import Console
-    from rich.progress import Progress
 
     from cards_integrations.http_client import gathered
+    from cards_integrations.progress import phase, shown
     from cards_integrations.study.prompts import read_prompts
     from cards_integrations.study.rows import Results
 
@@ -137,7 +136,7 @@ def answer_file(llm: CardsLLM, prompts: Path, out: Path | None, concurrency: int
     missing = iter([line for line in range(len(texts)) if line not in answered])
     failed = 0
 
-    async def answer(progress: Progress, task: TaskID) -> None:
+    async def answer(advance: Advance) -> None:
         nonlocal failed
         for line in missing:
             try:
@@ -150,12 +149,11 @@ def answer_file(llm: CardsLLM, prompts: Path, out: Path | None, concurrency: int
                 results.add([row])
                 if out is None:
                     print(json.dumps(row, ensure_ascii=False), flush=True)
-            progress.advance(task)
+            advance()
 
     async def answer_all() -> None:
-        with Progress(console=console, disable=out is None) as progress:
-            task = progress.add_task("answers", total=len(texts), completed=len(answered))
-            await gathered(answer(progress, task) for _ in range(concurrency))
+        with shown(llm.progress and out is not None), phase("answering", len(texts) - len(answered)) as advance:
+            await gathered(answer(advance) for _ in range(concurrency))
 
     asyncio.run(answer_all())
     return failed

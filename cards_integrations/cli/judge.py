@@ -48,7 +48,7 @@ def judge(
         typer.echo(f"{pairs} pairs: {len(calls)} calls, about {tokens:,} tokens of prompts.", err=True)
     if not yes and not as_json and not llm.startswith("cards:"):
         typer.confirm("Continue?", abort=True, err=True)
-    found = judge(mine, sides[1], _judge_llm(llm), at_once=at_once, out=out, progress=not as_json)
+    found = judge(mine, sides[1], _judge_llm(llm), at_once=at_once, out=out)
     if as_json:
         print(json.dumps({"counts": found.counts, "win_tie": found.win_tie, "win_rate": found.win_rate}))
     else:

@@ -69,11 +69,8 @@ def options_from(
     config: Path | None, allow_imports: bool, assigned: list[str] | None = None, **options: Any
 ) -> dict[str, Any]:
     """The options of a settings file and of the command line, as for `llm_from`."""
-    import transformers
-
     from cards_integrations.settings import CardsSettings
 
-    transformers.utils.logging.disable_progress_bar()
     settings = CardsSettings.from_yaml(config, allow_imports=allow_imports).options() if config else {}
     given = {name: value for name, value in options.items() if value is not None}
     if "decoding" in given:

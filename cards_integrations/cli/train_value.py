@@ -44,6 +44,5 @@ def train_value(
     with llm_from(config, allow_imports, assigned, model=model, reward=reward, max_tokens=max_tokens) as llm:
         found = llm.train_value(
             texts[:limit], path=out, contexts=contexts[:limit], target=target, held_out=held_out, seed=seed,
-            progress=not as_json,
         )  # fmt: skip
     print(found.card.model_dump_json() if as_json else found)

@@ -23,6 +23,7 @@ from cards_integrations.engine.worker import OnDone, Worker
 from cards_integrations.errors import EngineClosed
 from cards_integrations.models.base import LanguageModel
 from cards_integrations.models.sources import ModelSource
+from cards_integrations.progress import shown
 from cards_integrations.rewards.base import Reward
 from cards_integrations.trace import Alignment
 from cards_integrations.uncertainty import Measure
@@ -42,6 +43,9 @@ class Engine:
     Args:
         model: The language model.
         settings: What is about the machine.
+
+    Attributes:
+        progress: Whether what it is asked from now on shows its progress.
     """
 
     _shared: ClassVar[dict[tuple[ModelSource, EngineSettings], Engine]] = {}
@@ -50,6 +54,7 @@ class Engine:
     def __init__(self, model: ModelSource, settings: EngineSettings) -> None:
         self.model = model
         self.settings = settings
+        self.progress = True
         self.owners: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self.owned = False
         self._unanswered: set[Future[Any]] = set()
@@ -58,7 +63,7 @@ class Engine:
         self._closed = False
 
     @classmethod
-    def shared(cls, model: ModelSource, settings: EngineSettings, owner: Any = None) -> Engine:
+    def shared(cls, model: ModelSource, settings: EngineSettings, owner: Any = None, progress: bool = True) -> Engine:
         """The process's engine for these settings.
 
         A new one takes the place of those of the same model whose owners are all gone, so that a model is not held
@@ -68,6 +73,7 @@ class Engine:
             model: The language model.
             settings: What is about the machine.
             owner: The object that uses the engine; it is referenced weakly.
+            progress: Whether what it is asked next shows its progress.
         """
         with cls._lock:
             engine = cls._shared.get((model, settings))
@@ -77,6 +83,7 @@ class Engine:
                 for other in abandoned:
                     other._retire()
                 engine = cls._shared[model, settings] = Engine(model, settings)
+            engine.progress = progress
             if owner is not None:
                 engine.owned = True
                 engine.owners[id(owner)] = owner
@@ -300,7 +307,7 @@ class Engine:
 
     def _ask(self, work: Callable[[Worker], Coroutine[Any, Any, T]]) -> Future[T]:
         """Have something done in the worker; the engine is in use until it is."""
-        with self._starting:
+        with self._starting, shown(self.progress):
             worker = self._running()
             future = worker.submit(work(worker))
             self._unanswered.add(future)
@@ -315,7 +322,7 @@ class Engine:
             self._worker.stop()
             self._worker = None
         if self._worker is None:
-            self._worker = Worker(self.model, self.settings)
+            self._worker = Worker(self.model, self.settings, self.progress)
         return self._worker
 
     @staticmethod

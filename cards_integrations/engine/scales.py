@@ -157,15 +157,12 @@ class Scales:
         return part.model_copy(update={"scale": (scale.mean, scale.std)})
 
     async def _measure(self, reward: Reward) -> Scale:
-        log.warning(
-            "measuring the scale of reward %r on %d plain answers of %s, once; not with target_reward= and beta=",
-            reward.name, len(reward.prompts), self.model.model,
-        )  # fmt: skip
+        log.info("measuring the scale of reward %r on %d plain answers, once", reward.name, len(reward.prompts))
         found = await self.measure(reward)
         scale = Scale(mean=statistics.fmean(found), std=statistics.stdev(found) if len(found) > 1 else 0.0)
-        log.warning("reward %r: mean %.3g, standard deviation %.3g", reward.name, scale.mean, scale.std)
+        log.info("reward %r: plain answers have mean %.3g, standard deviation %.3g", reward.name, scale.mean, scale.std)
         if scale.std == 0:
-            log.warning("reward %r gives every plain answer %.3g: it cannot guide", reward.name, scale.mean)
+            log.warning("The reward %r cannot guide: it gives every plain answer %.3g.", reward.name, scale.mean)
         self.store.put(self.model, reward, scale)
         return scale
 

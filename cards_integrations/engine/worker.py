@@ -41,6 +41,7 @@ from cards_integrations.models.base import ConstrainedModel, Context, LanguageMo
 from cards_integrations.models.local.loader import ModelLoader
 from cards_integrations.models.randomness import fresh_seed
 from cards_integrations.models.sources import ModelSource, build_model, source_name
+from cards_integrations.progress import Advance, answering, phase, shown
 from cards_integrations.rewards.base import Conversation, Response, Reward, RewardModel, scores
 from cards_integrations.rewards.loader import RewardLoader
 from cards_integrations.threads import ended_before_exit, in_thread
@@ -66,10 +67,12 @@ class Worker:
     Args:
         model: The language model to load.
         settings: What is about the machine.
+        progress: Whether the load is shown.
     """
 
-    def __init__(self, model: ModelSource, settings: EngineSettings) -> None:
+    def __init__(self, model: ModelSource, settings: EngineSettings, progress: bool = True) -> None:
         self.model = model
+        self.progress = progress
         self.settings = settings
         self.failed = False
         self.error: CardsError | None = None
@@ -134,7 +137,8 @@ class Worker:
     async def _load(self) -> None:
         """Load in another thread, so that time limits hold and the interpreter can exit meanwhile."""
         try:
-            await in_thread(self._build)
+            with shown(self.progress), phase(f"loading {source_name(self.model)}"):
+                await in_thread(self._build)
         except Exception as error:
             self.failed = True  # the next request tries again
             self.error = error if isinstance(error, CardsError) else ModelError(f"{type(error).__name__}: {error}")
@@ -173,7 +177,7 @@ class Worker:
     # --- answering ---
 
     async def answer(
-        self, request: Request, emit: Callable[[Chunk], None] | None = None, in_batch: bool = False
+        self, request: Request, emit: Callable[[Chunk], None] | None = None, in_batch: bool = False, told: bool = False
     ) -> Alignment:
         """One request, from its prompt to its alignment.
 
@@ -181,11 +185,12 @@ class Worker:
             request: What to answer.
             emit: Called in this thread with each kept segment.
             in_batch: Leave out of the time limit how long it waits for a row, behind others of the same batch.
+            told: Whether the caller learns of its end before that of the batch, and needs no other progress.
         """
         if task := asyncio.current_task():
             task.add_done_callback(_retrieve_error)
         with request_span(request, source_name(self.model), emit) as span:
-            return span.end(await self._answer(request, span.emit, in_batch))
+            return span.end(await self._answer(request, span.emit, in_batch, not told and emit is None))
 
     async def answer_all(
         self, requests: Sequence[Request], on_done: OnDone | None = None, return_exceptions: bool = False
@@ -197,7 +202,8 @@ class Worker:
             on_done: Called in this thread with the index of each request that ends, and what became of it.
             return_exceptions: Return errors in the places of their answers; else the first one cancels the rest.
         """
-        tasks = [self.loop.create_task(self.answer(request, in_batch=True)) for request in requests]
+        told = on_done is not None
+        tasks = [self.loop.create_task(self.answer(request, in_batch=True, told=told)) for request in requests]
         if on_done is not None:
             for index, task in enumerate(tasks):
                 task.add_done_callback(partial(_report, on_done, index))
@@ -283,14 +289,19 @@ class Worker:
                 raise EngineClosed("The engine was closed while the request ran.") from None
             raise
 
-    async def _answer(self, request: Request, emit: Callable[[Chunk], None] | None, in_batch: bool) -> Alignment:
+    async def _answer(
+        self, request: Request, emit: Callable[[Chunk], None] | None, in_batch: bool, progress: bool
+    ) -> Alignment:
         whole, each = (None, request.timeout) if in_batch else (request.timeout, None)
         async with time_limit(whole), self._serving(), AsyncExitStack() as leased:
             request = self._plain_if_unguided(request)
             async with time_limit(each):
                 reward_model, scale = await leased.enter_async_context(self._reward_model(request))
-            async with self.admission.row(), time_limit(each):
-                return await self._decode(request, reward_model, scale, emit)
+            with answering(wanted=progress) as advance:
+                async with self.admission.row(), time_limit(each):
+                    answer = await self._decode(request, reward_model, scale, emit)
+                advance()
+                return answer
 
     def _plain_if_unguided(self, request: Request) -> Request:
         """The request, without a reward that has no signal for it."""
@@ -436,6 +447,10 @@ class Worker:
 
     async def _rewards_of_plain_answers(self, reward: Reward) -> list[float]:
         """Rewards of plain answers to the prompts that suit a reward, one for each."""
+        with phase(f"measuring the scale of reward {reward.name!r}, once", len(reward.prompts)) as advance:
+            return await self._scored_plain_answers(reward, advance)
+
+    async def _scored_plain_answers(self, reward: Reward, advance: Advance) -> list[float]:
         prompts = tuple(reward.prompts)
         answers = self._plain.get(prompts)
         if answers is None:
@@ -445,7 +460,8 @@ class Worker:
                 [
                     Request(p, Sampling(), max_tokens=length, seed=seed, thinking="off")
                     for seed, (p, _) in enumerate(prompts)
-                ]
+                ],
+                lambda index, answer: advance(),
             )
             remember(self._plain, prompts, answers, MAX_PLAIN)
         found = []

@@ -22,7 +22,9 @@ class CardsLangChainBase(OptionsFromEnvironment):
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
-        return {name: repr(value) for name, value in self.options().items() if name not in ("engine", "timeout")}
+        return {
+            name: repr(value) for name, value in self.options().items() if name not in ("engine", "timeout", "progress")
+        }
 
     @classmethod
     def is_lc_serializable(cls) -> bool:

@@ -46,6 +46,7 @@ from cards_integrations.langchain.convert import (
 )
 from cards_integrations.langchain.profile import model_profile
 from cards_integrations.langchain.structured_output import Method, structured_chain
+from cards_integrations.progress import shown
 
 
 class ChatCards(CardsLangChainBase, BaseChatModel):
@@ -70,7 +71,8 @@ class ChatCards(CardsLangChainBase, BaseChatModel):
     # --- LangChain's contract ---
 
     def _resolve_model_profile(self) -> ModelProfile:
-        return model_profile(self)
+        with shown(self.progress):
+            return model_profile(self)
 
     @property
     def _llm_type(self) -> str:

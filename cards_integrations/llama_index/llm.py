@@ -56,6 +56,7 @@ from cards_integrations.llama_index.streaming import (
     stream_responses,
 )
 from cards_integrations.models.sources import context_window
+from cards_integrations.progress import shown
 from cards_integrations.settings import OptionsFromEnvironment
 
 dispatcher = get_dispatcher(__name__)
@@ -85,8 +86,10 @@ class LlamaIndexCards(OptionsFromEnvironment, FunctionCallingLLM):
     def metadata(self) -> LLMMetadata:
         """The model's name and limits, in tokens; this may read its configuration, but loads no weights."""
         options = self.resolve_options({})
+        with shown(options.progress):
+            window = context_window(options.model)
         return LLMMetadata(
-            context_window=context_window(options.model),
+            context_window=window,
             num_output=options.max_tokens,
             is_chat_model=True,
             is_function_calling_model=True,

@@ -25,7 +25,7 @@ class Aligner(Protocol):
         prompts: Sequence[Any],
         seeds: Sequence[int] | None = None,
         contexts: Sequence[Any] | None = None,
-        progress: bool | str = False,
+        progress: bool | str = True,
         **options: Any,
     ) -> list[Alignment]:
         """Answer all prompts in one running batch."""

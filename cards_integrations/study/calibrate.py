@@ -74,7 +74,7 @@ def calibrate(
         targets: Those at which the held-out reward is measured; by default 0.5, 1, 1.5, 2 and 2.5 standard deviations
             above the mean of plain answers, or up to the target that a budget, a goal or a quantile asks for.
         seed: The seed of the first answer; those of the others follow it.
-        progress: Show a progress bar.
+        progress: Show the progress, unless `progress=False` says otherwise for the whole LLM.
         options: Arguments of `align` that replace the LLM's own options, such as `reward` or `decoding`.
 
     Raises:

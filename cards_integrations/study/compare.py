@@ -14,6 +14,7 @@ from pydantic_core import PydanticSerializationError
 from cards_integrations.decoding import AnyDecoding, Decoding, as_decoding
 from cards_integrations.errors import SettingsError
 from cards_integrations.models.sampling import Sampler
+from cards_integrations.progress import Advance, phase, shown
 from cards_integrations.rewards import AnyReward, as_reward
 from cards_integrations.rewards.base import Reward
 from cards_integrations.settings import as_context
@@ -52,7 +53,7 @@ def compare(
         at_once: Prompts that are answered in one batch.
         out: A file to which every answer is added as a line of JSON once its batch is done. Answers that it
             already holds are not drafted again, so that an interrupted run continues.
-        progress: Show a progress bar.
+        progress: Show the progress, unless `progress=False` says otherwise for the whole LLM.
 
     Raises:
         SettingsError: If an arm is no method, or `out` holds something other than answers.
@@ -79,14 +80,18 @@ def compare(
         ]
         rows += [finished[_key(row)] | row for row in wanted if _key(row) in finished]
         missing = [row for row in wanted if _key(row) not in finished]
-        for batch in _batches(missing, at_once, name, progress):
-            _answer(llm, batch, arguments, rewards)
-            rows += batch
-            results.add(batch)
+        with shown(progress and options.progress and bool(missing)), phase(name, len(missing)) as advance:
+            for start in range(0, len(missing), at_once):
+                batch = missing[start : start + at_once]
+                _answer(llm, batch, arguments, rewards, advance)
+                rows += batch
+                results.add(batch)
     return Comparison(tuple(rows))
 
 
-def _answer(llm: Aligner, rows: list[Row], arguments: dict[str, Any], rewards: Mapping[str, Reward | None]) -> None:
+def _answer(
+    llm: Aligner, rows: list[Row], arguments: dict[str, Any], rewards: Mapping[str, Reward | None], advance: Advance
+) -> None:
     """Answer a batch of prompts, and add the answers, their costs and their rewards to the rows."""
     began = time.perf_counter()
     prompts, seeds, contexts = ([row[name] for row in rows] for name in ("asked", "seed", "context"))
@@ -96,6 +101,7 @@ def _answer(llm: Aligner, rows: list[Row], arguments: dict[str, Any], rewards: M
         row |= _measured(answer) | {"seconds": seconds}
         for name, reward in rewards.items():
             row[name] = reward and llm.score(row["asked"], [answer.text], reward, row["context"])[0]
+        advance()
 
 
 def _call_arguments(name: str, arm: Any) -> dict[str, Any]:
@@ -124,14 +130,6 @@ def _as_plain(value: Any) -> Any:
 def _key(row: Row) -> str:
     """Rows with equal keys answer the same question; files of earlier versions lack fields and match none."""
     return json.dumps([row.get(name) for name in KEY_FIELDS])
-
-
-def _batches(rows: list[Row], size: int, title: str, progress: bool) -> Iterable[list[Row]]:
-    from rich.progress import track
-
-    starts = range(0, len(rows), size)
-    for start in track(starts, description=title, disable=not progress or not rows, transient=True):
-        yield rows[start : start + size]
 
 
 def _measured(answer: Alignment) -> Row:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from cards_integrations.errors import SettingsError
+from cards_integrations.progress import phase, shown
 from cards_integrations.study.metrics import Mean, mean
 from cards_integrations.study.rows import Results, Row, read_rows
 
@@ -119,7 +120,7 @@ def judge(
         at_once: Pairs that are judged at the same time.
         out: A file to which every pair is added as a line of JSON. Pairs that it already holds are not judged
             again, so that an interrupted run continues.
-        progress: Show a progress bar.
+        progress: Show the progress.
 
     Raises:
         SettingsError: If no prompt has two answers, a file cannot be read, or the judge is neither.
@@ -140,13 +141,15 @@ def judge(
             replies.append({"swapped": bool(swapped), "said": reply, "scores": parse_scores(reply)})
         return {**pair, "asked_twice": replies, "verdict": pair_verdict(replies)}
 
-    from rich.progress import track
-
-    with ThreadPoolExecutor(at_once) as pool:
-        found = pool.map(judged, missing)
-        for row in track(found, "judging", total=len(missing), disable=not progress or not missing, transient=True):
+    with (
+        shown(progress and bool(missing)),
+        phase("judging", len(missing)) as advance,
+        ThreadPoolExecutor(at_once) as pool,
+    ):
+        for row in pool.map(judged, missing):
             rows.append(row)
             results.add([row])
+            advance()
     return Judgement(tuple(rows))
 
 

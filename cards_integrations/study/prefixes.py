@@ -86,7 +86,7 @@ def collect_prefixes(
         prompts: Strings or lists of messages.
         contexts: The context of each prompt, for rewards that read it.
         seed: The seed of the first answer; those of the others follow it.
-        progress: Show a progress bar.
+        progress: Show the progress, unless `progress=False` says otherwise for the whole LLM.
         options: Arguments of `align`; `decoding` has to be `ScoredPrefixes`.
     """
     number = {text: i for i, text in enumerate(dict.fromkeys(map(repr, prompts)))}

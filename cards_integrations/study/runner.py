@@ -23,12 +23,12 @@ class Runner:
     seed: int
     """That of the first prompt; those of the others follow it."""
     progress: bool
-    """Whether a progress bar is shown."""
+    """Whether the progress is shown."""
     options: dict[str, Any]
     """Arguments of `align`."""
 
     def answers(self, decoding: Decoding, title: str) -> list[Alignment]:
-        """Return one answer to each prompt; `title` is the text of the progress bar."""
+        """Return one answer to each prompt; `title` is what is shown meanwhile."""
         seeds = [self.seed + i for i in range(len(self.prompts))]
         progress, options = title if self.progress else False, {**self.options, "decoding": decoding}
         return self.llm.align_batch(self.prompts, seeds, self.contexts, progress, **options)

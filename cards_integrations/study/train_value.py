@@ -84,7 +84,7 @@ def train_value(
         boundary: Where a segment ends; by default where that of `decoding` does, if it has segments.
         held_out: The share of the prompts that the head is tested on, and not trained on.
         seed: The seed of the first answer, and of the split.
-        progress: Show a progress bar.
+        progress: Show the progress, unless `progress=False` says otherwise for the whole LLM.
         options: Arguments of `align` that replace the LLM's own options, such as `reward`.
 
     Raises:

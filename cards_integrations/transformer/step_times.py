@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from pydantic import Field, TypeAdapter
 
 from cards_integrations.paths import cache_dir, write_atomically
+from cards_integrations.progress import phase
 
 if TYPE_CHECKING:
     import torch
@@ -104,7 +105,8 @@ def step_times(what: str, model: Any, measure: Callable[[int], float]) -> StepTi
     key = f"{what} {model.name_or_path} {precision(model)} on {_machine(model.device)}"
     known = _remembered().get(key)
     if known is None:
-        known = _store(key, _measured(measure))
+        with phase(f"timing the steps of {what}, once"):
+            known = _store(key, _measured(measure))
     times = StepTimes(known)
     if model.device.type == "cpu":  # nobody else computes on a GPU
         times.unconfirmed = lambda: _measured(measure), key

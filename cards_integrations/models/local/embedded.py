@@ -19,6 +19,7 @@ from filelock import FileLock
 
 from cards_integrations.errors import ModelError
 from cards_integrations.paths import cache_dir
+from cards_integrations.progress import phase
 
 if TYPE_CHECKING:
     import numpy as np
@@ -100,7 +101,8 @@ def convert_once(target: Path, convert: Callable[[Path], None]) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         try:
-            convert(partial)
+            with phase(f"converting {target.name}, once"):
+                convert(partial)
             partial.rename(target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)

@@ -63,7 +63,7 @@ def converted(file: Path) -> Path:
 
 def _convert(file: Path, target: Path) -> None:
     dtype = _dtype(file)
-    log.warning("%s is converted once into %s, in %s", file, target.parent, dtype)
+    log.info("converting %s into %s, in %s, once", file, target.parent, dtype)
     try:
         with load_lock():
             _model(file, dtype).save_pretrained(target)

@@ -8,17 +8,18 @@ from contextlib import contextmanager
 from threading import RLock
 
 from cards_integrations.errors import CardsError, ModelError
+from cards_integrations.models.local.quiet import quiet_transformers
 
 _lock = RLock()
 
 
 @contextmanager
 def load_lock() -> Iterator[None]:
-    """Let one thread load at a time.
+    """Let one thread load at a time, without what transformers says and shows meanwhile.
 
     transformers replaces methods of its classes during a load; two loads at once would leave them replaced.
     """
-    with _lock:
+    with _lock, quiet_transformers():
         yield
 
 

@@ -225,7 +225,7 @@ class ModelLoader:
             check_quantization(spec, config)
             dtype = "auto" if bits and on_cpu else self._dtype(config)
             as_they_lie = on_cpu and not bits and dtype == getattr(config, "dtype", None)
-            with quiet_transformers(), nullcontext() if as_they_lie else read_piece_by_piece():
+            with nullcontext() if as_they_lie else read_piece_by_piece():
                 model, report = (family or text_family(config)).from_pretrained(
                     resolve_model(spec.model),
                     revision=spec.revision,
@@ -333,19 +333,6 @@ def read_piece_by_piece() -> Iterator[None]:
         yield
     finally:
         modeling_utils.safe_open = before
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence the report of missing weights, which an adapter brings."""
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity(max(before, logging.ERROR))
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
 
 
 def fast_bfloat16() -> bool:

@@ -10,7 +10,8 @@ import torch
 from cards_integrations.errors import CardsError, ModelError
 from cards_integrations.models.local.checks import check_complete, check_finite
 from cards_integrations.models.local.load_lock import load_lock
-from cards_integrations.models.local.loader import ModelLoader, quiet_transformers
+from cards_integrations.models.local.loader import ModelLoader
+from cards_integrations.models.local.quiet import quiet_transformers
 from cards_integrations.models.local.resolve import resolve_model
 from cards_integrations.models.local.settings import LocalModel
 

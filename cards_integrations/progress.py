@@ -1,0 +1,332 @@
+"""What takes long says so on stderr while it runs: in a terminal, in a notebook, or with one line in a log.
+
+    with phase("timing the steps of smollm2"):
+        ...
+
+A phase appears when it is no longer short. All phases of the process are drawn by one thread, which is there only
+while there are any. Nothing is written to stdout.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.live import Live
+    from rich.table import Table
+    from rich.text import Text
+
+APPEARS_AFTER = 0.3  # seconds: what is faster is never seen
+LONG = 2.0  # seconds: what took longer leaves a line
+PERIOD = 0.25  # seconds between two drawings
+
+Advance = Callable[[], None]
+"""Tells that one more step of a phase is done."""
+
+_shown: ContextVar[bool] = ContextVar("progress_shown", default=True)
+_counted: ContextVar[bool] = ContextVar("answers_counted", default=False)
+
+
+def wanted() -> bool:
+    """Return what the environment says (`CARDS_PROGRESS`), for what happens before there are settings."""
+    return os.environ.get("CARDS_PROGRESS", "1").lower() not in ("0", "false", "off", "no", "f", "n")
+
+
+@contextmanager
+def shown(wanted: bool) -> Iterator[None]:
+    """Show no phase that begins inside the block, in this thread and what it starts, unless it is wanted."""
+    token = _shown.set(_shown.get() and wanted)
+    try:
+        yield
+    finally:
+        _shown.reset(token)
+
+
+@contextmanager
+def phase(what: str, total: int | None = None, *, lasting: bool = True) -> Iterator[Advance]:
+    """Show what is done inside the block for as long as it is.
+
+    Phases of the same name are shown as one, with the sum of their steps.
+
+    Args:
+        what: What is done, as in "loading smollm2".
+        total: The number of steps; answers that are written inside the block are then taken to be these steps.
+        lasting: Leave a line that says how long it took, if it took long.
+
+    Yields:
+        What is to be called after each step.
+    """
+    if not _shown.get():
+        yield _nothing
+        return
+    begun, token = _board.begin(what, total, lasting), _counted.set(_counted.get() or total is not None)
+    try:
+        yield begun.advance
+    finally:
+        _counted.reset(token)
+        _board.end(begun)
+
+
+@contextmanager
+def answering(total: int = 1, wanted: bool = True) -> Iterator[Advance]:
+    """A phase whose steps are answers; those of all callers are counted together, and none that a phase counts already.
+
+    Args:
+        total: The number of answers.
+        wanted: False shows nothing.
+    """
+    if _counted.get() or not wanted:
+        yield _nothing
+        return
+    with phase("answering", total, lasting=False) as advance:
+        yield advance
+
+
+def _nothing() -> None:
+    pass
+
+
+@dataclass
+class Phase:
+    """What is being done.
+
+    Attributes:
+        what: As the user reads it.
+        total: The number of steps; None if it has none.
+        lasting: Whether it leaves a line.
+        done: Steps that are done.
+        users: How many do it now.
+        began: When, by the monotonic clock, in seconds.
+        ended: When, if it has.
+        said: Whether a log has its line.
+    """
+
+    what: str
+    total: int | None
+    lasting: bool
+    done: int = 0
+    users: int = 0
+    began: float = field(default_factory=time.monotonic)
+    ended: float | None = None
+    said: bool = False
+
+    def advance(self) -> None:
+        """Count a step."""
+        self.done += 1
+
+    @property
+    def seconds(self) -> float:
+        """Since it began, until it ended."""
+        return (self.ended or time.monotonic()) - self.began
+
+    @property
+    def count(self) -> str:
+        """Steps done, of all; "" if there is nothing to count."""
+        return f"{self.done}/{self.total}" if self.total and self.total > 1 else ""
+
+
+class Screen(Protocol):
+    """Where phases are seen, from the first one to the last."""
+
+    def draw(self, phases: Sequence[Phase]) -> None:
+        """Show the phases that go on."""
+
+    def leave(self, phase: Phase) -> None:
+        """Say that a phase has ended that took long."""
+
+    def close(self) -> None:
+        """Show no phases any more."""
+
+
+class Board:
+    """All phases of the process."""
+
+    def __init__(self) -> None:
+        self._phases: dict[str, Phase] = {}
+        self._screen: Screen | None = None
+        self._thread: threading.Thread | None = None
+        self._changed = threading.Condition()
+
+    def begin(self, what: str, total: int | None, lasting: bool) -> Phase:
+        """Add a phase, or join the one of this name."""
+        with self._changed:
+            if (found := self._phases.get(what)) is None:
+                found = self._phases[what] = Phase(what, total, lasting)
+            elif total is not None:
+                found.total = (found.total or 0) + total
+            found.users += 1
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._draw, name="cards-progress", daemon=True)
+                self._thread.start()
+            return found
+
+    def end(self, phase: Phase) -> None:
+        """Remove a phase when the last one has left it; what was drawn of it is gone when this returns."""
+        with self._changed:
+            phase.users -= 1
+            if phase.users:
+                return
+            del self._phases[phase.what]
+            phase.ended = time.monotonic()
+            if self._screen is not None:
+                with suppress(Exception):  # a stream that is closed must not end an answer
+                    if not self._visible:
+                        self._screen.close()
+                    if phase.lasting and phase.seconds >= LONG:
+                        self._screen.leave(phase)
+            if not self._phases:
+                self._screen = None
+                self._changed.notify()
+
+    def _draw(self) -> None:
+        with self._changed:
+            while self._phases:
+                if visible := self._visible:
+                    with suppress(Exception):
+                        self._screen = self._screen or _screen()
+                        self._screen.draw(visible)
+                self._changed.wait(PERIOD)
+            self._thread = None
+
+    @property
+    def _visible(self) -> list[Phase]:
+        return [phase for phase in self._phases.values() if phase.seconds >= APPEARS_AFTER]
+
+
+def _screen() -> Screen:
+    """The one that suits stderr."""
+    from rich.console import Console
+
+    if (shell := sys.modules.get("IPython")) and hasattr(shell.get_ipython(), "kernel"):
+        return NotebookScreen()
+    console = Console(stderr=True)
+    is_terminal = sys.stderr.isatty() and not console.is_dumb_terminal  # whatever FORCE_COLOR says
+    return TerminalScreen(console) if is_terminal else LogScreen()
+
+
+class TerminalScreen:
+    """A line for each phase, redrawn where it stands.
+
+    Args:
+        console: That of stderr.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._live: Live | None = None
+        self._phases: Sequence[Phase] = ()
+
+    def draw(self, phases: Sequence[Phase]) -> None:
+        from rich.live import Live
+
+        self._phases = phases
+        if self._live is None:
+            self._live = Live(
+                get_renderable=lambda: as_table(self._phases), console=self.console, transient=True,
+                auto_refresh=False, redirect_stdout=False, redirect_stderr=False,
+            )  # fmt: skip
+            self._live.start()
+        self._live.refresh()
+
+    def leave(self, phase: Phase) -> None:
+        if self._live is not None:
+            self.draw([other for other in self._phases if other is not phase])
+        self.console.print(as_table((), [phase]))
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+
+class NotebookScreen:
+    """An output of the cell, replaced as phases go on; what took long stays in it."""
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+        self._left: list[Phase] = []
+
+    def draw(self, phases: Sequence[Phase]) -> None:
+        from IPython.display import display
+
+        table = as_table(phases, self._left)
+        if self._handle is None:
+            self._handle = display(table, display_id=True)  # type: ignore[no-untyped-call]
+        else:
+            self._handle.update(table)
+
+    def leave(self, phase: Phase) -> None:
+        self._left.append(phase)
+        self.draw(())
+
+    def close(self) -> None:
+        if self._handle is not None:
+            self.draw(())
+
+
+class LogScreen:
+    """A stream that nobody watches gets one line for each phase that takes long and would leave one."""
+
+    def draw(self, phases: Sequence[Phase]) -> None:
+        for phase in phases:
+            if phase.lasting and not phase.said and phase.seconds >= LONG:
+                phase.said = True
+                print(f"cards: {phase.what} ...", file=sys.stderr, flush=True)
+
+    def leave(self, phase: Phase) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def as_table(phases: Sequence[Phase], ended: Sequence[Phase] = ()) -> Table:
+    """Draw phases that have ended, then those that go on: what, how far, and for how long."""
+    from rich.progress_bar import ProgressBar
+    from rich.spinner import Spinner
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 1))
+    for part in ("spinner", "what", "seconds", "bar", "count"):
+        table.add_column(no_wrap=part != "what")  # which is shortened where there is no room
+    for phase in ended:
+        table.add_row("[green]✓[/green]", _shortened(phase.what), f"[dim]{_duration(phase.seconds)}[/dim]")
+    for phase in phases:
+        spinner = Spinner("dots", style="cyan")
+        spinner.start_time = 0.0
+        bar = ProgressBar(phase.total, phase.done, width=20) if phase.count else ""
+        table.add_row(spinner, _shortened(phase.what), f"[cyan]{_duration(phase.seconds)}[/cyan]", bar, phase.count)
+    return table
+
+
+def _shortened(what: str) -> Text:
+    from rich.text import Text
+
+    return Text(what, no_wrap=True, overflow="ellipsis")
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02} min" if minutes else f"{seconds:.1f} s"
+
+
+_board = Board()
+
+
+def _renew() -> None:
+    """A forked child has no thread that draws, and nothing goes on in it."""
+    global _board
+    _board = Board()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew)
