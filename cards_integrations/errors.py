@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from reprlib import Repr
+from types import MappingProxyType
 
 __all__ = [
     "AnswerCut",
@@ -110,14 +111,26 @@ def short_repr(value: object) -> str:
         return f"<{type(value).__name__}>"
 
 
-def unknown_name(what: str, name: str, known: Iterable[str], hint: str = "") -> SettingsError:
+def unknown_name(
+    what: str, name: str, known: Iterable[str], hint: str = "", elsewhere: Mapping[str, str] = MappingProxyType({})
+) -> SettingsError:
     """The error for an unknown name, with the nearest known names and then all of them."""
     known = sorted(known)
     name = name[:200]
-    return SettingsError(f"The {what} {name!r} is not known.{nearest(name, known)} Known: {', '.join(known)}.{hint}")
+    near = nearest(name, known, elsewhere)
+    return SettingsError(f"The {what} {name!r} is not known.{near} Known: {', '.join(known)}.{hint}")
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """ " Did you mean ...?" with the names that are most like it; "" if none is."""
-    near = get_close_matches(name[:200], list(known), n=3, cutoff=0.5)
-    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+def nearest(name: str, known: Iterable[str], elsewhere: Mapping[str, str] = MappingProxyType({})) -> str:
+    """ " Did you mean ...?" with the names that are most like it; "" if none is.
+
+    Args:
+        name: What was given.
+        known: What could have been.
+        elsewhere: By name, how to write what belongs somewhere else.
+    """
+    near = get_close_matches(name[:200], [*known, *elsewhere], n=3, cutoff=0.5)
+    if near and near[0] in elsewhere:
+        return f" Did you mean {elsewhere[near[0]]}?"
+    near = [repr(each) for each in near if each not in elsewhere]
+    return f" Did you mean {' or '.join(near)}?" if near else ""

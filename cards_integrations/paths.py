@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 import tempfile
 import threading
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 
 import platformdirs
+
+MOST_BESIDE = 1000  # names that are looked at
 
 
 def cache_dir() -> Path:
@@ -30,6 +34,14 @@ def is_directory(name: str) -> bool:
         return Path(name).is_dir()
     except (OSError, ValueError):
         return False
+
+
+def names_beside(path: Path) -> list[str]:
+    """Return the folders beside a path that does not exist, and the files that end as it does; not all of very many."""
+    with suppress(OSError, ValueError):
+        entries = list(islice(path.absolute().parent.iterdir(), MOST_BESIDE))
+        return [entry.name for entry in entries if entry.is_dir() or entry.suffix == path.suffix != ""]
+    return []
 
 
 def write_atomically(file: Path, text: str) -> None:

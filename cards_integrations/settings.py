@@ -33,11 +33,12 @@ from cards_integrations.chat.thinking import ThinkingMode
 from cards_integrations.chat.tools import Tools, as_tools
 from cards_integrations.decoding import AnyDecoding, Cascade, Decoding
 from cards_integrations.engine.request import EngineSettings, Request
-from cards_integrations.errors import SettingsError, short_repr, unknown_name
+from cards_integrations.errors import SettingsError, nearest, short_repr, unknown_name
 from cards_integrations.models.local.settings import LocalModel
 from cards_integrations.models.randomness import answer_seeds
 from cards_integrations.models.sampling import LogitBias, Sampler, TokenIds
 from cards_integrations.models.sources import AnyModel
+from cards_integrations.paths import names_beside
 from cards_integrations.rewards import NAMED, AnyReward
 from cards_integrations.rewards.function import imports_allowed
 from cards_integrations.settings_model import SettingsModel
@@ -89,6 +90,11 @@ class Options(SettingsModel):
 
     # errors must not show the input, which may hold a key
     model_config = ConfigDict(use_attribute_docstrings=True, hide_input_in_errors=True)
+
+    elsewhere = {  # noqa: RUF012
+        **{name: f"decoding=Cards({name}=...)" for name in Cards.model_fields.keys() - {"method"}},
+        **{name: f"engine=EngineSettings({name}=...)" for name in EngineSettings.model_fields},
+    }
 
     model: Annotated[AnyModel, NoDecode] = LocalModel()
     """The language model: an embedded name, a hub id, a directory, `LocalModel(...)` or `VllmModel(...)`."""
@@ -267,7 +273,7 @@ class Options(SettingsModel):
     def _refuse_unknown(cls, values: Any) -> Any:
         aliases = {field.alias for field in cls.model_fields.values()}
         for name in values.keys() - cls.model_fields.keys() - aliases if isinstance(values, dict) else ():
-            raise unknown_name("setting", str(name), Options.model_fields)
+            raise unknown_name("setting", str(name), Options.model_fields, elsewhere=cls.elsewhere)
         return values
 
 
@@ -337,7 +343,8 @@ class CardsSettings(BaseSettings, Options):
             raise SettingsError(f"The settings file {str(path)!r} cannot be read: {error.problem}{where}.") from None
         except Exception as error:  # PyYAML raises errors of many types for a bad scalar
             reason = error.strerror if isinstance(error, OSError) else type(error).__name__
-            raise SettingsError(f"The settings file {str(path)!r} cannot be read: {reason}.") from None
+            near = nearest(Path(path).name, names_beside(Path(path))) if isinstance(error, FileNotFoundError) else ""
+            raise SettingsError(f"The settings file {str(path)!r} cannot be read: {reason}.{near}") from None
         if not isinstance(found, dict):
             raise SettingsError(f"The settings file {str(path)!r} must be a mapping of options.")
         with imports_allowed(allow_imports):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, Self
 
@@ -18,10 +18,14 @@ class SettingsModel(BaseModel):
 
     quotes_values: ClassVar[bool] = True
     """False if a value may hold a key, which no error must show."""
+    elsewhere: ClassVar[Mapping[str, str]] = {}
+    """How to write settings that users look for here and that belong somewhere else, by name."""
 
     def __init__(self, /, *args: Any, **values: Any) -> None:
+        if args:
+            raise _by_position(type(self), args[0])
         with _one_line(type(self)):
-            super().__init__(*args, **values)
+            super().__init__(**values)
 
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # nested settings need not call it
 
@@ -58,7 +62,8 @@ class SettingsModel(BaseModel):
     @classmethod
     def _unknown(cls, name: str) -> Problem:
         known = sorted(cls.model_fields)
-        return Problem((name,), f"{cls.__name__} has no such setting.{nearest(name, known)} Known: {', '.join(known)}.")
+        near = nearest(name, known, cls.elsewhere)
+        return Problem((name,), f"{cls.__name__} has no such setting.{near} Known: {', '.join(known)}.")
 
 
 def validation_message(error: ValidationError) -> str:
@@ -72,6 +77,15 @@ def _one_line(cls: type[SettingsModel]) -> Iterator[None]:
         yield
     except ValidationError as error:
         raise _settings_error(_problems(error, cls.quotes_values)) from None
+
+
+def _by_position(cls: type[SettingsModel], value: Any) -> SettingsError:
+    """The error for a value without a name: most are meant for what has to be given, for a model, or come first."""
+    names = [name for name in cls.model_fields if name not in ("kind", "method")] or ["name"]
+    names.sort(key=lambda name: (not cls.model_fields[name].is_required(), name != "model"))
+    name = names[0]
+    shown = short_repr(value) if cls.quotes_values else "..."
+    return SettingsError(f"{cls.__name__} takes its settings by name, such as {cls.__name__}({name}={shown}).")
 
 
 def _settings_error(problems: list[Problem]) -> SettingsError:

@@ -189,20 +189,25 @@ def test_compare_and_judge(config, tmp_path, monkeypatch):
         CliRunner().invoke(app, ["judge", str(out), str(out)], catch_exceptions=False)
 
 
-def test_demo_answers_with_both_methods(monkeypatch):
-    monkeypatch.setattr("transformers.utils.logging.set_verbosity_error", lambda: None)
+def test_the_demo_answers_from_documents_and_beside_best_of_n(monkeypatch):
     monkeypatch.setattr("cards_integrations.llm.CardsLLM", lambda max_tokens: faces.cards_llm(max_tokens=8))
     monkeypatch.setattr(demo, "PROMPTS", ["Hello"])
     monkeypatch.setattr(demo, "QUESTIONS", demo.QUESTIONS[:1])
     monkeypatch.setattr(demo, "JUDGE", None)
+    monkeypatch.setattr(demo, "BEST_OF", 3)
     shown = run("demo").stdout
+    rows = {cells[1].strip(): cells for line in shown.splitlines() if len(cells := line.split("│")) == 9}
     with faces.cards_llm(max_tokens=8) as llm:
-        for decoding in ("sampling", llm.decoding):
-            usage = llm.align("Hello", decoding=decoding, seed=0).usage
-            assert str(usage.drafted_tokens) in shown
-    assert "mean over 1 prompts" in shown
+        default = llm.decoding.method
+        for name, decoding in {"plain": "sampling", "best-of-3": BestOfN(n=3), default: llm.decoding}.items():
+            answer = llm.align("Hello", decoding=decoding, seed=0)
+            [reward] = llm.score("Hello", [answer.text])
+            assert [cell.strip() for cell in rows[name][2:6]] == [
+                f"{reward:.2f}", f"{reward:.2f}", str(answer.usage.completion_tokens), str(answer.usage.drafted_tokens),
+            ]  # fmt: skip
     assert "of 1 plain answers" in shown
-    assert demo.DOCUMENTS[0].partition(". ")[0] in " ".join(shown.split())
+    assert f"document: {demo.DOCUMENTS[0]}" in " ".join(shown.split())
+    assert max(map(len, shown.splitlines())) <= 120
 
 
 def test_rewards_and_models():

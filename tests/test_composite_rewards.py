@@ -311,6 +311,14 @@ def raises(prompt: str, texts: list[str]) -> list[float]:
     return [0.0]
 
 
+def of_answers_alone(answers):
+    return [0.0 for _ in answers]
+
+
+def one_number(prompt, answers):
+    return 0.5
+
+
 def not_a_number(prompt: str, texts: list[str]) -> list[float]:
     return [math.nan if text else 0.0 for text in texts]
 
@@ -330,7 +338,15 @@ async def never(prompt: str, texts: list[str]) -> list[float]:
 
 
 BAD = [
-    (FunctionReward(function=raises, scale=(0, 1)), r"'function raises' failed for '.*ZeroDivisionError: no idea"),
+    (
+        FunctionReward(function=raises, scale=(0, 1)),
+        r"'function raises' failed: ZeroDivisionError: no idea; it was asked for '",
+    ),
+    (
+        FunctionReward(function=of_answers_alone, scale=(0, 1)),
+        r"^reward 'function of_answers_alone' is called with \(prompt, answers\), .*; but it takes \(answers\): ",
+    ),
+    (FunctionReward(function=one_number, scale=(0, 1)), r"it returned float, not a list of numbers"),
     (FunctionReward(function=not_a_number, scale=(0, 1)), r"'function not_a_number' returned nan for the text '"),
     (FunctionReward(function=one_too_many, scale=(0, 1)), r"'function one_too_many' returned \d scores for \d text"),
     (FunctionReward(function=one_too_few, scale=(0, 1)), r"'function one_too_few' returned \d scores for \d text"),

@@ -18,8 +18,9 @@ from cards_integrations.cli.options import options_from
 from cards_integrations.cli.serve import allowed_rewards
 from cards_integrations.decoding import Cards, FixedLength, Punctuation, Sampling, Uncertainty
 from cards_integrations.engine import EngineSettings
-from cards_integrations.errors import SettingsError
+from cards_integrations.errors import ModelError, SettingsError
 from cards_integrations.langchain import CardsCompletion
+from cards_integrations.models.local.resolve import resolve_model
 from cards_integrations.models.local.settings import LocalModel
 from cards_integrations.rewards import (
     NAMED,
@@ -29,6 +30,7 @@ from cards_integrations.rewards import (
     GroundednessReward,
     JudgeReward,
     RelevanceReward,
+    RemoteReward,
     WeightedReward,
 )
 from cards_integrations.server import ServerSettings
@@ -248,6 +250,19 @@ NEAR: dict[str, tuple[Callable[[], Any], str, str]] = {
     "a measure": (lambda: Uncertainty(measure="entopy"), "measure='entopy': ", "entropy"),
     "a setting of the engine": (lambda: ChatCards(engine={"widht": 4}), "engine.widht: ", "width"),
     "a setting of a model": (lambda: CardsCompletion(model={"modle": "m"}), "model.modle: ", "model"),
+    "a setting of the engine, of a model": (
+        lambda: LocalModel(**{"dtyp": "float32"}), "dtyp: ", "engine=EngineSettings(dtype=...) of the LLM",
+    ),
+    "a setting of the engine, of the LLM": (
+        lambda: CardsLLM(**{"devise": "cpu"}), "The setting 'devise'", "engine=EngineSettings(device=...)",
+    ),
+    "a setting of the method, of the LLM": (
+        lambda: ChatCards(**{"target_rewrd": 1}), "The setting 'target_rewrd'", "decoding=Cards(target_reward=...)",
+    ),
+    "a setting of a boundary, of a method": (
+        lambda: CardsLLM(decoding={"method": "cards", "treshold": 3}), "decoding.treshold: ",
+        "boundary=Uncertainty(threshold=...)",
+    ),
     "an option": (lambda: CardsLLM(**{"tempratur": 1}), "The setting 'tempratur'", "temperature"),
 }  # fmt: skip
 
@@ -259,7 +274,7 @@ def test_a_typing_error_is_told_in_one_line_with_its_path_and_the_nearest_name(w
         wrong()
     said = str(caught.value)
     assert said.startswith(path)
-    assert re.search(rf"Did you mean '{near}'", said)
+    assert re.search(rf"Did you mean '?{re.escape(near)}'?", said)
     assert "\n" not in said
     assert ";" not in said  # nothing that follows from it, such as a setting that is missing
 
@@ -302,3 +317,43 @@ def test_a_kind_whose_settings_have_defaults_is_a_name_everywhere(tmp_path, monk
 def test_a_kind_that_needs_settings_says_which(name, says):
     with pytest.raises(SettingsError, match=says):
         CardsSettings(reward=name)
+
+
+def by_position(cls: Any, value: Any) -> Any:
+    return cls(value)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (
+            lambda: by_position(CardsLLM, "smollm2"),
+            r"^CardsLLM takes its settings by name, such as CardsLLM\(model='smollm2'\)\.$",
+        ),
+        (lambda: by_position(ClassifierReward, "a/b"), r"such as ClassifierReward\(model='a/b'\)"),
+        (lambda: by_position(Cards, 1.5), r"such as Cards\(target_reward=1.5\)"),
+        (lambda: by_position(RemoteReward, "key"), r"such as RemoteReward\(url=\.\.\.\)"),  # it may hold a key
+        (lambda: CardsLLM(decoding=Cards), r"^decoding=Cards is a class: pass an object of it, Cards\(\)"),
+        (lambda: CardsLLM(model=LocalModel), r"^model=LocalModel is a class"),
+        (lambda: CardsLLM(model=3), "^model=3: pass a name, a hub id"),
+    ],
+)
+def test_a_value_of_the_wrong_form_says_what_to_write(wrong, says):
+    with pytest.raises(SettingsError, match=says):
+        wrong()
+
+
+def test_a_path_that_is_not_there_says_what_is_beside_it(tmp_path, monkeypatch):
+    (tmp_path / "tiny_lm").mkdir()
+    (tmp_path / "cards.yaml").write_text("max_tokens: 3")
+    (tmp_path / "tiny_ln.txt").write_text("no model")
+    monkeypatch.chdir(tmp_path)
+    for wrong in ("./tiny_lmm", str(tmp_path / "tiny_lmm")):
+        with pytest.raises(ModelError, match=r"no such file or directory .* Did you mean 'tiny_lm'\?$"):
+            resolve_model(wrong)
+    with pytest.raises(SettingsError, match=r"Did you mean '\./tiny_lm'\?"):
+        resolve_model("tiny_lmm")
+    with pytest.raises(ModelError, match=r"is there\)\.$"):
+        resolve_model("./tiny_lmm/further/down")
+    with pytest.raises(SettingsError, match=r"No such file or directory\. Did you mean 'cards\.yaml'\?"):
+        CardsSettings.from_yaml("card.yaml")

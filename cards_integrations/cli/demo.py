@@ -42,7 +42,7 @@ PROMPTS = [
     "Tell me about your new neighbours.",
     "Write a sentence about the train ride home.",
 ]
-BEST_OF = 16
+BEST_OF = 8
 NEXT = "Next: `cards chat`, or the notebooks in cookbook/."
 
 
@@ -72,7 +72,7 @@ def demo() -> None:
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     with phase("importing the frameworks"):
         from cards_integrations.llm import CardsLLM
-    with CardsLLM(max_tokens=64) as llm:
+    with CardsLLM(max_tokens=48) as llm:
         _answer_from_documents(console, llm)
         _compare_with_best_of_n(console, llm)
     console.print(f"\n[dim]{time.perf_counter() - began:.0f} s in all. {NEXT}[/dim]")

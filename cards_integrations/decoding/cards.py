@@ -30,6 +30,10 @@ class Cards(RewardTargeted):
         >>> Cards(acceptance=OptimalStopping(price=0.01), boundary=FixedLength(length=16))
     """
 
+    elsewhere = {  # noqa: RUF012
+        name: f"boundary=Uncertainty({name}=...)" for name in Uncertainty.model_fields.keys() - {"kind"}
+    }
+
     method: Literal["cards"] = "cards"
     """Names this method in settings files."""
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5

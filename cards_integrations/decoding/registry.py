@@ -42,6 +42,8 @@ def as_decoding(value: Any) -> Decoding:
     if isinstance(value, Decoding):
         return value
     value = from_json("decoding", value)
+    if isinstance(value, type):
+        raise SettingsError(f"decoding={value.__name__} is a class: pass an object of it, {value.__name__}().")
     if isinstance(value, str):
         value = {"method": value}
     if not isinstance(value, dict):

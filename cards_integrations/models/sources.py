@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, SerializeAsAny
 
-from cards_integrations.errors import CardsError, short_repr
+from cards_integrations.errors import CardsError, SettingsError, short_repr
 from cards_integrations.models.base import CustomModel, LanguageModel
 from cards_integrations.models.local.checks import embedding_rows
 from cards_integrations.models.local.loader import ModelLoader
@@ -44,6 +44,10 @@ def as_model(value: Any) -> Any:
     if isinstance(value, dict):
         kind = value.get("kind", "local")
         return MODELS[kind if isinstance(kind, str) else short_repr(kind)].model_validate(value)
+    if isinstance(value, type):
+        raise SettingsError(f"model={value.__name__} is a class: pass an object of it, {value.__name__}(...).")
+    if not isinstance(value, (LocalModel, VllmModel, CustomModel)):
+        raise SettingsError(f"model={short_repr(value)}: pass a name, a hub id, a directory or a settings object.")
     return value
 
 

@@ -19,7 +19,7 @@ from pydantic import ConfigDict, Field, FiniteFloat
 
 from cards_integrations.chat.message import Message
 from cards_integrations.chat.template import ChatTokenizer, as_text
-from cards_integrations.errors import OutOfMemory, RewardError
+from cards_integrations.errors import OutOfMemory, RewardError, short_repr
 from cards_integrations.models.local.loader import ModelLoader
 from cards_integrations.models.local.settings import LocalModel
 from cards_integrations.rewards.hung_calls import HUNG_CALLS
@@ -178,8 +178,10 @@ async def scores(model: RewardModel, responses: Sequence[Response]) -> list[floa
             raise RewardError(
                 f"reward {model.name!r} gave no scores within timeout={model.timeout} seconds."
             ) from error
-        texts = ", ".join(repr(response.text) for response in responses)
-        raise RewardError(f"reward {model.name!r} failed for {texts}: {type(error).__name__}: {error}") from error
+        texts = ", ".join(short_repr(response.text) for response in responses[:3])
+        more = f" and {len(responses) - 3} more" if len(responses) > 3 else ""
+        said = f"reward {model.name!r} failed: {type(error).__name__}: {error}"
+        raise RewardError(f"{said}; it was asked for {texts}{more}.") from error
     finally:
         scoring.reset(outer)
     if len(found) != len(responses):
@@ -362,6 +364,7 @@ class CallableModel(RewardModel):
     async def score(self, responses: Sequence[Response]) -> Sequence[float]:
         conversation = responses[0].conversation
         prompt, texts = as_text(conversation.prompt), [r.text for r in responses]
+        self._check_signature(prompt, texts)
         if inspect.iscoroutinefunction(self.function):
             found: Scores = self.function(prompt, texts)
         else:
@@ -369,9 +372,23 @@ class CallableModel(RewardModel):
         if inspect.isawaitable(found):
             found = await found
         conversation.usage.rm_forwards += 1
-        if isinstance(found, (str, bytes, Mapping)):
-            raise TypeError(f"it returned {type(found).__name__}, not a list of numbers")
+        if isinstance(found, (str, bytes, Mapping)) or not isinstance(found, Iterable):
+            raise TypeError(f"it returned {type(found).__name__}, not a list of numbers, one for each answer")
         return list(found)
+
+    def _check_signature(self, prompt: str, texts: list[str]) -> None:
+        """Refuse a function that cannot be called so; what it does with the arguments is its own matter."""
+        try:
+            signature = inspect.signature(self.function)
+        except (TypeError, ValueError):  # of some built-in functions nothing is known
+            return
+        try:
+            signature.bind(prompt, texts)
+        except TypeError as error:
+            raise RewardError(
+                f"reward {self.name!r} is called with (prompt, answers), a text and a list of texts, and returns a "
+                f"number for each answer; but it takes {signature}: {error}."
+            ) from None
 
 
 class Instant(RewardModel):

@@ -7,12 +7,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from cards_integrations.errors import ModelError, unknown_name
+from cards_integrations.errors import ModelError, nearest, unknown_name
 from cards_integrations.models.local.embedded import MINILM, SMOLLM2, embedded_model
 from cards_integrations.models.local.gguf_files import converted, gguf_file
 from cards_integrations.models.local.load_lock import load_errors
 from cards_integrations.models.local.settings import LocalModel
-from cards_integrations.paths import is_directory
+from cards_integrations.paths import is_directory, names_beside
 
 UNLIMITED = 2**31
 
@@ -42,7 +42,9 @@ def resolve_model(name: str) -> str:
         raise ModelError(f"model={name!r}: {_what_is_there(Path(name).expanduser())}")
     if "/" in name:
         return name
-    raise unknown_name("model", name, [SMOLLM2, MINILM], " Or pass a hub id (owner/name) or a local directory.")
+    hint = " Or pass a hub id (owner/name) or a local directory."
+    beside = {found: repr(f"./{found}") for found in names_beside(Path(name))}
+    raise unknown_name("model", name, [SMOLLM2, MINILM], hint, beside)
 
 
 def _is_path(name: str) -> bool:
@@ -55,7 +57,9 @@ def _what_is_there(path: Path) -> str:
     if path.is_file():
         return "this is a file; pass the directory that it is in, or a .gguf file."
     there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    return f"there is no such file or directory ({there} is there)." if there != Path() else "there is no such path."
+    if there == Path():
+        return "there is no such path."
+    return f"there is no such file or directory ({there} is there).{nearest(path.name, names_beside(path))}"
 
 
 def load_config(spec: LocalModel) -> Any:

@@ -15,10 +15,34 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 Bits = Literal["int4", "int8", "float16"]
 
 
+class Placement(SettingsModel):
+    """Where and how weights are held."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    device: str = "auto"
+    """A torch device such as "cuda:1"; "auto" is the first GPU, or the CPU if there is none."""
+
+    dtype: DType = "auto"
+    """Precision of the weights. "auto" is bf16 on a GPU, and on a CPU that computes bf16 in hardware if
+    the checkpoint is in half precision; float32 otherwise."""
+
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = None
+    """How accelerate spreads the layers of the language model, and of reward models, over several GPUs: "auto" fills
+    all of them alike, "sequential" one after the other. None puts a model on `device` as a whole."""
+
+    threads: Annotated[int, Field(ge=1)] | Literal["auto"] | None = "auto"
+    """CPU threads of torch. "auto" gives a step fewer than torch would take while other processes keep cores busy, and
+    leaves the process's number as it is; a number is set for the whole process when the engine loads; None changes
+    nothing."""
+
+
 class LocalModel(SettingsModel):
     """A transformers model on this machine. Weights are read from safetensors and GGUF files only."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    elsewhere = {name: f"engine=EngineSettings({name}=...) of the LLM" for name in Placement.model_fields}  # noqa: RUF012
 
     kind: Literal["local"] = "local"
     """Tells this model from one behind a server."""
@@ -48,28 +72,6 @@ class LocalModel(SettingsModel):
     def same_weights(self, other: LocalModel) -> bool:
         """Return True if both are the same model, whichever way it writes tool calls."""
         return self == other.model_copy(update={"tool_format": self.tool_format})
-
-
-class Placement(SettingsModel):
-    """Where and how weights are held."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    device: str = "auto"
-    """A torch device such as "cuda:1"; "auto" is the first GPU, or the CPU if there is none."""
-
-    dtype: DType = "auto"
-    """Precision of the weights. "auto" is bf16 on a GPU, and on a CPU that computes bf16 in hardware if
-    the checkpoint is in half precision; float32 otherwise."""
-
-    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = None
-    """How accelerate spreads the layers of the language model, and of reward models, over several GPUs: "auto" fills
-    all of them alike, "sequential" one after the other. None puts a model on `device` as a whole."""
-
-    threads: Annotated[int, Field(ge=1)] | Literal["auto"] | None = "auto"
-    """CPU threads of torch. "auto" gives a step fewer than torch would take while other processes keep cores busy, and
-    leaves the process's number as it is; a number is set for the whole process when the engine loads; None changes
-    nothing."""
 
 
 def as_local_model(value: Any) -> Any:
