@@ -31,7 +31,7 @@ from cards_integrations.chat.message import Message
 from cards_integrations.chat.response_format import as_response_format
 from cards_integrations.chat.thinking import ThinkingMode
 from cards_integrations.chat.tools import Tools, as_tools
-from cards_integrations.decoding import AnyDecoding, Cascade, Decoding
+from cards_integrations.decoding import AnyDecoding, Cards, Cascade, Decoding
 from cards_integrations.engine.request import EngineSettings, Request
 from cards_integrations.errors import SettingsError, nearest, short_repr, unknown_name
 from cards_integrations.models.local.settings import LocalModel
@@ -92,7 +92,11 @@ class Options(SettingsModel):
     model_config = ConfigDict(use_attribute_docstrings=True, hide_input_in_errors=True)
 
     elsewhere = {  # noqa: RUF012
-        **{name: f"decoding=Cards({name}=...)" for name in Cards.model_fields.keys() - {"method"}},
+        **{
+            name: f"decoding={method.__name__}({name}=...)"
+            for method in (Cascade, Cards)
+            for name in method.model_fields.keys() - {"method"}
+        },
         **{name: f"engine=EngineSettings({name}=...)" for name in EngineSettings.model_fields},
     }
 

