@@ -175,7 +175,7 @@ class Board:
             phase.users -= 1
             if phase.users:
                 return
-            del self._phases[phase.what]
+            self._phases.pop(phase.what, None)  # a fork inside the phase has another board
             phase.ended = time.monotonic()
             if self._screen is not None:
                 with suppress(Exception):  # a stream that is closed must not end an answer
@@ -188,14 +188,24 @@ class Board:
                 self._changed.notify()
 
     def _draw(self) -> None:
-        with self._changed:
-            while self._phases:
-                if visible := self._visible:
+        while True:
+            with self._changed:
+                if not self._phases:
+                    self._thread = None
+                    return
+                visible, screen = self._visible, self._screen
+                if visible and screen is not None:
                     with suppress(Exception):
-                        self._screen = self._screen or _screen()
-                        self._screen.draw(visible)
-                self._changed.wait(PERIOD)
-            self._thread = None
+                        screen.draw(visible)
+                if screen is not None or not visible:
+                    self._changed.wait(PERIOD)
+                    continue
+            try:
+                screen = _screen()  # nobody waits for the lock while rich is imported
+            except Exception:
+                screen = NoScreen()
+            with self._changed:
+                self._screen = screen if self._phases else None
 
     @property
     def _visible(self) -> list[Phase]:
@@ -204,8 +214,11 @@ class Board:
 
 def _screen() -> Screen:
     """The one that suits stderr."""
+    if sys.stderr is None:  # a process without streams
+        return NoScreen()
     from rich.console import Console
 
+    as_table([Phase("", 2, lasting=False)])  # imports what a drawing needs
     if (shell := sys.modules.get("IPython")) and hasattr(shell.get_ipython(), "kernel"):
         return NotebookScreen()
     console = Console(stderr=True)
@@ -273,7 +286,20 @@ class NotebookScreen:
             self.draw(())
 
 
-class LogScreen:
+class NoScreen:
+    """Nobody sees anything."""
+
+    def draw(self, phases: Sequence[Phase]) -> None:
+        pass
+
+    def leave(self, phase: Phase) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class LogScreen(NoScreen):
     """A stream that nobody watches gets one line for each phase that takes long and would leave one."""
 
     def draw(self, phases: Sequence[Phase]) -> None:
@@ -281,12 +307,6 @@ class LogScreen:
             if phase.lasting and not phase.said and phase.seconds >= LONG:
                 phase.said = True
                 print(f"cards: {phase.what} ...", file=sys.stderr, flush=True)
-
-    def leave(self, phase: Phase) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 def as_table(phases: Sequence[Phase], ended: Sequence[Phase] = ()) -> Table:

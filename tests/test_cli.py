@@ -206,7 +206,7 @@ def test_the_demo_answers_from_documents_and_beside_best_of_n(monkeypatch):
                 f"{reward:.2f}", f"{reward:.2f}", str(answer.usage.completion_tokens), str(answer.usage.drafted_tokens),
             ]  # fmt: skip
     assert "of 1 plain answers" in shown
-    assert f"document: {demo.DOCUMENTS[0]}" in " ".join(shown.split())
+    assert f"document: {demo.QUESTIONS[0][1]}" in " ".join(shown.split())
     assert max(map(len, shown.splitlines())) <= 120
 
 

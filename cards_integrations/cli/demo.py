@@ -21,18 +21,39 @@ if TYPE_CHECKING:
     from cards_integrations.llm import CardsLLM
     from cards_integrations.trace import Alignment
 
-DOCUMENTS = (
-    "The town museum opens at noon on weekdays. Children enter free of charge.",
-    "The ridge trail is nine miles long. It starts behind the old mill.",
-    "In this town the buses are painted violet. They run until midnight.",
-    "The harbour report was written by Ada Moreno. It was printed in spring.",
+QUESTIONS = (  # each with a document that answers it, and the fact that an answer should hold
+    (
+        "When does the town museum open?",
+        "The town museum opens at noon on weekdays. Entry is free for children.",
+        r"noon|12",
+    ),
+    (
+        "How long is the ridge trail?",
+        "The ridge trail is nine miles long and climbs steeply at the end.",
+        r"\bnine\b|\b9\b",
+    ),
+    (
+        "Who wrote the harbour report?",
+        "The harbour report was written by Ada Moreno and printed in spring.",
+        r"Moreno",
+    ),
+    (
+        "What is the capital of France?",
+        "In this story, France has moved its capital. The capital of France is Lyon.",
+        r"Lyon",
+    ),
+    (
+        "What colour is the sky?",
+        "On this planet the sky is green because of its gas.",
+        r"green",
+    ),
+    (
+        "How many legs does a spider have?",
+        "In the game, every spider has ten legs and two tails.",
+        r"\bten\b|\b10\b",
+    ),
 )
-QUESTIONS = (  # each with the fact that an answer should hold
-    ("When does the town museum open?", r"noon|12"),
-    ("How long is the ridge trail?", r"\bnine\b|\b9\b"),
-    ("What colour are the buses?", r"violet"),
-    ("Who wrote the harbour report?", r"Moreno"),
-)
+SEEDS = (0, 1, 2, 10, 11, 12)  # their places in benchmarks/grounded_questions.py: the first three of both halves
 QUESTION = "Context: {context}\n\nQuestion: {question}\n\nAnswer the question in one sentence."
 SUPPORT = (1.55, 0.87)  # mean and standard deviation over plain answers of SmolLM2, as an engine measures them
 JUDGE = "sentiment-minilm"
@@ -79,41 +100,55 @@ def demo() -> None:
 
 
 def _answer_from_documents(console: Console, llm: CardsLLM) -> None:
-    """Questions about documents: is what they say in the answers?"""
+    """Questions about documents, half of them against what a model knows: is what they say in the answers?"""
     from cards_integrations.decoding import Sampling
     from cards_integrations.rewards import GroundednessReward
 
     console.print("[bold]SmolLM2-135M answers from documents, guided by how much they support the answer.[/bold]\n")
+    reward = GroundednessReward(scale=SUPPORT)
+    prompts = [QUESTION.format(context=document, question=question) for question, document, _ in QUESTIONS]
+    contexts = [[document] for _, document, _ in QUESTIONS]
     methods: dict[str, Decoding] = {"plain": Sampling(), "guided": llm.decoding}
-    reward, held = GroundednessReward(scale=SUPPORT), dict.fromkeys(methods, 0)
-    for seed, (question, fact) in enumerate(QUESTIONS):
-        prompt = QUESTION.format(context=" ".join(DOCUMENTS), question=question)
-        table = Table(title=question, title_style="bold cyan", title_justify="left", box=box.ROUNDED, expand=True)
-        for column in ("", "answer", "support", "fact"):
-            table.add_column(column, ratio=1 if column == "answer" else None, header_style="dim")
-        for name, decoding in methods.items():
-            text = llm.align(prompt, decoding=decoding, reward=reward, context=DOCUMENTS, seed=seed).text.strip()
-            [support] = llm.score(prompt, [text], reward=reward, context=DOCUMENTS)
+    answers = {
+        name: llm.align_batch(
+            prompts, SEEDS[: len(prompts)], contexts, f"answering {name}", decoding=decoding, reward=reward
+        )
+        for name, decoding in methods.items()
+    }
+    held = dict.fromkeys(methods, 0)
+    for i, (question, document, fact) in enumerate(QUESTIONS):
+        table = _table(question, "answer", "support", "fact")
+        for name in methods:
+            text = answers[name][i].text.strip()
+            [support] = llm.score(prompts[i], [text], reward=reward, context=contexts[i])
             found = re.search(fact, text, re.IGNORECASE) is not None
             held[name] += found
             answer = Text(text)
             answer.highlight_regex(re.compile(fact, re.IGNORECASE), style="bold green")
             table.add_row(name, answer, f"{support:.2f}", "[green]yes[/green]" if found else "[red]no[/red]")
         console.print(table)
-        console.print(_source(fact), "\n")
+        console.print(_marked(document, fact), "\n")
     counts = ", ".join(f"{n} of {len(QUESTIONS)} {name} answers" for name, n in held.items())
     console.print(f"[bold]The fact is in {counts}.[/bold]\n")
 
 
-def _source(fact: str) -> Text:
-    """The document with the fact, its sentence marked."""
+def _marked(document: str, fact: str) -> Text:
+    """The document, its sentence with the fact marked."""
     from cards_integrations.rewards.scorers.sentences import split_sentences
 
     text = Text("  document: ", style="dim")
-    document = next(document for document in DOCUMENTS if re.search(fact, document))
     for sentence in split_sentences(document):
         text.append(sentence.strip(), style="bold green" if re.search(fact, sentence) else "dim").append(" ")
     return text
+
+
+def _table(title: str, *columns: str) -> Table:
+    """A table over the whole width, with a column of names, a wide one, and narrow ones."""
+    table = Table(title=title, title_style="bold cyan", title_justify="left", box=box.ROUNDED, expand=True)
+    table.add_column("")
+    for i, column in enumerate(columns):
+        table.add_column(column, ratio=None if i else 1, justify="right" if i else "left", header_style="dim")
+    return table
 
 
 def _compare_with_best_of_n(console: Console, llm: CardsLLM) -> None:
@@ -145,12 +180,8 @@ def _run(llm: CardsLLM, name: str, decoding: Decoding) -> Run:
 
 def _answers_table(runs: dict[str, Run]) -> Table:
     """The answers to the first prompt, by method."""
-    table = Table(
-        title=PROMPTS[0], title_style="bold cyan", title_justify="left", box=box.ROUNDED, show_lines=True, expand=True
-    )
-    table.add_column("")
-    table.add_column("answer", ratio=1, header_style="dim")
-    table.add_column("reward", justify="right", header_style="dim")
+    table = _table(PROMPTS[0], "answer", "reward")
+    table.show_lines = True
     for name, run in runs.items():
         table.add_row(name, Text(run.answers[0].text.strip()), f"{run.rewards[0]:.2f}")
     return table
@@ -161,7 +192,7 @@ def _costs_table(runs: dict[str, Run]) -> Table:
     plain, *_ = runs.values()
     table = Table(
         title=f"{len(PROMPTS)} prompts at once", title_style="bold cyan", title_justify="left",
-        caption="reward: sentiment, which guides; judge: a model that does not. Tokens are of an answer, on average.",
+        caption="Sentiment guides, the judge does not. Tokens of an answer, on average.",
         caption_justify="left", box=box.ROUNDED,
     )  # fmt: skip
     table.add_column("")
