@@ -53,7 +53,7 @@ def seconds(work: Callable[[], Any]) -> float:
 
 
 def together(repeats: int) -> dict[str, float]:
-    with CardsLLM(max_tokens=TOKENS, engine={"prefix_reuse": False}) as llm:
+    with CardsLLM(decoding="cards", max_tokens=TOKENS, engine={"prefix_reuse": False}) as llm:
         prompts, seeds = QUESTIONS[:8], list(range(8))
         llm.align_batch(prompts[:2], seeds=seeds[:2])  # loaded, timed, and its scale is known
         ratios = []
@@ -129,7 +129,7 @@ def one_of_many(llm: CardsLLM, number: int) -> None:
 def many(repeats: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         settings = EngineSettings(device="cpu", dtype="float32", threads=1, width=2, prefix_reuse=False)
-        with CardsLLM(model=tiny_model(folder), max_tokens=24, engine=settings) as llm:
+        with CardsLLM(model=tiny_model(folder), decoding="cards", max_tokens=24, engine=settings) as llm:
             after = {}
             for number in range(1000):
                 one_of_many(llm, number)

@@ -72,14 +72,16 @@ def smollm2(options: argparse.Namespace) -> Setup:
     assert isinstance(guarded, GuardedReward)
     prompts = [prompt for prompt in read_prompts(options.prompts)[0] if len(str(prompt)) < 600]
     report, tune = prompts[: options.report], prompts[100 : 100 + options.tune]
-    targets, llm = (0.4, 0.8, 1.1, 1.545, 2.0), CardsLLM(max_tokens=options.max_tokens, reward=guarded.reward)
+    targets = (0.4, 0.8, 1.1, 1.545, 2.0)
+    llm = CardsLLM(decoding="cards", max_tokens=options.max_tokens, reward=guarded.reward)
     how = (options.at_once, options.guides, options.earlier)
     return Setup("smollm2", llm, guarded.reward, Uncertainty(), options.targets or targets, tune, report, *how)
 
 
 def tiny(options: argparse.Namespace) -> Setup:
     guide = ClassifierReward(model=str(options.models / "rm-sentiment-stories260k"))
-    llm = CardsLLM(model=str(options.models / "stories260k"), reward=guide, max_tokens=96, temperature=0.9)
+    model = str(options.models / "stories260k")
+    llm = CardsLLM(model=model, reward=guide, decoding="cards", max_tokens=96, temperature=0.9)
     prompts = [f"{who} {did}" for did in DID for who in WHO]
     targets = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
     how = (options.at_once, options.guides, options.earlier)

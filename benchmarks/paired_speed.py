@@ -79,12 +79,12 @@ def loaded(which: str, models: Path) -> Loaded:
 
     engine = EngineSettings(device="cpu", dtype="float32", threads=1, width=4, kv_memory=2.0**30, prefix_reuse=False)
     if which == "smollm2":
-        llm = CardsLLM(model="smollm2", reward="sentiment", max_tokens=32, engine=engine)
+        llm = CardsLLM(model="smollm2", reward="sentiment", decoding="cards", max_tokens=32, engine=engine)
         return Loaded(llm, QUESTIONS, {"plain": Sampling(), "CARDS": Cards(target_reward=1.1, beta=0.1)})
     cards = Cards(target_reward=MEAN + SPREAD, beta=0.2 * SPREAD, boundary=Uncertainty(threshold=2.9))
     llm = CardsLLM(
         model=str(models / "stories260k"), reward=ClassifierReward(model=str(models / "rm-sentiment-stories260k")),
-        max_tokens=96, temperature=0.9, engine=engine,
+        decoding="cards", max_tokens=96, temperature=0.9, engine=engine,
     )  # fmt: skip
     return Loaded(llm, STORIES, {"plain": Sampling(), "CARDS": cards})
 

@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=64)
     options = parser.parse_args()
     prompts, rng = PROMPTS[: options.prompts], np.random.default_rng(0)
-    llm = CardsLLM(max_tokens=options.max_tokens)
+    llm = CardsLLM(decoding="cards", max_tokens=options.max_tokens)
     methods: dict[str, Decoding] = {"plain": Sampling(), "cards": llm.decoding}
     columns: dict[str, dict[str, np.ndarray]] = {}
     texts: dict[str, list[str]] = {}

@@ -40,7 +40,7 @@ from rich.table import Table
 
 from cards_integrations import CardsLLM
 from cards_integrations.cli.demo import JUDGE
-from cards_integrations.decoding import BestOfN, Cards, Decoding, OptimalStopping, Sampling
+from cards_integrations.decoding import BestOfN, Cards, Cascade, Decoding, OptimalStopping, Sampling
 from cards_integrations.models.local.settings import LocalModel
 from cards_integrations.rewards import (
     NAMED,
@@ -279,8 +279,9 @@ def grounded(options: argparse.Namespace) -> dict[str, Any]:
     patterns = [pattern for *_, pattern in QUESTIONS] * SEEDS
     methods: dict[str, dict[str, Any]] = {
         "plain": {"decoding": Sampling()},
-        "CARDS, groundedness by likelihood": {"reward": GroundednessReward()},
-        "CARDS, groundedness by embedding": {"reward": GroundednessReward(by="embedding")},
+        "Cascade, groundedness by likelihood": {"decoding": Cascade(), "reward": GroundednessReward()},
+        "CARDS, groundedness by likelihood": {"decoding": Cards(), "reward": GroundednessReward()},
+        "CARDS, groundedness by embedding": {"decoding": Cards(), "reward": GroundednessReward(by="embedding")},
         "best-of-8, groundedness by likelihood": {"decoding": BestOfN(n=8), "reward": GroundednessReward()},
     }
     half, found = len(QUESTIONS) // 2, {}

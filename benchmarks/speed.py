@@ -55,7 +55,7 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.llm = CardsLLM(max_tokens=64, engine={"prefix_reuse": False})
+        self.llm = CardsLLM(decoding="cards", max_tokens=64, engine={"prefix_reuse": False})
         self.plain = self.alone(lambda: Plain.load(LocalModel(), REWARD, Placement()))
         self.runs: dict[str, dict[str, list[dict[str, float]]]] = {}
         self.ratios: dict[str, dict[str, Any]] = {}
@@ -228,7 +228,7 @@ class Bench:
     def do_turns(self) -> None:
         history = [{"role": "user", "content": " ".join([*PROMPTS, *PROMPTS[::-1]] * 3)[:6600]}]
         self.llm.close()  # its thread, see `alone`; the next use starts it again
-        with CardsLLM(max_tokens=32, engine={"max_rows": 8}) as llm:
+        with CardsLLM(decoding="cards", max_tokens=32, engine={"max_rows": 8}) as llm:
             llm.align("Hello", max_tokens=4)
 
             def turn(messages: list[dict[str, str]], seed: int) -> tuple[dict[str, float], str]:

@@ -77,14 +77,15 @@ class Pair:
         beginnings = [f"{who} {did}" for did in DID for who in WHO]
         llm = CardsLLM(
             model=str(models / "stories260k"), reward=ClassifierReward(model=str(models / "rm-sentiment-stories260k")),
-            max_tokens=48, temperature=0.9, engine=EngineSettings(dtype="float32", threads=1, width=4),
+            decoding="cards", max_tokens=48, temperature=0.9,
+            engine=EngineSettings(dtype="float32", threads=1, width=4),
         )  # fmt: skip
         return cls(llm, [f"{each} {then}" for then in THEN for each in beginnings], beginnings)
 
     @classmethod
     def smollm2(cls) -> Pair:
         """The embedded model and its sentiment reward."""
-        llm = CardsLLM(reward=SENTIMENT, max_tokens=48, engine=EngineSettings(threads=1, width=4))
+        llm = CardsLLM(reward=SENTIMENT, decoding="cards", max_tokens=48, engine=EngineSettings(threads=1, width=4))
         return cls(llm, [form.format(subject) for subject in SUBJECTS for form in FORMS], PROMPTS)
 
     def judged(self, answers: Sequence[Alignment], prompts: Sequence[str]) -> np.ndarray:

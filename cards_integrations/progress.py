@@ -9,6 +9,7 @@ while there are any. Nothing is written to stdout.
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import threading
@@ -155,6 +156,7 @@ class Board:
         self._screen: Screen | None = None
         self._thread: threading.Thread | None = None
         self._changed = threading.Condition()
+        self._closed = False
 
     def begin(self, what: str, total: int | None, lasting: bool) -> Phase:
         """Add a phase, or join the one of this name."""
@@ -164,7 +166,7 @@ class Board:
             elif total is not None:
                 found.total = (found.total or 0) + total
             found.users += 1
-            if self._thread is None:
+            if self._thread is None and not self._closed:
                 self._thread = threading.Thread(target=self._draw, name="cards-progress", daemon=True)
                 self._thread.start()
             return found
@@ -187,10 +189,16 @@ class Board:
                 self._screen = None
                 self._changed.notify()
 
+    def close(self) -> None:
+        """Draw nothing any more: a thread that writes while the interpreter ends would bring it down."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+
     def _draw(self) -> None:
         while True:
             with self._changed:
-                if not self._phases:
+                if not self._phases or self._closed:
                     self._thread = None
                     return
                 visible, screen = self._visible, self._screen
@@ -340,6 +348,7 @@ def _duration(seconds: float) -> str:
 
 
 _board = Board()
+atexit.register(lambda: _board.close())
 
 
 def _renew() -> None:
