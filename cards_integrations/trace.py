@@ -93,6 +93,8 @@ class DraftTrace:
     """What the method decided."""
     parts: dict[str, float] = field(default_factory=dict)
     """By name, the scores that a composite reward consists of."""
+    parent: int | None = None
+    """The index of the candidate of the segment before that it follows; None if that is the kept one."""
 
 
 @dataclass(frozen=True)
@@ -259,6 +261,8 @@ class Alignment:
     """The thoughts before the answer; None if there were none."""
     logprobs: tuple[TokenLogprob, ...] = ()
     """The answer's tokens with their log p; empty unless asked for."""
+    kept_at: tuple[float, ...] = ()
+    """Seconds from the request until each segment was kept; those of a search may be kept together."""
 
     def __str__(self) -> str:
         return self.text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -82,6 +83,7 @@ class Session:
         self.plan: SearchPlan | None = None
         self.finish: FinishReason | None = None
         self.segments: list[Segment] = []
+        self.kept_at: list[float] = []  # when each was kept, by the clock of `time.perf_counter`
         self.acceptance_rate = AcceptanceRate()
         self.reward_model = reward_model
         self.scores = ScoreQueue(reward_model, host.wake) if reward_model is not None else None
@@ -223,20 +225,20 @@ class Session:
         return Response(self.conversation, context.text, list(context.ids), log_p, finished=True)
 
     def alignment(
-        self, method: str, seconds: float, guidance: Guidance | None = None, thinking: Thinking | None = None
+        self, method: str, began: float, guidance: Guidance | None = None, thinking: Thinking | None = None
     ) -> Alignment:
         """The finished answer.
 
         Args:
             method: Name of the decoding method.
-            seconds: What the request took, from its prompt on.
+            began: When the request began, by the clock of `time.perf_counter`.
             guidance: What the rewards were compared with.
             thinking: What the model thought before it.
         """
         context = self.context
         assert self.finish is not None  # a method goes on until then
         context.usage.completion_tokens = len(context.ids)
-        context.usage.seconds = seconds
+        context.usage.seconds = time.perf_counter() - began
         parsed = self._reader.parse(context.text)
         return Alignment(
             text=context.text,
@@ -244,6 +246,7 @@ class Session:
             prompt_ids=tuple(context.prompt_ids),
             reward=self.segments[-1].reward,
             segments=tuple(self.segments),
+            kept_at=tuple(kept - began for kept, _ in zip(self.kept_at, self.segments, strict=False)),
             usage=context.usage,
             finish_reason=self.finish,
             log_likelihood=self.pool.log_likelihood,
@@ -286,6 +289,7 @@ class Session:
         reward = draft.reward if kept.response else None
         segment = Segment(draft.text, tuple(candidate.ids), reward, draft.threshold, drafts, kept.parts)
         self.segments.append(segment)
+        self.kept_at.append(time.perf_counter())
         log.debug(
             "request %s: segment %d, %d drafts, reward %s, %d tokens: %r", self.request_id, len(self.segments),
             len(drafts), reward, draft.end, draft.text,
@@ -332,5 +336,6 @@ def _cut_segments(segments: Sequence[Segment], text: str, tokens: int) -> list[S
 
 def _traced(draft: Draft, pending: PendingDraft) -> DraftTrace:
     reward = None if draft.verdict == "unscored" else draft.reward
-    ids = tuple(pending.candidate.ids)
-    return DraftTrace(draft.index, draft.text, ids, reward, draft.threshold, draft.verdict, pending.parts)
+    ids, before = tuple(pending.candidate.ids), pending.parent
+    parent = None if before is None or before.kept else before.candidate.index
+    return DraftTrace(draft.index, draft.text, ids, reward, draft.threshold, draft.verdict, pending.parts, parent)

@@ -361,7 +361,7 @@ class Worker:
         if session.cut and reward is not None and session.segments[-1].reward is not None:
             await self._score_again(session, reward)
         guidance = request.decoding.guidance(scale, origin)
-        answer = session.alignment(method, time.perf_counter() - began, guidance, begun.thinking)
+        answer = session.alignment(method, began, guidance, begun.thinking)
         usage = answer.usage
         log.info(
             "request %s: %s after %d tokens, %d drafts of %d tokens, %.2f s", answer.request_id, answer.finish_reason,
