@@ -19,6 +19,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -948,6 +949,9 @@ def _take_judged(case: Case, world: World) -> object:
     return found
 
 
+OWN = re.compile(r"data:image/png;base64,[\w+/=]*|#segment-\d+")
+
+
 class Escaped(HTMLParser):
     """Fails where the canary, which stands in every hostile text, is more than text."""
 
@@ -960,11 +964,11 @@ class Escaped(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.add(tag)
         self.inside.append(tag)
-        assert tag not in ("script", "a", "iframe", "object", "embed", "link", "form", "base"), f"an element <{tag}>"
+        assert tag not in ("script", "iframe", "object", "embed", "link", "form", "base"), f"an element <{tag}>"
         for name, given in attrs:
             assert not name.startswith("on"), f"an attribute {name}"
             assert CANARY not in f"{tag} {name} {given}", f"markup <{tag} {name}={given!r}>"
-            assert name not in ("src", "href") or str(given).startswith("data:image/png;base64,"), f"a link {given!r}"
+            assert name not in ("src", "href") or OWN.fullmatch(str(given)), f"a link {given!r}"
         assert CANARY not in tag, f"an element <{tag}>"
 
     def handle_endtag(self, tag: str) -> None:
@@ -983,7 +987,7 @@ class Escaped(HTMLParser):
         assert CANARY not in data, "an instruction"
 
     def handle_data(self, data: str) -> None:
-        assert CANARY not in data or self.cdata_elem is None, f"text inside <{self.cdata_elem}>"
+        assert CANARY not in data or self.cdata_elem in (None, "title"), f"text inside <{self.cdata_elem}>"
         self.said += data.count(CANARY)
 
 
