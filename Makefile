@@ -1,4 +1,4 @@
-.PHONY: setup lock demo test quick lint types unit test-models pages docs cookbook clean test-vllm test-ray
+.PHONY: setup lock demo test quick lint types unit test-models pages docs cookbook pictures clean test-vllm test-ray
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -103,6 +103,10 @@ docs: setup .venv-docs/.ready
 # The notebooks are made from the plain sources beside them, outputs included.
 cookbook: setup
 	$(BIN)/python cookbook/build.py
+
+# The pictures of the pages, from the code before them; needs Chromium.
+pictures: setup
+	$(BIN)/python docs/pictures.py
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

@@ -8,6 +8,7 @@ Interpreters that are not here are skipped; arguments behind `--` go to pytest i
 
 from __future__ import annotations
 
+import shutil
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,6 +71,20 @@ def langchain(session: nox.Session, core: str) -> None:
     index has.
     """
     run(session, f"langchain-core=={core}", files=LANGCHAIN)
+
+
+@nox.session
+def dist(session: nox.Session) -> None:
+    """What goes to PyPI, in `dist/<package>/`: built, and checked as the release workflow does it."""
+    session.install("build", "twine", "check-wheel-contents")
+    here = Path(__file__).parent
+    for folder in (here, *sorted((here / "packages").iterdir())):
+        project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        out = here / "dist" / project["name"]
+        shutil.rmtree(out, ignore_errors=True)
+        session.run("python", "-m", "build", "--outdir", str(out), str(folder))
+        session.run("twine", "check", "--strict", *map(str, out.iterdir()))
+        session.run("check-wheel-contents", *map(str, out.glob("*.whl")))
 
 
 @nox.session(python="3.11")

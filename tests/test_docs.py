@@ -12,6 +12,9 @@ from typing import Annotated, Any
 import pytest
 from pydantic import BaseModel, Field, TypeAdapter
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
+import pictures
+
 from cards_integrations import decoding, rewards
 from cards_integrations.engine import EngineSettings
 from cards_integrations.models import LocalModel, VllmModel
@@ -20,12 +23,11 @@ from cards_integrations.settings import Options
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
-BLOCK = re.compile(r"^(?P<off><!-- not run: .+ -->\n)?```python\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\((?!https?:)([^)]+)\)")
 
 
 def blocks(page: Path) -> list[str]:
-    return [found["code"] for found in BLOCK.finditer(page.read_text(encoding="utf-8")) if not found["off"]]
+    return [found["code"] for found in pictures.BLOCK.finditer(page.read_text(encoding="utf-8")) if not found["off"]]
 
 
 def anchors(page: Path) -> set[str]:
@@ -56,6 +58,25 @@ def test_its_links_lead_somewhere(page: Path) -> None:
         target = page.parent / path if path else page
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
+
+
+# --- the pictures ---
+
+
+def test_every_picture_is_made_by_a_command() -> None:
+    known = {(picture.page, picture.path) for picture in pictures.PICTURES}
+    charts = {picture.path for picture in pictures.CHARTS}
+    assert {(page, path) for page, path in pictures.shown() if path not in charts} == known
+    assert set((ROOT / "docs").rglob("*.png")) == {path for _, path in known}
+    for chart in pictures.CHARTS:
+        assert chart.path.name in (ROOT / chart.page).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("picture", pictures.PICTURES, ids=lambda picture: picture.path.stem)
+def test_a_picture_is_made_from_what_its_page_says(picture: Any) -> None:
+    """`make pictures` makes it again."""
+    assert picture.source.strip()
+    assert picture.source == picture.made_from
 
 
 # --- docs/settings.md ---

@@ -11,10 +11,12 @@ import sys
 import tomllib
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from trove_classifiers import classifiers
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "cards_integrations"
@@ -25,16 +27,22 @@ HEAVY = ("torch", "transformers", "numpy", "pydantic", *FRAMEWORKS)
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The names in the wheel, built from the tree without a network."""
-    if not all(map(importlib.util.find_spec, ("hatchling", "pip"))):
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from the tree without a network."""
+    if not all(map(importlib.util.find_spec, ("hatchling", "hatch_fancy_pypi_readme", "pip"))):
         pytest.skip("pip or the build backend (hatchling) is not installed here")
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--quiet"]
     built = subprocess.run([*command, "--wheel-dir", str(folder), str(ROOT)], capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     (file,) = folder.glob("*.whl")
-    with zipfile.ZipFile(file) as opened:
+    return file
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Path) -> list[str]:
+    """The names in the wheel."""
+    with zipfile.ZipFile(built) as opened:
         return opened.namelist()
 
 
@@ -61,6 +69,54 @@ def test_the_wheel_brings_the_templates(wheel: list[str]) -> None:
     templates = {file.relative_to(ROOT).as_posix() for file in (PACKAGE / "templates").glob("*.*") if file.is_file()}
     assert "cards_integrations/templates/page.html.j2" in templates
     assert templates <= set(wheel)
+
+
+# --- what PyPI shows ---
+
+PROJECTS = [ROOT, *sorted((ROOT / "packages").iterdir())]
+
+
+def project_of(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))
+    return found
+
+
+def test_its_readme_leads_out_of_pypi(built: Path) -> None:
+    """Every link and every picture is in the repository, where the README has it."""
+    with zipfile.ZipFile(built) as opened:
+        [name] = [name for name in opened.namelist() if name.endswith(".dist-info/METADATA")]
+        text = opened.read(name).decode("utf-8")
+    source = project_of(ROOT)["project"]["urls"]["Source"]
+    linked = re.findall(r'\]\(([^)#][^)]*)\)|(?:src|srcset)="([^"]+)"', text)
+    addresses = [one or other for one, other in linked]
+    assert len(addresses) > 20
+    own = [address.removeprefix(source) for address in addresses if address.startswith(source)]
+    assert all(re.match(r"/(raw|blob)/main/", address) for address in own)
+    assert not [address for address in addresses if not address.startswith("https://")]
+    for address in own:
+        assert (ROOT / address.split("/main/", 1)[1].partition("#")[0]).exists(), address
+    assert {address for address in own if address.endswith(".png")} >= {"/raw/main/docs/trace.png"}
+
+
+@pytest.mark.parametrize("folder", PROJECTS, ids=lambda folder: folder.name)
+def test_its_metadata_is_whole(folder: Path) -> None:
+    """One address, the Pythons that are tested, and only classifiers that there are."""
+    project, own = project_of(folder)["project"], project_of(ROOT)["project"]
+    assert set(project["urls"]) == {"Homepage", "Documentation", "Changelog", "Issues", "Source"}
+    address = own["urls"]["Homepage"]
+    assert all(url == address or url.startswith(f"{address}/") for url in project["urls"].values())
+    for url in project["urls"].values():
+        if found := re.fullmatch(r".+/(?:blob|tree)/main/(.+)", url):
+            assert (ROOT / found[1]).exists(), url
+    assert project["authors"] == own["authors"]
+    assert project["classifiers"] == own["classifiers"]
+    assert set(project["classifiers"]) <= classifiers
+    versions = re.findall(r"PYTHONS = (.+)", (ROOT / "noxfile.py").read_text(encoding="utf-8"))[0]
+    listed = [each.rsplit(" ", 1)[1] for each in project["classifiers"] if re.search(r"Python :: 3\.", each)]
+    assert json.loads(versions) == listed
+    license_file = folder / "LICENSE"
+    assert not license_file.is_symlink()  # no archive may lead out of itself
+    assert license_file.read_bytes() == (ROOT / "LICENSE").read_bytes()
 
 
 # --- what is installed ---

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -19,10 +20,18 @@ PACKAGES = Path(__file__).parents[1] / "packages"
         ("llama-index-llms-cards", "llama_index.llms.cards", ["CardsLLM", "RetrievedContext"]),
     ],
 )
-def test_a_wheel_has_the_names(package: str, module: str, names: list[str], tmp_path: Path) -> None:
-    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
-    subprocess.run(build, cwd=PACKAGES / package, check=True, capture_output=True)
+def test_an_archive_becomes_a_wheel_that_has_the_names(
+    package: str, module: str, names: list[str], tmp_path: Path
+) -> None:
+    build = [sys.executable, "-m", "hatchling", "build", "-d", str(tmp_path)]
+    subprocess.run([*build, "-t", "sdist"], cwd=PACKAGES / package, check=True, capture_output=True)
+    [archive] = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        opened.extractall(tmp_path / "source", filter="data")
+    [source] = (tmp_path / "source").iterdir()
+    subprocess.run([*build, "-t", "wheel"], cwd=source, check=True, capture_output=True)
     [wheel] = tmp_path.glob("*.whl")
+    assert wheel.name.split("-")[1] in archive.name  # the version is that of the tag, not the fallback
     with ZipFile(wheel) as files:
         files.extractall(tmp_path / "installed")
         listed = files.namelist()

@@ -193,7 +193,7 @@ def draw(alignment: Alignment, axes: Axes | None = None) -> Axes:
     if points.kept:
         from matplotlib.collections import LineCollection
 
-        axes.add_collection(LineCollection(points.twigs, colors=GREY, alpha=0.35, linewidths=0.8))
+        axes.add_collection(LineCollection(points.twigs, colors=GREY, alpha=0.6, linewidths=0.8))
         axes.plot(*zip(*points.kept, strict=True), "o-", color=BLUE, markersize=4, label="kept", zorder=3)
         if points.rejected:
             axes.plot(*zip(*points.rejected, strict=True), "x", color=GREY, markersize=4, label="rejected")

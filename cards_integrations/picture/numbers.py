@@ -9,7 +9,9 @@ def number(value: float | None) -> str:
     """Format with three decimals, or with three digits if the value is tiny or huge."""
     if value is None:
         return "-"
-    return f"{value:,.3f}" if value == 0 or 1e-3 <= abs(value) < 1e6 else f"{value:.3g}"
+    if value == 0:
+        return "0.000"
+    return f"{value:,.3f}" if 1e-3 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
 def counted(n: int, thing: str) -> str:

@@ -226,6 +226,6 @@ def _curves(alignment: Alignment) -> Iterator[Curve]:
     for name, last in alignment.rewards.items():
         line = [(end, parts[name]) for end, parts in ends if name in parts]
         low, high = min(value for _, value in line), max(value for _, value in line)
-        span, length = high - low or 1.0, max(1, end)
-        points = [f"{4 + 192 * end / length:.1f} {20 - 16 * (value - low) / span:.1f}" for end, value in line]
+        middle, span, length = (low + high) / 2, high - low or 1.0, max(1, end)
+        points = [f"{4 + 192 * end / length:.1f} {12 - 16 * (value - middle) / span:.1f}" for end, value in line]
         yield Curve(name, last, "M" + "L".join(points))
