@@ -104,7 +104,7 @@ def answer_page(picture: Picture) -> None:
 
 def report(picture: Picture) -> None:
     """The file `report.html` that the code writes."""
-    photograph(picture, (ran(picture.source)[1] / "report.html").as_uri(), 1200)
+    photograph(picture, (ran(picture.source)[1] / "report.html").as_uri(), 1600)
 
 
 def plot(picture: Picture) -> None:
