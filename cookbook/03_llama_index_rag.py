@@ -19,6 +19,7 @@ from llama_index.core.schema import TextNode
 from sentence_transformers import SentenceTransformer
 
 from cards_integrations import CardsLLM, RetrievedContext
+from cards_integrations.decoding import Cards
 from cards_integrations.models.local.resolve import resolve_model
 from cards_integrations.rewards import GroundednessReward
 
@@ -58,8 +59,14 @@ index = VectorStoreIndex([TextNode(text=fact) for fact in FACTS], embed_model=Mi
 
 # %%
 plain = CardsLLM(decoding="sampling", reward=None, max_tokens=32)
-guided = CardsLLM(reward=GroundednessReward(), max_tokens=32)
-QUESTIONS = ["What is the capital of France?", "How long is the ridge trail?", "What does Jonas play?"]
+guided = CardsLLM(reward=GroundednessReward(), decoding=Cards(), max_tokens=32)
+QUESTIONS = {  # with a word of the right answer, by the documents
+    "What is the capital of France?": "Lyon",
+    "How long is the ridge trail?": "nine",
+    "What does Jonas play?": "bassoon",
+    "What is in the soup of Mrs Bell?": "lentils",
+    "When does the museum open?": "noon",
+}
 
 
 def answer(llm, question, seed):
@@ -68,23 +75,35 @@ def answer(llm, question, seed):
     return str(engine.query(question)).strip()
 
 
-for question in QUESTIONS:
+right = {"plain": 0, "guided": 0}
+for question, word in QUESTIONS.items():
     print(question)
-    for name, llm in (("plain ", plain), ("guided", guided)):
-        for seed in (0, 1):
-            print(f"  {name}  {answer(llm, question, seed)}")
-
-# %% [markdown]
-# ## Source by source
-#
-# The reward by embeddings says which source supports an answer. Everything is in `raw["cards"]`, here of a direct call.
-# (What a model of 135M parameters does not draft, no reward can choose: mind the answer.)
+    for name, llm in (("plain", plain), ("guided", guided)):
+        for seed in range(3):
+            text = answer(llm, question, seed)
+            right[name] += word in text
+            print(f"  {name:6}  {text}")
 
 # %%
-by_embedding = GroundednessReward(by="embedding")
-response = guided.complete("When does the museum open?", context=FACTS[:2], reward=by_embedding)
-print(response.text)
-response.raw["cards"]["rewards"]
+print({name: f"{count} of {3 * len(QUESTIONS)}" for name, count in right.items()})
+
+# %% [markdown]
+# The capital is a trap: what the documents say is not what the model has learned. There guiding counts most.
+#
+# ## Source by source
+#
+# The reward by embeddings says which source supports an answer: a query engine's response has the sources, and `score` their
+# shares in the answer.
+
+# %%
+question = "What is in the soup of Mrs Bell?"
+engine = index.as_query_engine(llm=guided, similarity_top_k=2, node_postprocessors=[RetrievedContext()])
+response = engine.query(question)
+print(response)
+sources = [node.text for node in response.source_nodes]
+for source in sources:
+    [share] = guided.score(question, [str(response)], reward=GroundednessReward(by="embedding"), context=[source])
+    print(f"{share:5.2f}  {source}")
 
 # %% [markdown]
 # ## A chat engine
@@ -94,7 +113,7 @@ response.raw["cards"]["rewards"]
 # %%
 from llama_index.core.memory import ChatMemoryBuffer
 
-chatty = CardsLLM(reward=GroundednessReward(without_context="plain"), max_tokens=32, seed=2)
+chatty = CardsLLM(reward=GroundednessReward(without_context="plain"), decoding=Cards(), max_tokens=32, seed=2)
 chat = index.as_chat_engine(
     chat_mode="condense_plus_context",
     llm=chatty,
@@ -103,7 +122,7 @@ chat = index.as_chat_engine(
     similarity_top_k=1,
 )
 print(chat.chat("What is in the soup of Mrs Bell?"))
-print(chat.chat("And when does the museum open?"))
+print(chat.chat("And what does Jonas play?"))
 
 # %%
 for llm in (plain, guided, chatty):

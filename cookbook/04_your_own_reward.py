@@ -9,10 +9,12 @@
 # %% [markdown]
 # # 04 · A reward of your own
 #
-# A reward scores beginnings of answers, higher is better. That is all that CARDS asks of it.
+# A reward scores beginnings of answers, higher is better. That is all that is asked of it. Whatever you can measure, you can
+# guide with, from the next call on: nothing is trained.
 
 # %%
 from cards_integrations import CardsLLM
+from cards_integrations.decoding import Cards
 
 llm = CardsLLM(max_tokens=32, seed=0)
 QUESTION = "How do I keep a tomato plant healthy?"
@@ -29,13 +31,21 @@ def short_words(prompt, answers):
     return [-sum(map(len, answer.split())) / max(1, len(answer.split())) for answer in answers]
 
 
-answer = llm.align(QUESTION, reward=short_words)
-print(answer.text, f"\n\nmean word length {-answer.reward:.2f}")
+for name, options in (("plain", {"decoding": "sampling"}), ("short words", {"reward": short_words})):
+    answers = llm.align_batch([QUESTION] * 4, seeds=range(4), **options)
+    lengths = [-score for score in short_words(QUESTION, [answer.text for answer in answers])]
+    print(f"{name}: mean word length {sum(lengths) / len(lengths):.2f}\n  {answers[0].text}\n")
 
 # %% [markdown]
-# Nobody told CARDS which word length is good. On "auto" it measures the reward on plain answers once, and aims at their mean
-# plus one and a half standard deviations.
-#
+# `Cards()` aims at a target. Nobody told it which word length is good: on "auto" it measures the reward on plain answers once, and
+# takes their mean plus one and a half standard deviations.
+
+# %%
+answer = llm.align(QUESTION, reward=short_words, decoding=Cards())
+print(answer.text)
+answer.guidance
+
+# %% [markdown]
 # ## Settings, so that it can go into a file
 #
 # A class with a `kind` can go into YAML, JSON and `CARDS_REWARD`, in a process that has imported it. The `cards` command finds
@@ -73,7 +83,7 @@ from cards_integrations.rewards import GateReward, PatternReward, WeightedReward
 friendly = WeightedReward(rewards=("sentiment", short_words), weights=(1.0, 0.5))
 answer = llm.align(QUESTION, reward=friendly)
 print(answer.rewards)
-answer  # what was rejected is folded under each segment
+answer  # each part along the answer; what was rejected is folded under each segment
 
 # %%
 no_lists = GateReward(gate=PatternReward(forbidden=(r"\d\.", r"\n-", r"\*")), reward="sentiment")

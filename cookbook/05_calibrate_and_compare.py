@@ -14,7 +14,7 @@
 
 # %%
 from cards_integrations import CardsLLM
-from cards_integrations.decoding import BestOfN, Cards, Sampling, SegmentBestOfN
+from cards_integrations.decoding import BestOfN, Cards, Cascade, Sampling, SegmentBestOfN
 from cards_integrations.study import compare
 
 llm = CardsLLM(reward="sentiment", max_tokens=32)
@@ -26,7 +26,7 @@ PROMPTS = [
 # %% [markdown]
 # ## Calibrate
 #
-# Scored drafts of plain answers show how this reward moves along an answer. From them CARDS is simulated for many targets,
+# `Cards` has a target. Scored drafts of plain answers show how this reward moves along an answer. From them CARDS is simulated for many targets,
 # and one is chosen: here the best that four times the tokens of a plain answer can buy.
 
 # %%
@@ -48,6 +48,7 @@ arms = {
     "best-of-4": BestOfN(n=4),
     "best-of-8": BestOfN(n=8),
     "segment best-of-4": SegmentBestOfN(n=4),
+    "Cascade, 8 times the tokens": Cascade(budget="tokens:8"),
     "CARDS": Cards(),
     "CARDS, calibrated": found.decoding,
 }

@@ -39,8 +39,8 @@ if READY:
     print(llm.align("How do I make friends in a new city?").text)
 
 # %% [markdown]
-# An unknown reward has an unknown scale: calibrate once, on your prompts, and `Cards()` on "auto" takes it from then on, in
-# every process.
+# `Cards()` has a target, and an unknown reward has an unknown scale: calibrate once, on your prompts, and `decoding=Cards()` takes
+# the target from then on, in every process.
 
 # %% tags=["gpu"]
 if READY:
@@ -60,3 +60,17 @@ if READY:
     answers = llm.align_batch([f"Name a use of {thing}." for thing in ("a brick", "a spoon")], progress=True)
     print([answer.reward for answer in answers])
     llm.close()
+
+# %% [markdown]
+# ## A model that thinks
+#
+# Thoughts are written before the answer and apart from it: no reward, stop string or tool call sees them, unless you guide them as
+# well (`thinking="aligned"`). No such model comes in a wheel, so this cell shows the settings, and no output of ours.
+
+# %% tags=["gpu"]
+if READY:
+    thinker = CardsLLM(model="Qwen/Qwen3-4B", thinking="free", max_thinking_tokens=512, max_tokens=256)
+    message = thinker.invoke("How many r are in strawberry?")
+    print(message.content_blocks)  # a reasoning block, then the text
+    print(thinker.align("How many r are in strawberry?", thinking="off").text)
+    thinker.close()
