@@ -20,7 +20,7 @@ from cards_integrations.study import compare
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-INTERNAL = {"cards_integrations.http_client", "cards_integrations.rewards.remote"}
+INTERNAL = {"cards_integrations.http_client", "cards_integrations.picture", "cards_integrations.rewards.remote"}
 """Modules whose `__all__` is for other modules of this package."""
 ENTRY = re.compile(
     r"^::: (?P<path>[\w.]+)(?:\n    options:\n      inherited_members: \[(?P<inherited>.+)\])?$", re.MULTILINE
