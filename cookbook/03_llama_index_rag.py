@@ -88,41 +88,38 @@ for question, word in QUESTIONS.items():
 print({name: f"{count} of {3 * len(QUESTIONS)}" for name, count in right.items()})
 
 # %% [markdown]
-# The capital is a trap: what the documents say is not what the model has learned. There guiding counts most.
-#
 # ## Source by source
 #
-# The reward by embeddings says which source supports an answer: a query engine's response has the sources, and `score` their
-# shares in the answer.
+# The reward by embeddings says which source supports an answer; it scores any text, whoever wrote it. Here an answer from one
+# source, against all documents:
 
 # %%
 question = "What is in the soup of Mrs Bell?"
-engine = index.as_query_engine(llm=guided, similarity_top_k=2, node_postprocessors=[RetrievedContext()])
+engine = index.as_query_engine(llm=guided, similarity_top_k=1, node_postprocessors=[RetrievedContext()])
 response = engine.query(question)
-print(response)
-sources = [node.text for node in response.source_nodes]
-for source in sources:
-    [share] = guided.score(question, [str(response)], reward=GroundednessReward(by="embedding"), context=[source])
-    print(f"{share:5.2f}  {source}")
+print(response, "\n")
+for fact in FACTS:
+    [support] = guided.score(question, [str(response)], reward=GroundednessReward(by="embedding"), context=[fact])
+    print(f"{support:5.2f}  {fact}")
 
 # %% [markdown]
 # ## A chat engine
 #
-# It also asks the model to rephrase questions, without a context: `without_context="plain"` lets those calls through.
+# The same reward in a conversation. (In the mode "condense_plus_context" the model also rephrases questions, without a context:
+# `GroundednessReward(without_context="plain")` lets those calls through.)
 
 # %%
 from llama_index.core.memory import ChatMemoryBuffer
 
-chatty = CardsLLM(reward=GroundednessReward(without_context="plain"), decoding=Cards(), max_tokens=32, seed=2)
+chatty = CardsLLM(reward=GroundednessReward(), decoding=Cards(), max_tokens=32, seed=2)
 chat = index.as_chat_engine(
-    chat_mode="condense_plus_context",
+    chat_mode="context",
     llm=chatty,
     memory=ChatMemoryBuffer.from_defaults(token_limit=1000),
     node_postprocessors=[RetrievedContext()],
     similarity_top_k=1,
 )
 print(chat.chat("What is in the soup of Mrs Bell?"))
-print(chat.chat("And what does Jonas play?"))
 
 # %%
 for llm in (plain, guided, chatty):
