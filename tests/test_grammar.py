@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -215,6 +217,20 @@ def test_same_seed_same_text_at_every_load(readable: str, start: Start, width: i
     alone = [start(readable).run(request) for request in requests[:5]]
     together = start(readable, width=width).run_many(requests)
     assert [a.token_ids for a in alone] == [a.token_ids for a in together[:5]]
+
+
+def test_line_breaks_that_are_added_tokens_are_text(start: Start, tmp_path: Path) -> None:
+    """And a mark that is an added token is none, though it may be spelled."""
+    tokenizer = tiny.line_breaks()
+    model = tiny.save(tmp_path, tiny.causal(vocab_size=len(tokenizer)), tokenizer)
+    engine, mark = start(model), tokenizer.convert_tokens_to_ids("<mark>")
+    for rule, text in ((r"\n\n[ab]\n", r"\n\n[ab]\n"), ("<mark>", "<mark>")):
+        answers = engine.run_many([asked(Grammar.regex(rule), seed, Sampling()) for seed in range(8)])
+        assert all(re.fullmatch(text, answer.text) for answer in answers)
+        assert all(mark not in answer.token_ids for answer in answers)
+    breaks = {tokenizer.convert_tokens_to_ids(text) for text in ("\n", "\n\n")}
+    written = engine.run_many([asked(Grammar.regex(r"\n\n"), seed, Sampling()) for seed in range(8)])
+    assert breaks & {token for answer in written for token in answer.token_ids}
 
 
 def test_fixed_segments_and_stop_strings(engine: Engine) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -120,6 +121,17 @@ def fallback(known: str = "") -> PreTrainedTokenizerFast:
     names = ["<pad>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *known]
     fast = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, [], byte_fallback=True))
     fast.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=fast, pad_token="<pad>", eos_token="</s>")
+
+
+def line_breaks() -> PreTrainedTokenizerFast:
+    """Bytes, letters, and line breaks that merge and are added tokens as well, as Gemma has them."""
+    breaks = ["\n", "\n\n", "\n\n\n"]
+    names = ["<pad>", "</s>", "<mark>", *(f"<0x{byte:02X}>" for byte in range(256)), *breaks, *ascii_lowercase]
+    merges = [("\n", "\n"), ("\n\n", "\n")]
+    fast = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, merges, byte_fallback=True))
+    fast.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    fast.add_tokens([AddedToken(text, normalized=False) for text in (*breaks, "<mark>")])
     return PreTrainedTokenizerFast(tokenizer_object=fast, pad_token="<pad>", eos_token="</s>")
 
 
