@@ -21,8 +21,9 @@ from transformers.utils import logging as transformers_logging
 
 from cards_integrations import CardsLLM, ChatCards, progress
 from cards_integrations.decoding import BestOfN
-from cards_integrations.engine import Request
+from cards_integrations.engine import Engine, EngineSettings, Request
 from cards_integrations.models.local.load_lock import load_lock
+from cards_integrations.models.local.settings import LocalModel
 from cards_integrations.progress import Board, LogScreen, NotebookScreen, Phase, TerminalScreen, answering, phase, shown
 from cards_integrations.rewards import FunctionReward
 
@@ -177,6 +178,7 @@ def test_progress_is_an_option(face, monkeypatch, begun):
     monkeypatch.setenv("CARDS_PROGRESS", "0")
     assert face().progress is False
     assert face(progress=True).progress is True
+    assert Engine(LocalModel(), EngineSettings()).progress is False
     with faces.cards_llm(max_tokens=4, progress=False) as llm:
         llm.align("Hello")
         llm.align_batch(["Hello"], progress="greeting")

@@ -23,7 +23,7 @@ from cards_integrations.engine.worker import OnDone, Worker
 from cards_integrations.errors import EngineClosed
 from cards_integrations.models.base import LanguageModel
 from cards_integrations.models.sources import ModelSource
-from cards_integrations.progress import shown
+from cards_integrations.progress import shown, wanted
 from cards_integrations.rewards.base import Reward
 from cards_integrations.trace import Alignment
 from cards_integrations.uncertainty import Measure
@@ -54,7 +54,7 @@ class Engine:
     def __init__(self, model: ModelSource, settings: EngineSettings) -> None:
         self.model = model
         self.settings = settings
-        self.progress = True
+        self.progress = wanted()
         self.owners: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self.owned = False
         self._unanswered: set[Future[Any]] = set()
