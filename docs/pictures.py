@@ -197,7 +197,7 @@ def sign(picture: Picture) -> None:
 PICTURES = [
     Picture("docs/trace.png", "README.md", answer_page),
     Picture("docs/trace-dark.png", "README.md", answer_page),
-    Picture("docs/chat.png", "README.md", terminal),
+    Picture("docs/chat.png", "docs/first-answers.md", terminal),
     Picture("docs/trace-plot.png", "docs/method.md", plot),
     Picture("docs/tree-plot.png", "docs/method.md", plot),
     Picture("docs/report.png", "docs/comparison.md", report),
