@@ -32,6 +32,7 @@ PATTERNS = {**dict.fromkeys(["moe", "mlp", *RECURRENT], FULL), "hybrid_sliding":
 log = logging.getLogger("cards_integrations")
 BEGUN_ANEW = {torch.float32: 5e-3}  # of the norm: what differs by more is no rounding; 3e-2 in half precision
 PREFILL_CHUNK = 2048  # tokens that a forward reads at most, where they can be read in several
+PIECE = 16  # tokens of a text that a measurement reads at once
 
 
 class Output(NamedTuple):
@@ -227,13 +228,14 @@ class Transformer:
         del self._logits, self._hidden, self._logits_and_states  # they reference this object, and through it the model
 
     def time(self, tokens: int) -> float:
-        """Return the seconds of a forward of the body with so many tokens, after a short text."""
+        """Return the seconds of a forward of the body with so many tokens, in short pieces after a short text."""
         aside = Transformer(self.model)
         trunk = aside.cache.open().branch()
         aside.hidden([ForwardInput(trunk, [0] * 32)])
 
         def step() -> None:
-            checked(aside.hidden([ForwardInput(trunk.branch(), [0] * tokens)]))
+            pieces = [min(PIECE, tokens - begun) for begun in range(0, tokens, PIECE)]
+            checked(aside.hidden([ForwardInput(trunk.branch(), [0] * length) for length in pieces]))
 
         return least_seconds(step, self.model.device)
 
