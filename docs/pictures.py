@@ -195,7 +195,7 @@ def sign(picture: Picture) -> None:
 
 
 PICTURES = [
-    Picture("docs/trace.png", "README.md", answer_page),
+    Picture("docs/trace.png", "docs/index.md", answer_page),
     Picture("docs/trace-dark.png", "README.md", answer_page),
     Picture("docs/chat.png", "docs/first-answers.md", terminal),
     Picture("docs/trace-plot.png", "docs/method.md", plot),
