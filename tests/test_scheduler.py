@@ -246,21 +246,6 @@ def test_nothing_is_chosen_where_nothing_is_drafted() -> None:
     assert BestPerSecond(StepTimes({1: 1.0, 2: 1.0})).candidates([]) == []
 
 
-def test_the_improbable_waits_for_verdicts_that_this_device_computes() -> None:
-    scheduler, scoring = BestPerSecond(StepTimes({1: 1.0, 16: 16.0})), StepTimes({1: 1.0, 16: 16.0})
-    for _ in range(50):
-        assert scheduler.candidates([Offered([1.0] * 4, 4, scoring)])  # type: ignore[list-item]
-    for chance, pending, costs, drafted in (
-        (0.1, True, scoring, False),
-        (0.9, True, scoring, True),
-        (0.1, False, scoring, True),
-        (0.1, True, StepTimes({1: 0.0, 2: 0.0}), True),
-    ):
-        ahead: Any = Offered([chance] * 40, 0, costs)
-        ahead.scores.pending = pending
-        assert bool(scheduler.candidates([ahead])) == drafted
-
-
 # --- scoring now, or later with others ---
 
 

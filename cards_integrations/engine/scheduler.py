@@ -16,9 +16,6 @@ from cards_integrations.engine.session import Session
 from cards_integrations.models.base import Candidate
 from cards_integrations.transformer.step_times import StepTimes
 
-WORTHWHILE = 0.5  # of what steps usually bring for their time: less is not drafted while verdicts are to come
-RECENT = 0.1  # weight of the last step in what they usually bring
-
 
 class Scheduler(Protocol):
     """Decides what a step does."""
@@ -59,8 +56,7 @@ class BestPerSecond:
     """Drafts the candidates that are most probably examined, as many as make the most of a step.
 
     With the probabilities P_1 >= P_2 >= ... of being examined, and the time t(n) of a step with n candidates and
-    of the scoring of their tokens, n maximises (P_1 + ... + P_n) / t(n). While verdicts are to come, nothing is drafted
-    at less than the share `WORTHWHILE` of what steps usually bring for their time: they come sooner without.
+    of the scoring of their tokens, n maximises (P_1 + ... + P_n) / t(n).
 
     Scoring has a fixed cost, too, so it begins when the requests have waited for it as long as that takes: a step
     counts with the probability that an answer goes on with a candidate whose reward is still to come, and each
@@ -73,7 +69,6 @@ class BestPerSecond:
     def __init__(self, times: StepTimes) -> None:
         self.times = times
         self.step = 0.0  # seconds of the last one
-        self.usual = 0.0  # examined candidates for a second of a step, a moving average
         self.waited = 0.0
 
     def candidates(self, sessions: Collection[Session]) -> list[Candidate]:
@@ -89,11 +84,7 @@ class BestPerSecond:
         found.sort(key=lambda candidate: -candidate[0])
         gain = np.cumsum([reach for reach, *_ in found])
         drafting = self.times.upto(len(found))
-        rates = gain / (drafting + scoring * np.arange(1, len(found) + 1))
-        n = int(np.argmax(rates)) + 1
-        if rates[n - 1] < WORTHWHILE * self.usual and any(map(_computes_verdicts, sessions)):
-            return []
-        self.usual += RECENT * (float(rates[n - 1]) - self.usual)
+        n = int(np.argmax(gain / (drafting + scoring * np.arange(1, len(found) + 1)))) + 1
         self.step = float(drafting[n - 1])
         chosen = []
         for _, drafts, pending in found[:n]:
@@ -113,8 +104,3 @@ class BestPerSecond:
             return False
         self.waited = 0.0
         return True
-
-
-def _computes_verdicts(session: Session) -> bool:
-    """True while this device has scores to compute that the session waits for."""
-    return session.scores is not None and session.scores.pending and session.seconds_to_score.fixed > 0
