@@ -6,8 +6,6 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from cards_integrations.progress import phase, shown, wanted
-
 if TYPE_CHECKING:
     from cards_integrations.chat.grammar import Grammar
     from cards_integrations.langchain.chat_model import ChatCards
@@ -47,6 +45,8 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     """Import a name on first use: torch and the frameworks take seconds."""
     if name in _HOMES:
+        from cards_integrations.progress import phase, shown, wanted
+
         with shown(wanted()), phase(f"importing {name}", lasting=False):
             return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

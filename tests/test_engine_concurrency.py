@@ -218,11 +218,11 @@ def words_instead(prompt: str, texts: list[str]) -> list[Any]:
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (raises, r"raises.*' w\d+.*ZeroDivisionError: no idea"),
+        (raises, r"raises.*ZeroDivisionError: no idea.*' w\d+"),
         (not_a_number, r"not_a_number.*nan.*' w\d+"),
         (infinite, r"infinite.*inf.*' w\d+"),
         (one_too_many, r"one_too_many.* scores for "),
-        (words_instead, r"words_instead.*' w\d+.*ValueError"),
+        (words_instead, r"words_instead.*ValueError.*' w\d+"),
     ],
 )
 async def test_a_bad_reward_harms_its_request_only(

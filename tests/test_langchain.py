@@ -371,9 +371,10 @@ def test_the_cache_key_tells_classes_of_one_name_apart(name):
 
 
 def test_the_cache_key_has_only_what_changes_the_answer():
-    assert set(OTHER) == set(faces.chat_cards().options()) - {"engine", "timeout"}
+    assert set(OTHER) == set(faces.chat_cards().options()) - {"engine", "timeout", "progress"}
     key = faces.chat_cards()._get_llm_string()
-    assert faces.chat_cards(timeout=9, engine=EngineSettings(device="cpu", width=1))._get_llm_string() == key
+    other = {"timeout": 9, "progress": False, "engine": EngineSettings(device="cpu", width=1)}
+    assert faces.chat_cards(**other)._get_llm_string() == key
     assert faces.chat_cards(stop=["@"])._get_llm_string() == faces.chat_cards()._get_llm_string(stop=["@"])
 
 
