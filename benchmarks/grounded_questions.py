@@ -3,18 +3,11 @@
 The second half contradicts what a model knows of the world, so that its own knowledge does not help.
 """
 
-QUESTIONS = [  # (question, context, pattern of the fact)
-    (
-        "When does the town museum open?",
-        "The town museum opens at noon on weekdays. Entry is free for children.",
-        r"noon|12",
-    ),
-    (
-        "How long is the ridge trail?",
-        "The ridge trail is nine miles long and climbs steeply at the end.",
-        r"\bnine\b|\b9\b",
-    ),
-    ("Who wrote the harbour report?", "The harbour report was written by Ada Moreno and printed in spring.", r"Moreno"),
+from cards_integrations.cli.demo import QUESTION
+from cards_integrations.cli.demo import QUESTIONS as SHOWN
+
+QUESTIONS = [  # (question, context, pattern of the fact); the demo shows the first three of both halves
+    *SHOWN[:3],
     ("What is in Mrs Bell's soup?", "Mrs Bell makes her soup with lentils, carrots and cumin.", r"lentil"),
     (
         "How much is a ticket to the fair?",
@@ -34,13 +27,7 @@ QUESTIONS = [  # (question, context, pattern of the fact)
     ),
     ("Which instrument does Jonas play?", "Jonas plays the bassoon in the city orchestra.", r"bassoon"),
     ("When is the rent due?", "The rent is due on the eighth of each month, by bank transfer.", r"eighth|8th|\b8\b"),
-    (
-        "What is the capital of France?",
-        "In this story, France has moved its capital. The capital of France is Lyon.",
-        r"Lyon",
-    ),
-    ("What colour is the sky?", "On this planet the sky is green because of its gas.", r"green"),
-    ("How many legs does a spider have?", "In the game, every spider has ten legs and two tails.", r"\bten\b|\b10\b"),
+    *SHOWN[3:],
     ("Who wrote Romeo and Juliet?", "According to the novel, Romeo and Juliet was written by Clara Voss.", r"Voss"),
     ("What do bees make?", "In this tale the bees make blue paint, which they store in jars.", r"paint"),
     ("At what temperature does water boil?", "In the experiment's world, water boils at 40 degrees.", r"\b40\b|forty"),
@@ -50,4 +37,4 @@ QUESTIONS = [  # (question, context, pattern of the fact)
     ("Which animal barks?", "In Tamlin's village it is the cat that barks, and the dog is silent.", r"\bcats?\b"),
 ]
 
-PROMPT = "Context: {context}\n\nQuestion: {question}\n\nAnswer the question in one sentence."
+PROMPT = QUESTION

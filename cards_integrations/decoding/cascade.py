@@ -51,9 +51,9 @@ class Cascade(Decoding):
     method: Literal["cascade"] = "cascade"
     """Names this method in settings files."""
     budget: Annotated[float | str, BeforeValidator(_as_budget)] = "tokens:8"
-    """What an answer costs over a plain one, at most. "tokens:8" is of the drafted tokens: a seed gives the same text
-    on every device under every load. 1.4 is of the time of drafting and scoring, on this device under the load of
-    the moment: on a busy one little is left for a search."""
+    """What an answer costs at most, over a plain one of `max_tokens`. "tokens:8" is of the drafted tokens: a seed gives
+    the same text on every device under every load. 1.4 is of the time of drafting and scoring, on this device under
+    the load of the moment: on a busy one little is left for a search."""
     plan: SearchPlan | None = None
     """The rounds, such as those of an earlier answer (`Alignment.plan`); None plans by the budget."""
 
