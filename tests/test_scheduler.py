@@ -201,7 +201,8 @@ class Offered:
         self.current = self
         self.acceptance_rate = AcceptanceRate()
         self.seconds_to_score = scoring
-        self.scores = SimpleNamespace(waiting=[])
+        self.scores = SimpleNamespace(waiting=[], pending=False)
+        self.certain = 1
         self.blocked = 0.0
 
     def waiting(self, rate: float) -> float:
@@ -231,7 +232,7 @@ def test_the_most_gain_per_second_is_chosen() -> None:
             for _ in range(dice.randint(1, 5))
         ]
         sessions: Any = [Offered(row, dice.randint(0, len(row)), scoring) for row in chances]
-        idle: Any = SimpleNamespace(pool=SimpleNamespace(current=None))
+        idle: Any = SimpleNamespace(pool=SimpleNamespace(current=None), scores=None)
         chosen: list[Any] = BestPerSecond(times).candidates([*sessions, idle])
 
         best = sorted((chance for row in chances for chance in row), reverse=True)
@@ -244,6 +245,21 @@ def test_the_most_gain_per_second_is_chosen() -> None:
 
 def test_nothing_is_chosen_where_nothing_is_drafted() -> None:
     assert BestPerSecond(StepTimes({1: 1.0, 2: 1.0})).candidates([]) == []
+
+
+def test_the_improbable_waits_for_verdicts_that_this_device_computes() -> None:
+    linear, free = StepTimes({1: 1.0, 16: 16.0}), StepTimes({1: 0.0, 2: 0.0})
+    wide = StepTimes({1: 1.0, 16: 1.01})
+    for steps, chance, pending, costs, drafted in (
+        (linear, 0.1, True, linear, False),
+        (linear, 0.9, True, linear, True),  # it will be needed most probably
+        (linear, 0.1, False, linear, True),  # nothing would come sooner
+        (linear, 0.1, True, free, True),  # scored elsewhere
+        (wide, 0.1, True, wide, True),  # forty for the price of one
+    ):
+        ahead: Any = Offered([chance] * 40, 0, costs)
+        ahead.scores.pending = pending
+        assert bool(BestPerSecond(steps).candidates([ahead])) == drafted
 
 
 # --- scoring now, or later with others ---

@@ -474,6 +474,11 @@ class SegmentDrafts:
         more = self.pool.host.vacancies(self.pool.context, self.plan.until) - len(self.drafting)
         return min(remaining, max(0, more))
 
+    @property
+    def certain(self) -> int:
+        """How many candidates of a segment like this one are examined whatever their rewards are."""
+        return self.plan.limit if self.plan.passes is None else 1
+
     def waiting(self, reach: float, acceptance_rate: float) -> float:
         """The probability that the answer goes on with one of these, or of those after them, that wait for rewards.
 

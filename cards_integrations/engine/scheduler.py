@@ -16,6 +16,8 @@ from cards_integrations.engine.session import Session
 from cards_integrations.models.base import Candidate
 from cards_integrations.transformer.step_times import StepTimes
 
+PROBABLE = 0.5  # a candidate that is examined with this probability is drafted whatever else is to come
+
 
 class Scheduler(Protocol):
     """Decides what a step does."""
@@ -56,7 +58,9 @@ class BestPerSecond:
     """Drafts the candidates that are most probably examined, as many as make the most of a step.
 
     With the probabilities P_1 >= P_2 >= ... of being examined, and the time t(n) of a step with n candidates and
-    of the scoring of their tokens, n maximises (P_1 + ... + P_n) / t(n).
+    of the scoring of their tokens, n maximises (P_1 + ... + P_n) / t(n). Drafting delays the scores that this
+    device still has to compute. With these, m candidates will be needed for certain; so where none is probable until
+    then, and (P_1 + ... + P_n) / t(n) < m / t(m), nothing is drafted.
 
     Scoring has a fixed cost, too, so it begins when the requests have waited for it as long as that takes: a step
     counts with the probability that an answer goes on with a candidate whose reward is still to come, and each
@@ -84,7 +88,12 @@ class BestPerSecond:
         found.sort(key=lambda candidate: -candidate[0])
         gain = np.cumsum([reach for reach, *_ in found])
         drafting = self.times.upto(len(found))
-        n = int(np.argmax(gain / (drafting + scoring * np.arange(1, len(found) + 1)))) + 1
+        rates = gain / (drafting + scoring * np.arange(1, len(found) + 1))
+        n = int(np.argmax(rates)) + 1
+        if found[0][0] < PROBABLE:
+            needed = sum(map(_needed_once_scored, sessions))
+            if rates[n - 1] < needed / (self.times.at(needed) + scoring * needed):
+                return []
         self.step = float(drafting[n - 1])
         chosen = []
         for _, drafts, pending in found[:n]:
@@ -104,3 +113,10 @@ class BestPerSecond:
             return False
         self.waited = 0.0
         return True
+
+
+def _needed_once_scored(session: Session) -> int:
+    """How many candidates are examined for certain when scores are known that this device has yet to compute."""
+    drafts = session.pool.current
+    waits = session.scores is not None and session.scores.pending and session.seconds_to_score.fixed > 0
+    return drafts.certain if waits and drafts is not None else 0

@@ -43,6 +43,11 @@ class ScoreQueue:
         self._wake = wake
 
     @property
+    def pending(self) -> bool:
+        """True while a score is asked for that is not known yet."""
+        return bool(self.waiting or self.under_way)
+
+    @property
     def growth(self) -> int:
         """Bytes by which the caches grow, at most, for the scores that wait."""
         if self._growth is None:

@@ -39,7 +39,7 @@ class StepLoop:
         self.language_model = language_model
         self.stepwise = language_model if isinstance(language_model, StepwiseModel) else None
         self.scheduler = self._schedule(width)
-        self.scoring = Scoring(self.wake, self._scored)
+        self.scoring = Scoring(self.wake, self.memory_freed)
         self.live: dict[Context, Session] = {}  # in order of arrival
         self.preemption = Preemption(memory, self.live, self.stepwise)
         self._on_failure = on_failure
@@ -50,14 +50,8 @@ class StepLoop:
         self.preemption.stalled = self.preemption.held_back = False
         self._work.set()
 
-    def _scored(self) -> None:
-        """Let those go on who waited for the memory of a reward model; for others there is nothing new."""
-        self.preemption.freed.set()
-        if self.preemption.pending or self.preemption.held_back:
-            self.wake()
-
     def memory_freed(self) -> None:
-        """Note that somebody holds less memory, or was promised less."""
+        """Note that somebody holds less memory, or was promised less: a request ended, or a reward is known."""
         self.preemption.freed.set()
         self.wake()
 
