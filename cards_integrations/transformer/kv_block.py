@@ -34,30 +34,28 @@ class Layout:
 
     Attributes:
         pairs: Empty tensors (0, heads, head size) of the shapes and types.
+        bytes_per_token: Bytes of keys and values of one token.
         latents: Whether latents may be kept in the place of the keys and values that are made of them.
     """
 
     def __init__(self) -> None:
         self.pairs: list[Pair] = []
+        self.bytes_per_token = 0
         self.latents = True
 
     def forget(self) -> None:
         """Know nothing of the model, but that latents are not enough of it."""
-        self.pairs, self.latents = [], False
+        self.pairs, self.bytes_per_token, self.latents = [], 0, False
 
     def __len__(self) -> int:
         return len(self.pairs)
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes of keys and values of one token."""
-        return sum(each.shape[-2] * each.shape[-1] * each.dtype.itemsize for pair in self.pairs for each in pair)
 
     def note(self, call: int, pair: Pair) -> None:
         """Learn the shape of a call's keys and values (tokens, heads, head size), if it is new."""
         if call == len(self.pairs):
             keys, values = pair
             self.pairs.append((keys.new_empty(0, *keys.shape[1:]), values.new_empty(0, *values.shape[1:])))
+            self.bytes_per_token += sum(each.shape[1:].numel() * each.dtype.itemsize for each in pair)
 
 
 class Row(Protocol):
