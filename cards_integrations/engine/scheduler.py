@@ -16,6 +16,7 @@ from cards_integrations.engine.session import Session
 from cards_integrations.models.base import Candidate
 from cards_integrations.transformer.step_times import StepTimes
 
+NEARLY = 0.95  # of the highest gain per second
 PROBABLE = 0.5  # a candidate that is examined with this probability is drafted whatever else is to come
 
 
@@ -58,9 +59,11 @@ class BestPerSecond:
     """Drafts the candidates that are most probably examined, as many as make the most of a step.
 
     With the probabilities P_1 >= P_2 >= ... of being examined, and the time t(n) of a step with n candidates and
-    of the scoring of their tokens, n maximises (P_1 + ... + P_n) / t(n). Drafting delays the scores that this
-    device still has to compute. With these, m candidates will be needed for certain; so where none is probable until
-    then, and (P_1 + ... + P_n) / t(n) < m / t(m), nothing is drafted.
+    of the scoring of their tokens, n is the largest number that makes (P_1 + ... + P_n) / t(n) the highest, or nearly
+    so: t(n) is measured on one text, and reading those of several requests is a cost of each step.
+
+    Drafting delays the scores that this device still has to compute. With these, m candidates will be needed for
+    certain; so where none is probable until then, and (P_1 + ... + P_n) / t(n) < m / t(m), nothing is drafted.
 
     Scoring has a fixed cost, too, so it begins when the requests have waited for it as long as that takes: a step
     counts with the probability that an answer goes on with a candidate whose reward is still to come, and each
@@ -89,7 +92,7 @@ class BestPerSecond:
         gain = np.cumsum([reach for reach, *_ in found])
         drafting = self.times.upto(len(found))
         rates = gain / (drafting + scoring * np.arange(1, len(found) + 1))
-        n = int(np.argmax(rates)) + 1
+        n = int(np.flatnonzero(rates >= NEARLY * rates.max())[-1]) + 1
         if found[0][0] < PROBABLE:
             needed = sum(map(_needed_once_scored, sessions))
             if rates[n - 1] < needed / (self.times.at(needed) + scoring * needed):
