@@ -309,7 +309,7 @@ def reason(verdict: Verdict) -> str:
     """Why, without what differs from type to type."""
     if verdict.found == NOT_BUILT:
         return "transformers makes, saves or reads no such model that is as small as those here"
-    why = re.sub(r"^.*?model type '[^']*' ((cannot read trees of candidates here: )|has )?", "", verdict.why)
+    why = re.sub(r"^.*?model(='[^']*'| type '[^']*') ((cannot read trees of candidates here: )|has )?", "", verdict.why)
     why = re.sub(r"\bis [\d.,]+% off\b", "is far", why)
     why = re.sub(r"(its forward raises \w+) \(.*", r"\1", why)
     return why.replace("|", "/").removesuffix(".").removesuffix(", not supported here")[:160]

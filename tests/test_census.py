@@ -11,8 +11,8 @@ FAST = {  # some of every kind of attention, position, cache and head
         "mixtral", "cohere2", "gpt_oss", "deepseek_v3", "minicpm3", "llama4_text", "jetmoe", "diffllama", "roberta",
         "bart", "whisper", "bloom", "mamba", "qwen3_5", "lfm2", "smollm3",
     ],
-    "classifier": ["qwen3", "gpt_oss", "bloom", "roberta", "qwen3_5"],
-    "composite": ["gemma3", "gemma4", "mistral3", "qwen2_5_vl", "qwen3_vl", "qwen3_5"],
+    "classifier": ["qwen3", "gpt_oss", "bloom", "roberta", "qwen3_5", "xlnet", "reformer"],
+    "composite": ["gemma3", "gemma4", "mistral3", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "paligemma"],
 }  # fmt: skip
 KNOWN = census.known()
 

@@ -25,6 +25,7 @@ from cards_integrations.transformer.rope import rope_switch, short_texts
 PATH = 24  # tokens of a path
 OWN = 4  # of them, those after the trunk
 REACH = 6  # tokens of windows, chunks and short texts while a model is tried, so that its paths go beyond
+WHOLE = 80  # tokens of a text that is read as a whole: more than the chunks in which some encoders read
 EXACT, ROUNDED = 1e-3, 0.2  # errors over the spread: the largest in float32, in half precision the median of all
 
 _exact: WeakSet[Any] = WeakSet()
@@ -61,6 +62,44 @@ def check_exact(model: Any) -> None:
         model.set_attn_implementation("eager" if native == NAME else native)
         raise (error if isinstance(error, ModelError) else cannot_run(model, error)) from error
     _exact.add(model)
+
+
+@torch.inference_mode()
+def reads_padded(model: Any, tokenizer: Any, window: int) -> bool:
+    """Return True if a classifier gives a text that is padded, beside a longer one, what it gives it alone.
+
+    Args:
+        model: A transformers model that reads whole texts.
+        tokenizer: Its tokenizer.
+        window: Tokens that it can read.
+
+    Raises:
+        ModelError: It gives a text something else each time, or cannot be run.
+    """
+    longest = min(WHOLE, window)
+    text = tokenizer.decode(_ids(model, longest)[0])
+    texts = [text[: max(1, len(text) // 3)], text]
+
+    def logits(texts: list[str]) -> torch.Tensor:
+        inputs = tokenizer(texts, truncation=True, max_length=longest, padding=True, return_tensors="pt")
+        found: torch.Tensor = model(**inputs.to(model.device)).logits
+        return found.float()
+
+    try:
+        alone, again = (torch.cat([logits([text]) for text in texts]) for _ in range(2))
+        if _alike(model, again, alone):
+            return _alike(model, logits(texts), alone)
+    except Exception as error:
+        raise ModelError(
+            f"model type {model.config.model_type!r} cannot score texts here: {type(error).__name__}: {error}"
+        ) from error
+    raise ModelError(f"model type {model.config.model_type!r} gives one text another score each time: it is no reward.")
+
+
+def _alike(model: Any, one: torch.Tensor, other: torch.Tensor) -> bool:
+    """True if the logits of whole texts differ by rounding alone; those that are no numbers are told by the scores."""
+    most = EXACT if model.dtype == torch.float32 and not is_quantized(model) else ROUNDED
+    return torch.allclose(one, other, rtol=most, atol=most, equal_nan=True)
 
 
 def _try(model: Any, ids: list[list[int]], plain: torch.Tensor) -> None:

@@ -367,8 +367,10 @@ def attention_patterns(config: Any) -> list[str]:
     """Return the attention pattern of each layer.
 
     Raises:
-        ModelError: There is no mask for one of them.
+        ModelError: There is no mask for one of them, or tokens attend to later ones.
     """
+    if getattr(config, "use_bidirectional_attention", None) is True:  # "vision": tokens of images only
+        raise ModelError(f"model type {config.model_type!r} lets tokens attend to later ones, not supported here.")
     layers: list[str] | None = getattr(config, "layer_types", None)
     pattern = FULL if getattr(config, "sliding_window", None) is None else SLIDING
     patterns = [PATTERNS.get(layer, layer) for layer in layers or [pattern] * config.num_hidden_layers]

@@ -14,6 +14,7 @@ from cards_integrations.models.local.resolve import readable_positions
 from cards_integrations.rewards.base import Conversation, Response, RewardModel, count_forward
 from cards_integrations.rewards.scorers.head import Head
 from cards_integrations.rewards.scorers.input_format import InputFormat
+from cards_integrations.transformer.exact import reads_padded
 from cards_integrations.transformer.rope import rope_switch
 
 
@@ -33,6 +34,7 @@ class RescoringClassifier(RewardModel):
         config = model.config.get_text_config()
         if config.pad_token_id is None:
             config.pad_token_id = self.tokenizer.pad_token_id
+        self.together = reads_padded(model, self.tokenizer, self.window)
         self.frames: dict[Conversation, AnswerFrame] = {}  # of open conversations
 
     def open(self, conversation: Conversation) -> None:
@@ -44,12 +46,14 @@ class RescoringClassifier(RewardModel):
 
     async def score(self, responses: Sequence[Response]) -> list[float]:
         found: dict[Response, float] = {}
-        for alike in self._read_alike(responses):
-            found |= zip(alike, self._scores(alike), strict=True)
+        for batch in self._batches(responses):
+            found |= zip(batch, self._scores(batch), strict=True)
         return [found[response] for response in responses]
 
-    def _read_alike(self, responses: Sequence[Response]) -> list[list[Response]]:
-        """Those with short texts, and those with long ones, if the model reads these in another way."""
+    def _batches(self, responses: Sequence[Response]) -> list[list[Response]]:
+        """What is read at once: short texts, and long ones where the model reads these in another way."""
+        if not self.together:
+            return [[response] for response in responses]
         if not self.switch:
             return [[*responses]]
         lengths = map(len, self._encoded(responses)["input_ids"])
