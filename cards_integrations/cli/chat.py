@@ -21,6 +21,7 @@ from cards_integrations.cli.options import (
     ThinkingOption,
     TopKOption,
     TopPOption,
+    after_system,
     llm_from,
 )
 
@@ -52,7 +53,7 @@ def chat(
     from rich.console import Console
 
     console = Console(highlight=False)
-    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    messages: list[dict[str, Any]] = after_system([], system)
     with llm_from(
         config, allow_imports, assigned, model=model, reward=reward, decoding=decoding, max_tokens=max_tokens,
         temperature=temperature, seed=seed, thinking=thinking, top_k=top_k, top_p=top_p, stop=stop,

@@ -27,6 +27,7 @@ from cards_integrations.cli.options import (
     ThinkingOption,
     TopKOption,
     TopPOption,
+    after_system,
     file_to_write,
     llm_from,
 )
@@ -86,18 +87,10 @@ def generate(
         if trace is not None and llm.n > 1:
             raise SettingsError(f"--trace draws a single answer: omit n={llm.n}.")
         seeds = None if llm.seed is None else answer_seeds(llm.seed, llm.n)
-        for answer in llm.align_batch([_after_system(prompt, system)] * llm.n, seeds, n=1):
+        for answer in llm.align_batch([after_system(prompt, system)] * llm.n, seeds, n=1):
             print(json.dumps(as_row(answer), ensure_ascii=False) if as_json else answer.text, flush=True)
         if trace is not None:
             answer.to_html(trace)
-
-
-def _after_system(prompt: Any, system: str | None) -> Any:
-    """The prompt, as a conversation with a system message if there is one."""
-    if not system:
-        return prompt
-    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return [{"role": "system", "content": system}, *asked]
 
 
 def answer_file(llm: CardsLLM, prompts: Path, out: Path | None, concurrency: int, system: str | None = None) -> int:
@@ -140,7 +133,7 @@ def answer_file(llm: CardsLLM, prompts: Path, out: Path | None, concurrency: int
         nonlocal failed
         for line in missing:
             try:
-                alignment = await llm.aalign(_after_system(texts[line], system), context=contexts[line])
+                alignment = await llm.aalign(after_system(texts[line], system), context=contexts[line])
             except CardsError as error:
                 failed += 1
                 console.print(f"line {line}: {type(error).__name__}: {error}", markup=False, soft_wrap=True)

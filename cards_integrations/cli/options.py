@@ -78,6 +78,22 @@ def options_from(
     return {**settings, **_assignments("--set", assigned or ()), **given}
 
 
+def after_system(prompt: Any, system: str | None) -> Any:
+    """What is asked, after the message of `--system` if there is one.
+
+    Args:
+        prompt: A text, or the messages of a conversation; none of them yet is fine.
+        system: The system message.
+
+    Returns:
+        The prompt as it is without a system message, otherwise messages.
+    """
+    if not system:
+        return prompt
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return [{"role": "system", "content": system}, *asked]
+
+
 def decoding_from(text: str) -> Any:
     """Read a decoding method from the command line.
 
