@@ -28,6 +28,7 @@ from cards_integrations.engine.draft_pool import MIN_REACH, PendingDraft, Segmen
 from cards_integrations.engine.scheduler import BestPerSecond
 from cards_integrations.engine.session import AcceptanceRate, Session
 from cards_integrations.engine.step_costs import SharedStepCosts
+from cards_integrations.errors import CardsError
 from cards_integrations.models.base import Context
 from cards_integrations.models.local.language_model import LocalLanguageModel
 from cards_integrations.models.local.loader import ModelLoader
@@ -142,6 +143,19 @@ def test_what_is_about_the_same_stays(remembered: Path) -> None:
     times.unconfirmed = (lambda: {n: seconds / 1.2 for n, seconds in FAST.items()}), times.unconfirmed[1]
     confirm(times, lambda: True)
     assert times.fixed == FAST[1]
+
+
+def test_what_is_measured_while_the_engine_closes_is_not_told(
+    start: Start, models: Callable[..., str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Weights are freed at once; the thread that measures with them finds it out."""
+    engine = start(models("llama"))
+    drafting = internals.language_model(engine)
+    engine.close()
+    for measure in (drafting._time, drafting.transformer.time):
+        with pytest.raises(CardsError):
+            measure(16)
+    assert caplog.records == []
 
 
 def test_step_times_are_those_of_a_machine_and_not_of_a_container(

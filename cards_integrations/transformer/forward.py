@@ -229,7 +229,7 @@ class Transformer:
 
     def time(self, tokens: int) -> float:
         """Return the seconds of a forward of the body with so many tokens, in short pieces after a short text."""
-        aside = Transformer(self.model)
+        aside = Transformer(self.model, trial=True)  # the engine may be closed meanwhile
         trunk = aside.cache.open().branch()
         aside.hidden([ForwardInput(trunk, [0] * 32)])
 

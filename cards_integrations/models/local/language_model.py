@@ -568,6 +568,7 @@ class LocalLanguageModel:
     def _time(self, candidates: int) -> float:
         aside = LocalLanguageModel(self.model, self.chat, self.name)
         aside.eos = set()
+        aside.transformer.trial = True  # the engine may be closed meanwhile
         context = Context("", [0] * 32, 64, Sampler(), StopStrings(), Usage())
         aside.open(context)
         begun = [Candidate(context, _Long(), Uniforms(0, 0, i), i) for i in range(candidates)]
