@@ -30,7 +30,8 @@ class StopRule(NamedTuple):
     """When to end the segment of one request.
 
     `output` are the tokens of its output so far, a list to which vLLM appends (model runner V1). `ends` may not end the
-    answer before `min_tokens` of output. `bias` is what vLLM has added to logits.
+    answer before `min_tokens` of output. `bias` is what vLLM has added to logits, `repetition` the penalty by which its
+    model runner V2 has changed those of what was written; V1 does so later.
     """
 
     threshold: float
@@ -41,6 +42,19 @@ class StopRule(NamedTuple):
     min_tokens: int = 0
     ends: tuple[int, ...] = ()
     bias: tuple[tuple[int, float], ...] = ()
+    repetition: float = 1.0
+
+
+class Row(NamedTuple):
+    """A row of the logits, the rule of its request, and how many tokens of output are before it.
+
+    `penalized` are the tokens of prompt and output, if their logits are penalized by now.
+    """
+
+    at: int
+    rule: StopRule
+    length: int
+    penalized: torch.Tensor | None = None
 
 
 class EntropyStop(LogitsProcessor, LogitsProcessorV2):
@@ -49,8 +63,8 @@ class EntropyStop(LogitsProcessor, LogitsProcessorV2):
     It is never forced before `cards_min_length` tokens of output, and never where it is masked already: vLLM masks
     what a grammar (or `min_tokens`, or `allowed_token_ids`) forbids before processors run, and a grammar fails on any
     such token. Where a grammar allows the sentinel alone, it is not forbidden. `cards_min_tokens` does what vLLM's
-    `min_tokens` would do, which forbids the sentinel with all other stop tokens. A `logit_bias`, which vLLM has added,
-    is taken off where uncertainty is measured.
+    `min_tokens` would do, which forbids the sentinel with all other stop tokens. What vLLM has made of the logits by
+    `logit_bias` and `repetition_penalty` is undone where uncertainty is measured.
 
     One class serves both of vLLM's model runners: V1 maps rows of the batch to requests in `update_state`, V2 in the
     context that it passes to `apply`.
@@ -101,8 +115,8 @@ class EntropyStop(LogitsProcessor, LogitsProcessorV2):
         if not self.rules:
             return logits
         rows = self._rows() if ctx is None else self._rows_of_requests(ctx, len(logits))
-        for measure in {rule.measure for _, rule, _ in rows}:
-            self._end_segments(logits, measure, [row for row in rows if row[1].measure == measure])
+        for measure in {row.rule.measure for row in rows}:
+            self._end_segments(logits, measure, [row for row in rows if row.rule.measure == measure])
         return logits
 
     def _rule(self, params: SamplingParams, output: list[int]) -> StopRule | None:
@@ -118,43 +132,54 @@ class EntropyStop(LogitsProcessor, LogitsProcessorV2):
             least := asked.get("cards_min_tokens", 0),
             tuple(params.all_stop_token_ids - {asked["cards_sentinel"]}) if least else (),
             tuple((params.logit_bias or {}).items()),
+            params.repetition_penalty,
         )
 
-    def _rows(self) -> list[tuple[int, StopRule, int]]:
-        """Row of the logits, its rule, and the tokens of output before it."""
-        return [(row, rule, len(rule.output)) for row, rule in self.rules.items()]
+    def _rows(self) -> list[Row]:
+        return [Row(row, rule, len(rule.output)) for row, rule in self.rules.items()]
 
-    def _rows_of_requests(self, ctx: Any, rows: int) -> list[tuple[int, StopRule, int]]:
+    def _rows_of_requests(self, ctx: Any, rows: int) -> list[Row]:
         if rows == len(ctx.idx_mapping_np):
             requests, lengths = ctx.idx_mapping_np, ctx.seq_lens_upper_bound_np  # on the host
         else:  # several rows of a request: tokens that a speculative model has proposed
             requests, lengths = ctx.expanded_idx_mapping.cpu().numpy(), (ctx.pos + 1).cpu().numpy()
         prompt = self.request_states.prompt_len.np
-        return [
-            (row, self.rules[request], int(lengths[row] - prompt[request]))
-            for row, request in enumerate(requests[:rows].tolist())
-            if request in self.rules
-        ]
+        found = []
+        for row, request in enumerate(requests[:rows].tolist()):
+            if rule := self.rules.get(request):
+                length = int(lengths[row])
+                penalized = None if rule.repetition == 1 else self._written(ctx, row, request, length)
+                found.append(Row(row, rule, length - int(prompt[request]), penalized))
+        return found
+
+    def _written(self, ctx: Any, row: int, request: int, length: int) -> torch.Tensor:
+        """The tokens before a row: those that are settled, and those that a speculative model has proposed since."""
+        proposed = int(ctx.expanded_local_pos[row])
+        settled = self.request_states.all_token_ids.gpu[request, : length - proposed]
+        return torch.cat([settled, ctx.input_ids[row + 1 - proposed : row + 1]]).long()
 
     @staticmethod
-    def _end_segments(logits: torch.Tensor, measure: Measure, rows: list[tuple[int, StopRule, int]]) -> None:
+    def _end_segments(logits: torch.Tensor, measure: Measure, rows: list[Row]) -> None:
         """Change these rows of the logits, in place."""
-        thresholds = [rule.threshold if length >= rule.min_length else math.inf for _, rule, length in rows]
-        at = torch.tensor([row for row, *_ in rows], device=logits.device)
+        thresholds = [row.rule.threshold if row.length >= row.rule.min_length else math.inf for row in rows]
+        at = torch.tensor([row.at for row in rows], device=logits.device)
         limit = torch.tensor(thresholds, device=logits.device)
-        sentinels = torch.tensor([[rule.sentinel] for _, rule, _ in rows], device=logits.device)
+        sentinels = torch.tensor([[row.rule.sentinel] for row in rows], device=logits.device)
         own = logits[at]
         raw = own.clone()
-        for row, (_, rule, _) in enumerate(rows):
-            for token, bias in rule.bias:
-                raw[row, token] -= bias
+        for values, row in zip(raw, rows, strict=True):
+            if row.penalized is not None:
+                old, penalty = values[row.penalized], row.rule.repetition
+                values[row.penalized] = torch.where(old < 0, old / penalty, old * penalty)
+            for token, bias in row.rule.bias:
+                values[token] -= bias
         log_p = raw.log_softmax(-1).clamp_min(torch.finfo(own.dtype).min)  # p log p of a masked token is 0, and not NaN
         masked = own.gather(1, sentinels) == -math.inf
         risen = (uncertainty(measure, raw, log_p) >= limit).unsqueeze(1) & ~masked
         forbidden = own.scatter(1, sentinels, -math.inf)
-        for row, (_, rule, length) in enumerate(rows):
-            if length < rule.min_tokens:
-                forbidden[row, list(rule.ends)] = -math.inf
+        for values, row in zip(forbidden, rows, strict=True):
+            if row.length < row.rule.min_tokens:
+                values[list(row.rule.ends)] = -math.inf
         left = forbidden.amax(1, keepdim=True) > -math.inf  # it may be all that a grammar allows
         forced = torch.full_like(own, -math.inf).scatter_(1, sentinels, 0.0)
         logits[at] = torch.where(risen, forced, torch.where(left, forbidden, own))

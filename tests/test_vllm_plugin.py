@@ -58,7 +58,8 @@ def asked(threshold: float, measure: str = "entropy", least: int = 1, sentinel: 
         "cards_min_length": least,
         "cards_sentinel": sentinel,
     }
-    return SimpleNamespace(extra_args=xargs, logit_bias=None, all_stop_token_ids={1, sentinel})
+    plain = {"logit_bias": None, "repetition_penalty": 1.0}
+    return SimpleNamespace(extra_args=xargs, **plain, all_stop_token_ids={1, sentinel})
 
 
 def applied(plugin: Any, logits: torch.Tensor, *requests: SimpleNamespace, length: int = 3) -> torch.Tensor:
@@ -171,6 +172,39 @@ def test_a_bias_changes_no_uncertainty(plugin: Any) -> None:
         biased = raw.clone()
         biased[0, 3], biased[0, 5] = raw[0, 3] + 9.0, raw[0, 5] - 4.0
         found = applied(plugin, biased, request)
+        assert (int(found.argmax()) == SENTINEL and found.isfinite().sum() == 1) == rises
+
+
+@pytest.mark.parametrize("proposed", [0, 2])
+def test_a_repetition_penalty_changes_no_uncertainty(plugin: Any, proposed: int) -> None:
+    """Model runner V2 has applied it before the plug-in sees the logits, with what a speculative model has proposed."""
+    prompt, output = [3, 4, 4], [6, 0]
+    raw = 3 * torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(2)).double()
+    assert {bool(value < 0) for value in raw[prompt + output]} == {True, False}
+    p = raw.softmax(-1)
+    entropy = float(-(p * p.log()).sum())
+    changed = raw.clone()
+    changed[[0, 3, 4, 6]] = torch.where(raw < 0, raw * 1.5, raw / 1.5)[[0, 3, 4, 6]]
+    config = SimpleNamespace(model_config=SimpleNamespace(get_vocab_size=lambda: VOCABULARY))
+    settled = torch.full((2, 9), 7)  # what lies behind the text is of no text
+    settled[1, : 5 - proposed] = torch.tensor((prompt + output)[: 5 - proposed])
+    states = SimpleNamespace(
+        prompt_len=SimpleNamespace(np=torch.tensor([0, 3]).numpy()), all_token_ids=SimpleNamespace(gpu=settled)
+    )
+    last = [4, *output][2 - proposed :]  # what was fed to the model at each row
+    rows = torch.arange(1 + proposed)
+    context = SimpleNamespace(
+        idx_mapping_np=torch.tensor([1]).numpy(), seq_lens_upper_bound_np=torch.tensor([5]).numpy(),
+        expanded_idx_mapping=torch.ones_like(rows), expanded_local_pos=rows, input_ids=torch.tensor(last),
+        pos=4 - proposed + rows,
+    )  # fmt: skip
+    for threshold, rises in ((entropy - 1e-6, True), (entropy + 1e-6, False)):
+        request = asked(threshold)
+        request.repetition_penalty = 1.5
+        two = plugin(config, states)
+        two.add_request(1, request)
+        logits = torch.stack([*[raw] * proposed, changed])
+        found = two.apply(logits, context)[-1]
         assert (int(found.argmax()) == SENTINEL and found.isfinite().sum() == 1) == rises
 
 
