@@ -461,6 +461,10 @@ def test_samplers_reach_the_server(remote: Make, local: Make, server: VllmServer
             found, expected = remote(**own).align(PROMPT), local(**own).align(PROMPT)
             assert (found.token_ids, found.finish_reason) == (expected.token_ids, expected.finish_reason)
             assert [each.text for each in found.segments] == [each.text for each in expected.segments]
+    for more in ({"presence_penalty": 1.5}, {"frequency_penalty": 0.7, "presence_penalty": -0.3}):
+        whole: dict[str, Any] = {"decoding": BestOfN(n=1), "temperature": 0}
+        penalized, expected = remote(**whole, **more).align(PROMPT), local(**whole, **more).align(PROMPT)
+        assert penalized.token_ids == expected.token_ids != local(**whole).align(PROMPT).token_ids
     remote(top_p=0.5, min_p=0.1).align(PROMPT)
     assert {(asked.body["top_p"], asked.body["min_p"]) for asked in server.drafted[-1:]} == {(0.5, 0.1)}
 
@@ -477,8 +481,9 @@ def test_log_probabilities_of_the_server(remote: Make, local: Make) -> None:
 @pytest.mark.parametrize(
     ("more", "named"),
     [
-        ({"presence_penalty": 0.5}, "presence_penalty needs a local model"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty needs a local model"),
+        ({"presence_penalty": 0.5}, "presence_penalty behind vLLM needs a method that drafts whole answers"),
+        ({"frequency_penalty": 0.5, "decoding": Sampling()}, "every segment is a call"),
+        ({"presence_penalty": 2.5, "decoding": BestOfN(n=1)}, "presence_penalty: a vLLM server takes"),
         ({"logit_bias": {9: 101.0}}, "logit_bias: a vLLM server takes"),
         ({"stop_token_ids": [SEGMENT]}, "set model.sentinel"),
     ],
@@ -512,8 +517,8 @@ def test_what_is_sent(remote: Make, server: VllmServer) -> None:
     first, second = server.drafted[0].body, server.drafted[-1].body
     assert first == {
         "model": "served", "prompt": [9, 20, 31, 2], "max_tokens": 6, "temperature": 1.0, "top_k": 40, "top_p": 1.0,
-        "min_p": 0.0, "repetition_penalty": 1.0, "seed": first["seed"],
-        "logprobs": 0, "return_token_ids": True, "stop": ["w99"], "skip_special_tokens": True,
+        "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
+        "seed": first["seed"], "logprobs": 0, "return_token_ids": True, "stop": ["w99"], "skip_special_tokens": True,
         "stop_token_ids": [SEGMENT],
         "vllm_xargs": {
             "cards_measure": "entropy", "cards_threshold": 2.95, "cards_min_length": 2, "cards_sentinel": SEGMENT

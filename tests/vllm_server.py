@@ -408,13 +408,18 @@ class VllmServer:
             logits[rule.sentinel] = -math.inf
             if at < rule.min_tokens:
                 logits[ends] = -math.inf
-        return self._drawn(logits, before, body, generator)
+        return self._drawn(logits, before, at, body, generator)
 
     @staticmethod
-    def _drawn(logits: torch.Tensor, before: Sequence[int], body: Mapping[str, Any], generator: torch.Generator) -> int:
+    def _drawn(
+        logits: torch.Tensor, before: Sequence[int], at: int, body: Mapping[str, Any], generator: torch.Generator
+    ) -> int:
+        """Two of the penalties are for the `at` tokens of this call alone."""
         scores, ids = logits[None].double(), torch.tensor([[*before]])
         if (penalty := body.get("repetition_penalty", 1.0)) != 1:
             scores = RepetitionPenaltyLogitsProcessor(penalty)(ids, scores)
+        counts = torch.bincount(ids[0, len(before) - at :], minlength=len(logits))
+        scores = scores - body.get("frequency_penalty", 0.0) * counts - body.get("presence_penalty", 0.0) * (counts > 0)
         if body.get("temperature", 1.0) == 0:
             return int(scores.argmax())
         scores = scores / body.get("temperature", 1.0)

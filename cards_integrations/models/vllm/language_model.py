@@ -14,7 +14,6 @@ from cards_integrations.chat.template import ChatTokenizer
 from cards_integrations.errors import CardsError, ModelError, SettingsError
 from cards_integrations.http_client import REPLY_BYTES, Reply, ServiceClient
 from cards_integrations.models.base import Boundary, Candidate, Context
-from cards_integrations.models.sampling import Sampler
 from cards_integrations.models.vllm.replies import (
     COMPLETIONS,
     HINTS,
@@ -29,6 +28,7 @@ from cards_integrations.models.vllm.settings import VllmModel
 log = logging.getLogger("cards_integrations")
 MARKS = (".", "!", "?", "\n")
 MAX_BIAS = 100  # a server takes larger ones for this
+MAX_PENALTY = 2
 
 
 class VllmLanguageModel:
@@ -159,7 +159,7 @@ class VllmLanguageModel:
             "model": self.name,
             "prompt": [*context.prompt_ids, *candidate.before],
             "max_tokens": candidate.remaining_tokens,
-            **self._sampling(sampler),
+            **self._sampling(candidate),
             "seed": int(candidate.uniforms[0] * 2**53),
             "logprobs": context.logprobs or 0,
             "return_token_ids": True,
@@ -200,18 +200,24 @@ class VllmLanguageModel:
         return body
 
     @staticmethod
-    def _sampling(sampler: Sampler) -> dict[str, float]:
+    def _sampling(candidate: Candidate) -> dict[str, float]:
         """How the server draws, every setting of it: it takes the others from the model's generation_config."""
-        for name in ("presence_penalty", "frequency_penalty"):
-            if getattr(sampler, name):
+        sampler, max_tokens = candidate.context.sampler, candidate.context.max_tokens
+        whole_answer = not candidate.before and candidate.boundary.min_tokens >= max_tokens
+        penalties = {name: getattr(sampler, name) for name in ("presence_penalty", "frequency_penalty")}
+        for name, penalty in penalties.items():
+            if penalty and not whole_answer:
                 raise SettingsError(
-                    f"{name} needs a local model: a server would count the tokens of a segment, not those of the "
-                    "answer. repetition_penalty counts prompt and answer."
+                    f"{name} behind vLLM needs a method that drafts whole answers, such as best_of_n: a server counts "
+                    "the tokens of one call only, and every segment is a call. repetition_penalty counts prompt and "
+                    "answer."
                 )
+            if abs(penalty) > MAX_PENALTY:
+                raise SettingsError(f"{name}: a vLLM server takes numbers from -{MAX_PENALTY} to {MAX_PENALTY}.")
         if any(abs(bias) > MAX_BIAS for _, bias in sampler.logit_bias):
             raise SettingsError(f"logit_bias: a vLLM server takes numbers from -{MAX_BIAS} to {MAX_BIAS}.")
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-        return {name: getattr(sampler, name) for name in names}
+        return {name: getattr(sampler, name) for name in names} | penalties
 
     def _take(self, candidate: Candidate, found: Completion) -> None:
         """Make the completion the candidate's: what the server did not cut is cut here."""
