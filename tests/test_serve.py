@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ import httpx
 import openai
 import pytest
 import test_thinking
+import typer
 from langchain_core.messages import HumanMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
@@ -31,6 +33,7 @@ from served import NAME, Served, served, until
 from test_thinking import ANSWER, THOUGHTS
 
 from cards_integrations import CardsLLM
+from cards_integrations.cli import app
 from cards_integrations.engine import EngineSettings
 from cards_integrations.errors import CardsError, SettingsError
 from cards_integrations.models.local import language_model as local
@@ -470,6 +473,17 @@ def read(server: Served, endpoint: Endpoint, fields: dict[str, Any]) -> int:
     except (ApiError, CardsError) as error:
         return as_api_error(error).status
     return 200
+
+
+def test_the_page_names_every_field_option_and_metric(server: Served) -> None:
+    page = (Path(__file__).parents[1] / "docs/serve.md").read_text(encoding="utf-8")
+    fields = FIELDS - {"audio", *NEUTRAL} | {"stream"}
+    command = typer.main.get_group(app).commands["serve"]
+    options = {name for each in command.params for name in each.opts}
+    metrics = set(re.findall(r"^# TYPE (cards_\w+(?<!_created)) ", server.http.get("/metrics").text, re.MULTILINE))
+    named = set(re.findall(r"(?:--)?[a-z_]+(?:-[a-z]+)*", page))
+    assert len(metrics) > 10
+    assert (fields | options | metrics) - named == set()
 
 
 def test_no_value_of_a_field_is_an_error_of_the_server(server: Served) -> None:
