@@ -161,6 +161,21 @@ def test_greedy_answers_are_the_local_ones(lm: Server, plain: Server, start: Sta
         assert there.log_likelihood == pytest.approx(here.log_likelihood, abs=1e-3)
 
 
+def test_penalties_of_a_whole_answer_are_the_local_ones(lm: Server, plain: Server, start: Start) -> None:
+    """A call counts its own tokens: those of the answer where that is one call."""
+    guide, found = FunctionReward(function=reward), []
+    for presence, frequency, repetition in ((0.0, 0.0, 1.0), (1.6, 0.0, 1.0), (-0.4, 0.9, 1.0), (0.5, 0.5, 1.3)):
+        sampler = Sampler(
+            temperature=0, presence_penalty=presence, frequency_penalty=frequency, repetition_penalty=repetition
+        )
+        request = Request(PROMPT, BestOfN(n=1), guide, sampler, 30)
+        here = start(lm.model).run(request)
+        for engine in (start(lm), start(plain, api_key=SECRET)):
+            assert engine.run(request).token_ids == here.token_ids
+        found.append(here.token_ids)
+    assert len({*found}) == len(found)
+
+
 def test_stop_strings_end_answers_as_they_do_here(lm: Server, start: Start) -> None:
     """Within a token, over tokens, and over segments."""
     greedy = start(lm.model).run(Request(PROMPT, Sampling(), sampler=GREEDY, max_tokens=24)).text
