@@ -6,10 +6,11 @@
     python benchmarks/serve.py --requests 2 --clients 8 --kv-memory 128    # MiB, which are full within two minutes
 
 The server is a process of its own. For the latency, one request after the other goes to it and, with the same seed, to
-an engine in this process, in turns; the ratio is that of the median times between two segments, and of the times to the
-first one. For the load, `--clients` clients ask for streams, whole answers, several answers and JSON; a quarter of them
-leave in the middle, and some ask for what is refused. Memory is that of the server's process; finished texts, which
-it keeps for prompts that begin like them, are a part of it that grows up to `--kv-memory`.
+an engine in this process, in turns, by a method whose segments come one after the other (those of a search come
+together); the ratio is that of the median times between two segments, and of the times to the first one. For the load,
+`--clients` clients ask for streams, whole answers, plain ones, the paper's method, calls of a tool, several answers and
+JSON; some leave in the middle, and some ask for what is refused. Memory is that of the server's process, every second;
+finished texts, which it keeps for prompts that begin like them, are a part of it that grows up to `--kv-memory`.
 """
 
 from __future__ import annotations
@@ -39,7 +40,22 @@ from cards_integrations.trace import Alignment
 
 NAME = "served"
 PROMPTS = ["How was your day?", "Tell me about the sea.", "What is a good breakfast?", "Write a line about rain."]
+METHOD = "cards"  # of the requests whose latency is compared
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
+COUNT = {"name": "count", "description": "Counts.", "parameters": SCHEMA}
+KINDS: dict[str, tuple[int, dict[str, Any]]] = {
+    "stream": (4, {"stream": True}),
+    "leave": (3, {"stream": True}),
+    "whole": (2, {}),
+    "plain": (2, {"cards": {"decoding": "sampling"}}),
+    "cards": (2, {"cards": {"decoding": "cards"}}),
+    "tool": (2, {"tools": [{"type": "function", "function": COUNT}], "tool_choice": "required"}),
+    "several": (1, {"n": 3}),
+    "json": (1, {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}}),
+    "refused": (1, {"cards": {"reward": {"kind": "function", "function": "os.system"}}}),
+}
+"""The requests of the load: how often each is made among the others, and what it asks for."""
+PARTS = 5  # in which the time of the load is told: minutes of the five
 
 
 @contextmanager
@@ -69,7 +85,7 @@ def body(prompt: str, **fields: Any) -> dict[str, Any]:
 def direct(llm: CardsLLM, prompt: str, seed: int) -> tuple[list[float], str]:
     """Seconds to the first segment and between segments, and the text."""
     times, text, last = [], "", time.perf_counter()
-    for item in llm.align_stream([{"role": "user", "content": prompt}], seed=seed):
+    for item in llm.align_stream([{"role": "user", "content": prompt}], seed=seed, decoding=METHOD):
         if isinstance(item, Alignment):
             break
         if item.text:
@@ -82,7 +98,8 @@ def direct(llm: CardsLLM, prompt: str, seed: int) -> tuple[list[float], str]:
 def through(client: httpx.Client, prompt: str, seed: int) -> tuple[list[float], str]:
     """The same through the server."""
     times, text, last = [], "", time.perf_counter()
-    with client.stream("POST", "/v1/chat/completions", json=body(prompt, seed=seed, stream=True)) as reply:
+    asked = body(prompt, seed=seed, stream=True, cards={"decoding": METHOD})
+    with client.stream("POST", "/v1/chat/completions", json=asked) as reply:
         for line in reply.iter_lines():
             if not line.startswith("data: {"):
                 continue
@@ -125,29 +142,23 @@ def latency(url: str, llm: CardsLLM, requests: int) -> dict[str, Any]:
 
 async def one(client: httpx.AsyncClient, rng: random.Random) -> str:
     """One request of a mixed load, and what became of it."""
-    prompt, seed = rng.choice(PROMPTS) + " " * rng.randrange(3), rng.randrange(2**31)
-    kind = rng.choices(["stream", "leave", "whole", "several", "json", "refused"], [4, 3, 2, 1, 1, 1])[0]
-    if kind in ("stream", "leave"):
-        async with client.stream("POST", "/v1/chat/completions", json=body(prompt, seed=seed, stream=True)) as reply:
+    kind = rng.choices(list(KINDS), [often for often, _ in KINDS.values()])[0]
+    prompt = f"{rng.choice(PROMPTS)} I ask for the {rng.randrange(1000)}th time."
+    asked = body(prompt, seed=rng.randrange(2**31), **KINDS[kind][1])
+    if asked.get("stream"):
+        async with client.stream("POST", "/v1/chat/completions", json=asked) as reply:
             lines = 0
             async for line in reply.aiter_lines():
                 lines += line.startswith("data:")
                 if kind == "leave" and lines > 2:
                     return kind
             return f"{kind} {reply.status_code}"
-    fields: dict[str, Any] = {"seed": seed}
-    if kind == "several":
-        fields["n"] = 3
-    if kind == "json":
-        fields["response_format"] = {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}
-    if kind == "refused":
-        fields["cards"] = {"reward": {"kind": "function", "function": "os.system"}}
     if kind == "whole" and rng.random() < 0.3:
         try:
-            await client.post("/v1/chat/completions", json=body(prompt, **fields), timeout=0.2)
+            await client.post("/v1/chat/completions", json=asked, timeout=0.2)
         except httpx.TimeoutException:
             return "left before the answer"
-    reply = await client.post("/v1/chat/completions", json=body(prompt, **fields))
+    reply = await client.post("/v1/chat/completions", json=asked)
     return f"{kind} {reply.status_code}"
 
 
@@ -157,45 +168,47 @@ async def numbers(client: httpx.AsyncClient) -> dict[str, float]:
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
 
 
-async def load(url: str, process: psutil.Process, clients: int, seconds: float) -> dict[str, Any]:
+async def load(url: str, process: psutil.Process, clients: int, seconds: int) -> dict[str, Any]:
     """Many clients for a while; the memory of the server every second."""
-    end, outcomes = time.monotonic() + seconds, Counter[str]()
+    outcomes, over = Counter[str](), asyncio.Event()
     memory: list[float] = []
     texts: list[float] = []
 
     async def ask(number: int) -> None:
         rng = random.Random(number)
         async with httpx.AsyncClient(base_url=url, timeout=3600) as client:
-            while time.monotonic() < end:
+            while not over.is_set():
                 outcomes[await one(client, rng)] += 1
 
     async def watch() -> None:
         async with httpx.AsyncClient(base_url=url, timeout=3600) as client:
-            while time.monotonic() < end:
+            for _ in range(seconds):  # a time in which the machine stands still is none of them
                 texts.append((await numbers(client))["cards_prefix_bytes"] / 2**20)
                 memory.append(process.memory_info().rss / 2**20)
                 await asyncio.sleep(1)
+        over.set()
 
     await asyncio.gather(watch(), *map(ask, range(clients)))
     await asyncio.sleep(2)
     async with httpx.AsyncClient(base_url=url) as client:
         metrics = await numbers(client)
     return {
-        "seconds": seconds,
+        "times that memory was looked at, a second or more apart": seconds,
         "clients": clients,
+        "requests": outcomes.total(),
         "outcomes": dict(sorted(outcomes.items())),
         "segments": int(metrics["cards_segments_total"]),
         "tokens kept": int(metrics['cards_tokens_total{kind="kept"}']),
         "rows afterwards": int(metrics["cards_rows"]),
         "answers afterwards": int(metrics["cards_answers"]),
-        "MiB, mean of each sixth": _means(memory),
+        "MiB, mean of each fifth": _means(memory),
         "MiB, first and last": [round(memory[0]), round(memory[-1])],
-        "MiB of finished texts, mean of each sixth": _means(texts),
+        "MiB of finished texts, mean of each fifth": _means(texts),
         "MiB of KV caches, most of it and of finished texts": round(metrics["cards_memory_limit_bytes"] / 2**20),
     }
 
 
-def _means(values: list[float], parts: int = 6) -> list[int]:
+def _means(values: list[float], parts: int = PARTS) -> list[int]:
     """The mean of each part of a series."""
     ends = [len(values) * part // parts for part in range(parts + 1)]
     return [round(sum(values[a:b]) / max(1, b - a)) for a, b in pairwise(ends)]
@@ -206,9 +219,9 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--reward", default="sentiment")
     parser.add_argument("--max-tokens", type=int, default=64)
-    parser.add_argument("--requests", type=int, default=20)
+    parser.add_argument("--requests", type=int, default=20, help="whose latency is compared; 0 for the load alone")
     parser.add_argument("--clients", type=int, default=16)
-    parser.add_argument("--seconds", type=float, default=300)
+    parser.add_argument("--seconds", type=int, default=300, help="of the load; 0 for the latency alone")
     parser.add_argument("--kv-memory", type=int, help="MiB of the server's KV caches and finished texts")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -218,11 +231,13 @@ def main() -> None:
     if args.kv_memory is not None:
         os.environ["CARDS_ENGINE__KV_MEMORY"] = str(args.kv_memory * 2**20)
     with server(options) as (url, process):
-        with CardsLLM(**options) as llm:
-            found["latency"] = latency(url, llm, args.requests)
-        print(json.dumps(found["latency"], indent=2), flush=True)
-        found["load"] = asyncio.run(load(url, process, args.clients, args.seconds))
-    print(json.dumps(found["load"], indent=2))
+        if args.requests:
+            with CardsLLM(**options) as llm:
+                found["latency"] = latency(url, llm, args.requests)
+            print(json.dumps(found["latency"], indent=2), flush=True)
+        if args.seconds:
+            found["load"] = asyncio.run(load(url, process, args.clients, args.seconds))
+            print(json.dumps(found["load"], indent=2))
     if args.out:
         args.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
