@@ -29,11 +29,13 @@ from rich.console import Console
 from rich.table import Table
 
 from cards_integrations.decoding import (
+    AdaSearch,
     BestOfN,
     Cards,
     Cascade,
     Decoding,
     FixedLength,
+    OptimalStopping,
     Particles,
     SegmentBestOfN,
     TreeBoN,
@@ -79,6 +81,9 @@ def arms(boundary: Uncertainty, targets: tuple[float, ...], layers: tuple[int, .
         for length in layers
     }
     found["particles 32"] = Particles(n=32, beta=0.1, boundary=boundary)
+    found |= {"AdaSearch 16": AdaSearch(n=16), "AdaBeam 16": AdaSearch(n=16, beams=4, blocks=8)}
+    found["STARS, blocks of 12"] = Cards(boundary=FixedLength(length=12))  # arXiv 2511.03827
+    found["optimal stopping"] = Cards(acceptance=OptimalStopping(price=0.02, unit="std", batch=8), boundary=boundary)
     found["CARDS"] = Cards(boundary=boundary)
     found |= {f"CARDS, target {t}": Cards(target_reward=t, beta=0.1, boundary=boundary) for t in targets}
     found |= {f"Cascade {budget}": Cascade(budget=budget) for budget in (1.2, 1.35, 1.4, 1.6, 2.0, 3.0, 4.0, 8.0, 12.0)}
