@@ -279,6 +279,7 @@ def grounded(options: argparse.Namespace) -> dict[str, Any]:
     patterns = [pattern for *_, pattern in QUESTIONS] * SEEDS
     methods: dict[str, dict[str, Any]] = {
         "plain": {"decoding": Sampling()},
+        "plain, greedy": {"decoding": Sampling(), "temperature": 0.0},  # the same for every seed
         "Cascade, groundedness by likelihood": {"decoding": Cascade(), "reward": GroundednessReward()},
         "CARDS, groundedness by likelihood": {"decoding": Cards(), "reward": GroundednessReward()},
         "CARDS, groundedness by embedding": {"decoding": Cards(), "reward": GroundednessReward(by="embedding")},
