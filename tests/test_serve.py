@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -645,6 +646,31 @@ def test_memory_is_given_back_as_long_as_it_serves(monkeypatch: pytest.MonkeyPat
     with memory.giving_back(0.001):
         until(lambda: len(calls) > 2)
     until(lambda: not any(thread.name == "cards-memory" for thread in threading.enumerate()))
+
+
+HEAPS = """
+import ctypes, threading
+from cards_integrations.server import memory
+if {shared}:
+    memory.share_one_heap()
+libc = ctypes.CDLL(None)
+threads = [threading.Thread(target=lambda: [bytes(1000) for _ in range(100)]) for _ in range(4)]
+for each in threads:
+    each.start()
+for each in threads:
+    each.join()
+libc.malloc_info(0, ctypes.c_void_p.in_dll(libc, "stdout"))
+libc.fflush(None)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no heap for each thread")
+def test_all_threads_of_a_server_allocate_from_one_heap() -> None:
+    def heaps(shared: bool) -> int:
+        command = [sys.executable, "-c", HEAPS.format(shared=shared)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.count("<heap")
+
+    assert heaps(shared=True) == 1 < heaps(shared=False)
 
 
 @pytest.mark.slow

@@ -138,8 +138,9 @@ def run(options: Any, settings: ServerSettings, log_level: str = "info", access_
     import uvicorn
 
     from cards_integrations.server.app import create_app
-    from cards_integrations.server.memory import give_back_unused, giving_back
+    from cards_integrations.server.memory import give_back_unused, giving_back, share_one_heap
 
+    share_one_heap()
     app = create_app(options, settings)
     if not settings.api_keys and settings.host not in LOOPBACK:
         typer.echo(f"warning: anybody who reaches {settings.host} may ask: set CARDS_SERVER_API_KEY.", err=True)
