@@ -1,9 +1,9 @@
 """What the server costs: segments through it against the same ones without it, then many things at once for a while.
 
-    python benchmarks/serve.py                                         # SmolLM2; five minutes of load
+    python benchmarks/serve.py                                         # SmolLM2; five minutes of load or more
     python benchmarks/serve.py --model ../shared/models/stories260k --reward ../shared/models/rm-sentiment-stories260k \
         --seconds 60
-    python benchmarks/serve.py --requests 2 --clients 8 --kv-memory 128    # MiB, which are full within two minutes
+    python benchmarks/serve.py --requests 0 --clients 6 --kv-memory 128    # MiB; the load alone
 
 The server is a process of its own. For the latency, one request after the other goes to it and, with the same seed, to
 an engine in this process, in turns, by a method whose segments come one after the other (those of a search come
@@ -55,7 +55,7 @@ KINDS: dict[str, tuple[int, dict[str, Any]]] = {
     "refused": (1, {"cards": {"reward": {"kind": "function", "function": "os.system"}}}),
 }
 """The requests of the load: how often each is made among the others, and what it asks for."""
-PARTS = 5  # in which the time of the load is told: minutes of the five
+PARTS = 5  # in which the time of the load is told
 
 
 @contextmanager
@@ -170,7 +170,7 @@ async def numbers(client: httpx.AsyncClient) -> dict[str, float]:
 
 async def load(url: str, process: psutil.Process, clients: int, seconds: int) -> dict[str, Any]:
     """Many clients for a while; the memory of the server every second."""
-    outcomes, over = Counter[str](), asyncio.Event()
+    outcomes, over, began = Counter[str](), asyncio.Event(), time.monotonic()
     memory: list[float] = []
     texts: list[float] = []
 
@@ -189,11 +189,13 @@ async def load(url: str, process: psutil.Process, clients: int, seconds: int) ->
         over.set()
 
     await asyncio.gather(watch(), *map(ask, range(clients)))
+    minutes = (time.monotonic() - began) / 60
     await asyncio.sleep(2)
     async with httpx.AsyncClient(base_url=url) as client:
         metrics = await numbers(client)
     return {
         "times that memory was looked at, a second or more apart": seconds,
+        "minutes, until the last answer": round(minutes, 1),
         "clients": clients,
         "requests": outcomes.total(),
         "outcomes": dict(sorted(outcomes.items())),
