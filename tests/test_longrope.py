@@ -14,7 +14,9 @@ import pytest
 import reference
 import tiny
 import torch
+import transformers
 from conftest import Start
+from packaging.version import Version
 from speculator import Eager, Watch
 from transformers import DynamicCache
 
@@ -55,7 +57,11 @@ OTHERS: dict[str, dict[str, Any]] = {
     },
     "dynamic": {"rope_type": "dynamic", "factor": 2.0},
 }
-TABLE = [*OTHERS, "phi3", "phi3 with a window", "phimoe", "llama", "qwen3", "gemma3_text"]
+INSTALLED = Version(transformers.__version__)
+NO_GEMMA = pytest.mark.skipif(INSTALLED.release < (5, 22), reason="Gemma 3 with longrope raises in transformers")
+OTHER_PHI = pytest.mark.skipif(INSTALLED.release < (5, 20), reason="generate of transformers gives another text")
+GEMMA = pytest.param("gemma3_text", marks=NO_GEMMA)
+TABLE = [*OTHERS, "phi3", "phi3 with a window", "phimoe", "llama", "qwen3", GEMMA]
 GREEDY, DRAWN = Sampler(temperature=0), Sampler(temperature=1.0)
 CARDS = Cards(
     target_reward=1.0, beta=0.4, max_rejections=4, boundary=Uncertainty(threshold=2.95, min_length=2, max_length=8)
@@ -172,7 +178,7 @@ def test_a_text_is_the_same_alone_beside_others_and_growing(kind: str, made: Cal
     assert engine.inspect().idle
 
 
-@pytest.mark.parametrize("kind", ["phi3", "llama"])
+@pytest.mark.parametrize("kind", [pytest.param("phi3", marks=OTHER_PHI), "llama"])
 def test_the_family_s_own_generate_is_what_is_meant(kind: str, made: Callable[..., str], start: Start) -> None:
     engine, model = start(made(kind)), causal(kind)
     assert reads_again(model, SWITCH) == (kind == "phi3")
@@ -423,9 +429,9 @@ def test_one_switch_for_all_layers() -> None:
         exact.check_exact(tiny.causal("gemma3_text", rope_parameters=scaling))
 
 
-def test_the_config_is_as_before_after_the_trial() -> None:
-    for kind in ("phi3", "llama", "gemma3_text"):
-        model = causal(kind)
-        before = model.config.to_dict()
-        exact.check_exact(model)
-        assert {**model.config.to_dict(), "_attn_implementation": ""} == {**before, "_attn_implementation": ""}
+@pytest.mark.parametrize("kind", ["phi3", "llama", GEMMA])
+def test_the_config_is_as_before_after_the_trial(kind: str) -> None:
+    model = causal(kind)
+    before = model.config.to_dict()
+    exact.check_exact(model)
+    assert {**model.config.to_dict(), "_attn_implementation": ""} == {**before, "_attn_implementation": ""}
