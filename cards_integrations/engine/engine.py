@@ -269,7 +269,7 @@ class Engine:
             worker = self._worker
             if self._closed or worker is None:
                 return EngineState("closed" if self._closed else "new")
-            waiting = len(self._unanswered)
+            waiting = sum(not each.done() for each in list(self._unanswered))  # whose callbacks come a moment later
             future = worker.submit(worker.inspect())
         try:
             return replace(future.result(), waiting=waiting)

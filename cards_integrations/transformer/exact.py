@@ -60,7 +60,9 @@ def check_exact(model: Any) -> None:
             _try(model, ids, plain)
     except Exception as error:
         model.set_attn_implementation("eager" if native == NAME else native)
-        raise (error if isinstance(error, ModelError) else cannot_run(model, error)) from error
+        if isinstance(error, ModelError):
+            raise
+        raise cannot_run(model, error) from error
     _exact.add(model)
 
 
