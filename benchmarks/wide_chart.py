@@ -1,6 +1,6 @@
 """The picture of what wide.py found: both rewards over the time of an answer.
 
-    python benchmarks/wide_chart.py wide-tiny-h200-1 wide-smollm2-h200-1 [--out docs/wide.png]
+    python benchmarks/wide_chart.py [wide-tiny-h200-1 wide-smollm2-here-16] [--out docs/wide.png]
 
 A column for each of the results: in the first row the guiding reward, in the second the held-out one, means with 95%
 intervals over prompts. Points of a family of methods are joined in the order of their time.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter
 
 RESULTS = Path(__file__).parent / "results"
+SHOWN = ("wide-tiny-h200-1", "wide-smollm2-here-16")  # in docs/comparison.md
 FAMILIES = {  # the beginnings of their names, the first that fits, and how they are drawn
     "plain": ("plain", "#555555", "*"),
     "best-of-N per segment": ("best-of-8 per|best-of-16 per", "#8fbf8f", "v"),
@@ -70,26 +72,31 @@ def panel(axis: Axes, found: dict[str, Any], reward: str) -> None:
     axis.grid(alpha=0.3)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="+", help="Names of files in results/, without .json.")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "docs" / "wide.png")
-    options = parser.parse_args()
-    columns = len(options.results)
+def draw(names: Sequence[str], target: Path) -> None:
+    """Draw these results, a column for each."""
+    columns = len(names)
     figure, axes = plt.subplots(2, columns, figsize=(6 * columns, 8), squeeze=False, sharex="col")
-    for column, name in enumerate(options.results):
+    for column, name in enumerate(names):
         found = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
         for row, reward in enumerate(("guiding", "held-out")):
             panel(axes[row, column], found, reward)
             axes[row, column].set_ylabel(f"{reward} reward")
         axes[0, column].set_title(title(name), fontsize=10)
         axes[1, column].set_xlabel("time of an answer over that of a plain one")
-    handles = {
-        label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=5, fontsize=9, frameon=False)
+    drawn = [axis.get_legend_handles_labels() for axis in axes[0]]
+    labels = {label: handle for handles, names in drawn for handle, label in zip(handles, names, strict=True)}
+    figure.legend(labels.values(), labels.keys(), loc="lower center", ncols=5, fontsize=9, frameon=False)
     figure.tight_layout(rect=(0, 0.07, 1, 1))
-    figure.savefig(options.out, dpi=100)
+    figure.savefig(target, dpi=100)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="*", default=SHOWN, help="Names of files in results/, without .json.")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "docs" / "wide.png")
+    options = parser.parse_args()
+    draw(options.results, options.out)
 
 
 if __name__ == "__main__":

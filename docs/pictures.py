@@ -161,6 +161,14 @@ def chart_of_methods(picture: Picture) -> None:
     found.plot("looked_at_tokens").savefig(picture.path, dpi=130)
 
 
+def chart_of_wide_steps(picture: Picture) -> None:
+    """The chart of what `benchmarks/wide.py` found."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from wide_chart import SHOWN, draw
+
+    draw(SHOWN, picture.path)
+
+
 def photograph(picture: Picture, address: str, width: int) -> None:
     """Photograph a page at this width, dark if the name of the picture says so, and cut off what is empty below."""
     from PIL import Image, ImageChops
@@ -206,6 +214,7 @@ CHARTS = [  # of results that are kept; the benchmarks draw them, too
     Picture("benchmarks/results/speed.png", "docs/performance.md", chart_of_speed),
     Picture("benchmarks/results/methods-smollm2.png", "docs/comparison.md", chart_of_methods),
     Picture("benchmarks/results/methods-tiny.png", "docs/comparison.md", chart_of_methods),
+    Picture("docs/wide.png", "docs/comparison.md", chart_of_wide_steps),
 ]
 
 
