@@ -84,7 +84,7 @@ def draw(names: Sequence[str], target: Path) -> None:
         axes[0, column].set_title(title(name), fontsize=10)
         axes[1, column].set_xlabel("time of an answer over that of a plain one")
     drawn = [axis.get_legend_handles_labels() for axis in axes[0]]
-    labels = {label: handle for handles, names in drawn for handle, label in zip(handles, names, strict=True)}
+    labels = {label: handle for handles, each in drawn for handle, label in zip(handles, each, strict=True)}
     figure.legend(labels.values(), labels.keys(), loc="lower center", ncols=5, fontsize=9, frameon=False)
     figure.tight_layout(rect=(0, 0.07, 1, 1))
     figure.savefig(target, dpi=100)

@@ -100,7 +100,7 @@ def reads_padded(model: Any, tokenizer: Any, window: int) -> bool:
 
 def _alike(model: Any, one: torch.Tensor, other: torch.Tensor) -> bool:
     """True if the logits of whole texts differ by rounding alone; those that are no numbers are told by the scores."""
-    most = EXACT if model.dtype == torch.float32 and not is_quantized(model) else ROUNDED
+    most = ROUNDED if _rounds(model) else EXACT
     return torch.allclose(one, other, rtol=most, atol=most, equal_nan=True)
 
 
@@ -139,6 +139,11 @@ def _short_reach(config: Any) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(config, name, value)
+
+
+def _rounds(model: Any) -> bool:
+    """True for weights of less than float32."""
+    return model.dtype != torch.float32 or is_quantized(model)
 
 
 def _has_head(model: Any) -> bool:
@@ -201,7 +206,6 @@ def _compare(model: Any, found: dict[tuple[int, int], torch.Tensor], plain: torc
         return  # the numbers are too large for the model's dtype, which its first answer tells
     off = [float((a - b).norm() / (b - b.mean()).norm()) for a, b in zip(found.values(), expected, strict=True)]
     off = sorted(math.inf if math.isnan(each) else each for each in off)
-    rounded = model.dtype != torch.float32 or is_quantized(model)
-    error, most = (off[len(off) // 2], ROUNDED) if rounded else (off[-1], EXACT)
+    error, most = (off[len(off) // 2], ROUNDED) if _rounds(model) else (off[-1], EXACT)
     if not error <= most:
         raise cannot_run(model, f"what it gives beside other texts is {error:.1%} off from what it gives alone.")
