@@ -87,6 +87,25 @@ def held(engine: Engine, timeout: float) -> Iterator[None]:
         go_on.set()
 
 
+def at_steps(engine: Engine, calls: dict[int, Callable[[], object]]) -> None:
+    """Call something in the running event loop after the engine's n-th forward; the engine waits for its end."""
+    loop, steps = asyncio.get_running_loop(), worker(engine).steps
+    step = steps.step
+
+    def watched() -> int:
+        turns = step()
+        for number in sorted(calls):
+            if steps.stepwise is not None and steps.stepwise.steps >= number:
+                asyncio.run_coroutine_threadsafe(_called(calls.pop(number)), loop).result(10)
+        return turns
+
+    steps.step = watched  # type: ignore[method-assign]
+
+
+async def _called(call: Callable[[], object]) -> None:
+    call()
+
+
 def is_closed(engine: Engine) -> bool:
     """True from the moment on in which closing has begun; does not wait for the engine's thread."""
     return engine._closed

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -97,11 +96,10 @@ class Freed:
         self.engine = engine
 
     async def after(self, end: str, requests: list[Request]) -> None:
+        await asyncio.to_thread(self.engine.loaded)
         tasks = [asyncio.create_task(self.engine.arun(request)) for request in requests]
         if end == "a cancellation":
-            for later, task in enumerate(tasks):
-                await asyncio.to_thread(self._step, 3 * (later + 1))
-                task.cancel()
+            internals.at_steps(self.engine, {3 * (later + 1): task.cancel for later, task in enumerate(tasks)})
         found = await asyncio.gather(*tasks, return_exceptions=True)
         kinds = {"the end": Alignment, "a cancellation": asyncio.CancelledError, "error": RewardError}
         assert {type(one) for one in found} == {kinds[end]}
@@ -110,7 +108,3 @@ class Freed:
                 return
             await asyncio.sleep(0.002)
         internals.assert_idle(self.engine)
-
-    def _step(self, number: int) -> None:
-        while self.engine.inspect().steps < number:
-            time.sleep(0.001)
