@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -21,6 +22,7 @@ __all__ = [
     "SettingsError",
 ]
 
+_UNION_MEMBER = re.compile(r"\[|^(constrained-)?(int|float|str|bool)$")  # as pydantic writes it into a path
 _EXCERPT = Repr()
 _EXCERPT.maxlevel, _EXCERPT.maxstring, _EXCERPT.maxother = 4, 200, 200
 
@@ -43,12 +45,17 @@ class Problem:
     what: str
     value: str = ""
 
+    @property
+    def path(self) -> str:
+        """Where it is, as it is told: without the types of a union."""
+        return ".".join(step for step in map(str, self.where) if not _UNION_MEMBER.search(step))
+
     def inside(self, outer: tuple[int | str, ...]) -> Problem:
         """The same, of settings that are themselves at this path."""
         return replace(self, where=(*outer, *self.where))
 
     def __str__(self) -> str:
-        path = ".".join(step for step in map(str, self.where) if "[" not in step)  # the types of a union have brackets
+        path = self.path
         if not self.value and path in self.what.partition(". ")[0]:
             return self.what  # it names the setting itself
         return f"{path}{self.value}: {self.what}"

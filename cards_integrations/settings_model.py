@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ValidationError, model_validator
@@ -96,7 +97,13 @@ def _settings_error(problems: list[Problem]) -> SettingsError:
 
 def _problems(error: ValidationError, quotes_values: bool = True) -> list[Problem]:
     found = [problem for details in error.errors(include_url=False) for problem in _found(details, quotes_values)]
-    return [problem for problem in found if not any(_is_within(other.where, problem.where) for other in found)]
+    found = [problem for problem in found if not any(_is_within(other.where, problem.where) for other in found)]
+    by_place: dict[tuple[str, str], Problem] = {}  # what the types of a union say is one problem
+    for problem in found:
+        place = problem.path, problem.value
+        before = by_place.get(place)
+        by_place[place] = replace(before, what=f"{before.what}; or: {problem.what}") if before else problem
+    return [*by_place.values()]
 
 
 def _is_within(path: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bool:
@@ -112,7 +119,11 @@ def _found(details: ErrorDetails, quotes_values: bool) -> list[Problem]:
         return [problem.inside(where) for problem in cause.problems or (Problem((), str(cause)),)]
     value, said = details["input"], details["msg"].removeprefix("Value error, ")
     if details["type"] == "union_tag_invalid":
-        return [Problem(where, said + _near(context["tag"], context["expected_tags"]))]
+        tag, known = context["tag"], context["expected_tags"]
+        shown = f"={short_repr(tag)}" if quotes_values else ""
+        return [Problem(where, f"must be one of {known}{_near(tag, known)}", shown)]
+    if details["type"] in ("model_type", "model_attributes_type"):
+        said = f"pass {context.get('class_name', 'a settings object')} or a mapping of its settings."
     if details["type"] == "literal_error":
         said += _near(value, context["expected"])
     quoted = isinstance(value, (int, float)) or (quotes_values and isinstance(value, str))  # a mapping may hold a key

@@ -242,7 +242,8 @@ NEAR: dict[str, tuple[Callable[[], Any], str, str]] = {
     ),
     "a gate": (lambda: GateReward(gate="sentimnt", reward="sentiment"), "gate: ", "sentiment"),
     "a setting of a method": (lambda: CardsLLM(decoding={"method": "cards", "betta": 1}), "decoding.betta: ", "beta"),
-    "a boundary": (lambda: Cards(boundary={"kind": "uncertanty"}), "boundary: ", "uncertainty"),
+    "a boundary": (lambda: Cards(boundary={"kind": "uncertanty"}), "boundary='uncertanty': ", "uncertainty"),
+    "a boundary by name": (lambda: Cards(boundary="punctuaton"), "boundary='punctuaton': ", "punctuation"),
     "a setting of a boundary": (
         lambda: CardsSettings(decoding={"method": "cards", "boundary": {"kind": "uncertainty", "treshold": 1}}),
         "decoding.boundary.uncertainty.treshold: ", "threshold",
@@ -285,6 +286,25 @@ def test_the_path_is_told_by_yaml_and_by_a_call_as_well(tmp_path):
     for read in (lambda: CardsSettings.from_yaml(file), lambda: CardsLLM().align("Hello", decoding=wrong)):
         with pytest.raises(SettingsError, match=r"^decoding\.nn: BestOfN has no such setting. Did you mean 'n'"):
             read()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (lambda: CardsLLM(engine="cpu"), "engine='cpu': pass EngineSettings or a mapping of its settings."),
+        (lambda: Cards(boundary=5), "boundary=5: pass a settings object or a mapping of its settings."),
+        (lambda: EngineSettings(threads="lots"), r"threads='lots': Input .*; or: Input should be 'auto'"),
+        (lambda: Cards(target_reward="high"), r"target_reward='high': Input .*; or: Input should be 'auto'"),
+    ],
+)
+def test_a_value_of_another_type_is_told_once(wrong, said):
+    with pytest.raises(SettingsError, match=f"^{said}$"):
+        wrong()
+
+
+def test_a_boundary_is_known_by_its_name():
+    settings = CardsSettings(decoding={"method": "cards", "boundary": "punctuation"})
+    assert settings.decoding == Cards(boundary=Punctuation())
 
 
 def test_several_mistakes_are_all_told():

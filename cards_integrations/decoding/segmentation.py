@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field, FiniteFloat, model_validator
+from pydantic import BeforeValidator, Field, FiniteFloat, model_validator
 
 from cards_integrations.models.base import Boundary
 from cards_integrations.uncertainty import Measure, uncertainty
@@ -90,4 +90,9 @@ class FixedLength(Boundary):
         return self.length
 
 
-AnyBoundary = Annotated[Uncertainty | FixedLength | Punctuation, Field(discriminator="kind")]
+def _by_name(value: Any) -> Any:
+    return {"kind": value} if isinstance(value, str) else value
+
+
+AnyBoundary = Annotated[Uncertainty | FixedLength | Punctuation, Field(discriminator="kind"), BeforeValidator(_by_name)]
+"""A boundary, its settings, or only its name."""
