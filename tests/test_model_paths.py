@@ -14,7 +14,7 @@ from tokenizers import processors
 
 from cards_integrations.decoding import Sampling
 from cards_integrations.engine import Request
-from cards_integrations.errors import ModelError
+from cards_integrations.errors import ModelError, SettingsError
 from cards_integrations.models.local.loader import ModelLoader
 from cards_integrations.models.local.resolve import resolve_model
 from cards_integrations.models.local.settings import LocalModel, Placement
@@ -51,6 +51,24 @@ def test_a_directory_without_a_config(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ModelError, match=r"It is an adapter: pass it as adapter="):
         loader().causal(LocalModel(model=str(tmp_path)))
+
+
+def test_an_adapter_that_is_none_is_told_before_anything_is_read(
+    models: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "adapters" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "adapters")
+    said = {
+        "./mien": (ModelError, r"adapter='\./mien': there is no such file or directory .*Did you mean 'mine'"),
+        "./mine": (ModelError, r"adapter='\./mine': there is no adapter_config\.json in this directory"),
+        "~/adapters/mine": (ModelError, r"adapter='~/adapters/mine': there is no adapter_config\.json"),
+        "mien": (SettingsError, r"adapter='mien': pass a hub id .*Did you mean '\./mine'"),
+        "owner/name": (ModelError, r"adapter='owner/name' cannot be loaded"),
+    }
+    for adapter, (error, match) in said.items():
+        with pytest.raises(error, match=match):
+            loader().causal(LocalModel(model=models("llama"), adapter=adapter))
 
 
 # --- tokenizers ---

@@ -10,6 +10,7 @@ from typing import Any
 from cards_integrations.errors import ModelError
 from cards_integrations.models.local.checks import check_complete, check_finite
 from cards_integrations.models.local.load_lock import load_errors
+from cards_integrations.models.local.resolve import resolve_adapter
 from cards_integrations.models.local.settings import LocalModel
 from cards_integrations.paths import is_directory
 
@@ -25,8 +26,8 @@ def can_share_weights(spec: LocalModel) -> bool:
     assert spec.adapter is not None
     from peft import PeftConfig
 
-    with load_errors(spec.model):
-        config = PeftConfig.from_pretrained(spec.adapter)
+    with load_errors(spec.adapter, "adapter"):
+        config = PeftConfig.from_pretrained(resolve_adapter(spec.adapter))
     keeps_base = getattr(config, "init_lora_weights", None) in (True, False, "gaussian")
     return config.peft_type == "LORA" and config.bias == "none" and keeps_base
 
@@ -39,7 +40,7 @@ def merge_adapter(spec: LocalModel, model: Any, shared: bool) -> Any:
         model: The base model, which is changed.
         shared: Whether its weights are another model's, too; those that the adapter changes are copied.
     """
-    with load_errors(spec.model):
+    with load_errors(spec.adapter or "", "adapter"):
         adapted = _load_adapter(spec, model)
     if shared:
         _copy_adapted_weights(adapted)
@@ -50,13 +51,14 @@ def _load_adapter(spec: LocalModel, model: Any) -> Any:
     """peft's model of a base model, which is changed, and an adapter."""
     from peft import PeftModel
 
+    assert spec.adapter is not None
     with warnings.catch_warnings():
         # peft reads an attribute that transformers has renamed
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         warnings.filterwarnings("error", MISSING)
-        check_finite(f"adapter={spec.adapter!r}", _tensors(spec.adapter or ""))
+        check_finite(f"adapter={spec.adapter!r}", _tensors(spec.adapter))
         try:
-            return PeftModel.from_pretrained(model, spec.adapter or "", autocast_adapter_dtype=False)
+            return PeftModel.from_pretrained(model, resolve_adapter(spec.adapter), autocast_adapter_dtype=False)
         except UserWarning as missing:
             names = re.findall(r"'(.*?)'", str(missing))
             return check_complete(f"adapter={spec.adapter!r}", names, (), f"model={spec.model!r}")
@@ -66,7 +68,7 @@ def brought_by(spec: LocalModel) -> set[str]:
     """Return the names of a model's own weights that its adapter replaces, such as a head that the model lacks."""
     if spec.adapter is None:
         return set()
-    with load_errors(spec.model):
+    with load_errors(spec.adapter, "adapter"):
         return {name.removeprefix("base_model.model.") for name in _tensors(spec.adapter)}
 
 
@@ -97,7 +99,7 @@ def add_adapter(spec: LocalModel, model: Any) -> Any:
     }
     for name, layer in layers.items():
         model.set_submodule(name, _without_weights(layer.out_features, layer.in_features))
-    with load_errors(spec.model), torch.no_grad():
+    with load_errors(spec.adapter, "adapter"), torch.no_grad():
         adapted = _load_adapter(spec, model)
         factors = {name: _factors(spec, layer) for name, layer in _tuned(adapted).items()}
         adapted.unload()
@@ -143,7 +145,7 @@ def label_options(adapter: str | None) -> dict[str, int]:
         return {}
     from safetensors import safe_open
 
-    file = Path(adapter) / WEIGHTS
+    file = Path(resolve_adapter(adapter)) / WEIGHTS
     if not file.is_file():
         return {"num_labels": 1}
     with safe_open(file, "pt") as tensors:
@@ -155,11 +157,12 @@ def _tensors(adapter: str) -> dict[str, Any]:
     """The adapter's own weights, from safetensors; peft would fall back on `adapter_model.bin`."""
     from safetensors.torch import load_file
 
-    if not is_directory(adapter):
+    found = resolve_adapter(adapter)
+    if not is_directory(found):
         from huggingface_hub import hf_hub_download
 
-        return load_file(hf_hub_download(adapter, WEIGHTS))
-    file = Path(adapter) / WEIGHTS
+        return load_file(hf_hub_download(found, WEIGHTS))
+    file = Path(found) / WEIGHTS
     if not file.is_file():
         raise ModelError(f"adapter={adapter!r} has no {WEIGHTS}; weights are not read from pickles.")
     return load_file(file)

@@ -24,15 +24,15 @@ def load_lock() -> Iterator[None]:
 
 
 @contextmanager
-def load_errors(model: str) -> Iterator[None]:
-    """Hold the load lock, and raise a `ModelError` that names the model for whatever else is raised."""
+def load_errors(name: str, setting: str = "model") -> Iterator[None]:
+    """Hold the load lock, and raise a `ModelError` that names the model, or another setting, for whatever is raised."""
     with load_lock():
         try:
             yield
         except CardsError:
             raise
         except Exception as error:
-            raise ModelError(f"model={model!r} cannot be loaded: {error}") from error
+            raise ModelError(f"{setting}={name!r} cannot be loaded: {error}") from error
 
 
 def _renew() -> None:

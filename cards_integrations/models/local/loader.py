@@ -29,7 +29,7 @@ from cards_integrations.models.local.checks import (
 from cards_integrations.models.local.embedded import SMOLLM2, embedded_groups
 from cards_integrations.models.local.load_lock import load_errors, load_lock
 from cards_integrations.models.local.multimodal import drop_other_parts, text_family
-from cards_integrations.models.local.resolve import load_config, read_config, resolve_model
+from cards_integrations.models.local.resolve import load_config, read_config, resolve_adapter, resolve_model
 from cards_integrations.models.local.reward_heads import check_kind, put_own_head
 from cards_integrations.models.local.settings import Bits, DType, LocalModel, Placement
 from cards_integrations.transformer.thread_tuner import ThreadTuner
@@ -216,6 +216,8 @@ class ModelLoader:
 
     def _load(self, spec: LocalModel, family: Any = None, options: dict[str, Any] | None = None) -> Any:
         """A model on the device: of a class that is given, or of that of a language model."""
+        if spec.adapter is not None:
+            resolve_adapter(spec.adapter)  # before anything is read
         from cards_integrations.models.local.quantize import check_quantization, quantize
 
         bits = self._bits(spec)

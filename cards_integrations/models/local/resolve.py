@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from cards_integrations.errors import ModelError, nearest, unknown_name
+from cards_integrations.errors import ModelError, SettingsError, nearest, unknown_name
 from cards_integrations.models.local.embedded import MINILM, SMOLLM2, embedded_model
 from cards_integrations.models.local.gguf_files import converted, gguf_file
 from cards_integrations.models.local.load_lock import load_errors
@@ -47,6 +47,26 @@ def resolve_model(name: str) -> str:
     raise unknown_name("model", name, [SMOLLM2, MINILM], hint, beside)
 
 
+def resolve_adapter(name: str) -> str:
+    """Return the directory or the hub id that peft can load.
+
+    Raises:
+        SettingsError: The name is neither.
+        ModelError: There is no such path, or no adapter in it.
+    """
+    folder = Path(name).expanduser()
+    if is_directory(str(folder)):
+        if not (folder / "adapter_config.json").exists():
+            raise ModelError(f"adapter={name!r}: there is no adapter_config.json in this directory. Check the path.")
+        return str(folder)
+    if _is_path(name):
+        raise ModelError(f"adapter={name!r}: {_what_is_there(folder)}")
+    if "/" in name:
+        return name
+    near = nearest(name, [], {found: repr(f"./{found}") for found in names_beside(folder)})
+    raise SettingsError(f"adapter={name!r}: pass a hub id (owner/name) or a local directory.{near}")
+
+
 def _is_path(name: str) -> bool:
     """True for what can be no hub id, which is "owner/name"."""
     return name.startswith((".", "/", "~", "\\")) or name.count("/") > 1 or name.endswith(("/", ".gguf"))
@@ -55,7 +75,7 @@ def _is_path(name: str) -> bool:
 def _what_is_there(path: Path) -> str:
     """Why a path that is no directory cannot be a model."""
     if path.is_file():
-        return "this is a file; pass the directory that it is in, or a .gguf file."
+        return "this is a file; pass the directory that it is in (or a .gguf file, as a model)."
     there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     if there == Path():
         return "there is no such path."
