@@ -235,9 +235,11 @@ def test_a_reward_may_leave_so_many_calls_hanging_and_is_then_refused_by_name(
 ) -> None:
     """Also if it is made anew for each request; another function is asked, and so is this one when they are back."""
     monkeypatch.setattr(hung_calls, "MOST", 3)
+    hanging: set[threading.Thread] = set()
 
     def made() -> FunctionReward:
         def hangs_here(prompt: str, texts: list[str]) -> list[float]:
+            hanging.add(threading.current_thread())
             gate.wait()
             return [0.0] * len(texts)
 
@@ -247,11 +249,11 @@ def test_a_reward_may_leave_so_many_calls_hanging_and_is_then_refused_by_name(
     told = [str(outcomes(engine, request(made(), seed))[0]) for seed in range(6)]
     assert ["no scores within" in each for each in told] == [True] * 3 + [False] * 3
     assert all("hangs_here" in each and "not asked any more" in each for each in told[3:])
-    assert sum(thread.name == "cards-thread" for thread in threading.enumerate()) == 3
+    assert len(hanging) == 3
     good = FunctionReward(function=lambda prompt, texts: [1.0] * len(texts))
     assert isinstance(outcomes(engine, request(good))[0], Alignment)
     gate.set()
-    wait_until(lambda: not any(thread.name == "cards-thread" for thread in threading.enumerate()))
+    wait_until(lambda: not any(thread.is_alive() for thread in hanging))
     assert isinstance(outcomes(engine, request(made()))[0], Alignment)
     assert not hung_calls.HUNG_CALLS._hanging
 
@@ -929,7 +931,7 @@ if way == "busy":
     threading.Thread(target=keep_busy, daemon=True).start()
 child = os.fork()
 if child == 0:
-    signal.alarm(8)
+    signal.alarm(40)
     attempt(first if way == "held" else engine(model), request)
     sys.exit(0)
 print("child", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
@@ -993,7 +995,7 @@ else:
         time.sleep(0.001)
     time.sleep(0 if way == "loading" else 0.3)
 print("leaving", flush=True)
-faulthandler.dump_traceback_later(8, exit=True)
+faulthandler.dump_traceback_later(40, exit=True)
 """
 )
 
