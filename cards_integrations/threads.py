@@ -92,7 +92,9 @@ def ended_before_exit() -> Iterator[None]:
     thread = threading.current_thread()
 
     def finish() -> None:
-        began = time.monotonic()
+        told, began = sys.unraisablehook, time.monotonic()
+        # raised where nothing can be raised, it is told and forgotten; it will be raised again
+        sys.unraisablehook = lambda what: None if what.exc_type is InterpreterExit else told(what)
         while thread.is_alive() and not (_only_waits(thread) and time.monotonic() > began + EXIT_PATIENCE):
             ctypes.pythonapi.PyThreadState_SetAsyncExc(
                 ctypes.c_ulong(thread.ident or 0), ctypes.py_object(InterpreterExit)

@@ -77,10 +77,10 @@ def replace_scheduler(engine: Engine, other: Scheduler) -> None:
 
 @contextmanager
 def held(engine: Engine, timeout: float) -> Iterator[None]:
-    """The engine's thread does nothing meanwhile."""
+    """The engine's thread does nothing meanwhile; a model that is being loaded is loaded in another one."""
     go_on = threading.Event()
     with suppress(RuntimeError):  # its loop may be gone
-        worker(engine).loop.call_soon_threadsafe(go_on.wait, timeout)
+        (engine._worker or worker(engine)).loop.call_soon_threadsafe(go_on.wait, timeout)
     try:
         yield
     finally:

@@ -20,6 +20,7 @@ from cards_integrations.engine import EngineSettings
 from cards_integrations.errors import SettingsError
 from cards_integrations.rewards import LengthReward
 from cards_integrations.study import Comparison, compare, read_prompts
+from cards_integrations.study.compare import SHORT
 from cards_integrations.study.metrics import distinct, mean, repeated_3grams, self_bleu
 from cards_integrations.study.rows import Results, read_rows
 
@@ -68,10 +69,14 @@ def test_plain_answers_are_scored_by_both_though_nothing_guided_them(found):
 
 def test_an_interrupted_run_goes_on(llm, found, tmp_path, monkeypatch):
     out = tmp_path / "answers.jsonl"
-    calls: list[int] = []
+    calls, warm_ups = [], 0
     own = CardsLLM.align_batch
 
     def counted(self: CardsLLM, prompts: Any, *args: Any, **options: Any) -> Any:
+        nonlocal warm_ups
+        if options.get("max_tokens") == SHORT["max_tokens"]:
+            warm_ups += 1
+            return own(self, prompts, *args, **options)
         calls.append(len(prompts))
         if len(calls) == 3:
             raise KeyboardInterrupt
@@ -82,6 +87,7 @@ def test_an_interrupted_run_goes_on(llm, found, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         compare(llm, ARMS, PROMPTS, **again)
     assert len(out.read_text().splitlines()) == 6
+    assert warm_ups == 2  # each of the arms that have begun, before its clock runs
     with out.open("a") as file:
         file.write('{"arm": "plain", "half a li')
     resumed = compare(llm, ARMS, PROMPTS, **again)
@@ -90,6 +96,7 @@ def test_an_interrupted_run_goes_on(llm, found, tmp_path, monkeypatch):
     assert {(row["arm"], row["prompt"], row["seed"]): row["text"] for row in resumed.rows} == texts
     assert len(resumed.rows) == len(texts)
     assert len(Comparison.load(out).rows) == len(texts)
+    assert warm_ups == 2 + 2  # not the arm that was whole
     compare(llm, ARMS, PROMPTS, **again)
     assert sum(calls) - 4 == 3 * 6
     compare(llm, {"plain": Sampling(chunk=3)}, PROMPTS[:1], **again)  # other settings are another question

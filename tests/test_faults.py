@@ -41,7 +41,7 @@ from cards_integrations.models import sources
 from cards_integrations.models.local import embedded
 from cards_integrations.models.local.load_lock import load_lock
 from cards_integrations.models.sampling import Sampler
-from cards_integrations.rewards import ClassifierReward, FunctionReward, Reward, hung_calls
+from cards_integrations.rewards import ClassifierReward, FunctionReward, LengthReward, Reward, hung_calls
 from cards_integrations.trace import Alignment
 
 PROMPT = "w9 w20 w31 w5"
@@ -908,6 +908,42 @@ def test_without_a_home_the_cache_is_not_in_the_working_folder(monkeypatch: pyte
     if not known:
         monkeypatch.setattr(pwd, "getpwuid", raising(KeyError("uid not found")))
     assert paths.cache_dir().is_absolute()
+
+
+@pytest.mark.parametrize("what", ["an answer", "answers", "scores"])
+def test_whoever_gives_up_during_the_load_leaves_no_word(
+    models: Callable[..., str],
+    start: Start,
+    what: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As Ctrl-C does: nobody waits for the request any more when the engine is closed."""
+    go_on, begun, build = threading.Event(), threading.Event(), worker_module.Worker._build
+
+    def slow(self: worker_module.Worker) -> None:
+        begun.set()
+        go_on.wait(WITHIN)
+        build(self)
+
+    monkeypatch.setattr(worker_module.Worker, "_build", slow)
+    engine = start(models("llama"))
+    ask: dict[str, Callable[[], Any]] = {
+        "an answer": lambda: engine.submit(request(None)),
+        "answers": lambda: engine.submit_many([request(None), request(None)]),
+        "scores": lambda: engine.submit_score(LengthReward(target=3), "w9", ["w20"]),
+    }
+    asked = ask[what]()
+    assert begun.wait(WITHIN)
+    closing = threading.Thread(target=engine.close)
+    with held(engine, WITHIN):
+        asked.cancel()
+        closing.start()
+        wait_until(lambda: is_closed(engine))
+    go_on.set()
+    closing.join(WITHIN)
+    gc.collect()
+    assert not caplog.records
 
 
 # --- processes ---

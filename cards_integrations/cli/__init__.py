@@ -65,4 +65,5 @@ def main() -> None:
         console.print(" ".join(str(error).splitlines()), markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
+        print("cards: interrupted", file=sys.stderr)
         sys.exit(130)

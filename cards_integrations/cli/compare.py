@@ -23,11 +23,16 @@ from cards_integrations.cli.options import (
     llm_from,
 )
 
+METHODS = ("sampling", "best_of_n:n=8", "cascade")  # plain answers, what is simplest, and the default
+
 
 def compare(
     prompts: Annotated[Path, typer.Argument(help="Lines of text, JSON lines, or HH-RLHF.")],
     method: Annotated[
-        list[str] | None, typer.Option(help="A method to compare, as for --decoding; repeat it for each method.")
+        list[str] | None,
+        typer.Option(
+            help=f"A method to compare, as for --decoding; repeat it for each method. [default: {', '.join(METHODS)}]"
+        ),
     ] = None,
     config: ConfigOption = None,
     allow_imports: AllowImportsOption = False,
@@ -52,7 +57,7 @@ def compare(
     from cards_integrations.study import compare as run
     from cards_integrations.study import read_prompts
 
-    arms = {name: decoding_from(name) for name in method or ("sampling", "best_of_n:n=8", "cards")}
+    arms = {name: decoding_from(name) for name in method or METHODS}
     texts, contexts = read_prompts(prompts)
     with llm_from(
         config, allow_imports, assigned, model=model, reward=reward, max_tokens=max_tokens, temperature=temperature

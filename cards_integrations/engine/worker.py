@@ -95,7 +95,7 @@ class Worker:
 
     def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         """Run a coroutine in the worker's loop."""
-        return asyncio.run_coroutine_threadsafe(work, self.loop)
+        return asyncio.run_coroutine_threadsafe(_retrieved(work), self.loop)
 
     def stop(self) -> None:
         """End the thread; whoever waits gets `EngineClosed`. Also runs when the interpreter exits."""
@@ -187,8 +187,6 @@ class Worker:
             in_batch: Leave out of the time limit how long it waits for a row, behind others of the same batch.
             told: Whether the caller learns of its end before that of the batch, and needs no other progress.
         """
-        if task := asyncio.current_task():
-            task.add_done_callback(_retrieve_error)
         with request_span(request, source_name(self.model), emit) as span:
             return span.end(await self._answer(request, span.emit, in_batch, not told and emit is None))
 
@@ -203,7 +201,9 @@ class Worker:
             return_exceptions: Return errors in the places of their answers; else the first one cancels the rest.
         """
         told = on_done is not None
-        tasks = [self.loop.create_task(self.answer(request, in_batch=True, told=told)) for request in requests]
+        tasks = [
+            self.loop.create_task(_retrieved(self.answer(request, in_batch=True, told=told))) for request in requests
+        ]
         if on_done is not None:
             for index, task in enumerate(tasks):
                 task.add_done_callback(partial(_report, on_done, index))
@@ -477,7 +477,13 @@ def _report(on_done: OnDone, index: int, task: asyncio.Task[Alignment]) -> None:
         on_done(index, error if isinstance(error, Exception) else task.result())
 
 
+async def _retrieved(work: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine whose error is looked at in any case: its caller may have gone, and then nobody else does."""
+    if task := asyncio.current_task():
+        task.add_done_callback(_retrieve_error)
+    return await work
+
+
 def _retrieve_error(task: asyncio.Task[Any]) -> None:
-    """Look at a task's error: its caller may have gone, and then nobody else does."""
     if not task.cancelled():
         task.exception()

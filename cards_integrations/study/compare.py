@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticSerializationError
 
 from cards_integrations.decoding import AnyDecoding, Decoding, as_decoding
-from cards_integrations.errors import SettingsError
+from cards_integrations.errors import CardsError, SettingsError
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.progress import Advance, phase, shown
 from cards_integrations.rewards import AnyReward, as_reward
@@ -25,6 +26,7 @@ from cards_integrations.study.rows import Results, Row
 from cards_integrations.trace import Alignment
 
 LLM_OPTIONS = ("model", "max_tokens", "stop", "finish_at", *Sampler.model_fields)  # those on which an answer depends
+SHORT = {"max_tokens": 4, "min_tokens": 0}
 KEY_FIELDS = ("arm", "settings", *LLM_OPTIONS, "guide", "judge", "asked", "context", "seed")
 
 
@@ -81,12 +83,20 @@ def compare(
         rows += [finished[_key(row)] | row for row in wanted if _key(row) in finished]
         missing = [row for row in wanted if _key(row) not in finished]
         with shown(progress and options.progress and bool(missing)), phase(name, len(missing)) as advance:
+            if missing:
+                _warm_up(llm, missing[0], arguments)
             for start in range(0, len(missing), at_once):
                 batch = missing[start : start + at_once]
                 _answer(llm, batch, arguments, rewards, advance)
                 rows += batch
                 results.add(batch)
     return Comparison(tuple(rows))
+
+
+def _warm_up(llm: Aligner, row: Row, arguments: dict[str, Any]) -> None:
+    """Load the models and measure steps and scales by a few tokens, so that no answer takes the time for it."""
+    with suppress(CardsError):  # the answers will tell, those that are too short for a schema will not
+        llm.align_batch([row["asked"]], [row["seed"]], [row["context"]], progress=False, **arguments | SHORT)
 
 
 def _answer(

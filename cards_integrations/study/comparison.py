@@ -134,7 +134,7 @@ class Comparison:
 
     def table(self) -> Table:
         """Return the means as a table for a terminal."""
-        return comparison_report.table(list(self.arms.values()), self.wins)
+        return comparison_report.table(list(self.arms.values()), self.wins, self.baseline)
 
     def plot(self, cost: str = "drafted_tokens") -> Figure:
         """Draw mean rewards over their cost, with 95% intervals.

@@ -39,27 +39,32 @@ Wins = Mapping[str, Mapping[str, Mean | None]]
 """By arm and by name of the reward, the share of wins over the baseline."""
 
 
-def table(arms: Sequence[Arm], wins: Wins) -> Table:
+def table(arms: Sequence[Arm], wins: Wins, baseline: str) -> Table:
     """Return a table for a terminal, with one line for each arm.
 
     Args:
         arms: The arms.
         wins: Their win rates.
+        baseline: The name of the arm that these, and the times, are over.
     """
     from rich.table import Table
 
     rewards = [name for name in WIN_COLUMNS if any(wins[arm.name][name] is not None for arm in arms)][:1]
+    numbers = [name for name in TERMINAL_COLUMNS if any(arm.mean(name) is not None for arm in arms)]
+    [plain] = [arm.mean("seconds") for arm in arms if arm.name == baseline]
     table = Table(box=None)
     table.add_column("", overflow="fold")
-    shown = [COLUMNS[name] for name in TERMINAL_COLUMNS]
-    for heading in (*shown, "distinct-2", *(WIN_COLUMNS[name] for name in rewards)):
+    shown = [COLUMNS[name] for name in numbers]
+    for heading in (*shown, f"time over {baseline}", "distinct-2", *(WIN_COLUMNS[name] for name in rewards)):
         table.add_column(heading, justify="right")
     for arm in arms:
-        means = [arm.mean(name) for name in TERMINAL_COLUMNS]
+        means = [arm.mean(name) for name in numbers]
         cells = ["" if mean is None else f"{mean.value:.3g}" for mean in means]
+        taken = arm.mean("seconds")
+        over = f"{taken.value / plain.value:.2f}" if taken and plain and plain.value else ""
         won = [wins[arm.name][name] for name in rewards]
         rates = ["" if rate is None else f"{100 * rate.value:.0f}" for rate in won]
-        table.add_row(arm.name, *cells, f"{arm.diversity['distinct_2']:.3g}", *rates)
+        table.add_row(arm.name, *cells, over, f"{arm.diversity['distinct_2']:.3g}", *rates)
     return table
 
 
