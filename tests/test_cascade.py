@@ -138,6 +138,21 @@ def test_an_answer_takes_the_time_that_it_may(endless: tuple[str, str], start: S
         assert budget - 0.06 < milliseconds(answer) / plain < budget + 0.06
 
 
+def test_a_budget_that_buys_nothing_is_told_once(
+    endless: tuple[str, str], start: Start, timed: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine, reward = start(endless[0]), ClassifierReward(model=endless[1])
+    for budget in (1.01, 1.01, 1.0, "tokens:1", 2.0):
+        answer = engine.run(request(Cascade(budget=budget), reward))
+        assert answer.plan is not None
+        assert (drafted(answer.plan) > ROOM) == (budget == 2.0)
+    told = [record.getMessage() for record in caplog.records]
+    two = (ROOM * WIDE.draft(2) + WIDE.score(2 * ROOM)) / (ROOM * WIDE.draft(1))
+    [said] = [each for each in told if "buys no second draft" in each]
+    assert said.startswith("budget=1.01 ")
+    assert f"costs {two:.1f} times a plain one" in said
+
+
 def test_those_that_begin_together_count_each_other(endless: tuple[str, str], start: Start, timed: None) -> None:
     engine, reward = start(endless[0]), ClassifierReward(model=endless[1])
     by_time = Cascade(budget=1.4)

@@ -64,6 +64,20 @@ def answers(config: str, prompts: list[str]) -> list[str]:
         return [answer.text for answer in llm.align_batch(prompts)]
 
 
+def test_a_reward_may_be_imported_from_here_if_that_is_allowed(config, tmp_path, monkeypatch):
+    (tmp_path / "my_rewards_of_here.py").write_text("def short(prompt, texts): return [-len(text) for text in texts]")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    asked = ("generate", "Hello", "--config", config, "--json")
+    reward = ("--reward", json.dumps({"kind": "function", "function": "my_rewards_of_here.short"}))
+    refused = CliRunner().invoke(app, [*asked, *reward])
+    assert isinstance(refused.exception, SettingsError)
+    assert "--allow-imports" in str(refused.exception)
+    found = json.loads(run(*asked, *reward, "--allow-imports").stdout)
+    assert found["reward"] == -len(found["text"])
+    assert isinstance(CliRunner().invoke(app, [*asked, *reward]).exception, SettingsError)  # that was for one command
+
+
 def test_generate_prints_the_answer(config):
     (expected,) = answers(config, ["Hello"])
     assert run("generate", "Hello", "--config", config).stdout == expected + "\n"

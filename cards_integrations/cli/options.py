@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,8 +15,31 @@ from cards_integrations.errors import SettingsError, short_repr
 if TYPE_CHECKING:
     from cards_integrations.llm import CardsLLM
 
+
+@contextmanager
+def imports_from_here() -> Iterator[None]:
+    """Let settings name code to import, from the working directory, too, where Python itself would look."""
+    from cards_integrations.rewards.function import imports_allowed
+
+    if "" not in sys.path:
+        sys.path.append("")  # last, so that nothing there hides a library
+    with imports_allowed():
+        yield
+
+
+def _allow_imports(context: typer.Context, allowed: bool) -> bool:
+    if allowed:
+        context.with_resource(imports_from_here())  # as long as the command runs
+    return allowed
+
+
 ConfigOption = Annotated[Path | None, typer.Option(help="Settings as YAML; the other options override it.")]
-AllowImportsOption = Annotated[bool, typer.Option(help="Let the settings import the reward function that they name.")]
+AllowImportsOption = Annotated[
+    bool,
+    typer.Option(
+        help="Let the settings, --reward included, import the reward function that they name.", callback=_allow_imports
+    ),
+]
 ModelOption = Annotated[str | None, typer.Option(help="Name, hub id or directory of the language model.")]
 RewardOption = Annotated[
     str | None, typer.Option("--reward", help="Name, kind, hub id, directory or JSON of the reward.")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
-from cards_integrations.decoding.base import Decoding, Session
+from cards_integrations.decoding.base import Decoding, Session, StepCosts
 from cards_integrations.decoding.beam import Beam
 from cards_integrations.decoding.registry import register_method
 from cards_integrations.decoding.search_plan import CountedTokens, plan_search
@@ -16,6 +17,8 @@ from cards_integrations.trace import SearchPlan
 FLAT = 0.05  # of the largest gain so far: less than that is no gain
 TOKENS = "tokens:"
 MOST = 1000
+log = logging.getLogger("cards_integrations")
+_told: set[float] = set()  # budgets that bought nothing
 
 
 def _as_budget(value: Any) -> float | str:
@@ -72,4 +75,21 @@ class Cascade(Decoding):
     async def _planned(self, session: Session) -> SearchPlan:
         if isinstance(self.budget, str):
             return plan_search(float(self.budget.removeprefix(TOKENS)), CountedTokens(), session.max_tokens)
-        return plan_search(self.budget, await session.step_costs(), session.max_tokens)
+        costs = await session.step_costs()
+        plan = plan_search(self.budget, costs, session.max_tokens)
+        if self.budget > 1 and all(stage.width == 1 for stage in plan.rounds):
+            _warn_of_plain(self.budget, costs, session.max_tokens)
+        return plan
+
+
+def _warn_of_plain(budget: float, costs: StepCosts, tokens: int) -> None:
+    """Tell that a budget buys nothing, once in a process."""
+    if budget in _told:
+        return
+    _told.add(budget)
+    two = (tokens * costs.draft(2) + costs.score(2 * tokens)) / (tokens * costs.draft(1))
+    log.warning(
+        "budget=%g buys no second draft on this device now: the choice between two answers costs %.1f times a plain "
+        "one. The answer is plain. Use budget='tokens:5', or a larger one.",
+        budget, two,
+    )  # fmt: skip

@@ -33,8 +33,8 @@ def imports_allowed(allowed: bool = True) -> Iterator[None]:
 def _permitted(value: Any) -> Any:
     if isinstance(value, str) and not (_allowed.get() or os.environ.get("CARDS_ALLOW_IMPORTS") == "1"):
         raise SettingsError(
-            f"reward.function={value!r} would import code that a settings file names. If you trust it, pass "
-            "allow_imports=True to from_settings or from_yaml, or set CARDS_ALLOW_IMPORTS=1."
+            f"reward.function={value!r} would import code that settings name. If you trust it, pass --allow-imports on "
+            "the command line, allow_imports=True to from_settings or from_yaml, or set CARDS_ALLOW_IMPORTS=1."
         )
     return value
 
