@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel
 
-from cards_integrations.errors import SettingsError, unknown_name
+from cards_integrations.errors import SettingsError, short_repr, unknown_name
 
 B = TypeVar("B", bound=BaseModel)
 
@@ -99,6 +99,30 @@ def from_json(setting: str, value: Any) -> Any:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
         raise SettingsError(f"{setting} is not JSON: {error}") from None
+
+
+def assignments(setting: str, parts: Iterable[str]) -> dict[str, Any]:
+    """The settings of texts such as `beta=0.1`, whose values are YAML.
+
+    Args:
+        setting: What they were given for, for errors.
+        parts: The texts.
+
+    Raises:
+        SettingsError: If one is no assignment, or its value is not YAML.
+    """
+    import yaml
+
+    fields: dict[str, Any] = {}
+    for part in parts:
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise SettingsError(f"{setting}: {part!r} is not setting=value.")
+        try:
+            fields[key.strip()] = yaml.safe_load(value)
+        except Exception:  # PyYAML raises errors of many types for a bad scalar
+            raise SettingsError(f"{setting}: {short_repr(value)} is not a value.") from None
+    return fields
 
 
 def _path(cls: type) -> str:

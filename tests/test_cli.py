@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,12 +18,12 @@ import pytest
 import scripted
 from typer.testing import CliRunner
 
-from cards_integrations import CardsLLM
+from cards_integrations import CardsLLM, CardsSettings
 from cards_integrations.cli import app, demo, main
-from cards_integrations.cli.options import decoding_from
-from cards_integrations.decoding import BestOfN, Cards, Particles
+from cards_integrations.decoding import BestOfN, Cards, Particles, as_decoding
 from cards_integrations.engine import Engine
 from cards_integrations.errors import SettingsError
+from cards_integrations.rewards import NAMED
 from cards_integrations.rewards.registry import GROUP
 from cards_integrations.transformer.step_times import POINTS
 
@@ -251,13 +252,24 @@ def test_a_broken_plugin_is_a_line_of_the_list(monkeypatch):
     ],
 )
 def test_methods_of_the_command_line(text, expected):
-    assert decoding_from(text) == expected
+    assert as_decoding(text) == expected
+
+
+def test_the_help_tells_the_defaults():
+    fields, said = CardsSettings.model_fields, " ".join(run("generate", "--help").stdout.replace("│", " ").split())
+    defaults = {
+        "model": fields["model"].default.model, "reward": "sentiment", "decoding": fields["decoding"].default.method,
+        **{name: f"{fields[name].default:g}" for name in ("max_tokens", "temperature", "top_k", "top_p")},
+    }  # fmt: skip
+    assert fields["reward"].default == NAMED["sentiment"]
+    for name, default in defaults.items():
+        assert re.search(rf"--{name.replace('_', '-')} .*?by default {re.escape(default)}\.", said), name
 
 
 def test_methods_that_cannot_be_read():
     for text in ("card", "best_of_n:3", "best_of_n:n=x"):
         with pytest.raises((SettingsError, ValueError)):
-            decoding_from(text)
+            as_decoding(text)
 
 
 @pytest.mark.parametrize(
@@ -266,7 +278,7 @@ def test_methods_that_cannot_be_read():
         ([], "cards generate: give a prompt"),
         (["Hi", "--temperature", "-1"], "temperature=-1.0: Input should be greater"),
         (["Hi", "--max-tokens", "0"], "max_tokens=0: Input should be greater"),
-        (["Hi", "--decoding", "cards:beta=-1"], "beta"),
+        (["Hi", "--decoding", "cards:beta=-1"], "decoding.beta=-1: "),
         (["Hi", "--reward", "nosuch"], "The reward 'nosuch' is not known."),  # longer than a terminal is wide
         (["Hi", "--config", "bad.yaml"], "max_tokens='x': Input should be a valid integer"),
     ],

@@ -18,7 +18,6 @@ from cards_integrations.cli.options import (
     RewardOption,
     SetOption,
     TemperatureOption,
-    decoding_from,
     file_to_write,
     llm_from,
 )
@@ -31,7 +30,8 @@ def compare(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"A method to compare, as for --decoding; repeat it for each method. [default: {', '.join(METHODS)}]"
+            help="A method to compare, as for --decoding; repeat it for each. "
+            f"By default {', '.join(METHODS[:-1])} and {METHODS[-1]}."
         ),
     ] = None,
     config: ConfigOption = None,
@@ -54,10 +54,11 @@ def compare(
     """Answer the same prompts with several methods, and compare what each gains and costs."""
     from rich.console import Console
 
+    from cards_integrations.decoding import as_decoding
     from cards_integrations.study import compare as run
     from cards_integrations.study import read_prompts
 
-    arms = {name: decoding_from(name) for name in method or METHODS}
+    arms = {name: as_decoding(name) for name in method or METHODS}
     texts, contexts = read_prompts(prompts)
     with llm_from(
         config, allow_imports, assigned, model=model, reward=reward, max_tokens=max_tokens, temperature=temperature

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-
-from cards_integrations.errors import SettingsError, short_repr
 
 if TYPE_CHECKING:
     from cards_integrations.llm import CardsLLM
@@ -40,21 +38,27 @@ AllowImportsOption = Annotated[
         help="Let the settings, --reward included, import the reward function that they name.", callback=_allow_imports
     ),
 ]
-ModelOption = Annotated[str | None, typer.Option(help="Name, hub id or directory of the language model.")]
+ModelOption = Annotated[
+    str | None, typer.Option(help="Name, hub id, directory or GGUF file of the language model; by default smollm2.")
+]
 RewardOption = Annotated[
-    str | None, typer.Option("--reward", help="Name, kind, hub id, directory or JSON of the reward.")
+    str | None,
+    typer.Option("--reward", help="Name, kind, hub id, directory or JSON of the reward; by default sentiment."),
 ]
 DecodingOption = Annotated[
-    str | None, typer.Option("--decoding", help="The method, as a name, name:setting=value,..., or JSON.")
+    str | None,
+    typer.Option("--decoding", help="The method, as a name, name:setting=value,..., or JSON; by default cascade."),
 ]
-MaxTokensOption = Annotated[int | None, typer.Option(help="Length limit of an answer, in tokens.")]
-TemperatureOption = Annotated[float | None, typer.Option(help="Temperature of the language model.")]
+MaxTokensOption = Annotated[int | None, typer.Option(help="Length limit of an answer, in tokens; by default 128.")]
+TemperatureOption = Annotated[float | None, typer.Option(help="Temperature of the language model; by default 0.7.")]
 SeedOption = Annotated[int | None, typer.Option(help="Seed of the answer; by default each has a new one.")]
 ThinkingOption = Annotated[
     str | None, typer.Option("--thinking", help="off, free or aligned; by default as the model's chat template does.")
 ]
-TopKOption = Annotated[int | None, typer.Option(help="Draw among so many most probable tokens.")]
-TopPOption = Annotated[float | None, typer.Option(help="Draw among the most probable tokens up to this probability.")]
+TopKOption = Annotated[int | None, typer.Option(help="Draw among so many most probable tokens; by default 40.")]
+TopPOption = Annotated[
+    float | None, typer.Option(help="Draw among the most probable tokens up to this probability; by default 1.")
+]
 StopOption = Annotated[
     list[str] | None, typer.Option("--stop", help="A text at which the answer ends; repeat it for each.")
 ]
@@ -94,13 +98,12 @@ def options_from(
     config: Path | None, allow_imports: bool, assigned: list[str] | None = None, **options: Any
 ) -> dict[str, Any]:
     """The options of a settings file and of the command line, as for `llm_from`."""
+    from cards_integrations.registry import assignments
     from cards_integrations.settings import CardsSettings
 
     settings = CardsSettings.from_yaml(config, allow_imports=allow_imports).options() if config else {}
     given = {name: value for name, value in options.items() if value is not None}
-    if "decoding" in given:
-        given["decoding"] = decoding_from(given["decoding"])
-    return {**settings, **_assignments("--set", assigned or ()), **given}
+    return {**settings, **assignments("--set", assigned or ()), **given}
 
 
 def after_system(prompt: Any, system: str | None) -> Any:
@@ -117,36 +120,3 @@ def after_system(prompt: Any, system: str | None) -> Any:
         return prompt
     asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     return [{"role": "system", "content": system}, *asked]
-
-
-def decoding_from(text: str) -> Any:
-    """Read a decoding method from the command line.
-
-    Args:
-        text: `cards`, `best_of_n:n=8`, `cards:target_reward=1.2,beta=0.1`, or JSON.
-
-    Raises:
-        SettingsError: If it is none.
-    """
-    from cards_integrations.decoding import as_decoding
-
-    if text.lstrip().startswith("{"):
-        return as_decoding(text)
-    name, _, settings = text.partition(":")
-    return as_decoding({"method": name, **_assignments(f"--decoding {text!r}", filter(None, settings.split(",")))})
-
-
-def _assignments(option: str, parts: Iterable[str]) -> dict[str, Any]:
-    """The settings of texts such as `beta=0.1`, whose values are YAML."""
-    import yaml
-
-    fields: dict[str, Any] = {}
-    for part in parts:
-        key, equals, value = part.partition("=")
-        if not equals:
-            raise SettingsError(f"{option}: {part!r} is not setting=value.")
-        try:
-            fields[key.strip()] = yaml.safe_load(value)
-        except Exception:  # PyYAML raises errors of many types for a bad scalar
-            raise SettingsError(f"{option}: {short_repr(value)} is not a value.") from None
-    return fields

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, SerializeAsAny
 
 from cards_integrations.decoding.base import Decoding
 from cards_integrations.errors import SettingsError, short_repr
-from cards_integrations.registry import Registry, from_json
+from cards_integrations.registry import Registry, assignments, from_json
 
 GROUP = "cards_integrations.decoding"
 D = TypeVar("D", bound=Decoding)
@@ -36,6 +36,9 @@ def known_methods() -> list[str]:
 def as_decoding(value: Any) -> Decoding:
     """Make a decoding method from its name, its settings as a dict or as JSON, or itself.
 
+    Args:
+        value: `"cascade"`, `"best_of_n:n=8"`, `"cards:target_reward=1.2,beta=0.1"`, a dict, JSON or a method.
+
     Raises:
         SettingsError: If there is no such method, or the value is of no such form.
     """
@@ -45,7 +48,9 @@ def as_decoding(value: Any) -> Decoding:
     if isinstance(value, type):
         raise SettingsError(f"decoding={value.__name__} is a class: pass an object of it, {value.__name__}().")
     if isinstance(value, str):
-        value = {"method": value}
+        name, _, settings = value.partition(":")
+        own = f"decoding={short_repr(value)}"
+        value = {"method": name, **assignments(own, filter(None, settings.split(",")))}
     if not isinstance(value, dict):
         raise SettingsError(f"decoding={short_repr(value)}: pass a name, a dict with 'method', or a settings object.")
     method = value.get("method", "cards")

@@ -136,7 +136,10 @@ def check_length(prompt_tokens: int, max_tokens: int, window: int) -> None:
         SettingsError: `max_tokens` is too large for the rest.
     """
     if prompt_tokens >= window:
-        raise PromptError(f"The prompt has {prompt_tokens} tokens, and the model's context is {window}.")
+        raise PromptError(
+            f"The prompt has {prompt_tokens} tokens, and the model's context is {window}. Shorten it by "
+            f"{prompt_tokens - window + 1} tokens at least, and by those of the answer."
+        )
     if prompt_tokens + max_tokens > window:
         raise SettingsError(
             f"max_tokens={max_tokens} does not fit: the prompt has {prompt_tokens} tokens, and the "

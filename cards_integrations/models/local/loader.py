@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from cards_integrations.transformer.kv_memory import KVMemory
 
 T = TypeVar("T")
+TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"  # a remark of transformers
 
 
 class ModelLoader:
@@ -208,6 +209,7 @@ class ModelLoader:
             )
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        tokenizer.deprecation_warnings[TOO_LONG] = True  # as if it had been made: what is too long is refused
         return tokenizer
 
     def padding(self, spec: LocalModel) -> int | None:

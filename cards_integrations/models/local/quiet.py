@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-LOGGERS = ("transformers", "sentence_transformers", "peft")
+LOGGERS = ("transformers", "sentence_transformers", "peft", "huggingface_hub")
 
 
 @contextmanager
