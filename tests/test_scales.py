@@ -434,12 +434,12 @@ def run_known(engine: Engine, reward: Reward) -> Any:
 def test_a_reward_that_always_fails_fails_before_anything_is_drafted_for_its_scale(
     start: Start, models: Callable[..., str]
 ) -> None:
-    def needs_three(prompt: str, texts: list[str], more: int) -> list[float]:
-        return [0.0]
+    def has_no_idea(prompt: str, texts: list[str]) -> list[float]:
+        raise ZeroDivisionError("no idea")
 
     engine = start(models("llama"))
-    with pytest.raises(RewardError, match=r"needs_three.*missing a required argument"):
-        engine.run(request(FunctionReward(function=needs_three)))
+    with pytest.raises(RewardError, match=r"has_no_idea.*ZeroDivisionError: no idea"):
+        engine.run(request(FunctionReward(function=has_no_idea)))
     state = engine.inspect()
     assert (state.tokens, state.forwards) == (0, 0)
 

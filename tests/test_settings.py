@@ -302,6 +302,21 @@ def test_a_value_of_another_type_is_told_once(wrong, said):
         wrong()
 
 
+@pytest.mark.parametrize("arity", [1, 3])
+def test_a_reward_function_that_takes_other_arguments_is_refused_when_it_is_given(arity):
+    def one(answers):
+        return [0.0 for _ in answers]
+
+    def three(prompt, answers, more):
+        return [0.0 for _ in answers]
+
+    function = one if arity == 1 else three
+    said = rf"reward 'function {function.__name__}' is called with \(prompt, answers\), .*; but it takes \("
+    with pytest.raises(SettingsError, match=said) as caught:
+        CardsLLM(reward=function)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_boundary_is_known_by_its_name():
     settings = CardsSettings(decoding={"method": "cards", "boundary": "punctuation"})
     assert settings.decoding == Cards(boundary=Punctuation())

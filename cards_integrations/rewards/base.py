@@ -360,11 +360,12 @@ class CallableModel(RewardModel):
     def __init__(self, name: str, function: Callable[[str, list[str]], Scores]) -> None:
         self.name = name
         self.function = function
+        if why := refusal(name, function):
+            raise RewardError(why)
 
     async def score(self, responses: Sequence[Response]) -> Sequence[float]:
         conversation = responses[0].conversation
         prompt, texts = as_text(conversation.prompt), [r.text for r in responses]
-        self._check_signature(prompt, texts)
         if inspect.iscoroutinefunction(self.function):
             found: Scores = self.function(prompt, texts)
         else:
@@ -376,19 +377,21 @@ class CallableModel(RewardModel):
             raise TypeError(f"it returned {type(found).__name__}, not a list of numbers, one for each answer")
         return list(found)
 
-    def _check_signature(self, prompt: str, texts: list[str]) -> None:
-        """Refuse a function that cannot be called so; what it does with the arguments is its own matter."""
-        try:
-            signature = inspect.signature(self.function)
-        except (TypeError, ValueError):  # of some built-in functions nothing is known
-            return
-        try:
-            signature.bind(prompt, texts)
-        except TypeError as error:
-            raise RewardError(
-                f"reward {self.name!r} is called with (prompt, answers), a text and a list of texts, and returns a "
-                f"number for each answer; but it takes {signature}: {error}."
-            ) from None
+
+def refusal(name: str, function: Callable[..., Any]) -> str:
+    """Why a function cannot be called as a reward is; "" if it can: what it does then is its own matter."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # of some built-in functions nothing is known
+        return ""
+    try:
+        signature.bind("", [""])
+    except TypeError as error:
+        return (
+            f"reward {name!r} is called with (prompt, answers), a text and a list of texts, and returns a number for "
+            f"each answer; but it takes {signature}: {error}."
+        )
+    return ""
 
 
 class Instant(RewardModel):

@@ -8,10 +8,10 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ImportString, PlainSerializer, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ImportString, PlainSerializer, TypeAdapter, ValidationError, field_validator
 
 from cards_integrations.errors import SettingsError
-from cards_integrations.rewards.base import CallableModel, Loader, ObjectReward, RewardModel
+from cards_integrations.rewards.base import CallableModel, Loader, ObjectReward, RewardModel, refusal
 from cards_integrations.rewards.registry import register_reward
 
 if TYPE_CHECKING:
@@ -48,6 +48,10 @@ def _import_string(function: Any) -> str:
     raise ValueError(f"{function!r} cannot be imported by name")
 
 
+def _name(function: Any) -> str:
+    return f"function {getattr(function, '__name__', repr(function))}"
+
+
 @register_reward
 class FunctionReward(ObjectReward):
     """A Python function of the prompt and several answers.
@@ -67,7 +71,14 @@ class FunctionReward(ObjectReward):
 
     @property
     def name(self) -> str:
-        return f"function {getattr(self.function, '__name__', repr(self.function))}"
+        return _name(self.function)
+
+    @field_validator("function")
+    @classmethod
+    def _takes_prompt_and_answers(cls, function: Any) -> Any:
+        if why := refusal(_name(function), function):
+            raise SettingsError(why)
+        return function
 
     def build(self, loader: Loader) -> RewardModel:
         return CallableModel(self.name, self.function)
