@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
+from cards_integrations.transformer.cache_layers import cache_argument
 from cards_integrations.transformer.flat_batch import ForwardInput
 from cards_integrations.transformer.forward import Transformer
 
@@ -52,14 +53,14 @@ class Plain:
     """Rows of transformers' own, all after the same prompt."""
 
     def __init__(self, model: Any, prompt: torch.Tensor) -> None:
-        self.model, self.cache = model, DynamicCache(config=model.config)
+        self.model, self.cache = model, {cache_argument(model.forward): DynamicCache(config=model.config)}
         with torch.inference_mode():
-            model(input_ids=prompt.expand(ROWS, -1), past_key_values=self.cache, use_cache=True)
+            model(input_ids=prompt.expand(ROWS, -1), **self.cache, use_cache=True)
 
     @torch.inference_mode()
     def step(self, token: int) -> torch.Tensor:
         ids = torch.full((ROWS, 1), token)
-        logits: torch.Tensor = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True).logits[:, -1]
+        logits: torch.Tensor = self.model(input_ids=ids, **self.cache, use_cache=True).logits[:, -1]
         return logits
 
 

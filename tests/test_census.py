@@ -9,7 +9,7 @@ FAST = {  # some of every kind of attention, position, cache and head
     "causal": [
         "llama", "qwen3", "gemma2", "gemma3_text", "gemma4_text", "mistral", "phi3", "gpt2", "gpt_neox", "opt",
         "mixtral", "cohere2", "gpt_oss", "deepseek_v3", "minicpm3", "llama4_text", "jetmoe", "diffllama", "roberta",
-        "bart", "whisper", "bloom", "mamba", "qwen3_5", "lfm2", "smollm3",
+        "bart", "whisper", "bloom", "mamba", "jamba", "qwen3_5", "lfm2", "smollm3",
     ],
     "classifier": ["qwen3", "gpt_oss", "bloom", "roberta", "qwen3_5", "xlnet", "reformer"],
     "composite": ["gemma3", "gemma4", "mistral3", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "paligemma"],

@@ -58,6 +58,14 @@ def test_whatever_is_replaced_gives_the_same(family: str) -> None:
         torch.testing.assert_close(made(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-4)
 
 
+def test_a_fused_model_s_own_generate_has_its_cache() -> None:
+    made, ids = model(eos_token_id=None), torch.tensor([[7, 8, 9, 30]])
+    plain = copy.deepcopy(made).generate(ids, max_new_tokens=12, do_sample=False)
+    fuse(made)
+    assert count(made, FusedLayer)
+    assert made.generate(ids, max_new_tokens=12, do_sample=False).tolist() == plain.tolist()
+
+
 @pytest.mark.parametrize(
     ("family", "layers", "norms"),
     [("llama", True, True), ("mistral", True, True), ("qwen2", True, True), ("qwen3", False, True),

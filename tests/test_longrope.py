@@ -33,6 +33,7 @@ from cards_integrations.rewards.scorers.input_format import InputFormat
 from cards_integrations.rewards.scorers.rescoring import RescoringClassifier
 from cards_integrations.trace import Alignment, Usage
 from cards_integrations.transformer import exact, forward
+from cards_integrations.transformer.cache_layers import cache_argument
 from cards_integrations.transformer.rope import reads_again, rope_switch
 
 SWITCH, ROOM = 32, 24
@@ -127,7 +128,8 @@ def next_logits(model: Any, prompt: Sequence[int]) -> Callable[[list[int]], torc
             first = len(ids) == len(prompt)
             new, cache = (ids, DynamicCache(config=model.config)) if first else (ids[-1:], step(ids[:-1])[1])
             cache = copy.deepcopy(cache)
-            known[tuple(ids)] = model(torch.tensor([new]), past_key_values=cache).logits[0, -1], cache
+            given = {cache_argument(model.forward): cache}
+            known[tuple(ids)] = model(torch.tensor([new]), **given).logits[0, -1], cache
         return known[tuple(ids)]
 
     @torch.inference_mode()

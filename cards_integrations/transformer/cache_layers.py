@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import torch
@@ -17,6 +19,12 @@ from cards_integrations.transformer.kv_block import Pair
 RECURRENT = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}  # layers with states, as configs call them
 StateName = tuple[str, int]
 """The kind of a state, as transformers calls it, and its number in the layer."""
+
+
+def cache_argument(function: Callable[..., Any]) -> str:
+    """Return the name by which a function of transformers takes a cache: "cache", or before 5.24 one of two others."""
+    taken = signature(function).parameters
+    return next((name for name in ("cache", "cache_params") if name in taken), "past_key_values")
 
 
 class TreeLayer(CacheLayerMixin):

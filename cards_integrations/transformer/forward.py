@@ -7,7 +7,6 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from inspect import signature
 from itertools import accumulate
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -16,7 +15,7 @@ import torch
 
 from cards_integrations.errors import CardsError, ModelError, OutOfMemory, as_cards_error
 from cards_integrations.transformer.attention import CHUNKED, FULL, METADATA, NAME, SLIDING, AttentionMetadata
-from cards_integrations.transformer.cache_layers import RECURRENT, TreeLayer, cache_layers
+from cards_integrations.transformer.cache_layers import RECURRENT, TreeLayer, cache_argument, cache_layers
 from cards_integrations.transformer.cuda_graphs import Computed, StaticSteps
 from cards_integrations.transformer.flat_batch import FlatBatch, ForwardInput, Reach
 from cards_integrations.transformer.kv_block import Layout
@@ -105,7 +104,7 @@ class Transformer:
         self._logits_and_states = StaticSteps(self._run_model_for_states, model.device)
         use_tree_attention(model)
         self.switch = use_tokenwise_rotary(model)
-        self._inputs = _cache_and_mask(model, self.cache, self.patterns)
+        self._inputs = {cache_argument(body(model).forward): self.cache, "attention_mask": self._mask()}
         self.forwards = self.tokens = 0
         if not len(self.cache.layout) and not self.cache.bytes_per_state:
             self._learn_layout()
@@ -129,6 +128,16 @@ class Transformer:
                 raise cannot_run(self.model, output.__cause__ or output) from output.__cause__
         assert isinstance(outputs[-1], Output)
         return outputs[-1].value.float()
+
+    def _mask(self) -> Any:
+        """The mask of every forward, which masks nothing: that comes with the attention metadata."""
+        attends = any(isinstance(layer, TreeLayer) for layer in self.cache.layers)
+        if not attends and getattr(self.config, "num_attention_heads", None) is None:
+            return None  # nothing in this family attends, and any mask is taken for one of padding
+        marker = torch.empty(1, 1, 1, 1, device=self.device)  # a 4D mask is passed on as it is
+        if len({*self.patterns}) == 1:
+            return marker
+        return dict.fromkeys(self.patterns, marker) | (dict.fromkeys(RECURRENT) if self.recurrent else {})
 
     @property
     def recurrent(self) -> bool:
@@ -291,18 +300,6 @@ _LAYOUTS: WeakKeyDictionary[Any, tuple[Layout, StateLayout]] = WeakKeyDictionary
 def _layouts(model: Any) -> tuple[Layout, StateLayout]:
     """What a model keeps of a token and of a text, which its first forward shows."""
     return _LAYOUTS.setdefault(model, (Layout(), StateLayout()))
-
-
-def _cache_and_mask(model: Any, cache: TreeCache, patterns: list[str]) -> dict[str, Any]:
-    """The arguments of a model that are the same in each forward."""
-    name = "cache_params" if "cache_params" in signature(body(model).forward).parameters else "past_key_values"
-    marker = torch.empty(1, 1, 1, 1, device=model.device)  # a 4D mask is passed on as it is
-    mask: Any = marker
-    if len({*patterns}) > 1:
-        mask = dict.fromkeys(patterns, marker) | (dict.fromkeys(RECURRENT) if cache.pool is not None else {})
-    elif name == "cache_params":
-        mask = None  # nothing attends, and another mask is taken for one of padding
-    return {name: cache, "attention_mask": mask}
 
 
 def without_latents(model: Any) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from cards_integrations.transformer.cache_layers import cache_argument
 from cards_integrations.transformer.quantization import rounds_inputs, side_by_side
 
 EXACT, ROUNDED = 1e-5, 1e-2  # how far a replacement may be off, where inputs of products are not rounded or are
@@ -88,6 +89,7 @@ class FusedLayer(nn.Module):
         for name, part in layer.named_children():
             self.add_module(name, part)
         self.shared = shared
+        self.cache_argument = cache_argument(layer.forward)
         own = self.self_attn
         self.scaling, self.index, self.size = own.scaling, own.layer_idx, own.head_dim
         self.queries, self.keys = (each.out_features // self.size for each in (own.q_proj, own.k_proj))
@@ -96,14 +98,14 @@ class FusedLayer(nn.Module):
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """(batch, tokens, hidden size) -> the same; arguments are those that transformers gives a decoder layer."""
         assert position_embeddings is not None
         self.shared.begin(position_embeddings, self.self_attn.config)
-        attended = self._attend(self.input_layernorm(hidden_states), attention_mask, past_key_values, kwargs)
+        cache = kwargs.pop(self.cache_argument, None)
+        attended = self._attend(self.input_layernorm(hidden_states), attention_mask, cache, kwargs)
         hidden_states = hidden_states + attended
         mlp, normed = self.mlp, self.post_attention_layernorm(hidden_states)
         gate, up = side_by_side((mlp.gate_proj, mlp.up_proj), normed).chunk(2, -1)

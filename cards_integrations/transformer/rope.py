@@ -17,6 +17,7 @@ import torch
 from transformers import DynamicCache
 
 from cards_integrations.errors import ModelError
+from cards_integrations.transformer.cache_layers import cache_argument
 
 LONGROPE = "longrope"
 SWITCH = "original_max_position_embeddings"
@@ -121,5 +122,6 @@ def reads_again(model: Any, switch: int) -> bool:
     cache = DynamicCache()
     cache.update(*torch.zeros(2, 1, 1, switch, 1), 0)
     ids = torch.zeros(1, switch + 1, dtype=torch.long)
-    inputs = model.prepare_inputs_for_generation(ids, past_key_values=cache, next_sequence_length=1, use_cache=True)
-    return inputs.get("past_key_values") is None
+    name = cache_argument(model.forward)
+    inputs = model.prepare_inputs_for_generation(ids, **{name: cache}, next_sequence_length=1, use_cache=True)
+    return inputs.get(name) is None
