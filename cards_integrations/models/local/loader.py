@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Hashable
+from contextlib import nullcontext
 from functools import cached_property
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -32,6 +32,7 @@ from cards_integrations.models.local.multimodal import drop_other_parts, text_fa
 from cards_integrations.models.local.resolve import load_config, read_config, resolve_adapter, resolve_model
 from cards_integrations.models.local.reward_heads import check_kind, put_own_head
 from cards_integrations.models.local.settings import Bits, DType, LocalModel, Placement
+from cards_integrations.models.local.tensor_files import read_piece_by_piece
 from cards_integrations.transformer.thread_tuner import ThreadTuner
 
 if TYPE_CHECKING:
@@ -314,29 +315,6 @@ class ModelLoader:
         head = model.score
         model.score = torch.nn.Linear(head.in_features, head.out_features, bias=False, dtype=causal.dtype)
         return model
-
-
-@contextmanager
-def read_piece_by_piece() -> Iterator[None]:
-    """Have transformers read a tensor when it is converted, and free it then.
-
-    Mapped files stay in memory, whole, until the last of their weights has been converted or sent to a device.
-    """
-    from safetensors import safe_open
-    from transformers import modeling_utils
-
-    def reading(*args: Any, **options: Any) -> Any:
-        try:
-            return safe_open(*args, **{**options, "backend": "pread"})
-        except TypeError:  # an older safetensors, which only maps
-            return safe_open(*args, **options)
-
-    before = modeling_utils.safe_open
-    modeling_utils.safe_open = reading
-    try:
-        yield
-    finally:
-        modeling_utils.safe_open = before
 
 
 def fast_bfloat16() -> bool:
