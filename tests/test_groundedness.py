@@ -282,9 +282,9 @@ def test_a_prompt_in_the_model_s_own_format(models: Callable[..., str], start: S
 def nli(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     """A classifier of pairs with these labels."""
 
-    def folder(*labels: str) -> str:
+    def folder(*labels: str, family: str = "bert") -> str:
         labels = labels or ("contradiction", "Entailment", "neutral")
-        model = tiny.classifier("bert", num_labels=len(labels))
+        model = tiny.classifier(family, num_labels=len(labels))
         model.config.id2label = dict(enumerate(labels))
         model.config.label2id = {name: index for index, name in enumerate(labels)}
         return tiny.save(tmp_path_factory.mktemp("nli"), model, pairs())
@@ -343,6 +343,18 @@ def test_by_entailment(
     assert found == pytest.approx(naive, abs=1e-5)
     assert found[-1] == 0.0
     assert len({*found}) == 3
+
+
+def test_pairs_of_a_model_that_reads_padding_are_read_one_by_one(
+    models: Callable[..., str], start: Start, nli: Callable[..., str]
+) -> None:
+    """FNet mixes all that it is given, and takes no mask."""
+    folder = nli(family="fnet")
+    reward, contexts = GroundednessReward(by="entailment", model=folder), ["w7 w8 w9 w10 w11 w12 w13 w14", "w20"]
+    answers = {"w7 w8.": ["w7 w8."], "w7 ! w8 w9 . w20": ["w7 !", "w8 w9 .", "w20"], "w9 w8 w30.": ["w9 w8 w30."]}
+    naive = [support(folder, contexts, sentences, 1) for sentences in answers.values()]
+    found = start(models("llama")).score(reward, QUESTION, list(answers), tuple(contexts))
+    assert found == pytest.approx(naive, abs=1e-5)
 
 
 def test_an_unfinished_answer_is_scored_as_far_as_its_last_sentence(

@@ -13,7 +13,7 @@ import pytest
 import tiny
 import torch
 from conftest import Start
-from transformers import AutoConfig, AutoModel, AutoTokenizer, BertModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from cards_integrations.chat.message import Message
 from cards_integrations.decoding import BestOfN
@@ -61,14 +61,14 @@ def minilm() -> str:
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     """`bert(pooling="cls")` is a sentence-transformers directory of a tiny random BERT."""
 
-    def folder(pooling: str = "mean", window: int = 64, **options: Any) -> str:
+    def folder(pooling: str = "mean", window: int = 64, family: str = "bert", **options: Any) -> str:
         from sentence_transformers import SentenceTransformer
         from sentence_transformers.models import Pooling, Transformer
 
         torch.manual_seed(0)
-        config = AutoConfig.for_model("bert", **tiny.SIZES)
+        config = AutoConfig.for_model(family, **tiny.SIZES)
         parts, whole = tmp_path_factory.mktemp("bert"), tmp_path_factory.mktemp("embedder")
-        words = Transformer(tiny.save(parts, BertModel(config).eval(), tiny.words()), max_seq_length=window)
+        words = Transformer(tiny.save(parts, AutoModel.from_config(config).eval(), tiny.words()), max_seq_length=window)
         model = SentenceTransformer(modules=[words, Pooling(32, pooling_mode=pooling)], device="cpu", **options)
         model.save(str(whole))
         return str(whole)
@@ -100,6 +100,15 @@ def test_values_are_those_of_plain_transformers(loader: RewardLoader, minilm: st
         for r in responses[: 3 * len(PAIRS)]
     ]
     assert scored(loader, responses)[: len(expected)] == pytest.approx(expected, abs=1e-5)
+
+
+def test_texts_of_a_model_that_reads_padding_are_embedded_one_by_one(bert: Callable[..., str]) -> None:
+    """FNet mixes all that it is given, and takes no mask."""
+    embedder = Embedder(LocalModel(model=bert(family="fnet")), torch.device("cpu"))
+    texts = ["w7", "w8 w9 w10 w11 w12 w13", "w7 w9 w20"]
+    together, alone = embedder(texts)[0], torch.cat([embedder([text])[0] for text in texts])
+    torch.testing.assert_close(together, alone)
+    assert Embedder(LocalModel(model=bert()), torch.device("cpu")).batch_size > embedder.batch_size == 1
 
 
 def test_relevant_answers_beat_the_others(loader: RewardLoader, minilm: str) -> None:

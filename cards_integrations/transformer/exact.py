@@ -7,7 +7,7 @@ rearranged after it, a bias of their own. No list of them is ever complete, so e
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
@@ -67,13 +67,16 @@ def check_exact(model: Any) -> None:
 
 
 @torch.inference_mode()
-def reads_padded(model: Any, tokenizer: Any, window: int) -> bool:
-    """Return True if a classifier gives a text that is padded, beside a longer one, what it gives it alone.
+def reads_padded(
+    model: Any, tokenizer: Any, window: int, read: Callable[[list[str]], torch.Tensor] | None = None
+) -> bool:
+    """Return True if a model gives a text that is padded, beside a longer one, what it gives it alone.
 
     Args:
         model: A transformers model that reads whole texts.
         tokenizer: Its tokenizer.
         window: Tokens that it can read.
+        read: What is made of n texts, (n, ...); the logits of a classifier by default.
 
     Raises:
         ModelError: It gives a text something else each time, or cannot be run.
@@ -87,10 +90,11 @@ def reads_padded(model: Any, tokenizer: Any, window: int) -> bool:
         found: torch.Tensor = model(**inputs.to(model.device)).logits
         return found.float()
 
+    read = read or logits
     try:
-        alone, again = (torch.cat([logits([text]) for text in texts]) for _ in range(2))
+        alone, again = (torch.cat([read([text]) for text in texts]) for _ in range(2))
         if _alike(model, again, alone):
-            return _alike(model, logits(texts), alone)
+            return _alike(model, read(texts), alone)
     except Exception as error:
         raise ModelError(
             f"model type {model.config.model_type!r} cannot score texts here: {type(error).__name__}: {error}"

@@ -12,8 +12,11 @@ from cards_integrations.models.local.checks import check_complete, check_finite
 from cards_integrations.models.local.load_lock import load_lock
 from cards_integrations.models.local.loader import ModelLoader
 from cards_integrations.models.local.quiet import quiet_transformers
-from cards_integrations.models.local.resolve import resolve_model
+from cards_integrations.models.local.resolve import readable_positions, resolve_model
 from cards_integrations.models.local.settings import LocalModel
+from cards_integrations.transformer.exact import reads_padded
+
+BATCH = 32  # texts that are read at once
 
 
 class Embedder:
@@ -51,6 +54,19 @@ class Embedder:
         check_finite(f"model={spec.model!r}", self.model.state_dict())
         if hasattr(self.model.tokenizer, "truncation_side"):  # that of static embeddings cuts nothing
             self.model.tokenizer.truncation_side = "left"
+        self.batch_size = BATCH if self._reads_padded() else 1
+
+    def _reads_padded(self) -> bool:
+        """True if a text may be padded; static embeddings pad nothing."""
+        body = _body(self.model)
+        if body is None:
+            return True
+        window = self.model.max_seq_length or readable_positions(body)
+        return reads_padded(body, self.model.tokenizer, window, self._vectors)
+
+    def _vectors(self, texts: list[str]) -> torch.Tensor:
+        found: torch.Tensor = self.model.encode_document(texts, convert_to_tensor=True, show_progress_bar=False)
+        return found.float()
 
     @classmethod
     def of(cls, models: ModelLoader, spec: LocalModel) -> Embedder:
@@ -70,17 +86,23 @@ class Embedder:
             vector, similar to nothing: what a model makes of no word is arbitrary.
         """
         encode = self.model.encode_query if query else self.model.encode_document
-        found = encode(list(texts), output_value=None, show_progress_bar=False)
+        found = encode(list(texts), batch_size=self.batch_size, output_value=None, show_progress_bar=False)
         vectors = torch.stack([each["sentence_embedding"] for each in found]).float()
         has_text = torch.tensor([bool(text.strip()) for text in texts], device=vectors.device)
         tokens = [int(each["attention_mask"].sum()) if "attention_mask" in each else 0 for each in found]
         return torch.nn.functional.normalize(vectors, dim=-1) * has_text[:, None], tokens
 
 
+def _body(model: Any) -> Any:
+    """The transformers model that reads the texts; None for static embeddings."""
+    body = getattr(model[0], "auto_model", None)
+    return body if hasattr(body, "from_pretrained") else None
+
+
 def _missing(model: Any, spec: LocalModel) -> list[str]:
     """Names of weights that the library has left random, from a load without weights; a pooler is not used."""
-    body: Any = getattr(model[0], "auto_model", None)
-    if not hasattr(body, "from_pretrained"):  # static embeddings
+    body = _body(model)
+    if body is None:
         return []
     with quiet_transformers():
         _, report = type(body).from_pretrained(

@@ -10,9 +10,11 @@ import torch
 from cards_integrations.chat.template import ChatTokenizer
 from cards_integrations.errors import SettingsError
 from cards_integrations.models.local.checks import embedding_rows
+from cards_integrations.models.local.resolve import readable_positions
 from cards_integrations.rewards.base import Conversation, Response, RewardModel, count_forward
 from cards_integrations.rewards.scorers.sentences import split_sentences
 from cards_integrations.rewards.scorers.support import support
+from cards_integrations.transformer.exact import reads_padded
 
 
 class Entailment(RewardModel):
@@ -42,6 +44,8 @@ class Entailment(RewardModel):
         self.context = context
         self.model, self.tokenizer = model, tokenizer
         self.chat = ChatTokenizer(tokenizer, rows=embedding_rows(model))
+        window = min(readable_positions(model), tokenizer.model_max_length)
+        self.together = reads_padded(model, tokenizer, window)
         self.index = self._index(label, self.model.config.id2label)
         self.contexts: dict[Conversation, Sequence[str]] = {}  # of open conversations
 
@@ -64,7 +68,8 @@ class Entailment(RewardModel):
             (response.conversation, sentence) for response in responses for sentence in split_sentences(response.text)
         ]
         pairs = [(context, sentence) for conversation, sentence in asked for context in contexts[conversation]]
-        read = iter(self._probabilities(pairs) if pairs else ())
+        batches = [pairs] if self.together else [[pair] for pair in pairs]
+        read = iter([found for batch in batches if batch for found in self._probabilities(batch)])
         by_sentence, counted = [], []
         for conversation, _ in asked:
             own = [next(read) for _ in contexts[conversation]]
