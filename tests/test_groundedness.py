@@ -282,9 +282,9 @@ def test_a_prompt_in_the_model_s_own_format(models: Callable[..., str], start: S
 def nli(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     """A classifier of pairs with these labels."""
 
-    def folder(*labels: str, family: str = "bert") -> str:
+    def folder(*labels: str, family: str = "bert", **options: Any) -> str:
         labels = labels or ("contradiction", "Entailment", "neutral")
-        model = tiny.classifier(family, num_labels=len(labels))
+        model = tiny.classifier(family, num_labels=len(labels), **options)
         model.config.id2label = dict(enumerate(labels))
         model.config.label2id = {name: index for index, name in enumerate(labels)}
         return tiny.save(tmp_path_factory.mktemp("nli"), model, pairs())
@@ -343,6 +343,17 @@ def test_by_entailment(
     assert found == pytest.approx(naive, abs=1e-5)
     assert found[-1] == 0.0
     assert len({*found}) == 3
+
+
+def test_a_decoder_whose_config_names_no_padding_reads_pairs(
+    models: Callable[..., str], start: Start, nli: Callable[..., str]
+) -> None:
+    folder = nli(family="llama", pad_token_id=None)
+    reward, answers = GroundednessReward(by="entailment", model=folder), {"w7 w8.": ["w7 w8."], "w7 .": ["w7 ."]}
+    contexts = ["w7 w8 w9 w10 w11", "w20 w21"]
+    naive = [support(folder, contexts, sentences, 1) for sentences in answers.values()]
+    found = start(models("llama")).score(reward, QUESTION, list(answers), tuple(contexts))
+    assert found == pytest.approx(naive, abs=1e-5)
 
 
 def test_pairs_of_a_model_that_reads_padding_are_read_one_by_one(

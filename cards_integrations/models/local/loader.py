@@ -130,7 +130,10 @@ class ModelLoader:
             family = AutoModelForTokenClassification if of_steps else AutoModelForSequenceClassification
             model = self._load(spec, family, label_options(spec.adapter))
         model = self._adapted(spec, model, shared)
-        self._tokenizers[model] = self._fitting_tokenizer(spec, model)
+        tokenizer = self._tokenizers[model] = self._fitting_tokenizer(spec, model)
+        config = model.config.get_text_config()
+        if config.pad_token_id is None:  # by which a decoder finds the last token of a text
+            config.pad_token_id = tokenizer.pad_token_id
         return model
 
     def _with_tokenizer(self, model: Any) -> tuple[Any, Any]:

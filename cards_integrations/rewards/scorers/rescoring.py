@@ -31,9 +31,6 @@ class RescoringClassifier(RewardModel):
         self.tokenizer = input_format.chat.tokenizer
         self.switch = rope_switch(model.config.get_text_config())
         self.window = min(readable_positions(model), self.tokenizer.model_max_length)
-        config = model.config.get_text_config()
-        if config.pad_token_id is None:
-            config.pad_token_id = self.tokenizer.pad_token_id
         self.together = reads_padded(model, self.tokenizer, self.window)
         self.frames: dict[Conversation, AnswerFrame] = {}  # of open conversations
 
