@@ -256,11 +256,14 @@ def test_branches_begin_where_what_they_follow_ends() -> None:
     found = Points.of(answer)
     assert found.kept == [(0, 0.4), (3, 1.0), (6, 0.9)]
     assert found.rejected == [(3, 0.2), (6, 0.7), (6, 0.1)]
+    assert found.went_on == [(2, 0.5)]
     assert found.twigs == [((0, 0.4), (2, 0.5)), ((0, 0.4), (3, 0.2)), ((2, 0.5), (6, 0.7)), ((3, 1.0), (6, 0.1))]
     read = Read(answer._repr_html_()).found
     assert read["place after"] == ["-", "-", "-", "2", "kept", "kept"]
     assert read["facts"] == ["1.000 · 3 candidates · 1 went on", "0.900 · 3 candidates"]
     assert "→ went on" in read["td"]
+    assert read["text"][2:5] == ["kept", "went on", "rejected"]  # the key of the chart
+    assert len(read["went-on"]) == 1
 
 
 def checksum(prompt: str, answers: list[str]) -> list[float]:

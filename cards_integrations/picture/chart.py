@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
 from cards_integrations.picture.numbers import number
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREY = "#2f7fd1", "#d9730d", "#888888"  # colour-blind eyes can distinguish them, on white and on black
 WIDTH, HEIGHT = 900, 250  # of the chart, and its margins
 LEFT, RIGHT, TOP, BOTTOM = 48, 12, 28, 44
+KEY, NAME = 92, 36  # where the key begins, and where in each of its entries the name does
+CROSS, TRIANGLE, DOT = "m-3-3l6 6m0-6l-6 6", "m-2-3.5l6 3.5-6 3.5 0-7", "h0"
 MARKS = {"accepted": "✓", "best": "✓", "rejected": "✗", "unscored": ""}
 
 
@@ -31,6 +34,8 @@ class Points:
     """The thresholds of the kept segments, at their ends."""
     rejected: list[Point] = field(default_factory=list)
     """The ends of the candidates that nothing follows."""
+    went_on: list[Point] = field(default_factory=list)
+    """The ends of the candidates that others follow, although they are not part of the answer."""
     twigs: list[tuple[Point, Point]] = field(default_factory=list)
     """For each candidate that was not kept, the end of what it follows, and its own."""
     nodes: list[Node] = field(default_factory=list)
@@ -59,8 +64,8 @@ class Points:
         self.nodes.append(node)
         if not node.kept and node.start:
             self.twigs.append((node.start, point))
-        if not node.kept and not node.went_on:
-            self.rejected.append(point)
+        if not node.kept:
+            (self.went_on if node.went_on else self.rejected).append(point)
 
 
 def ticks(low: float, high: float) -> list[float]:
@@ -90,7 +95,7 @@ class Spot(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """The chart as its SVG has it: `lines` are pairs of a class and a path."""
+    """The chart as its SVG has it: `lines` are pairs of a name and a path."""
 
     grid: str
     lines: list[tuple[str, str]]
@@ -144,22 +149,25 @@ def chart(points: Points) -> Chart:
     frame = Frame.around(points)
     rows = ticks(frame.low, frame.high)
     columns = [tick for tick in ticks(0, frame.tokens) if tick == round(tick)]
-    cross, dot = "m-3-3l6 6m0-6l-6 6", "h0"
-    lines = [  # class, sample in the key, path, position of the key's text
-        ("rejected", "M182 9l6 6m0-6l-6 6", frame.marks(points.rejected, cross), 196),
-        ("threshold", "M272 12h28", frame.path(points.thresholds), 308),
-        ("kept", "M92 12h28", frame.path(points.kept), 128),
+    twig = "h22" if points.twigs else "m22 0"
+    lines = [  # name, path, sample in the key, width of the entry there
+        ("kept", frame.path(points.kept), "h28", 74),
+        ("went on", frame.marks(points.went_on, TRIANGLE), twig + TRIANGLE, 100),
+        ("rejected", frame.marks(points.rejected, CROSS), twig + CROSS, 106),
+        ("threshold", frame.path(points.thresholds), "h28", 0),
     ]
-    drawn = [line for line in lines if line[2]]
-    twigs = "M166 12h19" * bool(points.rejected) + "".join(map(frame.path, points.twigs))
+    drawn = [line for line in lines if line[1]]
+    places = list(accumulate((width for *_, width in drawn[:-1]), initial=KEY))
+    key = [(name, f"M{x} 12{sample}{path}") for x, (name, path, sample, _) in zip(places, drawn, strict=True)]
+    twigs = "".join(map(frame.path, points.twigs))
     return Chart(
         grid="".join(f"M{LEFT} {frame.y(tick)}H{WIDTH - RIGHT}" for tick in rows),
-        lines=[("twigs", twigs)] * bool(points.twigs) + [(kind, sample + path) for kind, sample, path, _ in drawn],
-        dots=f"M106 12{dot}" + frame.marks(points.kept, dot),
+        lines=[("twigs", twigs)] * bool(twigs) + key[::-1],  # what is kept on top
+        dots=f"M{KEY + 14} 12{DOT}" + frame.marks(points.kept, DOT),
         labels=[
             Label(6, 12, "start", "reward"),
             Label((LEFT + WIDTH) / 2, HEIGHT - 8, "middle", "tokens"),
-            *(Label(x, 12, "start", kind) for kind, _, _, x in drawn),
+            *(Label(x + NAME, 12, "start", name) for x, (name, *_) in zip(places, drawn, strict=True)),
             *(Label(LEFT - 6, frame.y(tick), "end", f"{tick:.6g}") for tick in rows),
             *(Label(frame.x(tick), HEIGHT - BOTTOM + 14, "middle", f"{tick:,.0f}") for tick in columns),
         ],
@@ -195,11 +203,13 @@ def draw(alignment: Alignment, axes: Axes | None = None) -> Axes:
 
         axes.add_collection(LineCollection(points.twigs, colors=GREY, alpha=0.6, linewidths=0.8))
         axes.plot(*zip(*points.kept, strict=True), "o-", color=BLUE, markersize=4, label="kept", zorder=3)
+        if points.went_on:
+            axes.plot(*zip(*points.went_on, strict=True), ">", color=GREY, mfc="none", markersize=4, label="went on")
         if points.rejected:
             axes.plot(*zip(*points.rejected, strict=True), "x", color=GREY, markersize=4, label="rejected")
         if points.thresholds:
             axes.plot(*zip(*points.thresholds, strict=True), "--", color=ORANGE, label="threshold")
-        axes.legend(frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
+        axes.legend(frameon=False, ncols=4, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
     else:
         axes.text(0.5, 0.5, "nothing was scored", transform=axes.transAxes, ha="center", va="center")
     axes.set(xlabel="tokens", ylabel="reward", xlim=(0, None))
