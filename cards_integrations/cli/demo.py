@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -64,7 +66,7 @@ PROMPTS = [
     "Write a sentence about the train ride home.",
 ]
 BEST_OF = 8
-NEXT = "Next: `cards chat`, or the notebooks in cookbook/."
+NEXT = "Next: `{command} chat`, or the notebooks in cookbook/."
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,12 @@ def demo() -> None:
     with CardsLLM(max_tokens=48) as llm:
         _answer_from_documents(console, llm)
         _compare_with_best_of_n(console, llm)
-    console.print(f"\n[dim]{time.perf_counter() - began:.0f} s in all. {NEXT}[/dim]")
+    console.print(f"\n[dim]{time.perf_counter() - began:.0f} s in all. {NEXT.format(command=_command())}[/dim]")
+
+
+def _command() -> str:
+    """How this command is called from where it was called: `make` calls it by its path."""
+    return sys.argv[0] if os.sep in sys.argv[0] and shutil.which("cards") is None else "cards"
 
 
 def _answer_from_documents(console: Console, llm: CardsLLM) -> None:
