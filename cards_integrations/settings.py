@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -47,6 +50,7 @@ if TYPE_CHECKING:
     from cards_integrations.engine.engine import Engine
     from cards_integrations.engine.inspection import EngineState
 
+log = logging.getLogger("cards_integrations")
 CALL_ARGUMENTS = {"context", "grammar", "response_format", "tools", "tool_choice", "parallel_tool_calls"}
 """What a single call takes beside the options."""
 SET_HERE = {
@@ -54,6 +58,8 @@ SET_HERE = {
     *("chat_template", "return_tensors", "return_dict", "padding", "truncation", "max_length", "tokenizer_kwargs"),
 }
 """Arguments of `apply_chat_template` that users cannot give; a template is a program."""
+OTHERS = ("ALLOW_IMPORTS", "CACHE_DIR", "PROGRESS", "REWARD_API_KEY", "SERVER_API_KEY", "TELEMETRY", "VLLM_API_KEY")
+"""Variables that are no options, after "CARDS_"."""
 
 
 def _as_tuple(value: Any) -> Any:
@@ -293,7 +299,19 @@ def _constrained(
     return prompt, constraint
 
 
+@lru_cache  # once for each name
+def _tell_misspelt(name: str) -> None:
+    """Warn of a variable that is none of ours and almost one."""
+    known = {option.upper(): f"CARDS_{option.upper()}" for option in (*Options.model_fields, *OTHERS)}
+    own = name.removeprefix("CARDS_")
+    if own not in known and (near := nearest(own, (), known)):
+        log.warning("The environment variable %s is not known and does nothing.%s", name, near)
+
+
 def _read(source: PydanticBaseSettingsSource) -> dict[str, Any]:
+    for name in os.environ:
+        if name.startswith("CARDS_"):
+            _tell_misspelt(name.partition("__")[0])
     try:
         return source()
     except RecursionError:

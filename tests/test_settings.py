@@ -177,7 +177,7 @@ def test_settings_have_a_json_schema():
 
 
 def test_a_callable_is_a_reward():
-    assert CardsSettings(reward=len).reward == FunctionReward(function=len)
+    assert CardsSettings(reward=max).reward == FunctionReward(function=max)
 
 
 def test_equal_settings_are_equal_and_hashable():
@@ -320,6 +320,19 @@ def test_a_reward_function_that_takes_other_arguments_is_refused_when_it_is_give
 def test_a_boundary_is_known_by_its_name():
     settings = CardsSettings(decoding={"method": "cards", "boundary": "punctuation"})
     assert settings.decoding == Cards(boundary=Punctuation())
+
+
+def test_a_variable_that_is_almost_one_is_told_once(monkeypatch, caplog):
+    monkeypatch.setenv("CARDS_MAX_TOKEN", "5")
+    monkeypatch.setenv("CARDS_ENGIN__THREADS", "1")
+    monkeypatch.setenv("CARDS_QQ", "5")
+    monkeypatch.setenv("CARDS_PROGRESS", "1")
+    for _ in range(2):
+        assert CardsSettings().max_tokens == CardsLLM().max_tokens == 128
+    told = sorted(record.getMessage() for record in caplog.records)
+    assert len(told) == 2
+    assert re.match(r"The environment variable CARDS_ENGIN is not known .*CARDS_ENGINE", told[0])
+    assert re.match(r"The environment variable CARDS_MAX_TOKEN is not known .*CARDS_MAX_TOKENS", told[1])
 
 
 def test_several_mistakes_are_all_told():

@@ -47,7 +47,7 @@ def doctor(
             "name": source_name(llm.model),
             "seconds until the first token": round(seconds, 1),
             "milliseconds of a step": {n: round(1e3 * each, 1) for n, each in state.step_seconds.items()},
-            "memory for caches, MiB": state.memory_limit // 2**20,
+            "most memory for caches, MiB": state.memory_limit // 2**20,
         }
         found["advice"] = list(_advice(found["machine"], state.step_seconds))
     if as_json:
@@ -56,9 +56,16 @@ def doctor(
     console = Console(highlight=False)
     for title, values in found.items():
         console.print(f"[bold]{title}[/bold]")
-        lines = [f"{key}: {value}" for key, value in values.items()] if isinstance(values, dict) else values
+        lines = [f"{key}: {_told(value)}" for key, value in values.items()] if isinstance(values, dict) else values
         for line in lines:
             console.print(f"  {line}", markup=False, soft_wrap=True)
+
+
+def _told(value: Any) -> str:
+    """A value for a reader: lists and mappings without brackets."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{each} with {key}" for key, each in value.items()) or "not measured"  # candidates
+    return ", ".join(value) or "none" if isinstance(value, list) else str(value)
 
 
 def _installed() -> Iterator[tuple[str, str]]:

@@ -68,6 +68,8 @@ def generate(
     """Answer a prompt, or every prompt of a file; an interrupted run continues where it stopped."""
     if prompt == "-" or (prompt is None and prompts is None and not sys.stdin.isatty()):
         prompt = sys.stdin.read().removesuffix("\n") or None
+        if prompt is None and prompts is None:
+            raise SettingsError("cards generate: give a prompt, or --prompts FILE; standard input is empty.")
     if (prompt is None) == (prompts is None):
         raise SettingsError("cards generate: give a prompt or --prompts FILE, but only one of the two.")
     if prompts is None and out is not None:

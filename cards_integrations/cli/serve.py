@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -144,7 +145,7 @@ def run(options: Any, settings: ServerSettings, log_level: str = "info", access_
     app = create_app(options, settings)
     if not settings.api_keys and settings.host not in LOOPBACK:
         typer.echo(f"warning: anybody who reaches {settings.host} may ask: set CARDS_SERVER_API_KEY.", err=True)
-    typer.echo(f"loading {app.state.service.model} ...", err=True)
+    _check_free(settings.host, settings.port)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the first process of a container has no default
     app.state.service.load()
     give_back_unused()
@@ -158,6 +159,14 @@ def run(options: Any, settings: ServerSettings, log_level: str = "info", access_
             timeout_graceful_shutdown=settings.grace + 1,  # streams end after `grace`, and then what is left
             server_header=False,
         )
+
+
+def _check_free(host: str, port: int) -> None:
+    """Refuse an address that is taken before the model is loaded."""
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        raise SettingsError(f"cards serve cannot listen on {host} port {port}: {error.strerror or error}.") from None
 
 
 def _settings(api_key_file: Path | None, given: dict[str, Any]) -> ServerSettings:

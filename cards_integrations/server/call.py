@@ -97,9 +97,10 @@ class BodyReader:
         """Raise HTTP 404 if this server has no such model."""
         if not isinstance(name, str) or name not in self._names:
             known = ", ".join(sorted(self._names))
+            missing = "No model is named" if name is None else f"The model {short_repr(name)} is not here"
             raise ApiError(
                 404,
-                f"The model {short_repr(name)} is not here: send model={known}.",
+                f"{missing}: send model={known}.",
                 param="model",
                 code="model_not_found",
             )
