@@ -105,9 +105,17 @@ def as_cards_error(error: BaseException, what: str) -> CardsError:
     """
     if isinstance(error, CardsError):
         return error
-    wrapped = ModelError(f"{what}: {type(error).__name__}: {error}")
+    wrapped = ModelError(f"{what}: {said(error)}")
     wrapped.__cause__ = error
     return wrapped
+
+
+def said(error: BaseException) -> str:
+    """An error as messages quote it: its type, and what it says."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # a bug in its own __str__
+        return type(error).__name__
 
 
 def short_repr(value: object) -> str:

@@ -14,6 +14,8 @@ from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from typing import Any, TypeVar
 
+from cards_integrations.errors import said
+
 T = TypeVar("T")
 EXIT_PATIENCE = 10.0  # seconds that the end of the interpreter waits for a thread that waits for something itself
 WAITING = ("threading", "queue", "selectors", "socket", "ssl", "subprocess")  # modules in which a thread only waits
@@ -50,7 +52,7 @@ async def in_thread(function: Callable[..., T], *args: Any) -> T:
         try:
             result = context.run(function, *args)
         except BaseException as error:
-            failure = error if _fits_future(error) else RuntimeError(f"{type(error).__name__}: {error}")
+            failure = error if _fits_future(error) else RuntimeError(said(error))
         with suppress(RuntimeError):  # the loop has ended
             loop.call_soon_threadsafe(settle, result, failure)
 

@@ -105,8 +105,16 @@ def raising(error: BaseException) -> Callable[[list[str]], Any]:
     return wrong
 
 
+class Unsayable(Exception):
+    """Cannot even say what is wrong."""
+
+    def __str__(self) -> str:
+        raise ZeroDivisionError
+
+
 WRONG: dict[str, Callable[[list[str]], Any]] = {
     "raises": raising(ZeroDivisionError("no idea")),
+    "raises what cannot be said": raising(Unsayable()),
     "time-out of its own": raising(TimeoutError("no server")),
     "memory": raising(MemoryError()),
     "not a number": lambda texts: [math.nan] * len(texts),

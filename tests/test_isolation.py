@@ -109,6 +109,20 @@ class Leaves(RaisesAfter):
         raise SystemExit(3)
 
 
+class Unsayable(Exception):
+    """Cannot even say what is wrong."""
+
+    def __str__(self) -> str:
+        raise ZeroDivisionError
+
+
+class RaisesUnsayable(RaisesAfter):
+    """Fails with an error that fails."""
+
+    def ends_after(self, text: str) -> bool:
+        raise Unsayable
+
+
 class TooFew(RaisesBefore):
     """Decides for fewer candidates than it was asked about."""
 
@@ -116,7 +130,7 @@ class TooFew(RaisesBefore):
         return torch.zeros(len(rows) + 1, dtype=torch.bool)
 
 
-@pytest.mark.parametrize("boundary", [RaisesBefore, RaisesAfter, Leaves, TooFew])
+@pytest.mark.parametrize("boundary", [RaisesBefore, RaisesAfter, RaisesUnsayable, Leaves, TooFew])
 def test_a_boundary(engine: Engine, judge: ClassifierReward, boundary: type[FixedLength]) -> None:
     decoding = DECODING.model_copy(update={"boundary": boundary(length=3)})
     error = check(engine, judge, request(judge, 7, decoding=decoding))

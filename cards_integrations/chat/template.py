@@ -29,7 +29,7 @@ from cards_integrations.chat.tool_prompts import (
     without_tool_messages,
 )
 from cards_integrations.chat.tools import FormatName, Tools
-from cards_integrations.errors import ModelError, PromptError
+from cards_integrations.errors import ModelError, PromptError, said
 
 BEFORE_ANSWER = 6  # tokens of the prompt that an answer is decoded after
 NO_ARGUMENTS: Mapping[str, Any] = {}
@@ -60,7 +60,7 @@ class ChatTokenizer:
         try:
             ids = list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
         except Exception as error:
-            raise PromptError(f"The tokenizer cannot read the text: {type(error).__name__}: {error}") from error
+            raise PromptError(f"The tokenizer cannot read the text: {said(error)}") from error
         self.check_ids(ids)
         return ids
 
@@ -108,7 +108,7 @@ class ChatTokenizer:
         try:
             text = self.decode(last)
         except Exception as error:
-            raise ModelError(f"The tokenizer cannot decode a prompt: {type(error).__name__}: {error}") from error
+            raise ModelError(f"The tokenizer cannot decode a prompt: {said(error)}") from error
         return AnswerStart(tuple(last), text, space, frozenset(visible))
 
     @cached_property
@@ -362,7 +362,7 @@ class ChatTokenizer:
         except TemplateError:
             raise  # the caller may try other messages
         except Exception as error:
-            raise PromptError(f"The chat template fails: {type(error).__name__}: {error}") from error
+            raise PromptError(f"The chat template fails: {said(error)}") from error
 
     @staticmethod
     def _nonempty(ids: list[int]) -> list[int]:

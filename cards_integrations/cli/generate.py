@@ -31,7 +31,7 @@ from cards_integrations.cli.options import (
     file_to_write,
     llm_from,
 )
-from cards_integrations.errors import CardsError, SettingsError
+from cards_integrations.errors import CardsError, SettingsError, said
 
 if TYPE_CHECKING:
     from cards_integrations.llm import CardsLLM
@@ -138,7 +138,7 @@ def answer_file(llm: CardsLLM, prompts: Path, out: Path | None, concurrency: int
                 alignment = await llm.aalign(after_system(texts[line], system), context=contexts[line])
             except CardsError as error:
                 failed += 1
-                console.print(f"line {line}: {type(error).__name__}: {error}", markup=False, soft_wrap=True)
+                console.print(f"line {line}: {said(error)}", markup=False, soft_wrap=True)
             else:
                 row = {"line": line, "prompt": texts[line], **as_row(alignment)}
                 results.add([row])

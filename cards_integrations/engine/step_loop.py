@@ -11,7 +11,7 @@ from cards_integrations.engine.scheduler import BestPerSecond, FixedWidth, Sched
 from cards_integrations.engine.scoring import Scoring
 from cards_integrations.engine.session import Session
 from cards_integrations.engine.step_costs import SharedStepCosts
-from cards_integrations.errors import CardsError, ModelError, SettingsError
+from cards_integrations.errors import CardsError, ModelError, SettingsError, said
 from cards_integrations.models.base import Boundary, Context, LanguageModel, StepwiseModel
 from cards_integrations.transformer.kv_memory import KVMemory
 from cards_integrations.transformer.step_times import StepTimes
@@ -139,7 +139,7 @@ class StepLoop:
     def _fail(self, error: BaseException) -> None:
         """Let an error in a model's forward reach every request in it; the next one finds clean rows."""
         log.exception("the language model failed")
-        wrapped = ModelError(f"The language model failed: {type(error).__name__}: {error}")
+        wrapped = ModelError(f"The language model failed: {said(error)}")
         wrapped.__cause__ = error
         for session in self.live.values():
             session.fail(wrapped)
@@ -148,7 +148,7 @@ class StepLoop:
 
     def _give_up(self, error: BaseException) -> None:
         """Tell every request that nothing can be drafted any more."""
-        failure = ModelError(f"The engine cannot go on: {type(error).__name__}: {error}")
+        failure = ModelError(f"The engine cannot go on: {said(error)}")
         self._on_failure(failure)
         for session in self.live.values():
             session.fail(failure)

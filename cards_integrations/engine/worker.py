@@ -36,7 +36,7 @@ from cards_integrations.engine.session import Session
 from cards_integrations.engine.step_loop import StepLoop
 from cards_integrations.engine.telemetry import request_span
 from cards_integrations.engine.thinking import Thinker, render
-from cards_integrations.errors import CardsError, EngineClosed, ModelError, SettingsError
+from cards_integrations.errors import CardsError, EngineClosed, ModelError, SettingsError, said
 from cards_integrations.models.base import ConstrainedModel, Context, LanguageModel, LogitsReader, StateReader
 from cards_integrations.models.local.loader import ModelLoader
 from cards_integrations.models.randomness import fresh_seed
@@ -141,7 +141,7 @@ class Worker:
                 await in_thread(self._build)
         except Exception as error:
             self.failed = True  # the next request tries again
-            self.error = error if isinstance(error, CardsError) else ModelError(f"{type(error).__name__}: {error}")
+            self.error = error if isinstance(error, CardsError) else ModelError(said(error))
             self.loaded.set_exception(self.error)
         else:
             self.admission = Admission(self.settings.max_rows, self.memory, self.steps.preemption)
@@ -283,7 +283,7 @@ class Worker:
                 raise self.error
             yield
         except (SystemExit, KeyboardInterrupt, GeneratorExit) as error:  # would end this thread
-            raise ModelError(f"The request raised {type(error).__name__}: {error}") from error
+            raise ModelError(f"The request raised {said(error)}") from error
         except asyncio.CancelledError:
             if self._stopping:
                 raise EngineClosed("The engine was closed while the request ran.") from None
@@ -356,7 +356,7 @@ class Worker:
             try:
                 await request.decoding.generate(session)
             except BaseException as error:
-                log.info("request %s: ended by %s: %s", session.request_id, type(error).__name__, error)
+                log.info("request %s: ended by %s", session.request_id, said(error))
                 raise
         if session.cut and reward is not None and session.segments[-1].reward is not None:
             await self._score_again(session, reward)

@@ -18,7 +18,7 @@ from tenacity import (
     wait_random,
 )
 
-from cards_integrations.errors import CardsError
+from cards_integrations.errors import CardsError, said
 from cards_integrations.http_client.connections import exchange
 from cards_integrations.http_client.replies import REPLY_BYTES, Reply, ReplyError, excerpt, shortened
 from cards_integrations.http_client.settings import HIDDEN
@@ -224,5 +224,5 @@ class ServiceClient:
         raise self.error(replica, path, f"{problem} {hint}")
 
     def _unreachable(self, error: httpx.HTTPError) -> str:
-        what = shortened(self.without_key(f"{type(error).__name__}: {error}"))  # it may quote what was received
+        what = shortened(self.without_key(said(error)))  # it may quote what was received
         return f"cannot be reached: {what}. Is the server running, and {self.setting} right?"

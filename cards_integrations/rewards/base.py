@@ -19,7 +19,7 @@ from pydantic import ConfigDict, Field, FiniteFloat
 
 from cards_integrations.chat.message import Message
 from cards_integrations.chat.template import ChatTokenizer, as_text
-from cards_integrations.errors import OutOfMemory, RewardError, short_repr
+from cards_integrations.errors import OutOfMemory, RewardError, said, short_repr
 from cards_integrations.models.local.loader import ModelLoader
 from cards_integrations.models.local.settings import LocalModel
 from cards_integrations.rewards.hung_calls import HUNG_CALLS
@@ -180,8 +180,8 @@ async def scores(model: RewardModel, responses: Sequence[Response]) -> list[floa
             ) from error
         texts = ", ".join(short_repr(response.text) for response in responses[:3])
         more = f" and {len(responses) - 3} more" if len(responses) > 3 else ""
-        said = f"reward {model.name!r} failed: {type(error).__name__}: {error}"
-        raise RewardError(f"{said}; it was asked for {texts}{more}.") from error
+        failed = f"reward {model.name!r} failed: {said(error)}"
+        raise RewardError(f"{failed}; it was asked for {texts}{more}.") from error
     finally:
         scoring.reset(outer)
     if len(found) != len(responses):

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from cards_integrations.chat.template import ChatTokenizer, same_vocabulary
-from cards_integrations.errors import CardsError, ModelError, RewardError
+from cards_integrations.errors import CardsError, ModelError, RewardError, said
 from cards_integrations.models.local.checks import embedding_rows
 from cards_integrations.models.local.loader import ModelLoader
 from cards_integrations.models.local.settings import LocalModel
@@ -129,7 +129,7 @@ class RewardLoader(Loader):
                 self._count(part, -1)
             if isinstance(error, (CardsError, InterpreterExit)):
                 raise
-            raise RewardError(f"reward {settings.name!r} cannot be loaded: {type(error).__name__}: {error}") from error
+            raise RewardError(f"reward {settings.name!r} cannot be loaded: {said(error)}") from error
         self._parts[key] = borrower.taken
         if settings.scores_whole_sentences:
             model = WholeSentences(model)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, FiniteFloat
 
-from cards_integrations.errors import RewardError
+from cards_integrations.errors import RewardError, said
 
 if TYPE_CHECKING:
     import torch
@@ -137,6 +137,4 @@ def read_card(path: str | Path) -> ValueCard:
 def _unreadable(path: str | Path, error: Exception) -> RewardError:
     if isinstance(error, FileNotFoundError):
         return RewardError(f"There is no value head {str(path)!r}: `cards train-value` writes one.")
-    return RewardError(
-        f"{str(path)!r} is no value head that `cards train-value` has written: {type(error).__name__}: {error}"
-    )
+    return RewardError(f"{str(path)!r} is no value head that `cards train-value` has written: {said(error)}")

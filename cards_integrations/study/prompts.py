@@ -8,7 +8,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from cards_integrations.errors import SettingsError
+from cards_integrations.errors import SettingsError, said
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
@@ -38,7 +38,7 @@ def read_prompts(file: str | Path) -> tuple[list[Any], list[Any]]:
         rows = [json.loads(line) for line in lines]
         return [_prompt(row) for row in rows], [row.get("context") for row in rows]
     except (OSError, EOFError, zlib.error, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise SettingsError(f"The prompts {str(file)!r} cannot be read: {type(error).__name__}: {error}") from error
+        raise SettingsError(f"The prompts {str(file)!r} cannot be read: {said(error)}") from error
 
 
 def _prompt(row: dict[str, Any]) -> Any:

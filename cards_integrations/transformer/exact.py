@@ -14,7 +14,7 @@ from weakref import WeakSet
 
 import torch
 
-from cards_integrations.errors import CardsError, ModelError
+from cards_integrations.errors import CardsError, ModelError, said
 from cards_integrations.transformer.attention import NAME
 from cards_integrations.transformer.flat_batch import ForwardInput
 from cards_integrations.transformer.forward import Transformer, body, cannot_run, use_tree_attention, without_latents
@@ -96,9 +96,7 @@ def reads_padded(
         if _alike(model, again, alone):
             return _alike(model, read(texts), alone)
     except Exception as error:
-        raise ModelError(
-            f"model type {model.config.model_type!r} cannot score texts here: {type(error).__name__}: {error}"
-        ) from error
+        raise ModelError(f"model type {model.config.model_type!r} cannot score texts here: {said(error)}") from error
     raise ModelError(f"model type {model.config.model_type!r} gives one text another score each time: it is no reward.")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from cards_integrations.chat.template import ChatTokenizer
-from cards_integrations.errors import CardsError, ModelError, SettingsError
+from cards_integrations.errors import CardsError, ModelError, SettingsError, said
 from cards_integrations.http_client import REPLY_BYTES, Reply, ServiceClient
 from cards_integrations.models.base import Boundary, Candidate, Context
 from cards_integrations.models.vllm.replies import (
@@ -130,7 +130,7 @@ class VllmLanguageModel:
             candidate.error = error
         except Exception as error:
             log.exception("a candidate could not be drafted")
-            candidate.error = ModelError(f"model {self.name!r}: {type(error).__name__}: {error}")
+            candidate.error = ModelError(f"model {self.name!r}: {said(error)}")
         self._ended.append(candidate)
         self.wake()
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import httpx
 from pydantic import BaseModel, FailFast, Field, FiniteFloat, Strict, ValidationError
 
-from cards_integrations.errors import ModelError
+from cards_integrations.errors import ModelError, said
 from cards_integrations.http_client import HIDDEN, Reply, ReplyError, excerpt, exchange, shortened
 from cards_integrations.models.vllm.settings import KEY, VllmModel
 from cards_integrations.threads import in_own_loop
@@ -218,7 +218,7 @@ class ServerHandshake:
         except TimeoutError as error:
             raise self._error(url, f"gave no answer at {path} within {HANDSHAKE_TIMEOUT} seconds.") from error
         except httpx.HTTPError as error:
-            what = shortened(self._hidden(f"{type(error).__name__}: {error}"))
+            what = shortened(self._hidden(said(error)))
             problem = f"cannot be reached: {what}. Is it running, and model.base_url right?"
             raise self._error(url, problem) from error
         except ReplyError as error:
