@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -254,6 +255,33 @@ def test_a_prompt_that_a_reward_refuses_leaves_nothing_open(engine: Engine, judg
 
     error = check(engine, judge, request(FunctionReward(function=nothing), 7))
     assert isinstance(error, RewardError)
+
+
+def test_a_reward_that_gives_its_scores_one_by_one_holds_up_nobody(engine: Engine, judge: ClassifierReward) -> None:
+    """The body of a generator runs where its numbers are drawn, which is no business of the engine's thread."""
+    drawing, go_on = threading.Event(), threading.Event()
+
+    def one_by_one(prompt: str, texts: list[str]) -> Iterator[float]:
+        for text in texts:
+            drawing.set()
+            assert go_on.wait(WITHIN)
+            yield float(len(text))
+
+    drafted = engine.submit(request(FunctionReward(function=one_by_one, scale=(0.0, 1.0)), 0))
+    assert drawing.wait(WITHIN)
+    try:
+        assert engine.submit(request(judge, 1)).result(WITHIN / 3)
+    finally:
+        go_on.set()
+    in_a_list = FunctionReward(function=lambda prompt, texts: [*map(float, map(len, texts))], scale=(0.0, 1.0))
+    assert drafted.result(WITHIN).token_ids == engine.run(request(in_a_list, 0)).token_ids
+
+
+def test_a_reward_whose_scores_have_no_end(engine: Engine, judge: ClassifierReward) -> None:
+    endless = FunctionReward(function=lambda prompt, texts: itertools.count(), scale=(0.0, 1.0))
+    error = check(engine, judge, request(endless, 7))
+    assert isinstance(error, RewardError)
+    assert "scores for 1 text" in str(error)
 
 
 # --- batches ---

@@ -10,9 +10,11 @@ import asyncio
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Sized
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 
 from pydantic import ConfigDict, Field, FiniteFloat
@@ -366,16 +368,17 @@ class CallableModel(RewardModel):
     async def score(self, responses: Sequence[Response]) -> Sequence[float]:
         conversation = responses[0].conversation
         prompt, texts = as_text(conversation.prompt), [r.text for r in responses]
+        listed = partial(_listed, most=len(texts) + 1)
         if inspect.iscoroutinefunction(self.function):
             found: Scores = self.function(prompt, texts)
         else:
-            found = await HUNG_CALLS.call(self.name, self.function, prompt, texts)
+            found = await HUNG_CALLS.call(self.name, self.function, prompt, texts, then=listed)
         if inspect.isawaitable(found):
-            found = await found
+            found = listed(await found)
         conversation.usage.rm_forwards += 1
-        if isinstance(found, (str, bytes, Mapping)) or not isinstance(found, Iterable):
+        if not isinstance(found, list):
             raise TypeError(f"it returned {type(found).__name__}, not a list of numbers, one for each answer")
-        return list(found)
+        return found
 
 
 def refusal(name: str, function: Callable[..., Any]) -> str:
@@ -392,6 +395,18 @@ def refusal(name: str, function: Callable[..., Any]) -> str:
             f"each answer; but it takes {signature}: {error}."
         )
     return ""
+
+
+def _listed(found: Any, most: int) -> Any:
+    """A list of what was returned, if it is one of numbers, or gives them one by one as a generator does.
+
+    Args:
+        found: What a function returned.
+        most: Items that are drawn of what has no length; it may have no end.
+    """
+    if isinstance(found, (str, bytes, Mapping)) or not isinstance(found, Iterable) or inspect.isawaitable(found):
+        return found
+    return list(found if isinstance(found, Sized) else islice(found, most))
 
 
 class Instant(RewardModel):

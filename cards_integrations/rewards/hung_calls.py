@@ -22,13 +22,14 @@ class HungCalls:
         self._hanging: Counter[Any] = Counter()
         self._lock = threading.Lock()
 
-    async def call(self, name: str, function: Callable[..., T], *args: Any) -> T:
+    async def call(self, name: str, function: Callable[..., T], *args: Any, then: Callable[[T], T]) -> T:
         """Call a function in a thread.
 
         Args:
             name: What errors call it.
             function: The function.
             args: Its arguments.
+            then: Called in the same thread with what it returned.
 
         Raises:
             RewardError: Too many of its earlier calls have not come back.
@@ -43,7 +44,7 @@ class HungCalls:
 
         def run() -> T:
             try:
-                return function(*args)
+                return then(function(*args))
             finally:
                 with self._lock:
                     returned.set()
