@@ -570,6 +570,47 @@ def test_a_reward_may_ask_the_engine_that_waits_for_it(
     assert_idle(engine)
 
 
+BLOCKING: dict[str, Callable[[Engine], Any]] = {
+    "run": lambda engine: engine.run(request(None, decoding=Sampling())),
+    "stream": lambda engine: list(engine.stream(request(None, decoding=Sampling()))),
+    "stream_many": lambda engine: list(engine.stream_many([request(None, decoding=Sampling())])),
+    "score": lambda engine: engine.score(FunctionReward(function=lambda prompt, texts: [1.0]), PROMPT, ["w7"]),
+    "inspect": lambda engine: engine.inspect(),
+}
+
+
+@pytest.mark.parametrize("call", BLOCKING)
+def test_what_would_wait_for_itself_in_the_engine_s_thread_is_refused(
+    models: Callable[..., str], start: Start, judge: ClassifierReward, call: str
+) -> None:
+    """An async reward, and a method; both may await the engine."""
+    engine = start(models("llama"))
+    expected = ids(outcomes(engine, request(judge, 1)))
+
+    async def waits(prompt: str, texts: list[str]) -> list[float]:
+        return [float(bool(BLOCKING[call](engine))) for _ in texts]
+
+    async def awaits(prompt: str, texts: list[str]) -> list[float]:
+        answer = await engine.arun(request(None, decoding=Sampling()))
+        return [len(answer.text) + score for score in await engine.ascore(judge, prompt, texts)]
+
+    class Waits(Sampling):
+        async def generate(self, session: Any) -> None:
+            BLOCKING[call](engine)
+
+    reward = FunctionReward(function=waits, scale=(0.0, 1.0))
+    *refused, other, good = outcomes(
+        engine, request(reward), request(judge, decoding=Waits()), request(judge, 1),
+        request(FunctionReward(function=awaits, scale=(0.0, 1.0)), 2),
+    )  # fmt: skip
+    for error in refused:
+        assert isinstance(error, CardsError)
+        assert "await the async version" in str(error)
+    assert ids([other]) == expected
+    assert isinstance(good, Alignment)
+    assert_idle(engine)
+
+
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
 def test_a_reward_sees_what_its_caller_has_set(models: Callable[..., str], start: Start, is_async: bool) -> None:
     engine, mine, seen = start(models("llama"), width=1), ContextVar("mine", default="nobody's"), set()

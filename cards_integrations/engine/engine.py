@@ -20,7 +20,7 @@ from cards_integrations.chat.message import Message
 from cards_integrations.engine.inspection import EngineState
 from cards_integrations.engine.request import Chunk, EngineSettings, Request
 from cards_integrations.engine.worker import OnDone, Worker
-from cards_integrations.errors import EngineClosed
+from cards_integrations.errors import CardsError, EngineClosed
 from cards_integrations.models.base import LanguageModel
 from cards_integrations.models.sources import ModelSource
 from cards_integrations.progress import shown, wanted
@@ -131,6 +131,7 @@ class Engine:
 
     def stream(self, request: Request) -> Generator[Chunk | Alignment, None, None]:
         """Yield a `Chunk` for each kept segment, then the `Alignment`; closing the iterator stops the drafting."""
+        self._check_thread()
         inbox: queue.SimpleQueue[Chunk | Future[Alignment]] = queue.SimpleQueue()
         future = self.submit(request, inbox.put)
         future.add_done_callback(inbox.put)
@@ -209,6 +210,7 @@ class Engine:
 
         Closing the iterator stops the drafting of the rest.
         """
+        self._check_thread()
         inbox: queue.SimpleQueue[tuple[int, Alignment | Exception] | Future[Any]] = queue.SimpleQueue()
         future = self.submit_many(requests, lambda index, found: inbox.put((index, found)), return_exceptions=True)
         future.add_done_callback(inbox.put)
@@ -261,10 +263,8 @@ class Engine:
         return future.result()
 
     def inspect(self) -> EngineState:
-        """What lives in the engine now; loads nothing.
-
-        Not to be called from the engine's own thread (from a method or an async reward).
-        """
+        """What lives in the engine now; loads nothing."""
+        self._check_thread()
         with self._starting:
             worker = self._worker
             if self._closed or worker is None:
@@ -325,13 +325,23 @@ class Engine:
             self._worker = Worker(self.model, self.settings, self.progress)
         return self._worker
 
-    @staticmethod
-    def _wait(future: Future[T]) -> T:
+    def _wait(self, future: Future[T]) -> T:
         try:
+            self._check_thread()
             return future.result()
         except BaseException:
             future.cancel()
             raise
+
+    def _check_thread(self) -> None:
+        """Refuse to wait in the engine's own thread, which would wait for itself."""
+        worker = self._worker
+        if worker is not None and worker.thread is threading.current_thread():
+            raise CardsError(
+                "This call waits for the engine in the engine's own thread, which could not go on. In an async reward "
+                "or a decoding method await the async version instead, such as aalign or ascore; or make the reward a "
+                "plain function, which runs in a thread of its own."
+            )
 
 
 def _forget_after_fork() -> None:
