@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import errno
+import faulthandler
 import gc
 import itertools
 import math
 import os
 import pwd
 import random
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
@@ -284,6 +287,71 @@ def test_a_reward_that_nobody_waits_for_is_cancelled(models: Callable[..., str],
     assert ended.wait(2)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of what is left behind
+@pytest.mark.parametrize("end", ["timeout", "close", "close while scoring", "close in a method"])
+def test_what_does_not_end_when_it_is_cancelled_keeps_nobody(
+    models: Callable[..., str], start: Start, judge: ClassifierReward, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    """A loop around everything that may be raised, as those have that try again for ever."""
+    monkeypatch.setattr(hung_calls, "PATIENCE", 0.05)
+    monkeypatch.setattr(worker_module, "PATIENCE", 0.1)
+    begun, go_home = threading.Event(), threading.Event()
+
+    async def stays(*_: Any) -> list[float]:
+        begun.set()
+        while not go_home.is_set():
+            with suppress(BaseException):
+                await asyncio.sleep(0.01)
+        return []
+
+    class Stays(Sampling):
+        async def generate(self, session: Any) -> None:
+            await stays()
+
+    engine = start(models("llama"), width=1)
+    expected = ids(outcomes(engine, request(judge)))
+    reward = FunctionReward(function=stays, scale=(0.0, 1.0), timeout=0.05 if end == "timeout" else None)
+    if end == "timeout":
+        [error] = outcomes(engine, request(reward))
+        assert isinstance(error, RewardError)
+        assert ids(outcomes(engine, request(judge))) == expected
+        assert_idle(engine)
+    else:
+        asked: concurrent.futures.Future[Any]
+        if end == "close while scoring":
+            asked = engine.submit_score(reward, PROMPT, ["w7"])
+        else:
+            asked = engine.submit(request(reward, decoding=Stays() if end == "close in a method" else DECODING))
+        assert begun.wait(WITHIN)
+        closing = threading.Thread(target=engine.close)
+        closing.start()
+        assert isinstance(asked.exception(WITHIN), EngineClosed)
+        closing.join(WITHIN)
+        assert not closing.is_alive()
+    go_home.set()
+    gc.collect()  # what is left behind complains here
+
+
+def test_a_task_that_ignores_its_end_is_counted_until_it_ends(
+    models: Callable[..., str], start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hung_calls, "MOST", 2)
+    monkeypatch.setattr(hung_calls, "PATIENCE", 0.01)
+    go_home = threading.Event()
+
+    async def stays(prompt: str, texts: list[str]) -> list[float]:
+        while not go_home.is_set():
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(0.01)
+        return [1.0] * len(texts)
+
+    engine, reward = start(models("llama"), width=1), FunctionReward(function=stays, timeout=0.05)
+    told = [str(outcomes(engine, request(reward, seed))[0]) for seed in range(3)]
+    assert ["not asked any more" in each for each in told] == [False, False, True]
+    go_home.set()
+    wait_until(lambda: isinstance(outcomes(engine, request(reward))[0], Alignment))
+
+
 def test_rewards_of_single_requests_are_given_up_with_them(models: Callable[..., str], start: Start) -> None:
     def made(weight: float) -> FunctionReward:
         return FunctionReward(function=lambda prompt, texts: [weight * len(text) for text in texts])
@@ -430,6 +498,29 @@ def test_closing_in_the_very_moment_of_a_call_says_that_it_was_closed(
     concurrent.futures.wait([asked], WITHIN)
     assert not asked.cancelled()
     assert isinstance(asked.exception(), EngineClosed)
+
+
+def test_closing_from_a_signal_handler_amid_a_call(
+    models: Callable[..., str], start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python runs it between two lines of the call, which holds the engine's lock."""
+    engine = start(models("llama"), width=1)
+    running, plain = engine._running, request(None, decoding=Sampling())
+
+    def interrupted() -> Any:
+        found = running()
+        signal.raise_signal(signal.SIGUSR1)
+        return found
+
+    monkeypatch.setattr(engine, "_running", interrupted)
+    before = signal.signal(signal.SIGUSR1, lambda *_: engine.close())
+    faulthandler.dump_traceback_later(WITHIN, exit=True)  # it would wait for itself
+    try:
+        with pytest.raises(EngineClosed):
+            engine.run(plain)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        signal.signal(signal.SIGUSR1, before)
 
 
 # --- loading ---

@@ -49,7 +49,7 @@ class Engine:
     """
 
     _shared: ClassVar[dict[tuple[ModelSource, EngineSettings], Engine]] = {}
-    _lock: ClassVar[threading.Lock] = threading.Lock()
+    _lock: ClassVar[threading.RLock] = threading.RLock()  # a signal handler or a finalizer may close amid a call
 
     def __init__(self, model: ModelSource, settings: EngineSettings) -> None:
         self.model = model
@@ -59,7 +59,7 @@ class Engine:
         self.owned = False
         self._unanswered: set[Future[Any]] = set()
         self._worker: Worker | None = None
-        self._starting = threading.Lock()
+        self._starting = threading.RLock()
         self._closed = False
 
     @classmethod
@@ -347,9 +347,9 @@ class Engine:
 def _forget_after_fork() -> None:
     """A forked child has no worker threads: its engines start afresh."""
     for engine in Engine._shared.values():
-        engine._worker, engine._starting = None, threading.Lock()
+        engine._worker, engine._starting = None, threading.RLock()
     Engine._shared.clear()
-    Engine._lock = threading.Lock()
+    Engine._lock = threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):

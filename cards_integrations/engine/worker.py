@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -57,6 +57,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 OnDone = Callable[[int, Alignment | Exception], None]
 """Told the index of a request of a batch that has ended, and its answer or error."""
+PATIENCE = 3.0  # seconds that what runs has to end when the engine is closed
 MAX_PLAIN = 8  # sets of prompts whose plain answers are kept
 log = logging.getLogger("cards_integrations")
 
@@ -86,6 +87,7 @@ class Worker:
         self.scales = Scales(model, self._rewards_of_plain_answers)
         self.idle = IdleMoments(self._step_times)
         self._plain: dict[tuple[Any, ...], list[Alignment]] = {}
+        self._asked: set[Future[Any]] = set()
         self._stopping = False
         self.thread = threading.Thread(target=self._main, name="cards-engine", daemon=True)
         atexit.register(self.stop)
@@ -94,8 +96,19 @@ class Worker:
     # --- from any thread ---
 
     def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        """Run a coroutine in the worker's loop."""
-        return asyncio.run_coroutine_threadsafe(_retrieved(work), self.loop)
+        """Run a coroutine in the worker's loop.
+
+        Raises:
+            EngineClosed: The loop has ended.
+        """
+        try:
+            future = asyncio.run_coroutine_threadsafe(_retrieved(work), self.loop)
+        except RuntimeError:  # a signal handler has closed the engine amid this very call
+            work.close()
+            raise EngineClosed("The engine was closed.") from None
+        self._asked.add(future)
+        future.add_done_callback(self._asked.discard)
+        return future
 
     def stop(self) -> None:
         """End the thread; whoever waits gets `EngineClosed`. Also runs when the interpreter exits."""
@@ -115,6 +128,9 @@ class Worker:
         finally:
             self.loop.run_until_complete(self._end())
             self.loop.close()
+            for future in list(self._asked):
+                with suppress(InvalidStateError):  # cancelled in this moment
+                    future.set_exception(EngineClosed("The engine was closed while the request ran."))
             if not self.loaded.done():
                 self.loaded.set_exception(EngineClosed("The engine was closed while the model was loaded."))
             elif not self.failed:
@@ -130,7 +146,10 @@ class Worker:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        if tasks:
+            _, left = await asyncio.wait(tasks, timeout=PATIENCE)
+            for task in left:
+                log.warning("The engine was closed, and %r goes on although it was cancelled.", task.get_coro())
 
     # --- loading ---
 

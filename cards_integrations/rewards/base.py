@@ -368,13 +368,14 @@ class CallableModel(RewardModel):
     async def score(self, responses: Sequence[Response]) -> Sequence[float]:
         conversation = responses[0].conversation
         prompt, texts = as_text(conversation.prompt), [r.text for r in responses]
+        HUNG_CALLS.check(self.name, self.function)
         listed = partial(_listed, most=len(texts) + 1)
         if inspect.iscoroutinefunction(self.function):
             found: Scores = self.function(prompt, texts)
         else:
-            found = await HUNG_CALLS.call(self.name, self.function, prompt, texts, then=listed)
+            found = await HUNG_CALLS.call(self.function, prompt, texts, then=listed)
         if inspect.isawaitable(found):
-            found = listed(await found)
+            found = listed(await HUNG_CALLS.finish(self.function, found))
         conversation.usage.rm_forwards += 1
         if not isinstance(found, list):
             raise TypeError(f"it returned {type(found).__name__}, not a list of numbers, one for each answer")

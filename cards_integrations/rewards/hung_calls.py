@@ -1,17 +1,22 @@
-"""Calls of users' functions that nobody waits for any more: their threads cannot be ended, only counted."""
+"""Calls of users' functions that nobody waits for any more: threads cannot be ended, nor can tasks that will not be.
+
+They are counted.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, TypeVar
 
-from cards_integrations.errors import RewardError
+from cards_integrations.errors import RewardError, said
 from cards_integrations.threads import in_thread
 
-MOST = 64  # threads that one function may leave hanging
+MOST = 64  # calls that one function may leave hanging
+PATIENCE = 1.0  # seconds that a task has to end once it is cancelled
 T = TypeVar("T")
 
 
@@ -22,24 +27,28 @@ class HungCalls:
         self._hanging: Counter[Any] = Counter()
         self._lock = threading.Lock()
 
-    async def call(self, name: str, function: Callable[..., T], *args: Any, then: Callable[[T], T]) -> T:
-        """Call a function in a thread.
+    def check(self, name: str, function: Callable[..., Any]) -> None:
+        """Refuse to call a function of which too many calls hang.
 
         Args:
             name: What errors call it.
             function: The function.
-            args: Its arguments.
-            then: Called in the same thread with what it returned.
-
-        Raises:
-            RewardError: Too many of its earlier calls have not come back.
         """
-        code = _code(function)
-        if self._hanging[code] >= MOST:
+        if self._hanging[_code(function)] >= MOST:
             raise RewardError(
                 f"reward {name!r} is not asked any more: {MOST} of its calls, which were given up after `timeout` or "
                 "with their requests, have still not returned. Give what it waits for a time limit of its own."
             )
+
+    async def call(self, function: Callable[..., T], *args: Any, then: Callable[[T], T]) -> T:
+        """Call a function in a thread.
+
+        Args:
+            function: The function.
+            args: Its arguments.
+            then: Called in the same thread with what it returned.
+        """
+        code = _code(function)
         returned, given_up = threading.Event(), threading.Event()
 
         def run() -> T:
@@ -60,6 +69,38 @@ class HungCalls:
                     self._count(code, 1)
             raise
 
+    async def finish(self, function: Callable[..., Any], work: Awaitable[T]) -> T:
+        """Await what an async function does, in a task that is given up if it does not end when it is cancelled.
+
+        Args:
+            function: The function.
+            work: What it returned.
+        """
+        code, task = _code(function), asyncio.ensure_future(_contained(work))
+        try:
+            await asyncio.wait({task})
+            return task.result()
+        except BaseException:
+            task.add_done_callback(_retrieve_error)
+            task.cancel()
+            try:
+                await asyncio.wait({task}, timeout=PATIENCE)
+            finally:
+                self._count_until_done(code, task)
+            raise
+
+    def _count_until_done(self, code: Any, task: asyncio.Task[Any]) -> None:
+        if task.done():
+            return
+        with self._lock:
+            self._count(code, 1)
+
+        def ended(_: asyncio.Task[Any]) -> None:
+            with self._lock:
+                self._count(code, -1)
+
+        task.add_done_callback(ended)
+
     def _count(self, code: Any, change: int) -> None:
         self._hanging[code] += change
         if not self._hanging[code]:
@@ -68,6 +109,20 @@ class HungCalls:
 
 HUNG_CALLS = HungCalls()
 """Those of this process."""
+
+
+async def _contained(work: Awaitable[T]) -> T:
+    """Await it; what would end the loop, were it raised in a task, becomes an error like others."""
+    try:
+        return await work
+    except (SystemExit, KeyboardInterrupt, GeneratorExit) as error:
+        raise RuntimeError(said(error)) from error
+
+
+def _retrieve_error(task: asyncio.Task[Any]) -> None:
+    """Look at a task's error: nobody else does."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _code(function: Any) -> Any:
