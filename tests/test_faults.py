@@ -464,6 +464,41 @@ def cannot_begin_afresh(engine: Engine) -> Request:
     return request(None, decoding=Sampling())
 
 
+def exits_in_a_task(error: BaseException) -> None:
+    async def leave() -> None:
+        raise error
+
+    asyncio.ensure_future(leave())  # noqa: RUF006
+
+
+def stops_the_loop(_: BaseException) -> None:
+    asyncio.get_running_loop().stop()
+
+
+def exits_in_a_callback(error: BaseException) -> None:
+    asyncio.get_running_loop().call_soon(raising(error), [])
+
+
+@pytest.mark.parametrize("leaves", [exits_in_a_task, exits_in_a_callback, stops_the_loop])
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()], ids=repr)
+def test_the_engine_s_thread_goes_on_whatever_users_code_does_in_it(
+    models: Callable[..., str], start: Start, judge: ClassifierReward, leaves: Any, error: BaseException
+) -> None:
+    """A task of an async reward's own, say; nobody is harmed, not even the request."""
+
+    async def reward(prompt: str, texts: list[str]) -> list[float]:
+        leaves(error)
+        await asyncio.sleep(0.01)
+        return [len(text) / 10 for text in texts]
+
+    engine = start(models("llama"), width=2)
+    expected = ids(outcomes(engine, request(judge, 1)))
+    found = outcomes(engine, request(FunctionReward(function=reward, scale=(0.0, 1.0))), request(judge, 1))
+    assert isinstance(found[0], Alignment)
+    assert ids([found[1], *outcomes(engine, request(judge, 1))]) == expected * 2
+    assert_idle(engine)
+
+
 @pytest.mark.parametrize("breaks", [leaves_in_a_forward, leaves_in_a_method, cannot_begin_afresh])
 def test_an_engine_whose_thread_ends_says_so_and_starts_again(
     models: Callable[..., str], start: Start, judge: ClassifierReward, breaks: Callable[[Engine], Request]

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -17,7 +17,18 @@ import pytest
 import tiny
 import torch
 from conftest import Start
-from internals import assert_idle, caches, held, is_idle, language_model, memory, replace_scheduler, wait_until
+from internals import (
+    assert_idle,
+    caches,
+    held,
+    is_idle,
+    language_model,
+    memory,
+    replace_scheduler,
+    run_inside,
+    wait_until,
+)
+from pydantic import Field
 
 from cards_integrations.chat.grammar import Grammar, GrammarTokenizer, Matcher
 from cards_integrations.decoding import BestOfN, Cards, Decoding, FixedLength, Sampling
@@ -28,7 +39,7 @@ from cards_integrations.errors import CardsError, CardsTimeout, ModelError, Prom
 from cards_integrations.models.local import language_model as local
 from cards_integrations.models.local.prefill import prefill_shares
 from cards_integrations.models.sampling import Sampler
-from cards_integrations.rewards import ClassifierReward, FunctionReward, LengthReward, Reward, WeightedReward
+from cards_integrations.rewards import ClassifierReward, FunctionReward, LengthReward, Reward, WeightedReward, loader
 from cards_integrations.rewards.base import Conversation, Response, RewardModel
 from cards_integrations.trace import Alignment
 from cards_integrations.transformer.flat_batch import ForwardInput
@@ -175,6 +186,79 @@ def test_a_method_that_cannot_say_what_passes(engine: Engine, judge: ClassifierR
     assert isinstance(error, Broken)
 
 
+Body = Callable[[Any], Coroutine[Any, Any, None]]
+
+
+class Odd(Decoding):
+    """Does what a method must not do."""
+
+    method: str = "odd"
+    body: Body = Field(exclude=True)
+
+    async def generate(self, session: Any) -> None:
+        await self.body(session)
+
+
+async def _ends_early(session: Any) -> None:
+    await session.grow([None], THREE)
+
+
+async def _goes_on(session: Any) -> None:
+    await Sampling().generate(session)
+    await session.grow([None], THREE)
+
+
+async def _keeps_twice(session: Any) -> None:
+    async for draft in session.drafts(until=THREE, limit=2):
+        await session.keep(draft)
+        await session.keep(draft)
+
+
+async def _keeps_another_s(session: Any) -> None:
+    await session.keep(Draft(0, "w7", 1.0, 1, 0.5))
+
+
+async def _continues_a_finished_one(session: Any) -> None:
+    drafts = await session.grow([None] * 8, FixedLength(length=200), scored=False)
+    await session.grow(drafts, THREE)
+
+
+async def _is_cancelled_by_nobody(session: Any) -> None:
+    raise asyncio.CancelledError
+
+
+THREE = FixedLength(length=3)
+ODD: dict[Body, str] = {
+    _ends_early: "ended before the answer did",
+    _goes_on: "The answer is finished",
+    _keeps_twice: "not of this segment",
+    _keeps_another_s: "not of this segment",
+    _continues_a_finished_one: "no text can follow it",
+    _is_cancelled_by_nobody: "nobody had cancelled it",
+}
+
+
+@pytest.mark.parametrize("body", ODD, ids=lambda body: body.__name__)
+def test_a_method_that_does_what_it_must_not_is_told_so(engine: Engine, judge: ClassifierReward, body: Body) -> None:
+    error = check(engine, judge, request(judge, 7, decoding=Odd(body=body)))
+    assert isinstance(error, CardsError)
+    assert ODD[body] in str(error)
+
+
+def test_a_session_is_of_no_use_when_its_request_has_ended(engine: Engine, judge: ClassifierReward) -> None:
+    left: list[Any] = []
+
+    async def leaves_it(session: Any) -> None:
+        left.append(session)
+        await Sampling().generate(session)
+
+    engine.run(request(judge, 7, decoding=Odd(body=leaves_it)))
+    for use in (lambda session: session.prompt_reward(), lambda session: session.grow([None], THREE)):
+        with pytest.raises(CardsError, match="The request has ended"):
+            run_inside(engine, use(left[0]), WITHIN)
+    assert_idle(engine)
+
+
 # --- grammars ---
 
 
@@ -225,7 +309,15 @@ class Careless(RewardModel):
     name = "careless"
 
     def __init__(self, wrong: str) -> None:
-        setattr(self, wrong, self._broken)
+        self.wrong = wrong
+        if wrong != "across_requests":
+            setattr(self, wrong, self._broken)
+
+    @property
+    def across_requests(self) -> bool:  # type: ignore[override]
+        if self.wrong == "across_requests":
+            raise Broken("in a reward")
+        return False
 
     def _broken(self, _: Conversation | Response) -> None:
         raise Broken("in a reward")
@@ -242,11 +334,23 @@ class CarelessReward(Reward):
         return Careless(self.wrong)
 
 
-@pytest.mark.parametrize("wrong", ["open", "keep", "drop", "close"])
+@pytest.mark.parametrize("wrong", ["open", "keep", "drop", "close", "across_requests"])
 def test_a_reward_model_that_fails_where_nothing_is_scored(engine: Engine, judge: ClassifierReward, wrong: str) -> None:
     strict = DECODING.model_copy(update={"target_reward": 0.0})
     error = check(engine, judge, request(CarelessReward(wrong=wrong), 7, decoding=strict))
     assert isinstance(error, Broken | CardsError)
+
+
+def test_a_reward_model_that_cannot_be_released_harms_nobody(
+    engine: Engine, judge: ClassifierReward, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even whoever is served when its turn has come."""
+    monkeypatch.setattr(loader, "KEPT", 0)
+    answer = engine.run(request(CarelessReward(wrong="release"), 0))
+    assert engine.run(request(CarelessReward(wrong="release"), 0)).token_ids == answer.token_ids
+    engine.run(request(judge, 0))
+    assert not engine.inspect().rewards
+    assert_idle(engine)
 
 
 def test_a_prompt_that_a_reward_refuses_leaves_nothing_open(engine: Engine, judge: ClassifierReward) -> None:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from cards_integrations.decoding.base import Draft, StepCosts
 from cards_integrations.engine.scoring import ScoreQueue
-from cards_integrations.errors import as_cards_error
+from cards_integrations.errors import CardsError, as_cards_error, short_repr
 from cards_integrations.models.base import Boundary, Candidate, Context, LanguageModel
 from cards_integrations.models.randomness import Uniforms
 from cards_integrations.rewards.base import Conversation, Response
@@ -230,6 +230,7 @@ class DraftPool:
         Returns:
             The best of them: that with the highest reward, the first in a tie.
         """
+        _own(self.examined, draft)
         draft.verdict = "rejected"
         best = self.best_rejected
         if best is None or draft.reward > best.reward:
@@ -248,7 +249,7 @@ class DraftPool:
         if draft in self.nodes:
             yield from self._keep_branch(self.nodes[draft])
             return
-        kept, examined = self.examined[draft], self.examined
+        kept, examined = _own(self.examined, draft), self.examined
         self._give_up_ahead()
         for pending in examined.values():
             if pending is not kept:
@@ -264,7 +265,7 @@ class DraftPool:
 
     def give_up(self, draft: Draft) -> None:
         """Free a draft of the tree as soon as no other follows it."""
-        pending: PendingDraft | None = self.nodes[draft]
+        pending: PendingDraft | None = _own(self.nodes, draft)
         while pending is not None and not pending.kept:
             pending.given_up = pending.given_up or pending.draft is draft
             if not pending.given_up or pending.children:
@@ -304,7 +305,8 @@ class DraftPool:
         return OwnErrors(self.fail)
 
     def close(self) -> None:
-        """Free everything."""
+        """Free everything; whoever goes on to draft is told."""
+        self.error = self.error or CardsError("The request has ended: nothing can be drafted in its session.")
         self._give_up_ahead()
         for pending in [*self.examined.values(), *reversed(list(self.nodes.values()))]:
             self.release(pending)
@@ -395,7 +397,9 @@ class DraftPool:
     def _node(self, parent: Draft | None) -> PendingDraft | None:
         if parent is None or (self.last_kept is not None and self.last_kept.draft is parent):
             return None
-        return self.nodes[parent]
+        if parent.finished:
+            raise CardsError("A draft that is finished has no children: no text can follow it.")
+        return _own(self.nodes, parent)
 
     def _forget(self, pending: PendingDraft) -> None:
         self.release(pending)
@@ -409,6 +413,16 @@ class DraftPool:
         if self.current is not None:
             self.current.drop()
         self.current = None
+
+
+def _own(drafts: Mapping[Draft, PendingDraft], draft: Draft) -> PendingDraft:
+    """What stands behind a draft that a method names."""
+    if (pending := drafts.get(draft)) is None:
+        raise CardsError(
+            f"The draft {short_repr(getattr(draft, 'text', draft))} is not of this segment: it was kept or given up "
+            "before, or belongs to another request."
+        )
+    return pending
 
 
 class SegmentDrafts:

@@ -35,6 +35,7 @@ class ScoreQueue:
 
     def __init__(self, reward_model: RewardModel, wake: Callable[[], None]) -> None:
         self.reward_model = reward_model
+        self.across_requests = reward_model.across_requests
         self.waiting: list[ScoreRequest] = []
         self.under_way = 0  # scores that the reward model computes now
         self.promised = 0  # bytes by which the caches grow for these, at most
@@ -116,7 +117,7 @@ class Scoring:
         """Hand what waits in these queues to the reward models, a call for each group that can be scored together."""
         groups: dict[tuple[RewardModel, ScoreQueue | None], list[ScoreRequest]] = {}
         for queue in queues:
-            alone = None if queue.reward_model.across_requests else queue
+            alone = None if queue.across_requests else queue
             if queue.waiting:
                 groups.setdefault((queue.reward_model, alone), []).extend(queue.waiting)
                 queue.dispatched()

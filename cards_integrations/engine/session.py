@@ -12,7 +12,7 @@ from uuid import uuid4
 
 from cards_integrations.chat.message import PARTIAL_CHARACTER
 from cards_integrations.chat.tool_reader import ToolReader
-from cards_integrations.decoding.base import Draft, Scale, StepCosts
+from cards_integrations.decoding.base import Decoding, Draft, Scale, StepCosts
 from cards_integrations.engine.draft_pool import DraftPool, PendingDraft, SegmentDrafts, SessionHost
 from cards_integrations.engine.request import Chunk
 from cards_integrations.engine.scoring import ScoreQueue
@@ -111,6 +111,8 @@ class Session:
 
     async def prompt_reward(self) -> float:
         if self._prompt_reward is None:
+            if self.pool.error is not None:
+                raise self.pool.error
             response = Response(self.conversation, "", [], 0.0)
             if self.context.states:
                 response.states = await self.pool.prompt_states()
@@ -125,8 +127,7 @@ class Session:
     def drafts(
         self, until: Boundary, limit: int, scored: bool = True, passes: Callable[[Draft], bool] | None = None
     ) -> SegmentDrafts:
-        if scored:
-            self._score_queue()
+        self._check(scored)
         if self.context.sampler.greedy:
             limit = 1  # every candidate would be the same one
         return self.pool.open_segment(until, limit, scored, passes)
@@ -158,14 +159,37 @@ class Session:
         scored: bool = True,
         ranks: Sequence[int] | None = None,
     ) -> list[Draft]:
-        if scored:
-            self._score_queue()
+        self._check(scored)
         return await self.pool.grow(parents, until, scored, ranks)
 
     def give_up(self, draft: Draft) -> None:
         self.pool.give_up(draft)
 
+    def _check(self, scored: bool) -> None:
+        """Refuse to draft what nobody could keep or score."""
+        if self.pool.error is not None:
+            raise self.pool.error
+        if self.finished:
+            raise CardsError(
+                "The answer is finished: a decoding method drafts until `session.finished`, and no further."
+            )
+        if scored:
+            self._score_queue()
+
     # --- what the engine does ---
+
+    async def write(self, decoding: Decoding) -> None:
+        """Let a method write the answer.
+
+        Raises:
+            CardsError: It ended before the answer did.
+        """
+        await decoding.generate(self)
+        if not self.finished:
+            raise CardsError(
+                f"The decoding method {decoding.method!r} ended before the answer did: it drafts and keeps until "
+                "`session.finished`."
+            )
 
     @property
     def seconds_to_score(self) -> StepTimes:
@@ -188,15 +212,17 @@ class Session:
             log.info("request %s: preempted, for the caches are full", self.request_id)
         self.preempted = True
         if self.reward_model is not None and self._can_free_reward:
-            self.reward_model.preempt(self.conversation)
             self._reward_freed = True
+            with self.pool.own_errors():
+                self.reward_model.preempt(self.conversation)
 
     def resume(self) -> None:
         """Go on: what was kept and drafted is read again."""
         if isinstance(self.host.language_model, StepwiseModel):
             self.host.language_model.resume(self.context)
         if self.reward_model is not None and self._reward_freed:
-            self.reward_model.resume(self.conversation)
+            with self.pool.own_errors():
+                self.reward_model.resume(self.conversation)
         self.preempted = self._reward_freed = False
 
     def fail(self, error: Exception) -> None:

@@ -129,7 +129,7 @@ class Thinker:
         emit = None if self.emit is None else ThoughtStream(self.emit)
         guided = self.request.thinking == "aligned"
         async with self.session(phase, ids, derived_seed(seed, "thoughts"), guided, emit) as session:
-            await phase.decoding.generate(session)
+            await session.write(phase.decoding)
         return self._closed(form, ids, session)
 
     def _format(self, prompt: Rendered) -> ThinkingFormat | None:

@@ -36,7 +36,7 @@ from cards_integrations.engine.session import Session
 from cards_integrations.engine.step_loop import StepLoop
 from cards_integrations.engine.telemetry import request_span
 from cards_integrations.engine.thinking import Thinker, render
-from cards_integrations.errors import CardsError, EngineClosed, ModelError, SettingsError, said
+from cards_integrations.errors import CardsError, EngineClosed, ModelError, SettingsError, as_cards_error, said
 from cards_integrations.models.base import ConstrainedModel, Context, LanguageModel, LogitsReader, StateReader
 from cards_integrations.models.local.loader import ModelLoader
 from cards_integrations.models.randomness import fresh_seed
@@ -124,7 +124,12 @@ class Worker:
         asyncio.set_event_loop(self.loop)
         self._loading = self.loop.create_task(self._load())
         try:
-            self.loop.run_forever()
+            while not self._stopping:
+                self._run_loop()
+        except BaseException as error:
+            self._give_up(as_cards_error(error, "The engine's event loop failed"))
+            self._stopping = True
+            raise
         finally:
             self.loop.run_until_complete(self._end())
             self.loop.close()
@@ -135,6 +140,13 @@ class Worker:
                 self.loaded.set_exception(EngineClosed("The engine was closed while the model was loaded."))
             elif not self.failed:
                 self.loader.release()
+
+    def _run_loop(self) -> None:
+        """Run until it is stopped, which a task or a callback of users' code may do, too, or leave it by an exit."""
+        try:
+            self.loop.run_forever()
+        except (SystemExit, KeyboardInterrupt) as error:
+            log.warning("Code that runs in the engine's thread raised %s there; the engine goes on.", said(error))
 
     def _halt(self) -> None:
         self._stopping = True
@@ -306,6 +318,9 @@ class Worker:
         except asyncio.CancelledError:
             if self._stopping:
                 raise EngineClosed("The engine was closed while the request ran.") from None
+            task = asyncio.current_task()
+            if task is not None and not task.cancelling():  # nobody has cancelled it
+                raise ModelError("The request raised CancelledError, and nobody had cancelled it.") from None
             raise
 
     async def _answer(
@@ -373,7 +388,7 @@ class Worker:
                 session.request_id, method, len(session.context.prompt_ids), session.seed,
             )  # fmt: skip
             try:
-                await request.decoding.generate(session)
+                await session.write(request.decoding)
             except BaseException as error:
                 log.info("request %s: ended by %s", session.request_id, said(error))
                 raise

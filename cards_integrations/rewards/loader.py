@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -20,6 +21,7 @@ from cards_integrations.rewards.scorers.sentences import WholeSentences
 from cards_integrations.threads import InterpreterExit, ended_before_exit, in_thread
 from cards_integrations.transformer.step_times import StepTimes
 
+log = logging.getLogger("cards_integrations")
 KEPT = 16  # reward models that nobody uses now
 CACHE_SHARE = 0.25  # of the memory for caches, that those may hold
 
@@ -182,7 +184,10 @@ class RewardLoader(Loader):
                 return
             model = self.built.pop(key)
         self._timed.discard(model)
-        model.release()
+        try:
+            model.release()
+        except Exception:  # whoever is served now has no part in it
+            log.exception("reward %r cannot be released", key.kind)
         for part in self._parts.pop(key, ()):
             self._count(part, -1)
 
