@@ -20,7 +20,7 @@ from cards_integrations.chat import message
 from cards_integrations.chat.message import Message
 from cards_integrations.engine.engine import Engine
 from cards_integrations.engine.request import Chunk, Request
-from cards_integrations.errors import PromptError
+from cards_integrations.errors import PromptError, SettingsError
 from cards_integrations.langchain.chat_model import ChatCards
 from cards_integrations.langchain.convert import as_message as from_langchain
 from cards_integrations.llama_index.convert import as_message as from_llama_index
@@ -217,9 +217,13 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
         Yields:
             The index of the prompt and its answer; with `return_exceptions`, or its error.
         """
+        if isinstance(prompts, str):
+            raise PromptError("A batch is a list of prompts: pass [prompt] for a single one, or use align().")
         each = [dict(options) for _ in prompts]
         for name, values in (("seed", seeds), ("context", contexts)):
             if values is not None:
+                if len(values) != len(prompts):
+                    raise SettingsError(f"{name}s: {len(values)} for {len(prompts)} prompts; pass one for each.")
                 each = [{**one, name: value} for one, value in zip(each, values, strict=True)]
         requests: dict[int, Request] = {}
         for index, (prompt, one) in enumerate(zip(prompts, each, strict=True)):

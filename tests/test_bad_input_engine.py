@@ -13,12 +13,13 @@ import tiny
 from conftest import Start
 from transformers import AutoTokenizer
 
+from cards_integrations import CardsLLM
 from cards_integrations.chat.template import ChatTokenizer
 from cards_integrations.decoding import Cards, FixedLength, Sampling
 from cards_integrations.engine import Engine, Request
-from cards_integrations.errors import ModelError, PromptError, SettingsError
+from cards_integrations.errors import CardsError, ModelError, PromptError, SettingsError
 from cards_integrations.models.sampling import Sampler
-from cards_integrations.rewards import ClassifierReward, as_reward
+from cards_integrations.rewards import ClassifierReward, LengthReward, as_reward
 from cards_integrations.trace import Alignment
 
 CONTEXT = tiny.SIZES["max_position_embeddings"]
@@ -47,6 +48,25 @@ def test_an_empty_prompt(models: Callable[..., str], start: Start) -> None:
     with pytest.raises(PromptError, match="empty"):
         start(models("llama")).run(Request("", PLAIN))
     assert start(models("llama", chat_template=tiny.CHAT)).run(Request("", PLAIN, max_tokens=2)).prompt_ids
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda llm: llm.score("w7", "w8 w9"), r"pass \[text\]"),
+        (lambda llm: llm.score("w7", ["w8", None]), r"list of strings"),
+        (lambda llm: llm.align_batch("w7 w8"), r"pass \[prompt\]"),
+        (lambda llm: llm.align_batch(["w7", "w8"], seeds=[1]), "seeds: 1 for 2 prompts"),
+        (lambda llm: llm.align_batch(["w7"], contexts=["a", "b"]), "contexts: 2 for 1 prompts"),
+    ],
+)
+def test_what_is_no_list_of_answers_or_prompts(
+    models: Callable[..., str], call: Callable[[CardsLLM], Any], message: str
+) -> None:
+    """A string would be taken for its characters."""
+    llm = CardsLLM(model=models("llama"), reward=LengthReward(target=3))
+    with pytest.raises(CardsError, match=message):
+        call(llm)
 
 
 def test_a_prompt_and_an_answer_that_do_not_fit(models: Callable[..., str], start: Start) -> None:

@@ -20,7 +20,7 @@ from cards_integrations.chat.message import Message
 from cards_integrations.engine.inspection import EngineState
 from cards_integrations.engine.request import Chunk, EngineSettings, Request
 from cards_integrations.engine.worker import OnDone, Worker
-from cards_integrations.errors import CardsError, EngineClosed
+from cards_integrations.errors import CardsError, EngineClosed, PromptError
 from cards_integrations.models.base import LanguageModel
 from cards_integrations.models.sources import ModelSource
 from cards_integrations.progress import shown, wanted
@@ -238,8 +238,15 @@ class Engine:
     def submit_score(
         self, reward: Reward, prompt: str | list[Message], texts: Sequence[str], context: tuple[str, ...] = ()
     ) -> Future[list[float]]:
-        """Begin to score whole answers to a prompt, without waiting for them."""
-        return self._ask(lambda worker: worker.score_texts(reward, prompt, list(texts), context))
+        """Begin to score whole answers to a prompt, without waiting for them.
+
+        Raises:
+            PromptError: `texts` is not a list of strings.
+        """
+        answers = [*texts]
+        if isinstance(texts, str) or not all(isinstance(each, str) for each in answers):
+            raise PromptError("Answers to be scored are a list of strings: pass [text], or [answer.text].")
+        return self._ask(lambda worker: worker.score_texts(reward, prompt, answers, context))
 
     def uncertainties(self, measure: Measure, answers: Sequence[Alignment]) -> list[list[float]]:
         """The language model's predictive uncertainty before each token of these answers."""
