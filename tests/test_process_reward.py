@@ -147,6 +147,19 @@ def test_how_the_scores_of_steps_become_one(tmp_path: Path, start: Start, kind: 
         assert found == pytest.approx([together(each) for each in expected], abs=1e-4)
 
 
+@pytest.mark.parametrize("text", [f"the cat.the {TAG} dog", f"{TAG}.the cat", f"the cat{TAG}", f"{TAG}{TAG}.{TAG}.the"])
+def test_a_tag_that_the_answer_itself_contains_ends_no_step(tmp_path: Path, start: Start, text: str) -> None:
+    """Otherwise a language model that writes it chooses where it is scored."""
+    settings, recipe = qwen(tmp_path / "judge")
+    engine = start(tiny.save(tmp_path / "llm", tiny.causal(vocab_size=280), tiny.byte_pairs()))
+    scores, ends, at = recipe(PROMPT, steps(text)), [], -1
+    for step in steps(text):
+        at += step.count(TAG) + 1
+        ends.append(scores[at])
+    found = engine.score(ProcessReward(**settings, aggregate="mean"), PROMPT, [text])
+    assert found == pytest.approx([sum(ends) / len(ends)], abs=1e-4)
+
+
 def test_segments_that_are_steps(tmp_path: Path, start: Start) -> None:
     settings, recipe = qwen(tmp_path / "judge")
     reward = ProcessReward(**{**settings, "separator": None}, aggregate="product")

@@ -135,6 +135,24 @@ def test_labels_are_added_up_and_named(tmp_path: Path, models: Callable[..., str
         engine.score(ClassifierReward(model=folder, weights={"kind": 1.0}), PROMPT, ANSWERS)
 
 
+@pytest.mark.parametrize("kind", ["single_label_classification", "multi_label_classification", None])
+def test_probabilities_are_those_of_the_model_s_own_problem(
+    tmp_path: Path, models: Callable[..., str], start: Start, kind: str | None
+) -> None:
+    """Of labels that do not exclude each other, each has one of its own."""
+    model = tiny.classifier(num_labels=3, id2label={0: "toxic", 1: "rude", 2: "threat"}, problem_type=kind)
+    folder, engine = tiny.save(tmp_path, model, tiny.words()), start(models("llama"))
+    with torch.inference_mode():
+        logits = model(tiny.words()(PROMPT + ANSWERS[0], return_tensors="pt")["input_ids"]).logits[0]
+    expected = logits.sigmoid() if kind == "multi_label_classification" else logits.softmax(-1)
+    how: dict[str, Any] = {"model": folder, "prompt_format": FORMAT}
+    for output, values in (("probability", expected), ("log_odds", expected.logit())):
+        found = engine.score(ClassifierReward(**how, label="rude", output=output), PROMPT, ANSWERS[:1])
+        assert found == pytest.approx([float(values[1])], abs=1e-4)
+    both = ClassifierReward(**how, weights={"toxic": -1.0, "rude": -0.5}, output="probability")
+    assert engine.score(both, PROMPT, ANSWERS[:1]) == pytest.approx([float(-expected[0] - expected[1] / 2)], abs=1e-4)
+
+
 def test_one_label_or_weights() -> None:
     wrongs: list[dict[str, Any]] = [{"weights": {}}, {"weights": {"a": 1.0}, "label": "a"}]
     for wrong in wrongs:

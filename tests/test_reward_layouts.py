@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from cards_integrations import CardsLLM
 from cards_integrations.decoding import BestOfN, Cards, FixedLength
 from cards_integrations.engine import EngineSettings, Request
+from cards_integrations.errors import ModelError
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import ClassifierReward
 
@@ -88,3 +89,23 @@ def test_so_are_those_of_drafted_answers(tmp_path: Path, start: Start, template:
     expected = [recipe(PROMPT, answer.text) for answer in answers]
     assert [answer.reward for answer in answers] == pytest.approx(expected, abs=1e-4)
     assert answers[-1].text == answers[0].text
+
+
+CHANGED = {
+    "in small letters": "{{ m.content | lower }}",
+    "cut": "{{ m.content[:100] }}",
+    "twice": "{{ m.content + '|' + m.content }}",
+    "after its length": "{{ m.content | length ~ ' ' ~ m.content }}",
+    "before its length": "{{ m.content ~ '<|im_end|>' ~ m.content | length }}",
+    "escaped": "{{ m.content | e }}",
+    "as JSON": "{{ m.content | tojson }}",
+}
+
+
+@pytest.mark.parametrize("written", CHANGED)
+def test_a_template_that_changes_answers_is_refused(tmp_path: Path, start: Start, written: str) -> None:
+    """Its scores of growing answers would be those of other texts than the whole conversation has."""
+    template = layouts.CHATML.replace("m.content", CHANGED[written].strip("{} "))
+    engine = start(drafter(tmp_path / "llm"))
+    with pytest.raises(ModelError, match=r"chat template of .*changes the assistant's answers.*prompt_format"):
+        engine.score(ClassifierReward(model=judge(tmp_path / "judge", template)), PROMPT, ANSWERS)

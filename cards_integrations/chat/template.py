@@ -31,6 +31,12 @@ from cards_integrations.chat.tool_prompts import (
 from cards_integrations.chat.tools import FormatName, Tools
 from cards_integrations.errors import ModelError, PromptError, said
 
+TRIED = (
+    "Yes.",
+    'The Café opens at 9 a.m. -- 10 on Sundays; "No" is <b>no</b> answer.\n\n  1. Dr. O\'Neil\n  2. 50% & more\n'
+    + "So be it. " * 20 + "End",
+)  # fmt: skip
+"""Answers that a chat template is tried on."""
 BEFORE_ANSWER = 6  # tokens of the prompt that an answer is decoded after
 NO_ARGUMENTS: Mapping[str, Any] = {}
 
@@ -310,6 +316,24 @@ class ChatTokenizer:
         return answer_frame(
             lambda text: self._render([*messages, {"role": "assistant", "content": text}]), self._thought_marks
         )
+
+    def check_answers(self) -> None:
+        """Check that an answer, once its template has rendered it, is the text around answers with the answer in it.
+
+        Raises:
+            ModelError: The template writes answers in another way: it changes, cuts, repeats or counts them.
+        """
+        try:
+            frame, messages = self.around_answer("Hi"), as_messages("Hi")
+            for answer in TRIED:
+                if self._render([*messages, {"role": "assistant", "content": answer}]) != frame.whole(answer):
+                    raise ModelError(
+                        f"The chat template of {self.tokenizer.name_or_path!r} changes the assistant's answers, or "
+                        "what it writes around them goes by what they are, so that answers cannot be scored while they "
+                        "grow: pass a prompt_format with {prompt} and {response}."
+                    )
+        except PromptError:
+            return  # it wants another conversation, and that one will be looked at
 
     def around_part(self, before: str, after: str) -> tuple[str, str]:
         """The rendered text around a part of one user message, which is `before` + the part + `after`."""

@@ -31,7 +31,8 @@ class ClassifierReward(HeadReward):
     weights: Annotated[dict[str, FiniteFloat] | None, BeforeValidator(_by_text)] = None
     """Labels, by index or name, and the weights of their sum, which is then the score; the trace has each of them."""
     output: Literal["logit", "probability", "log_odds"] = "logit"
-    """The raw logit, the probability (softmax, or sigmoid for a single label), or its log-odds."""
+    """The raw logit, the probability (softmax; sigmoid for a single label and for a model that was trained on several
+    labels at once, by its `problem_type`), or its log-odds."""
     prompt_format: str | None = None
     """"chat" (the reward model's own template), "pair" (two texts, which its tokenizer joins, as cross-encoders have
     them), or one text with `{prompt}` and `{response}`. None: "chat" if the tokenizer has a template, else "pair" for
@@ -67,7 +68,8 @@ class ClassifierReward(HeadReward):
         chat = ChatTokenizer(tokenizer, rows=embedding_rows(model))
         otherwise = "pair" if reads_pairs(model, tokenizer) else "{prompt}{response}"
         input_format = InputFormat(chat, self.prompt_format, self.end_of_turn, otherwise)
-        head = Head(self.label, self.output, getattr(model.config, "id2label", None), self.weights)
+        exclusive = getattr(model.config, "problem_type", None) != "multi_label_classification"
+        head = Head(self.label, self.output, getattr(model.config, "id2label", None), self.weights, exclusive)
         if input_format.is_pair or not reads_incrementally(model):
             return RescoringClassifier(self.name, model, input_format, head)
         same = models.language_model is not None and same_vocabulary(tokenizer, models.language_model[2])

@@ -16,9 +16,11 @@ class Head:
 
     Args:
         label: Index or name of the label; None if there is only one.
-        output: The raw logit, the probability (softmax, or sigmoid for a single label), or its log-odds.
+        output: The raw logit, the probability (softmax, or sigmoid for labels that do not exclude each other), or its
+            log-odds.
         id2label: The labels' names, as the model's config gives them.
         weights: Labels by index or name, and their weights; None for one label.
+        exclusive: Whether exactly one of several labels is right: their probabilities sum to 1.
 
     Raises:
         SettingsError: There is no such label.
@@ -30,10 +32,11 @@ class Head:
         output: Literal["logit", "probability", "log_odds"],
         id2label: dict[int, str] | None,
         weights: Mapping[str, float] | None = None,
+        exclusive: bool = True,
     ) -> None:
         labels = id2label or {0: "LABEL_0"}
         self.output = output
-        self.single = len(labels) == 1
+        self.exclusive = exclusive and len(labels) > 1
         self.weights = list(weights.values()) if weights else [1.0]
         self.indices = [_index(each, labels) for each in weights or [label]]
         self.names = [labels[index] for index in self.indices] if weights else []
@@ -56,10 +59,9 @@ class Head:
     def _values(self, logits: torch.Tensor) -> torch.Tensor:
         """The values (n, chosen labels) that are added."""
         logits = logits.float()
-        if self.output == "logit":
-            return logits[:, self.indices]
-        if self.single:
-            return logits[:, :1].sigmoid() if self.output == "probability" else logits[:, :1]
+        if self.output == "logit" or not self.exclusive:
+            chosen = logits[:, self.indices]
+            return chosen.sigmoid() if self.output == "probability" else chosen
         log_p = logits.log_softmax(-1)[:, self.indices]
         return log_p.exp() if self.output == "probability" else log_p - (-log_p.expm1()).log()
 

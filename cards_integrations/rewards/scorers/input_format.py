@@ -19,6 +19,9 @@ class InputFormat:
             `{prompt}`. None: "chat" if there is a template, else `otherwise`.
         end_of_turn: Whether what the template writes after an answer is read as well.
         otherwise: The format of a tokenizer without a template.
+
+    Raises:
+        ModelError: The template writes answers in a way in which they cannot be scored while they grow.
     """
 
     def __init__(
@@ -28,6 +31,8 @@ class InputFormat:
         self.chat = chat
         self.prompt_format = prompt_format or ("chat" if chat.has_template else otherwise)
         self.end_of_turn = end_of_turn
+        if self.prompt_format == "chat":
+            chat.check_answers()
 
     def around(self, conversation: Conversation) -> AnswerFrame:
         """Return what is read around the answer."""

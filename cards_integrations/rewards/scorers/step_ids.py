@@ -52,8 +52,9 @@ class StepIds:
             return self._one_by_one(steps)
         text = self.frame.upto(self.steps.tagged(steps))
         ids = self._encode(text)
-        tags = [place for place, token in enumerate(ids) if token == self._tag_ids[-1]][-len(steps) :]
-        if not (len(tags) == len(steps) and tags[-1] == len(ids) - 1 and tags[0] >= common(ids, self.before_ids)):
+        begin = common(ids, self.before_ids)
+        tags = [place for place, token in enumerate(ids) if token == self._tag_ids[-1] and place >= begin]
+        if len(tags) != len(steps) or tags[-1] != len(ids) - 1:  # an answer may have a tag of its own
             return self._one_by_one(steps)
         without = self._encode(text.removesuffix(self.steps.tag))
         return TaggedIds(ids, tags, len(ids) - common(ids, without))
