@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -167,7 +168,20 @@ def lose_tokenizer(folder: Path) -> None:
         file.unlink()
 
 
-@pytest.mark.parametrize("damage", [break_config, break_weights, lose_weights, lose_tokenizer, None])
+def other_shapes(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 40}))
+
+
+def of_another_type(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0}))
+
+
+DAMAGES = [break_config, break_weights, lose_weights, lose_tokenizer, other_shapes, of_another_type, None]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_folder_that_is_not_a_model(
     models: Callable[..., str], start: Start, tmp_path: Path, damage: Callable[[Path], None] | None
 ) -> None:
@@ -176,8 +190,9 @@ def test_a_folder_that_is_not_a_model(
     if damage:
         tiny.save(folder, tiny.causal(), tiny.words())
         damage(folder)
-    with pytest.raises(ModelError, match="broken"):
+    with pytest.raises(ModelError, match=r"broken.*shapes" if damage is other_shapes else "broken") as told:
         start(folder).run(Request("w6", PLAIN))
+    assert "\n" not in str(told.value)
 
     if damage:
         tiny.save(folder, tiny.classifier(), tiny.words())

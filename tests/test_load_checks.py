@@ -149,6 +149,20 @@ def test_an_adapter_of_some_layers_is_refused(
         models_of.causal(LocalModel(model=models("llama"), adapter=half))
 
 
+def test_an_adapter_of_another_model_or_task_is_refused(
+    models: Callable[..., str], adapter: str, tmp_path: Path
+) -> None:
+    """peft puts what fits in place, and passes over the rest without a word."""
+    shallow = tiny.save(tmp_path / "shallow", tiny.causal(num_hidden_layers=1), tiny.words())
+    with pytest.raises(ModelError, match=r"adapter='.*lora' has weights for .*layers\.1\..*trained on another model"):
+        loader().causal(LocalModel(model=shallow, adapter=adapter))
+    base = AutoModelForSequenceClassification.from_pretrained(models("llama"), num_labels=1)
+    config = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj"])
+    get_peft_model(base, config).save_pretrained(tmp_path / "judge")
+    with pytest.raises(ModelError, match=r"score\.weight.*for another task"):
+        loader().causal(LocalModel(model=models("llama"), adapter=str(tmp_path / "judge")))
+
+
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("task", ["SEQ_CLS", None])
 def test_a_head_must_come_from_somewhere(models: Callable[..., str], tmp_path: Path, shared: bool, task: Any) -> None:

@@ -33,7 +33,7 @@ class EngineSettings(Placement):
     and the running acceptance rate, and also ahead of candidates that still wait for their reward."""
     max_rows: Annotated[int, Field(ge=1)] = 64
     """How many requests run at once; further ones wait for a row."""
-    kv_memory: Annotated[float, Field(gt=0)] = 0.5
+    kv_memory: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.5
     """Memory for the KV caches of all models: bytes or, up to 1, a fraction of what is free once the language model
     is loaded. Requests that do not fit wait: they take memory as they grow, and when it ends, the newest are computed
     again later."""

@@ -56,12 +56,33 @@ def _load_adapter(spec: LocalModel, model: Any) -> Any:
         # peft reads an attribute that transformers has renamed
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         warnings.filterwarnings("error", MISSING)
-        check_finite(f"adapter={spec.adapter!r}", _tensors(spec.adapter))
+        weights = _tensors(spec.adapter)
+        check_finite(f"adapter={spec.adapter!r}", weights)
         try:
-            return PeftModel.from_pretrained(model, resolve_adapter(spec.adapter), autocast_adapter_dtype=False)
+            adapted = PeftModel.from_pretrained(model, resolve_adapter(spec.adapter), autocast_adapter_dtype=False)
         except UserWarning as missing:
             names = re.findall(r"'(.*?)'", str(missing))
             return check_complete(f"adapter={spec.adapter!r}", names, (), f"model={spec.model!r}")
+    if stray := [name for name in weights if not _has_place(adapted, name)]:
+        raise ModelError(
+            f"adapter={spec.adapter!r} has weights for {stray[0]!r}, which model={spec.model!r} does not have: it was "
+            "trained on another model, or for another task."
+        )
+    return adapted
+
+
+def _has_place(adapted: Any, name: str) -> bool:
+    """Return True if an adapter's weight belongs to a layer of the model; peft passes over what does not."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    module = adapted
+    for step in name.split("."):
+        if isinstance(module, BaseTunerLayer):
+            return True  # peft looks after its own
+        if not hasattr(module, step):
+            return False
+        module = getattr(module, step)
+    return True
 
 
 def brought_by(spec: LocalModel) -> set[str]:

@@ -10,6 +10,7 @@ from threading import RLock
 from cards_integrations.errors import CardsError, ModelError
 from cards_integrations.models.local.quiet import quiet_transformers
 
+MOST = 600  # characters of an error of a load that are shown
 _lock = RLock()
 
 
@@ -32,7 +33,15 @@ def load_errors(name: str, setting: str = "model") -> Iterator[None]:
         except CardsError:
             raise
         except Exception as error:
-            raise ModelError(f"{setting}={name!r} cannot be loaded: {error}") from error
+            raise ModelError(f"{setting}={name!r} cannot be loaded: {_in_one_line(error)}") from error
+
+
+def _in_one_line(error: Exception) -> str:
+    """What torch or transformers say, who report at length."""
+    told = " ".join(str(error).split()) or type(error).__name__
+    if "ignore_mismatched_sizes" in told:  # the rest is in a report that only a log shows
+        return "its weights have other shapes than its config.json says."
+    return told if len(told) <= MOST else f"{told[:MOST]} ..."
 
 
 def _renew() -> None:
