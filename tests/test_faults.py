@@ -696,6 +696,26 @@ def test_a_reward_may_ask_the_engine_that_waits_for_it(
     assert_idle(engine)
 
 
+@pytest.mark.parametrize("how", ["score", "run"])
+def test_a_reward_that_asks_for_itself_is_refused(models: Callable[..., str], start: Start, how: str) -> None:
+    """Before it has taken all threads of the machine."""
+    engine, deepest = start(models("llama"), width=1), 0
+
+    def asks(prompt: str, texts: list[str]) -> list[float]:
+        nonlocal deepest
+        deepest = max(deepest, threading.active_count())
+        if how == "score":
+            return engine.score(itself[0], prompt, texts)
+        return [engine.run(request(itself[0])).reward or 0.0 for _ in texts]
+
+    itself = [FunctionReward(function=asks, scale=(0.0, 1.0))]
+    [error] = outcomes(engine, request(itself[0]))
+    assert isinstance(error, RewardError)
+    assert "asks for itself" in str(error)
+    assert deepest < 40
+    assert_idle(engine)
+
+
 BLOCKING: dict[str, Callable[[Engine], Any]] = {
     "run": lambda engine: engine.run(request(None, decoding=Sampling())),
     "stream": lambda engine: list(engine.stream(request(None, decoding=Sampling()))),

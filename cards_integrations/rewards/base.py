@@ -154,6 +154,7 @@ class RewardModel(ABC):
         """
 
 
+DEEPEST = 16  # rewards that may ask for each other; each waits in a thread
 scoring: ContextVar[int] = ContextVar("scoring", default=0)
 """Above 0 while a reward is computed: requests wait for it, so what it does in turn must not wait for them.
 
@@ -164,9 +165,13 @@ async def scores(model: RewardModel, responses: Sequence[Response]) -> list[floa
     """Score responses with the model's timeout, and check what it returns.
 
     Raises:
-        RewardError: It names the reward, and the text that caused the error.
+        RewardError: It names the reward, and the text that caused the error; or rewards ask for each other for ever.
         OutOfMemory: As the model raised it.
     """
+    if scoring.get() >= DEEPEST:
+        raise RewardError(
+            f"reward {model.name!r} is asked for by {DEEPEST} rewards within each other: it asks for itself."
+        )
     outer = scoring.set(scoring.get() + 1)
     try:
         async with asyncio.timeout(model.timeout) as deadline:
