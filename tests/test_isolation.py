@@ -25,10 +25,12 @@ from internals import (
     language_model,
     memory,
     replace_scheduler,
+    reward_models,
     run_inside,
     wait_until,
 )
 from pydantic import Field
+from transformers import BertConfig, BertForSequenceClassification
 
 from cards_integrations.chat.grammar import Grammar, GrammarTokenizer, Matcher
 from cards_integrations.decoding import BestOfN, Cards, Decoding, FixedLength, Sampling
@@ -43,6 +45,7 @@ from cards_integrations.rewards import ClassifierReward, FunctionReward, LengthR
 from cards_integrations.rewards.base import Conversation, Response, RewardModel
 from cards_integrations.trace import Alignment
 from cards_integrations.transformer.flat_batch import ForwardInput
+from cards_integrations.transformer.forward import PREFILL_CHUNK
 from cards_integrations.transformer.step_times import StepTimes
 
 PROMPT = "w9 w20 w31 w5"
@@ -386,6 +389,44 @@ def test_a_reward_whose_scores_have_no_end(engine: Engine, judge: ClassifierRewa
     error = check(engine, judge, request(endless, 7))
     assert isinstance(error, RewardError)
     assert "scores for 1 text" in str(error)
+
+
+class SlowEncoder:
+    """Whole texts are read by a tiny encoder; what each forward reads, and how far the others are meanwhile."""
+
+    def __init__(self, folder: Path) -> None:
+        torch.manual_seed(8)
+        sizes = {"vocab_size": 48, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+        shape = {"intermediate_size": 48, "max_position_embeddings": 256, "num_labels": 1, "initializer_range": 0.5}
+        model = BertForSequenceClassification(BertConfig(**sizes, **shape)).eval()
+        self.reward = ClassifierReward(model=tiny.save(folder, model, tiny.words()), prompt_format="{response}")
+        self.read: list[tuple[int, int]] = []
+
+    def watch(self, engine: Engine) -> None:
+        def note(module: Any, args: Any, inputs: Any) -> None:
+            self.read.append((inputs["input_ids"].numel(), engine_steps()))
+
+        def engine_steps() -> int:
+            return int(language_model(engine).steps)
+
+        [scorer] = reward_models(engine)
+        scorer.model.register_forward_pre_hook(note, with_kwargs=True)  # type: ignore[attr-defined]
+
+
+def test_an_encoder_that_reads_many_texts_takes_turns_with_the_others(engine: Engine, tmp_path: Path) -> None:
+    """In portions, of which each has an end: not all of them padded to the longest in one forward."""
+    encoder = SlowEncoder(tmp_path)
+    texts = [" ".join(f"w{6 + (i * k) % 40}" for i in range(1 + 7 * k % 240)) for k in range(120)]
+    alone = [engine.score(encoder.reward, PROMPT, [text])[0] for text in texts]
+    encoder.watch(engine)
+    plain = replace(request(encoder.reward, 0), decoding=Sampling(), reward=None, max_tokens=200)
+    bias = replace(plain, sampler=Sampler(logit_bias=((1, -50.0),)))
+    drafted = engine.submit(bias)
+    assert engine.score(encoder.reward, PROMPT, texts) == pytest.approx(alone, abs=1e-5)
+    assert len(drafted.result(WITHIN).token_ids) == 200
+    assert max(tokens for tokens, _ in encoder.read) <= PREFILL_CHUNK
+    assert len(encoder.read) > 5
+    assert encoder.read[-1][1] > encoder.read[0][1]
 
 
 # --- batches ---

@@ -14,9 +14,12 @@ from cards_integrations.models.local.loader import ModelLoader
 from cards_integrations.models.local.quiet import quiet_transformers
 from cards_integrations.models.local.resolve import readable_positions, resolve_model
 from cards_integrations.models.local.settings import LocalModel
+from cards_integrations.rewards.scorers.portions import portions
 from cards_integrations.transformer.exact import reads_padded
+from cards_integrations.transformer.forward import PREFILL_CHUNK
 
 BATCH = 32  # texts that are read at once
+CHARACTERS = 4 * PREFILL_CHUNK  # of such texts; a token has about four
 
 
 class Embedder:
@@ -73,8 +76,8 @@ class Embedder:
         """Return the engine's embedder of this model, the same one for all rewards."""
         return models.cached((cls, spec), lambda: cls(spec, models.device))
 
-    def __call__(self, texts: Sequence[str], query: bool = False) -> tuple[torch.Tensor, list[int]]:
-        """Embed texts.
+    async def __call__(self, texts: Sequence[str], query: bool = False) -> tuple[torch.Tensor, list[int]]:
+        """Embed texts, of which there may be any number: others go on meanwhile.
 
         Args:
             texts: n texts.
@@ -86,7 +89,12 @@ class Embedder:
             vector, similar to nothing: what a model makes of no word is arbitrary.
         """
         encode = self.model.encode_query if query else self.model.encode_document
-        found = encode(list(texts), batch_size=self.batch_size, output_value=None, show_progress_bar=False)
+        read: dict[int, Any] = {}
+        async for rows in portions(list(map(len, texts)), CHARACTERS):
+            chosen = [texts[row] for row in rows]
+            some = encode(chosen, batch_size=self.batch_size, output_value=None, show_progress_bar=False)
+            read |= zip(rows, some, strict=True)
+        found = [read[row] for row in range(len(texts))]
         vectors = torch.stack([each["sentence_embedding"] for each in found]).float()
         has_text = torch.tensor([bool(text.strip()) for text in texts], device=vectors.device)
         tokens = [int(each["attention_mask"].sum()) if "attention_mask" in each else 0 for each in found]

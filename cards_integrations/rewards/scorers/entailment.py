@@ -12,9 +12,11 @@ from cards_integrations.errors import SettingsError
 from cards_integrations.models.local.checks import embedding_rows
 from cards_integrations.models.local.resolve import readable_positions
 from cards_integrations.rewards.base import Conversation, Response, RewardModel, count_forward
+from cards_integrations.rewards.scorers.portions import padded, portions
 from cards_integrations.rewards.scorers.sentences import split_sentences
 from cards_integrations.rewards.scorers.support import support
 from cards_integrations.transformer.exact import reads_padded
+from cards_integrations.transformer.forward import PREFILL_CHUNK
 
 
 class Entailment(RewardModel):
@@ -68,8 +70,7 @@ class Entailment(RewardModel):
             (response.conversation, sentence) for response in responses for sentence in split_sentences(response.text)
         ]
         pairs = [(context, sentence) for conversation, sentence in asked for context in contexts[conversation]]
-        batches = [pairs] if self.together else [[pair] for pair in pairs]
-        read = iter([found for batch in batches if batch for found in self._probabilities(batch)])
+        read = iter(await self._probabilities(pairs) if pairs else ())
         by_sentence, counted = [], []
         for conversation, _ in asked:
             own = [next(read) for _ in contexts[conversation]]
@@ -83,13 +84,15 @@ class Entailment(RewardModel):
         known = self.contexts.get(conversation)
         return self.context(conversation) if known is None else known  # it may have been closed meanwhile
 
-    def _probabilities(self, pairs: list[tuple[str, str]]) -> list[tuple[float, int]]:
+    async def _probabilities(self, pairs: list[tuple[str, str]]) -> list[tuple[float, int]]:
         """The probability of support for each pair, and how many tokens it has."""
         contexts, texts = map(list, zip(*pairs, strict=True))
-        inputs = self.tokenizer(contexts, texts, padding=True, truncation="only_first", return_tensors="pt")
-        self.chat.check_ids(inputs["input_ids"].flatten().tolist())
-        with torch.inference_mode():
-            logits = self.model(**inputs.to(self.model.device)).logits.float()
-        single = logits.shape[-1] == 1
-        p = logits[:, 0].sigmoid() if single else logits.softmax(-1)[:, self.index]
-        return list(zip(p.tolist(), inputs["attention_mask"].sum(-1).tolist(), strict=True))
+        encoded = self.tokenizer(contexts, texts, truncation="only_first")
+        self.chat.check_ids([token for ids in encoded["input_ids"] for token in ids])
+        lengths, found = list(map(len, encoded["input_ids"])), dict[int, float]()
+        async for rows in portions(lengths, PREFILL_CHUNK if self.together else 0):
+            with torch.inference_mode():
+                logits = self.model(**padded(self.tokenizer, encoded, rows).to(self.model.device)).logits.float()
+            p = logits[:, 0].sigmoid() if logits.shape[-1] == 1 else logits.softmax(-1)[:, self.index]
+            found |= zip(rows, p.tolist(), strict=True)
+        return [(found[row], lengths[row]) for row in range(len(pairs))]

@@ -38,29 +38,29 @@ class Nearest(RewardModel):
         self.sources.pop(conversation, None)
 
     async def score(self, responses: Sequence[Response]) -> list[float]:
-        sources = {c: self._sources(c) for c in dict.fromkeys(response.conversation for response in responses)}
-        return [self._nearness(response, sources[response.conversation]) for response in responses]
+        sources = {c: await self._sources(c) for c in dict.fromkeys(response.conversation for response in responses)}
+        return [await self._nearness(response, sources[response.conversation]) for response in responses]
 
-    def _sources(self, conversation: Conversation) -> Sequence[torch.Tensor]:
+    async def _sources(self, conversation: Conversation) -> Sequence[torch.Tensor]:
         """The vectors (n, size) of each context's sentences, remembered while the conversation is open."""
         if known := self.sources.get(conversation):
             return known
         contexts = [split_sentences(context) or [""] for context in self.context(conversation)] or [[""]]
-        vectors = self._embed([sentence for context in contexts for sentence in context], conversation)
+        vectors = await self._embed([sentence for context in contexts for sentence in context], conversation)
         found = torch.split(vectors, [len(context) for context in contexts])
         if conversation in self.sources:
             self.sources[conversation] = found
         return found
 
-    def _nearness(self, response: Response, sources: Sequence[torch.Tensor]) -> float:
+    async def _nearness(self, response: Response, sources: Sequence[torch.Tensor]) -> float:
         own = split_sentences(response.text)
         if not own:
             return 0.0
-        vectors = self._embed(own, response.conversation)
+        vectors = await self._embed(own, response.conversation)
         nearest = [(vectors @ source.T).amax(-1).clamp(max=1) for source in sources]
         return support(response, torch.stack(nearest, -1).tolist())
 
-    def _embed(self, texts: list[str], conversation: Conversation) -> torch.Tensor:
-        vectors, tokens = self.embedder(texts)
+    async def _embed(self, texts: list[str], conversation: Conversation) -> torch.Tensor:
+        vectors, tokens = await self.embedder(texts)
         count_forward([(conversation, sum(tokens))])
         return vectors

@@ -30,23 +30,23 @@ class Relevance(RewardModel):
 
     async def score(self, responses: Sequence[Response]) -> list[float]:
         conversations = [response.conversation for response in responses]
-        known = self._question_vectors(list(dict.fromkeys(conversations)))
-        answers = self._embed([response.text for response in responses], conversations)
+        known = await self._question_vectors(list(dict.fromkeys(conversations)))
+        answers = await self._embed([response.text for response in responses], conversations)
         return similarity(answers, torch.stack([known[conversation] for conversation in conversations]))
 
-    def _question_vectors(self, conversations: list[Conversation]) -> dict[Conversation, torch.Tensor]:
+    async def _question_vectors(self, conversations: list[Conversation]) -> dict[Conversation, torch.Tensor]:
         """The vector (size,) of each conversation's question, remembered while the conversation is open."""
         known = {c: vector for c in conversations if (vector := self.questions.get(c)) is not None}
         new = [conversation for conversation in conversations if conversation not in known]
         if new:
-            vectors = self._embed([question(conversation.prompt) for conversation in new], new, query=True)
+            vectors = await self._embed([question(conversation.prompt) for conversation in new], new, query=True)
             known.update(zip(new, vectors, strict=True))
             self.questions.update({c: known[c] for c in new if c in self.questions})
         return known
 
-    def _embed(self, texts: list[str], conversations: list[Conversation], query: bool = False) -> torch.Tensor:
+    async def _embed(self, texts: list[str], conversations: list[Conversation], query: bool = False) -> torch.Tensor:
         """Vectors (n, size), counted in the usage of the conversations."""
-        vectors, tokens = self.embedder(texts, query)
+        vectors, tokens = await self.embedder(texts, query)
         count_forward(zip(conversations, tokens, strict=True))
         return vectors
 

@@ -14,6 +14,7 @@ from cards_integrations.models.local.resolve import readable_positions
 from cards_integrations.rewards.base import Conversation, Response, RewardModel, count_forward
 from cards_integrations.rewards.scorers.head import Head
 from cards_integrations.rewards.scorers.input_format import InputFormat
+from cards_integrations.rewards.scorers.portions import padded, portions
 from cards_integrations.transformer.exact import reads_padded
 from cards_integrations.transformer.rope import rope_switch
 
@@ -42,35 +43,36 @@ class RescoringClassifier(RewardModel):
         self.frames.pop(conversation, None)
 
     async def score(self, responses: Sequence[Response]) -> list[float]:
-        found: dict[Response, float] = {}
-        for batch in self._batches(responses):
-            found |= zip(batch, self._scores(batch), strict=True)
-        return [found[response] for response in responses]
+        encoded = self._encoded(responses)
+        self.input_format.chat.check_ids([token for ids in encoded["input_ids"] for token in ids])
+        found: dict[int, float] = {}
+        for group in self._groups(list(map(len, encoded["input_ids"]))):
+            async for rows in portions([len(encoded["input_ids"][row]) for row in group]):
+                chosen = [group[row] for row in rows]
+                inputs = padded(self.tokenizer, encoded, chosen)
+                found |= zip(chosen, self._scores([responses[row] for row in chosen], inputs), strict=True)
+        return [found[row] for row in range(len(responses))]
 
-    def _batches(self, responses: Sequence[Response]) -> list[list[Response]]:
-        """What is read at once: short texts, and long ones where the model reads these in another way."""
+    def _groups(self, lengths: Sequence[int]) -> list[list[int]]:
+        """What may be read at once: not with another length, if that makes a difference to the model."""
+        rows = list(range(len(lengths)))
         if not self.together:
-            return [[response] for response in responses]
-        if not self.switch:
-            return [[*responses]]
-        lengths = map(len, self._encoded(responses)["input_ids"])
-        long = {response: length > self.switch for response, length in zip(responses, lengths, strict=True)}
-        kinds = ([response for response in responses if long[response] == kind] for kind in (False, True))
-        return [kind for kind in kinds if kind]
+            return [[row] for row in rows]
+        kinds = ([row for row in rows if (lengths[row] > self.switch) == kind] for kind in (False, True))
+        return [kind for kind in kinds if kind] if self.switch else [rows]
 
-    def _encoded(self, responses: Sequence[Response], **options: Any) -> Any:
+    def _encoded(self, responses: Sequence[Response]) -> Any:
         self.tokenizer.truncation_side = "left"
         if self.input_format.is_pair:
-            return self._encoded_pairs(responses, **options)
+            return self._encoded_pairs(responses)
         return self.tokenizer(
             [self._text(response) for response in responses],
             add_special_tokens=self.input_format.adds_special_tokens,
             truncation=True,
             max_length=self.window,
-            **options,
         )
 
-    def _encoded_pairs(self, responses: Sequence[Response], **options: Any) -> Any:
+    def _encoded_pairs(self, responses: Sequence[Response]) -> Any:
         answers = [response.text for response in responses]
         around = self.tokenizer.num_special_tokens_to_add(pair=True)
         longest = max(map(len, self.tokenizer(answers, add_special_tokens=False)["input_ids"]))
@@ -80,11 +82,9 @@ class RescoringClassifier(RewardModel):
                 f"{self.window} of its window; use a smaller max_tokens."
             )
         prompts = [as_text(response.conversation.prompt) for response in responses]
-        return self.tokenizer(prompts, answers, truncation="only_first", max_length=self.window, **options)
+        return self.tokenizer(prompts, answers, truncation="only_first", max_length=self.window)
 
-    def _scores(self, responses: Sequence[Response]) -> list[float]:
-        inputs = self._encoded(responses, padding=True, return_tensors="pt")
-        self.input_format.chat.check_ids(inputs["input_ids"].flatten().tolist())
+    def _scores(self, responses: Sequence[Response], inputs: Any) -> list[float]:
         with torch.inference_mode():
             logits = self.model(**inputs.to(self.model.device)).logits
         read = inputs["attention_mask"].sum(-1).tolist()
