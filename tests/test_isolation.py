@@ -25,6 +25,7 @@ from internals import (
     language_model,
     memory,
     replace_scheduler,
+    reward_model,
     reward_models,
     run_inside,
     wait_until,
@@ -35,7 +36,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from cards_integrations.chat.grammar import Grammar, GrammarTokenizer, Matcher
 from cards_integrations.decoding import BestOfN, Cards, Decoding, FixedLength, Sampling
 from cards_integrations.decoding.base import Draft
-from cards_integrations.engine import Engine, Request
+from cards_integrations.engine import Engine, Request, worker
 from cards_integrations.engine.scheduler import BestPerSecond
 from cards_integrations.errors import CardsError, CardsTimeout, ModelError, PromptError, RewardError
 from cards_integrations.models.local import language_model as local
@@ -43,6 +44,7 @@ from cards_integrations.models.local.prefill import prefill_shares
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import ClassifierReward, FunctionReward, LengthReward, Reward, WeightedReward, loader
 from cards_integrations.rewards.base import Conversation, Response, RewardModel
+from cards_integrations.rewards.scorers import incremental
 from cards_integrations.trace import Alignment
 from cards_integrations.transformer.flat_batch import ForwardInput
 from cards_integrations.transformer.forward import PREFILL_CHUNK
@@ -538,6 +540,66 @@ def test_a_short_prompt_among_long_ones_is_read_in_a_small_piece(
     outcomes(engine, [replace(plain, prompt=text) for text in [*long, "w7 w8 w9"]])
     assert read[0] <= beside
     assert max(read) == chunk
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3_next", "jamba"])
+def test_a_reward_reads_long_texts_in_pieces(
+    start: Start, models: Callable[..., str], monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """A long prompt of which one answer is asked, and long answers; their scores are the same."""
+    engine, judge = start(models("llama"), width=2), ClassifierReward(model=models(family, classifier=True))
+    long = " ".join(f"w{6 + i * i % 41}" for i in range(110))
+    asked = [("w9", [long, f"w7 {long} w8"]), (long, ["w7"]), (long, [""])]
+    expected = [engine.score(judge, prompt, answers) for prompt, answers in asked]
+    drafted = replace(request(judge, 1, long), max_tokens=40)
+    answer = engine.run(drafted)
+    monkeypatch.setattr(incremental, "PREFILL_CHUNK", 16)
+    memory(engine).evict_all()
+    read: list[int] = []
+    transformer = reward_model(engine).transformer
+    hidden = transformer.hidden
+
+    def noted(inputs: list[ForwardInput]) -> Any:
+        read.extend(len(each.ids) for each in inputs)
+        return hidden(inputs)
+
+    monkeypatch.setattr(transformer, "hidden", noted)
+    assert [engine.score(judge, prompt, answers) for prompt, answers in asked] == [
+        pytest.approx(each, abs=1e-4) for each in expected
+    ]
+    memory(engine).evict_all()
+    assert engine.run(drafted).token_ids == answer.token_ids
+    assert max(read) <= 17
+    assert_idle(engine)
+
+
+@pytest.mark.parametrize("scored", [False, True])
+def test_nobody_waits_while_a_long_prompt_is_tokenized(
+    engine: Engine, judge: ClassifierReward, monkeypatch: pytest.MonkeyPatch, scored: bool
+) -> None:
+    """Its own time limit holds, too."""
+    go_on, chat = threading.Event(), type(engine.loaded().chat)
+    prompt, long = chat.prompt, " ".join(["w7"] * 60)
+
+    def slow(self: Any, text: Any, *args: Any) -> Any:
+        assert text != long or go_on.wait(WITHIN)
+        return prompt(self, text, *args)
+
+    monkeypatch.setattr(worker, "LONG", 100)
+    monkeypatch.setattr(chat, "prompt", slow)
+    if scored:
+        asked: Any = engine.submit_score(judge, long, ["w9"])
+    else:
+        asked = engine.submit(replace(request(judge, 1, long), timeout=0.05))
+    try:
+        assert engine.submit(request(judge, 0)).result(WITHIN / 3)
+        if not scored:
+            with pytest.raises(CardsTimeout):
+                asked.result(WITHIN / 3)
+    finally:
+        go_on.set()
+    if scored:
+        assert len(asked.result(WITHIN)) == 1
 
 
 def test_a_prompt_waits_for_what_another_is_reading_in_pieces(

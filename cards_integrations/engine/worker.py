@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from cards_integrations.chat.grammar import Grammar
 from cards_integrations.chat.message import Message
 from cards_integrations.chat.stop_strings import StopStrings
+from cards_integrations.chat.template import ChatTokenizer, as_text
 from cards_integrations.chat.tool_reader import ToolReader
 from cards_integrations.decoding.base import Scale
 from cards_integrations.decoding.sampling import Sampling
@@ -58,6 +59,7 @@ T = TypeVar("T")
 OnDone = Callable[[int, Alignment | Exception], None]
 """Told the index of a request of a batch that has ended, and its answer or error."""
 PATIENCE = 3.0  # seconds that what runs has to end when the engine is closed
+LONG = 100_000  # characters that a tokenizer takes longer for than a step takes
 MAX_PLAIN = 8  # sets of prompts whose plain answers are kept
 log = logging.getLogger("cards_integrations")
 
@@ -252,7 +254,8 @@ class Worker:
         async with self._serving(), self.rewards.lease(await self.scales.standardised(reward)) as reward_model:
             chat = self.language_model.chat
             conversation = Conversation(chat.without_tools(prompt), Usage(), context)
-            tokens = len(chat.prompt(prompt)[1]) + sum(len(chat.encode(text)) for text in texts)
+            characters = len(as_text(prompt)) + sum(map(len, texts))
+            tokens = await _unblocking(characters, _tokens_of, chat, prompt, texts)
             async with self._open_to_score(reward_model, conversation, tokens):
                 return await scores(reward_model, [Response(conversation, text, finished=True) for text in texts])
 
@@ -375,7 +378,7 @@ class Worker:
         began, method = time.perf_counter(), request.decoding.method
         scale, origin = known or (None, None)
         model = self.language_model
-        prompt = render(request, model.chat)
+        prompt = await _unblocking(len(as_text(request.prompt)), render, request, model.chat)
         check_length(len(prompt.ids), request.max_tokens, model.context_window)
         seed = fresh_seed() if request.seed is None else request.seed
         open_session = partial(self._session, Usage(prompt_tokens=len(prompt.ids)), reward, scale)
@@ -502,6 +505,16 @@ class Worker:
         for (prompt, context), answer in zip(prompts, answers, strict=True):
             found += await self.score_texts(reward, prompt, [answer.text], context)
         return found
+
+
+async def _unblocking(characters: int, work: Callable[..., T], *args: Any) -> T:
+    """Call what reads a text of so many characters: in a thread if it is long, for the others go on meanwhile."""
+    return await in_thread(work, *args) if characters > LONG else work(*args)
+
+
+def _tokens_of(chat: ChatTokenizer, prompt: str | list[Message], texts: Sequence[str]) -> int:
+    """How many tokens a prompt and answers to it have."""
+    return len(chat.prompt(prompt)[1]) + sum(len(chat.encode(text)) for text in texts)
 
 
 def _report(on_done: OnDone, index: int, task: asyncio.Task[Alignment]) -> None:

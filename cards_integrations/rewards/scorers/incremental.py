@@ -7,6 +7,7 @@ import logging
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -126,6 +127,7 @@ class Incremental(RewardModel):
             inputs = [self._forward_input(r, text) for r, text in texts.items() if r.conversation in self.rows]
             found: dict[Response, float] = {}
             try:
+                inputs = [await self._shortened(each) for each in inputs]
                 for number, batch in enumerate(self.transformer.batches(inputs)):
                     if number:
                         await asyncio.sleep(0)
@@ -136,6 +138,15 @@ class Incremental(RewardModel):
                     each.branch.tree.drop(each.branch)
                 raise
             return [found.get(response, 0.0) for response in responses]  # nobody waits for those that were given up
+
+    async def _shortened(self, item: ForwardInput) -> ForwardInput:
+        """What is left to read of a long answer once the first of it has been, in pieces: others go on in between."""
+        while len(item.ids) - item.outputs > PREFILL_CHUNK and self._is_asked(item.owner):
+            piece = ForwardInput(item.branch, item.ids[:PREFILL_CHUNK], item.owner)
+            self._counted([piece], self.transformer.hidden([piece]))
+            item = replace(item, ids=item.ids[PREFILL_CHUNK:])
+            await asyncio.sleep(0)
+        return item
 
     def _scores(self, batch: list[ForwardInput], texts: Mapping[Response, FittedText]) -> list[float]:
         """With recurrent layers answers are read first, and what follows them on branches that are dropped again."""
@@ -183,7 +194,8 @@ class Incremental(RewardModel):
             row.begin(min(text.reading for response, text in texts.items() if response.conversation is conversation))
             prompts[conversation] = (row.known_ids or row.before_ids[row.cut :])[: self.window - 1]
         several = {each for each, n in answers.items() if n > 1} | answered | self._shared(prompts)
-        return {each: prompt for each, prompt in prompts.items() if each in several and len(prompt) > 1}
+        long = {each for each, prompt in prompts.items() if len(prompt) > PREFILL_CHUNK}
+        return {each: prompt for each, prompt in prompts.items() if each in several | long and len(prompt) > 1}
 
     def _shared(self, prompts: Mapping[Conversation, list[int]]) -> set[Conversation]:
         """The first of those that begin alike for so long that the others will share what has been read of it."""
