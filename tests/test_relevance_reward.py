@@ -102,11 +102,12 @@ def test_values_are_those_of_plain_transformers(loader: RewardLoader, minilm: st
     assert scored(loader, responses)[: len(expected)] == pytest.approx(expected, abs=1e-5)
 
 
-def test_texts_of_a_model_that_reads_padding_are_embedded_one_by_one(bert: Callable[..., str]) -> None:
+async def test_texts_of_a_model_that_reads_padding_are_embedded_one_by_one(bert: Callable[..., str]) -> None:
     """FNet mixes all that it is given, and takes no mask."""
     embedder = Embedder(LocalModel(model=bert(family="fnet")), torch.device("cpu"))
     texts = ["w7", "w8 w9 w10 w11 w12 w13", "w7 w9 w20"]
-    together, alone = embedder(texts)[0], torch.cat([embedder([text])[0] for text in texts])
+    together, _ = await embedder(texts)
+    alone = torch.cat([(await embedder([text]))[0] for text in texts])
     torch.testing.assert_close(together, alone)
     assert Embedder(LocalModel(model=bert()), torch.device("cpu")).batch_size > embedder.batch_size == 1
 

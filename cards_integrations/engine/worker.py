@@ -103,9 +103,11 @@ class Worker:
         Raises:
             EngineClosed: The loop has ended.
         """
+        retrieved = _retrieved(work)
         try:
-            future = asyncio.run_coroutine_threadsafe(_retrieved(work), self.loop)
+            future = asyncio.run_coroutine_threadsafe(retrieved, self.loop)
         except RuntimeError:  # a signal handler has closed the engine amid this very call
+            retrieved.close()
             work.close()
             raise EngineClosed("The engine was closed.") from None
         self._asked.add(future)
