@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, NotRequired, Required
 
 import pytest
 from langchain_core.messages import (
@@ -22,13 +22,15 @@ from langchain_core.messages.tool import invalid_tool_call, tool_call, tool_call
 from langchain_core.tools import StructuredTool, tool
 from llama_index.core.base.llms.types import ChatMessage as LlamaIndexMessage
 from llama_index.core.base.llms.types import ImageBlock, MessageRole, TextBlock, ThinkingBlock, ToolCallBlock
-from llama_index.core.tools import FunctionTool
-from pydantic import BaseModel, Field
+from llama_index.core.tools import FunctionTool, ToolMetadata
+from pydantic import BaseModel, ConfigDict, Field, RootModel
 from pydantic.v1 import BaseModel as OldBaseModel
+from typing_extensions import TypedDict
 
 from cards_integrations.chat.grammar import Grammar
 from cards_integrations.chat.message import Message
 from cards_integrations.chat.response_format import ResponseFormat, as_response_format
+from cards_integrations.chat.schema import held_schema
 from cards_integrations.chat.template import FormattedPrompt
 from cards_integrations.chat.tools import Tools, as_tools
 from cards_integrations.decoding import Sampling
@@ -379,6 +381,20 @@ class TypedWeather(TypedDict):
     days: int
 
 
+class QualifiedWeather(TypedDict, total=False):
+    """Tell the weather."""
+
+    city: Required[str]
+    days: NotRequired[int]
+
+
+class Node(BaseModel):
+    """Tell the weather."""
+
+    value: int
+    children: list[Node] = []
+
+
 PARAMETERS = {
     "type": "object",
     "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
@@ -403,6 +419,9 @@ FUNCTION = {"type": "function", "function": DESCRIBED}
         (DESCRIBED, "get_weather"),
         ({"title": "get_weather", "description": "Tell the weather.", **PARAMETERS}, "get_weather"),
         ({"name": "get_weather", "description": "Tell the weather.", "input_schema": PARAMETERS}, "get_weather"),
+        ({"name": "get_weather", "description": "Tell the weather.", "inputSchema": PARAMETERS}, "get_weather"),
+        ({"name": "get_weather", "description": "Tell the weather.", "schema": PARAMETERS}, "get_weather"),
+        (QualifiedWeather, "QualifiedWeather"),
     ],
     ids=kind,
 )
@@ -419,6 +438,69 @@ def test_tools_of_every_kind(given: Any, name: str) -> None:
     assert "city" in parameters["required"]
     json.dumps(found)
     assert as_tools([found]).names == [name]  # type: ignore[union-attr]
+
+
+WITHOUT_PROPERTIES: list[dict[str, Any]] = [
+    {"anyOf": [PARAMETERS, {"type": "object", "properties": {"zip": {"type": "integer"}}}]},
+    {"$ref": "#/$defs/Weather", "$defs": {"Weather": PARAMETERS}},
+    {"type": "object", "additionalProperties": {"type": "integer"}},
+    {"allOf": [PARAMETERS]},
+]
+
+
+@pytest.mark.parametrize("schema", WITHOUT_PROPERTIES)
+def test_schemas_without_properties_are_whole(schema: dict[str, Any]) -> None:
+    titled = {"title": "Weather", "description": "Tell the weather.", **schema}
+    [found] = tool_schemas([titled])
+    assert found["function"] == {"name": "Weather", "description": "Tell the weather.", "parameters": schema}
+    assert json_schema(titled) == titled
+    assert json_schema(schema) == schema
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        Node,
+        Node.model_json_schema() | {"title": "Node"},
+        StructuredTool(name="node", description="Tell.", args_schema=Node),
+        StructuredTool(name="node", description="Tell.", args_schema=Node.model_json_schema()),
+        FunctionTool(lambda **node: "", ToolMetadata(description="Tell.", name="node", fn_schema=Node)),
+    ],
+    ids=kind,
+)
+def test_a_recursive_schema_is_held_at_every_level(given: Any) -> None:
+    [found] = tool_schemas([given])
+    held = held_schema(found["function"]["parameters"]).schema
+    assert all({"$ref": ref["$ref"]} == ref for ref in _items(held))
+    assert _items(held)
+
+
+def _items(schema: Any) -> list[Any]:
+    """What the items of all arrays in a schema are."""
+    parts = schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ()
+    own = [schema["items"]] if isinstance(schema, dict) and "items" in schema else []
+    return own + [each for part in parts for each in _items(part)]
+
+
+def test_a_tool_that_takes_more_than_its_properties() -> None:
+    class Open(BaseModel):
+        """Any fields."""
+
+        model_config = ConfigDict(extra="allow")
+        city: str
+
+    of_llama_index = FunctionTool(lambda **fields: "", ToolMetadata(description="Any.", name="o", fn_schema=Open))
+    for given in (Open, of_llama_index):
+        [found] = tool_schemas([given])
+        assert found["function"]["parameters"]["additionalProperties"] is True
+
+
+def test_arguments_are_an_object() -> None:
+    class Cities(RootModel[list[str]]):
+        """Cities."""
+
+    with pytest.raises(SettingsError, match="'Cities': its parameters are of the type 'array'"):
+        as_tools(tool_schemas([Cities]))
 
 
 def test_no_tools() -> None:
@@ -458,12 +540,26 @@ def test_arguments_of_a_call_are_converted() -> None:
 
 
 @pytest.mark.parametrize(
-    "given", [Weather, Weather.model_json_schema(), OldWeather, TypedWeather, PARAMETERS], ids=kind
-)
+    "given",
+    [
+        Weather, Weather.model_json_schema(), OldWeather, TypedWeather, QualifiedWeather, PARAMETERS, DESCRIBED,
+        FUNCTION, {"name": "get_weather", "schema": PARAMETERS}, {"name": "get_weather", "inputSchema": PARAMETERS},
+        {"type": "json_schema", "json_schema": {"name": "get_weather", "schema": PARAMETERS, "strict": True}},
+        {"type": "json_schema", "name": "get_weather", "schema": PARAMETERS},
+        {"type": "function", **DESCRIBED}, {"name": "get_weather", **PARAMETERS},
+    ],
+    ids=kind,
+)  # fmt: skip
 def test_json_schemas_of_every_kind(given: Any) -> None:
     found = json_schema(given)
     assert found["type"] == "object"
     assert list(found["properties"]) == ["city", "days"]
+
+
+@pytest.mark.parametrize("bad", [Weather | None, list[Weather], int, {}, {"x": 1}], ids=str)
+def test_what_is_no_schema(bad: Any) -> None:
+    with pytest.raises(SettingsError, match=r"schema: .* cannot be described"):
+        json_schema(bad)
 
 
 # --- which of them may be called ---

@@ -52,6 +52,20 @@ def held_schema(schema: Mapping[str, Any]) -> HeldSchema:
     return HeldSchema(whole, tuple(dict.fromkeys(merger.notes)))
 
 
+def is_recursive(schema: Mapping[str, Any]) -> bool:
+    """True if a part of a JSON schema refers to itself, at once or by others."""
+    parts = {"#": schema}
+    for key in ("$defs", "definitions"):
+        parts |= {f"#/{key}/{name}": part for name, part in schema.get(key, {}).items()}
+    refers = {
+        name: {each["$ref"] for each in _all_mappings(part) if isinstance(each.get("$ref"), str)}
+        for name, part in parts.items()
+    }
+    for _ in parts:
+        refers = {name: found.union(*(refers.get(each, ()) for each in found)) for name, found in refers.items()}
+    return any(name in found for name, found in refers.items())
+
+
 @dataclass
 class _Parts:
     """What has to hold together."""

@@ -96,6 +96,12 @@ def _as_function(schema: Any) -> dict[str, Any]:
             f"tool {short_repr(function['name'])}: parameters={short_repr(function['parameters'])} is not a JSON "
             "schema: pass a mapping."
         )
+    kind = (function.get("parameters") or {}).get("type", "object")
+    if kind != "object" and not (isinstance(kind, list) and "object" in kind):
+        raise SettingsError(
+            f"tool {short_repr(function['name'])}: its parameters are of the type {short_repr(kind)}; arguments of a "
+            "call are an object."
+        )
     return {"type": "function", "function": dict(function)}
 
 

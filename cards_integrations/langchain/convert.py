@@ -21,9 +21,10 @@ from langchain_core.messages.tool import ToolCallChunk, invalid_tool_call, tool_
 from langchain_core.messages.tool import tool_call as langchain_tool_call
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.tools import BaseTool, StructuredTool
-from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
+from langchain_core.utils.function_calling import convert_to_openai_tool
 from langchain_core.utils.json import parse_partial_json
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
+from typing_extensions import is_typeddict
 
 from cards_integrations.chat import message
 from cards_integrations.chat.logprobs import openai_logprobs
@@ -37,12 +38,18 @@ from cards_integrations.chat.message import (
     thoughts_of,
     tool_call,
 )
-from cards_integrations.chat.pydantic_schema import is_more_precise, pydantic_schema
+from cards_integrations.chat.pydantic_schema import PreciseJsonSchema, is_more_precise, pydantic_schema
+from cards_integrations.chat.schema import is_recursive
+from cards_integrations.chat.schema_values import KEYWORDS
 from cards_integrations.engine.request import Chunk
 from cards_integrations.errors import SettingsError, short_repr
 from cards_integrations.trace import Alignment, InvalidToolCall, ToolCall
 
 PROVIDER = "cards"
+UNNAMED = "answer"
+"""The name of a function whose schema has none."""
+NO_PARAMETERS = {"type": "object", "properties": {}}
+SCHEMA_KEYWORDS = KEYWORDS | {"$ref", "allOf", "anyOf", "oneOf"}
 
 
 # --- messages ---
@@ -85,27 +92,74 @@ def tool_schemas(tools: Sequence[Any] | None, strict: bool | None = None) -> lis
     return [_tool_schema(tool, strict) for tool in tools or ()]
 
 
-def _tool_schema(tool: Any, strict: bool | None) -> dict[str, Any]:
+def _tool_schema(tool: Any, strict: bool | None, what: str = "tools") -> dict[str, Any]:
     try:
-        found = convert_to_openai_tool(_precise(tool), strict=strict)
+        found = convert_to_openai_tool(_whole(tool), strict=strict)
         if strict is not None:  # a tool that is in OpenAI's form already comes back unchanged
             found = {**found, "function": {**found["function"], "strict": strict}}
         return found
     except Exception as error:
         raise SettingsError(
-            f"tools: {short_repr(tool)} cannot be described as a function: {str(error)[:500]}"
+            f"{what}: {short_repr(tool)} cannot be described as a function: {str(error)[:500]}"
         ) from error
 
 
-def _precise(tool: Any) -> Any:
-    """The same tool, with the schema of its class that says all that the class takes."""
-    cls = tool.tool_call_schema if isinstance(tool, BaseTool) else tool
-    if not (isinstance(cls, type) and issubclass(cls, BaseModel) and is_more_precise(cls)):
+def _whole(tool: Any) -> Any:
+    """The same tool, as a function with its whole schema where LangChain would leave out some of it."""
+    if isinstance(tool, Mapping):
+        return _whole_mapping(tool)
+    if is_typeddict(tool):
+        return _whole_typed_dict(tool)
+    schema = tool.tool_call_schema if isinstance(tool, BaseTool) else tool
+    precise = False
+    if isinstance(schema, type) and issubclass(schema, BaseModel):
+        schema, precise = pydantic_schema(schema), is_more_precise(schema)
+    if not isinstance(schema, Mapping):
+        return tool
+    recursive = is_recursive(schema)
+    if not (precise or recursive):
         return tool
     known = convert_to_openai_tool(tool)["function"]
-    return StructuredTool(
-        name=known["name"], description=known.get("description", ""), args_schema=pydantic_schema(cls)
-    )
+    name, description = known["name"], known.get("description", "")
+    if recursive:  # in place of a reference to itself LangChain takes any value
+        return _function(name, description, _without_names(schema))
+    return StructuredTool(name=name, description=description, args_schema=schema)
+
+
+def _whole_mapping(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A function, from a schema that need not have properties, a response format or a tool as MCP lists it."""
+    if is_schema(given):
+        name = given.get("title", given.get("name"))
+        return given if name is None else _function(name, given.get("description"), _without_names(given))
+    inner = given.get("json_schema", given)
+    for key in ("schema", "inputSchema"):
+        if isinstance(inner, Mapping) and key in inner:
+            return _function(inner.get("name", UNNAMED), inner.get("description"), inner[key])
+    return given
+
+
+def _whole_typed_dict(cls: Any) -> Any:
+    """A typed dict; as a function if LangChain cannot read its `Required` and `NotRequired`."""
+    try:
+        convert_to_openai_tool(cls)
+    except TypeError:
+        schema = TypeAdapter(cls).json_schema(schema_generator=PreciseJsonSchema)
+        return _whole_mapping({"title": cls.__name__, **schema})
+    return cls
+
+
+def _function(name: str, description: str | None, parameters: Any) -> dict[str, Any]:
+    described = {"description": description} if description else {}
+    return {"name": name, **described, "parameters": parameters}
+
+
+def _without_names(schema: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in schema.items() if key not in ("title", "name", "description")}
+
+
+def is_schema(value: Mapping[str, Any]) -> bool:
+    """True for a JSON schema; False for what has one within, such as a function's description."""
+    return value.get("type") not in ("function", "json_schema") and not SCHEMA_KEYWORDS.isdisjoint(value)
 
 
 def is_form(tool: Any) -> bool:
@@ -117,9 +171,12 @@ def json_schema(schema: Any) -> dict[str, Any]:
     """The JSON schema of a pydantic class (v2 or v1), a typed dict, a function's description, or itself."""
     if isinstance(schema, type) and issubclass(schema, BaseModel):
         return pydantic_schema(schema)
-    if isinstance(schema, Mapping) and "title" not in schema and ("type" in schema or "$ref" in schema):
+    if isinstance(schema, Mapping) and is_schema(schema):
         return dict(schema)
-    return convert_to_json_schema(schema)
+    found = _tool_schema(schema, None, "schema")
+    function = found.get("function", found)
+    described = {"description": function["description"]} if "description" in function else {}
+    return {"title": function["name"], **described, **(function.get("parameters") or NO_PARAMETERS)}
 
 
 def convert_options(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any, Literal
 
 from langchain_core.exceptions import OutputParserException
@@ -20,7 +20,7 @@ from pydantic import BaseModel
 
 from cards_integrations.chat.response_format import as_response_format
 from cards_integrations.errors import SettingsError
-from cards_integrations.langchain.convert import json_schema, tool_schemas
+from cards_integrations.langchain.convert import UNNAMED, is_schema, json_schema, tool_schemas
 
 Method = Literal["json_schema", "function_calling", "json_mode"]
 
@@ -82,7 +82,7 @@ def _calling(
     llm: Any, schema: Any, strict: bool | None, options: dict[str, Any]
 ) -> tuple[Runnable[Any, Any], BaseOutputParser[Any]]:
     """The model that has to call a tool with this schema, and the parser of the call's arguments."""
-    (tool,) = tool_schemas([{"title": "answer", **schema} if _is_untitled(schema) else schema], strict)
+    (tool,) = tool_schemas([{"title": UNNAMED, **schema} if _is_untitled(schema) else schema], strict)
     name = tool["function"]["name"]
     model = llm.bind_tools([tool], tool_choice=name, parallel_tool_calls=False, **options)
     if _is_pydantic(schema):
@@ -93,7 +93,7 @@ def _calling(
 def _traced_format(schema: Any, method: Method, strict: bool | None) -> dict[str, Any]:
     """How LangSmith shows the structured output."""
     if schema is not None:
-        schema = json_schema(schema) if _is_untitled(schema) else convert_to_json_schema(schema)
+        schema = convert_to_json_schema(schema) if _is_pydantic(schema) else json_schema(schema)
     return {"kwargs": {"method": method, "strict": strict}, "schema": schema}
 
 
@@ -141,4 +141,4 @@ def _is_pydantic(schema: Any) -> bool:
 
 
 def _is_untitled(schema: Any) -> bool:
-    return isinstance(schema, dict) and "title" not in schema and "name" not in schema
+    return isinstance(schema, Mapping) and is_schema(schema) and "title" not in schema and "name" not in schema

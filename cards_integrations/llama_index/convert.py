@@ -36,7 +36,7 @@ from cards_integrations.chat.message import (
     tool_call,
     tool_calls,
 )
-from cards_integrations.chat.pydantic_schema import is_more_precise, pydantic_schema
+from cards_integrations.chat.pydantic_schema import pydantic_schema
 from cards_integrations.engine.request import Chunk
 from cards_integrations.errors import AnswerCut
 from cards_integrations.langchain import convert as langchain
@@ -100,11 +100,10 @@ def _describe(tool: Any) -> Any:
     if not isinstance(tool, BaseTool):
         return tool
     found, cls = tool.metadata.to_openai_tool(skip_length_check=True), tool.metadata.fn_schema
-    if cls is not None and is_more_precise(cls):
-        function = found["function"]
-        precise = {key: value for key, value in pydantic_schema(cls).items() if key in function["parameters"]}
-        found = {**found, "function": {**function, "parameters": precise}}
-    return found
+    if cls is None:
+        return found
+    parameters = {key: value for key, value in pydantic_schema(cls).items() if key not in ("title", "description")}
+    return {**found, "function": {**found["function"], "parameters": parameters}}
 
 
 def convert_options(options: Mapping[str, Any]) -> dict[str, Any]:
