@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import random
 from typing import Any
 
 import pytest
 import tiny
-from field_types import CHECKED, TYPES
+from field_types import CHECKED, TYPES, VALUES
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from cards_integrations.chat.grammar import Grammar, GrammarTokenizer, as_grammar
@@ -52,6 +53,19 @@ def test_what_a_grammar_lets_through_is_taken(grammars: GrammarTokenizer, name: 
     assert grammar is not None
     for seed in range(SAMPLES):
         cls.model_validate_json(sample(grammars, grammar, seed))
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name in VALUES for value in VALUES[name]], ids=str)
+def test_what_is_of_a_type_can_be_written(grammars: GrammarTokenizer, name: str, value: Any) -> None:
+    cls = form(TYPES[name])
+    text = json.dumps({"f": value}, ensure_ascii=False)
+    cls.model_validate_json(text)
+    grammar = as_grammar(cls)
+    assert grammar is not None
+    matcher = grammars.matcher(grammar)
+    for token in grammars.tokenizer.tokenize_str(text):
+        matcher.take(token)
+    assert matcher.complete or grammars.allowed([matcher])[0, grammars.eos].all()
 
 
 @pytest.mark.parametrize("name", CHECKED)

@@ -145,6 +145,12 @@ TOGETHER: dict[str, tuple[dict[str, Any], list[Any], list[Any]]] = {
     ),
     "64 bits": ({"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}, [0, -(2**62), 2**62], [2**64]),
     "a bound that no float has": ({"type": "integer", "exclusiveMinimum": 2**60}, [2**61], [2**60]),
+    "bounds within a whole number": (
+        {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 0.5},
+        [0.25, 0.0001, 0.49],
+        [0, 0.5, 1],
+    ),
+    "bounds below a whole number": ({"type": "number", "minimum": 1.5, "exclusiveMaximum": 2}, [1.5, 1.75], [2, 1.25]),
     "a literal of parts": ({"allOf": [{"enum": ["a", "b"]}, {"enum": ["b", "c"]}]}, ["b"], ["a", "c"]),
 }  # fmt: skip
 

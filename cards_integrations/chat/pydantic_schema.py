@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from pydantic import BaseModel, ByteSize
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 
 WHOLE = "^-?(?:0|[1-9][0-9]{0,300})$"
+NATURAL = "^(?:0|[1-9][0-9]{0,300})$"
+POSITIVE = "^[1-9][0-9]{0,300}$"
+NEGATIVE = "^-[1-9][0-9]{0,300}$"
+MAX_NAMES = 200  # that are listed
+MAX_PLACES = 8  # of a decimal whose digits are bounded, after its point
 TEXT_KEYS = {  # what the keys of a mapping look like as text
-    "int": WHOLE,
     "float": r"^-?(?:0|[1-9][0-9]{0,300})(?:\.[0-9]{1,300})?$",
     "decimal": r"^-?[0-9]{1,20}(?:\.[0-9]{1,20})?$",
     "bool": "^(?:true|false)$",
@@ -58,17 +63,12 @@ class PreciseJsonSchema(GenerateJsonSchema):
         return _also(found, "^[\x00-\x7f]*$") if "max_length" in schema else found  # of bytes, not characters
 
     def decimal_schema(self, schema: Any) -> JsonSchemaValue:
-        places, digits, bounds = schema.get("decimal_places"), schema.get("max_digits"), _bounds(schema)
-        whole = 15 if digits is None else digits - (places or 0)  # digits before the point
-        number: JsonSchemaValue = {"type": "number" if digits is None or places else "integer"}
-        number |= {"exclusiveMinimum": -(10**whole), "exclusiveMaximum": 10**whole, **bounds}  # so it has no exponent
-        if "multiple_of" in schema or places:
-            number["multipleOf"] = float(schema.get("multiple_of", f"1e-{places}"))
-        if bounds or "multiple_of" in schema:
-            return number
-        fraction = "" if digits == whole else rf"(?:\.[0-9]{{1,{places or 20}}})?"
-        text = f"^-?(?:0|[1-9][0-9]{{0,{(digits or 30) - (places or 0) - 1}}}){fraction}$"
-        return {"anyOf": [number, {"type": "string", "pattern": text}]}
+        bounds = _bounds(schema)
+        shapes = _digits(schema.get("max_digits"), schema.get("decimal_places"))
+        found = [_number(whole, places, bounds, schema.get("multiple_of")) for whole, places in shapes]
+        if not bounds and "multiple_of" not in schema:
+            found += [{"type": "string", "pattern": _digits_pattern(whole, places)} for whole, places in shapes]
+        return found[0] if len(found) == 1 else {"anyOf": found}
 
     def complex_schema(self, schema: Any) -> JsonSchemaValue:
         return {"type": "string", "pattern": COMPLEX}
@@ -80,9 +80,13 @@ class PreciseJsonSchema(GenerateJsonSchema):
         return _with_schemes(super().multi_host_url_schema(schema), schema)
 
     def dict_schema(self, schema: Any) -> JsonSchemaValue:
-        found = super().dict_schema(schema)
-        pattern = TEXT_KEYS.get(schema.get("keys_schema", {}).get("type"))
-        return found if pattern is None else {**found, "propertyNames": {"pattern": pattern}}
+        return _with_names(super().dict_schema(schema), schema)
+
+    def ordered_dict_schema(self, schema: Any) -> JsonSchemaValue:
+        return _with_names(super().ordered_dict_schema(schema), schema)
+
+    def counter_schema(self, schema: Any) -> JsonSchemaValue:
+        return _with_names(super().counter_schema(schema), schema)
 
     def function_after_schema(self, schema: Any) -> JsonSchemaValue:
         if getattr(schema["function"]["function"], "__func__", None) is ByteSize._validate.__func__:  # type: ignore[attr-defined]
@@ -107,6 +111,67 @@ def _with_zone(found: JsonSchemaValue, schema: Any) -> JsonSchemaValue:
 def _with_schemes(found: JsonSchemaValue, schema: Any) -> JsonSchemaValue:
     schemes = schema.get("allowed_schemes")
     return {**found, "pattern": f"^(?:{'|'.join(schemes).replace('+', r'[+]')}):"} if schemes else found
+
+
+def _with_names(found: JsonSchemaValue, schema: Any) -> JsonSchemaValue:
+    """The schema of a mapping with what its keys look like as text."""
+    names = _names(schema.get("keys_schema", {}))
+    return found if names is None else {**found, "propertyNames": names}
+
+
+def _names(schema: Any) -> JsonSchemaValue | None:
+    """What keys look like as text; None if pydantic's own schema says it."""
+    match schema.get("type"):
+        case "literal":
+            return {"enum": [each for each in schema["expected"] if isinstance(each, str)]}
+        case "enum":
+            values = [member.value for member in schema["members"]]
+            read = (str, {"int": int, "float": float}.get(schema.get("sub_type"), str))
+            return {"enum": [str(value) for value in values if isinstance(value, read)]}
+        case "int":
+            return _whole_names(schema)
+        case "nullable":
+            return _names(schema["schema"])
+        case "union":
+            choices = [_names(each[0] if isinstance(each, tuple) else each) for each in schema["choices"]]
+            return None if None in choices else {"anyOf": choices}
+        case "tuple" | "list":
+            return {"enum": []}  # JSON has no such keys
+    pattern = TEXT_KEYS.get(schema.get("type"))
+    return None if pattern is None else {"pattern": pattern}
+
+
+def _whole_names(schema: Any) -> JsonSchemaValue:
+    """Integers as text: each of a few, else at least their sign."""
+    low = max(schema.get("ge", -math.inf), schema.get("gt", -math.inf) + 1)
+    high = min(schema.get("le", math.inf), schema.get("lt", math.inf) - 1)
+    if high - low < MAX_NAMES:
+        return {"enum": [str(value) for value in range(low, high + 1)]}
+    return {"pattern": POSITIVE if low > 0 else NEGATIVE if high < 0 else NATURAL if low == 0 else WHOLE}
+
+
+def _digits(digits: int | None, places: int | None) -> list[tuple[int, int | None]]:
+    """How many digits a decimal may have before and after its point: pairs, of which one has to fit."""
+    if digits is None:
+        return [(15, places)]
+    if places is not None:
+        return [(digits - places, places)]
+    return [(digits - each, each) for each in range(min(digits, MAX_PLACES) + 1)]
+
+
+def _number(whole: int, places: int | None, bounds: JsonSchemaValue, multiple_of: Any) -> JsonSchemaValue:
+    """A number with so many digits before and after its point."""
+    found: JsonSchemaValue = {"type": "integer" if places == 0 else "number"}
+    found |= {"exclusiveMinimum": -(10**whole), "exclusiveMaximum": 10**whole, **bounds}  # so it has no exponent
+    if multiple_of is not None or places:
+        found["multipleOf"] = float(f"1e-{places}" if multiple_of is None else multiple_of)
+    return found
+
+
+def _digits_pattern(whole: int, places: int | None) -> str:
+    before = f"(?:0|[1-9][0-9]{{0,{whole - 1}}})" if whole else "0"
+    after = "" if places == 0 else rf"(?:\.[0-9]{{1,{places or 20}}})" + ("?" if whole else "")
+    return f"^-?{before}{after}$"
 
 
 def _bounds(schema: Any) -> JsonSchemaValue:

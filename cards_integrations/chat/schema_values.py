@@ -23,6 +23,7 @@ MAX_MULTIPLE = 10**5  # for larger numbers llguidance's automaton takes seconds,
 MAX_INTEGER = 2**63 - 1024  # the engine keeps bounds both as 64-bit floats and as 64-bit integers
 LONG_INTEGER = 10**17  # beyond it the engine needs both bounds
 EXACT_INTEGER = 2**53  # of a 64-bit float
+LITTLE = 1e-9  # by which an excluded bound moves, of the distance to the other one
 BOUNDS = (("minimum", max), ("exclusiveMinimum", max), ("maximum", min), ("exclusiveMaximum", min))
 
 Note = Callable[[str, str], None]
@@ -109,7 +110,7 @@ def _formats(flat: Sequence[Mapping[str, Any]], path: str, note: Note) -> Iterab
 
 def numbers(flat: Sequence[Mapping[str, Any]], path: str, whole: bool, note: Note) -> dict[str, Any]:
     """The bounds of numbers, within what the engine can count; `whole` if all of them are integers."""
-    found = _whole_bounds(flat, path) if whole else bounds(flat, path, *BOUNDS)
+    found = _whole_bounds(flat, path) if whole else _open_bounds(bounds(flat, path, *BOUNDS))
     problem = fault({"type": "integer" if whole else "number", **found})
     if problem and "nsatisfiable" not in problem:
         note(path, "the bounds of the number")
@@ -117,7 +118,8 @@ def numbers(flat: Sequence[Mapping[str, Any]], path: str, whole: bool, note: Not
     multiples = distinct(part["multipleOf"] for part in flat if _number(part, "multipleOf", path) is not None)
     if not multiples:
         return found
-    if math.lcm(*(_significant(each) or 1 for each in multiples)) > MAX_MULTIPLE:
+    too_long = math.lcm(*(_significant(each) or 1 for each in multiples)) > MAX_MULTIPLE
+    if too_long or any(fault({"type": "number", "multipleOf": each}) for each in multiples):
         note(path, f"multipleOf={short_repr(multiples[0])}")
         return found
     first, *others = multiples
@@ -156,6 +158,20 @@ def _whole_bounds(flat: Sequence[Mapping[str, Any]], path: str) -> dict[str, Any
         found["minimum"] = max(_exact(max(low), 1), -MAX_INTEGER)
     if high:
         found["maximum"] = min(_exact(min(high), -1), MAX_INTEGER)
+    return found
+
+
+def _open_bounds(found: dict[str, Any]) -> dict[str, Any]:
+    """Bounds that the engine keeps: above 0 and below 0.5 it takes 0, too, so the lower one moves a little."""
+    low = max(found.get("minimum", -math.inf), found.get("exclusiveMinimum", -math.inf))
+    high = min(found.get("maximum", math.inf), found.get("exclusiveMaximum", math.inf))
+    if not 0 < high - low < 1:
+        return found
+    little = (high - low) * LITTLE
+    if low == found.get("exclusiveMinimum") == math.floor(low):
+        found = {**found, "minimum": low + little}
+    if high == found.get("exclusiveMaximum") == math.floor(high):
+        found = {**found, "maximum": high - little}
     return found
 
 

@@ -110,13 +110,11 @@ def _whole(tool: Any) -> Any:
         return _whole_mapping(tool)
     if is_typeddict(tool):
         return _whole_typed_dict(tool)
-    schema = tool.tool_call_schema if isinstance(tool, BaseTool) else tool
+    schema: Any = tool.tool_call_schema if isinstance(tool, BaseTool) else tool
     precise = False
     if isinstance(schema, type) and issubclass(schema, BaseModel):
         schema, precise = pydantic_schema(schema), is_more_precise(schema)
-    if not isinstance(schema, Mapping):
-        return tool
-    recursive = is_recursive(schema)
+    recursive = isinstance(schema, Mapping) and is_recursive(schema)
     if not (precise or recursive):
         return tool
     known = convert_to_openai_tool(tool)["function"]
