@@ -279,10 +279,57 @@ def test_roles(message: Any, role: str) -> None:
     assert as_prompt([message]) == [{"role": role, "content": "x"}]
 
 
-@pytest.mark.parametrize("kind", ["reasoning", "thinking", "redacted_thinking", "tool_use", "input_json_delta"])
+@pytest.mark.parametrize("kind", [
+    "reasoning", "thinking", "redacted_thinking", "tool_use", "input_json_delta", "server_tool_call",
+    "server_tool_result", "web_search_tool_result", "web_search_call", "mcp_call",
+])  # fmt: skip
 def test_parts_that_are_not_said(kind: str) -> None:
     [found] = as_chat([AIMessage([{"type": kind, "text": "y", "thinking": "y"}, {"type": "text", "text": "x"}])])
     assert found["content"] == "x"
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        AIMessage("", additional_kwargs={"refusal": "I would rather not."}),
+        AIMessage([], additional_kwargs={"refusal": "I would rather not."}),
+        AIMessage([{"type": "refusal", "refusal": "I would rather not."}]),
+        AIMessage([{"type": "non_standard", "value": {"type": "refusal", "refusal": "I would rather not."}}]),
+        AIMessage("I would rather not.", additional_kwargs={"refusal": None}),
+        LlamaIndexMessage(role="assistant", blocks=[], additional_kwargs={"refusal": "I would rather not."}),
+        {"role": "assistant", "content": None, "refusal": "I would rather not."},
+        {"role": "assistant", "refusal": "I would rather not."},
+        {"role": "assistant", "content": "I would rather not.", "refusal": "I would rather not."},
+    ],
+)
+def test_a_refusal_is_text(message: Any) -> None:
+    assert as_chat([message]) == [{"role": "assistant", "content": "I would rather not."}]
+
+
+CALLED = {"name": "get_weather", "arguments": json.dumps(ARGUMENTS)}
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        AIMessage("", additional_kwargs={"function_call": CALLED}),
+        {"role": "assistant", "content": None, "function_call": CALLED},
+        {"role": "assistant", "function_call": CALLED},
+    ],
+)
+def test_a_call_in_the_older_form(message: Any) -> None:
+    found = as_chat([message, FunctionMessage(name="get_weather", content="sunny")])
+    assert found == [
+        {"role": "assistant", "content": "", "tool_calls": [call(None, "get_weather", ARGUMENTS)]},
+        {"role": "tool", "content": "sunny", "name": "get_weather"},
+    ]
+
+
+@pytest.mark.parametrize("given", [{"refusal": 5}, {"refusal": ""}, {"function_call": None}])
+def test_nothing_instead_of_a_content(given: dict[str, Any]) -> None:
+    assert as_chat([{"role": "assistant", "content": "x", **given}]) == [{"role": "assistant", "content": "x"}]
+    with pytest.raises(PromptError):
+        as_prompt([{"role": "assistant", "content": None, **given}])
 
 
 @pytest.mark.parametrize(
@@ -305,6 +352,9 @@ def test_parts_that_are_not_said(kind: str) -> None:
         ([ToolMessage([{"type": "image", "url": "x"}], tool_call_id="a")], "'image' is not supported"),
         ([LlamaIndexMessage(role="user", blocks=[ImageBlock(image=b"x")])], "'image' is not supported"),
         (5, "not int"),
+        ([AIMessage([{"type": "non_standard", "value": {"type": "image", "url": "x"}}])], "'image' is not supported"),
+        ([AIMessage([{"type": "non_standard", "value": 5}])], "'non_standard' is not supported"),
+        ([{"role": "assistant", "function_call": "get_weather"}], "Not a tool call"),
         ([{"role": "assistant", "tool_calls": ["get_weather"]}], "Not a tool call"),
         ([{"role": "assistant", "tool_calls": [{"name": "f"}]}], "Not a tool call"),
         ([{"role": "assistant", "tool_calls": [{"args": {}}]}], "Not a tool call"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pytest
 import scripted
@@ -15,7 +15,7 @@ from langchain_core.utils.function_calling import convert_to_openai_tool
 from llama_index.core.llms import ChatMessage
 from llama_index.core.prompts import PromptTemplate
 from llama_index.core.tools import FunctionTool
-from pydantic import BaseModel, Field, HttpUrl, NaiveDatetime
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, HttpUrl, NaiveDatetime
 from told import THEN, as_told, call, dumps
 
 from cards_integrations import CardsLLM, ChatCards
@@ -244,6 +244,45 @@ async def test_streamed_objects_never_go_back(llm: CardsLLM, length: int) -> Non
         each async for each in await llm.astream_structured_predict(Machine, TEXT, llm_kwargs=own, text=dumps(MACHINE))
     ]
     assert [each.model_dump() for each in again] == dumped
+
+
+class Circle(BaseModel):
+    kind: Literal["circle"]
+    radius: int = 1
+
+
+class Square(BaseModel):
+    kind: Literal["square"]
+    side: Part | None = None
+
+
+Shape = Annotated[Circle | Square, Field(discriminator="kind")]
+
+
+class Drawing(BaseModel):
+    model_config = ConfigDict(populate_by_name=True)
+    number: int = Field(validation_alias=AliasChoices("no", "number"))
+    shape: Shape
+    more: list[Shape] | None = None
+    named: dict[str, Shape] = {}
+    pair: tuple[int, Shape] | None = None
+
+
+SQUARE = {"kind": "square", "side": {"size": 1, "name": "s"}}
+DRAWING = {"no": 1, "shape": SQUARE, "more": [SQUARE], "named": {"x": SQUARE}, "pair": [1, SQUARE]}
+
+
+def test_streamed_objects_know_their_classes_among_others(llm: CardsLLM) -> None:
+    by_length = Cards(target_reward=1.0, beta=1.0, max_rejections=1, boundary=FixedLength(length=2))
+    own = {"decoding": by_length, "reward": LengthReward(target=40)}
+    seen: list[Any] = list(llm.stream_structured_predict(Drawing, TEXT, llm_kwargs=own, text=dumps(DRAWING)))
+    assert seen[-1] == Drawing.model_validate(DRAWING)
+    for last in (seen[-2], seen[-1]):
+        squares = [last.shape, last.more[0], last.named["x"], last.pair[1]]
+        assert {type(each).__name__.removeprefix("Flexible") for each in squares} == {"Square"}
+        assert [each.side.name for each in squares] == ["s"] * 4
+    assert {each.number for each in seen} <= {None, 1}
+    assert not any(isinstance(each.shape, BaseModel) and hasattr(each.shape, "radius") for each in seen)
 
 
 # --- tools of classes ---

@@ -34,13 +34,19 @@ TEXTS = {
 NOT_TEXT = {
     "reasoning", "thinking", "redacted_thinking",
     "tool_use", "tool_call", "function_call", "tool_call_chunk", "input_json_delta",  # these are in `tool_calls`, too
+    "server_tool_call", "server_tool_call_chunk", "server_tool_result",  # what a provider ran itself, for LangChain
+    "server_tool_use", "web_search_tool_result", "code_execution_tool_result", "mcp_tool_use", "mcp_tool_result",
+    "web_search_call", "file_search_call", "code_interpreter_call", "mcp_call", "mcp_list_tools",
 }  # fmt: skip
 """Types of content blocks that are no part of a message's text."""
+
+INSTEAD_OF_CONTENT = ("tool_calls", "function_call", "refusal")
+"""What a message of the assistant may have and no content."""
 
 
 def plain_message(item: Any) -> Message:
     """A message from a dict with a role and a content, or from a pair of them."""
-    if isinstance(item, dict) and "role" in item and ("content" in item or item.get("tool_calls")):
+    if isinstance(item, dict) and "role" in item and ("content" in item or any(map(item.get, INSTEAD_OF_CONTENT))):
         return _from_dict(item)
     if isinstance(item, tuple) and len(item) == 2:
         return {"role": role_of(item[0]), "content": text_of(item[1])}
@@ -117,6 +123,18 @@ def add_thoughts(message: Message, found: Sequence[Any]) -> None:
         message[THOUGHTS] = texts[0]
 
 
+def add_refusal(message: Message, refusal: Any) -> None:
+    """Add the refusal that an answer of OpenAI consists of, which stands beside its content."""
+    if isinstance(refusal, str) and message["role"] == "assistant" and not message["content"]:
+        message["content"] = refusal
+
+
+def older_call(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The one call of an answer in OpenAI's older form, if there is one, as the message's `tool_calls`."""
+    call = fields.get("function_call")
+    return {"tool_calls": [_call_from_dict({"function": call})]} if call else {}
+
+
 def tool_call(call_id: str | None, name: str, arguments: Any) -> dict[str, Any]:
     """A call as chat templates take it, with an object as its arguments."""
     parsed = _parsed(arguments)
@@ -157,6 +175,9 @@ def _from_dict(item: Mapping[str, Any]) -> Message:
     message: Message = {"role": role_of(item["role"]), "content": "" if content is None else text_of(content)}
     if calls := item.get("tool_calls"):
         message["tool_calls"] = tool_calls(calls)
+    else:
+        message |= older_call(item)
+    add_refusal(message, item.get("refusal"))
     add_thoughts(message, [item.get(THOUGHTS) or item.get("reasoning"), thoughts_of(content)])
     if message["role"] == "tool":
         message |= answered_call(item)
@@ -173,6 +194,8 @@ def _block_text(block: Any) -> str:
         return text
     if isinstance(kind, str) and kind in NOT_TEXT:
         return ""
+    if kind == "non_standard" and isinstance(block.get("value"), Mapping):  # LangChain's name for what it does not know
+        return _block_text(block["value"])
     raise PromptError("Message content of type 'text' has no text.") if kind == "text" else text_only(short_repr(kind))
 
 

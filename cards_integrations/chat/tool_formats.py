@@ -339,7 +339,9 @@ def _parse_call(value: Any) -> ParsedCall:
     written = json.dumps(value, ensure_ascii=False)
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         return Malformed(None, written, 'a call is an object with "name" and "arguments"')
-    arguments = value.get("arguments", value.get("parameters", {}))
+    arguments = value.get("arguments", value.get("parameters"))
+    if arguments is None:  # of a tool that takes none
+        arguments = {}
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)

@@ -31,7 +31,9 @@ from cards_integrations.chat.logprobs import openai_logprobs
 from cards_integrations.chat.message import (
     THOUGHTS,
     Message,
+    add_refusal,
     add_thoughts,
+    older_call,
     plain_message,
     role_of,
     text_of,
@@ -73,7 +75,10 @@ def _from_langchain(item: BaseMessage) -> Message:
     if isinstance(item, AIMessage) and (item.tool_calls or item.invalid_tool_calls):
         calls = [*item.tool_calls, *item.invalid_tool_calls]
         found["tool_calls"] = [tool_call(call["id"], call["name"] or "tool", call["args"]) for call in calls]
+    elif isinstance(item, AIMessage):
+        found |= older_call(item.additional_kwargs)
     if isinstance(item, AIMessage):
+        add_refusal(found, item.additional_kwargs.get("refusal"))
         add_thoughts(found, [item.additional_kwargs.get(THOUGHTS), thoughts_of(item.content)])
     if isinstance(item, ToolMessage):
         found |= {"tool_call_id": item.tool_call_id, "name": item.name}

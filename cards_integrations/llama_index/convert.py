@@ -28,6 +28,7 @@ from cards_integrations.chat import message
 from cards_integrations.chat.message import (
     THOUGHTS,
     Message,
+    add_refusal,
     add_thoughts,
     answered_call,
     plain_message,
@@ -64,6 +65,7 @@ def _from_llama_index(item: ChatMessage) -> Message:
         found["tool_calls"] = [tool_call(call.tool_call_id, call.tool_name, call.tool_kwargs) for call in calls]
     elif stored := item.additional_kwargs.get("tool_calls"):  # in histories that older integrations wrote
         found["tool_calls"] = tool_calls(stored)
+    add_refusal(found, item.additional_kwargs.get("refusal"))
     thoughts = [block.content for block in item.blocks if isinstance(block, ThinkingBlock)]
     add_thoughts(found, [*thoughts, item.additional_kwargs.get(THOUGHTS)])
     if found["role"] == "tool":

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from functools import lru_cache
 from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from llama_index.core.base.llms.types import ChatResponse
 from llama_index.core.program.utils import FlexibleModel, create_flexible_model
-from pydantic import BaseModel
+from pydantic import AliasChoices, BaseModel
 from pydantic_core import from_json
 
 from cards_integrations.llama_index.convert import parse_response
 
+ARRAYS = (list, set, frozenset, tuple)
 flexible_model = lru_cache(maxsize=256)(create_flexible_model)
 
 
@@ -52,22 +53,42 @@ def _object(cls: type[BaseModel], values: Any) -> FlexibleModel:
 
 def _key(name: str, field: Any) -> str:
     """The name of a field in JSON."""
-    return field.validation_alias if isinstance(field.validation_alias, str) else field.alias or name
+    alias = field.validation_alias
+    if isinstance(alias, AliasChoices):
+        alias = next((each for each in alias.choices if isinstance(each, str)), None)
+    return alias if isinstance(alias, str) else field.alias or name
 
 
 def _value(kind: Any, value: Any) -> Any:
     """A value with objects in place of its mappings, as far as its type tells their class."""
-    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    kinds = _alternatives(kind)
     if isinstance(value, list):
-        items = [
-            get_args(each)[0] for each in kinds if get_origin(each) in (list, set, frozenset, tuple) and get_args(each)
-        ]
-        return [_value(items[0], item) for item in value] if items else value
+        items = next((get_args(each) for each in kinds if get_origin(each) in ARRAYS), ())
+        items = tuple(each for each in items if each is not Ellipsis)
+        return [_value(items[min(i, len(items) - 1)], item) for i, item in enumerate(value)] if items else value
     if isinstance(value, dict):
-        for each in kinds:
-            if isinstance(each, type) and issubclass(each, BaseModel) and value.keys() <= _keys(each):
-                return _object(each, value)
+        classes = [each for each in kinds if isinstance(each, type) and issubclass(each, BaseModel)]
+        for cls in classes:
+            if value.keys() <= _keys(cls) and (len(classes) == 1 or _has_literals(cls, value)):
+                return _object(cls, value)
+        values = next((get_args(each)[1] for each in kinds if get_origin(each) is dict), Any)
+        return {key: _value(values, item) for key, item in value.items()}
     return value
+
+
+def _alternatives(kind: Any) -> list[Any]:
+    """The types of a union, or one type."""
+    if get_origin(kind) is Annotated:
+        return _alternatives(get_args(kind)[0])
+    if get_origin(kind) in (Union, UnionType):
+        return [each for option in get_args(kind) for each in _alternatives(option)]
+    return [kind]
+
+
+def _has_literals(cls: type[BaseModel], value: dict[str, Any]) -> bool:
+    """True if the fields by which a class is told apart are there."""
+    fields = [(_key(name, each), each.annotation) for name, each in cls.model_fields.items()]
+    return all(value.get(key) in get_args(kind) for key, kind in fields if get_origin(kind) is Literal)
 
 
 def _keys(cls: type[BaseModel]) -> set[str]:
