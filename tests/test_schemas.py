@@ -145,6 +145,16 @@ TOGETHER: dict[str, tuple[dict[str, Any], list[Any], list[Any]]] = {
     ),
     "64 bits": ({"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}, [0, -(2**62), 2**62], [2**64]),
     "a bound that no float has": ({"type": "integer", "exclusiveMinimum": 2**60}, [2**61], [2**60]),
+    "no items but the first": (
+        {"type": "array", "prefixItems": [DIGIT], "unevaluatedItems": False},
+        [[1], []],
+        [[1, 2]],
+    ),
+    "excluded bounds by a flag": (
+        {"type": "integer", "minimum": 0, "exclusiveMinimum": True, "maximum": 5, "exclusiveMaximum": False},
+        [1, 5],
+        [0, 6],
+    ),
     "bounds within a whole number": (
         {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 0.5},
         [0.25, 0.0001, 0.49],

@@ -109,7 +109,7 @@ class _Merger:
             return
         if not isinstance(schema, Mapping):
             raise SettingsError(f"{at(path)}{short_repr(schema)} is not a JSON schema: pass a mapping.")
-        own = {key: value for key, value in schema.items() if key in KEYWORDS}
+        own = _excluded({key: value for key, value in schema.items() if key in KEYWORDS})
         place = "properties" if "properties" in own else next(iter(own), None)
         for key, value in schema.items():
             if key == place:
@@ -275,6 +275,14 @@ class _Merger:
         return found
 
 
+def _excluded(schema: dict[str, Any]) -> dict[str, Any]:
+    """The keywords with excluded bounds as numbers, where draft 4 and OpenAPI 3.0 have a flag beside the bound."""
+    for flag, bound in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
+        if isinstance(schema.get(flag), bool) and schema.pop(flag) and bound in schema:
+            schema[flag] = schema.pop(bound)
+    return schema
+
+
 def _dependency(name: str, needs: Any) -> list[Any]:
     """The alternatives of a property on which others depend: it is there with all it needs, or it is not."""
     needed = {"required": needs} if isinstance(needs, list) else needs
@@ -318,7 +326,7 @@ def _pattern_of(keys: Mapping[str, Any]) -> str | None:
 
 def _array(schema: Mapping[str, Any], path: str) -> tuple[list[Any], Any]:
     """The schemas of the first items, and the one of all others."""
-    items = schema.get("items", True)
+    items = schema.get("items", schema.get("unevaluatedItems", True))
     if isinstance(items, list):  # as drafts before 2020 write it
         return items, schema.get("additionalItems", True)
     return _list(schema.get("prefixItems", []), "prefixItems", path), items

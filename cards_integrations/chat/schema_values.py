@@ -16,8 +16,8 @@ TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 KEYWORDS = {
     "type", "enum", "const", "properties", "patternProperties", "additionalProperties", "unevaluatedProperties",
     "propertyNames", "required", "minProperties", "maxProperties", "prefixItems", "items", "additionalItems",
-    "minItems", "maxItems", "uniqueItems", "minLength", "maxLength", "pattern", "format", "minimum", "maximum",
-    "exclusiveMinimum", "exclusiveMaximum", "multipleOf",
+    "unevaluatedItems", "minItems", "maxItems", "uniqueItems", "minLength", "maxLength", "pattern", "format", "minimum",
+    "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf",
 }  # fmt: skip
 MAX_MULTIPLE = 10**5  # for larger numbers llguidance's automaton takes seconds, or hours
 MAX_INTEGER = 2**63 - 1024  # the engine keeps bounds both as 64-bit floats and as 64-bit integers
