@@ -34,6 +34,7 @@ TURNS = (
 )
 OFF = "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
 QWEN3 = TURNS + "{% if add_generation_prompt %}<|im_start|>assistant\n" + OFF + "{% endif %}"
+CHOICE = TURNS + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 R1 = TURNS + "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
 TOOLS = (
     "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
@@ -171,13 +172,13 @@ def test_a_budget_closes_the_thoughts_as_the_template_does(thinks: Any, tmp_path
     assert answer.text == ANSWER
 
 
-@pytest.mark.parametrize("template", [QWEN3, R1], ids=["a switch", "no switch"])
+@pytest.mark.parametrize("template", [QWEN3, R1, CHOICE], ids=["a switch", "no switch", "the model's choice"])
 @pytest.mark.parametrize("off", [{"thinking": "off"}, {"chat_template_kwargs": {"enable_thinking": False}}])
 def test_off(thinks: Any, tmp_path: Path, template: str, off: dict[str, Any]) -> None:
     with opened(made(tmp_path, template)) as llm:
         answer = llm.align("How many?", **off)
         before = read(llm, answer.prompt_ids)
-    if template is R1 and "thinking" not in off:
+    if template is not QWEN3 and "thinking" not in off:
         assert answer.thoughts == THOUGHTS  # its template knows no such argument
         return
     assert answer.thinking is None
@@ -325,6 +326,18 @@ def test_formats_are_read_off_templates() -> None:
     for known in KNOWN:
         tokenizer.chat_template = tiny.CHAT + "{# " + known.opening + " #}"
         assert ChatTokenizer(tokenizer).thinking == known
+
+
+@pytest.mark.parametrize("mode", [None, "off", "free"])
+@pytest.mark.parametrize("template", [QWEN3, R1, CHOICE], ids=["a switch", "no switch", "the model's choice"])
+def test_an_answer_opens_no_more_thoughts(thinks: Any, tmp_path: Path, template: str, mode: Any) -> None:
+    thinks.answers = ["<think>Once more.</think> It is seven."]
+    with opened(made(tmp_path, template), decoding=Sampling(), reward=None, temperature=0) as llm:
+        answer = llm.align("How many?", thinking=mode)
+        [mark] = llm._engine({}).loaded().chat.encode("<think>")
+        before = read(llm, answer.prompt_ids)
+    assert mark not in answer.token_ids
+    assert before.count("<think>") == before.count("</think>") == 1
 
 
 @pytest.mark.parametrize("seed", range(3))

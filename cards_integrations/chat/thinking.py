@@ -61,11 +61,14 @@ class ThinkingFormat:
         lead = "" if by_model or thoughts.endswith(self.lead) else self.lead
         return f"{lead}{self.closing}{self.after}"
 
-    def without_thoughts(self, prompt: str) -> str:
-        """What to append to a prompt whose template was asked for no thoughts, so that there are none."""
+    def without_thoughts(self, prompt: str, switched: bool) -> str:
+        """What to append to a prompt so that there are no thoughts; `switched` if its template has left them out."""
+        closed = f"{self.lead}{self.closing}{self.after}"
         if self.is_open(prompt):
-            return f"{self.lead}{self.closing}{self.after}"
-        return ""
+            return closed
+        if switched or self.channel or self.is_closed(prompt):
+            return ""
+        return f"{self.opening}{self.before}{closed}"
 
 
 KNOWN = (

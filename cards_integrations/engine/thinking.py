@@ -88,7 +88,8 @@ def render(request: Request, chat: ChatTokenizer) -> Rendered:
     text, ids = chat.prompt(request.prompt, request.tools, arguments)
     if request.thinking != "off" or chat.thinking is None or isinstance(request.prompt, FormattedPrompt):
         return Rendered(text, ids)
-    suffix = chat.thinking.without_thoughts(text)
+    on = {**arguments, **switches("free", request.chat_template_kwargs)}
+    suffix = chat.thinking.without_thoughts(text, chat.prompt(request.prompt, request.tools, on)[0] != text)
     return Rendered(text + suffix, [*ids, *chat.encode(suffix)] if suffix else ids)
 
 
@@ -117,10 +118,12 @@ class Thinker:
             prompt: The prompt of the request.
             seed: The seed of the request.
         """
-        form = self._format(prompt)
+        form = self._format()
         if form is None:
             return Begun(self.request, prompt.ids)
         ids = prompt.ids
+        if self.request.thinking == "off" or form.is_closed(prompt.text):
+            return Begun(self._without_opening(form), ids)
         if not form.is_open(prompt.text):
             if not await self._opens(form, ids, derived_seed(seed, "opening")):
                 return Begun(self._without_opening(form), ids)
@@ -132,16 +135,16 @@ class Thinker:
             await session.write(phase.decoding)
         return self._closed(form, ids, session)
 
-    def _format(self, prompt: Rendered) -> ThinkingFormat | None:
-        """How this request writes its thoughts; None if it writes none."""
+    def _format(self) -> ThinkingFormat | None:
+        """How the model writes its thoughts; None if this request is about none."""
         form, mode = self.chat.thinking, self.request.thinking
-        if mode == "off" or isinstance(self.request.prompt, FormattedPrompt):
+        if isinstance(self.request.prompt, FormattedPrompt):
             return None
-        if form is None and mode is not None:
+        if form is None and mode not in (None, "off"):
             raise SettingsError(
                 f"thinking={mode!r}: the model's chat template shows no marks around thoughts; leave thinking= out."
             )
-        return None if form is None or form.is_closed(prompt.text) else form
+        return form
 
     def _phase(self, form: ThinkingFormat, prompt_tokens: int) -> Request:
         """The request for the thoughts alone."""
@@ -165,7 +168,7 @@ class Thinker:
         return False
 
     def _without_opening(self, form: ThinkingFormat) -> Request:
-        """The request for an answer of a model that does not want to think: it does not begin to later, either."""
+        """The request for an answer after the thoughts, or without any: it does not begin to think later, either."""
         sampler, mark = self.request.sampler, self._encode(form.opening)
         if len(mark) > 1:  # of several tokens, which stand in other texts, too
             return self.request
@@ -180,7 +183,8 @@ class Thinker:
         context.usage.reasoning_tokens = len(context.ids)
         assert session.finish is not None  # a method goes on until then
         thinking = Thinking(context.text.strip(), tuple(own), tuple(session.segments), session.finish)
-        return Begun(self.request, [*ids, *own, *self._encode(form.close(context.text, by_model))], thinking)
+        ids = [*ids, *own, *self._encode(form.close(context.text, by_model))]
+        return Begun(self._without_opening(form), ids, thinking)
 
     def _without_mark(self, context: Context) -> list[int]:
         """The ids of the thoughts: those of the mark, which may begin within a token, are written anew."""
