@@ -14,11 +14,13 @@ import pytest
 import scripted
 from llama_index.core import PromptTemplate
 from llama_index.core.agent.workflow import AgentStream, AgentWorkflow, FunctionAgent, ReActAgent, ToolCallResult
+from llama_index.core.chat_engine.types import is_function
 from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.llms import ChatMessage, ChatResponse, MessageRole
 from llama_index.core.llms.llm import ToolSelection
 from llama_index.core.memory import ChatMemoryBuffer
+from llama_index.core.program import FunctionCallingProgram
 from llama_index.core.tools import FunctionTool
 from llama_index.core.workflow import Context, StartEvent, StopEvent, Workflow, step
 from pydantic import BaseModel, Field
@@ -227,6 +229,17 @@ def test_an_answer_without_calls(llm: CardsLLM) -> None:
     with pytest.raises(ValueError, match="calls no tool: 'Hello'"):
         llm.get_tool_calls_from_response(response)
     assert llm.get_tool_calls_from_response(response, error_on_no_tool_call=False) == []
+
+
+async def test_programs_find_the_calls_of_a_stream(llm: CardsLLM) -> None:
+    program = FunctionCallingProgram.from_defaults(output_cls=Paint, prompt_template_str="{text}", llm=llm)
+    assert list(program.stream_call(text=call("Paint", **RED)))[-1] == Paint(**RED)
+    stream = await program.astream_call(text=call("Paint", **RED))
+    assert [each async for each in stream][-1] == Paint(**RED)
+    message = llm.chat_with_tools([ADD], user_msg=call("add", a=1, b=2)).message
+    assert is_function(message)
+    assert not is_function(llm.chat_with_tools([ADD], user_msg="Hello").message)
+    assert ChatMessage.model_validate_json(message.model_dump_json()).additional_kwargs == message.additional_kwargs
 
 
 async def test_results_are_read(llm: CardsLLM) -> None:

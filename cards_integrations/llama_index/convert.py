@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, TypeVar
@@ -138,14 +139,17 @@ def chat_response(
         text, calls, thoughts, tokens = item.content, item.tool_calls, item.thoughts, item.usage.reasoning_tokens
     blocks: list[ContentBlock] = [ThinkingBlock(content=thoughts, num_tokens=tokens)] if thoughts else []
     blocks.append(TextBlock(text=text or ""))
-    blocks += [
-        ToolCallBlock(tool_call_id=call.id, tool_name=call.name, tool_kwargs=call.arguments)
-        for call in calls
-        if isinstance(call, ToolCall)
-    ]
+    valid = [call for call in calls if isinstance(call, ToolCall)]
+    blocks += [ToolCallBlock(tool_call_id=each.id, tool_name=each.name, tool_kwargs=each.arguments) for each in valid]
     said = ChatMessage(role=MessageRole.ASSISTANT, blocks=blocks)
+    if valid:  # where LlamaIndex's programs and chat engines still look for them
+        said.additional_kwargs["tool_calls"] = [_openai_call(each) for each in valid]
     new = {"thinking_delta": item.thought} if isinstance(item, Chunk) and item.thought else {}
     return ChatResponse(message=said, delta=delta, raw=_raw(item), additional_kwargs=new, logprobs=_logprobs(item))
+
+
+def _openai_call(call: ToolCall) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": json.dumps(call.arguments)}}
 
 
 def _logprobs(item: Chunk | Alignment) -> list[list[LogProb]] | None:
