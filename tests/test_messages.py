@@ -648,6 +648,23 @@ def test_choices(choice: Any, found: str) -> None:
     assert not one.several
 
 
+ADD = {"type": "function", "function": {"name": "add"}}
+
+
+@pytest.mark.parametrize(
+    ("choice", "forced"),
+    [
+        ({"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [ADD]}}, True),
+        ({"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [ADD]}}, False),
+        ({"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "add"}]}, True),
+    ],
+)
+def test_a_choice_among_some(choice: Any, forced: bool) -> None:
+    tools = as_tools(SCHEMAS, choice)
+    assert tools is not None
+    assert (tools.names, tools.forced, tools.several) == (["add"], forced, True)
+
+
 @pytest.mark.parametrize("choice", ["none", False])
 def test_no_choice(choice: Any) -> None:
     assert as_tools(SCHEMAS, choice) is None
@@ -660,6 +677,10 @@ def test_no_choice(choice: Any) -> None:
         (SCHEMAS, "subtract", "'subtract': there is no such tool, only get_weather, add"),
         (SCHEMAS, {"type": "tool", "name": "subtract"}, "no such tool"),
         (SCHEMAS, {"type": "function"}, "no such tool"),
+        (SCHEMAS, {"type": "allowed_tools", "tools": [{"name": "subtract"}]}, "'subtract': there is no such tool"),
+        (SCHEMAS, {"type": "allowed_tools", "allowed_tools": {"mode": "maybe", "tools": [ADD]}}, '"required" as the'),
+        (SCHEMAS, {"type": "allowed_tools", "allowed_tools": 5}, 'name "tools"'),
+        (SCHEMAS, {"type": "allowed_tools"}, 'name "tools"'),
         (SCHEMAS, 3, "no such tool"),
         (SCHEMAS, ["add"], "no such tool"),
         (SCHEMAS, "", "no such tool"),

@@ -156,6 +156,23 @@ def test_other_spellings_of_a_call(form: FormatName, text: str) -> None:
     assert reading.content == ""
 
 
+def test_a_call_that_names_its_id() -> None:
+    text = '[TOOL_CALLS]add[CALL_ID]a1B2c3D4e[ARGS]{"a": 1}[TOOL_CALLS]now[ARGS]{}'
+    reading = FORMATS["mistral_named"].parse(text, TOOLS)
+    assert called(reading) == [("add", {"a": 1}), ("now", {})]
+    assert reading.content == ""
+    for end in range(len(text)):  # no beginning of it is said
+        assert FORMATS["mistral_named"].parse(text[:end], TOOLS).certain == 0
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_line_break_in_a_string_need_not_be_escaped(form: FormatName) -> None:
+    arguments = {"code": "if x:\n\treturn 1"}
+    written = json.dumps(arguments).replace("\\n", "\n").replace("\\t", "\t")
+    text = FORMATS[form].write([{"function": {"name": "run", "arguments": {}}}]).replace("{}", written)
+    assert called(FORMATS[form].parse(text, Tools((function("run"),)))) == [("run", arguments)]
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_list_of_calls(form: FormatName) -> None:
     if form in NAMED:
@@ -189,6 +206,7 @@ def test_no_arguments_are_none(form: FormatName) -> None:
         ("hermes", '<tool_call>{"name": 3, "arguments": {}}</tool_call>', None, '"name"'),
         ("hermes", '<tool_call>"add"</tool_call>', None, '"name"'),
         ("hermes", '<tool_call>{"name": "add", "arguments": [1, 2]}</tool_call>', "add", "not an object"),
+        ("hermes", '<tool_call>{"name": "add", "arguments": {"a": NaN}}</tool_call>', "add", "NaN is no number"),
         ("hermes", '<tool_call>{"name": "add", "arguments": "a=1"}</tool_call>', "add", "not JSON"),
         ("hermes", '<tool_call>{"name": "add", "arguments": "[1]"}</tool_call>', "add", "not an object"),
         ("mistral", '[TOOL_CALLS][{"name": "add", "argum', "add", "not JSON"),

@@ -19,8 +19,16 @@ WriteLiteral = Callable[[str], str]
 """How a rule of a grammar writes a text: as a string, or as the special token that it is."""
 
 _BEGINS_OBJECT = re.compile(r"\s*\[?\s*\{\s*[\"'}]")
-_BEGINS_NAMED = re.compile(r"\s*[^\s\[\]]*\s*\[ARGS\]")
+_BEGINS_NAMED = re.compile(r"\s*[^\s\[\]]*\s*(\[CALL_ID\][^\s\[\]]*\s*)?\[ARGS\]")
 _BEGINS_HARMONY = re.compile(r"[^\s<]+(<\|channel\|>commentary)?\s*(<\|constrain\|>)?(json)?\s*<\|message\|>")
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+_JSON = json.JSONDecoder(strict=False, parse_constant=_no_number)
+"""Reads what models write: line breaks within strings, too, which they forget to escape."""
 
 
 class ToolFormat(ABC):
@@ -106,7 +114,7 @@ class ToolFormat(ABC):
 
     def _parse_piece(self, piece: str) -> list[ParsedCall]:
         try:
-            value = json.loads(piece)
+            value = _JSON.decode(piece)
         except (ValueError, RecursionError) as error:
             return [Malformed(_name_in(piece), piece, f"not JSON: {error}")]
         return [_parse_call(each) for each in (value if isinstance(value, list) else [value])]
@@ -187,7 +195,7 @@ class Named(Marked):
         header, _, arguments = piece.partition(self.middle)
         name = self._name(header)
         try:
-            return [_parse_call({"name": name, "arguments": json.loads(arguments)})]
+            return [_parse_call({"name": name, "arguments": _JSON.decode(arguments)})]
         except (ValueError, RecursionError) as error:
             return [Malformed(name or None, arguments, f"not JSON: {error}")]
 
@@ -197,12 +205,20 @@ class Named(Marked):
 
 
 class MistralNamed(Named):
-    """[TOOL_CALLS]name[ARGS]{...}, one after another (Mistral, from its tokenizer v11 on)."""
+    """[TOOL_CALLS]name[ARGS]{...}, one after another (Mistral, from its tokenizer v11 on; some name the id, too)."""
 
     name = "mistral_named"
     opening = "[TOOL_CALLS]"
     middle = "[ARGS]"
+    call_id: ClassVar[str] = "[CALL_ID]"
     begins = _BEGINS_NAMED
+
+    @property
+    def markers(self) -> list[str]:
+        return [*super().markers, self.call_id]
+
+    def _name(self, header: str) -> str:
+        return header.partition(self.call_id)[0].strip()
 
     def _after(self, several: bool) -> str:
         return "rest one*" if several else "rest"
@@ -284,7 +300,7 @@ class Bare(ToolFormat):
 
     def _calls_only(self, piece: str, tools: Tools) -> bool:
         """True for a call or a list of calls. An object with a name only is one if a tool has that name."""
-        value = json.loads(piece)
+        value = _JSON.decode(piece)
         found = value if isinstance(value, list) else [value]
         named = [not isinstance(_parse_call(each), Malformed) for each in found]
         return (
@@ -344,7 +360,7 @@ def _parse_call(value: Any) -> ParsedCall:
         arguments = {}
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments)
+            arguments = _JSON.decode(arguments)
         except (ValueError, RecursionError) as error:
             return Malformed(value["name"], arguments, f"not JSON: {error}")
     if not isinstance(arguments, dict):
@@ -364,7 +380,7 @@ def _json_end(text: str, start: int) -> int | None:
     """Where the JSON value that begins here or after blanks ends; None if it is missing or incomplete."""
     start = len(text) - len(text[start:].lstrip())
     try:
-        value, end = json.JSONDecoder().raw_decode(text, start)
+        value, end = _JSON.raw_decode(text, start)
     except (ValueError, RecursionError):
         return None
     may_continue = end == len(text) and isinstance(value, (int, float)) and not isinstance(value, bool)

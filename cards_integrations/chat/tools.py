@@ -71,6 +71,8 @@ class Tools:
 
 def as_tools(schemas: Sequence[Mapping[str, Any]] | None, choice: Any = None, parallel: bool = True) -> Tools | None:
     """Tools from the arguments of a call in either framework; None if no tool may be called."""
+    if isinstance(choice, Mapping) and choice.get("type") == "allowed_tools":
+        return as_tools(*_allowed(schemas or (), choice), parallel)
     name = _choice_name(choice)
     if not schemas or name == "none":
         if name not in ("auto", "none"):
@@ -84,6 +86,19 @@ def as_tools(schemas: Sequence[Mapping[str, Any]] | None, choice: Any = None, pa
     if tools.forced or tools.strict:
         tools.check_schemas()
     return tools
+
+
+def _allowed(schemas: Sequence[Mapping[str, Any]], choice: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], str]:
+    """The tools among which a choice leaves the model, as OpenAI writes it, and whether it has to call one."""
+    given = choice.get("allowed_tools", choice)
+    named = given.get("tools") if isinstance(given, Mapping) else None
+    if not isinstance(named, list) or given.get("mode", "auto") not in ("auto", "required"):
+        raise SettingsError(f'tool_choice={short_repr(choice)}: name "tools", and "auto" or "required" as the "mode".')
+    known = {each["function"]["name"]: each for each in map(_as_function, schemas)}
+    for name in map(_choice_name, named):
+        if name not in known:
+            raise SettingsError(f"tool_choice={short_repr(name)}: there is no such tool, only {', '.join(known)}.")
+    return [known[_choice_name(each)] for each in named], given.get("mode", "auto")
 
 
 def _as_function(schema: Any) -> dict[str, Any]:
