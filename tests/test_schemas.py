@@ -155,6 +155,12 @@ TOGETHER: dict[str, tuple[dict[str, Any], list[Any], list[Any]]] = {
         [1, 5],
         [0, 6],
     ),
+    "no length that matters": ({"type": "string", "maxLength": 2**53 - 1, "minLength": 1}, ["x"], [""]),
+    "lengths that are written as floats": (
+        {"type": "array", "items": {"type": "string", "maxLength": 2.0}, "maxItems": 1.0},
+        [["ab"], []],
+        [["abc"], ["a", "b"]],
+    ),
     "bounds within a whole number": (
         {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 0.5},
         [0.25, 0.0001, 0.49],

@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from cards_integrations.chat.patterns import expressible, fault
-from cards_integrations.chat.schema_values import KEYWORDS, bounds, distinct, literals, numbers, strings, types
+from cards_integrations.chat.schema_values import KEYWORDS, counts, distinct, literals, numbers, strings, types
 from cards_integrations.chat.schema_values import located as at
 from cards_integrations.errors import SettingsError, short_repr
 
@@ -250,10 +250,10 @@ class _Merger:
 
     def _counted(self, found: dict[str, Any], flat: Sequence[Mapping[str, Any]], path: str) -> dict[str, Any]:
         """The object with bounds of how many properties it has, if the engine can count them."""
-        counts = bounds(flat, path, ("minProperties", max), ("maxProperties", min))
-        problem = fault({"type": "object", **_skeleton(found), **counts}) if counts else ""
+        limits = counts(flat, path, ("minProperties", max), ("maxProperties", min))
+        problem = fault({"type": "object", **_skeleton(found), **limits}) if limits else ""
         if not problem or "nsatisfiable" in problem:
-            return {**found, **counts}
+            return {**found, **limits}
         self.note(path, "the number of properties")
         return found
 
@@ -261,7 +261,7 @@ class _Merger:
 
     def _arrays(self, flat: Sequence[Mapping[str, Any]], path: str) -> dict[str, Any]:
         arrays = [_array(each, path) for each in flat]
-        found = bounds(flat, path, ("minItems", max), ("maxItems", min))
+        found: dict[str, Any] = counts(flat, path, ("minItems", max), ("maxItems", min))
         first = max((len(prefix) for prefix, _ in arrays), default=0)
         if first:
             found["prefixItems"] = [

@@ -22,6 +22,7 @@ KEYWORDS = {
 MAX_MULTIPLE = 10**5  # for larger numbers llguidance's automaton takes seconds, or hours
 MAX_INTEGER = 2**63 - 1024  # the engine keeps bounds both as 64-bit floats and as 64-bit integers
 LONG_INTEGER = 10**17  # beyond it the engine needs both bounds
+LONGEST = 2**31  # characters, items or properties; the engine counts to 2**32
 EXACT_INTEGER = 2**53  # of a 64-bit float
 LITTLE = 1e-9  # by which an excluded bound moves, of the distance to the other one
 BOUNDS = (("minimum", max), ("exclusiveMinimum", max), ("maximum", min), ("exclusiveMaximum", min))
@@ -76,7 +77,7 @@ def literals(flat: Sequence[Mapping[str, Any]], path: str) -> list[Any] | None:
 
 def strings(flat: Sequence[Mapping[str, Any]], path: str, note: Note) -> dict[str, Any]:
     """The lengths, patterns and formats of strings, as far as the engine knows them."""
-    found = bounds(flat, path, ("minLength", max), ("maxLength", min))
+    found = counts(flat, path, ("minLength", max), ("maxLength", min))
     patterns = [*_patterns(flat, path, note), *_formats(flat, path, note)]
     if patterns:
         found["pattern"] = patterns[0]
@@ -140,6 +141,12 @@ def bounds(flat: Sequence[Mapping[str, Any]], path: str, *choices: tuple[str, Ca
         values = [value for part in flat if (value := _number(part, key, path)) is not None]
         found |= {key: choose(values)} if values else {}
     return found
+
+
+def counts(flat: Sequence[Mapping[str, Any]], path: str, *choices: tuple[str, Callable[..., Any]]) -> dict[str, Any]:
+    """The narrowest of each bound of a length, without those above anything that is ever written."""
+    found = {key: int(value) if value == int(value) else value for key, value in bounds(flat, path, *choices).items()}
+    return {key: value for key, value in found.items() if not (key.startswith("max") and value > LONGEST)}
 
 
 def _whole_bounds(flat: Sequence[Mapping[str, Any]], path: str) -> dict[str, Any]:
