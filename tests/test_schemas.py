@@ -243,6 +243,21 @@ def test_what_is_left_to_validation_is_noted_with_its_field(
     assert note in caplog.text
 
 
+ENDLESS = {"type": "object", "properties": {"next": {"$ref": "#/$defs/A"}}, "required": ["next"]}
+ENDLESS_LIST = {"type": "array", "items": {"$ref": "#/$defs/A"}, "minItems": 1}
+
+
+@pytest.mark.parametrize("endless", [ENDLESS, ENDLESS_LIST])
+def test_what_would_contain_itself_without_end(grammars: GrammarTokenizer, endless: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match="another one without end"):
+        Grammar.json_schema({"$defs": {"A": endless}, "$ref": "#/$defs/A"})
+    optional = {"$defs": {"A": endless}, "type": "object", "properties": {"a": {"$ref": "#/$defs/A"}, "b": DIGIT}}
+    assert takes(grammars, optional, {"b": 1})
+    either = {"$defs": {"A": {"anyOf": [endless, {"type": "null"}]}}, "$ref": "#/$defs/A"}
+    assert takes(grammars, either, None)
+    assert takes(grammars, either, {"next": {"next": None}} if endless is ENDLESS else [[None]])
+
+
 def test_too_many_alternatives_leave_an_object_open(grammars: GrammarTokenizer) -> None:
     unions = [
         {"anyOf": [{"properties": {f"{name}{i}": DIGIT}, "required": [f"{name}{i}"]} for i in range(9)]}

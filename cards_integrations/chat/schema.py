@@ -46,7 +46,7 @@ def held_schema(schema: Mapping[str, Any]) -> HeldSchema:
     found = merger.merged([schema], "")
     whole = {"anyOf": []} if found is False else {} if found is True else dict(found)
     if merger.definitions:
-        whole["$defs"] = merger.definitions
+        whole = _without_endless({**whole, "$defs": merger.definitions})
     if problem := fault(whole):
         raise SettingsError(_blamed(whole, problem))
     return HeldSchema(whole, tuple(dict.fromkeys(merger.notes)))
@@ -365,6 +365,59 @@ def _all_mappings(value: Any) -> Iterator[Mapping[str, Any]]:
         yield value
     for each in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
         yield from _all_mappings(each)
+
+
+# --- definitions that no value ends ---
+
+
+def _without_endless(whole: dict[str, Any]) -> dict[str, Any]:
+    """The schema without definitions whose values would contain one another without end.
+
+    Raises:
+        SettingsError: It has no other values.
+    """
+    definitions: dict[str, Any] = whole["$defs"]
+    ending: set[str] = set()
+    while (found := {name for name, each in definitions.items() if _ends(each, ending)}) != ending:
+        ending = found
+    endless = {f"#/$defs/{name}" for name in definitions.keys() - ending}
+    if endless and not _ends(whole, ending):
+        raise SettingsError(
+            "Unsatisfiable schema: each value would contain another one without end; let what refers to itself be null "
+            "or left out."
+        )
+    return _without_references(whole, endless) if endless else whole
+
+
+def _without_references(schema: Any, endless: set[str]) -> Any:
+    """The schema with one that nothing matches in place of these references."""
+    if isinstance(schema, list):
+        return [_without_references(each, endless) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if isinstance(reference := schema.get("$ref"), str) and reference in endless:
+        return {"anyOf": []}
+    return {key: each if key == "enum" else _without_references(each, endless) for key, each in schema.items()}
+
+
+def _ends(schema: Any, ending: set[str]) -> bool:
+    """True if a value of a schema needs no definitions but these."""
+    if isinstance(schema, bool):
+        return schema
+    if "$ref" in schema:
+        return schema["$ref"].rpartition("/")[2] in ending
+    if "anyOf" in schema:
+        return any(_ends(each, ending) for each in schema["anyOf"])
+    kinds = schema.get("type", "null")
+    kinds = {kinds} if isinstance(kinds, str) else {*kinds}
+    if "enum" in schema or kinds - {"object", "array"}:
+        return True
+    properties, items = schema.get("properties", {}), [*schema.get("prefixItems", []), schema.get("items", True)]
+    needed = {
+        "object": [properties.get(name, True) for name in schema.get("required", [])],
+        "array": items[: schema.get("minItems", 0)],
+    }
+    return any(all(_ends(part, ending) for part in needed[kind]) for kind in kinds)
 
 
 # --- which part of a schema the engine refuses ---
