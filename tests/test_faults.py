@@ -1140,6 +1140,21 @@ def test_whoever_gives_up_during_the_load_leaves_no_word(
     assert not caplog.records
 
 
+def test_whoever_gives_up_at_once_leaves_no_word(
+    models: Callable[..., str], start: Start, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Nothing of the request has run when it is cancelled."""
+    engine = start(models("llama"))
+    engine.loaded()
+    with held(engine, WITHIN):
+        engine.submit(request(None)).cancel()
+        engine.submit_many([request(None), request(None)]).cancel()
+        engine.submit_score(LengthReward(target=3), "w9", ["w20"]).cancel()
+    wait_until(lambda: engine.inspect().idle)
+    gc.collect()
+    assert not [each for each in recwarn if "never awaited" in str(each.message)]
+
+
 # --- processes ---
 
 FORKED = (

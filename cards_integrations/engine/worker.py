@@ -15,8 +15,8 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from cards_integrations.chat.grammar import Grammar
 from cards_integrations.chat.message import Message
@@ -56,12 +56,25 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+P = ParamSpec("P")
 OnDone = Callable[[int, Alignment | Exception], None]
 """Told the index of a request of a batch that has ended, and its answer or error."""
 PATIENCE = 3.0  # seconds that what runs has to end when the engine is closed
 LONG = 100_000  # characters that a tokenizer takes longer for than a step takes
 MAX_PLAIN = 8  # sets of prompts whose plain answers are kept
 log = logging.getLogger("cards_integrations")
+
+
+def retrieved(work: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+    """Have the error of a coroutine looked at in any case: its caller may have gone, and then nobody else does."""
+
+    @wraps(work)
+    async def run(*args: P.args, **options: P.kwargs) -> T:
+        if task := asyncio.current_task():
+            task.add_done_callback(_retrieve_error)
+        return await work(*args, **options)
+
+    return run
 
 
 class Worker:
@@ -103,11 +116,9 @@ class Worker:
         Raises:
             EngineClosed: The loop has ended.
         """
-        retrieved = _retrieved(work)
         try:
-            future = asyncio.run_coroutine_threadsafe(retrieved, self.loop)
+            future = asyncio.run_coroutine_threadsafe(work, self.loop)
         except RuntimeError:  # a signal handler has closed the engine amid this very call
-            retrieved.close()
             work.close()
             raise EngineClosed("The engine was closed.") from None
         self._asked.add(future)
@@ -211,6 +222,7 @@ class Worker:
 
     # --- answering ---
 
+    @retrieved
     async def answer(
         self, request: Request, emit: Callable[[Chunk], None] | None = None, in_batch: bool = False, told: bool = False
     ) -> Alignment:
@@ -225,6 +237,7 @@ class Worker:
         with request_span(request, source_name(self.model), emit) as span:
             return span.end(await self._answer(request, span.emit, in_batch, not told and emit is None))
 
+    @retrieved
     async def answer_all(
         self, requests: Sequence[Request], on_done: OnDone | None = None, return_exceptions: bool = False
     ) -> list[Any]:
@@ -236,9 +249,7 @@ class Worker:
             return_exceptions: Return errors in the places of their answers; else the first one cancels the rest.
         """
         told = on_done is not None
-        tasks = [
-            self.loop.create_task(_retrieved(self.answer(request, in_batch=True, told=told))) for request in requests
-        ]
+        tasks = [self.loop.create_task(self.answer(request, in_batch=True, told=told)) for request in requests]
         if on_done is not None:
             for index, task in enumerate(tasks):
                 task.add_done_callback(partial(_report, on_done, index))
@@ -249,6 +260,7 @@ class Worker:
             for task in tasks:
                 task.cancel()
 
+    @retrieved
     async def score_texts(
         self, reward: Reward, prompt: str | list[Message], texts: list[str], context: tuple[str, ...] = ()
     ) -> list[float]:
@@ -261,6 +273,7 @@ class Worker:
             async with self._open_to_score(reward_model, conversation, tokens):
                 return await scores(reward_model, [Response(conversation, text, finished=True) for text in texts])
 
+    @retrieved
     async def uncertainties(self, measure: Measure, answers: Sequence[Alignment]) -> list[list[float]]:
         """Predictive uncertainty before each token of these answers."""
         async with self._serving():
@@ -274,6 +287,7 @@ class Worker:
                 await asyncio.sleep(0)  # others take a step
             return found
 
+    @retrieved
     async def states(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[torch.Tensor]:
         """The language model's hidden states after each prompt, and after each token of the answer to it."""
         async with self._serving():
@@ -524,13 +538,6 @@ def _report(on_done: OnDone, index: int, task: asyncio.Task[Alignment]) -> None:
     error = asyncio.CancelledError() if task.cancelled() else task.exception()
     if not isinstance(error, asyncio.CancelledError):
         on_done(index, error if isinstance(error, Exception) else task.result())
-
-
-async def _retrieved(work: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine whose error is looked at in any case: its caller may have gone, and then nobody else does."""
-    if task := asyncio.current_task():
-        task.add_done_callback(_retrieve_error)
-    return await work
 
 
 def _retrieve_error(task: asyncio.Task[Any]) -> None:
