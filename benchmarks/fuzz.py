@@ -52,8 +52,7 @@ from cards_integrations.chat.tool_formats import FORMATS
 from cards_integrations.chat.tool_reader import ToolReader
 from cards_integrations.chat.tools import as_tools
 from cards_integrations.cli.generate import answer_file
-from cards_integrations.cli.options import decoding_from
-from cards_integrations.decoding import METHODS, Sampling
+from cards_integrations.decoding import METHODS, Sampling, as_decoding
 from cards_integrations.engine import EngineSettings
 from cards_integrations.errors import CardsError
 from cards_integrations.models.local.settings import LocalModel
@@ -875,7 +874,7 @@ def _option(random: Random) -> Case:
 
 @surface("decoding option", _option)
 def _take_option(case: Case, world: World) -> object:
-    return decoding_from(case["text"])
+    return as_decoding(case["text"])
 
 
 def _reply(random: Random) -> Case:

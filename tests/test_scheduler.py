@@ -340,7 +340,7 @@ class Host:
     def session(self) -> Session:
         """A request that waits for its rewards for ever."""
         context = Context("w9 w20", [9, 20], 20, Sampler(), StopStrings(), Usage())
-        judge = FunctionReward(function=len).build(RewardLoader(ModelLoader(Placement())))
+        judge = FunctionReward(function=max).build(RewardLoader(ModelLoader(Placement())))
         return Session(
             self,
             context,

@@ -18,11 +18,11 @@ from cards_integrations.engine.session import Session
 from cards_integrations.errors import SettingsError
 from cards_integrations.models.base import Boundary, Context
 from cards_integrations.models.randomness import derived_seed
+from cards_integrations.models.sampling import NEVER
 from cards_integrations.trace import Thinking
 
 Emit = Callable[[Chunk], None]
 LONGEST_OPENING = 16  # tokens in which a model has opened its thoughts, or does not
-NEVER = -1e9  # added to a logit
 MARKS = 64  # tokens that are kept free for the marks around thoughts
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 BLOCK = 128  # logits that are searched together
+NEVER = -1e9  # a bias with which a token is not drawn
 TokenId = Annotated[int, Field(ge=0)]
 
 

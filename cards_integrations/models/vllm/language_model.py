@@ -14,6 +14,7 @@ from cards_integrations.chat.template import ChatTokenizer
 from cards_integrations.errors import CardsError, ModelError, SettingsError, said
 from cards_integrations.http_client import REPLY_BYTES, Reply, ServiceClient
 from cards_integrations.models.base import Boundary, Candidate, Context
+from cards_integrations.models.sampling import NEVER
 from cards_integrations.models.vllm.replies import (
     COMPLETIONS,
     HINTS,
@@ -167,7 +168,9 @@ class VllmLanguageModel:
             "skip_special_tokens": True,  # in what stop strings are looked for; 0.33 has another default than 0.32
         }
         if sampler.logit_bias:
-            body["logit_bias"] = {str(token): bias for token, bias in sampler.logit_bias}
+            body["logit_bias"] = {
+                str(token): -MAX_BIAS if bias == NEVER else bias for token, bias in sampler.logit_bias
+            }
         if sampler.stop_token_ids:
             body["stop_token_ids"] = list(sampler.stop_token_ids)
         if context.logprobs:
@@ -214,7 +217,7 @@ class VllmLanguageModel:
                 )
             if abs(penalty) > MAX_PENALTY:
                 raise SettingsError(f"{name}: a vLLM server takes numbers from -{MAX_PENALTY} to {MAX_PENALTY}.")
-        if any(abs(bias) > MAX_BIAS for _, bias in sampler.logit_bias):
+        if any(abs(bias) > MAX_BIAS for _, bias in sampler.logit_bias if bias != NEVER):
             raise SettingsError(f"logit_bias: a vLLM server takes numbers from -{MAX_BIAS} to {MAX_BIAS}.")
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
         return {name: getattr(sampler, name) for name in names} | penalties
