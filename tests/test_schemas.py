@@ -167,6 +167,16 @@ TOGETHER: dict[str, tuple[dict[str, Any], list[Any], list[Any]]] = {
         [0, 0.5, 1],
     ),
     "bounds below a whole number": ({"type": "number", "minimum": 1.5, "exclusiveMaximum": 2}, [1.5, 1.75], [2, 1.25]),
+    "a bound of several decimals": (
+        {"type": ["number", "null"], "minimum": -0.95, "maximum": 2.125},
+        [None, -0.9, -0.95, 0, 2, 2.1, 2.12, 2.125, 2.124],
+        [2.13, 2.126, -0.96, "2.1", 2.2],
+    ),
+    "an excluded bound of several decimals": (
+        {"type": "number", "exclusiveMinimum": 0.25, "exclusiveMaximum": 0.99},
+        [0.9, 0.98, 0.26, 0.3],
+        [0.99, 0.2, 0.25, 1],
+    ),
     "a literal of parts": ({"allOf": [{"enum": ["a", "b"]}, {"enum": ["b", "c"]}]}, ["b"], ["a", "c"]),
 }  # fmt: skip
 

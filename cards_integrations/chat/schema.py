@@ -16,7 +16,16 @@ from typing import Any
 from urllib.parse import unquote
 
 from cards_integrations.chat.patterns import expressible, fault
-from cards_integrations.chat.schema_values import KEYWORDS, counts, distinct, literals, numbers, strings, types
+from cards_integrations.chat.schema_values import (
+    KEYWORDS,
+    counts,
+    distinct,
+    literals,
+    numbers,
+    shorter_numbers,
+    strings,
+    types,
+)
 from cards_integrations.chat.schema_values import located as at
 from cards_integrations.errors import SettingsError, short_repr
 
@@ -174,7 +183,10 @@ class _Merger:
         merged |= strings(flat, path, self.note) if found is None or "string" in found else {}
         if found is None or {"number", "integer"} & {*found}:
             merged |= numbers(flat, path, found is not None and "number" not in found, self.note)
-        return {**merged, **({} if values is None else {"enum": values})} or True
+        if values is not None:
+            return {**merged, "enum": values}
+        refused = [] if "multipleOf" in merged else shorter_numbers(merged)
+        return {"anyOf": [merged, {"enum": refused}]} if refused else merged or True
 
     def note(self, path: str, what: str) -> None:
         """Note what is left to validation."""

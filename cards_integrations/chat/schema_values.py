@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from decimal import Decimal
+from decimal import ROUND_DOWN, Decimal
 from typing import Any
 
 from cards_integrations.chat.formats import FREE, format_pattern
@@ -180,6 +180,17 @@ def _open_bounds(found: dict[str, Any]) -> dict[str, Any]:
     if high == found.get("exclusiveMaximum") == math.floor(high):
         found = {**found, "maximum": high - little}
     return found
+
+
+def shorter_numbers(schema: Mapping[str, Any]) -> list[float]:
+    """What the engine refuses within these bounds: that which one of several decimals begins with, 0.9 of 0.99."""
+    low, above = schema.get("minimum", -math.inf), schema.get("exclusiveMinimum", -math.inf)
+    high, below = schema.get("maximum", math.inf), schema.get("exclusiveMaximum", math.inf)
+    found: set[float] = set()
+    for bound in (Decimal(repr(each)) for each in (low, above, high, below) if math.isfinite(each)):
+        decimals = -int(bound.as_tuple().exponent)
+        found |= {float(bound.quantize(Decimal(1).scaleb(-n), ROUND_DOWN)) for n in range(1, decimals)}
+    return sorted(each for each in found if each and low <= each <= high and above < each < below)
 
 
 def _exact(value: int, direction: int) -> int:
