@@ -44,6 +44,7 @@ from cards_integrations.models.sources import AnyModel
 from cards_integrations.paths import names_beside
 from cards_integrations.rewards import NAMED, AnyReward
 from cards_integrations.rewards.function import imports_allowed
+from cards_integrations.rewards.registry import known_as
 from cards_integrations.settings_model import SettingsModel
 
 if TYPE_CHECKING:
@@ -401,7 +402,7 @@ class OptionsFromEnvironment(Options):
         """The model, the reward, the method and what else is not as by default, in short and without keys."""
         shown = {
             "model": getattr(self.model, "model", None),
-            "reward": getattr(self.reward, "name", None),
+            "reward": None if self.reward is None else known_as(self.reward),
             "decoding": getattr(self.decoding, "method", None),
         }
         for name, field in Options.model_fields.items():

@@ -17,6 +17,7 @@ from cards_integrations.models.local.loader import ModelLoader
 from cards_integrations.models.local.settings import LocalModel
 from cards_integrations.progress import phase
 from cards_integrations.rewards.base import CausalModel, Loader, Reward, RewardModel
+from cards_integrations.rewards.registry import known_as
 from cards_integrations.rewards.scorers.sentences import WholeSentences
 from cards_integrations.threads import InterpreterExit, ended_before_exit, in_thread
 from cards_integrations.transformer.step_times import StepTimes
@@ -81,7 +82,7 @@ class RewardLoader(Loader):
         return await asyncio.shield(task)  # whoever gives up does not stop it for the others
 
     def _load(self, settings: Reward, timed: bool) -> RewardModel:
-        with ended_before_exit(), phase(f"loading reward {settings.name!r}"):
+        with ended_before_exit(), phase(f"loading reward {known_as(settings)!r}"):
             model = self[settings]
             if timed:
                 _ = model.step_times

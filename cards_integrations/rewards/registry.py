@@ -89,6 +89,11 @@ def as_reward(value: Any) -> Reward:
     )
 
 
+def known_as(reward: Reward) -> str:
+    """Return the name by which a user asks for a reward, or else the one that tells what it is."""
+    return next((name for name, each in NAMED.items() if each == reward), reward.name)
+
+
 def held_out_for(reward: Reward) -> Reward | None:
     """Return the named reward that judges where this one guides, alone or guarded; None if there is none."""
     guides = {name: NAMED[name].scale_source for name in HELD_OUT}
