@@ -43,6 +43,7 @@ from cards_integrations.errors import CardsError, CardsTimeout, EngineClosed, Mo
 from cards_integrations.models import sources
 from cards_integrations.models.local import embedded
 from cards_integrations.models.local.load_lock import load_lock
+from cards_integrations.models.randomness import Uniforms
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import ClassifierReward, FunctionReward, LengthReward, Reward, hung_calls
 from cards_integrations.trace import Alignment
@@ -1192,6 +1193,33 @@ def test_a_forked_child_answers_and_so_does_its_parent(models: Callable[..., str
     assert lines[2] == "child 0"
     assert lines[0] == lines[1] == lines[3]
     assert "Traceback" not in err
+
+
+DRAWING = """
+import os, signal, threading
+from cards_integrations.models import randomness
+held, go_on = threading.Event(), threading.Event()
+
+def draw():
+    with randomness._source.generator.bit_generator.lock:
+        held.set()
+        go_on.wait()
+
+threading.Thread(target=draw).start()
+held.wait()
+child = os.fork()
+if child == 0:
+    signal.alarm(40)
+    print(randomness.Uniforms(1, 2, 3)[4], flush=True)
+    os._exit(0)
+print("child", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+go_on.set()
+"""
+
+
+def test_a_child_draws_though_another_thread_drew_at_the_fork() -> None:
+    code, lines, err = said(script(DRAWING))
+    assert (code, lines) == (0, [str(Uniforms(1, 2, 3)[4]), "child 0"]), err
 
 
 def test_an_engine_held_over_a_fork_answers_or_says_why_not(models: Callable[..., str]) -> None:

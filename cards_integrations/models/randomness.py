@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from hashlib import sha256
-from threading import Lock
+from threading import local
 from typing import Any
 
 from numpy.random import Generator, Philox
@@ -12,10 +12,18 @@ from numpy.random import Generator, Philox
 _WORD = 2**64
 _BLOCK = 4  # numbers of one value of the counter
 _AT_ONCE = 9 * _BLOCK
-_lock = Lock()  # engines draw in threads of their own
-_philox = Philox(0)  # its state is set for each use: to make one takes several times as long
-_generator = Generator(_philox)
 _FRESH = {"bit_generator": "Philox", "buffer": (0, 0, 0, 0), "buffer_pos": _BLOCK, "has_uint32": 0, "uinteger": 0}
+
+
+class _Source(local):
+    """One for each thread: a forked child would wait for ever for a lock that another thread held at the fork."""
+
+    def __init__(self) -> None:
+        self.philox = Philox(0)  # its state is set for each use: to make one takes several times as long
+        self.generator = Generator(self.philox)
+
+
+_source = _Source()
 
 
 class Uniforms:
@@ -46,9 +54,8 @@ class Uniforms:
         """The next numbers of the stream."""
         at = {"key": self._key, "counter": (len(self._numbers) // _BLOCK, 0, *self._place)}
         state: Any = _FRESH | {"state": at}
-        with _lock:
-            _philox.state = state
-            numbers: list[float] = _generator.random(_AT_ONCE).tolist()
+        _source.philox.state = state
+        numbers: list[float] = _source.generator.random(_AT_ONCE).tolist()
         return numbers
 
 

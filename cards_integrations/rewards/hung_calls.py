@@ -6,6 +6,7 @@ They are counted.
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -24,6 +25,10 @@ class HungCalls:
     """Counts them by the code that they run, so that each function made anew in a loop is the same one."""
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin to count anew."""
         self._hanging: Counter[Any] = Counter()
         self._lock = threading.Lock()
 
@@ -108,7 +113,9 @@ class HungCalls:
 
 
 HUNG_CALLS = HungCalls()
-"""Those of this process."""
+"""Those of this process; a forked child has none of its parent's threads."""
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=HUNG_CALLS.forget)
 
 
 async def _contained(work: Awaitable[T]) -> T:
