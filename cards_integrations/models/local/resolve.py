@@ -34,17 +34,11 @@ def resolve_model(name: str) -> str:
     gguf = gguf_file(name)
     if gguf is not None:
         return str(converted(gguf))
-    if is_directory(name):
-        return name
-    if is_directory(str(Path(name).expanduser())):
-        return str(Path(name).expanduser())
-    if _is_path(name):
-        raise ModelError(f"model={name!r}: {_what_is_there(Path(name).expanduser())}")
-    if "/" in name:
-        return name
-    hint = " Or pass a hub id (owner/name) or a local directory."
-    beside = {found: repr(f"./{found}") for found in names_beside(Path(name))}
-    raise unknown_name("model", name, [SMOLLM2, MINILM], hint, beside)
+    found = _directory_or_hub_id("model", name)
+    if found is None:
+        hint = " Or pass a hub id (owner/name) or a local directory."
+        raise unknown_name("model", name, [SMOLLM2, MINILM], hint, _beside(name))
+    return found
 
 
 def resolve_adapter(name: str) -> str:
@@ -54,17 +48,33 @@ def resolve_adapter(name: str) -> str:
         SettingsError: The name is neither.
         ModelError: There is no such path, or no adapter in it.
     """
+    found = _directory_or_hub_id("adapter", name)
+    if found is None:
+        near = nearest(name, (), _beside(name))
+        raise SettingsError(f"adapter={name!r}: pass a hub id (owner/name) or a local directory.{near}")
+    if is_directory(found) and not (Path(found) / "adapter_config.json").exists():
+        raise ModelError(f"adapter={name!r}: there is no adapter_config.json in this directory. Check the path.")
+    return found
+
+
+def _directory_or_hub_id(setting: str, name: str) -> str | None:
+    """What the libraries load by a name; None for a single word that is no directory here.
+
+    Raises:
+        ModelError: It is a path, and nothing is there.
+    """
     folder = Path(name).expanduser()
-    if is_directory(str(folder)):
-        if not (folder / "adapter_config.json").exists():
-            raise ModelError(f"adapter={name!r}: there is no adapter_config.json in this directory. Check the path.")
-        return str(folder)
+    for directory in (name, str(folder)):
+        if is_directory(directory):
+            return directory
     if _is_path(name):
-        raise ModelError(f"adapter={name!r}: {_what_is_there(folder)}")
-    if "/" in name:
-        return name
-    near = nearest(name, [], {found: repr(f"./{found}") for found in names_beside(folder)})
-    raise SettingsError(f"adapter={name!r}: pass a hub id (owner/name) or a local directory.{near}")
+        raise ModelError(f"{setting}={name!r}: {_what_is_there(folder)}")
+    return name if "/" in name else None
+
+
+def _beside(name: str) -> dict[str, str]:
+    """The folders here that could be meant by a single word, and how to name each."""
+    return {found: repr(f"./{found}") for found in names_beside(Path(name))}
 
 
 def _is_path(name: str) -> bool:
