@@ -61,12 +61,12 @@ class ThinkingFormat:
         lead = "" if by_model or thoughts.endswith(self.lead) else self.lead
         return f"{lead}{self.closing}{self.after}"
 
-    def without_thoughts(self, prompt: str, switched: bool) -> str:
-        """What to append to a prompt so that there are no thoughts; `switched` if its template has left them out."""
+    def without_thoughts(self, prompt: str, switched: Callable[[], bool]) -> str:
+        """What to append to a prompt so that there are no thoughts; `switched` tells if its template has seen to it."""
         closed = f"{self.lead}{self.closing}{self.after}"
         if self.is_open(prompt):
             return closed
-        if switched or self.channel or self.is_closed(prompt):
+        if self.channel or self.is_closed(prompt) or switched():
             return ""
         return f"{self.opening}{self.before}{closed}"
 

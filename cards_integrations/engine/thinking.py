@@ -89,7 +89,7 @@ def render(request: Request, chat: ChatTokenizer) -> Rendered:
     if request.thinking != "off" or chat.thinking is None or isinstance(request.prompt, FormattedPrompt):
         return Rendered(text, ids)
     on = {**arguments, **switches("free", request.chat_template_kwargs)}
-    suffix = chat.thinking.without_thoughts(text, chat.prompt(request.prompt, request.tools, on)[0] != text)
+    suffix = chat.thinking.without_thoughts(text, lambda: chat.prompt(request.prompt, request.tools, on)[0] != text)
     return Rendered(text + suffix, [*ids, *chat.encode(suffix)] if suffix else ids)
 
 
