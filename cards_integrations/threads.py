@@ -60,6 +60,12 @@ async def in_thread(function: Callable[..., T], *args: Any) -> T:
     return await future
 
 
+def retrieve_error(task: asyncio.Task[Any]) -> None:
+    """Look at the error of a task that has ended: its caller may have gone, and then nobody else does."""
+    if not task.cancelled():
+        task.exception()
+
+
 def in_own_loop(work: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine in a new event loop and a new daemon thread, and wait for its result.
 

@@ -45,7 +45,7 @@ from cards_integrations.models.sources import ModelSource, build_model, source_n
 from cards_integrations.progress import Advance, answering, phase, shown
 from cards_integrations.rewards.base import Conversation, Response, Reward, RewardModel, scores
 from cards_integrations.rewards.loader import RewardLoader
-from cards_integrations.threads import ended_before_exit, in_thread
+from cards_integrations.threads import ended_before_exit, in_thread, retrieve_error
 from cards_integrations.trace import Alignment, Usage
 from cards_integrations.transformer.free_memory import free_memory
 from cards_integrations.transformer.kv_memory import KVMemory, budget
@@ -71,7 +71,7 @@ def retrieved(work: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutin
     @wraps(work)
     async def run(*args: P.args, **options: P.kwargs) -> T:
         if task := asyncio.current_task():
-            task.add_done_callback(_retrieve_error)
+            task.add_done_callback(retrieve_error)
         return await work(*args, **options)
 
     return run
@@ -538,8 +538,3 @@ def _report(on_done: OnDone, index: int, task: asyncio.Task[Alignment]) -> None:
     error = asyncio.CancelledError() if task.cancelled() else task.exception()
     if not isinstance(error, asyncio.CancelledError):
         on_done(index, error if isinstance(error, Exception) else task.result())
-
-
-def _retrieve_error(task: asyncio.Task[Any]) -> None:
-    if not task.cancelled():
-        task.exception()

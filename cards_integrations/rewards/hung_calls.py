@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from cards_integrations.errors import RewardError, said
-from cards_integrations.threads import in_thread
+from cards_integrations.threads import in_thread, retrieve_error
 
 MOST = 64  # calls that one function may leave hanging
 PATIENCE = 1.0  # seconds that a task has to end once it is cancelled
@@ -86,7 +86,7 @@ class HungCalls:
             await asyncio.wait({task})
             return task.result()
         except BaseException:
-            task.add_done_callback(_retrieve_error)
+            task.add_done_callback(retrieve_error)
             task.cancel()
             try:
                 await asyncio.wait({task}, timeout=PATIENCE)
@@ -124,12 +124,6 @@ async def _contained(work: Awaitable[T]) -> T:
         return await work
     except (SystemExit, KeyboardInterrupt, GeneratorExit) as error:
         raise RuntimeError(said(error)) from error
-
-
-def _retrieve_error(task: asyncio.Task[Any]) -> None:
-    """Look at a task's error: nobody else does."""
-    if not task.cancelled():
-        task.exception()
 
 
 def _code(function: Any) -> Any:
