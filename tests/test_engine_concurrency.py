@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import math
 import os
 import signal
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import internals
 import pytest
 import tiny
 from conftest import Start
@@ -346,6 +349,35 @@ async def test_closing_while_busy(endless: str, judge: ClassifierReward) -> None
     assert again is not engine
     assert again.run(short(judge)).text
     again.close()
+
+
+@pytest.mark.parametrize("accepted", ["never run", "noted too late"])
+def test_what_is_asked_in_the_moment_of_closing_is_told(
+    endless: str, monkeypatch: pytest.MonkeyPatch, accepted: str
+) -> None:
+    engine = Engine(LocalModel(model=endless), EngineSettings(dtype="float32"))
+    worker = internals.worker(engine)
+    schedule = worker.loop.call_soon_threadsafe
+
+    def close_first(callback: Callable[..., Any], *args: Any, **options: Any) -> None:
+        monkeypatch.setattr(worker.loop, "call_soon_threadsafe", schedule)
+        if accepted == "noted too late":
+            worker.stop()
+        else:
+            stopping.append(threading.Timer(0.2, worker.stop))
+            stopping[0].start()
+
+    stopping: list[threading.Timer] = []
+    monkeypatch.setattr(worker.loop, "call_soon_threadsafe", close_first)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        with pytest.raises(EngineClosed):
+            worker.submit(worker.inspect()).result(timeout=40)
+        gc.collect()
+    assert not [str(each.message) for each in told if "never awaited" in str(each.message)]
+    for timer in stopping:
+        timer.join()
+    engine.close()
 
 
 async def test_closing_while_loading(endless: str, judge: ClassifierReward, gate: threading.Event) -> None:

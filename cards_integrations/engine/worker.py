@@ -16,6 +16,7 @@ from concurrent.futures import Future, InvalidStateError
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial, wraps
+from inspect import CORO_CREATED, getcoroutinestate
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from cards_integrations.chat.grammar import Grammar
@@ -102,7 +103,7 @@ class Worker:
         self.scales = Scales(model, self._rewards_of_plain_answers)
         self.idle = IdleMoments(self._step_times)
         self._plain: dict[tuple[Any, ...], list[Alignment]] = {}
-        self._asked: set[Future[Any]] = set()
+        self._asked: dict[Future[Any], Coroutine[Any, Any, Any]] = {}
         self._stopping = False
         self.thread = threading.Thread(target=self._main, name="cards-engine", daemon=True)
         atexit.register(self.stop)
@@ -121,8 +122,10 @@ class Worker:
         except RuntimeError:  # a signal handler has closed the engine amid this very call
             work.close()
             raise EngineClosed("The engine was closed.") from None
-        self._asked.add(future)
-        future.add_done_callback(self._asked.discard)
+        self._asked[future] = work
+        future.add_done_callback(self._asked.pop)
+        if self.loop.is_closed():  # since the first line
+            self._end_asked()
         return future
 
     def stop(self) -> None:
@@ -148,13 +151,19 @@ class Worker:
         finally:
             self.loop.run_until_complete(self._end())
             self.loop.close()
-            for future in list(self._asked):
-                with suppress(InvalidStateError):  # cancelled in this moment
-                    future.set_exception(EngineClosed("The engine was closed while the request ran."))
+            self._end_asked()
             if not self.loaded.done():
                 self.loaded.set_exception(EngineClosed("The engine was closed while the model was loaded."))
             elif not self.failed:
                 self.loader.release()
+
+    def _end_asked(self) -> None:
+        """Tell whoever asked for what the loop has not ended, or not even begun, that it never will."""
+        for future, work in list(self._asked.items()):
+            if getcoroutinestate(work) == CORO_CREATED:
+                work.close()  # else Python would warn that nobody awaits it
+            with suppress(InvalidStateError):  # cancelled in this moment
+                future.set_exception(EngineClosed("The engine was closed while the request ran."))
 
     def _run_loop(self) -> None:
         """Run until it is stopped, which a task or a callback of users' code may do, too, or leave it by an exit."""
