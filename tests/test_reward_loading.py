@@ -272,3 +272,37 @@ def test_a_request_that_waits_for_a_row_keeps_its_reward(start: Start, models: C
     requests = [guided(reward, seed) for seed, reward in enumerate(formats(models, 2 * KEPT))]
     expected = [engine.run(request).token_ids for request in requests]
     assert [a.token_ids for a in engine.run_many([replace(r, timeout=60) for r in requests])] == expected
+
+
+class Speechless(Reward):
+    """A plug-in that raises when it is asked about itself."""
+
+    kind: Literal["speechless"] = "speechless"
+    silent: Literal["stays", "holds"] = "stays"
+
+    @property
+    def stays_loaded(self) -> bool:
+        if self.silent == "stays":
+            raise RuntimeError("who knows")
+        return True
+
+    def build(self, loader: Loader) -> RewardModel:
+        class Model(Instant):
+            @property
+            def cache_bytes(self) -> int:
+                raise RuntimeError("who knows")
+
+        return Model(self.name, lambda response: float(len(response.text)))
+
+
+@pytest.mark.parametrize("silent", ["stays", "holds"])
+def test_a_plug_in_that_cannot_say_what_it_holds_ends_no_request(
+    start: Start, models: Callable[..., str], gate: threading.Event, silent: Literal["stays", "holds"]
+) -> None:
+    gate.set()
+    engine = start(models("llama"))
+    expected = engine.run(guided(LengthReward(target=20))).text
+    assert engine.run(guided(Speechless(silent=silent))).reward is not None
+    assert engine.run(guided(LengthReward(target=20))).text == expected
+    assert engine.run(guided(Heavy())).reward is not None
+    engine.close()

@@ -144,7 +144,7 @@ class RewardLoader(Loader):
     def reclaim(self) -> bool:
         """Release the model with caches that was not used for the longest time; False if all are in use."""
         for key, model in self._unused():
-            if model.cache_bytes:
+            if _held(model):
                 self._release(key)
                 return True
         return False
@@ -173,10 +173,10 @@ class RewardLoader(Loader):
     def _surplus(self) -> Reward | None:
         unused = self._unused()
         for key, _ in unused:
-            if not key.stays_loaded:
+            if not _stays(key):
                 return key
         memory = self.models.memory if self.models is not None else None
-        held, most = sum(model.cache_bytes for _, model in unused), memory.limit * CACHE_SHARE if memory else 0.0
+        held, most = sum(_held(model) for _, model in unused), memory.limit * CACHE_SHARE if memory else 0.0
         return unused[0][0] if len(unused) > KEPT or held > most else None
 
     def _release(self, key: Reward) -> None:
@@ -209,6 +209,24 @@ class _Borrower(Loader):
         self.loader._count(key, 1)
         self.taken.append(key)
         return self.loader[settings]
+
+
+def _stays(settings: Reward) -> bool:
+    """Whether a model is kept for later; one whose settings cannot say is not, and ends nobody else's request."""
+    try:
+        return settings.stays_loaded
+    except Exception:
+        log.exception("reward %r cannot say whether it stays loaded", settings.kind)
+        return False
+
+
+def _held(model: RewardModel) -> int:
+    """Bytes of a model's own caches; one that cannot say is taken to have none."""
+    try:
+        return model.cache_bytes
+    except Exception:
+        log.exception("reward %r cannot say what its caches hold", model.name)
+        return 0
 
 
 def _key(settings: Reward) -> Reward:
