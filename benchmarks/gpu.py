@@ -7,7 +7,9 @@ First a small model writes the same answers on the device (float32) as on the CP
 weights of the shape of a 7B model (speed does not need trained ones) are measured at batch 1 and
 64: milliseconds per answer for plain sampling, CARDS at an acceptance of about 0.2 and 0.5 (set
 through the target), and best-of-20, each with its share of the floor: every step reads the weights
-once, every token costs its multiplications. Writes results/<device>.json.
+once, every token costs its multiplications. Last, some methods of wide.py answer one request at a
+time, and their times over plain's are set beside those that its simulation gives for the same
+forwards. Writes results/<device>.json.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from wide import COSTS, DEVICES, Clock, arms
 
 from cards_integrations.decoding import BestOfN, Cards, Decoding, Sampling, Uncertainty
 from cards_integrations.engine import Engine, EngineSettings, Request
@@ -40,6 +44,11 @@ VOCABULARY = {"toy": 512, "7B": 32000}
 BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12}  # bytes per second
 COMPUTE = {"H100": 7e11 * 1000, "H200": 7e11 * 1000}  # bf16 operations per second, as matmuls reach them
 PROMPT = " ".join(f"w{i % 400 + 3}" for i in range(100))
+WIDE = (
+    "plain", "best-of-32", "TreeBoN 32, layers of 12", "TreeBoN 32, layers of 6", "best-of-16 per 6 tokens", "CARDS",
+    "Cascade 1.2", "Cascade 1.4", "Cascade 2.0", "Cascade tokens:8",
+)  # fmt: skip
+REPEATS = 3  # answers of each, of which the median counts
 
 
 def saved(folder: Path, size: str) -> tuple[str, str]:
@@ -155,8 +164,31 @@ def measure(lm: str, rm: str, device: str, batches: list[int], tokens: int) -> d
                 run["share of the floor"] = floor / seconds
             found["methods"][f"{what}, batch {n}"] = run
             print(f"{what:<24} batch {n:<4}", "  ".join(f"{k} {v:.3g}" for k, v in run.items()), flush=True)
+    found["one request"] = set_beside(e, boundary, lambda decoding, seed: requests(decoding, 1, seed)[0], card)
     found["graphs"] = graphs_kept(e, requests(Sampling(), max(batches), 3))
     e.close()
+    return found
+
+
+def set_beside(
+    e: Engine, boundary: Uncertainty, request: Callable[[Decoding, int], Request], card: str | None
+) -> dict[str, Any]:
+    """Times of wide.py's methods over that of a plain answer, as measured and as simulated, with their forwards."""
+    clock = Clock(DEVICES["h200" if card else "cpu"], plans=False)
+    methods = arms(boundary, (), (12, 6))
+    found: dict[str, Any] = {}
+    for arm in WIDE:
+        e.run(request(methods[arm], 4))  # captures the graphs of its shapes
+        runs = []
+        for seed in range(5, 5 + REPEATS):
+            before, began = clock.read().copy(), time.perf_counter()
+            e.run(request(methods[arm], seed))
+            runs.append([time.perf_counter() - began, *(clock.read() - before)])
+        measured, *counted = map(float, np.median(runs, axis=0))
+        found[arm] = {"measured": measured, **dict(zip(COSTS, counted, strict=True))}
+        for cost, name in (("measured", "measured over plain"), ("seconds", "simulated over plain")):
+            found[arm][name] = found[arm][cost] / found["plain"][cost]
+        print(f"{arm:<24}", "  ".join(f"{k} {v:.3g}" for k, v in found[arm].items()), flush=True)
     return found
 
 

@@ -96,12 +96,13 @@ class Clock:
 
     Args:
         seconds: Of a forward, by the number of tokens; none for the time that passes here.
+        plans: Whether engines plan with these, too, instead of with those that they measure.
     """
 
-    def __init__(self, seconds: dict[int, float]) -> None:
+    def __init__(self, seconds: dict[int, float], plans: bool = True) -> None:
         self.times = StepTimes(seconds) if seconds else None
         self.passed = np.zeros(3)  # forwards, tokens, simulated seconds
-        if self.times is not None:
+        if self.times is not None and plans:
             language_model.step_times = incremental.step_times = lambda what, model, measure: self.times  # type: ignore[assignment,return-value]
         prepare = Transformer._prepare
 

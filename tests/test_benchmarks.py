@@ -20,4 +20,5 @@ def test_the_accelerator_benchmark_at_toy_size() -> None:
     assert done.returncode == 0, done.stderr
     assert "'same answers': '12 of 12'" in done.stdout
     for method in ("plain", "best-of-20", "CARDS, acceptance 0.2", "CARDS, acceptance 0.5"):
-        assert done.stdout.count(method) == 2
+        assert done.stdout.count(f"{method:<24} batch") == 2
+    assert done.stdout.count("simulated over plain") == 10
