@@ -58,6 +58,7 @@ class ClassifierReward(HeadReward):
         return f"classifier {self.model}" + (f" + {Path(self.adapter).name}" if self.adapter else "")
 
     def build(self, loader: Loader) -> RewardModel:
+        from cards_integrations.rewards.scorers.gated import GatedClassifier
         from cards_integrations.rewards.scorers.head import Head
         from cards_integrations.rewards.scorers.incremental import IncrementalClassifier, reads_incrementally
         from cards_integrations.rewards.scorers.input_format import InputFormat
@@ -68,9 +69,11 @@ class ClassifierReward(HeadReward):
         chat = ChatTokenizer(tokenizer, rows=embedding_rows(model))
         otherwise = "pair" if reads_pairs(model, tokenizer) else "{prompt}{response}"
         input_format = InputFormat(chat, self.prompt_format, self.end_of_turn, otherwise)
+        same = models.language_model is not None and same_vocabulary(tokenizer, models.language_model[2])
+        if hasattr(model, "gate") and self.label is None and self.weights is None:
+            return GatedClassifier(self.name, model, input_format, same, models.memory)
         exclusive = getattr(model.config, "problem_type", None) != "multi_label_classification"
         head = Head(self.label, self.output, getattr(model.config, "id2label", None), self.weights, exclusive)
         if input_format.is_pair or not reads_incrementally(model):
             return RescoringClassifier(self.name, model, input_format, head)
-        same = models.language_model is not None and same_vocabulary(tokenizer, models.language_model[2])
         return IncrementalClassifier(self.name, model, input_format, head, same, models.memory)

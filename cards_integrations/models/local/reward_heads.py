@@ -22,9 +22,12 @@ HEADS = {
     "EurusRewardModel": "regression_head.",
     "Qwen2ForRewardModel": "score.",  # Qwen2.5-Math-RM: two layers
     "Qwen2ForProcessRewardModel": "score.",
+    "LlamaForRewardModelWithGating": "regression_layer.",  # ArmoRM
 }
 """What config.json calls a model of which transformers knows only the body, and how its head's weights are called."""
 OF_STEPS = {"Qwen2ForProcessRewardModel"}
+GATED = {"LlamaForRewardModelWithGating"}
+GATE = ("gating.", "reward_transform_matrix")
 _LIKE_A_HEAD = re.compile(r"(^|[._])(score|head|classifier|reward|regression|gating|v_head|value)")
 _FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -58,8 +61,9 @@ def put_own_head(spec: LocalModel, model: Any, unexpected: Collection[str]) -> s
     Raises:
         ModelError: There is a head that is not known.
     """
-    prefix = HEADS.get(_architecture(model.config), "score.")
-    own = [name for name in unexpected if name.startswith(prefix)]
+    architecture = _architecture(model.config)
+    prefix, gate = HEADS.get(architecture, "score."), GATE if architecture in GATED else ()
+    own = [name for name in unexpected if name.startswith((prefix, *gate))]
     rest = [name for name in unexpected if name not in own and _LIKE_A_HEAD.search(name) and "lm_head" not in name]
     if rest or getattr(model.config, "do_normalize", False):
         what = f"has {min(rest)!r}, which {type(model).__name__} does not know" if rest else "normalizes its scores"
@@ -69,32 +73,24 @@ def put_own_head(spec: LocalModel, model: Any, unexpected: Collection[str]) -> s
         )
     if not own:
         return set()
-    model.score = _head(_weights(spec, prefix), prefix).to(model.dtype)
+    model.score = _head(_weights(spec, (prefix,)), prefix).to(model.dtype)
+    if gate:
+        from cards_integrations.models.local.gating import Gate
+
+        model.gate = Gate(_weights(spec, gate), model.config)
     model.config.num_labels = list(model.score.parameters())[-1].shape[0]
     return {"score.weight", "score.bias"}
 
 
 def _head(weights: dict[str, torch.Tensor], prefix: str) -> torch.nn.Module:
-    """A linear layer, or several that are numbered, with a ReLU between them."""
-    from torch import nn
+    """A linear layer, or several that are numbered."""
+    from cards_integrations.models.local.gating import linear_layer, numbered_layers
 
-    def linear(start: str) -> nn.Module:
-        weight, bias = weights[f"{start}weight"], weights.get(f"{start}bias")
-        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-        layer.load_state_dict({"weight": weight} if bias is None else {"weight": weight, "bias": bias})
-        return layer
-
-    if f"{prefix}weight" in weights:
-        return linear(prefix)
-    numbers = sorted({int(name.removeprefix(prefix).split(".")[0]) for name in weights})
-    layers: list[nn.Module] = []
-    for number in numbers:
-        layers += [*([nn.ReLU()] if layers else []), linear(f"{prefix}{number}.")]
-    return nn.Sequential(*layers)
+    return linear_layer(weights, prefix) if f"{prefix}weight" in weights else numbered_layers(weights, prefix)
 
 
-def _weights(spec: LocalModel, prefix: str) -> dict[str, torch.Tensor]:
-    """The weights of a model's files whose names begin so."""
+def _weights(spec: LocalModel, prefixes: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """The weights of a model's files whose names begin with one of these."""
     from safetensors import safe_open
     from transformers.utils import cached_file
 
@@ -109,10 +105,10 @@ def _weights(spec: LocalModel, prefix: str) -> dict[str, torch.Tensor]:
         names = {_FILE}
         if index is not None:
             places = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-            names = {place for weight, place in places.items() if weight.startswith(prefix)}
+            names = {place for weight, place in places.items() if weight.startswith(prefixes)}
         for name in names:
             with safe_open(file(name), framework="pt") as tensors:
-                keys = [key for key in tensors.keys() if key.startswith(prefix)]  # noqa: SIM118 - not iterable
+                keys = [key for key in tensors.keys() if key.startswith(prefixes)]  # noqa: SIM118 - not iterable
                 found.update({key: tensors.get_tensor(key) for key in keys})
     return found
 

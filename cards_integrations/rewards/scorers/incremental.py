@@ -363,7 +363,11 @@ class IncrementalClassifier(Incremental):
         outputs = self._counted(batch, self.transformer.hidden(batch))
         with torch.inference_mode():
             logits = self.to_logits(torch.stack([output.value for output in outputs]).float())
-            return self.head.score([each.owner for each in batch], logits)
+            return self._combined([each.owner for each in batch], logits)
+
+    def _combined(self, responses: Sequence[Response], logits: torch.Tensor) -> list[float]:
+        """The scores of responses, from logits (responses, labels)."""
+        return self.head.score(responses, logits)
 
 
 def reads_incrementally(model: Any) -> bool:
