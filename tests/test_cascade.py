@@ -79,7 +79,7 @@ def test_a_plan_is_narrower_beside_others() -> None:
 
 
 def test_rounds_follow_from_the_price_of_a_reward() -> None:
-    rounds = [len(plan_search(1.4, Linear(3.4, 0.0174, size), 96).rounds) for size in (0.0, 1.0, 2.0, 4.0)]
+    rounds = [len(plan_search(1.4, Linear(3.4, 0.0174, size), 96).rounds) for size in (0.0, 1.0, 2.0, 4.0, 8.0)]
     assert rounds == sorted(rounds, reverse=True)
     assert len(set(rounds)) == 4
 

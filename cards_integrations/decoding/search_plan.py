@@ -11,9 +11,9 @@ from cards_integrations.trace import SearchPlan, SearchRound
 
 MIN_TOKENS = 6  # of a round: over fewer tokens a reward changes little, and by chance
 MAX_WIDTH = 512
-SCORING = 0.35  # share of what a search may cost beyond a plain answer that goes into the calls of the reward model
-RAMP, RISE = 4.0, 96  # rounds from this token on are so many times as wide as the first: early selection is forgotten
-SURVIVING = 2.5  # one of so many drafts goes on
+SCORING = 0.5  # share of what a search may cost beyond a plain answer that goes into the calls of the reward model
+RAMP, RISE = 2.0, 96  # rounds from this token on are so many times as wide as the first: early selection is forgotten
+SURVIVING = 0.6  # of W drafts, W to this power go on: 2 of 4, 6 of 20, 16 of 100
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class CountedTokens:
 def plan_search(budget: float, costs: StepCosts, max_tokens: int) -> SearchPlan:
     """Choose the rounds of a search that costs at most `budget` times what a plain answer costs.
 
-    Round k of R has about max_tokens / R tokens and, after t_k tokens, round(w RAMP^min(1, t_k / RISE)) drafts; w is
-    the largest with
+    Round k of R has about max_tokens / R tokens and, after t_k tokens, W_k = round(w RAMP^min(1, t_k / RISE)) drafts, of
+    which round(W_k^SURVIVING) go on, and one of the last round's; w is the largest with
 
         sum_k L_k draft(W_k) + score(W_k L_k)  <=  budget * max_tokens * draft(1).
 
@@ -58,7 +58,7 @@ def plan_search(budget: float, costs: StepCosts, max_tokens: int) -> SearchPlan:
         return SearchPlan((SearchRound(max_tokens, 1, 1),))
     single = widths.count(1)  # these make one round: there is nothing to select
     lengths, widths = [sum(lengths[:single]), *lengths[single:]][not single :], widths[max(0, single - 1) :]
-    survivors = [max(1, round(width / SURVIVING)) for width in widths[:-1]] + [1]
+    survivors = [round(width**SURVIVING) for width in widths[:-1]] + [1]
     return SearchPlan(tuple(map(SearchRound, lengths, widths, survivors)))
 
 
