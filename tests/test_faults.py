@@ -37,7 +37,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from cards_integrations import paths
 from cards_integrations.decoding import Cards, Decoding, FixedLength, Sampling
-from cards_integrations.engine import Engine, Request
+from cards_integrations.engine import Engine, Request, loop_thread
 from cards_integrations.engine import worker as worker_module
 from cards_integrations.errors import CardsError, CardsTimeout, EngineClosed, ModelError, OutOfMemory, RewardError
 from cards_integrations.models import sources
@@ -295,7 +295,7 @@ def test_what_does_not_end_when_it_is_cancelled_keeps_nobody(
 ) -> None:
     """A loop around everything that may be raised, as those have that try again for ever."""
     monkeypatch.setattr(hung_calls, "PATIENCE", 0.05)
-    monkeypatch.setattr(worker_module, "PATIENCE", 0.1)
+    monkeypatch.setattr(loop_thread, "PATIENCE", 0.1)
     begun, go_home = threading.Event(), threading.Event()
 
     async def stays(*_: Any) -> list[float]:

@@ -7,16 +7,13 @@ time. So methods, models and requests share one thread and need no lock.
 from __future__ import annotations
 
 import asyncio
-import atexit
 import logging
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from concurrent.futures import Future, InvalidStateError
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from concurrent.futures import Future
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from functools import partial, wraps
-from inspect import CORO_CREATED, getcoroutinestate
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from cards_integrations.chat.grammar import Grammar
@@ -30,6 +27,7 @@ from cards_integrations.engine.admission import Admission, check_length, time_li
 from cards_integrations.engine.channel import Channels
 from cards_integrations.engine.idle import IdleMoments
 from cards_integrations.engine.inspection import CacheState, EngineState
+from cards_integrations.engine.loop_thread import LoopThread
 from cards_integrations.engine.preemption import cache_needs
 from cards_integrations.engine.request import Chunk, EngineSettings, Request
 from cards_integrations.engine.scales import TRIAL, KnownScale, Scales, remember
@@ -38,7 +36,7 @@ from cards_integrations.engine.session import Session
 from cards_integrations.engine.step_loop import StepLoop
 from cards_integrations.engine.telemetry import request_span
 from cards_integrations.engine.thinking import Thinker, render
-from cards_integrations.errors import CardsError, EngineClosed, ModelError, SettingsError, as_cards_error, said
+from cards_integrations.errors import CardsError, EngineClosed, ModelError, SettingsError, said
 from cards_integrations.models.base import ConstrainedModel, Context, LanguageModel, LogitsReader, StateReader
 from cards_integrations.models.local.loader import ModelLoader
 from cards_integrations.models.randomness import fresh_seed
@@ -60,7 +58,6 @@ T = TypeVar("T")
 P = ParamSpec("P")
 OnDone = Callable[[int, Alignment | Exception], None]
 """Told the index of a request of a batch that has ended, and its answer or error."""
-PATIENCE = 3.0  # seconds that what runs has to end when the engine is closed
 LONG = 100_000  # characters that a tokenizer takes longer for than a step takes
 MAX_PLAIN = 8  # sets of prompts whose plain answers are kept
 log = logging.getLogger("cards_integrations")
@@ -78,8 +75,8 @@ def retrieved(work: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutin
     return run
 
 
-class Worker:
-    """The thread and everything that lives in it, until `stop`.
+class Worker(LoopThread):
+    """The engine's thread and everything that lives in it, until `stop`.
 
     Args:
         model: The language model to load.
@@ -88,12 +85,11 @@ class Worker:
     """
 
     def __init__(self, model: ModelSource, settings: EngineSettings, progress: bool = True) -> None:
+        super().__init__("cards-engine")
         self.model = model
         self.progress = progress
         self.settings = settings
         self.failed = False
-        self.error: CardsError | None = None
-        self.loop = asyncio.new_event_loop()
         self.loaded: Future[LanguageModel] = Future()
         self.loader: ModelLoader
         self.rewards: RewardLoader
@@ -103,89 +99,23 @@ class Worker:
         self.scales = Scales(model, self._rewards_of_plain_answers)
         self.idle = IdleMoments(self._step_times)
         self._plain: dict[tuple[Any, ...], list[Alignment]] = {}
-        self._asked: dict[Future[Any], Coroutine[Any, Any, Any]] = {}
-        self._stopping = False
-        self.thread = threading.Thread(target=self._main, name="cards-engine", daemon=True)
-        atexit.register(self.stop)
-        self.thread.start()
+        self.start()
 
-    # --- from any thread ---
+    # --- the thread ---
 
-    def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        """Run a coroutine in the worker's loop.
-
-        Raises:
-            EngineClosed: The loop has ended.
-        """
-        try:
-            future = asyncio.run_coroutine_threadsafe(work, self.loop)
-        except RuntimeError:  # a signal handler has closed the engine amid this very call
-            work.close()
-            raise EngineClosed("The engine was closed.") from None
-        self._asked[future] = work
-        future.add_done_callback(self._asked.pop)
-        if self.loop.is_closed():  # since the first line
-            self._end_asked()
-        return future
-
-    def stop(self) -> None:
-        """End the thread; whoever waits gets `EngineClosed`. Also runs when the interpreter exits."""
-        atexit.unregister(self.stop)
-        with suppress(RuntimeError):
-            self.loop.call_soon_threadsafe(self._halt)
-        if threading.current_thread() is not self.thread and self.thread.ident is not None:
-            self.thread.join()
-
-    # --- the thread and its loop ---
-
-    def _main(self) -> None:
-        asyncio.set_event_loop(self.loop)
+    def _begin(self) -> None:
         self._loading = self.loop.create_task(self._load())
-        try:
-            while not self._stopping:
-                self._run_loop()
-        except BaseException as error:
-            self._give_up(as_cards_error(error, "The engine's event loop failed"))
-            self._stopping = True
-            raise
-        finally:
-            self.loop.run_until_complete(self._end())
-            self.loop.close()
-            self._end_asked()
-            if not self.loaded.done():
-                self.loaded.set_exception(EngineClosed("The engine was closed while the model was loaded."))
-            elif not self.failed:
-                self.loader.release()
 
-    def _end_asked(self) -> None:
-        """Tell whoever asked for what the loop has not ended, or not even begun, that it never will."""
-        for future, work in list(self._asked.items()):
-            if getcoroutinestate(work) == CORO_CREATED:
-                work.close()  # else Python would warn that nobody awaits it
-            with suppress(InvalidStateError):  # cancelled in this moment
-                future.set_exception(EngineClosed("The engine was closed while the request ran."))
+    def _give_up(self, error: CardsError) -> None:
+        """Serve nobody any more: the next request starts another worker."""
+        self.error = error
+        self.failed = True
 
-    def _run_loop(self) -> None:
-        """Run until it is stopped, which a task or a callback of users' code may do, too, or leave it by an exit."""
-        try:
-            self.loop.run_forever()
-        except (SystemExit, KeyboardInterrupt) as error:
-            log.warning("Code that runs in the engine's thread raised %s there; the engine goes on.", said(error))
-
-    def _halt(self) -> None:
-        self._stopping = True
-        self.error = self.error or EngineClosed("The engine was closed.")
-        self.loop.stop()
-
-    async def _end(self) -> None:
-        await asyncio.sleep(0)  # what was submitted last begins, so that it can say why it ends
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            _, left = await asyncio.wait(tasks, timeout=PATIENCE)
-            for task in left:
-                log.warning("The engine was closed, and %r goes on although it was cancelled.", task.get_coro())
+    def _ended(self) -> None:
+        if not self.loaded.done():
+            self.loaded.set_exception(EngineClosed("The engine was closed while the model was loaded."))
+        elif not self.failed:
+            self.loader.release()
 
     # --- loading ---
 
@@ -216,11 +146,6 @@ class Worker:
 
     def _wake(self) -> None:
         self.steps.wake()
-
-    def _give_up(self, error: CardsError) -> None:
-        """Serve nobody any more: the next request starts another worker."""
-        self.error = error
-        self.failed = True
 
     @property
     def memory(self) -> KVMemory:
@@ -344,7 +269,7 @@ class Worker:
         except (SystemExit, KeyboardInterrupt, GeneratorExit) as error:  # would end this thread
             raise ModelError(f"The request raised {said(error)}") from error
         except asyncio.CancelledError:
-            if self._stopping:
+            if self.stopping:
                 raise EngineClosed("The engine was closed while the request ran.") from None
             task = asyncio.current_task()
             if task is not None and not task.cancelling():  # nobody has cancelled it
