@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import cached_property
@@ -11,12 +10,13 @@ from typing import Any
 
 import torch
 
-from cards_integrations.chat.detokenizer import Detokenizer, decodes_locally
+from cards_integrations.chat.detokenizer import decodes_locally
 from cards_integrations.chat.grammar import Grammar, GrammarTokenizer, Matcher
 from cards_integrations.chat.stop_strings import StopStrings
 from cards_integrations.chat.template import ChatTokenizer
-from cards_integrations.errors import CardsError, ModelError, SettingsError, as_cards_error
+from cards_integrations.errors import CardsError, SettingsError, as_cards_error
 from cards_integrations.models.base import Boundary, Candidate, Context
+from cards_integrations.models.local.appending import TokenAppender, end_of_sequence
 from cards_integrations.models.local.drawing import Drawn, TokenDrawer
 from cards_integrations.models.local.frontier import Frontier, OpenRequest
 from cards_integrations.models.local.prefill import is_mixed, prefill_shares, reads_for
@@ -65,6 +65,7 @@ class LocalLanguageModel:
         self.memory = self.transformer.memory
         self.context_window = max_positions(model.config)
         self.eos = end_of_sequence(model, chat.tokenizer)
+        self.appender = TokenAppender(name, model.dtype, chat, self.eos)
         decodes_locally(chat)  # tested while nobody waits
         self.steps = 0  # forwards that carried at least one candidate
         self.drawer = TokenDrawer(lambda: self.grammars, self.eos)
@@ -292,7 +293,7 @@ class LocalLanguageModel:
     def _ended(self, candidate: Candidate, frontier: Frontier, drawn: Drawn) -> bool:
         """Append a token to a candidate; True if that ends it, or if it raises."""
         try:
-            if not self._take(candidate, frontier, drawn):
+            if not self.appender.append(candidate, frontier, drawn):
                 return False
             if candidate.context.states:
                 if frontier.unread:  # as it would be for whatever follows
@@ -304,61 +305,6 @@ class LocalLanguageModel:
         except BaseException as error:
             _failed(candidate, error)
         return True
-
-    def _take(self, candidate: Candidate, frontier: Frontier, drawn: Drawn) -> bool:
-        """Append a token to a candidate, unless it ends before; True if it has ended."""
-        if drawn.rises:
-            self._decode(candidate, frontier)  # its logits stay for whoever comes next
-            return True
-        candidate.context.usage.drafted_tokens += 1
-        if math.isnan(drawn.log_p):
-            raise self._not_a_number()
-        ends = drawn.token in self.eos
-        if ends or (drawn.token in candidate.context.sampler.stop_token_ids and candidate.matcher is None):
-            candidate.finish = "length" if candidate.matcher is not None and candidate.matcher.closed else "stop"
-            candidate.end_log_p = drawn.log_p
-            self._decode(candidate, frontier)
-            return True
-        candidate.log_likelihood += drawn.log_p
-        candidate.log_p.append(drawn.log_p)
-        if candidate.context.logprobs:
-            candidate.top.append(drawn.top)
-        candidate.ids.append(drawn.token)
-        frontier.logits, frontier.unread = None, [drawn.token]
-        if self._ends_after(candidate, frontier):
-            return True
-        frontier.waiting.append(candidate)
-        return False
-
-    def _not_a_number(self) -> ModelError:
-        dtype = str(self.model.dtype).removeprefix("torch.")
-        return ModelError(
-            f"model {self.name!r} gave NaN in place of logits, in {dtype}: a number in it was too large. "
-            "Use EngineSettings(dtype='bfloat16') or dtype='float32'."
-        )
-
-    def _ends_after(self, candidate: Candidate, frontier: Frontier) -> bool:
-        """True if a candidate ends with its last token: by its grammar, its length, a stop string or its boundary."""
-        matcher = candidate.matcher
-        if matcher is not None:
-            matcher.take(candidate.ids[-1])
-            if matcher.complete:
-                candidate.finish = "length" if matcher.closed else "stop"
-                self._decode(candidate, frontier)
-                return True
-        if not candidate.watched and len(candidate.ids) < candidate.limit:
-            return False
-        self._decode(candidate, frontier)
-        return _ends_by_text(candidate)
-
-    def _decode(self, candidate: Candidate, frontier: Frontier) -> None:
-        """Bring the candidate's text up to date with its tokens."""
-        text = frontier.detokenizer
-        if text is None:
-            text = frontier.detokenizer = Detokenizer(
-                self.chat, candidate.before, candidate.response, candidate.context.start
-            )
-        candidate.response = text.push(candidate.ids[len(text.ids) - len(candidate.before) :])
 
     def has_unread(self, candidates: Iterable[Candidate]) -> bool:
         """True if something must be read before these candidates can have their next token."""
@@ -445,7 +391,7 @@ class LocalLanguageModel:
 
     def forward(self, candidates: Iterable[Candidate]) -> None:
         """Read what these candidates wait for; of prompts a bounded piece, so that others go on in between."""
-        unread = self._recalled(dict(self._unread(candidates))).items()
+        unread = self._read_now(dict(self._unread(candidates))).items()
         step = [ForwardInput(f.branch, f.unread.copy(), (f, context)) for f, context in unread if len(f.unread) == 1]
         prompts = [(f, context) for f, context in unread if len(f.unread) > 1]
         lengths = [len(f.unread) for f, _ in prompts]
@@ -464,37 +410,36 @@ class LocalLanguageModel:
                 self._run(step)
             self.steps += 1
 
-    def _recalled(self, unread: dict[Frontier, Context]) -> dict[Frontier, Context]:
-        """Leave out what was read before, or is being read now, for another request."""
+    def _read_now(self, unread: dict[Frontier, Context]) -> dict[Frontier, Context]:
+        """Fill rows with what is known of their texts, and leave out prompts that can soon reuse another one's."""
         if all(len(frontier.unread) == 1 for frontier in unread):
             return unread
-        fresh = [
-            frontier
-            for frontier, context in unread.items()
-            if self._requests[context].is_trunk(frontier) and not frontier.branch.tree.ids
-        ]
-        reading = [f for f, context in unread.items() if len(f.unread) > 1 and self._requests[context].is_trunk(f)]
-        reading = [frontier for frontier in reading if frontier.branch.tree.ids]
+        trunks = [frontier for frontier, context in unread.items() if self._requests[context].is_trunk(frontier)]
+        begun = [f for f in trunks if f.branch.tree.ids and len(f.unread) > 1]
         if self.transformer.recurrent:
-            reading = []  # of what they read, a part cannot be reused
-        behind = {frontier for frontier in fresh if any(reads_for(other, frontier) for other in reading)}
-        fresh = [frontier for frontier in fresh if frontier not in behind]
-        for frontier in fresh:
-            tree = frontier.branch.tree
-            self.memory.recall(tree, frontier.unread)
-            if tree.ids:
-                tree.drop(frontier.branch)
-                frontier.held = tree.branch()
-                del frontier.unread[: len(tree.ids)]
-                usage, again = unread[frontier].usage, frontier is self._requests[unread[frontier]].long
-                if not again and not usage.lm_tokens:  # what this request has read itself does not count
-                    usage.cached_tokens = max(usage.cached_tokens, min(len(tree.ids), usage.prompt_tokens))
-        unknown = [frontier for frontier in fresh if not frontier.branch.tree.ids]
-        first = {unknown[index] for index in first_to_read([frontier.unread for frontier in unknown])}
-        if self.transformer.recurrent:
-            first = {*unknown}
-        later = behind | (set(unknown) - first)
+            begun = []  # a part of what they read cannot be reused
+        new = [frontier for frontier in trunks if not frontier.branch.tree.ids]
+        later = {frontier for frontier in new if any(reads_for(other, frontier) for other in begun)}
+        for frontier in new:
+            if frontier not in later:
+                self._recall(frontier, unread[frontier])
+        unknown = [frontier for frontier in new if frontier not in later and not frontier.branch.tree.ids]
+        if not self.transformer.recurrent:
+            later |= {*unknown} - {unknown[i] for i in first_to_read([frontier.unread for frontier in unknown])}
         return {frontier: context for frontier, context in unread.items() if frontier not in later}
+
+    def _recall(self, frontier: Frontier, context: Context) -> None:
+        """Fill an empty row with the longest known prefix of its text."""
+        tree = frontier.branch.tree
+        self.memory.recall(tree, frontier.unread)
+        if not tree.ids:
+            return
+        tree.drop(frontier.branch)
+        frontier.held = tree.branch()
+        del frontier.unread[: len(tree.ids)]
+        usage, again = context.usage, frontier is self._requests[context].long
+        if not again and not usage.lm_tokens:  # what this request has read itself does not count
+            usage.cached_tokens = max(usage.cached_tokens, min(len(tree.ids), usage.prompt_tokens))
 
     def _run(self, inputs: Sequence[ForwardInput]) -> None:
         """One forward; frontiers that have nothing unread any more get their logits."""
@@ -567,7 +512,7 @@ class LocalLanguageModel:
 
     def _time(self, candidates: int) -> float:
         aside = LocalLanguageModel(self.model, self.chat, self.name)
-        aside.eos = set()
+        aside.appender.eos = ()  # so that no candidate ends early
         aside.transformer.trial = True  # the engine may be closed meanwhile
         context = Context("", [0] * 32, 64, Sampler(), StopStrings(), Usage())
         aside.open(context)
@@ -592,20 +537,6 @@ class LocalLanguageModel:
         self.memory.replace(old.cache, self.transformer.cache)
 
 
-def _ends_by_text(candidate: Candidate) -> bool:
-    """True if a candidate with a text up to date ends here; a stop string is cut off."""
-    context, boundary, full = candidate.context, candidate.boundary, candidate.remaining_tokens <= 0
-    at = context.stop.find(candidate.response, len(candidate.before_text)) if context.stop else None
-    if at is not None:
-        candidate.response, candidate.whole, candidate.finish = candidate.response[:at], False, "stop"
-        return True
-    if full and candidate.end >= context.max_tokens:
-        candidate.finish = "length"
-    asked = boundary.reads_text and len(candidate.ids) >= boundary.min_tokens
-    own = candidate.response[len(candidate.before_text) :]  # with half a character at its end, unlike its text
-    return full or (asked and boundary.ends_after(own))
-
-
 def _with_states(candidate: Candidate, frontier: Frontier) -> Candidate:
     """The candidate, all of which has been read, with its hidden states."""
     candidate.states = frontier.states
@@ -627,10 +558,3 @@ class _Long(Boundary):
     @property
     def max_tokens(self) -> int:
         return 64
-
-
-def end_of_sequence(model: Any, tokenizer: Any) -> set[int]:
-    """Return the tokens that end a text of this model."""
-    ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ids = ids if isinstance(ids, list) else [ids, tokenizer.eos_token_id]
-    return {int(i) for i in ids if i is not None}

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 
 from cards_integrations.errors import RewardError
+from cards_integrations.models.local.appending import end_of_sequence
 from cards_integrations.models.local.drawing import ON_HOST
-from cards_integrations.models.local.language_model import end_of_sequence
 from cards_integrations.models.local.resolve import max_positions
 from cards_integrations.models.randomness import Uniforms
 from cards_integrations.models.sampling import Sampler, draw
