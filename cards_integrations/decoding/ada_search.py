@@ -20,7 +20,7 @@ class AdaSearch(Decoding):
 
     The best draft of a block goes on (AdaSearch), or the `beams` best ones (AdaBeam). Over `blocks` blocks there
     are n drafts each on average; here "decay" halves them from block to block, and "growth" doubles them.
-    The authors score with process rewards, and find the first blocks to matter most; on our pairs the last
+    The authors score with process rewards, and find the first blocks to matter most; in our measurements the last
     ones do (docs/method.md).
     """
 
@@ -31,9 +31,9 @@ class AdaSearch(Decoding):
     blocks: Annotated[int, Field(ge=1, le=64)] = 3
     """Blocks of an answer that reaches `max_tokens`."""
     schedule: Literal["decay", "uniform", "growth"] = "decay"
-    """Where the drafts go."""
+    """How the number of drafts changes from block to block."""
     beams: Annotated[int, Field(ge=1)] = 1
-    """Drafts of a block that go on."""
+    """How many drafts of a block go on."""
 
     async def generate(self, session: Session) -> None:
         session.plan = plan = self.plan_for(session.max_tokens)

@@ -27,13 +27,13 @@ class Args(Decoding):
     method: Literal["args"] = "args"
     """Names this method in settings files."""
     k: Annotated[int, Field(ge=1)] = 10
-    """Tokens that are scored for each position: the most probable ones."""
+    """How many tokens are scored at each position: the most probable ones."""
     weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.5
     """Nats that a unit of reward is worth."""
     stochastic: bool = False
-    """Draw the token by its score, and do not take the one with the highest score."""
+    """Draw the token by its score, instead of taking the one with the highest score."""
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.7
-    """Of the softmax over the scores; not used unless `stochastic`."""
+    """Temperature of the softmax over the scores; only used if `stochastic`."""
 
     async def generate(self, session: Session) -> None:
         while not session.finished:

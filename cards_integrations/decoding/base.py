@@ -58,13 +58,13 @@ class Draft:
 
 
 class StepCosts(Protocol):
-    """What the steps of a request cost, beside the others that run: in seconds, or in any other unit."""
+    """What steps cost while other requests run beside this one: in seconds, or in any other unit."""
 
     def draft(self, width: int) -> float:
-        """What a step costs in which each request drafts a token of so many candidates."""
+        """Return the cost of a step in which each request drafts one token of `width` candidates."""
 
     def score(self, tokens: int) -> float:
-        """What a call of the reward model costs in which each request has so many new tokens."""
+        """Return the cost of a call of the reward model in which each request has `tokens` new tokens."""
 
 
 class Session(Protocol):
@@ -75,7 +75,7 @@ class Session(Protocol):
 
     Attributes:
         max_tokens: The most tokens of the answer.
-        plan: What the method goes by, for the trace; set by the method.
+        plan: The plan that the method follows, for the trace; set by the method.
     """
 
     max_tokens: int
@@ -93,7 +93,7 @@ class Session(Protocol):
         """Return r(x), the reward of the prompt with an empty answer."""
 
     async def step_costs(self) -> StepCosts:
-        """Return what steps cost now; requests that begin together count each other.
+        """Return what steps cost under the present load; requests that begin together count each other.
 
         Raises:
             SettingsError: The steps were not timed.
@@ -111,8 +111,8 @@ class Session(Protocol):
             until: Where a candidate ends.
             limit: The most candidates of this call. A greedy request has one: all would be the same.
             scored: False if the method makes no use of rewards.
-            passes: Tells for a draft whether the method will keep it when it comes to it. It decides what is drafted
-                ahead, never what is kept. None if the method examines all drafts first.
+            passes: Tells whether the method will keep a draft once it examines it. This decides what is drafted ahead,
+                never what is kept. None if the method examines all drafts before it keeps one.
         """
 
     async def grow(
@@ -124,15 +124,15 @@ class Session(Protocol):
     ) -> list[Draft]:
         """Draft a child for each parent, all of them together: the next segments of several branches.
 
-        The drafts stay until they are given up, or another branch is kept. A draft can be a parent in one call
-        only, but several times in it, and stays as long as one of its children does.
+        The drafts stay until they are given up, or another branch is kept. A draft can be a parent in one call only
+        (several times in that call), and stays as long as one of its children does.
 
         Args:
             parents: What each child follows: an earlier draft, or the kept text (None).
             until: Where a child ends.
             scored: False if the method makes no use of rewards.
-            ranks: For each child, the rank of its first token among the next tokens, which is then not drawn: 0 is
-                the most probable one. Where fewer tokens are allowed, the last of them is taken.
+            ranks: For each child, the rank of its first token by probability, which is then not drawn: 0 is the most
+                probable token. Where fewer tokens are allowed, the least probable of them is taken.
 
         Returns:
             The children, in the order of their parents.
@@ -194,11 +194,11 @@ class Decoding(SettingsModel):
         return False
 
     def guidance(self, scale: Scale | None, origin: ScaleOrigin | None) -> Guidance | None:
-        """Return what the trace says of the target and the beta; None for a method without them.
+        """Return what the trace reports of target and beta; None for a method without them.
 
         Args:
             scale: `Session.reward_scale`.
-            origin: Where that came from.
+            origin: Where that scale came from.
         """
         return None
 

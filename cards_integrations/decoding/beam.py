@@ -1,4 +1,4 @@
-"""A search with several prefixes: rounds of drafts in step, the best of which go on."""
+"""A beam search: in each round all prefixes grow by a draft, and the best drafts go on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Beam:
 
     def __init__(self, session: Session) -> None:
         self.session = session
-        self.unkept: dict[Draft, list[Draft]] = {}  # of each prefix, in order: its drafts that are not kept yet
+        self.unkept: dict[Draft, list[Draft]] = {}  # by prefix: those of its drafts that are not kept yet, in order
 
     @property
     def finished(self) -> bool:
@@ -26,7 +26,15 @@ class Beam:
         return bool(self.unkept) and all(prefix.finished for prefix in self.unkept)
 
     async def advance(self, stage: SearchRound, width: int) -> list[float]:
-        """Draft a round, let its best go on, and return the rewards of its drafts."""
+        """Draft a round, and let the best of it and of the finished prefixes go on.
+
+        Args:
+            stage: The length of the drafts, and how many prefixes go on.
+            width: The most drafts; each finished prefix takes the place of one.
+
+        Returns:
+            The rewards of the drafts.
+        """
         done = {prefix: path for prefix, path in self.unkept.items() if prefix.finished}
         parents = self._parents(max(1, width - len(done)))
         drafts = await self.session.grow(parents, until=FixedLength(length=stage.tokens))
@@ -44,7 +52,7 @@ class Beam:
             await self.session.keep(draft)
 
     def _parents(self, width: int) -> Sequence[Draft | None]:
-        """As equally many children for each prefix as can be."""
+        """Return a parent for each child: the unfinished prefixes, as evenly as possible."""
         live = [prefix for prefix in self.unkept if not prefix.finished]
         for prefix in live[width:]:
             self.session.give_up(prefix)

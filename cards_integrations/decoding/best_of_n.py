@@ -1,4 +1,4 @@
-"""Best-of-N: whole answers, and the one with the highest reward."""
+"""Best-of-N: of N whole answers the one with the highest reward."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class BestOfN(Decoding):
     method: Literal["best_of_n"] = "best_of_n"
     """Names this method in settings files."""
     n: Annotated[int, Field(ge=1)] = 16
-    """Answers that are drafted."""
+    """How many answers are drafted."""
 
     async def generate(self, session: Session) -> None:
         async for draft in session.drafts(until=FixedLength(length=session.max_tokens), limit=self.n):

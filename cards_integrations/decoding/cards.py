@@ -37,7 +37,7 @@ class Cards(RewardTargeted):
     method: Literal["cards"] = "cards"
     """Names this method in settings files."""
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Where the threshold starts: 0 is the reward of the prompt, 1 the target."""
+    """Where the threshold starts: 0 at the reward of the prompt, 1 at the target."""
     acceptance: Literal["soft", "hard"] | OptimalStopping = "soft"  # type: ignore[assignment]
     """"soft" accepts with the probability above, "hard" if r >= tau. `OptimalStopping(price=...)` is a search rule
     that needs neither a target nor a beta."""
@@ -48,7 +48,7 @@ class Cards(RewardTargeted):
 
     @classmethod
     def paper(cls, target_reward: float = 8.5) -> Cards:
-        """Return the settings of the authors' code. Its temperature was beta: sample at 0.7 and with top-k 40."""
+        """Return the settings of the authors' code, which sampled at a temperature of beta (0.7) and with top-k 40."""
         return cls(target_reward=target_reward, alpha=0.5, beta=0.7, boundary=Uncertainty(threshold=3.0))
 
     @property

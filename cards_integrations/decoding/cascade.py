@@ -1,4 +1,4 @@
-"""Cascade: a search with several kept prefixes, planned so that it costs what it may."""
+"""Cascade: a search with several kept prefixes, planned to stay within a budget."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from cards_integrations.decoding.registry import register_method
 from cards_integrations.decoding.search_plan import CountedTokens, plan_search
 from cards_integrations.trace import SearchPlan
 
-FLAT = 0.05  # of the largest gain so far: less than that is no gain
+FLAT = 0.05  # share of the largest gain so far below which a round has gained nothing
 TOKENS = "tokens:"
-MOST = 1000
+MAX_BUDGET = 1000  # times the cost of a plain answer
 log = logging.getLogger("cards_integrations")
-_told: set[float] = set()  # budgets that bought nothing
+_warned: set[float] = set()  # budgets that bought nothing
 
 
 def _as_budget(value: Any) -> float | str:
@@ -27,8 +27,10 @@ def _as_budget(value: Any) -> float | str:
         times = float(value.removeprefix(TOKENS) if counted else value)
     except (TypeError, ValueError):
         times = math.nan
-    if not 1 <= times <= MOST:
-        raise ValueError(f"{value!r} is neither a number from 1 to {MOST}, such as 1.4, nor of the form 'tokens:5'")
+    if not 1 <= times <= MAX_BUDGET:
+        raise ValueError(
+            f"{value!r} is neither a number from 1 to {MAX_BUDGET}, such as 1.4, nor of the form 'tokens:5'"
+        )
     return f"{TOKENS}{times:g}" if counted else times
 
 
@@ -36,14 +38,14 @@ def _as_budget(value: Any) -> float | str:
 class Cascade(Decoding):
     """CARDS's cascade with several kept prefixes, which costs at most `budget` times as much as a plain answer.
 
-    Round k drafts W_k children of the S_(k-1) prefixes that survived the round before, L_k tokens each and as equally
-    many of each prefix as can be, and keeps the S_k of highest reward among them and the finished ones. The answer
-    is the best of the last round. The plan of the (L_k, W_k, S_k) follows from the budget, the
-    measured times of steps and the load when the request begins (`plan_search`). A round after one whose best
-    draft was no better than its mean draft is half as wide, but not below 2.
+    Round k drafts W_k children of L_k tokens each, spread evenly over the S_(k-1) prefixes that survived the round
+    before. Of these and the finished prefixes, the S_k with the highest rewards survive. The answer is the best of the
+    last round. The plan of all (L_k, W_k, S_k) is made when the request begins, from the budget, the measured times of
+    steps and the load (`plan_search`). After a round whose best draft was hardly better than its mean draft, the next
+    one is half as wide, but not narrower than 2.
 
-    It needs neither a target nor a beta, a threshold or a calibration. It is a search rule: it does not sample from
-    the reward-tilted distribution that quasi-rejection (`Cards`) approximates.
+    No target, beta, threshold or calibration is needed. This is a search rule: it does not sample from the
+    reward-tilted distribution that quasi-rejection (`Cards`) approximates.
 
     Examples:
         >>> Cascade(budget="tokens:5")
@@ -54,9 +56,9 @@ class Cascade(Decoding):
     method: Literal["cascade"] = "cascade"
     """Names this method in settings files."""
     budget: Annotated[float | str, BeforeValidator(_as_budget)] = "tokens:8"
-    """What an answer costs at most, over a plain one of `max_tokens`. "tokens:8" is of the drafted tokens: a seed gives
-    the same text on every device under every load. 1.4 is of the time of drafting and scoring, on this device under
-    the load of the moment: on a busy one little is left for a search."""
+    """The most that an answer may cost, relative to a plain one of `max_tokens`. "tokens:8" counts drafted tokens, so
+    that a seed gives the same text on every device and under every load. 1.4 counts the time of drafting and scoring
+    on this device under its present load: on a busy device little is left for a search."""
     plan: SearchPlan | None = None
     """The rounds, such as those of an earlier answer (`Alignment.plan`); None plans by the budget."""
 
@@ -83,10 +85,10 @@ class Cascade(Decoding):
 
 
 def _warn_of_plain(budget: float, costs: StepCosts, tokens: int) -> None:
-    """Tell that a budget buys nothing, once in a process."""
-    if budget in _told:
+    """Warn, once in a process, that a budget buys nothing."""
+    if budget in _warned:
         return
-    _told.add(budget)
+    _warned.add(budget)
     two = (tokens * costs.draft(2) + costs.score(2 * tokens)) / (tokens * costs.draft(1))
     log.warning(
         "budget=%g buys no second draft on this device now: the choice between two answers costs %.1f times a plain "

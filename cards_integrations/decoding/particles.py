@@ -27,13 +27,13 @@ class Particles(Decoding):
     prefixes telescope to those of the target (twisted SMC with the reward as the twist, arXiv 2404.17546;
     particles for inference scaling, arXiv 2502.01618). Where the effective sample size 1 / sum w^2 falls
     below `threshold` * n, particles are resampled systematically, and their weights are equal again. No draft is
-    thrown away on rejection.
+    rejected.
     """
 
     method: Literal["particles"] = "particles"
     """Names this method in settings files."""
     n: Annotated[int, Field(ge=1)] = 8
-    """Particles."""
+    """Number of particles."""
     beta: Beta = "auto"
     """Temperature of the reward, in units of the reward; "auto" as for `Cards`."""
     threshold: Annotated[float, Field(ge=0, le=1)] = 0.5

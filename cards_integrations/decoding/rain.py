@@ -22,7 +22,7 @@ class Node:
     Attributes:
         draft: None at the root, which is the kept text.
         parent: The node that it follows; None at the root.
-        prior: Its share among the children that its parent had, equal drafts counted as one.
+        prior: Its share among the children that its parent drafted; equal ones are one node with a larger share.
         value: Mean reward over the searches that went through it.
         visits: Number of these searches.
         children: Its distinct children.
@@ -47,8 +47,8 @@ class Node:
 class Rain(Decoding):
     """Rewindable Auto-regressive INference (arXiv 2309.07124, section 3.2).
 
-    Before a segment is kept, the tree of what could follow is searched, from the root again and again (rewind). A
-    search goes down to a leaf, by the child with the highest
+    Before a segment is kept, the tree of possible continuations is searched, each time from the root (rewind). A
+    search goes down to a leaf, at each node to the child with the highest
 
         value + explore * prior * sqrt(visits of the parent) / (1 + its own visits),
 
@@ -66,7 +66,7 @@ class Rain(Decoding):
     searches: Annotated[int, Field(ge=1)] = 6
     """The most searches before a segment is kept."""
     explore: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
-    """Weight of what was seldom visited; 0 follows the values alone."""
+    """Weight of exploring what was seldom visited; 0 goes by the values alone."""
     share: Annotated[float, Field(ge=0, le=1)] = 0.2
     """How much of an update reaches a sibling of the same text; others get less, by their similarity."""
     value_threshold: FiniteFloat | None = None
@@ -96,7 +96,7 @@ class Rain(Decoding):
         node = root
         while node.children:
             scale, visits = self.explore * math.sqrt(node.visits), node.visits
-            assert visits > 0  # children come of a search
+            assert visits > 0  # only a search makes children
             node = max(node.children, key=lambda child: child.value + scale * child.prior / (1 + child.visits))
         return node
 

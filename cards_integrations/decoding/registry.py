@@ -1,4 +1,4 @@
-"""Which decoding methods there are: by name, and those that other distributions bring."""
+"""The decoding methods by name, those of plug-ins included."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ METHODS: dict[str, type[Decoding]] = _registry.classes
 
 
 def register_method(cls: type[D]) -> type[D]:
-    """Make a subclass of `Decoding` known by its `method`, for settings files and names. A decorator.
+    """Decorate a subclass of `Decoding` so that settings and names can refer to it by its `method`.
 
     Raises:
         SettingsError: If it has no `method: Literal["my-method"] = "my-method"`, or that of another class.

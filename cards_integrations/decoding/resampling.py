@@ -33,12 +33,12 @@ def normalized(log_weights: Sequence[float]) -> list[float]:
 
 
 def effective_sample_size(weights: Sequence[float]) -> float:
-    """Return 1 / sum w^2: so many equal weights would estimate equally well. The weights sum to 1."""
+    """Return 1 / sum w^2, for weights that sum to 1: this many equal weights would estimate equally well."""
     return 1 / sum(weight * weight for weight in weights)
 
 
 def systematic_resampling(weights: Sequence[float], uniform: float) -> list[int]:
-    """Draw as many indices as there are weights; i comes floor(n w_i) times at least, and once more at most.
+    """Draw as many indices as there are weights, n; index i is drawn floor(n w_i) times, or once more.
 
     Args:
         weights: They sum to 1.

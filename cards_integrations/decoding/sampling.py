@@ -18,7 +18,7 @@ class Sampling(Decoding):
     method: Literal["sampling"] = "sampling"
     """Names this method in settings files."""
     chunk: Annotated[int, Field(ge=1)] = 8
-    """Tokens that are streamed at a time."""
+    """How many tokens are streamed at a time."""
     needs_reward: ClassVar[bool] = False
 
     async def generate(self, session: Session) -> None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class _Between(Boundary):
-    """A boundary that depends on the text, within limits of length."""
+    """A boundary that depends on the text, between a minimum and a maximum length."""
 
     min_length: Annotated[int, Field(ge=1)] = 4
     """Tokens before which a segment does not end, unless the answer does."""

@@ -1,4 +1,4 @@
-"""Speculative rejection: many answers at once, and the least promising are given up on the way."""
+"""Speculative rejection: many answers at once, the least promising of which are given up on the way."""
 
 from __future__ import annotations
 

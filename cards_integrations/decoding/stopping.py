@@ -17,7 +17,7 @@ from cards_integrations.settings_model import SettingsModel
 
 
 class OptimalStopping(SettingsModel):
-    """A search rule for a segment that needs no target: what a token costs, in reward.
+    """A search rule that needs no target, only the price of a token in units of the reward.
 
     The next `batch` drafts are worth E[max(M - best, 0)], with M the highest of their rewards, and cost
     price * batch * length. Drafting stops when the best so far has reached the reservation value xi,
@@ -39,7 +39,7 @@ class OptimalStopping(SettingsModel):
     """Drafts between two decisions; more than 1 pays off where several drafts cost about as much as one."""
 
     def in_rewards(self, scale: Scale | None) -> OptimalStopping:
-        """Return the rule with its price in rewards, by the rewards of plain answers."""
+        """Return the rule with its price in units of the reward, given the scale of the reward."""
         if self.unit == "reward":
             return self
         std = 1.0 if scale is None or not scale.std else scale.std
@@ -106,13 +106,13 @@ def _excess_quantile(cost: float, k: int) -> float:
     """z with E[max(M - z, 0)] = cost, for M the highest of k standard normals."""
     z, excess = _expected_excess(k)
     if cost >= excess[0]:
-        return float(z[0] - (cost - excess[0]))  # so far below that M is certainly above
+        return float(z[0] - (cost - excess[0]))  # z is so low that M is above it for certain
     return float(np.interp(-cost, -excess, z))
 
 
 @lru_cache
 def _expected_excess(k: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """E[max(M - z, 0)], the integral of P(M > x) from z on, at many z."""
+    """Many z, and E[max(M - z, 0)] at each: the integral of P(M > x) from z on."""
     z = np.linspace(-8, 8, 4001)
     above = 1 - np.array([0.5 * math.erfc(-x / math.sqrt(2)) for x in z]) ** k
     steps = (above[1:] + above[:-1]) / 2 * np.diff(z)

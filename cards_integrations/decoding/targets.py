@@ -1,4 +1,4 @@
-"""What methods with a target go by: a reward to reach, and a temperature on the scale of the reward."""
+"""Settings of methods that compare rewards with a target: the target, and a temperature in units of the reward."""
 
 from __future__ import annotations
 
@@ -24,7 +24,13 @@ def beta_for(beta: float | Literal["auto"], session: Session) -> float:
 def chosen_beta(
     beta: float | Literal["auto"], scale: Scale | None, origin: ScaleOrigin | None = None
 ) -> tuple[float, GuidanceOrigin | None]:
-    """Return beta as `beta_for` does, and where it came from."""
+    """Return beta as `beta_for` does, and where it came from.
+
+    Args:
+        beta: The setting.
+        scale: How the reward scores plain answers; None if that is not known.
+        origin: Where the scale came from.
+    """
     if beta != "auto":
         return beta, "given"
     if scale is not None and scale.beta is not None:
@@ -35,7 +41,7 @@ def chosen_beta(
 
 
 class RewardTargeted(Decoding):
-    """A method that compares rewards with a target, softly or not."""
+    """A method that compares rewards with a target."""
 
     target_reward: FiniteFloat | Literal["auto"] = "auto"
     """The reward that an answer should reach. "auto" is what `calibrate` has chosen for this pair of models, else the
@@ -52,14 +58,14 @@ class RewardTargeted(Decoding):
         return self.target_reward == "auto" or (self.acceptance == "soft" and self.beta == "auto")
 
     def target_and_beta(self, session: Session) -> tuple[float, float]:
-        """Return both in units of the reward, from the reward's scale where they are "auto"."""
+        """Return target and beta in units of the reward; what is "auto" follows from the reward's scale."""
         return self._target(session.reward_scale)[0], beta_for(self.beta, session)
 
     def guidance(self, scale: Scale | None, origin: ScaleOrigin | None) -> Guidance | None:
-        (target, target_origin), (beta, beta_origin) = (
-            self._target(scale, origin),
-            chosen_beta(self.beta, scale, origin) if self.acceptance == "soft" else (None, None),
-        )
+        target, target_origin = self._target(scale, origin)
+        if self.acceptance == "hard":
+            return Guidance(target, None, target_origin, None)
+        beta, beta_origin = chosen_beta(self.beta, scale, origin)
         return Guidance(target, beta, target_origin, beta_origin)
 
     def _target(self, scale: Scale | None, origin: ScaleOrigin | None = None) -> tuple[float, GuidanceOrigin | None]:
