@@ -15,20 +15,20 @@ from cards_integrations.transformer.kv_memory import CacheNeed, KVMemory
 class Admission:
     """Lets requests begin, first come first served.
 
-    A request that a reward makes goes ahead of all: those that hold the rows and the memory wait for the reward.
+    A request that a reward makes goes first: the requests that hold the rows and the memory wait for that reward.
 
     Args:
         max_rows: Requests that run at once.
         memory: The budget of all caches.
-        preemption: The requests that hold memory now, or did and come first.
+        preemption: The requests that hold memory, and those that had to give it back and come first.
     """
 
     def __init__(self, max_rows: int, memory: KVMemory, preemption: Preemption) -> None:
         self._rows = asyncio.Semaphore(max_rows)
         self._memory = memory
         self._preemption = preemption
-        self._scores = 0  # texts that are scored outside of any request hold memory, too
-        self._turn = asyncio.Lock()  # to wait for memory
+        self._scores = 0  # groups of texts that are scored outside of any request: they hold memory, too
+        self._turn = asyncio.Lock()  # held by the one that waits for memory
 
     @asynccontextmanager
     async def row(self) -> AsyncIterator[None]:
@@ -38,14 +38,14 @@ class Admission:
 
     @asynccontextmanager
     async def memory(self, soon: Sequence[CacheNeed], whole: Sequence[CacheNeed]) -> AsyncIterator[None]:
-        """Wait until the caches have room for one more request, which has to open its rows inside the block.
+        """Wait until the caches have room for one more request, which must open its rows inside the block.
 
         Args:
             soon: Rows and columns that the request begins with.
-            whole: What it can come to take.
+            whole: Rows and columns that it takes if it writes all of `max_tokens`.
 
         Raises:
-            OutOfMemory: It does not fit, not even alone, or no other request will free what it begins with.
+            OutOfMemory: The whole does not fit even alone, or no other request will free what it begins with.
         """
         if whole and self._memory.needed(whole) > self._memory.limit:
             raise self._memory.refusal(whole[0].columns)
@@ -59,7 +59,7 @@ class Admission:
             yield
 
     def _has_room(self, needs: Sequence[CacheNeed]) -> bool:
-        """True if there is memory, and nobody who was preempted comes first."""
+        """True if there is memory, and no preempted request that comes first."""
         return not self._preemption.pending and self._fits(needs)
 
     def _fits(self, needs: Sequence[CacheNeed]) -> bool:
@@ -67,9 +67,9 @@ class Admission:
 
     @asynccontextmanager
     async def memory_to_score(self, needs: Sequence[CacheNeed]) -> AsyncIterator[None]:
-        """Wait until there is room to score texts outside of any request, or until nobody else will free any.
+        """Wait for room to score texts outside of any request, as long as others may free some.
 
-        The rows have to be opened inside the block, and `scored` to be called once they are closed.
+        The rows must be opened inside the block; once they are closed, `scored` must be called.
         """
         async with nullcontext() if scoring.get() else self._turn:
             while not self._fits(needs) and self._others_end():
@@ -88,9 +88,10 @@ class Admission:
         await self._next_change()
 
     async def _make_room(self, needs: Sequence[CacheNeed]) -> None:
-        """Wait for what a reward asks: others are preempted for it, but at last one of those has to go on.
+        """Make room for a request that a reward makes: preempt others, or wait for such a request that runs already.
 
-        Those that wait for it hold the memory, perhaps all of it.
+        The requests that wait for the reward may hold all of the memory. So one request like this at a time may go
+        beyond the budget, if the machine has the memory.
         """
         depth = scoring.get()
         while needs and not self._fits(needs):
@@ -103,7 +104,7 @@ class Admission:
             await self._next_change()
 
     def _others_end(self) -> bool:
-        """True if somebody else will free memory, who does not wait for the one that asks."""
+        """True if a request will free memory that does not itself wait for this one."""
         return bool(self._preemption.live or self._scores) and not scoring.get()
 
     async def _next_change(self) -> None:
@@ -114,6 +115,9 @@ class Admission:
 @asynccontextmanager
 async def time_limit(seconds: float | None) -> AsyncIterator[None]:
     """Bound the time of a request.
+
+    Args:
+        seconds: The limit; None for no limit.
 
     Raises:
         CardsTimeout: The time is over.

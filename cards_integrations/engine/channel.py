@@ -1,6 +1,6 @@
-"""Answer or call: gpt-oss announces each with a mark of its own, and so the mark is written before anything else.
+"""Answer or call: gpt-oss announces each with a mark of its own (a channel), which is written before anything else.
 
-The answer begins after it: its reward, its stop strings and its JSON never see a mark. A call is held to its schema.
+The answer begins after the mark, so that its reward, stop strings and JSON never see one. A call is held to its schema.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Channels:
 
     Attributes:
         chat: The model's tokenizer.
-        constrained: Whether the model takes a grammar; without one it only answers.
+        constrained: Whether the model can be held to a grammar; if not, it calls no tool of its own accord.
         session: Opens a session of the engine.
     """
 
@@ -61,5 +61,5 @@ class Channels:
 
 
 def _one_call(tools: Tools) -> Tools:
-    """The tools, of which one has to be called."""
+    """Return the tools, one of which must be called."""
     return replace(tools, choice=tools.choice if tools.forced else "any", parallel=False)

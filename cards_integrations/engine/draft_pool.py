@@ -1,7 +1,7 @@
 """The candidates of one request, on their way to drafts with rewards.
 
-`DraftPool` keeps the books: what is drafted now, what the method has examined, what grows in a tree, what was
-drafted ahead of the next segment. It frees what is given up, and it makes what is kept part of the answer.
+`DraftPool` keeps the books: what is drafted now, what the method has examined, what grows in a tree, and what was
+drafted ahead for the next segment. It frees what is given up, and makes what is kept part of the answer.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from cards_integrations.decoding.base import Draft, StepCosts
 from cards_integrations.engine.scoring import ScoreQueue
@@ -24,8 +24,8 @@ from cards_integrations.transformer.step_times import StepTimes
 if TYPE_CHECKING:
     import torch
 
-MIN_REACH = 0.02  # a candidate that is examined with less probability is not drafted ahead
-FIRST_LEVEL = 2**32  # levels of a tree are numbered from here, segments from 0: each has random numbers of its own
+MIN_REACH = 0.02  # a candidate that is examined with a lower probability is not drafted ahead
+FIRST_LEVEL = 2**32  # tree levels are numbered from here, segments from 0, so that each has its own random numbers
 
 
 class SessionHost(Protocol):
@@ -36,14 +36,14 @@ class SessionHost(Protocol):
         """Where candidates are drafted."""
 
     def step_costs(self, scoring: StepTimes) -> StepCosts:
-        """What steps cost now, with a reward model that takes these times.
+        """Return what steps cost now, with a reward model that takes these times.
 
         Raises:
-            SettingsError: They were not timed.
+            SettingsError: Steps were not timed.
         """
 
     def vacancies(self, context: Context, boundary: Boundary) -> int:
-        """For how many more candidates of a request there is memory."""
+        """Return for how many more candidates of a request there is memory."""
 
     def wake(self) -> None:
         """Note that there is something new to draft or to score."""
@@ -56,12 +56,12 @@ class PendingDraft:
     Attributes:
         candidate: What the language model drafts.
         score: Resolved with its reward, or with NaN if none is asked for.
-        source: The drafts that it is one of.
+        source: The segment or tree level that it belongs to.
         parent: The draft of the segment before that it follows; None if it follows the kept text.
-        response: What the reward model was asked about; None before that.
+        response: What the reward model is asked to score; None before it is asked.
         next_segment: Candidates that were drafted ahead, to follow this one if it is kept.
-        children: How many drafts of a tree follow it and need what it holds.
-        ended: True once no more tokens come.
+        children: How many drafts of a tree follow it, and need what it holds.
+        ended: True once it gets no more tokens.
         given_up: True if it will have no more children.
         kept: True once it is part of the answer.
     """
@@ -80,7 +80,7 @@ class PendingDraft:
 
     @property
     def draft(self) -> Draft | None:
-        """What the method sees of it, once there is a score."""
+        """What the method sees of it; None before there is a score."""
         if self._draft is None and self.score.done() and not self.score.cancelled() and not self.score.exception():
             c, reward = self.candidate, self.score.result()
             finished, log_p = c.finish is not None, c.log_likelihood + c.end_log_p
@@ -110,12 +110,12 @@ class DraftPlan:
     passes: Callable[[Draft], bool] | None
 
     def drafts_like(self, other: DraftPlan) -> bool:
-        """True if candidates that were drafted for the other plan serve this one."""
+        """True if candidates that were drafted for the other plan can be used for this one."""
         return (self.until, self.limit, self.scored) == (other.until, other.limit, other.scored)
 
 
 class NoTokens(Boundary):
-    """Ends a candidate that has no token: it waits until what it follows has been read."""
+    """Ends a candidate before its first token, as soon as the text that it follows has been read."""
 
     @property
     def min_tokens(self) -> int:
@@ -127,7 +127,7 @@ class NoTokens(Boundary):
 
 
 class OwnErrors:
-    """A block whose errors end one request. Entered for each request at each step: a generator would cost more."""
+    """A block whose errors end one request. A class, as a generator would cost more at each request of each step."""
 
     def __init__(self, fail: Callable[[Exception], None]) -> None:
         self._fail = fail
@@ -140,14 +140,36 @@ class OwnErrors:
         return error is not None
 
 
+class RankedCandidate(NamedTuple):
+    """A candidate that could be drafted in the next step.
+
+    Attributes:
+        reach: The probability that the method will examine it.
+        drafts: The segment or tree level that it belongs to.
+        pending: The candidate; None if it has not begun.
+    """
+
+    reach: float
+    drafts: SegmentDrafts
+    pending: PendingDraft | None
+
+
+class Chance(NamedTuple):
+    """What may become of a candidate: the probabilities that the method examines it, and that it keeps it."""
+
+    pending: PendingDraft
+    examined: float
+    kept: float
+
+
 class DraftPool:
     """All candidates of one request.
 
     Args:
         context: The prompt and the kept text.
         seed: Seed of all random numbers of the request.
-        conversation: What the reward model knows the request as.
-        scores: Where rewards are asked for; None without a reward model.
+        conversation: The request as the reward model knows it.
+        scores: The queue that takes requests for rewards; None without a reward model.
         host: The engine.
     """
 
@@ -162,7 +184,7 @@ class DraftPool:
         self.current: SegmentDrafts | None = None
         self.examined: dict[Draft, PendingDraft] = {}
         self.best_rejected: Draft | None = None
-        self.nodes: dict[Draft, PendingDraft] = {}  # of the tree, in the order in which they grew
+        self.nodes: dict[Draft, PendingDraft] = {}  # the drafts of the tree, parents before their children
         self.last_kept: PendingDraft | None = None
         self.segments = 0  # kept
         self.levels = 0
@@ -177,9 +199,9 @@ class DraftPool:
     def open_segment(
         self, until: Boundary, limit: int, scored: bool, passes: Callable[[Draft], bool] | None
     ) -> SegmentDrafts:
-        """Draft for the next segment; what was drafted ahead for it is used if it fits."""
+        """Draft for the next segment, beginning with candidates that were drafted ahead if they suit."""
         self._give_up_ahead()
-        begun = len(self.examined)  # by an earlier call for this segment
+        begun = len(self.examined)  # in earlier calls for this segment
         plan = DraftPlan(until, begun + limit, scored, passes)
         ahead = self.last_kept.next_segment if self.last_kept is not None else None
         self.last_kept = None
@@ -193,7 +215,7 @@ class DraftPool:
         return self.current
 
     async def prompt_states(self) -> torch.Tensor | None:
-        """The hidden states after the prompt, as drafting reads it; None if something has been drafted already."""
+        """Read the prompt as drafting does, and return the hidden states after it; None once drafting has begun."""
         if self.segments or self.current is not None:
             return None
         if self.error is not None:
@@ -215,7 +237,7 @@ class DraftPool:
         self.current = level = TreeLevel(self, plan, number, [self._node(parent) for parent in parents], ranks)
         for parent in level.parents:
             if parent is not None:
-                parent.given_up = True  # it grows once, and is there as long as its children
+                parent.given_up = True  # it is grown from only once, and stays as long as its children
         level.open()
         drafts = [draft async for draft in level]
         for draft in drafts if scored else ():
@@ -225,10 +247,10 @@ class DraftPool:
         return drafts
 
     def reject(self, draft: Draft) -> Draft:
-        """Reject an examined draft, and free it unless it is the best of the segment's rejected ones so far.
+        """Reject an examined draft, and free it unless it is the best rejected draft of the segment so far.
 
         Returns:
-            The best of them: that with the highest reward, the first in a tie.
+            That best draft: the one with the highest reward, the first in a tie.
         """
         _own(self.examined, draft)
         draft.verdict = "rejected"
@@ -241,10 +263,10 @@ class DraftPool:
         return best
 
     def keep(self, draft: Draft) -> Iterator[tuple[PendingDraft, dict[Draft, PendingDraft]]]:
-        """Make a draft part of the answer, after those of its ancestors that are not yet; give up everything else.
+        """Make a draft part of the answer, with those of its ancestors that are not yet; give up all others.
 
         Yields:
-            Each draft when it has become part of the answer, with all that were examined for its segment.
+            Each draft once it has become part of the answer, with all drafts that were examined for its segment.
         """
         if draft in self.nodes:
             yield from self._keep_branch(self.nodes[draft])
@@ -259,7 +281,7 @@ class DraftPool:
         yield kept, examined
 
     def cut(self, tokens: int) -> None:
-        """Leave the answer so many tokens."""
+        """Cut the answer to its first `tokens` tokens."""
         del self.log_p[tokens:], self.top[tokens:]
         self.log_likelihood = sum(self.log_p)
 
@@ -290,22 +312,22 @@ class DraftPool:
         return sum(len(candidate.ids) for candidate in self._pending)
 
     def waiting(self, acceptance_rate: float) -> float:
-        """The probability that the answer does not get on because rewards are not known; see `SegmentDrafts`."""
+        """Return the probability that the answer cannot go on before rewards are known; see `SegmentDrafts`."""
         return 1.0 if self.current is None else self.current.waiting(1.0, acceptance_rate)
 
     def fail(self, error: Exception) -> None:
-        """Let everything that the method waits for, or asks for next, raise."""
+        """Let everything that the method awaits, now or later, raise this error."""
         self.error = error
         for pending in self.current.ahead if self.current else ():
             if not pending.score.done():
                 pending.score.set_exception(error)
 
     def own_errors(self) -> OwnErrors:
-        """Let whatever is raised inside the block end this request alone."""
+        """Return a block whose errors end this request alone."""
         return OwnErrors(self.fail)
 
     def close(self) -> None:
-        """Free everything; whoever goes on to draft is told."""
+        """Free everything; drafting any further raises an error."""
         self.error = self.error or CardsError("The request has ended: nothing can be drafted in its session.")
         self._give_up_ahead()
         for pending in [*self.examined.values(), *reversed(list(self.nodes.values()))]:
@@ -318,7 +340,7 @@ class DraftPool:
     def begin(
         self, source: SegmentDrafts, number: int, index: int, parent: PendingDraft | None, rank: int | None = None
     ) -> PendingDraft:
-        """Start a candidate of the segment, or of the level of a tree, with this number."""
+        """Start a candidate of the segment or tree level with this number."""
         uniforms = Uniforms(self.seed, number, index)
         origin = parent.candidate if parent else None
         candidate = Candidate(self.context, source.plan.until, uniforms, index, origin, rank=rank)
@@ -329,7 +351,7 @@ class DraftPool:
         return pending
 
     def submit(self, pending: PendingDraft) -> None:
-        """Ask for the reward of a finished candidate, or say at once that there is none."""
+        """Ask for the reward of a candidate that has ended, or resolve its score with NaN if none is wanted."""
         if pending.score.done():
             return  # cancelled with the request that waits for it
         if not pending.source.plan.scored:
@@ -340,7 +362,7 @@ class DraftPool:
         self.scores.submit(pending.response, pending.score)
 
     def release(self, pending: PendingDraft) -> None:
-        """Free what a candidate holds; a second time it has no effect."""
+        """Free what a candidate holds; has no effect a second time."""
         if pending.next_segment is not None:
             pending.next_segment.drop()
             pending.next_segment = None
@@ -375,7 +397,7 @@ class DraftPool:
 
     def _keep_branch(self, last: PendingDraft) -> Iterator[tuple[PendingDraft, dict[Draft, PendingDraft]]]:
         path = self._unkept(last)
-        for pending in reversed(list(self.nodes.values())):  # whoever follows another comes after it
+        for pending in reversed(list(self.nodes.values())):  # children before their parents
             if pending not in path and last not in self._unkept(pending):
                 self._forget(pending)
         for pending in path:
@@ -387,7 +409,7 @@ class DraftPool:
         self.last_kept = last
 
     def _unkept(self, pending: PendingDraft | None) -> list[PendingDraft]:
-        """A branch of the tree from the kept text on, this draft last."""
+        """Return the path from the kept text to this draft, the draft included."""
         path: list[PendingDraft] = []
         while pending is not None and not pending.kept:
             path.insert(0, pending)
@@ -416,7 +438,7 @@ class DraftPool:
 
 
 def _own(drafts: Mapping[Draft, PendingDraft], draft: Draft) -> PendingDraft:
-    """What stands behind a draft that a method names."""
+    """Return the pending draft of a draft that a method passes in."""
     if (pending := drafts.get(draft)) is None:
         raise CardsError(
             f"The draft {short_repr(getattr(draft, 'text', draft))} is not of this segment: it was kept or given up "
@@ -428,9 +450,16 @@ def _own(drafts: Mapping[Draft, PendingDraft], draft: Draft) -> PendingDraft:
 class SegmentDrafts:
     """Candidates of one segment, in index order; an asynchronous iterator of drafts.
 
-    They follow the kept text or, drafted ahead of its verdict, a candidate of the segment before (`parent`). If
-    that is kept, the method goes on with these. They are scored as soon as only its turn is missing: it passes, but
-    the method has not examined all before it.
+    They follow the kept text or, if drafted ahead, a candidate of the segment before (`parent`) on which there is no
+    verdict yet. If that is kept, the method goes on with these. They are scored once the parent is known to pass, even
+    if the method has not come to it yet.
+
+    Args:
+        pool: The candidates of the request.
+        plan: What the method asked for.
+        number: Which segment it is, for the random numbers.
+        parent: The candidate that they follow; None for the kept text.
+        begun: How many candidates of the segment have begun before.
     """
 
     def __init__(
@@ -440,19 +469,19 @@ class SegmentDrafts:
         self.plan = plan
         self.number = number
         self.parent = parent
-        self.begun = begun  # candidates of this segment so far, and so the index of the next one
+        self.begun = begun  # how many so far, which is the index of the next one
         self.ahead: deque[PendingDraft] = deque()  # not examined yet
         self.drafting: dict[Candidate, None] = {}  # those of them that have not ended, in the same order
-        self.scoring = False  # rewards are asked for
+        self.scoring = False  # True once rewards are asked for
 
     def open(self) -> None:
-        """Let the method draw from these: their parent, if any, has been kept."""
+        """Let the method examine these: their parent, if any, has been kept."""
         self.parent = None
         self.score()
         self.pool.host.wake()
 
     def score(self) -> None:
-        """Ask for the reward of each that has ended, and from now on of each that ends."""
+        """Ask for the rewards of all that have ended, and from now on of each that ends."""
         if not self.scoring:
             self.scoring = True
             for pending in self.ahead:
@@ -481,7 +510,7 @@ class SegmentDrafts:
 
     @property
     def vacancies(self) -> int:
-        """How many more candidates may begin, by the limit and by the memory; one always may."""
+        """How many more candidates may begin within the limit and the memory; one always may, within the limit."""
         remaining = self.plan.limit - self.begun
         if remaining <= 0 or not self.ahead:
             return remaining
@@ -490,11 +519,13 @@ class SegmentDrafts:
 
     @property
     def certain(self) -> int:
-        """How many candidates of a segment like this one are examined whatever their rewards are."""
+        """How many candidates of a segment with this plan are examined, whatever their rewards are."""
         return self.plan.limit if self.plan.passes is None else 1
 
     def waiting(self, reach: float, acceptance_rate: float) -> float:
-        """The probability that the answer goes on with one of these, or of those after them, that wait for rewards.
+        """Return the probability that the answer goes on with a candidate that waits for its reward.
+
+        The candidate may be one of these, or one that was drafted ahead after them.
 
         Args:
             reach: Probability that the method gets to these drafts.
@@ -519,58 +550,54 @@ class SegmentDrafts:
         self.begun += 1
         return pending
 
-    def ranked_candidates(
-        self, reach: float, acceptance_rate: float
-    ) -> Iterator[tuple[float, SegmentDrafts, PendingDraft | None]]:
-        """What could be drafted in the next step.
+    def ranked_candidates(self, reach: float, acceptance_rate: float) -> Iterator[RankedCandidate]:
+        """Yield what could be drafted in the next step, ahead of verdicts included.
 
         Args:
             reach: Probability that the method gets to these drafts.
             acceptance_rate: Probability that a candidate without a reward passes.
-
-        Yields:
-            The probability that the method will examine a candidate, its drafts, and the candidate itself (None for
-            one that has not begun).
         """
         begun, reach = self._chances(reach, acceptance_rate)
         for pending, examined, kept in begun:
             if not pending.ended:
-                yield examined, self, pending
+                yield RankedCandidate(examined, self, pending)
             elif kept >= MIN_REACH and pending.candidate.finish is None:
                 yield from self._following(pending).ranked_candidates(kept, acceptance_rate)
         for _ in range(self.vacancies if reach >= MIN_REACH else 0):
             if reach < MIN_REACH:
                 return
-            yield reach, self, None
+            yield RankedCandidate(reach, self, None)
             reach *= self._going_on(acceptance_rate)
 
-    def _chances(self, reach: float, acceptance_rate: float) -> tuple[list[tuple[PendingDraft, float, float]], float]:
-        """What becomes of the candidates that have begun.
+    def _chances(self, reach: float, acceptance_rate: float) -> tuple[list[Chance], float]:
+        """Return what may become of the candidates that have begun.
+
+        If none passes, the best is kept. While rewards are unknown, each of `limit` candidates is the best with the
+        same probability; those whose rewards are known leave theirs to the best of them.
 
         Returns:
-            Those that the method may get to, each with the probability that it examines it, and that it keeps it; and
-            the probability that it gets to the first one that has not begun. If none passes, the best is kept: each
-            of `limit` with the same probability while rewards are unknown, and so the best of those known with theirs.
+            The candidates that the method may get to, and the probability that it gets to the first one that has not
+            begun.
         """
-        found: list[tuple[PendingDraft, float, float]] = []
+        found: list[Chance] = []
         best, known = self._best_rejected, self.begun - len(self.ahead)
         for pending in self.ahead:
             if reach < MIN_REACH:
                 return found, 0.0
             passing = self._passing(pending, acceptance_rate)
-            found.append((pending, reach, reach * passing))
+            found.append(Chance(pending, reach, reach * passing))
             if pending.draft is not None:
                 known += 1
                 best = max(best, pending, key=_reward) if best else pending
             reach *= self._going_on(passing)
         if self.plan.passes is not None:
             each = reach * (1 - acceptance_rate) ** (self.plan.limit - self.begun) / self.plan.limit
-            found = [(one, examined, kept + each * (one.draft is None)) for one, examined, kept in found]
-            found += [(best, 0.0, each * known)] if best is not None else []
+            found = [one._replace(kept=one.kept + each) if one.pending.draft is None else one for one in found]
+            found += [Chance(best, 0.0, each * known)] if best is not None else []
         return found, reach
 
     def _following(self, pending: PendingDraft) -> SegmentDrafts:
-        """The drafts of the next segment after one of these that has ended."""
+        """Return the drafts of the next segment after a candidate that has ended."""
         if pending.next_segment is None:
             pending.next_segment = SegmentDrafts(self.pool, self.plan, self.number + 1, pending)
         if self.scoring and pending.draft is not None:
@@ -578,22 +605,22 @@ class SegmentDrafts:
         return pending.next_segment
 
     def drop(self) -> None:
-        """Give up all that has not been examined."""
+        """Give up all candidates that have not been examined."""
         for pending in self.ahead:
             self.pool.release(pending)
 
     @property
     def _best_rejected(self) -> PendingDraft | None:
-        """The best of those that the method has examined and rejected."""
+        """The best of the candidates that the method has examined and rejected."""
         best = self.pool.best_rejected
         return None if best is None or self.pool.current is not self else self.pool.examined[best]
 
     def _going_on(self, passing: float) -> float:
-        """Probability that the method examines the one after a candidate that passes with this probability."""
+        """Return the probability that the method examines the candidate after one that passes with `passing`."""
         return 1.0 if self.plan.passes is None else 1 - passing
 
     def _passing(self, pending: PendingDraft, acceptance_rate: float) -> float:
-        """Probability that the method keeps this one when it examines it."""
+        """Return the probability that the method keeps a candidate when it examines it."""
         if self.plan.passes is None:
             return 1 / self.plan.limit
         return acceptance_rate if pending.draft is None else float(self.plan.passes(pending.draft))
@@ -605,10 +632,16 @@ def _reward(pending: PendingDraft) -> float:
 
 
 class TreeLevel(SegmentDrafts):
-    """Drafts that a method asks for together: a child for each of its `parents`, None being the kept text.
+    """Drafts that a method asks for together, which can be parents of the next level.
 
-    All of them are drafted and scored; they stay until they are given up, and can be parents in turn. With `ranks`
-    a child takes the token of that rank, 0 being the most probable, instead of a random one.
+    All of them are drafted and scored; they stay until they are given up.
+
+    Args:
+        pool: The candidates of the request.
+        plan: What the method asked for.
+        number: Which level it is, for the random numbers.
+        parents: What each child follows; None for the kept text.
+        ranks: The rank of each child's first token by probability, 0 being the most probable; None draws it.
     """
 
     def __init__(
@@ -633,15 +666,13 @@ class TreeLevel(SegmentDrafts):
         return pending
 
     def waiting(self, reach: float, acceptance_rate: float) -> float:
-        """How many wait for their rewards: the method waits for all of a level."""
+        """Return how many candidates wait for their rewards: the method needs all of a level."""
         return sum(pending.ended and pending.draft is None for pending in self.ahead)
 
-    def ranked_candidates(
-        self, reach: float, acceptance_rate: float
-    ) -> Iterator[tuple[float, SegmentDrafts, PendingDraft | None]]:
-        """All that is not finished, all with the same probability."""
+    def ranked_candidates(self, reach: float, acceptance_rate: float) -> Iterator[RankedCandidate]:
+        """Yield all that has not ended, with equal probabilities."""
         for pending in self.ahead:
             if not pending.ended:
-                yield reach, self, pending
+                yield RankedCandidate(reach, self, pending)
         for _ in range(self.vacancies):
-            yield reach, self, None
+            yield RankedCandidate(reach, self, None)

@@ -42,10 +42,10 @@ class Engine:
 
     Args:
         model: The language model.
-        settings: What is about the machine.
+        settings: The settings of the machine.
 
     Attributes:
-        progress: Whether what it is asked from now on shows its progress.
+        progress: Whether calls from now on show their progress.
     """
 
     _shared: ClassVar[dict[tuple[ModelSource, EngineSettings], Engine]] = {}
@@ -64,16 +64,16 @@ class Engine:
 
     @classmethod
     def shared(cls, model: ModelSource, settings: EngineSettings, owner: Any = None, progress: bool = True) -> Engine:
-        """The process's engine for these settings.
+        """Return the process's engine for these settings; make it if there is none.
 
-        A new one takes the place of those of the same model whose owners are all gone, so that a model is not held
-        twice where an object is made anew with other settings.
+        A new engine replaces those of the same model whose owners are all gone. So a model is not held twice when an
+        object is made again with other settings.
 
         Args:
             model: The language model.
-            settings: What is about the machine.
+            settings: The settings of the machine.
             owner: The object that uses the engine; it is referenced weakly.
-            progress: Whether what it is asked next shows its progress.
+            progress: Whether the next calls show their progress.
         """
         with cls._lock:
             engine = cls._shared.get((model, settings))
@@ -102,11 +102,11 @@ class Engine:
     # --- one answer ---
 
     def run(self, request: Request, on_segment: Callable[[Chunk], None] | None = None) -> Alignment:
-        """Block until the answer is written. Interrupting the wait cancels the request.
+        """Return the answer once it is written. Interrupting the wait cancels the request.
 
         Args:
             request: What to answer.
-            on_segment: Called in the caller's thread with each segment of the answer, when it has been kept.
+            on_segment: Called in the caller's thread with each segment of the answer when it has been kept.
 
         Raises:
             CardsError: The request cannot be answered; see its children.
@@ -179,13 +179,13 @@ class Engine:
     def run_many(self, requests: Sequence[Request], *, return_exceptions: bool) -> list[Alignment | Exception]: ...
 
     def run_many(self, requests: Sequence[Request], *, return_exceptions: bool = False) -> list[Any]:
-        """Answers to all requests, drafted together; see `stream_many` for each as it ends.
+        """Return the answers to all requests, which are drafted together; `stream_many` yields each as it ends.
 
-        A request's `timeout` counts from the moment on in which it has a row: it does not wait for the others.
+        A request's `timeout` counts from the moment it gets a row, and so does not include the wait for others.
 
         Args:
             requests: What to answer.
-            return_exceptions: Return errors in the places of their answers; else the first one cancels the rest.
+            return_exceptions: Return errors in place of answers; otherwise the first error cancels the rest.
         """
         return self._wait(self.submit_many(requests, return_exceptions=return_exceptions))
 
@@ -226,7 +226,7 @@ class Engine:
     def score(
         self, reward: Reward, prompt: str | list[Message], texts: Sequence[str], context: tuple[str, ...] = ()
     ) -> list[float]:
-        """Rewards of whole answers to a prompt."""
+        """Return the rewards of whole answers to a prompt."""
         return self._wait(self.submit_score(reward, prompt, texts, context))
 
     async def ascore(
@@ -249,28 +249,29 @@ class Engine:
         return self._ask(lambda worker: worker.score_texts(reward, prompt, answers, context))
 
     def uncertainties(self, measure: Measure, answers: Sequence[Alignment]) -> list[list[float]]:
-        """The language model's predictive uncertainty before each token of these answers."""
+        """Return the language model's predictive uncertainty before each token of these answers."""
         return self._wait(self._ask(lambda worker: worker.uncertainties(measure, answers)))
 
     def states(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[torch.Tensor]:
-        """The language model's last hidden states while it reads answers.
+        """Return the last hidden states of the language model while it reads answers.
 
         Args:
-            texts: Token ids of prompts, each with those of an answer to it.
+            texts: For each text the token ids of the prompt, and those of the answer.
 
         Returns:
-            For each text those after the prompt and after each token of the answer, (1 + tokens, hidden size), float32.
+            For each text the states after the prompt and after each token of the answer, (1 + tokens, hidden size),
+            float32.
         """
         return self._wait(self._ask(lambda worker: worker.states(texts)))
 
     def loaded(self) -> LanguageModel:
-        """The language model, loaded if need be (its tokenizer may be used from any thread)."""
+        """Return the language model, loaded if need be. Its tokenizer may be used from any thread."""
         with self._starting:
             future = self._running().loaded
         return future.result()
 
     def inspect(self) -> EngineState:
-        """What lives in the engine now; loads nothing."""
+        """Return what lives in the engine now; loads nothing."""
         self._check_thread()
         with self._starting:
             worker = self._worker
@@ -297,7 +298,7 @@ class Engine:
         self._stop()
 
     def _is_abandoned(self) -> bool:
-        """True if everybody who used it has gone."""
+        """True if all its owners are gone, and no call waits for an answer."""
         return self.owned and not self.owners and not self._unanswered
 
     def _retire(self) -> None:
@@ -313,7 +314,7 @@ class Engine:
                 self._worker = None
 
     def _ask(self, work: Callable[[Worker], Coroutine[Any, Any, T]]) -> Future[T]:
-        """Have something done in the worker; the engine is in use until it is."""
+        """Let the worker do something; the engine counts as used until that is done."""
         with self._starting, shown(self.progress):
             worker = self._running()
             future = worker.submit(work(worker))
@@ -322,7 +323,7 @@ class Engine:
         return future
 
     def _running(self) -> Worker:
-        """The worker, started if need be; called under the lock, so that no request meets a loop that has ended."""
+        """Return the worker, started if need be; called under the lock, so that no request meets an ended loop."""
         if self._closed:
             raise EngineClosed("The engine was closed.")
         if self._worker is not None and self._worker.failed:
@@ -341,7 +342,7 @@ class Engine:
             raise
 
     def _check_thread(self) -> None:
-        """Refuse to wait in the engine's own thread, which would wait for itself."""
+        """Refuse to wait in the engine's own thread, where the wait would never end."""
         worker = self._worker
         if worker is not None and worker.thread is threading.current_thread():
             raise CardsError(

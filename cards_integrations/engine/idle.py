@@ -1,4 +1,4 @@
-"""What an engine does when nobody asks it anything: it looks whether its step times are right."""
+"""What an engine does while it is idle: it checks its step times."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ IDLE_AFTER = 2.0  # seconds without a request
 
 
 class IdleMoments:
-    """Measures each of the step times again, once, in a thread of its own.
+    """Measures step times a second time while the engine is idle, in a thread of its own.
 
     Args:
-        step_times: Those that plan the drafting now.
+        step_times: Returns the step times that are used now.
     """
 
     def __init__(self, step_times: Callable[[], Iterable[StepTimes]]) -> None:
         self._step_times = step_times
-        self._requests = 0  # that run
-        self._begun = 0  # so far
+        self._requests = 0  # running
+        self._begun = 0  # requests so far
         self._timer: asyncio.TimerHandle | None = None
 
     def enter(self) -> None:

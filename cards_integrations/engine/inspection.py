@@ -15,10 +15,10 @@ class CacheState:
 
     Attributes:
         rows: Requests that hold a row.
-        columns: Columns that their texts and candidates take, one a token, summed over the rows; what several rows
-            share counts once.
-        allocated_rows: Rows that there is memory for.
-        allocated_columns: Columns of these rows and of what they share, summed; short texts have narrow rows.
+        columns: Columns that their texts and candidates take, one for each token, summed over the rows; a prefix that
+            rows share counts once.
+        allocated_rows: Rows that memory is allocated for.
+        allocated_columns: Columns of these rows and of shared prefixes, summed; short texts have narrow rows.
         bytes: Memory for their keys and values.
     """
 
@@ -30,9 +30,9 @@ class CacheState:
 
     @classmethod
     def of(cls, cache: TreeCache) -> CacheState:
-        """The state of a cache now."""
+        """Return the state of a cache now."""
         shared = sum(map(len, cache.prefixes))
-        columns = sum(tree.taken - 1 for tree in cache.trees) + shared  # without the scratch columns
+        columns = sum(tree.taken - 1 for tree in cache.trees) + shared  # not the scratch column of each row
         blocks = cache.blocks.values()
         rows, width = sum(block.rows for block in blocks), sum(block.rows * block.columns for block in blocks)
         return cls(len(cache.trees), columns, rows, width + shared, cache.bytes)
@@ -46,9 +46,9 @@ class EngineState:
         status: "new" before the first use, then "loading", "ready" or "failed", and "closed".
         requests: Requests that are drafting.
         waiting: Calls that have not been answered, those that are drafting included.
-        preempted: How often a request had to give its rows back so far, because the caches were full.
+        preempted: How often so far a request had to give its rows back because the caches were full.
         scoring: Calls of reward models that are under way.
-        tasks: Tasks in the engine's event loop, its own two included.
+        tasks: Tasks in the engine's event loop, including two of its own.
         caches: The KV caches; the language model's is the first.
         memory_limit: Bytes that caches and cached prefixes may take together.
         cached_prefixes: Tokens of each finished text that is kept for reuse, the least recently used first.
@@ -57,8 +57,8 @@ class EngineState:
         measured_scales: How many rewards' scales were measured here.
         steps: Decode steps of the language model so far, each with one candidate at least.
         forwards: Its forwards so far, those that only read prompts included.
-        tokens: Tokens that these have read.
-        step_seconds: Seconds of a step by its number of candidates, as measured; empty where nothing was.
+        tokens: Tokens that these forwards have read.
+        step_seconds: Seconds of a step by its number of candidates; empty if that was not measured.
     """
 
     status: Literal["new", "loading", "ready", "failed", "closed"]
@@ -95,5 +95,5 @@ class EngineState:
 
     @property
     def idle(self) -> bool:
-        """True if nothing runs, and nothing is left of what has run but cached prefixes."""
+        """True if nothing runs, and no row is in use."""
         return not (self.requests or self.waiting or self.scoring or self.rows)

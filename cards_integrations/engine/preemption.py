@@ -1,7 +1,7 @@
-"""Which requests go on when the memory of the caches ends: the oldest do, and the newest begin again later.
+"""Which requests go on when the caches are full: the oldest; the newest are computed again later.
 
-Requests take memory as they grow. When the next forward does not fit beside them, the newest gives its rows back; it
-keeps its tokens, random numbers and books, so that its text is the same once these have been read again.
+Requests take memory as they grow. When the next forward does not fit, the newest request gives its rows back. It keeps
+its tokens, its random numbers and its drafts, so that it writes the same text once the tokens have been read again.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from cards_integrations.models.base import Candidate, Context, StepwiseModel
 from cards_integrations.rewards.base import Conversation, RewardModel
 from cards_integrations.transformer.kv_memory import CacheNeed, KVMemory
 
-HEADROOM = 192  # tokens that a request can grow by, at least, when it begins or goes on
+HEADROOM = 192  # tokens that a request can at least grow by when it begins or goes on
 DRAFT_COLUMNS = 64  # columns that candidates may take beside the kept text
 
 
@@ -33,8 +33,8 @@ class Preemption:
         self.stepwise = stepwise
         self.count = 0
         self.freed = asyncio.Event()  # set when there may be more memory than before
-        self.stalled = False  # nothing has happened since somebody was preempted
-        self.held_back = False  # somebody waits for the memory that reward models hold
+        self.stalled = False  # nothing has happened since a request was preempted
+        self.held_back = False  # a request waits for memory that reward models hold
 
     @property
     def running(self) -> list[Session]:
@@ -43,11 +43,11 @@ class Preemption:
 
     @property
     def pending(self) -> bool:
-        """True if somebody waits to go on."""
+        """True if a preempted request waits to go on."""
         return len(self.running) < len(self.live)
 
     def resume(self) -> None:
-        """Let preempted requests go on, the oldest first, as far as there is memory; one always does."""
+        """Let preempted requests go on, oldest first, as far as there is memory; at least one request always runs."""
         for session in self.live.values():
             if session.preempted:
                 if self.running and (self.stalled or not self.memory.admits(self._needs(session), self.promised)):
@@ -62,7 +62,7 @@ class Preemption:
 
     @property
     def promised(self) -> int:
-        """Bytes that reward models may take for what they compute now, and all that requests of rewards may take."""
+        """Bytes that reward models may take for the scores they compute now, and requests of rewards as a whole."""
         scores = sum(session.scores.promised for session in self.live.values() if session.scores)
         return scores + sum(self._whole(session) for session in self.live.values() if session.depth)
 
@@ -72,7 +72,7 @@ class Preemption:
         )
 
     def nested(self, depth: int) -> bool:
-        """True if requests run that rewards have asked for, and none of which waits for one of this depth."""
+        """True if a request of a reward runs that does not wait for one of this depth."""
         return any(session.depth >= depth for session in self.live.values())
 
     def to_draft(self, candidates: list[Candidate]) -> list[Candidate]:
@@ -93,7 +93,7 @@ class Preemption:
         return self._fitting(asking, lambda sessions: sum(each.scores.growth for each in sessions if each.scores))
 
     def _fitting(self, sessions: Sequence[Session], growth: Callable[[Sequence[Session]], int]) -> list[Session]:
-        """Those of the requests that can be served in this step: there is memory for their growth."""
+        """Return the requests that can be served in this step, because there is memory for their growth."""
         served = [*sessions]
         while served and not self.memory.evict_for(more := growth(served) + self.promised):
             if self.preempt_newest():
@@ -102,14 +102,14 @@ class Preemption:
                 served.remove(waiting[-1])
                 self.held_back = True
             elif self.memory.machine_has(more):
-                break  # a single one may take what it needs
+                break  # the last one may take what it needs
             else:
                 session = served.pop()
                 session.fail(self.memory.refusal(len(session.context.prompt_ids) + session.max_tokens))
         return served
 
     def preempt_newest(self) -> bool:
-        """Preempt the newest request that can be, but not the oldest that runs; False if there is none."""
+        """Preempt the newest request that can be preempted, except the oldest that runs; False if there is none."""
         oldest = next(iter(self.running), None)
         for session in reversed(self.live.values()):
             if session is not oldest and session.can_be_preempted:
@@ -120,13 +120,13 @@ class Preemption:
         return False
 
     def _can_wait(self, sessions: Sequence[Session]) -> list[Session]:
-        """Those that can wait until the reward models have done with others."""
+        """Return the requests that can wait until the reward models have finished others."""
         busy = any(session.scores and session.scores.under_way for session in self.live.values())
         return [session for session in sessions if busy and not session.depth]
 
 
 def _of(candidates: Sequence[Candidate], sessions: Sequence[Session]) -> list[Candidate]:
-    """The candidates of these requests."""
+    """Return the candidates of these requests."""
     contexts = {session.context for session in sessions}
     return [candidate for candidate in candidates if candidate.context in contexts]
 
@@ -140,10 +140,10 @@ def cache_needs(
     Args:
         stepwise: The language model, if it has a cache here.
         context: The prompt, and what is kept so far.
-        conversation: The same for the reward model.
+        conversation: The request as the reward model knows it.
         reward: The reward model, if there is one.
         drafted: Tokens of its candidates.
-        whole: At its end, instead of soon.
+        whole: Count all that it may take until it ends, instead of what it takes soon.
     """
     left = context.max_tokens - len(context.ids)
     tokens = len(context.prompt_ids) + len(context.ids) + drafted + DRAFT_COLUMNS

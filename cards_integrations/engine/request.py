@@ -20,7 +20,7 @@ from cards_integrations.trace import InvalidToolCall, Segment, ToolCall
 
 
 class EngineSettings(Placement):
-    """What is about the machine and not about the method. No result depends on it.
+    """Settings of the machine, as opposed to those of the method. No result depends on them.
 
     Examples:
         >>> CardsLLM(engine=EngineSettings(device="cuda:1", max_rows=16, kv_memory=8 * 2**30))
@@ -35,11 +35,11 @@ class EngineSettings(Placement):
     """How many requests run at once; further ones wait for a row."""
     kv_memory: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.5
     """Memory for the KV caches of all models: bytes or, up to 1, a fraction of what is free once the language model
-    is loaded. Requests that do not fit wait: they take memory as they grow, and when it ends, the newest are computed
-    again later."""
+    is loaded. Requests that do not fit wait. Running ones take memory as they grow; when it runs out, the newest give
+    theirs back, and are computed again later."""
     prefix_reuse: bool = True
-    """Keep finished texts in the memory that live requests leave free, so that a prompt that begins like one of them
-    is read from there on only. False reads every prompt anew."""
+    """Keep finished texts in the memory that live requests leave free, so that of a prompt that begins like one of them
+    only the rest is read. False reads every prompt from its start."""
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,10 @@ class Chunk:
     """A kept segment as it is streamed.
 
     Attributes:
-        text: What of the answer has become certain with it: no later token can take it back.
+        text: The text of the answer that has become final with it: no later token can take it back.
         segment: The segment itself, with its drafts.
         number: Its place in the answer, from 0.
-        calls: The tool calls that are whole with it.
+        calls: The tool calls that are complete with it.
         thought: In place of `text`, for a segment of the thoughts before the answer; None for one of the answer.
     """
 

@@ -1,4 +1,4 @@
-"""On which scale a reward scores a model's plain answers: published, remembered, or measured at first use."""
+"""The scale on which a reward scores plain answers of a model: published, remembered, or measured at first use."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ V = TypeVar("V")
 MAX_MEASURED = 128  # rewards whose measured scales an engine keeps
 MAX_LOOKED_UP = 1024  # rewards of which an engine knows what was stored when it first asked
 MAX_FILES = 200
-FILES_LEFT = 150  # where there were more than `MAX_FILES`
-TRIAL = "Yes."  # what a reward is tried on before answers are drafted for its scale
+FILES_LEFT = 150  # once there have been more than `MAX_FILES`
+TRIAL = "Yes."  # the answer on which a reward is tried before answers are drafted for its scale
 log = logging.getLogger("cards_integrations")
 CALIBRATED: dict[Path, Scale] = {}
-"""What this process has calibrated, by file: it holds from that moment on, in all of its engines."""
+"""The scales that this process has calibrated, by file; all its engines use them from that moment on."""
 
 
 class KnownScale(NamedTuple):
@@ -41,9 +41,9 @@ class KnownScale(NamedTuple):
 
 
 class ScaleStore:
-    """Scales on disk, by model and reward, for rewards that mean the same in another process.
+    """Scales on disk, by model and reward, for rewards that are the same in another process.
 
-    The files that were not used for the longest time are removed, those without a calibration first.
+    The least recently used files are removed, those without a calibration first.
     """
 
     def get(self, model: ModelSource, reward: Reward) -> Scale | None:
@@ -58,7 +58,7 @@ class ScaleStore:
         return None
 
     def put(self, model: ModelSource, reward: Reward, scale: Scale) -> None:
-        """Store a scale; if that is not possible, it is measured again next time."""
+        """Store a scale. If that is not possible, the scale is measured again next time."""
         with suppress(OSError, PydanticSerializationError):
             if reward.is_reproducible:
                 file = self._file(model, reward)
@@ -66,14 +66,14 @@ class ScaleStore:
                 _tidy(file.parent)
 
     def calibrate(self, model: ModelSource, reward: Reward, scale: Scale) -> None:
-        """Store what a calibration has chosen; the engines of this process go by it from now on."""
+        """Store a scale that a calibration has chosen; the engines of this process use it from now on."""
         self.put(model, reward, scale)
         with suppress(PydanticSerializationError):
             if reward.is_reproducible:
                 remember(CALIBRATED, self._file(model, reward), scale, MAX_LOOKED_UP)
 
     def calibrated(self, model: ModelSource, reward: Reward) -> Scale | None:
-        """Return what this process has calibrated; None if it has not."""
+        """Return the scale that this process has calibrated; None if there is none."""
         with suppress(PydanticSerializationError):
             return CALIBRATED.get(self._file(model, reward)) if CALIBRATED and reward.is_reproducible else None
         return None
@@ -87,11 +87,11 @@ class ScaleStore:
 class Scales:
     """The scales that one engine needs; each is measured once, however many requests wait for it.
 
-    What is stored is read once: another process that calibrates does not change the answers of a running one.
+    A stored scale is read once, so that a calibration in another process does not change the answers of this one.
 
     Args:
         model: The language model that writes the plain answers.
-        measure: Gives the rewards of plain answers to the prompts that suit a reward.
+        measure: Returns the rewards of plain answers to the prompts that suit a reward.
     """
 
     def __init__(self, model: ModelSource, measure: Callable[[Reward], Awaitable[list[float]]]) -> None:
@@ -99,7 +99,7 @@ class Scales:
         self.measure = measure
         self.store = ScaleStore()
         self.looked_up: dict[Reward, KnownScale | None] = {}
-        self.measuring: dict[Reward, asyncio.Task[Scale]] = {}  # and what was measured
+        self.measuring: dict[Reward, asyncio.Task[Scale]] = {}  # tasks that have ended included
 
     @property
     def measured(self) -> int:
@@ -107,11 +107,11 @@ class Scales:
         return len(self.measuring)
 
     async def of(self, reward: Reward) -> Scale:
-        """The scale of a reward."""
+        """Return the scale of a reward."""
         return (await self.known(reward)).scale
 
     async def known(self, reward: Reward) -> KnownScale:
-        """The scale of a reward: what a calibration stored, else what the reward publishes, else measured now."""
+        """Return the scale of a reward: as a calibration stored it, as the reward publishes it, or as measured now."""
         source = reward.scale_source
         for each in (reward, source):
             if (known := self._look_up(each)) is not None:
@@ -121,11 +121,11 @@ class Scales:
                 del self.measuring[old]  # there may be a reward for each request
             self.measuring[source] = task = asyncio.create_task(self._measure(source))
             task.add_done_callback(lambda task: self._forget_failure(source, task))
-        # whoever gives up does not stop it for the others
+        # shielded: a request that gives up does not stop the measurement for others
         return KnownScale(await asyncio.shield(self.measuring[source]), "measured")
 
     def _look_up(self, reward: Reward) -> KnownScale | None:
-        """What is known without measuring."""
+        """Return the scale if it is known without measuring."""
         if (calibrated := self.store.calibrated(self.model, reward)) is not None:
             return KnownScale(calibrated, "remembered")
         if reward not in self.looked_up:
@@ -142,7 +142,7 @@ class Scales:
         return None
 
     async def standardised(self, reward: Reward) -> Reward:
-        """The reward with the scales of its parts, as far as it needs them."""
+        """Return the reward with the scales of its parts filled in, where it needs them."""
         if not reward.parts:
             return reward
         parts = [await self.standardised(part) for part in reward.parts]
@@ -167,13 +167,13 @@ class Scales:
         return scale
 
     def _forget_failure(self, reward: Reward, task: asyncio.Task[Scale]) -> None:
-        """Let the next request measure again what could not be measured."""
+        """Let the next request measure again if a measurement failed."""
         if task.cancelled() or task.exception() is not None:
             self.measuring.pop(reward, None)
 
 
 def remember(table: dict[K, V], key: K, value: V, most: int) -> None:
-    """Put a value into a table that forgets the oldest ones."""
+    """Put a value into a table, and drop the oldest entries beyond `most`."""
     table[key] = value
     while len(table) > most:
         del table[next(iter(table))]

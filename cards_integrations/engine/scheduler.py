@@ -1,7 +1,7 @@
 """What runs in the next step: which candidates are drafted, and whether rewards are scored first.
 
-None of it changes a text: a method examines the candidates of a segment in index order, whatever was drafted
-when. It decides only how much is drafted in vain, and how long a request waits.
+This changes no text: a method examines the candidates of a segment in index order, whenever they were drafted. It
+only decides how much is drafted in vain, and how long a request waits.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from typing import Protocol
 
 import numpy as np
 
-from cards_integrations.engine.draft_pool import PendingDraft, SegmentDrafts
+from cards_integrations.engine.draft_pool import RankedCandidate, SegmentDrafts
 from cards_integrations.engine.session import Session
 from cards_integrations.models.base import Candidate
 from cards_integrations.transformer.step_times import StepTimes
 
-NEARLY = 0.95  # of the highest gain per second
-PROBABLE = 0.5  # a candidate that is examined with this probability is drafted whatever else is to come
+NEARLY = 0.95  # share of the highest gain per second that is good enough
+PROBABLE = 0.5  # a candidate that is examined with at least this probability is always drafted
 
 
 class Scheduler(Protocol):
@@ -27,7 +27,7 @@ class Scheduler(Protocol):
         """Choose the candidates to draft in the next step, and begin new ones."""
 
     def score_now(self, sessions: Collection[Session]) -> bool:
-        """Decide whether to score what waits, or to take one more step first and score more at once."""
+        """Decide whether to score now what waits for rewards, or to take another step first and score more at once."""
 
 
 class FixedWidth:
@@ -56,18 +56,18 @@ class FixedWidth:
 
 
 class BestPerSecond:
-    """Drafts the candidates that are most probably examined, as many as make the most of a step.
+    """Drafts the candidates that are most probably examined, as many as gain the most per second.
 
-    With the probabilities P_1 >= P_2 >= ... of being examined, and the time t(n) of a step with n candidates and
-    of the scoring of their tokens, n is the largest number that makes (P_1 + ... + P_n) / t(n) the highest, or nearly
-    so: t(n) is measured on one text, and reading those of several requests is a cost of each step.
+    Let P_1 >= P_2 >= ... be the probabilities that candidates are examined, and t(n) the time of a step with n
+    candidates and of scoring their tokens. Then n is the largest number at which (P_1 + ... + P_n) / t(n) is highest,
+    or nearly so: t(n) was measured on one text, while each step also has to read the texts of several requests.
 
-    Drafting delays the scores that this device still has to compute. With these, m candidates will be needed for
-    certain; so where none is probable until then, and (P_1 + ... + P_n) / t(n) < m / t(m), nothing is drafted.
+    Drafting delays scores that this device has yet to compute. Once these are known, m candidates will be needed for
+    certain. So if no candidate is probable before that, and (P_1 + ... + P_n) / t(n) < m / t(m), nothing is drafted.
 
-    Scoring has a fixed cost, too, so it begins when the requests have waited for it as long as that takes: a step
-    counts with the probability that an answer goes on with a candidate whose reward is still to come, and each
-    request with its share of the steps.
+    A call of the reward model has a fixed cost. It is made when the requests have waited for that long: a step counts
+    with the probability that an answer goes on with a candidate whose reward is not known yet, divided by the number
+    of requests.
 
     Args:
         times: Seconds of a step by its number of candidates.
@@ -75,11 +75,11 @@ class BestPerSecond:
 
     def __init__(self, times: StepTimes) -> None:
         self.times = times
-        self.step = 0.0  # seconds of the last one
-        self.waited = 0.0
+        self.step = 0.0  # seconds of the last step
+        self.waited = 0.0  # seconds that requests have waited for rewards, as above
 
     def candidates(self, sessions: Collection[Session]) -> list[Candidate]:
-        found: list[tuple[float, SegmentDrafts, PendingDraft | None]] = []
+        found: list[RankedCandidate] = []
         scoring = 0.0
         for session in sessions:
             if session.pool.current is not None:
@@ -119,7 +119,7 @@ class BestPerSecond:
 
 
 def _needed_once_scored(session: Session) -> int:
-    """How many candidates are examined for certain when scores are known that this device has yet to compute."""
+    """Return how many candidates will be examined for certain once scores are known that this device has to compute."""
     drafts = session.pool.current
     waits = session.scores is not None and session.scores.pending and session.seconds_to_score.fixed > 0
     return drafts.certain if waits and drafts is not None else 0

@@ -1,4 +1,4 @@
-"""Rewards that are asked for: collected per request, grouped by reward model, and answered.
+"""Requests for rewards: collected per request, grouped by reward model, and answered.
 
 A reward model that can take responses of several requests at once gets them in one call. If that call fails,
 each request is asked alone, so that an error reaches only the request that caused it.
@@ -20,7 +20,7 @@ class ScoreRequest:
     """A response that waits for its score.
 
     Attributes:
-        queue: That of the request it belongs to.
+        queue: The queue of the request that it belongs to.
         response: The answer so far that is to be scored.
         score: Resolved with the reward, or with the error of the reward model.
     """
@@ -40,12 +40,12 @@ class ScoreQueue:
         self.under_way = 0  # scores that the reward model computes now
         self.promised = 0  # bytes by which the caches grow for these, at most
         self._growth: int | None = None
-        self.caller = copy_context()  # functions of users see the context variables of whoever asked
+        self.caller = copy_context()  # functions of users see the context variables of their caller
         self._wake = wake
 
     @property
     def pending(self) -> bool:
-        """True while a score is asked for that is not known yet."""
+        """True while a score is missing that was asked for."""
         return bool(self.waiting or self.under_way)
 
     @property
@@ -55,7 +55,7 @@ class ScoreQueue:
             try:
                 self._growth = self.reward_model.growth([request.response for request in self.waiting])
             except Exception:
-                self._growth = 0  # nothing will be computed: scoring it raises the same, to whoever asked
+                self._growth = 0  # nothing will be computed: scoring raises the same error to its caller
         return self._growth
 
     def submit(self, response: Response, score: asyncio.Future[float] | None = None) -> asyncio.Future[float]:
@@ -72,13 +72,13 @@ class ScoreQueue:
         return score
 
     def dispatched(self) -> None:
-        """Note that the reward model is given all that waits; `answered` follows for each."""
+        """Note that all that waited has been given to the reward model; `answered` follows for each."""
         self.promised += self.growth
         self.under_way += len(self.waiting)
         self.waiting, self._growth = [], None
 
     def answered(self) -> None:
-        """Note that the reward model has done with one response."""
+        """Note that the reward model has finished one response."""
         self.under_way -= 1
         if not self.under_way:
             self.promised = 0
@@ -96,11 +96,11 @@ class ScoreQueue:
 
 
 class Scoring:
-    """Asks the reward models, as tasks of the engine's loop.
+    """Calls the reward models, in tasks of the engine's loop.
 
     Args:
         wake: Called when there are new scores.
-        on_end: Called when a reward model has done with a group.
+        on_end: Called when a reward model has finished a group.
     """
 
     def __init__(self, wake: Callable[[], None], on_end: Callable[[], None]) -> None:
@@ -114,7 +114,7 @@ class Scoring:
         return len(self._tasks)
 
     def dispatch(self, queues: Sequence[ScoreQueue]) -> None:
-        """Hand what waits in these queues to the reward models, a call for each group that can be scored together."""
+        """Give what waits in these queues to the reward models: one call for each group that can be scored together."""
         groups: dict[tuple[RewardModel, ScoreQueue | None], list[ScoreRequest]] = {}
         for queue in queues:
             alone = None if queue.across_requests else queue
@@ -150,7 +150,7 @@ class Scoring:
         self._wake()
 
     async def _fail_group(self, reward_model: RewardModel, group: list[ScoreRequest], error: Exception) -> None:
-        """Ask for each request alone; the error of a single one is its own."""
+        """Score each request of a group alone, so that an error reaches only the request that caused it."""
         for request in group:
             reward_model.drop(request.response)
         queues = dict.fromkeys(request.queue for request in group)
@@ -164,6 +164,6 @@ class Scoring:
 
 
 def _cancel_if_unwanted(task: asyncio.Task[None], group: list[ScoreRequest], _: asyncio.Future[float]) -> None:
-    """Stop scoring what everybody has given up."""
+    """Stop scoring a group once all its responses have been given up."""
     if all(request.score.done() for request in group):
         task.cancel()

@@ -7,24 +7,32 @@ from collections.abc import Callable, Sequence
 
 from cards_integrations.rewards.scorers.sentences import SENTENCE_END
 
-ITEM_NUMBER = re.compile(r"\s*\w{1,3}\.")  # of a list: a line that says no more is no sentence
+ITEM_NUMBER = re.compile(r"\s*\w{1,3}\.")  # of a list: a line with nothing else is no sentence
 
 
 def last_sentence_end(text: str) -> int:
-    """Characters up to the end of the last whole sentence, without whitespace after it; 0 if there is none."""
+    """Return how many characters the text has up to the end of its last whole sentence; 0 if there is none."""
     ends = [match.end() for match in SENTENCE_END.finditer(text) if not _is_item_number(text, match.end())]
     return len(text[: ends[-1]].rstrip()) if ends else 0
 
 
 def certain_sentences(text: str) -> str:
-    """The whole sentences of a text that may go on: a mark at its end may turn out to be a decimal point."""
+    """Return the whole sentences of a text that may go on; a dot at its very end may yet become a decimal point."""
     return text[: last_sentence_end(text[:-1])]
 
 
 def cut_after_sentence(text: str, ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> tuple[str, int] | None:
-    """The text up to the end of its last whole sentence, and how many of its ids say that; None if it is all of it.
+    """Cut a text after its last whole sentence.
 
-    A last token that goes on with whitespace keeps it, so that the text is still that of its ids.
+    Whitespace that belongs to the last token that is left stays, so that the text is that of its ids.
+
+    Args:
+        text: The text.
+        ids: Its token ids.
+        decode: Returns the text of some of the first ids.
+
+    Returns:
+        The text that is left, and how many of its ids; None if nothing is cut.
     """
     end = last_sentence_end(text)
     if not 0 < end < len(text.rstrip()):

@@ -1,4 +1,4 @@
-"""One request while it runs: what a decoding method drafts from, keeps into and reads."""
+"""One request while it runs: what its decoding method sees, its trace and its stream."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ from cards_integrations.trace import (
 from cards_integrations.transformer.step_times import StepTimes
 
 log = logging.getLogger("cards_integrations")
-FREE = StepTimes({1: 0.0, 2: 0.0})  # a reward that costs this device nothing
+FREE = StepTimes({1: 0.0, 2: 0.0})  # of a reward that costs this device nothing
 
 
 class AcceptanceRate:
-    """The running share of candidates that pass; it begins as if one of four had."""
+    """The running share of candidates that pass; it starts as if one of four had passed."""
 
     def __init__(self) -> None:
         self.passed, self.examined = 1.0, 4.0
@@ -59,13 +59,13 @@ class Session:
 
     Args:
         host: The engine.
-        context: The prompt, and where the answer grows.
+        context: The prompt and the answer so far.
         seed: Seed of all random numbers of the request.
         conversation: The prompt as the reward model reads it.
         reward_model: Scores the drafts; None if nothing is scored.
         scale: How the reward scores plain answers; None where the method does not ask.
         emit: Called with each kept segment.
-        reader: Finds tool calls in the text.
+        reader: Reads tool calls in the text.
     """
 
     def __init__(
@@ -83,20 +83,20 @@ class Session:
         self.plan: SearchPlan | None = None
         self.finish: FinishReason | None = None
         self.segments: list[Segment] = []
-        self.kept_at: list[float] = []  # when each was kept, by the clock of `time.perf_counter`
+        self.kept_at: list[float] = []  # when each segment was kept, in seconds of `time.perf_counter`
         self.acceptance_rate = AcceptanceRate()
         self.reward_model = reward_model
         self.scores = ScoreQueue(reward_model, host.wake) if reward_model is not None else None
         self.pool = DraftPool(context, seed, conversation, self.scores, host)
         self.preempted = False
-        self.cut = False  # to whole sentences, at the limit
-        self.depth = scoring.get()  # above 0 if a reward asked for it
+        self.cut = False  # True if the answer was cut to whole sentences
+        self.depth = scoring.get()  # above 0 if a reward made this request
         self._reward_freed = False
         self._prompt_reward: float | None = None
         self._reader = reader
         self._emit = emit
         context.states = reward_model is not None and reward_model.reads_states
-        with ExitStack() as opened:  # what is refused leaves nothing open
+        with ExitStack() as opened:  # a request that is refused leaves nothing open
             if reward_model is not None:
                 reward_model.open(conversation)
                 opened.callback(reward_model.close, conversation)
@@ -121,7 +121,7 @@ class Session:
         return self._prompt_reward
 
     async def step_costs(self) -> StepCosts:
-        await asyncio.sleep(0)  # those that begin together are all live then
+        await asyncio.sleep(0)  # after this, requests that begin together are all live
         return self.host.step_costs(self.seconds_to_score)
 
     def drafts(
@@ -129,7 +129,7 @@ class Session:
     ) -> SegmentDrafts:
         self._check(scored)
         if self.context.sampler.greedy:
-            limit = 1  # every candidate would be the same one
+            limit = 1  # all candidates would be the same
         return self.pool.open_segment(until, limit, scored, passes)
 
     def reject(self, draft: Draft) -> Draft:
@@ -166,7 +166,7 @@ class Session:
         self.pool.give_up(draft)
 
     def _check(self, scored: bool) -> None:
-        """Refuse to draft what nobody could keep or score."""
+        """Refuse to draft what could not be kept or scored."""
         if self.pool.error is not None:
             raise self.pool.error
         if self.finished:
@@ -182,7 +182,7 @@ class Session:
         """Let a method write the answer.
 
         Raises:
-            CardsError: It ended before the answer did.
+            CardsError: The method ended before the answer did.
         """
         await decoding.generate(self)
         if not self.finished:
@@ -193,12 +193,12 @@ class Session:
 
     @property
     def seconds_to_score(self) -> StepTimes:
-        """Seconds that the reward model keeps the language model's device busy, by the number of tokens."""
+        """Seconds for which the reward model keeps the language model's device busy, by the number of tokens."""
         return FREE if self.reward_model is None else self.reward_model.step_times or FREE
 
     @property
     def can_be_preempted(self) -> bool:
-        """True if it has rows to free: not while a reward waits for it, and none that the reward model works on."""
+        """True if it holds rows that can be freed: no reward waits for it, and the reward model is not reading them."""
         return not self.depth and (not self.preempted or self._can_free_reward)
 
     @property
@@ -217,7 +217,7 @@ class Session:
                 self.reward_model.preempt(self.conversation)
 
     def resume(self) -> None:
-        """Go on: what was kept and drafted is read again."""
+        """Go on: what was kept and drafted will be read again."""
         if isinstance(self.host.language_model, StepwiseModel):
             self.host.language_model.resume(self.context)
         if self.reward_model is not None and self._reward_freed:
@@ -226,13 +226,13 @@ class Session:
         self.preempted = self._reward_freed = False
 
     def fail(self, error: Exception) -> None:
-        """Let whatever the method waits for, or asks for next, raise this error."""
+        """Let everything that the method awaits, now or later, raise this error."""
         self.pool.fail(error)
         if self.scores is not None:
             self.scores.fail(error)
 
     def close(self) -> None:
-        """Free the rows, each whatever the others raise; nothing of this request is computed any more."""
+        """Free the rows, whatever that raises; nothing of this request is computed any more."""
         with ExitStack() as closing:
             if self.reward_model is not None:
                 closing.callback(self.reward_model.close, self.conversation)
@@ -242,24 +242,24 @@ class Session:
             self.pool.close()
 
     def rescored(self, response: Response, reward: float) -> None:
-        """Note the reward of an answer that was cut."""
+        """Set the reward of an answer that was cut, and is scored again."""
         self.segments[-1] = replace(self.segments[-1], reward=reward, parts=response.parts)
 
     def response(self) -> Response:
-        """The finished answer, to be scored as a whole."""
+        """Return the finished answer, to be scored as a whole."""
         context, log_p = self.context, self.pool.log_likelihood
         return Response(self.conversation, context.text, list(context.ids), log_p, finished=True)
 
     def alignment(
         self, method: str, began: float, guidance: Guidance | None = None, thinking: Thinking | None = None
     ) -> Alignment:
-        """The finished answer.
+        """Return the finished answer with its trace.
 
         Args:
             method: Name of the decoding method.
-            began: When the request began, by the clock of `time.perf_counter`.
+            began: When the request began, in seconds of `time.perf_counter`.
             guidance: What the rewards were compared with.
-            thinking: What the model thought before it.
+            thinking: The thoughts before the answer.
         """
         context = self.context
         assert self.finish is not None  # a method goes on until then
@@ -291,7 +291,7 @@ class Session:
         )
 
     def _logprobs(self) -> tuple[TokenLogprob, ...]:
-        """The kept tokens with their log p, if they are asked for."""
+        """Return the kept tokens with their log p, if the request reports them."""
         if self.context.logprobs is None:
             return ()
         text_of, ids = self.host.language_model.chat.token_text, self.context.ids
@@ -307,7 +307,7 @@ class Session:
         return self.scores
 
     def _append(self, kept: PendingDraft, examined: dict[Draft, PendingDraft]) -> None:
-        """Note a kept segment in the trace, and stream it."""
+        """Add a kept segment to the trace, and stream it."""
         draft, candidate = kept.draft, kept.candidate
         assert draft is not None
         self.finish = candidate.finish
@@ -325,7 +325,7 @@ class Session:
         self._stream(segment)
 
     def _cut(self) -> None:
-        """Let the answer end with its last whole sentence."""
+        """Cut the answer after its last whole sentence."""
         context, chat = self.context, self.host.language_model.chat
         found = cut_after_sentence(context.text, context.ids, lambda ids: chat.decode(ids, context.start))
         if found is None:
@@ -337,7 +337,7 @@ class Session:
         self.segments = _cut_segments(self.segments, context.text, length)
 
     def _stream(self, segment: Segment) -> None:
-        """Emit what no later token can take back: not half a character, not half a stop string."""
+        """Emit the text that no later token can take back: no part of a character or of a stop string."""
         if self._emit is None:
             return
         text = self.context.text
@@ -350,7 +350,7 @@ class Session:
 
 
 def _cut_segments(segments: Sequence[Segment], text: str, tokens: int) -> list[Segment]:
-    """The segments of an answer of which this text and so many tokens are left."""
+    """Return the segments of an answer that was cut to this text and so many tokens."""
     found: list[Segment] = []
     for segment in segments:
         if tokens <= 0:

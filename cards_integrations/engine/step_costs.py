@@ -1,4 +1,4 @@
-"""What the steps of a request cost, for methods that plan by it."""
+"""The cost of steps, for methods that plan by it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from cards_integrations.transformer.step_times import StepTimes
 
 @dataclass(frozen=True)
 class SharedStepCosts:
-    """Implements `decoding.base.StepCosts` by step times, for requests of the same kind that run side by side.
+    """Implements `decoding.base.StepCosts` with step times, for equal requests that run side by side.
 
     Attributes:
-        drafting: Of a step, by its number of candidates.
-        scoring: Of a call of the reward model, by its number of tokens; in the same unit.
-        requests: How many run.
+        drafting: Times of a step, by its number of candidates.
+        scoring: Times of a call of the reward model, by its number of tokens; in the same unit.
+        requests: How many requests run.
     """
 
     drafting: StepTimes

@@ -1,4 +1,4 @@
-"""The loop that drives the models: sample, score what has ended, let the methods react, forward."""
+"""The loop that drives the models: sample, score candidates that have ended, let the methods react, forward."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from cards_integrations.transformer.kv_memory import KVMemory
 from cards_integrations.transformer.step_times import StepTimes
 
 MAX_REMOTE = 64  # candidates of one request in a server, at most
-REMOTE_STEP = StepTimes({1: 1.0, 16: 2.0})  # not seconds: what more candidates cost there, so that few are in vain
-ROUND_TRIP = StepTimes({1: 4.0, 2: 4.0})  # in the same unit: a round of drafts is a call of the server for each
+REMOTE_STEP = StepTimes({1: 1.0, 16: 2.0})  # not seconds: a relative cost, so that few candidates are drafted in vain
+ROUND_TRIP = StepTimes({1: 4.0, 2: 4.0})  # in the same unit: each round of drafts is a call of the server
 log = logging.getLogger("cards_integrations")
 
 
@@ -29,7 +29,7 @@ class StepLoop:
         language_model: Where candidates are drafted.
         width: Candidates of a request at once, or "auto" (see `EngineSettings.width`).
         memory: The budget of all caches.
-        on_failure: Called when nothing can be drafted any more.
+        on_failure: Called when the loop cannot go on.
     """
 
     def __init__(
@@ -51,19 +51,19 @@ class StepLoop:
         self._work.set()
 
     def memory_freed(self) -> None:
-        """Note that somebody holds less memory, or was promised less: a request ended, or a reward is known."""
+        """Note that less memory is held or promised than before: a request has ended, or a reward is known."""
         self.preemption.freed.set()
         self.wake()
 
     @property
     def measured_times(self) -> dict[int, float]:
-        """Seconds of a step by its number of candidates, as measured; empty where nothing was."""
+        """Seconds of a step by its number of candidates; empty if that was not measured."""
         if self.stepwise is None or not isinstance(self.scheduler, BestPerSecond):
             return {}
         return self.scheduler.times.measured
 
     def step_costs(self, scoring: StepTimes) -> SharedStepCosts:
-        """What steps cost now, with a reward model that takes these times."""
+        """Return what steps cost now, with a reward model that takes these times."""
         if self.stepwise is None:
             return SharedStepCosts(REMOTE_STEP, ROUND_TRIP, len(self.live))
         if not isinstance(self.scheduler, BestPerSecond):
@@ -74,7 +74,7 @@ class StepLoop:
         return SharedStepCosts(self.scheduler.times, scoring, len(self.live))
 
     def vacancies(self, context: Context, boundary: Boundary) -> int:
-        """For how many more candidates of a request there is memory."""
+        """Return for how many more candidates of a request there is memory."""
         return MAX_REMOTE if self.stepwise is None else self.stepwise.vacancies(context, boundary)
 
     async def run(self) -> None:
@@ -95,14 +95,14 @@ class StepLoop:
                 await asyncio.sleep(0)
 
     def step(self) -> int:
-        """One forward, or what has to come before it.
+        """Take one step: a forward, or what has to come before it.
 
         Returns:
-            For how many turns of the loop the methods and the reward models go on before the next step; 0 if there
-            is nothing to do.
+            How many turns of the event loop methods and reward models get before the next step; 0 if there is nothing
+            to do.
         """
         if self._sample():
-            return 1  # methods that asked for no reward go on; others may begin in place of what ended
+            return 1  # methods that need no reward go on, and new requests may take the place of ended ones
         self.preemption.resume()
         candidates = self.scheduler.candidates(self.preemption.running)
         if self._sample():
@@ -115,7 +115,7 @@ class StepLoop:
                 self.scoring.dispatch([session.scores for session in asking if session.scores])
                 return 2  # the rewards score, and then the methods react
             if self.preemption.count > preempted:
-                return 1  # whoever was preempted has no part in this step
+                return 1  # the candidates of a preempted request have no part in this step
         if idle:
             return 0
         self.stepwise.forward(candidates)  # type: ignore[union-attr]  # it is not idle
@@ -137,7 +137,7 @@ class StepLoop:
         return any(session.scores and session.scores.waiting for session in self.preemption.running)
 
     def _fail(self, error: BaseException) -> None:
-        """Let an error in a model's forward reach every request in it; the next one finds clean rows."""
+        """Let an error in the model's forward reach all live requests; the next request finds clean rows."""
         log.exception("the language model failed")
         wrapped = ModelError(f"The language model failed: {said(error)}")
         wrapped.__cause__ = error

@@ -1,6 +1,6 @@
-"""The thoughts before an answer: a request phase of their own, whose text becomes part of the answer's prompt.
+"""The thoughts before an answer: they are written first, and become part of the prompt of the answer.
 
-So an answer's text, its rewards, its stop strings, its grammar and its tool calls never see a thought.
+So rewards, stop strings, grammar and tool calls of the answer never see a thought.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from cards_integrations.models.sampling import NEVER
 from cards_integrations.trace import Thinking
 
 Emit = Callable[[Chunk], None]
-LONGEST_OPENING = 16  # tokens in which a model has opened its thoughts, or does not
-MARKS = 64  # tokens that are kept free for the marks around thoughts
+LONGEST_OPENING = 16  # tokens within which a model opens its thoughts, if it does
+MARKS = 64  # tokens that are reserved for the marks around thoughts
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Begun:
     Attributes:
         request: The request for the answer.
         ids: All tokens before it.
-        thinking: The thoughts that are among them; None if there are none.
+        thinking: The thoughts that these contain; None if there are none.
     """
 
     request: Request
@@ -50,7 +50,7 @@ class OpenSession(Protocol):
 
 
 class BeginsWith(Boundary):
-    """Ends as soon as a text has begun with a mark, or cannot begin with it any more."""
+    """Ends as soon as it is clear whether a text begins with a mark."""
 
     mark: str
 
@@ -68,7 +68,7 @@ class BeginsWith(Boundary):
 
 
 def phase_of(request: Request, **changes: Any) -> Request:
-    """A request without what is about its answer, for what is written before it."""
+    """Return a request for a text before the answer: without grammar, tools and other options of the answer."""
     sampler = request.sampler.model_copy(update={"min_tokens": 0, "stop_token_ids": ()})
     plain = replace(request, grammar=None, tools=None, logprobs=None, finish_at="token", sampler=sampler)
     return replace(plain, **changes)
@@ -83,7 +83,7 @@ class Rendered:
 
 
 def render(request: Request, chat: ChatTokenizer) -> Rendered:
-    """The prompt of a request as its chat template writes it, with its thoughts open, closed or left out."""
+    """Return the prompt of a request as the chat template writes it, with the thoughts open, closed or left out."""
     arguments = switches(request.thinking, request.chat_template_kwargs)
     text, ids = chat.prompt(request.prompt, request.tools, arguments)
     if request.thinking != "off" or chat.thinking is None or isinstance(request.prompt, FormattedPrompt):
@@ -136,7 +136,7 @@ class Thinker:
         return self._closed(form, ids, session)
 
     def _format(self) -> ThinkingFormat | None:
-        """How the model writes its thoughts; None if this request is about none."""
+        """Return how the model writes its thoughts; None if this request has none."""
         form, mode = self.chat.thinking, self.request.thinking
         if isinstance(self.request.prompt, FormattedPrompt):
             return None
@@ -147,7 +147,7 @@ class Thinker:
         return form
 
     def _phase(self, form: ThinkingFormat, prompt_tokens: int) -> Request:
-        """The request for the thoughts alone."""
+        """Return the request for the thoughts alone."""
         room = self.window - prompt_tokens - self.request.max_tokens - MARKS
         if room < 1:
             raise SettingsError(
@@ -168,15 +168,15 @@ class Thinker:
         return False
 
     def _without_opening(self, form: ThinkingFormat) -> Request:
-        """The request for an answer after the thoughts, or without any: it does not begin to think later, either."""
+        """Return the request for the answer, which must not begin to think again."""
         sampler, mark = self.request.sampler, self._encode(form.opening)
-        if len(mark) > 1:  # of several tokens, which stand in other texts, too
+        if len(mark) > 1:  # its single tokens occur in other texts, too
             return self.request
         bias = (*sampler.logit_bias, (mark[0], NEVER))
         return replace(self.request, sampler=sampler.model_copy(update={"logit_bias": bias}))
 
     def _closed(self, form: ThinkingFormat, ids: list[int], session: Session) -> Begun:
-        """The ids of the prompt with the thoughts, closed as the template closes them."""
+        """Return the prompt with the thoughts, closed as the template closes them."""
         context = session.context
         by_model = form.closing in self.chat.decode(context.ids, context.start)
         own = self._without_mark(context) if by_model else context.ids
@@ -187,7 +187,7 @@ class Thinker:
         return Begun(self._without_opening(form), ids, thinking)
 
     def _without_mark(self, context: Context) -> list[int]:
-        """The ids of the thoughts: those of the mark, which may begin within a token, are written anew."""
+        """Return the ids of the thoughts without the closing mark, which may begin within a token."""
         ids = context.ids
         while ids and not context.text.startswith(self.chat.decode(ids, context.start)):
             ids = ids[:-1]
@@ -198,7 +198,7 @@ class Thinker:
 
 
 class ThoughtStream:
-    """Hands on the text of thoughts, without the blanks around them."""
+    """Passes the text of thoughts on, without the whitespace around it."""
 
     def __init__(self, emit: Emit) -> None:
         self._emit = emit

@@ -1,7 +1,7 @@
-"""The engine's thread, its event loop and its models: all requests of a process in one batch.
+"""The worker of an engine: it loads the models and answers all requests, in one thread.
 
-Every request is a task of the loop: its decoding method's coroutine. One more task drives the models, a step at a
-time. So methods, models and requests share one thread and need no lock.
+Every request is a task of the event loop, which runs the coroutine of its decoding method. One more task drives the
+models, a step at a time. So methods, models and requests share one thread and need no lock.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 P = ParamSpec("P")
 OnDone = Callable[[int, Alignment | Exception], None]
-"""Told the index of a request of a batch that has ended, and its answer or error."""
-LONG = 100_000  # characters that a tokenizer takes longer for than a step takes
+"""Called with the index of a request of a batch that has ended, and its answer or error."""
+LONG = 100_000  # characters of a text that takes longer to tokenize than a step takes
 MAX_PLAIN = 8  # sets of prompts whose plain answers are kept
 log = logging.getLogger("cards_integrations")
 
 
 def retrieved(work: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
-    """Have the error of a coroutine looked at in any case: its caller may have gone, and then nobody else does."""
+    """Mark the error of a coroutine as retrieved: asyncio would report it as lost if the caller has gone."""
 
     @wraps(work)
     async def run(*args: P.args, **options: P.kwargs) -> T:
@@ -80,8 +80,8 @@ class Worker(LoopThread):
 
     Args:
         model: The language model to load.
-        settings: What is about the machine.
-        progress: Whether the load is shown.
+        settings: The settings of the machine.
+        progress: Whether loading shows its progress.
     """
 
     def __init__(self, model: ModelSource, settings: EngineSettings, progress: bool = True) -> None:
@@ -120,7 +120,7 @@ class Worker(LoopThread):
     # --- loading ---
 
     async def _load(self) -> None:
-        """Load in another thread, so that time limits hold and the interpreter can exit meanwhile."""
+        """Load the models in another thread, so that time limits hold and the interpreter can exit meanwhile."""
         try:
             with shown(self.progress), phase(f"loading {source_name(self.model)}"):
                 await in_thread(self._build)
@@ -160,13 +160,13 @@ class Worker(LoopThread):
     async def answer(
         self, request: Request, emit: Callable[[Chunk], None] | None = None, in_batch: bool = False, told: bool = False
     ) -> Alignment:
-        """One request, from its prompt to its alignment.
+        """Answer one request.
 
         Args:
             request: What to answer.
             emit: Called in this thread with each kept segment.
-            in_batch: Leave out of the time limit how long it waits for a row, behind others of the same batch.
-            told: Whether the caller learns of its end before that of the batch, and needs no other progress.
+            in_batch: Do not count the wait for a row, behind others of the same batch, in the time limit.
+            told: Whether the caller is told when it ends, and so needs no other progress.
         """
         with request_span(request, source_name(self.model), emit) as span:
             return span.end(await self._answer(request, span.emit, in_batch, not told and emit is None))
@@ -175,12 +175,12 @@ class Worker(LoopThread):
     async def answer_all(
         self, requests: Sequence[Request], on_done: OnDone | None = None, return_exceptions: bool = False
     ) -> list[Any]:
-        """Answers to all, begun at the same moment.
+        """Answer requests that begin at the same moment.
 
         Args:
             requests: What to answer.
-            on_done: Called in this thread with the index of each request that ends, and what became of it.
-            return_exceptions: Return errors in the places of their answers; else the first one cancels the rest.
+            on_done: Called in this thread with the index of each request that ends, and its answer or error.
+            return_exceptions: Return errors in place of answers; otherwise the first error cancels the rest.
         """
         told = on_done is not None
         tasks = [self.loop.create_task(self.answer(request, in_batch=True, told=told)) for request in requests]
@@ -198,7 +198,7 @@ class Worker(LoopThread):
     async def score_texts(
         self, reward: Reward, prompt: str | list[Message], texts: list[str], context: tuple[str, ...] = ()
     ) -> list[float]:
-        """Rewards of finished answers to one prompt."""
+        """Return the rewards of finished answers to one prompt."""
         async with self._serving(), self.rewards.lease(await self.scales.standardised(reward)) as reward_model:
             chat = self.language_model.chat
             conversation = Conversation(chat.without_tools(prompt), Usage(), context)
@@ -209,7 +209,7 @@ class Worker(LoopThread):
 
     @retrieved
     async def uncertainties(self, measure: Measure, answers: Sequence[Alignment]) -> list[list[float]]:
-        """Predictive uncertainty before each token of these answers."""
+        """Return the predictive uncertainty before each token of these answers."""
         async with self._serving():
             model = self.language_model
             if not isinstance(model, LogitsReader):
@@ -223,7 +223,7 @@ class Worker(LoopThread):
 
     @retrieved
     async def states(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[torch.Tensor]:
-        """The language model's hidden states after each prompt, and after each token of the answer to it."""
+        """Return the language model's hidden states after each prompt, and after each token of its answer."""
         async with self._serving():
             model = self.language_model
             if not isinstance(model, StateReader):
@@ -235,7 +235,7 @@ class Worker(LoopThread):
             return found
 
     async def inspect(self) -> EngineState:
-        """What lives here now."""
+        """Return what lives here now."""
         tasks = len(asyncio.all_tasks()) - 1  # without this one
         if not self.loaded.done() or self.failed:
             return EngineState("failed" if self.failed else "loading", tasks=tasks)
@@ -260,7 +260,7 @@ class Worker(LoopThread):
 
     @asynccontextmanager
     async def _serving(self) -> AsyncIterator[None]:
-        """Wait until the model is loaded; raise what a caller should know if it is not, or if the engine closes."""
+        """Wait until the model is loaded, and turn what ends a call from outside into errors for its caller."""
         try:
             await asyncio.shield(self._loading)
             if self.error is not None:
@@ -291,7 +291,7 @@ class Worker(LoopThread):
                 return answer
 
     def _plain_if_unguided(self, request: Request) -> Request:
-        """The request, without a reward that has no signal for it."""
+        """Return the request, without its reward if that has no signal for it."""
         prompt = self.language_model.chat.without_tools(request.prompt)
         if request.reward is None or request.reward.has_signal_for(Conversation(prompt, Usage(), request.context)):
             return request
@@ -300,7 +300,7 @@ class Worker(LoopThread):
 
     @asynccontextmanager
     async def _reward_model(self, request: Request) -> AsyncIterator[tuple[RewardModel | None, KnownScale | None]]:
-        """The reward model of a request, in use inside the block, and its scale if the method asks for it."""
+        """Hold the reward model of a request, with its scale if the method asks for it, inside the block."""
         self.idle.enter()
         try:
             if request.reward is None or not request.decoding.needs_reward:
@@ -313,7 +313,7 @@ class Worker(LoopThread):
             self.idle.leave()
 
     def _step_times(self) -> list[StepTimes]:
-        """Those that plan the drafting now."""
+        """Return the step times by which drafting and scoring are planned now."""
         scheduler = self.steps.scheduler
         own = [scheduler.times] if isinstance(scheduler, BestPerSecond) else []
         return [*own, *self.rewards.step_times]
@@ -359,7 +359,7 @@ class Worker(LoopThread):
         return answer
 
     async def _score_again(self, session: Session, reward: RewardModel) -> None:
-        """Score an answer that was cut after its last segment had been scored."""
+        """Score an answer again that was cut after its last segment had been scored."""
         response, context = session.response(), session.context
         tokens = len(context.prompt_ids) + len(context.ids)
         async with self._open_to_score(reward, session.conversation, tokens):
@@ -367,7 +367,7 @@ class Worker(LoopThread):
 
     @asynccontextmanager
     async def _open_to_score(self, reward: RewardModel, conversation: Conversation, tokens: int) -> AsyncIterator[None]:
-        """A conversation of so many tokens, open for its whole answers to be scored."""
+        """Keep a conversation of so many tokens open inside the block, so that its whole answers can be scored."""
         async with self.admission.memory_to_score(reward.cache_needs(conversation, tokens)):
             reward.open(conversation)
         try:
@@ -381,7 +381,7 @@ class Worker(LoopThread):
         self, usage: Usage, reward: RewardModel | None, scale: Scale | None,
         request: Request, prompt_ids: list[int], seed: int, guided: bool, emit: Callable[[Chunk], None] | None,
     ) -> AsyncIterator[Session]:  # fmt: skip
-        """A session among the live ones, as soon as there is memory for it."""
+        """Open a session as soon as there is memory for it; it is live inside the block."""
         chat = self.language_model.chat
         reward = reward if guided else None
         check_length(len(prompt_ids), request.max_tokens, self.language_model.context_window)
@@ -390,7 +390,7 @@ class Worker(LoopThread):
         needs = partial(cache_needs, self.steps.stepwise, context, conversation, reward)
         async with self.admission.memory(needs(), needs(whole=True)):
             if self.error is not None:
-                raise self.error  # while it waited
+                raise self.error  # set while this request waited
             reader = ToolReader(request.tools, chat.tool_format)
             session = Session(self.steps, context, seed, conversation, reward, scale, emit, reader)
             self.memory.evict_for(0)
@@ -416,7 +416,7 @@ class Worker(LoopThread):
         return context
 
     def _stop_strings(self, request: Request) -> StopStrings:
-        """What ends the answer: nothing within a grammar or a call, for a part of these is no answer."""
+        """Return the strings that end the answer; none do within a grammar or a call, whose parts are no answers."""
         tools = request.tools
         if request.grammar is not None or (tools is not None and tools.forced):
             return StopStrings()
@@ -433,7 +433,7 @@ class Worker(LoopThread):
         return model
 
     async def _rewards_of_plain_answers(self, reward: Reward) -> list[float]:
-        """Rewards of plain answers to the prompts that suit a reward, one for each."""
+        """Return a reward for a plain answer to each of the prompts that suit the reward."""
         with phase(f"measuring the scale of reward {reward.name!r}, once", len(reward.prompts)) as advance:
             return await self._scored_plain_answers(reward, advance)
 
@@ -442,7 +442,7 @@ class Worker(LoopThread):
         answers = self._plain.get(prompts)
         if answers is None:
             (prompt, context), length = prompts[0], min(64, self.language_model.context_window // 4)
-            await self.score_texts(reward, prompt, [TRIAL], context)  # one that always fails fails here
+            await self.score_texts(reward, prompt, [TRIAL], context)  # a reward that always fails, fails here
             answers = await self.answer_all(
                 [
                     Request(p, Sampling(), max_tokens=length, seed=seed, thinking="off")
@@ -458,17 +458,17 @@ class Worker(LoopThread):
 
 
 async def _unblocking(characters: int, work: Callable[..., T], *args: Any) -> T:
-    """Call what reads a text of so many characters: in a thread if it is long, for the others go on meanwhile."""
+    """Call a function that reads so many characters of text: in a thread if they are many, so that others go on."""
     return await in_thread(work, *args) if characters > LONG else work(*args)
 
 
 def _tokens_of(chat: ChatTokenizer, prompt: str | list[Message], texts: Sequence[str]) -> int:
-    """How many tokens a prompt and answers to it have."""
+    """Return how many tokens a prompt and answers to it have."""
     return len(chat.prompt(prompt)[1]) + sum(len(chat.encode(text)) for text in texts)
 
 
 def _report(on_done: OnDone, index: int, task: asyncio.Task[Alignment]) -> None:
-    """Say what became of a request of a batch, unless it was given up."""
+    """Call `on_done` for a request of a batch that has ended, unless it was cancelled."""
     error = asyncio.CancelledError() if task.cancelled() else task.exception()
     if not isinstance(error, asyncio.CancelledError):
         on_done(index, error if isinstance(error, Exception) else task.result())

@@ -1,8 +1,8 @@
-"""Where text is drafted: what the engine asks of a language model, and the candidates that they share.
+"""What the engine asks of a language model, and the candidates that they share.
 
 `LanguageModel` is all that a backend has to be. What only some backends can do is a protocol of its own:
-`StepwiseModel` for one that computes here, a step at a time; `ConstrainedModel` for one that can be held to a
-grammar; `LogitsReader` and `StateReader` for one that can read a whole text again.
+`StepwiseModel` for a model that computes on this machine, a step at a time; `ConstrainedModel` for one that can be
+held to a grammar; `LogitsReader` and `StateReader` for one that can read whole answers again.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from cards_integrations.transformer.kv_memory import CacheNeed
     from cards_integrations.transformer.step_times import StepTimes
 
-CLOSE_WITHIN = 32  # tokens before the limit; arguments that are still to come take some
+CLOSE_WITHIN = 32  # tokens before the limit; required arguments that are still to come take some
 
 
 class Boundary(SettingsModel):
-    """Where a candidate segment ends, besides end-of-sequence, stop strings and the tokens that remain."""
+    """Where a candidate segment ends, apart from end-of-sequence, stop strings and the token limit."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -65,23 +65,23 @@ class Boundary(SettingsModel):
 
     @property
     def served(self) -> Mapping[str, str | float] | None:
-        """What `vllm_plugin.EntropyStop` needs to end the segment in a server; None if it cannot do that."""
+        """The arguments with which `vllm_plugin.EntropyStop` ends the segment in a vLLM server; None if it cannot."""
         return None
 
     @property
     def reads_text(self) -> bool:
-        """True if `ends_after` has to be asked."""
+        """True if `ends_after` has to be called."""
         return type(self).ends_after is not Boundary.ends_after
 
     @property
     @abstractmethod
     def min_tokens(self) -> int:
-        """Tokens before which neither `ends_before` nor `ends_after` is asked."""
+        """Tokens of a segment before which neither `ends_before` nor `ends_after` is called."""
 
     @property
     @abstractmethod
     def max_tokens(self) -> int:
-        """Tokens at which the segment ends at the latest."""
+        """Tokens at which a segment ends at the latest."""
 
 
 @dataclass(eq=False)
@@ -94,14 +94,14 @@ class Context:
         max_tokens: Most tokens of the whole answer.
         sampler: How tokens are drawn from logits.
         stop: Strings that end the answer.
-        usage: What the request has paid so far.
+        usage: What the request has cost so far.
         matcher: Where the kept text is in its grammar; None without one.
         logprobs: How many of the most probable tokens are reported for each token; None reports nothing.
         whole_sentences: True if an answer that reaches `max_tokens` ends with its last whole sentence.
-        states: True if a model that has hidden states hands its candidates over with these.
+        states: True if candidates should come with the model's hidden states, if it has any.
         ids: Token ids of the kept text.
         text: The kept text.
-        start: What it is decoded after: the end of the prompt.
+        start: The end of the prompt, after which the kept text is decoded.
     """
 
     prompt: str | list[Message]
@@ -133,8 +133,8 @@ class Candidate:
         index: Its place among the candidates of its segment.
         parent: The candidate that it follows; None if it follows the kept text.
         ids: Its own token ids.
-        rank: If given, the first token is not drawn: it is the one of this rank (0 is the most probable), or of the
-            last one that is allowed.
+        rank: If given, the first token is not drawn: it is the one of this rank by probability (0 is the most
+            probable), or the least probable one that is allowed.
         log_p: log p of each of its tokens in nats, full vocabulary, temperature 1.
         top: For each of its tokens, the ids of the most probable ones and their log p, where the request reports them.
         log_likelihood: Sum of log p of its tokens.
@@ -142,12 +142,12 @@ class Candidate:
         finish: Why the whole answer ends with it; None if it can go on.
         whole: False if a stop string was cut off, so that the text is not all of the ids.
         matcher: Where it is in its grammar; None without one.
-        error: Why it cannot be drafted. A model hands such a candidate over like one that has ended, and its
-            request fails.
+        error: Why it cannot be drafted. `sample` returns such a candidate like one that has ended, and its request
+            fails.
         before: Token ids of the text that it follows.
-        before_text: What they say, without half a character at the end.
+        before_text: Their text, without an incomplete character at the end.
         limit: The most tokens that it may have.
-        watched: True if its text is looked at after each token, for stop strings or by its boundary.
+        watched: True if its text is needed after each token, for stop strings or for its boundary.
         response: The whole answer with this candidate, cut before a stop string.
         states: If its context asks for states, once it has ended: the last hidden state after its last token, and the
             mean of those after all tokens of the answer, (2, hidden size) in float32; None if they are unknown.
@@ -185,7 +185,7 @@ class Candidate:
 
     @property
     def text(self) -> str:
-        """Its own text: a character whose bytes are split between segments is the text of the one that ends it."""
+        """Its own text. A character whose bytes are split between segments belongs to the segment that completes it."""
         text = self.response[len(self.before_text) :]
         return text if self.finish else text.rstrip(PARTIAL_CHARACTER)
 
@@ -196,12 +196,12 @@ class Candidate:
 
     @property
     def end(self) -> int:
-        """Tokens of the text before it and of itself."""
+        """Tokens of the whole answer up to its end."""
         return len(self.before) + len(self.ids)
 
     @property
     def closing(self) -> bool:
-        """True if a text with a grammar is so near to its limit that it has to close what is open."""
+        """True if it has a grammar, and is so near the token limit that it must close what is open."""
         limit = self.context.max_tokens
         return self.matcher is not None and limit - self.end <= min(CLOSE_WITHIN, limit // 4)
 
@@ -231,10 +231,10 @@ class LanguageModel(Protocol):
         """Start to draft a candidate."""
 
     def drop(self, candidate: Candidate) -> None:
-        """Give up a candidate, finished or not; a second time it has no effect."""
+        """Give up a candidate, finished or not; has no effect a second time."""
 
     def keep(self, candidate: Candidate) -> None:
-        """Make a finished candidate part of its context: `ids`, `text` and `matcher` are those after it."""
+        """Make a finished candidate part of its context, whose `ids`, `text` and `matcher` are then those after it."""
 
     def sample(self) -> list[Candidate]:
         """Give every candidate that has logits its next token.
@@ -252,7 +252,7 @@ class StepwiseModel(LanguageModel, Protocol):
     Attributes:
         steps: Decode steps so far, each with one candidate at least.
         forwards: Forwards so far, those that only read prompts included.
-        tokens: Tokens that these have read.
+        tokens: Tokens that these forwards have read.
     """
 
     steps: int
@@ -263,21 +263,21 @@ class StepwiseModel(LanguageModel, Protocol):
     def tokens(self) -> int: ...
 
     def step_times(self) -> StepTimes:
-        """Seconds of a step by its number of candidates; measured at the first call, and remembered."""
+        """Return the seconds of a step by its number of candidates; measured at the first call, and remembered."""
 
     def cache_needs(self, context: Context, tokens: int) -> list[CacheNeed]:
-        """What a request takes in the caches of this machine until it has so many tokens."""
+        """Return the rows and columns that a request takes in caches of this machine until it has `tokens` tokens."""
 
     def vacancies(self, context: Context, boundary: Boundary) -> int:
-        """For how many more candidates of a request there is memory."""
+        """Return for how many more candidates of a request there is memory."""
 
     def growth(self, candidates: Iterable[Candidate]) -> int:
-        """By how many bytes the caches grow at most when `forward` is called for these candidates."""
+        """Return by how many bytes the caches grow at most when `forward` is called for these candidates."""
 
     def preempt(self, context: Context) -> None:
-        """Free what a request holds in the caches; it goes on from its tokens after `resume`.
+        """Free what a request holds in the caches; after `resume` it goes on from its tokens.
 
-        Until then it may be kept into, begun and dropped for, but no forward is asked for it.
+        Until then `begin`, `drop` and `keep` may be called for its candidates, but not `forward`.
         """
 
     def resume(self, context: Context) -> None:
@@ -298,7 +298,7 @@ class ConstrainedModel(Protocol):
     """A language model whose candidates can be held to a grammar."""
 
     def matcher(self, grammar: Grammar) -> Matcher:
-        """A matcher at the beginning of the grammar."""
+        """Return a matcher at the beginning of the grammar."""
 
 
 @runtime_checkable
@@ -306,7 +306,7 @@ class LogitsReader(Protocol):
     """A language model that can read a whole answer again."""
 
     def read(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> torch.Tensor:
-        """Logits before each token of an answer, (tokens, vocabulary), float32."""
+        """Return the logits before each token of an answer, (tokens, vocabulary), float32."""
 
 
 @runtime_checkable
@@ -314,7 +314,7 @@ class StateReader(Protocol):
     """A language model that can read the hidden states of a whole answer again."""
 
     def read_states(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> torch.Tensor:
-        """The last hidden state after the prompt and after each token of an answer, (1 + tokens, hidden size)."""
+        """Return the last hidden states after the prompt and each token of an answer, (1 + tokens, hidden size)."""
 
 
 class CustomModel(SettingsModel):
@@ -334,11 +334,10 @@ class CustomModel(SettingsModel):
         """Make the language model; called once per engine, in a thread of its own.
 
         Args:
-            wake: To be called, from the engine's thread, when `LanguageModel.sample` has something new although
-                nothing was begun since.
+            wake: To be called from the engine's thread when `LanguageModel.sample` has something new to return.
         """
         raise NotImplementedError(f"{type(self).__name__} has no build().")
 
     def context_window(self) -> int:
-        """Most tokens of prompt and answer together."""
+        """Return the most tokens of prompt and answer together."""
         return 2**31
