@@ -1,7 +1,7 @@
 """Rows of one width: their keys and values in all layers, and what the host knows of their columns.
 
-A cache has a few blocks, narrow ones for short texts and wide ones for long texts, so that no row pays
-for the longest. A block is dense: closing a row moves the last one into its place.
+A cache has a few blocks, narrow ones for short texts and wide ones for long texts, so that no row pays for the longest.
+A block is dense: closing a row moves the last one into its place.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-STEP = 64  # widths are multiples of it
+STEP = 64  # widths are multiples of this
 MASK_ROWS = 16  # of a new block
 _serial = count()
 
@@ -29,13 +29,13 @@ States = list[Pair]
 class Layout:
     """What a forward keeps of a token: one pair of keys and values for each attention call, in the order of the calls.
 
-    It is read off the model's first forward, not off its config: layers may differ in their heads, share what
+    It is learned from the model's first forward, not from its config: layers may differ in their heads, share what
     others keep, or attend twice.
 
     Attributes:
-        pairs: Empty tensors (0, heads, head size) of the shapes and types.
-        bytes_per_token: Bytes of keys and values of one token.
-        latents: Whether latents may be kept in the place of the keys and values that are made of them.
+        pairs: For each call, empty keys and values (0, heads, head size) of the right shape and type.
+        bytes_per_token: Bytes of keys and values of one token, of all calls.
+        latents: Whether latents may be kept in place of the keys and values that are computed from them.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class Layout:
         self.latents = True
 
     def forget(self) -> None:
-        """Know nothing of the model, but that latents are not enough of it."""
+        """Forget what was learned, and keep no latents from now on."""
         self.pairs, self.bytes_per_token, self.latents = [], 0, False
 
     def __len__(self) -> int:
@@ -70,13 +70,20 @@ class RowBlock:
     """Rows of `columns` columns each.
 
     Args:
-        layout: What they hold of each token.
-        columns: Width of the rows.
-        least: Rows that it has in any case.
+        layout: What is kept of each token.
+        columns: The width of the rows.
+        least: The least number of rows.
 
-    `visible` (mask rows, columns) says which columns each path attends to, and `positions` (rows, columns)
-    at which position the token of a column is. `states` are the keys and values of each attention call,
-    (rows, columns, heads, head size), as far as a forward has written some. `version` changes when they move.
+    Attributes:
+        rows: How many rows there are, in use or not.
+        trees: The rows in use, in order.
+        visible: Which columns each path attends to, (mask rows, columns) bool.
+        positions: The position of the token in each column, (rows, columns).
+        states: By attention call its keys and values, (rows, columns, heads, head size) each; those calls only that a
+            forward has written to.
+        free_mask_rows: Mask rows that no path uses.
+        version: A number that changes when `states` move.
+        serial: A number that no other block has.
     """
 
     def __init__(self, layout: Layout, columns: int, least: int = 0) -> None:
@@ -96,7 +103,7 @@ class RowBlock:
         self.free_mask_rows = list(range(MASK_ROWS))
 
     def rows_for(self, used: int) -> int:
-        """Return the rows that it has when so many are in use: a quarter more, so that it seldom grows."""
+        """Return how many rows there are when `used` are in use: a quarter more, so that the block seldom grows."""
         return self.rows if used <= self.rows else used + used // 4
 
     def add(self, trees: Sequence[Row]) -> None:
@@ -107,13 +114,13 @@ class RowBlock:
             self.trees.append(tree)
 
     def make_rows(self, used: int) -> None:
-        """Have at least so many rows from now on."""
+        """Grow to at least `used` rows."""
         if used > self.rows:
             self._resize(self.rows_for(used))
 
     @torch.inference_mode()
     def remove(self, tree: Row, row: int) -> None:
-        """Take a tree's row away, which the last one fills."""
+        """Remove a tree from its row, and move the last tree into its place."""
         last = self.trees.pop()
         if last is not tree:
             self.positions[row] = self.positions[last.row]
@@ -132,7 +139,7 @@ class RowBlock:
             self._begin()
 
     def release(self) -> None:
-        """Let go of the keys and values; a graph that was captured with them may still know the block."""
+        """Let go of keys and values, even if a captured graph still refers to the block."""
         self.states.clear()
         self.version += 1
 
@@ -141,12 +148,12 @@ class RowBlock:
         self.positions = _resized(self.positions, (rows, self.columns))
 
     def _written(self, row: int) -> Iterator[torch.Tensor]:
-        """Keys and values in which a row can have been written."""
+        """Yield the keys and values of those calls that have this row."""
         for pair in self.states.values():
             yield from (states for states in pair if row < len(states))
 
     def fit(self, call: int) -> Pair:
-        """Return the keys and values of an attention call, which have all rows from now on."""
+        """Return the keys and values of an attention call, resized to all rows of the block."""
         pair = self.states.get(call)
         if pair is None or len(pair[0]) != self.rows:
             self.version += 1
@@ -156,7 +163,7 @@ class RowBlock:
 
     @property
     def ready(self) -> bool:
-        """True if no forward has to make or move its keys and values."""
+        """True if the next forward does not have to allocate or move keys and values."""
         return len(self.states) == len(self.layout) and all(len(keys) == self.rows for keys, _ in self.states.values())
 
     def _made(self, source: torch.Tensor) -> torch.Tensor:
@@ -185,27 +192,27 @@ def _widths() -> Iterator[int]:
 
 
 WIDTHS = tuple(takewhile(lambda width: width < 2**40, _widths()))
-"""Those that blocks have: multiples of 64, each about a quarter more than the one before."""
+"""The widths of blocks: multiples of 64, each about a quarter more than the one before."""
 
 
 def width_for(columns: int) -> int:
-    """Return the smallest width of at least so many columns."""
+    """Return the smallest width of at least `columns` columns."""
     return WIDTHS[bisect_left(WIDTHS, columns)]
 
 
 def width_within(columns: int) -> int:
-    """Return the largest width of at most so many columns, or 0."""
+    """Return the largest width of at most `columns` columns; 0 if there is none."""
     smaller = bisect_right(WIDTHS, columns)
     return WIDTHS[smaller - 1] if smaller else 0
 
 
 def part(states: States, start: int, end: int) -> States:
-    """Return a copy of some tokens' states: the memory of the others can be given back."""
+    """Return a copy of the states of some tokens, so that the memory of the others can be given back."""
     return [(keys[start:end].clone(), values[start:end].clone()) for keys, values in states]
 
 
 def joined(parts: Sequence[States]) -> States:
-    """Return the states of consecutive tokens as one."""
+    """Join states of tokens that follow each other."""
     return [
         (torch.cat([keys for keys, _ in layer]), torch.cat([values for _, values in layer]))
         for layer in zip(*parts, strict=True)

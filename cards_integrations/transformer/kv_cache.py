@@ -1,10 +1,9 @@
 """One KV cache for all live requests: a row per request, a tree of candidates in each row.
 
-A row holds the *trunk* (prompt and kept text) once, and the *branches* (candidates) that grow from
-it. Every token takes one column of its row. Which columns a path attends to is a boolean vector, a
-*mask row*, so a candidate sees its own path and nothing else. Keeping a candidate makes its columns
-part of the trunk, and rejecting one frees them: no key or value is computed again. A row that outgrows
-its block of rows moves to a wider one.
+A row holds the *trunk* (prompt and kept text) once, and the *branches* (candidates) that grow from it. Every token
+takes one column of its row. Which columns a path attends to is a boolean vector, a *mask row*, so that a candidate sees
+its own path and nothing else. Keeping a candidate makes its columns part of the trunk, and rejecting one frees them: no
+key or value is computed again. A row that outgrows its block of rows moves to a wider block.
 """
 
 from __future__ import annotations
@@ -35,17 +34,22 @@ from cards_integrations.transformer.live_texts import LiveTexts
 from cards_integrations.transformer.recurrent import State, StateLayout, StatePool
 from cards_integrations.transformer.shared_prefix import SharedPrefix
 
-SCRATCH = 0  # column 0 of every row takes the padding of a batch; no token sees it
-STATES = 3  # that a trunk keeps: the one after its prompt, and the last ones
+SCRATCH = 0  # the column of every row that takes the padding of a batch; no token sees it
+STATES = 3  # recurrent states that a trunk keeps: the one after its prompt, and the last ones
 SPARSE = 4  # a row that uses less than this fraction of its columns moves to a narrower block
 
 
 class Branch:
-    """A path from the root of a tree: its first `base` tokens are its parent's, `ids` its own.
+    """A path from the root of a tree. Its first `base` tokens are its parent's, the others its own.
 
-    `columns` are those of its own tokens, in order, and `mask_row` is the index of its mask row. `long` says that all
-    of the path is read with the rotary frequencies of long texts. `states` are those of recurrent layers, by the length
-    of the text, at its base and after each forward.
+    Attributes:
+        tree: The tree.
+        base: How many tokens of the path are the parent's.
+        mask_row: The index of its mask row in the block; -1 once it has been dropped.
+        long: True if all of the path is read with the rotary frequencies of long texts.
+        columns: The columns of its own tokens, in order.
+        ids: Its own tokens.
+        states: The states of recurrent layers at the base or after the last forward, by the length of the text.
     """
 
     def __init__(self, tree: Tree, base: int, mask_row: int, long: bool) -> None:
@@ -63,7 +67,7 @@ class Branch:
         return self.base + len(self.columns)
 
     def extend(self, ids: Sequence[int]) -> list[int]:
-        """Append tokens, which the branch sees from now on; returns their columns."""
+        """Append tokens, which the branch sees from now on, and return their columns."""
         columns, position = self.append(ids), self.length - len(ids)
         block = self.tree.block
         block.positions[self.tree.row, columns] = range(position, position + len(ids))
@@ -71,7 +75,7 @@ class Branch:
         return columns
 
     def append(self, ids: Sequence[int]) -> list[int]:
-        """Like `extend`, but leaves it to the caller to note the positions, and that the branch sees the columns."""
+        """Like `extend`, but leave it to the caller to set the positions and the mask row."""
         columns = self.tree.allocate(len(ids))
         self.columns += columns
         self.ids += ids
@@ -95,22 +99,36 @@ class Branch:
         return branch
 
     def known(self, tokens: int) -> int:
-        """Return the largest length, up to this one, after which another branch can leave this one."""
+        """Return the largest length, at most `tokens`, after which another branch can leave this one."""
         return tokens if self.tree.cache.pool is None else known_length(self.states, tokens)
 
     def begin_with(self, states: Mapping[int, State]) -> None:
-        """Share the state at its base, if there is one."""
+        """Share the recurrent state at the base, if there is one."""
         if (state := states.get(self.base)) is not None:
             self.states[self.base] = state.shared()
 
 
 class Tree:
-    """One row of the cache: the trunk's tokens and columns in order, and which columns are free.
+    """One row of the cache: the trunk and its branches, and which columns are free.
 
-    The first tokens of the trunk may be those of a prefix that the row shares with others; the columns begin after it.
-    `mask_row` is the trunk's, `branches` are all that have not been dropped. `orphaned` are columns that
-    are no longer the trunk's, but that branches which left it earlier still see. `block` and `row` say
-    where the row is. `long` says that the trunk is read with the rotary frequencies of long texts.
+    The first tokens of the trunk may be a prefix that the row shares with others; they have no columns here.
+
+    Attributes:
+        cache: The cache.
+        block: The block that the row is in.
+        row: The index of the row in the block.
+        long: True if the trunk is read with the rotary frequencies of long texts.
+        mask_row: The index of the trunk's mask row in the block.
+        branches: All that have not been dropped.
+        ids: The tokens of the trunk, those of a shared prefix included.
+        columns: The columns of the trunk's tokens after the shared prefix, in order.
+        untouched: The first column that was never used.
+        freed: The free columns before that, as a heap.
+        orphaned: Columns that are no longer the trunk's, but that branches which left it earlier still see.
+        expected: How many columns the prompt takes, read or not.
+        chunks: See `LiveTexts`.
+        shared: The prefix that the row shares with others; None if there is none.
+        states: The states of recurrent layers, by the number of tokens of the trunk after which they are.
     """
 
     block: RowBlock
@@ -123,17 +141,17 @@ class Tree:
         self.branches: dict[Branch, None] = {}
         self.ids: list[int] = []
         self.columns: list[int] = []
-        self.untouched = SCRATCH + 1  # the first column that was never used
-        self.freed: list[int] = []  # a heap
+        self.untouched = SCRATCH + 1
+        self.freed: list[int] = []
         self.orphaned: list[int] = []
-        self.expected = 0  # columns that its prompt takes, read or not
-        self.chunks: list[int] = []  # see LiveTexts
-        self.shared: SharedPrefix | None = None  # the first tokens of the trunk, which have no columns here
-        self.states: dict[int, State] = {}  # of recurrent layers, after so many tokens of the trunk
+        self.expected = 0
+        self.chunks: list[int] = []
+        self.shared: SharedPrefix | None = None
+        self.states: dict[int, State] = {}
 
     @property
     def prefix(self) -> int:
-        """Number of tokens of the shared prefix."""
+        """Number of tokens of the shared prefix; 0 if there is none."""
         return len(self.shared) if self.shared is not None else 0
 
     @property
@@ -143,13 +161,13 @@ class Tree:
 
     @property
     def mask_rows(self) -> list[int]:
-        """Those of the trunk and of all branches."""
+        """The mask rows of the trunk and of all branches."""
         return [path.mask_row for path in self.paths]
 
     def branch(self, base: int | None = None, long: bool | None = None) -> Branch:
         """Return a new branch that leaves the trunk after `base` tokens (default: at its tip).
 
-        One after 0 tokens may have another `long` than the trunk.
+        Only a branch that leaves after 0 tokens may differ from the trunk in `long`.
         """
         if base is not None and base < self.prefix:
             self.cache.unshare(self)
@@ -161,7 +179,7 @@ class Tree:
         return branch
 
     def known(self, tokens: int) -> int:
-        """Return the largest number of tokens, up to this one, after which a branch can leave the trunk."""
+        """Return the largest length, at most `tokens`, after which a branch can leave the trunk."""
         return tokens if self.cache.pool is None else known_length(self.states, tokens)
 
     def add_branch(self, base: int, like: int, long: bool) -> Branch:
@@ -173,7 +191,7 @@ class Tree:
     def keep(self, branch: Branch, tokens: int | None = None) -> None:
         """Make a branch, or its first `tokens` own tokens, the trunk; the branch is then empty, at the new tip.
 
-        With recurrent layers these are tokens after which the state is known.
+        With recurrent layers, the state after `tokens` must be known.
         """
         beyond, visible = branch.columns[tokens:] if tokens is not None else [], self.block.visible
         self.cache.live_texts.forget(self, branch.base)
@@ -203,7 +221,7 @@ class Tree:
         branch.begin_with(self.states)
 
     def can_share(self, tokens: int) -> bool:
-        """True if all branches see the first so many tokens of the trunk, so that these need not be columns here."""
+        """True if all branches see the first `tokens` tokens of the trunk, so that these can be a shared prefix."""
         return not self.orphaned and all(branch.base >= tokens for branch in self.branches)
 
     def drop(self, branch: Branch) -> None:
@@ -229,7 +247,7 @@ class Tree:
         return self.untouched - len(self.freed)
 
     def has_room(self, count: int) -> bool:
-        """True if the row is wide enough for so many more columns."""
+        """True if the row is wide enough for `count` more columns."""
         return self.untouched - len(self.freed) + count <= self.block.columns
 
     def allocate(self, count: int) -> list[int]:
@@ -260,7 +278,7 @@ class Tree:
         return [column for column in range(self.untouched) if column not in gone]
 
     def renumber(self, used: Sequence[int]) -> None:
-        """Let the columns in use be the first ones."""
+        """Make the columns in use the first ones of the row."""
         if self.freed:
             now = {column: i for i, column in enumerate(used)}
             for path in self.paths:
@@ -270,25 +288,25 @@ class Tree:
 
 
 def known_length(states: Mapping[int, State], tokens: int) -> int:
-    """Return the largest length with a state, up to this one; 0 if there is none."""
+    """Return the largest length, at most `tokens`, with a state; 0 if there is none."""
     return max((length for length in states if length <= tokens), default=0)
 
 
 def release(states: dict[int, State], length: int) -> None:
-    """Give back those of longer texts."""
+    """Give back the states of texts that are longer than `length`."""
     for each in [each for each in states if each > length]:
         states.pop(each).release()
 
 
 class AttentionCall(NamedTuple):
-    """The number of a call in its forward, and the keys and values that it had."""
+    """The number of an attention call in its forward, and its keys and values."""
 
     number: int
     keys: ReferenceType[torch.Tensor]
     values: ReferenceType[torch.Tensor]
 
     def had(self, pair: Pair) -> bool:
-        """True if these are the very tensors, not others with their ids."""
+        """True if these are the very same tensors, not others that were given their ids."""
         return self.keys() is pair[0] and self.values() is pair[1]
 
 
@@ -296,14 +314,16 @@ class TreeCache(Cache):
     """The rows of all live requests, in blocks of equal width.
 
     Args:
-        layers: Those of the model.
-        layout: What is kept of each token; unknown until a forward by default.
-        states: What its recurrent layers keep of each text.
+        layers: The cache layers of the model.
+        layout: What is kept of each token; by default unknown until the first forward.
+        states: What the recurrent layers keep of each text.
         size: Rows and columns of a block that is always there, in which every text begins.
-        min_shared: Tokens from which on a beginning that live rows have in common is held once; None for never.
-        dtype: Of the keys and values; None for what the model computes.
+        min_shared: The least number of tokens of a common prefix that is held once for several live rows; None for
+            never.
+        dtype: The data type of keys and values; None for what the model computes.
 
-    `written` are the blocks that the next forward writes to, each with its part of the forward's tokens.
+    Attributes:
+        written: The blocks that the next forward writes to, each with its part of the forward's tokens.
     """
 
     def __init__(
@@ -331,13 +351,21 @@ class TreeCache(Cache):
         self._calls: dict[tuple[int, int], AttentionCall] = {}
 
     def begin(self, write_indices: torch.Tensor) -> None:
-        """Let a forward begin, which writes to (tokens,) indices into the rows * columns of each token's block."""
+        """Begin a forward.
+
+        Args:
+            write_indices: For each token the index into rows * columns of its block, (tokens,).
+        """
         self._write_indices = write_indices
         self._calls.clear()
         self._count = 0
 
     def go_on(self, paths: Sequence[tuple[Branch, int]]) -> None:
-        """Let the recurrent layers go on from the states of these paths before their last so many tokens."""
+        """Set the states from which the recurrent layers go on.
+
+        Args:
+            paths: Each branch with the number of its last tokens that the forward reads.
+        """
         assert self.pool is not None
         starts = [branch.length - tokens for branch, tokens in paths]
         states = [branch.states.get(start) for (branch, _), start in zip(paths, starts, strict=True)]
@@ -346,14 +374,14 @@ class TreeCache(Cache):
         self.pool.begin(states)
 
     def advance(self, branches: Sequence[Branch]) -> None:
-        """Let these paths have the states after the forward."""
+        """Give these branches the states after the forward."""
         assert self.pool is not None
         for branch, state in zip(branches, self.pool.end(len(branches)), strict=True):
             release(branch.states, -1)
             branch.states[branch.length] = state
 
     def latent(self, layer: int) -> Pair | None:
-        """Return, once, what a layer has given to the cache in this forward, if it may be kept in place of the rest."""
+        """Return, once, the latents that a layer has given in this forward, if they may be kept instead of the rest."""
         given, self.layers[layer].given = getattr(self.layers[layer], "given", None), None
         return given if self.layout.latents else None
 
@@ -361,7 +389,7 @@ class TreeCache(Cache):
         """Write the keys and values of an attention call, (batch, heads, tokens, head size) with batch * tokens in all.
 
         Returns:
-            The call's number; that of an earlier one of the forward if that had the very same.
+            The number of the call, or of an earlier call of the forward with the very same tensors.
         """
         known = self._calls.get((id(pair[0]), id(pair[1])))
         if known is not None and known.had(pair):
@@ -383,35 +411,40 @@ class TreeCache(Cache):
 
     @property
     def bytes(self) -> int:
-        """Bytes of the cache as it is."""
+        """Bytes of the cache as it is now."""
         rows = sum(block.rows * block.columns for block in self.blocks.values())
         states = self.pool.bytes if self.pool is not None else 0
         return (rows + sum(map(len, self.prefixes))) * self.bytes_per_token + states
 
     @property
     def bytes_per_state(self) -> int:
-        """Bytes of what recurrent layers keep of a text, of whatever length."""
+        """Bytes of what recurrent layers keep of a text, whatever its length."""
         return self.pool.layout.bytes if self.pool is not None else 0
 
     def _width(self, columns: int) -> int:
-        """The width of a row of so many columns; a block that is there serves before a narrower new one.
+        """Return the width of a row of at least `columns` columns; a block that exists comes before a narrower one.
 
-        Few blocks with some columns to spare cost less than many: each is a call of the attention.
+        A few blocks with columns to spare cost less than many, as each block is a call of the attention.
         """
         width = max(width_for(columns), self.narrowest)
         there = [each for each in self.blocks if width <= each <= max(width + STEP, width * 5 // 4)]
         return min(there, default=width)
 
     def row_bytes(self, columns: int) -> int:
-        """Return the bytes of a row of at least so many columns."""
+        """Return the bytes of a row of at least `columns` columns."""
         return self._width(columns) * self.bytes_per_token + self.bytes_per_state
 
     def columns_within(self, tree: Tree, more: int) -> int:
-        """Return how many columns a tree may have in use before the cache grows by over `more` columns."""
+        """Return how many columns a tree may use before the cache grows by more than `more` columns."""
         return max(tree.block.columns, width_within(more * 4 // 5))
 
     def open(self, columns: int = 0, long: bool = False) -> Tree:
-        """Return a new, empty row of at least `columns` columns, for a long text or a short one."""
+        """Return a new, empty row.
+
+        Args:
+            columns: Its least width.
+            long: Whether it is read with the rotary frequencies of long texts.
+        """
         tree = Tree(self, long)
         tree.expected = columns
         self.trees[tree] = None
@@ -427,7 +460,7 @@ class TreeCache(Cache):
         self._leave_prefix(tree)
         tree.block.free_mask_rows += tree.mask_rows
         for branch in tree.branches:
-            branch.mask_row = -1  # dropping it has no effect any more
+            branch.mask_row = -1  # so that dropping it later has no effect
             release(branch.states, -1)
         release(tree.states, -1)
         tree.branches.clear()
@@ -440,17 +473,17 @@ class TreeCache(Cache):
         """Return by how many bytes the cache grows, at most.
 
         Args:
-            more: Columns that are allocated in rows.
-            paths: How many paths get their first state, or a new one.
+            more: How many columns each row is given.
+            paths: How many paths get a new recurrent state.
         """
         columns = sum(self.row_bytes(tree.taken + count) for tree, count in more.items() if not tree.has_room(count))
         return columns + (self.pool.growth(paths) if self.pool is not None else 0)
 
     def make_room(self, more: Mapping[Tree, int]) -> None:
-        """Move rows that are about to outgrow their blocks; those that have the same way go together.
+        """Move rows that are about to outgrow their blocks; rows between the same two blocks move together.
 
         Args:
-            more: Columns that will be allocated.
+            more: How many columns each row will be given.
         """
         moving: dict[tuple[RowBlock, int], list[Tree]] = {}
         for tree, count in more.items():
@@ -466,7 +499,7 @@ class TreeCache(Cache):
             self._move([tree], source, self._block(needed * sparse // 2))
 
     def _block(self, columns: int) -> RowBlock:
-        """The block for rows of so many columns."""
+        """Return the block for rows of at least `columns` columns."""
         width = self._width(columns)
         if width not in self.blocks:
             self.blocks[width] = RowBlock(self.layout, width)
@@ -494,7 +527,7 @@ class TreeCache(Cache):
         self._give_back([source])
 
     def _copy_states(self, source: RowBlock, target: RowBlock, rows: list[int], columns: list[list[int]]) -> None:
-        """Copy what these columns hold to the next free rows of another block."""
+        """Copy the keys and values of these columns to the next free rows of another block."""
         first, widest = len(target.trees), max(map(len, columns))
         target.make_rows(first + len(rows))
         if widest == 1:  # only the scratch columns
@@ -525,7 +558,7 @@ class TreeCache(Cache):
             self.pool.give_back()
 
     def _give_back(self, blocks: Iterable[RowBlock]) -> None:
-        """Release what these blocks need no more."""
+        """Release memory that these blocks no longer need."""
         for block in blocks:
             block.give_back()
             if not block.rows:
@@ -545,7 +578,7 @@ class TreeCache(Cache):
 
     @torch.inference_mode()
     def write(self, tree: Tree, ids: Sequence[int], states: States) -> None:
-        """Make tokens, with keys and values that were read before, the trunk of an empty tree."""
+        """Make tokens with known keys and values the trunk of an empty tree."""
         branch = tree.branch()
         columns = branch.extend(ids)
         self._put(tree, columns, states)
@@ -564,19 +597,19 @@ class TreeCache(Cache):
     # --- what rows share ---
 
     def shares(self, tokens: int) -> bool:
-        """True if so many tokens in common are worth being held once."""
+        """True if a common prefix of `tokens` tokens is worth being held once."""
         return self.min_shared is not None and tokens >= self.min_shared
 
     def share(self, tree: Tree, ids: Sequence[int], source: Tree | None, live: int) -> None:
-        """Let an empty row begin with what is held for several rows, or can be from now on.
+        """Let an empty row begin with a shared prefix, which may be made for it.
 
         Args:
             tree: The row.
-            ids: Tokens that it will have.
-            source: The live row that begins most like these, if there is one.
-            live: How many tokens they have in common.
+            ids: The tokens that it will have.
+            source: The live row that has the longest common prefix with these, if there is one.
+            live: The length of that prefix in tokens.
         """
-        tokens = live // STEP * STEP  # or two questions that begin alike would have a prefix that others do not
+        tokens = live // STEP * STEP  # else two prompts that agree a little further would share this alone
         if self.min_shared is None or not self.shares(tokens):
             return
         prefix = max((each for each in self.prefixes if each.begins(ids, tree.long)), key=len, default=None)
@@ -604,7 +637,7 @@ class TreeCache(Cache):
 
     @torch.inference_mode()
     def unshare(self, tree: Tree) -> None:
-        """Copy a row's shared prefix to columns of its own, so that branches can leave the trunk within it."""
+        """Copy a row's shared prefix into columns of its own, so that branches can leave the trunk within it."""
         if (prefix := tree.shared) is not None:
             columns = tree.allocate(len(prefix))
             self._put(tree, columns, prefix.states)

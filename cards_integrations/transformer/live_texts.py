@@ -1,4 +1,4 @@
-"""Which of the live rows begin like a new text, found in the time of reading the text once."""
+"""Which live row has the longest common prefix with a new text, found in one pass over the text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ CHUNK = 64  # tokens
 
 
 class Trunk(Protocol):
-    """A live text; `chunks` are the hashes of its beginnings that are known. Only with equal `long` are two alike."""
+    """A live text. `chunks` are the hashes of its prefixes so far; only texts of equal `long` are alike."""
 
     ids: list[int]
     chunks: list[int]
@@ -22,18 +22,18 @@ T = TypeVar("T", bound=Trunk)
 
 
 class LiveTexts(Generic[T]):
-    """The trunks of live rows by hashes of their beginnings, of one chunk, of two chunks, and so on."""
+    """The trunks of live rows by the hashes of their prefixes of one chunk, two chunks, and so on."""
 
     def __init__(self) -> None:
         self._beginning: dict[int, dict[T, None]] = {}
 
     def longest(self, trees: Iterable[T], ids: Sequence[int], long: bool = False) -> tuple[T | None, int]:
-        """Return the tree that begins most like a text, and how many tokens they have in common.
+        """Return the tree with the longest common prefix with a text, and the length of that prefix in tokens.
 
         Args:
-            trees: All live ones.
-            ids: The text; beginnings shorter than a chunk are not found.
-            long: That of the text.
+            trees: All live trees.
+            ids: The text; common prefixes shorter than a chunk are not found.
+            long: Whether the text is read with the rotary frequencies of long texts.
         """
         for tree in trees:
             self._note(tree)
@@ -48,7 +48,7 @@ class LiveTexts(Generic[T]):
         return best, 0 if best is None else common(best.ids, ids)
 
     def _note(self, tree: T) -> None:
-        """Take in what a trunk has grown by."""
+        """Add the hashes of what a trunk has grown by."""
         before, start = (tree.chunks[-1] if tree.chunks else tree.long), len(tree.chunks) * CHUNK
         if len(tree.ids) - start >= CHUNK:
             for beginning in _beginnings(tree.ids[start:], before):
@@ -56,7 +56,7 @@ class LiveTexts(Generic[T]):
                 self._beginning.setdefault(beginning, {})[tree] = None
 
     def forget(self, tree: T, tokens: int = 0) -> None:
-        """Leave out what comes after so many tokens of a trunk."""
+        """Remove the hashes of what comes after the first `tokens` tokens of a trunk."""
         after = tokens // CHUNK
         for beginning in tree.chunks[after:]:
             alike = self._beginning[beginning]
@@ -67,7 +67,7 @@ class LiveTexts(Generic[T]):
 
 
 def _beginnings(ids: Sequence[int], before: int) -> Iterator[int]:
-    """The hashes of ever longer beginnings of a text, which goes on from one with the hash `before`."""
+    """Yield the hashes of ever longer prefixes of a text that goes on from one with the hash `before`."""
     for start in range(0, len(ids) - CHUNK + 1, CHUNK):
         before = hash((before, *ids[start : start + CHUNK]))
         yield before

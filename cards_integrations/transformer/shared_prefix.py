@@ -1,4 +1,4 @@
-"""A beginning that several live rows have in common, such as a system prompt: held once, attended to by all of them."""
+"""A prefix that several live rows have in common, such as a system prompt: it is held once, and all attend to it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from cards_integrations.transformer.kv_block import States
 class SharedPrefix:
     """The first tokens of several texts, with their keys and values, (tokens, heads, head size) for each layer.
 
-    `users` are the rows that begin with it; it is given up with the last of them. `long` is theirs.
+    `users` are the rows that begin with it; it is given up with the last of them. `long` is true if they are read with
+    the rotary frequencies of long texts.
     """
 
     def __init__(self, ids: list[int], states: States, long: bool = False) -> None:
@@ -23,5 +24,5 @@ class SharedPrefix:
         return len(self.ids)
 
     def begins(self, ids: Sequence[int], long: bool = False) -> bool:
-        """True if a text, which is long or not, begins with it."""
+        """True if a text with these tokens and this `long` begins with it."""
         return long == self.long and ids[: len(self.ids)] == self.ids

@@ -1,4 +1,4 @@
-"""One draw for all candidates of a step: a handful of tensor operations, and one transfer to the host."""
+"""Sampling for all candidates of a step at once: a few tensor operations, and one transfer to the host."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cards_integrations.models.local.penalties import Penalties
 from cards_integrations.models.sampling import distinct, draw
 from cards_integrations.transformer.forward import Output
 
-ON_HOST = {"mps"}  # devices without float64; their logits are drawn from on the host
+ON_HOST = {"mps"}  # devices without float64: tokens are drawn on the host
 
 
 class Drawn(NamedTuple):
@@ -23,8 +23,8 @@ class Drawn(NamedTuple):
     Attributes:
         token: Its id.
         log_p: Its log-probability in nats, full vocabulary, temperature 1.
-        rises: True if the segment ends before it.
-        top: The most probable tokens in its place and their log p, as many as the request reports.
+        rises: True if the boundary ends the segment before this token (the uncertainty rises).
+        top: The most probable tokens at its position and their log p, as many as the request reports.
     """
 
     token: int
@@ -34,10 +34,10 @@ class Drawn(NamedTuple):
 
 
 class TokenDrawer:
-    """Draws the next tokens of candidates, each with the sampler, the grammar and the boundary of its own.
+    """Draws the next tokens of candidates, each with its own sampler, grammar and boundary.
 
     Args:
-        grammars: Returns the vocabulary as grammars see it; called when a candidate has one.
+        grammars: Returns the vocabulary as grammars see it; called when a candidate has a grammar.
         eos: The ids of end-of-sequence.
     """
 
@@ -47,7 +47,7 @@ class TokenDrawer:
 
     @torch.inference_mode()
     def draw(self, candidates: Sequence[Candidate], outputs: Sequence[Output]) -> list[Drawn]:
-        """A token for each candidate, from the logits after its last one."""
+        """Draw a token for each candidate, from the logits after its last token."""
         logits, rows = _stacked(outputs)
         logits = logits.cpu() if logits.device.type in ON_HOST else logits
         tokens, forced = self.tokens(candidates, logits, rows)
@@ -66,7 +66,7 @@ class TokenDrawer:
     def tokens(
         self, candidates: Sequence[Candidate], logits: torch.Tensor, rows: Sequence[int]
     ) -> tuple[torch.Tensor, Collection[int]]:
-        """The token of each candidate, from its row of the logits, and which of them had no choice."""
+        """Return a token for each candidate, from its row of the logits, and the indices of those without a choice."""
         changed = [i for i, candidate in enumerate(candidates) if not candidate.context.sampler.plain]
         changed = [i for i in changed if self._penalties.concern(candidates[i])]
         if not changed:
@@ -95,7 +95,7 @@ class TokenDrawer:
     def _changed(
         self, candidates: Sequence[Candidate], logits: torch.Tensor, rows: Sequence[int]
     ) -> tuple[torch.Tensor, Collection[int]]:
-        """As `_plain`, for candidates whose samplers change the logits: each has a row of its own."""
+        """Like `_plain`, for candidates whose samplers change the logits, so that each needs a row of its own."""
         own, forced = self._penalties.apply(candidates, logits[list(rows)]), list[int]()
         if bound := [i for i, candidate in enumerate(candidates) if candidate.matcher is not None]:
             allowed, forced = self._allowed(candidates, bound)
@@ -104,7 +104,7 @@ class TokenDrawer:
         return _drawn(candidates, own, range(len(candidates))), forced
 
     def _allowed(self, candidates: Sequence[Candidate], bound: Sequence[int]) -> tuple[torch.Tensor, list[int]]:
-        """What their grammars let through, (bound, vocabulary) bool, and which of them have no choice."""
+        """Return what the grammars allow, (bound, vocabulary) bool, and the indices of those without a choice."""
         grammars = self._grammars()
         drafted = [(c, c.matcher) for c in (candidates[i] for i in bound) if c.matcher is not None]
         allowed = grammars.allowed([matcher for _, matcher in drafted])
@@ -115,17 +115,17 @@ class TokenDrawer:
 
 
 def _stacked(outputs: Sequence[Output]) -> tuple[torch.Tensor, list[int]]:
-    """Distinct logits (n, vocabulary), and where each of the given ones is among them."""
+    """Return the distinct logits (n, vocabulary), and the row of each output among them."""
     batch, rows = outputs[0].batch, [output.last for output in outputs]
     if all(output.batch is batch for output in outputs) and 4 * len(set(rows)) >= 3 * len(batch):
         return batch, rows  # a few rows too many cost less than a copy of the others
-    values = {(id(output.batch), output.last): output for output in outputs}  # siblings begin from the same ones
+    values = {(id(output.batch), output.last): output for output in outputs}  # siblings begin with the same logits
     places, rows = distinct([(id(output.batch), output.last) for output in outputs])
     return torch.stack([values[place].value for place in places]), rows
 
 
 def _drawn(candidates: Sequence[Candidate], logits: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
-    """The samplers' tokens, but for those that begin with the token of a rank."""
+    """Return the tokens that the samplers draw or, for the first token of a candidate with a rank, that of the rank."""
     uniforms = [candidate.uniforms[len(candidate.ids)] for candidate in candidates]
     tokens = draw([candidate.context.sampler for candidate in candidates], logits, rows, uniforms)
     for i, candidate in enumerate(candidates):
@@ -139,7 +139,7 @@ def _drawn(candidates: Sequence[Candidate], logits: torch.Tensor, rows: Sequence
 def _reported(
     candidates: Sequence[Candidate], log_p: torch.Tensor, rows: Sequence[int]
 ) -> Iterator[tuple[int, list[tuple[int, float]]]]:
-    """Indices of the candidates whose requests report the most probable tokens, and these."""
+    """Yield the index of each candidate whose request reports the most probable tokens, and these."""
     counts = [candidate.context.logprobs for candidate in candidates]
     asked = [(i, count) for i, count in enumerate(counts) if count]
     if not asked:
@@ -157,7 +157,7 @@ def _decisions(
     log_p: torch.Tensor,
     rows: Sequence[int],
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """Ask each boundary once; yields indices of candidates, and whether the segment of each ends before its token."""
+    """Ask each boundary once; yield indices of candidates, and whether their segments end before the token."""
     asked: dict[Boundary, list[int]] = {}
     for i, candidate in enumerate(candidates):
         if len(candidate.ids) >= candidate.boundary.min_tokens and i not in forced:

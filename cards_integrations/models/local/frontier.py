@@ -15,7 +15,7 @@ from cards_integrations.transformer.kv_cache import Branch
 
 
 class ReadStates(NamedTuple):
-    """The sum of hidden states, (hidden size,) float32, after so many tokens."""
+    """The sum of the hidden states, (hidden size,) float32, after the first `tokens` tokens of an answer."""
 
     total: torch.Tensor
     tokens: int
@@ -23,19 +23,19 @@ class ReadStates(NamedTuple):
 
 @dataclass(eq=False)
 class Frontier:
-    """Where a path through the tree ends, the kept text's or a candidate's.
+    """The end of a path through the tree: that of the kept text, or of a candidate.
 
     Attributes:
         held: The path in the KV cache; None while the request is preempted, and then until it is read again.
         owner: The candidate whose path it is; None for the kept text.
         own_row: True if the candidate has a row of the cache to itself.
-        unread: The last tokens, which the model has not read yet.
-        logits: Those after the last token, once it has.
+        unread: The last tokens of the path, which the model has not read yet.
+        logits: The logits after the last token, once it has been read.
         waiting: Candidates that go on from here as soon as there are logits.
-        complete: True if the owner has all of its tokens, and only its hidden states are waited for.
+        complete: True if the owner has all of its tokens, and only waits for its hidden states.
         read: The sum of the hidden states after the tokens of the answer, where its request asks for states; None if
             some of them are unknown.
-        detokenizer: Decodes the owner's text; None until it is looked at.
+        detokenizer: Decodes the owner's text; None until that is needed.
     """
 
     held: Branch | None
@@ -50,12 +50,12 @@ class Frontier:
 
     @property
     def branch(self) -> Branch:
-        """The path of one that is in the cache."""
+        """The path in the cache; it must be there."""
         assert self.held is not None
         return self.held
 
     def forget(self, ids: Sequence[int]) -> None:
-        """Be what has these tokens to read, none of which is in the cache."""
+        """Note that the cache holds nothing of it any more, and that these tokens are to be read."""
         self.held, self.own_row, self.unread, self.logits = None, False, [*ids], None
 
     def note_state(self, state: torch.Tensor, tokens: int) -> None:
@@ -73,7 +73,7 @@ class Frontier:
         return torch.stack([self.logits.state.float(), self.read.total / max(1, self.read.tokens)])
 
     def own_logits(self) -> None:
-        """Keep a copy of its own logits only: those of the whole step would stay alive as long."""
+        """Replace its logits by a copy, so that they do not keep those of the whole step alive."""
         if self.logits is not None and len(self.logits.batch) > 1:
             self.logits = self.logits.alone()
 
@@ -82,8 +82,8 @@ class Frontier:
 class OpenRequest:
     """The frontiers of one request: the kept text's, and those of its candidates.
 
-    A candidate that waits for its first logits has the frontier that it goes on from. `long` is the kept text once
-    more, read with the rotary frequencies of long texts: candidates go on from there that outgrow those of short ones.
+    A candidate that waits for its first logits is at the frontier that it goes on from. `long` is the kept text once
+    more, read with the rotary frequencies of long texts, for candidates that outgrow those of short texts.
     """
 
     kept: Frontier
@@ -91,15 +91,15 @@ class OpenRequest:
     long: Frontier | None = None
 
     def is_trunk(self, frontier: Frontier) -> bool:
-        """True if it is the kept text's, in one reading or the other."""
+        """True for the frontier of the kept text, in either reading."""
         return frontier is self.kept or frontier is self.long
 
     def origin(self, candidate: Candidate) -> Frontier:
-        """What a candidate goes on from."""
+        """Return the frontier that a candidate goes on from."""
         return self.kept if candidate.parent is None else self.candidates.get(candidate.parent, self.kept)
 
     def join(self, frontier: Frontier, origin: Frontier) -> None:
-        """Let everybody at a frontier that adds no token to its origin be at the origin."""
+        """Move all candidates at a frontier without tokens of its own back to its origin."""
         origin.waiting += frontier.waiting
         for candidate, at in self.candidates.items():
             if at is frontier:

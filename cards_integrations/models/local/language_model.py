@@ -34,10 +34,10 @@ from cards_integrations.transformer.step_times import StepTimes, least_seconds, 
 from cards_integrations.transformer.thread_tuner import ThreadTuner
 
 log = logging.getLogger("cards_integrations")
-PREFILL_BESIDE = 512  # tokens of prompts that are read before a step of others
-UNKNOWN_TIMES = StepTimes({1: 1.0, 16: 2.0})  # not seconds: more candidates are taken to cost little
+PREFILL_BESIDE = 512  # tokens of prompts that are read at most between two decode steps
+UNKNOWN_TIMES = StepTimes({1: 1.0, 16: 2.0})  # not seconds: assumes that more candidates cost little
 Read = Callable[[Sequence[ForwardInput]], list[Output | CardsError]]
-LONG = 96  # tokens from which on a candidate does not share a row
+LONG = 96  # tokens above which a candidate gets a row of its own
 
 
 class LocalLanguageModel:
@@ -67,16 +67,16 @@ class LocalLanguageModel:
         self.eos = end_of_sequence(model, chat.tokenizer)
         self.appender = TokenAppender(name, model.dtype, chat, self.eos)
         decodes_locally(chat)  # tested while nobody waits
-        self.steps = 0  # forwards that carried at least one candidate
+        self.steps = 0  # decode steps, each with at least one candidate
         self.drawer = TokenDrawer(lambda: self.grammars, self.eos)
         self._requests: dict[Context, OpenRequest] = {}  # in order of arrival
-        self._ready: list[Candidate] = []  # have logits
+        self._ready: list[Candidate] = []  # those that have logits
         self._failed: list[Candidate] = []
 
     def cache_needs(self, context: Context, tokens: int) -> list[CacheNeed]:
         now = len(context.prompt_ids) + len(context.ids)
         needs, switch = [CacheNeed(self.transformer.cache, 1, tokens)], self.transformer.switch
-        if self.reads_again and now <= switch < tokens:  # until the one that is read again is kept
+        if self.reads_again and now <= switch < tokens:  # until a candidate beyond the switch is kept
             needs.append(CacheNeed(self.transformer.cache, 1, switch))
         return needs
 
@@ -91,29 +91,29 @@ class LocalLanguageModel:
         return self.transformer.tokens
 
     def open(self, context: Context) -> None:
-        """Give a context a row; its prompt is read when a candidate needs it."""
+        """Open a row for a request; its prompt is read when a candidate needs it."""
         self._check_ids(context.sampler)
         self._requests[context] = OpenRequest(Frontier(self._row(context), unread=list(context.prompt_ids)))
 
     def _check_ids(self, sampler: Sampler) -> None:
-        """Refuse token ids that the model does not know."""
+        """Refuse token ids that the model does not have."""
         for name, ids in (("logit_bias", dict(sampler.logit_bias)), ("stop_token_ids", sampler.stop_token_ids)):
             if ids and max(ids) >= self.vocabulary:
                 raise SettingsError(f"{name}: token {max(ids)}, and model {self.name!r} has {self.vocabulary} tokens.")
 
     @cached_property
     def vocabulary(self) -> int:
-        """How many tokens have a logit."""
+        """Number of tokens that have a logit."""
         return int(self.model.get_output_embeddings().weight.shape[0])
 
     def _row(self, context: Context) -> Branch:
-        """A new row for what is kept, which the length of the prompt decides how to read, or that of the whole."""
+        """Open a row for the kept text; its length, or that of the prompt, decides on the rotary frequencies."""
         prompt, whole = len(context.prompt_ids), len(context.prompt_ids) + len(context.ids)
         long = self.transformer.is_long(whole if self.reads_again else prompt)
         return self.transformer.cache.open(whole + 1, long).branch()
 
     def close(self, context: Context) -> None:
-        """Free the row, and give up the candidates that are left."""
+        """Give up the candidates that are left, and free the row."""
         request = self._requests.get(context)
         if request is not None:
             for candidate in list(request.candidates):
@@ -125,7 +125,7 @@ class LocalLanguageModel:
                 self.transformer.cache.close(request.kept.branch.tree)
 
     def preempt(self, context: Context) -> None:
-        """Free the row; what is kept and what has been drafted is read again, once `resume` allows it."""
+        """Free the row; what was kept and drafted is read again after `resume`."""
         request = self._requests.get(context)
         if request is None:
             return
@@ -133,7 +133,7 @@ class LocalLanguageModel:
             if candidate.context is context and candidate in request.candidates:
                 request.candidates[candidate].waiting.append(candidate)
         self._ready = [candidate for candidate in self._ready if candidate.context is not context]
-        for candidate, frontier in reversed(list(request.candidates.items())):  # who follows another first
+        for candidate, frontier in reversed(list(request.candidates.items())):  # children before their parents
             if frontier.owner is candidate:
                 self._free(frontier, row=frontier.own_row)
                 frontier.forget(candidate.ids)
@@ -149,7 +149,7 @@ class LocalLanguageModel:
             request.kept.held = self._row(context)
 
     def _close_long(self, request: OpenRequest) -> None:
-        """Free the row in which the kept text is read once more."""
+        """Free the row in which the kept text is read with the frequencies of long texts."""
         if request.long is not None:
             self.transformer.cache.close(request.long.branch.tree)
             request.long = None
@@ -169,12 +169,12 @@ class LocalLanguageModel:
         self._go_on(candidate, request.candidates[candidate])
 
     def _frontier(self, candidate: Candidate) -> Frontier | None:
-        """That of a candidate; None once it has been given up."""
+        """Return the frontier of a candidate; None once it has been given up."""
         request = self._requests.get(candidate.context)
         return None if request is None else request.candidates.get(candidate)
 
     def _go_on(self, candidate: Candidate, origin: Frontier) -> None:
-        """Let a candidate have its next token, as soon as there are logits for it."""
+        """Let a candidate have its next token as soon as there are logits for it."""
         if origin.unread:
             origin.waiting.append(candidate)
             return
@@ -189,7 +189,10 @@ class LocalLanguageModel:
         self._ready.append(candidate)
 
     def _branch(self, origin: Branch, candidate: Candidate) -> Branch:
-        """A long candidate gets a row of its own: in a shared one it would read its siblings' columns, masked."""
+        """Return a new branch for a candidate.
+
+        A long candidate gets a row of its own: in a shared row its attention would read its siblings' columns, masked.
+        """
         longest = len(candidate.ids) + candidate.remaining_tokens
         cache, columns = self.transformer.cache, origin.length + longest
         short = longest <= LONG or candidate.index == 0 or candidate.parent is not None
@@ -197,11 +200,11 @@ class LocalLanguageModel:
             return origin.branch()
         row = cache.open(long=origin.long)
         cache.copy(origin.tree, row)
-        self.memory.evict_for(0)  # rows that it has to spare
+        self.memory.evict_for(0)  # the cache may have grown
         return row.branch()
 
     def vacancies(self, context: Context, boundary: Boundary) -> int:
-        """For how many more candidates there is memory."""
+        """Return for how many more candidates of a request there is memory."""
         if (branch := self._requests[context].kept.held) is None:
             return 0
         tree = branch.tree
@@ -237,13 +240,13 @@ class LocalLanguageModel:
         context = candidate.context
         request = self._requests[context]
         old, new = request.kept, request.candidates.pop(candidate)
-        if new.held is None:  # it is still to be read, after what was kept before
+        if new.held is None:  # it is yet to be read, after what was kept before
             new.held, new.unread = old.held, [*old.unread, *(new.unread if new is not old else ())]
         elif new is not old:
             new.branch.tree.keep(new.branch)
             new.own_logits()
             if old.branch.long != new.branch.long:
-                self.memory.keep(old.branch.tree)  # others may begin so
+                self.memory.keep(old.branch.tree)  # other texts may begin like it
             self._free(old, row=old.branch.tree is not new.branch.tree)
         request.kept, new.own_row = new, False
         self._keep_long(request, candidate)
@@ -252,7 +255,7 @@ class LocalLanguageModel:
         context.text = candidate.response
 
     def _keep_long(self, request: OpenRequest, candidate: Candidate) -> None:
-        """Let the other reading of the kept text follow a candidate that was kept, or become the only one."""
+        """Extend the long reading of the kept text by a kept candidate, or end it if the candidate is in it."""
         kept, long = request.kept.held, request.long
         if long is None:
             return
@@ -266,7 +269,7 @@ class LocalLanguageModel:
         """Give each candidate with logits its next token, or end it.
 
         Returns:
-            Those that have ended.
+            The candidates that have ended.
         """
         ready = [(c, frontier) for c in self._ready if (frontier := self._frontier(c)) is not None]
         ended, self._ready, self._failed = self._failed, [], []
@@ -275,10 +278,10 @@ class LocalLanguageModel:
         return ended + self._sample(ready) if ready else ended
 
     def _sample(self, ready: Sequence[tuple[Candidate, Frontier]]) -> list[Candidate]:
-        """Give each candidate its token; what cannot be drawn together is tried in halves, down to whose error it is.
+        """Give each candidate its token. If that fails, try it in halves, down to the candidate that is the cause.
 
         Returns:
-            Those that have ended.
+            The candidates that have ended.
         """
         candidates = [candidate for candidate, _ in ready]
         try:
@@ -291,12 +294,12 @@ class LocalLanguageModel:
         return [pair[0] for pair, token in zip(ready, drawn, strict=True) if self._ended(*pair, token)]
 
     def _ended(self, candidate: Candidate, frontier: Frontier, drawn: Drawn) -> bool:
-        """Append a token to a candidate; True if that ends it, or if it raises."""
+        """Append a token to a candidate; True if it has ended or failed with that."""
         try:
             if not self.appender.append(candidate, frontier, drawn):
                 return False
             if candidate.context.states:
-                if frontier.unread:  # as it would be for whatever follows
+                if frontier.unread:  # its last token is read first, for its hidden state
                     frontier.complete = True
                     frontier.waiting.append(candidate)
                     return False
@@ -311,10 +314,10 @@ class LocalLanguageModel:
         return any(True for _ in self._unread(candidates))
 
     def _unread(self, candidates: Iterable[Candidate]) -> Iterator[tuple[Frontier, Context]]:
-        """What must be read for the next token of these candidates, with the request that it belongs to.
+        """Yield what must be read for the next token of these candidates, with the request that it belongs to.
 
-        That is a candidate's own last token, or the prompt that it waits for, or the last token of a segment that
-        ended by its length.
+        That is a candidate's own last token, the prompt that it waits for, or the last token of the segment before,
+        which is unread if that segment ended by its length.
         """
         for candidate in candidates:
             frontier = self._frontier(candidate)
@@ -324,7 +327,7 @@ class LocalLanguageModel:
                 yield frontier, candidate.context
 
     def _first_unread(self, frontier: Frontier, context: Context) -> Frontier:
-        """The frontier or, where that is not in the cache, the first one on the way to it that is to be read."""
+        """Return the first unread frontier on the path to this one: itself, unless what it follows is unread, too."""
         request = self._requests[context]
         if self._has_outgrown(frontier):
             self._leave_short(frontier, request, context)
@@ -341,7 +344,7 @@ class LocalLanguageModel:
                 frontier.own_row = frontier.branch.tree is not origin.branch.tree
         return frontier
 
-    # --- texts that outgrow the rotary frequencies of short ones, and are read again for it ---
+    # --- texts that outgrow the rotary frequencies of short texts, and so are read again ---
 
     def _has_outgrown(self, frontier: Frontier) -> bool:
         held = frontier.held
@@ -351,7 +354,7 @@ class LocalLanguageModel:
 
     def _leave_short(self, frontier: Frontier, request: OpenRequest, context: Context) -> None:
         """Give up what was read of a path with the frequencies of short texts."""
-        frontier.read = None  # they are others from now on
+        frontier.read = None  # its hidden states change
         if frontier is not request.kept:
             assert frontier.owner is not None
             self._free(frontier, row=frontier.own_row)
@@ -364,7 +367,7 @@ class LocalLanguageModel:
         request.long = None
 
     def _origin(self, candidate: Candidate, request: OpenRequest) -> Frontier:
-        """What a candidate goes on from: one that has outgrown the short frequencies itself, from the other reading."""
+        """Return what a candidate goes on from: if it is itself the one that outgrows, the long reading."""
         before = len(candidate.context.prompt_ids) + len(candidate.before)
         long = self.transformer.is_long(before + len(candidate.ids))
         if self.reads_again and long and not self.transformer.is_long(before):
@@ -372,31 +375,31 @@ class LocalLanguageModel:
         return request.origin(candidate)
 
     def _long(self, request: OpenRequest, context: Context) -> Frontier:
-        """The kept text, read with the frequencies of long texts."""
+        """Return the frontier of the kept text as read with the frequencies of long texts."""
         if request.long is None:
             branch = self.transformer.cache.open(long=True).branch()
             request.long = Frontier(branch, unread=[*context.prompt_ids, *context.ids])
         return request.long
 
     def growth(self, candidates: Iterable[Candidate]) -> int:
-        """By how many bytes the cache grows at most when `forward` reads for these candidates."""
+        """Return by how many bytes the cache grows at most when `forward` is called for these candidates."""
         more: dict[Tree, int] = {}
         unread = dict(self._unread(candidates))
         for frontier in unread:
             tree, tokens = frontier.branch.tree, len(frontier.unread)
-            if tree.ids:  # else what is known of it is copied at once
+            if tree.ids:  # else all of it that is known may be copied at once
                 tokens = min(tokens, PREFILL_CHUNK)
             more[tree] = more.get(tree, 0) + tokens
         return self.transformer.cache.growth(more, len(unread))
 
     def forward(self, candidates: Iterable[Candidate]) -> None:
-        """Read what these candidates wait for; of prompts a bounded piece, so that others go on in between."""
+        """Read what these candidates wait for; of prompts only a piece, so that other requests go on in between."""
         unread = self._read_now(dict(self._unread(candidates))).items()
         step = [ForwardInput(f.branch, f.unread.copy(), (f, context)) for f, context in unread if len(f.unread) == 1]
         prompts = [(f, context) for f, context in unread if len(f.unread) > 1]
         lengths = [len(f.unread) for f, _ in prompts]
         budget = PREFILL_BESIDE if step or is_mixed(lengths, PREFILL_BESIDE) else PREFILL_CHUNK
-        # After a first piece, models that go on by single tokens would read the rest so.
+        # Models that go on by single tokens would read all but the first piece token by token.
         shares = lengths if self.transformer.stepwise else prefill_shares(lengths, budget)
         pieces = [
             ForwardInput(f.branch, f.unread[:share], (f, context))
@@ -442,7 +445,7 @@ class LocalLanguageModel:
             usage.cached_tokens = max(usage.cached_tokens, min(len(tree.ids), usage.prompt_tokens))
 
     def _run(self, inputs: Sequence[ForwardInput]) -> None:
-        """One forward; frontiers that have nothing unread any more get their logits."""
+        """Run one forward; frontiers that have nothing left to read get their logits."""
         served = {}
         asked = any(each.owner[1].states for each in inputs)
         outputs = self.transformer.logits_and_states(inputs) if asked else self.transformer.logits(inputs)
@@ -468,7 +471,7 @@ class LocalLanguageModel:
             usage.lm_forwards += 1
 
     def _fail(self, frontier: Frontier, request: OpenRequest, error: CardsError) -> None:
-        """Hand over the candidates that wait for what could not be read; all that wait, if these are yet to follow."""
+        """Fail the candidates that wait at a frontier that could not be read; if there are none, all of the request."""
         for at in [frontier] if frontier.waiting else dict.fromkeys(request.candidates.values()):
             for candidate in at.waiting:
                 candidate.error = error
@@ -476,15 +479,15 @@ class LocalLanguageModel:
             at.waiting = []
 
     def read(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> torch.Tensor:
-        """The logits before each token of an answer, (tokens, vocabulary)."""
+        """Return the logits before each token of an answer, (tokens, vocabulary), float32."""
         return self._read_answer(self.transformer.logits, prompt_ids, ids)[:-1]
 
     def read_states(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> torch.Tensor:
-        """The last hidden state after the prompt and after each token of an answer, (1 + tokens, hidden size)."""
+        """Return the last hidden states after the prompt and each token of an answer, (1 + tokens, hidden size)."""
         return self._read_answer(self.transformer.hidden, prompt_ids, ids)
 
     def _read_answer(self, run: Read, prompt_ids: Sequence[int], ids: Sequence[int]) -> torch.Tensor:
-        """What a forward gives after the prompt and after each token of an answer, (1 + tokens, ...)."""
+        """Return the outputs of a forward after the prompt and after each token of an answer, (1 + tokens, ...)."""
         text, prompt = [*prompt_ids, *ids], len(prompt_ids)
         short = min(len(text), self.transformer.switch) if self.reads_again else len(text)
         long = self.transformer.is_long(prompt)
@@ -494,7 +497,7 @@ class LocalLanguageModel:
         return torch.cat([self._read(run, text[:short], short + 1 - prompt, long=False), after]).float()
 
     def _read(self, run: Read, ids: list[int], outputs: int, long: bool) -> torch.Tensor:
-        """What a forward gives after the last tokens of a text, (outputs, ...)."""
+        """Return the outputs of a forward after the last tokens of a text, (outputs, ...)."""
         tree = self.transformer.cache.open(long=long)
         try:
             [row] = checked(run([ForwardInput(tree.branch(), ids, outputs=outputs)]))
@@ -503,10 +506,10 @@ class LocalLanguageModel:
         return row.values
 
     def step_times(self) -> StepTimes:
-        """Seconds of a step, sampling included, by its number of candidates."""
+        """Return the seconds of a step, sampling included, by its number of candidates."""
         try:
             return step_times("drafting", self.model, self._time)
-        except CardsError as error:  # what is drafted then is as random as the numbers are
+        except CardsError as error:
             log.warning("model %r: its steps cannot be timed: %s", self.name, error)
             return UNKNOWN_TIMES
 
@@ -538,14 +541,14 @@ class LocalLanguageModel:
 
 
 def _with_states(candidate: Candidate, frontier: Frontier) -> Candidate:
-    """The candidate, all of which has been read, with its hidden states."""
+    """Set the hidden states of a candidate, all of which has been read, and return it."""
     candidate.states = frontier.states
     frontier.own_logits()
     return candidate
 
 
 def _failed(candidate: Candidate, error: BaseException) -> Candidate:
-    """The candidate, with the error that ends its request."""
+    """Set the error of a candidate, which ends its request, and return it."""
     candidate.error = as_cards_error(error, "Drafting failed")
     return candidate
 

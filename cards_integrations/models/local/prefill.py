@@ -1,4 +1,4 @@
-"""Which prompts are read next, and how much of each."""
+"""Prefill: which prompts are read next, and how much of each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cards_integrations.transformer.prefix_tree import common
 
 
 def reads_for(frontier: Frontier, other: Frontier) -> bool:
-    """True if a prompt that is read in pieces is still to read what another one can then reuse."""
+    """True if a prompt that is being read in pieces has yet to read what another one can then reuse."""
     read, ids = frontier.branch.tree.ids, other.unread
     if frontier.branch.long != other.branch.long:
         return False
@@ -19,15 +19,15 @@ def reads_for(frontier: Frontier, other: Frontier) -> bool:
 
 
 def is_mixed(unread: Sequence[int], beside: int) -> bool:
-    """True for a short prompt among long ones, which is to wait no longer than a step of others would."""
+    """True if there is a short prompt among long ones, which should not wait for these."""
     return bool(unread) and min(unread) <= beside < max(unread)
 
 
 def prefill_shares(unread: Sequence[int], budget: int) -> list[int]:
-    """How many tokens of each prompt are read next.
+    """Return how many tokens of each prompt are read next.
 
-    The shortest come first, so that they do not wait for long ones; the oldest has half of the budget, so that it is
-    read, however many come after it.
+    The shortest come first, so that they do not wait for long ones. The oldest gets half of the budget, so that it is
+    read however many others arrive.
 
     Args:
         unread: Tokens of each prompt that have not been read, in order of arrival.
