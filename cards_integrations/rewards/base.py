@@ -1,7 +1,7 @@
 """The protocol of reward models: settings that build a model, and a model that scores answers.
 
-A reward model sees whole answers so far (kept text plus candidate). It may remember what it has read
-of a conversation, which is how a decoder scores a candidate by its new tokens only.
+A reward model sees the whole answer so far (kept text plus candidate). It may remember what it has read of a
+conversation; so a decoder scores a candidate by reading its new tokens only.
 """
 
 from __future__ import annotations
@@ -59,26 +59,25 @@ class Response:
     text: str
     """All of the answer so far."""
     ids: list[int] | None = None
-    """The language model's own tokens; None if the text was cut, or is not the model's."""
+    """The language model's own tokens; None if the text was cut, or another wrote it."""
     log_likelihood: float | None = None
     """The sum of their log p in nats under the language model (full vocabulary, temperature 1); None as above."""
     finished: bool = False
     """True if no more text follows."""
     parts: dict[str, float] = field(default_factory=dict)
-    """Where a composite leaves the scores of its parts, by name."""
+    """The scores of a composite's parts by name, which the composite fills in."""
     parent: Response | None = None
     """A scored response, not kept yet, that this one continues."""
     states: torch.Tensor | None = None
-    """The language model's last hidden state after its last token, and the mean of those after all of its tokens,
-    (2, hidden size), float32. None if no reward reads them, if the text was cut, or if it is not the model's."""
+    """The language model's last hidden state after the last token, and the mean of those after all tokens of the
+    answer, (2, hidden size), float32. None if no reward reads them, if the text was cut, or if another wrote it."""
 
 
 class RewardModel(ABC):
     """A loaded reward model, called in the engine's thread; higher scores are better.
 
-    A model that remembers something about conversations (from `open` to `close`) or responses (from
-    `score` to `keep` or `drop`) does so in dicts of its own. At `close` everything about the
-    conversation goes, including what is known of its responses.
+    What a model remembers of conversations (from `open` to `close`) and of responses (from `score` to `keep` or `drop`)
+    it keeps in dicts of its own. `close` ends all that is known of a conversation and of its responses.
     """
 
     name: str
@@ -103,7 +102,7 @@ class RewardModel(ABC):
 
     @property
     def cache_bytes(self) -> int:
-        """Memory of the KV caches that are this model's alone."""
+        """Bytes of the KV caches that belong to this model alone."""
         return 0
 
     def cache_needs(self, conversation: Conversation, tokens: int) -> list[CacheNeed]:
@@ -115,7 +114,7 @@ class RewardModel(ABC):
         return 0
 
     def preempt(self, conversation: Conversation) -> None:
-        """Free what a conversation holds in KV caches; until `resume` nothing of it is scored."""
+        """Free what a conversation holds in KV caches; it is not scored until `resume`."""
 
     def resume(self, conversation: Conversation) -> None:
         """Let a preempted conversation be scored again."""
@@ -148,24 +147,25 @@ class RewardModel(ABC):
         """End the request. Does nothing if it is not open."""
 
     def release(self) -> None:
-        """Give back what this model alone holds: caches, connections, tasks. It is not used any more.
+        """Give back what this model alone holds: caches, connections, tasks. It is not used after this.
 
-        Models that it got from its loader are others', too, and not released here.
+        Models that it got from its loader may serve others, and are not released here.
         """
 
 
-DEEPEST = 16  # rewards that may ask for each other; each waits in a thread
+DEEPEST = 16  # how deep rewards may ask for each other; each waits in a thread
 scoring: ContextVar[int] = ContextVar("scoring", default=0)
-"""Above 0 while a reward is computed: requests wait for it, so what it does in turn must not wait for them.
+"""Above 0 while a reward is computed: what it asks the engine for must not wait for the requests that wait for it.
 
-1 for a reward of a request; 2 for one of a request that a reward has made; and so on."""
+1 for the reward of a request; 2 for the reward of a request that a reward has made; and so on."""
 
 
 async def scores(model: RewardModel, responses: Sequence[Response]) -> list[float]:
     """Score responses with the model's timeout, and check what it returns.
 
     Raises:
-        RewardError: It names the reward, and the text that caused the error; or rewards ask for each other for ever.
+        RewardError: The model failed, which the error tells with the reward's name and the texts; or rewards ask for
+            each other without end.
         OutOfMemory: As the model raised it.
     """
     if scoring.get() >= DEEPEST:
@@ -205,7 +205,7 @@ def _cancelled() -> bool:
 
 
 def count_forward(tokens_read: Iterable[tuple[Conversation, int]]) -> None:
-    """Count one forward that many requests shared in the usage of each, with the tokens read for it."""
+    """Count one forward, which requests may share, in the usage of each with the tokens that were read for it."""
     served = {}
     for conversation, tokens in tokens_read:
         conversation.usage.rm_tokens += tokens
@@ -225,11 +225,11 @@ class CausalModel:
     same_vocabulary: bool
     """True if it has the language model's token ids."""
     memory: KVMemory | None
-    """For the KV caches of all models of the engine."""
+    """The budget of the KV caches of all models of the engine."""
 
 
 class Loader(Protocol):
-    """What `Reward.build` builds from: the weights of one engine, and the models of other rewards."""
+    """Gives `Reward.build` the weights of the engine, and the models of other rewards."""
 
     models: ModelLoader
     """Loads weights onto the engine's device, each once."""
@@ -246,7 +246,7 @@ class Loader(Protocol):
         """
 
     def __getitem__(self, settings: Reward) -> RewardModel:
-        """Return the reward model of these settings; built once, and there as long as the one that asks for it."""
+        """Return the reward model of these settings: built once, and kept as long as the model that asks for it."""
 
 
 class Reward(SettingsModel):
@@ -255,7 +255,7 @@ class Reward(SettingsModel):
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, use_attribute_docstrings=True)
 
     needs_part_scales: ClassVar[bool] = False
-    """True if the parts have to come with their scales."""
+    """True if the parts must come with their scales."""
 
     kind: str
     """Names the class in settings files."""
@@ -284,7 +284,7 @@ class Reward(SettingsModel):
         return hash((type(self), *(_hash(getattr(self, name)) for name in type(self).model_fields)))
 
     def needs_scale_of(self, part: int) -> bool:
-        """Return True if the part with this index has to come with its scale."""
+        """Return True if the part with this index must come with its scale."""
         return self.needs_part_scales
 
     @property
@@ -294,7 +294,7 @@ class Reward(SettingsModel):
 
     @property
     def published_scale(self) -> tuple[float, float] | None:
-        """The scale as the settings, or the files that they name, have it; None if it has to be measured."""
+        """Mean and standard deviation from the settings, or the files that they name; None if they must be measured."""
         return self.scale
 
     def has_signal_for(self, conversation: Conversation) -> bool:
@@ -308,12 +308,12 @@ class Reward(SettingsModel):
 
     @property
     def is_reproducible(self) -> bool:
-        """True if equal settings mean the same reward in another process; code of a notebook may change."""
+        """True if equal settings mean the same reward in another process. Code of a notebook may change."""
         return type(self).__module__ != "__main__" and all(part.is_reproducible for part in self.parts)
 
     @property
     def stays_loaded(self) -> bool:
-        """True if it is kept for later requests; False if only while a request needs it, being cheap to build."""
+        """True if it is kept for later requests; False if it is cheap to build, and kept only while in use."""
         return not self.parts
 
     @property
@@ -324,8 +324,8 @@ class Reward(SettingsModel):
     def score(self, prompt: str, responses: list[str]) -> Scores:
         """Score answers to one prompt; higher is better.
 
-        Either sync (run in a thread) or async (run in the engine's loop, which all requests share: it
-        must not block).
+        Either sync (run in a thread) or async (run in the engine's loop, which all requests share, so that it must not
+        block).
 
         Args:
             prompt: The user's text, or the whole conversation with roles if it has several messages.
@@ -342,7 +342,7 @@ class Reward(SettingsModel):
 
 
 class ObjectReward(Reward):
-    """Settings that hold an object of this process, which no other one has; there may be one for each request."""
+    """Settings that hold an object of this process; there may be another one for each request."""
 
     @property
     def is_reproducible(self) -> bool:
@@ -354,7 +354,7 @@ class ObjectReward(Reward):
 
 
 def _hash(value: Any) -> int:
-    """Return 0 for what has no hash: a plug-in's fields may be lists."""
+    """Return the hash of a value, or 0 if it has none: fields of a plug-in may be lists."""
     try:
         return hash(value)
     except TypeError:
@@ -388,10 +388,10 @@ class CallableModel(RewardModel):
 
 
 def refusal(name: str, function: Callable[..., Any]) -> str:
-    """Why a function cannot be called as a reward is; "" if it can: what it does then is its own matter."""
+    """Return why a function cannot be called with the arguments of a reward; "" if it can."""
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError):  # of some built-in functions nothing is known
+    except (TypeError, ValueError):  # some built-in functions have no signature
         return ""
     try:
         signature.bind("", [""])
@@ -404,11 +404,11 @@ def refusal(name: str, function: Callable[..., Any]) -> str:
 
 
 def _listed(found: Any, most: int) -> Any:
-    """A list of what was returned, if it is one of numbers, or gives them one by one as a generator does.
+    """Turn any iterable, such as a generator, into a list; return anything else as it is.
 
     Args:
         found: What a function returned.
-        most: Items that are drawn of what has no length; it may have no end.
+        most: How many items are read of an iterable without a length, which may be endless.
     """
     if isinstance(found, (str, bytes, Mapping)) or not isinstance(found, Iterable) or inspect.isawaitable(found):
         return found
@@ -416,7 +416,7 @@ def _listed(found: Any, most: int) -> Any:
 
 
 class Instant(RewardModel):
-    """A function of the response alone, so cheap that it needs no thread."""
+    """A function of the response, so cheap that it needs no thread."""
 
     across_requests = True
 

@@ -1,4 +1,4 @@
-"""From the inputs of a forward to one flat sequence of tokens, and the groups of rows that attend together."""
+"""One flat sequence of the tokens of a forward, and the groups of rows that attend together."""
 
 from __future__ import annotations
 
@@ -23,16 +23,20 @@ from cards_integrations.transformer.kv_block import RowBlock
 from cards_integrations.transformer.kv_cache import Branch, Tree, TreeCache
 from cards_integrations.transformer.shared_prefix import SharedPrefix
 
-SHORT = 32  # rows with at most so many tokens attend together, padded to the longest
-COLUMNS = 256  # a rounded step reads whole blocks of so many columns
-LARGEST = 512  # tokens; larger steps are not rounded
+SHORT = 32  # rows with at most this many tokens attend together, padded to the longest
+COLUMNS = 256  # a rounded step reads a multiple of this many columns
+LARGEST = 512  # tokens of a step above which it is not rounded
 
 
 @dataclass
 class ForwardInput:
-    """Tokens to append to a branch in the next forward, and how many of the last give an output.
+    """Tokens that the next forward reads.
 
-    `owner` is for the caller.
+    Attributes:
+        branch: The branch that they are appended to.
+        ids: The tokens.
+        owner: Anything that the caller wants to find again.
+        outputs: How many of the last tokens have an output.
     """
 
     branch: Branch
@@ -42,7 +46,7 @@ class ForwardInput:
 
 
 class Reach(NamedTuple):
-    """How far back layers see that do not see all: tokens of a sliding window, and of a chunk; 0 if there are none."""
+    """How far back layers see that do not see everything: tokens of a sliding window, and of a chunk; 0 for none."""
 
     window: int
     chunk: int
@@ -50,7 +54,16 @@ class Reach(NamedTuple):
     def masks(
         self, visible: NDArray[np.bool_], positions: NDArray[np.int64], keys: NDArray[np.int64]
     ) -> dict[str, NDArray[np.bool_]]:
-        """Return what is left of (tokens, columns) by pattern; `positions` (tokens, 1) and `keys` tell where."""
+        """Return the masks of the patterns that do not see everything.
+
+        Args:
+            visible: What each token sees with full attention, (tokens, columns).
+            positions: The positions of the tokens, (tokens, 1).
+            keys: The positions of the columns, (tokens, columns).
+
+        Returns:
+            By pattern a mask (tokens, columns).
+        """
         found = {}
         if self.window:
             found[SLIDING] = visible & (positions - keys < self.window)
@@ -67,16 +80,16 @@ class FlatBatch:
     Args:
         inputs: What the forward is to read.
         cache: The cache of their branches.
-        rounded: Whether the numbers of tokens, rows and columns are rounded up to a few sizes, if the step
-            is small. Padding is written to the scratch column of a block's first row, which no token sees.
+        rounded: Whether the numbers of tokens, rows and columns are rounded up to a few sizes if the step is small.
+            Padding is written to the scratch column of a block's first row, which no token sees.
 
     Attributes:
-        rounded: Whether they are.
+        rounded: Whether they have been rounded.
         read: Number of tokens, without padding.
-        sharing: Prefixes that rows share, and the tokens of these rows.
-        ends: Where the tokens of each input end.
-        output_indices: Those of the tokens with outputs, likewise.
-        sections: The blocks, each with its tokens.
+        sharing: By shared prefix the indices of the tokens of its rows.
+        ends: For each input the index after its last token.
+        output_indices: The indices of the tokens with outputs, input by input.
+        sections: The blocks, each with the range of its tokens.
     """
 
     def __init__(self, inputs: Sequence[ForwardInput], cache: TreeCache, rounded: bool = False) -> None:
@@ -91,7 +104,7 @@ class FlatBatch:
         self.rows: list[int] = []
         self.columns: list[int] = []
         self.mask_rows: list[int] = []
-        self.runs: list[tuple[int, list[int]]] = []  # where inputs of several tokens begin, and their columns
+        self.runs: list[tuple[int, list[int]]] = []  # of inputs with several tokens: the first index, and the columns
         self.ends = [0] * len(inputs)
         self.sections: list[tuple[RowBlock, slice]] = []
         for block, groups in groupby(self.groups, key=lambda group: group.block):
@@ -133,7 +146,7 @@ class FlatBatch:
         group.end = end
 
     def _append_singles(self, inputs: Sequence[ForwardInput]) -> None:
-        """What `_append_run` does, for inputs of one token each, in a fraction of the time: so are most steps."""
+        """Do what `_append_run` does for inputs of one token each, as in most steps, in a fraction of the time."""
         branches = [item.branch for item in inputs]
         ids, columns = [item.ids[0] for item in inputs], [branch.tree.allocate_one() for branch in branches]
         for branch, token, column in zip(branches, ids, columns):  # noqa: B905
@@ -164,8 +177,8 @@ class FlatBatch:
         """Return the model's inputs.
 
         Returns:
-            `ids`, `positions` and `write_indices` (tokens,), the last as indices into rows * columns of
-            the token's block, and `output_indices` (outputs,) of the tokens with outputs.
+            `ids`, `positions` and `write_indices` (tokens,), the last as indices into rows * columns of the token's
+            block, and `output_indices` (outputs,) of the tokens with outputs.
         """
         n, outputs = len(self.ids), self.output_indices
         if self.rounded:
@@ -182,8 +195,8 @@ class FlatBatch:
         """Return which tokens are read with the rotary frequencies of long texts, (tokens,).
 
         Args:
-            inputs: Those that the batch was made of.
-            switch: The position from which on it is all tokens, whatever their text is.
+            inputs: The inputs of the batch.
+            switch: The position from which on all tokens are read so, whatever their text.
         """
         flags = self.arrays.positions >= switch
         for end, item in zip(self.ends, inputs, strict=True):
@@ -193,12 +206,12 @@ class FlatBatch:
     def metadata(
         self, patterns: list[str], reach: Reach, dtype: torch.dtype, device: torch.device
     ) -> AttentionMetadata:
-        """Return who attends to what.
+        """Return what attends to what.
 
         Args:
             patterns: The attention pattern of each layer.
-            reach: How far back those go that do not see all.
-            dtype: Of the additive masks.
+            reach: How far back layers see that do not see everything.
+            dtype: The data type of the additive masks.
             device: Where the forward runs.
         """
         groups = [self._group(group, patterns, reach, dtype, device) for group in self.groups]
@@ -229,7 +242,7 @@ class FlatBatch:
         )
 
     def _visible(self, group: AttentionGroup) -> tuple[slice | NDArray[np.int64], NDArray[np.bool_]]:
-        """The columns that a group reads, and those of them that each token attends to, (tokens, columns)."""
+        """Return the columns that a group reads, and which of them each token attends to, (tokens, columns)."""
         mask_rows, used = self.arrays.mask_rows[group.start : group.end], group.used_columns
         visible: NDArray[np.bool_] = group.block.visible[mask_rows, :used]
         for start, columns in self.runs:
@@ -248,7 +261,7 @@ class FlatBatch:
 
 @dataclass
 class _Arrays:
-    """Of the tokens: their positions, their rows and columns in their blocks, and the mask rows of their branches."""
+    """For each token its position, its row and column in its block, and the mask row of its branch, (tokens,) each."""
 
     positions: NDArray[np.int64]
     rows: NDArray[np.int64]
@@ -256,18 +269,34 @@ class _Arrays:
     mask_rows: NDArray[np.int64]
 
     def note(self, block: RowBlock, tokens: slice) -> None:
-        """Let a block know where its tokens are, and their branches see them."""
+        """Note the positions of a block's tokens, and let their branches see them."""
         block.positions[self.rows[tokens], self.columns[tokens]] = self.positions[tokens]
         seen = self.columns[tokens] > 0  # not the padding
         block.visible[self.mask_rows[tokens][seen], self.columns[tokens][seen]] = True
 
 
 class AttentionGroup:
-    """Inputs that attend together: consecutive rows of a block, or scattered ones, or one long input `alone`.
+    """Inputs that attend together: consecutive or scattered rows of a block, or one long input alone.
 
-    `indices` are those of the inputs among all, in order of their rows. Each of the `rows` is padded to `length`
-    tokens; `start` and `end` bound the group's tokens in the flat sequence, and `restore` are their
-    places in rows * length. `padded` is how many outputs it gives at least.
+    Args:
+        inputs: All inputs of the forward.
+        indices: Which of them are in the group.
+        alone: Whether it is one input, which reads only the columns of its own path.
+
+    Attributes:
+        indices: The indices, in order of the rows.
+        inputs: The inputs, in the same order.
+        block: The block of their rows.
+        singles: True if each input has one token.
+        distinct: The rows that have inputs.
+        dense: True if all rows from the first to the last take part, idle ones included.
+        first: The first row.
+        rows: How many rows take part.
+        length: The tokens that each of them is padded to.
+        start: The index of the group's first token in the flat sequence.
+        end: The index after its last token.
+        restore: The places of the group's tokens in rows * length.
+        padded: The least number of outputs that it returns.
     """
 
     def __init__(self, inputs: Sequence[ForwardInput], indices: Sequence[int], alone: bool = False) -> None:
@@ -275,7 +304,7 @@ class AttentionGroup:
         self.indices = [i for _, i in by_row]
         self.inputs = [inputs[i] for i in self.indices]
         self.block = self.inputs[0].branch.tree.block
-        self.alone = alone  # reads the columns of its own path only
+        self.alone = alone
         tokens: dict[int, int] = {}
         for row, i in by_row:
             tokens[row] = tokens.get(row, 0) + len(inputs[i].ids)
@@ -283,7 +312,7 @@ class AttentionGroup:
         self.distinct = [*tokens]
         self.length = max(tokens.values())
         self.first, span = self.distinct[0], self.distinct[-1] + 1 - self.distinct[0]
-        self.dense = span <= 2 * len(tokens)  # then idle rows between them cost less than a copy of the others
+        self.dense = span <= 2 * len(tokens)  # idle rows in between then cost less than a copy of the others
         self.rows = span if self.dense else len(tokens)
         self.start = self.end = self.padded = 0
         places = [row - self.first for row in tokens] if self.dense else range(len(tokens))
@@ -292,11 +321,11 @@ class AttentionGroup:
 
     @property
     def used_columns(self) -> int:
-        """A bound on the columns that its tokens see."""
+        """An upper bound on the columns that its tokens see."""
         return max([item.branch.tree.untouched for item in self.inputs])
 
     def round_up(self, tokens: int) -> None:
-        """Have rows from the block's first on, and numbers of rows and of tokens in each that are powers of two."""
+        """Begin at the block's first row, and round rows, and tokens of each, up to powers of two."""
         long, total = next_power(self.length), min(next_power(self.first + self.rows), self.block.rows)
         self.restore = (self.first + self.restore // self.length) * long + self.restore % self.length
         self.first, self.rows, self.length, self.padded = 0, total, long, tokens
@@ -310,13 +339,13 @@ class AttentionGroup:
     def additive_mask(
         self, visible: NDArray[np.bool_], in_order: bool, dtype: torch.dtype, device: torch.device
     ) -> torch.Tensor:
-        """Return 0 where a token attends, and elsewhere what makes its probability 0.
+        """Return a mask of 0 where a token attends, and of the lowest number elsewhere.
 
         Args:
-            visible: (tokens, columns) of the group's tokens.
-            in_order: True if the tokens are those of rows * length, in order.
-            dtype: Of the mask.
-            device: Where it is made.
+            visible: Which columns each token of the group attends to, (tokens, columns).
+            in_order: True if the tokens fill rows * length, in order.
+            dtype: The data type of the mask.
+            device: The device of the mask.
 
         Returns:
             (rows, 1, length, columns).
@@ -324,10 +353,10 @@ class AttentionGroup:
         hidden = ~visible
         if not in_order:
             hidden = np.ones((self.rows * self.length, visible.shape[1]), dtype=bool)
-            hidden[:, 0] = False  # padding must see something
+            hidden[:, 0] = False  # padding must see something, or its softmax is NaN
             hidden[self.restore] = ~visible
         lowest = torch.finfo(dtype).min
-        if dtype == torch.float32 and device.type == "cpu":  # the same, faster
+        if dtype == torch.float32 and device.type == "cpu":  # the same as below, but faster
             mask = torch.from_numpy(hidden * np.float32(lowest))
         else:
             mask = torch.from_numpy(hidden).to(device).to(dtype).mul_(lowest)
@@ -341,7 +370,7 @@ def attention_groups(inputs: Sequence[ForwardInput], tokens: Mapping[Tree, int])
 
     Args:
         inputs: What the forward is to read.
-        tokens: How many of them each row has.
+        tokens: How many tokens each row gets.
     """
     together: dict[RowBlock | Tree, list[int]] = {}
     alone: list[int] = []
@@ -357,7 +386,7 @@ def attention_groups(inputs: Sequence[ForwardInput], tokens: Mapping[Tree, int])
 
 
 def _tokens_of_rows(inputs: Sequence[ForwardInput]) -> dict[Tree, int]:
-    """How many tokens each row of the cache gets."""
+    """Return how many tokens each row of the cache gets."""
     tokens: dict[Tree, int] = {}
     for item in inputs:
         tree = item.branch.tree
@@ -366,7 +395,7 @@ def _tokens_of_rows(inputs: Sequence[ForwardInput]) -> dict[Tree, int]:
 
 
 def _compact(indices: list[int], device: torch.device) -> slice | torch.Tensor:
-    """Rising indices as a slice if they are consecutive."""
+    """Return ascending indices, as a slice if they are consecutive."""
     first, end = indices[0], indices[-1] + 1
     return slice(first, end) if end - first == len(indices) else torch.tensor(indices, device=device)
 

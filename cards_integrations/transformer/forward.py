@@ -1,4 +1,4 @@
-"""A transformers model run over trees of candidates: the one forward that drafting and scoring share."""
+"""The forward of a transformers model over trees of candidates, which drafting and scoring share."""
 
 from __future__ import annotations
 
@@ -26,18 +26,22 @@ from cards_integrations.transformer.recurrent import StateLayout
 from cards_integrations.transformer.rope import LONG, use_tokenwise_rotary
 from cards_integrations.transformer.step_times import least_seconds
 
-SHARED = {"cpu": 256, "cuda": 2048}  # tokens from which on a common beginning is held once; then a graph is not used
-PATTERNS = {**dict.fromkeys(["moe", "mlp", *RECURRENT], FULL), "hybrid_sliding": SLIDING}  # of layers named otherwise
+SHARED = {"cpu": 256, "cuda": 2048}  # least tokens of a prefix that rows share; steps with one do not run as a graph
+PATTERNS = {**dict.fromkeys(["moe", "mlp", *RECURRENT], FULL), "hybrid_sliding": SLIDING}  # by other names of layers
 log = logging.getLogger("cards_integrations")
-BEGUN_ANEW = {torch.float32: 5e-3}  # of the norm: what differs by more is no rounding; 3e-2 in half precision
-PREFILL_CHUNK = 2048  # tokens that a forward reads at most, where they can be read in several
-PIECE = 16  # tokens of a text that a measurement reads at once
+BEGUN_ANEW = {torch.float32: 5e-3}  # share of the norm: a larger difference is no rounding; 3e-2 in half precision
+PREFILL_CHUNK = 2048  # the most tokens of one forward, unless they cannot be split
+PIECE = 16  # tokens of each text in a measurement of times
 
 
 class Output(NamedTuple):
-    """What a forward gave for one input: `outputs` rows of its `batch` (n, ...), the last of which is `last`.
+    """The outputs of a forward for one input.
 
-    `states` (n, hidden size) are the hidden states that logits were made of, where they were asked for.
+    Attributes:
+        batch: The outputs of the whole forward, (n, ...).
+        last: The row of the input's last output.
+        outputs: How many rows, up to `last`, are the input's.
+        states: The hidden states from which logits were computed, (n, hidden size), if they were asked for.
     """
 
     batch: torch.Tensor
@@ -62,25 +66,31 @@ class Output(NamedTuple):
         return self.states[self.last]
 
     def alone(self) -> Output:
-        """A copy of the last output, without the batch."""
+        """Return a copy of the last output, without the batch."""
         return Output(self.value[None].clone(), 0, states=None if self.states is None else self.state[None].clone())
 
 
 class Transformer:
     """A decoder with a `TreeCache`. The tokens of all inputs make one flat sequence (1, tokens).
 
-    With recurrent layers each path is a row instead, of a batch (paths, tokens) that go on from states; attention
-    layers of such a model keep the trees.
+    With recurrent layers each path is instead a row of a batch (paths, tokens), and goes on from a state; the attention
+    layers of such a model still keep the trees.
 
-    That this is exact for a model is not known before `check_exact` has tried it.
+    Whether this is exact for a model is only known after `check_exact`.
 
     Args:
-        model: A transformers model, whose attention is replaced.
+        model: A transformers model; its attention is replaced.
         memory: The budget that its cache belongs to; unlimited by default.
-        trial: Whether errors are expected, which are not logged then.
+        trial: Whether errors are expected, and so not logged.
+
+    Attributes:
+        cache: Its KV cache.
+        switch: The number of tokens above which a text has the rotary frequencies of long texts; 0 if it never has.
+        forwards: Forwards so far.
+        tokens: Tokens that these have read.
 
     Raises:
-        ModelError: The model cannot be run so.
+        ModelError: The model cannot be run in this way.
     """
 
     def __init__(self, model: Any, memory: KVMemory | None = None, trial: bool = False) -> None:
@@ -96,7 +106,7 @@ class Transformer:
         alike = {*self.patterns} == {FULL} and all(type(layer) is TreeLayer for layer in layers)
         shares = SHARED.get(model.device.type, max(SHARED.values())) if alike else None
         self.dtype = attention_dtype(model)
-        self.device: torch.device = model.device  # the model looks for it among its weights, at every step
+        self.device: torch.device = model.device  # the property searches the weights: too slow for every step
         self.cache = TreeCache(layers, *_layouts(model), size, shares, self.dtype)
         self.memory.caches.append(self.cache)
         self._logits = StaticSteps(self._run_model, model.device)
@@ -110,7 +120,7 @@ class Transformer:
             self._learn_layout()
 
     def _learn_layout(self) -> None:
-        """Read a few tokens: this shows what is kept of them, and whether recurrent layers go on by several at once."""
+        """Read a few tokens to see what is kept of them, and whether recurrent layers can go on by several at once."""
         together = self._read_aside([0, 1], [2, 3])
         if self.cache.pool is not None:
             one_by_one, most = self._read_aside([0, 1], [2], [3]), BEGUN_ANEW.get(self.dtype, 3e-2)
@@ -118,7 +128,7 @@ class Transformer:
         self.forwards = self.tokens = 0
 
     def _read_aside(self, *pieces: Sequence[int]) -> torch.Tensor:
-        """The last hidden state after a text that is read in pieces."""
+        """Read a text in pieces, and return the last hidden state."""
         tree = self.cache.open()
         branch = tree.branch()
         outputs = [self.hidden([ForwardInput(branch, piece)])[0] for piece in pieces]
@@ -130,43 +140,50 @@ class Transformer:
         return outputs[-1].value.float()
 
     def _mask(self) -> Any:
-        """The mask of every forward, which masks nothing: that comes with the attention metadata."""
+        """Return the mask of every forward. It masks nothing: what is masked comes with the attention metadata."""
         attends = any(isinstance(layer, TreeLayer) for layer in self.cache.layers)
         if not attends and getattr(self.config, "num_attention_heads", None) is None:
-            return None  # nothing in this family attends, and any mask is taken for one of padding
-        marker = torch.empty(1, 1, 1, 1, device=self.device)  # a 4D mask is passed on as it is
+            return None  # no layer attends, and any mask would be taken for one of padding
+        marker = torch.empty(1, 1, 1, 1, device=self.device)  # transformers passes a 4D mask on as it is
         if len({*self.patterns}) == 1:
             return marker
         return dict.fromkeys(self.patterns, marker) | (dict.fromkeys(RECURRENT) if self.recurrent else {})
 
     @property
     def recurrent(self) -> bool:
-        """True if some layers have states: then each path is a row of a batch."""
+        """True if some layers are recurrent, so that each path is a row of a batch."""
         return self.cache.pool is not None
 
     @property
     def stepwise(self) -> bool:
-        """True if recurrent layers go on by single tokens only: of several at once they would begin anew."""
+        """True if recurrent layers can only go on by single tokens; given several they would begin anew."""
         return self.cache.pool is not None and self.cache.pool.layout.stepwise
 
     def is_long(self, tokens: int) -> bool:
-        """True if a text of so many tokens is read with other rotary frequencies than a short one."""
+        """True if a text of this many tokens is read with the rotary frequencies of long texts."""
         return 0 < self.switch < tokens
 
     def logits(self, inputs: Sequence[ForwardInput]) -> list[Output | CardsError]:
-        """Run a causal model: logits (vocabulary,) after the last tokens of each input, or why it cannot be read."""
+        """Run a causal model.
+
+        Args:
+            inputs: What to read; the tokens are appended to the branches.
+
+        Returns:
+            For each input the logits (vocabulary,) after its last tokens, or the error why it cannot be read.
+        """
         return self._forward(inputs, self._logits)
 
     def logits_and_states(self, inputs: Sequence[ForwardInput]) -> list[Output | CardsError]:
-        """As `logits`, with the hidden states that the logits are made of: those that `hidden` gives."""
+        """Like `logits`, with the hidden states from which the logits are computed, as `hidden` returns them."""
         return self._forward(inputs, self._logits_and_states)
 
     def hidden(self, inputs: Sequence[ForwardInput]) -> list[Output | CardsError]:
-        """Run the body: hidden states (hidden size,) of the last tokens of each input, or why it cannot be read."""
+        """Like `logits`, but run the body only, for the hidden states (hidden size,) of the last tokens."""
         return self._forward(inputs, self._hidden)
 
     def _forward(self, inputs: Sequence[ForwardInput], run: StaticSteps) -> list[Output | CardsError]:
-        """One forward; with recurrent layers one for each number of tokens, and for texts that begin or go on."""
+        """Run one forward; with recurrent layers, one for each number of tokens, new texts apart from others."""
         if self.cache.pool is None:
             return self._forward_together(inputs, run)
         alike: dict[tuple[int, bool], list[int]] = {}
@@ -179,7 +196,7 @@ class Transformer:
         return [found[i] for i in range(len(inputs))]
 
     def _forward_by_token(self, inputs: Sequence[ForwardInput], run: StaticSteps) -> list[Output | CardsError]:
-        """A forward for each token, of inputs with as many tokens."""
+        """Run a forward for each token of inputs that have equally many tokens."""
         read: list[deque[Output | CardsError]] = [deque(maxlen=item.outputs) for item in inputs]
         for at in range(len(inputs[0].ids)):
             going = [i for i, outputs in enumerate(read) if not any(isinstance(each, CardsError) for each in outputs)]
@@ -189,7 +206,7 @@ class Transformer:
         return [_joined(outputs) for outputs in read]
 
     def _forward_together(self, inputs: Sequence[ForwardInput], run: StaticSteps) -> list[Output | CardsError]:
-        """One forward; when it fails, two of one half each, down to the input that the error belongs to."""
+        """Run one forward. If it fails, run two of half of the inputs each, down to the input that is the cause."""
         before = [len(item.branch.columns) for item in inputs]
         try:
             flat = FlatBatch(inputs, self.cache, run.rounding and not self.recurrent)
@@ -217,7 +234,7 @@ class Transformer:
     def _prepare(
         self, flat: FlatBatch, inputs: Sequence[ForwardInput]
     ) -> tuple[dict[str, torch.Tensor], AttentionMetadata]:
-        """The tensors of the forward, and who attends to what."""
+        """Return the tensors of the forward, and what attends to what."""
         metadata = flat.metadata(self.patterns, self.reach, self.dtype, self.device)
         self.cache.written = flat.sections
         if self.cache.pool is not None:
@@ -232,12 +249,12 @@ class Transformer:
         return tensors, metadata
 
     def release(self) -> None:
-        """Give the memory of the cache back; nothing is read any more."""
+        """Give the memory of the cache back; nothing can be read after this."""
         self.memory.forget(self.cache)
         del self._logits, self._hidden, self._logits_and_states  # they reference this object, and through it the model
 
     def time(self, tokens: int) -> float:
-        """Return the seconds of a forward of the body with so many tokens, in short pieces after a short text."""
+        """Return the seconds of a forward of the body with `tokens` tokens, as short branches of a short text."""
         aside = Transformer(self.model, trial=True)  # the engine may be closed meanwhile
         trunk = aside.cache.open().branch()
         aside.hidden([ForwardInput(trunk, [0] * 32)])
@@ -250,7 +267,7 @@ class Transformer:
 
     def _run_model(self, tensors: dict[str, torch.Tensor], metadata: AttentionMetadata) -> Computed:
         indices: Any = tensors["output_indices"]
-        if metadata.rows > 1:  # the same tokens of each: the last ones, among which all are that have outputs
+        if metadata.rows > 1:  # as many last tokens of each row as include all with outputs
             tokens = len(tensors["ids"]) // metadata.rows
             indices = tokens - int((indices % tokens).min())
         logits: torch.Tensor = self._run(self.model, tensors, metadata, logits_to_keep=indices).logits
@@ -283,7 +300,7 @@ class Transformer:
             LONG.reset(long)
 
     def batches(self, inputs: Sequence[ForwardInput]) -> Iterator[list[ForwardInput]]:
-        """Split inputs into forwards of at most `PREFILL_CHUNK` tokens (or of one input)."""
+        """Split inputs into batches of at most `PREFILL_CHUNK` tokens, or of a single input."""
         batch: list[ForwardInput] = []
         for item in inputs:
             if batch and sum(len(each.ids) for each in batch) + len(item.ids) > PREFILL_CHUNK:
@@ -298,12 +315,12 @@ _LAYOUTS: WeakKeyDictionary[Any, tuple[Layout, StateLayout]] = WeakKeyDictionary
 
 
 def _layouts(model: Any) -> tuple[Layout, StateLayout]:
-    """What a model keeps of a token and of a text, which its first forward shows."""
+    """Return what a model keeps of a token and of a text, as its first forward shows it."""
     return _LAYOUTS.setdefault(model, (Layout(), StateLayout()))
 
 
 def without_latents(model: Any) -> bool:
-    """Let all keys and values of a model be kept from now on; False if they are already."""
+    """Keep all keys and values of a model from now on, not latents; False if that is so already."""
     layout, _ = _layouts(model)
     if not layout.latents:
         return False
@@ -312,21 +329,21 @@ def without_latents(model: Any) -> bool:
 
 
 def body(model: Any) -> Any:
-    """Return the part of a model that gives hidden states."""
-    return model.base_model if model.base_model is not model else model.model  # Llama 4 names another one
+    """Return the part of a model that returns hidden states."""
+    return model.base_model if model.base_model is not model else model.model  # Llama 4 declares a wrong prefix
 
 
 def _with_outputs(values: torch.Tensor, tensors: dict[str, torch.Tensor], metadata: AttentionMetadata) -> torch.Tensor:
-    """Of (rows, last tokens, ...) those that have outputs, (outputs, ...)."""
+    """Select from the values of the last tokens, (rows, tokens, ...), those that are outputs, (outputs, ...)."""
     if metadata.rows == 1:
-        return values[0]  # there are no others
+        return values[0]  # all are
     tokens = len(tensors["ids"]) // metadata.rows
     return values[tensors["output_indices"] // tokens, tensors["output_indices"] % tokens - tokens]
 
 
 @contextmanager
 def _inputs_of(module: Any) -> Iterator[list[torch.Tensor]]:
-    """Yield what the calls of a module in this thread are given, each as it comes."""
+    """Yield a list to which each call of a module in this thread adds its input."""
     seen: list[torch.Tensor] = []
     thread = threading.get_ident()
 
@@ -342,10 +359,10 @@ def _inputs_of(module: Any) -> Iterator[list[torch.Tensor]]:
 
 
 def use_tree_attention(model: Any) -> None:
-    """Replace a model's attention.
+    """Replace the attention of a model by that over trees.
 
     Raises:
-        ModelError: It has one of its own.
+        ModelError: The model does not let it be replaced.
     """
     try:
         model.set_attn_implementation(NAME)
@@ -354,7 +371,7 @@ def use_tree_attention(model: Any) -> None:
 
 
 def cannot_run(model: Any, found: str | BaseException) -> ModelError:
-    """The error for a model that trees of candidates cannot be read with."""
+    """Return the error for a model that cannot read trees of candidates."""
     if isinstance(found, BaseException):
         found = f"its forward raises {type(found).__name__} ({found})."
     return ModelError(f"model type {model.config.model_type!r} cannot read trees of candidates here: {found}")
@@ -377,13 +394,13 @@ def attention_patterns(config: Any) -> list[str]:
 
 
 def _reach(config: Any) -> Reach:
-    """How far back layers see that do not see all."""
+    """Return how far back layers see that do not see everything."""
     window, chunk = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
     return Reach(window or 0, chunk or 0)
 
 
 def first_position(model: Any) -> int:
-    """Return the position of a text's first token: models like RoBERTa leave one out that stands for padding."""
+    """Return the position of a text's first token: models like RoBERTa reserve the first ones for padding."""
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             return int(module.padding_idx) + 1
@@ -391,7 +408,7 @@ def first_position(model: Any) -> int:
 
 
 def checked(outputs: Iterable[Output | CardsError]) -> list[Output]:
-    """Return the outputs of a forward, or raise the first error of its inputs."""
+    """Return the outputs of a forward, or raise the first error among them."""
     found = []
     for output in outputs:
         if isinstance(output, CardsError):
@@ -401,7 +418,7 @@ def checked(outputs: Iterable[Output | CardsError]) -> list[Output]:
 
 
 def _joined(outputs: Iterable[Output | CardsError]) -> Output | CardsError:
-    """The outputs of one input that was read in several forwards."""
+    """Join the outputs of one input that was read in several forwards."""
     values, states = [], []
     for output in outputs:
         if isinstance(output, CardsError):
@@ -413,7 +430,7 @@ def _joined(outputs: Iterable[Output | CardsError]) -> Output | CardsError:
 
 
 def _error_of(item: ForwardInput, problem: Exception, expected: bool) -> CardsError:
-    """Why an input cannot be read, for the request that it belongs to."""
+    """Return the error with which the request of an input fails."""
     if _out_of_memory(problem):
         return OutOfMemory(f"No memory for {len(item.ids)} more tokens: use a shorter prompt, or a smaller max_rows.")
     if not expected:
@@ -422,7 +439,7 @@ def _error_of(item: ForwardInput, problem: Exception, expected: bool) -> CardsEr
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """True if memory ran out; torch has a class for that on a GPU only."""
+    """True if memory ran out; torch has an error class for that on a GPU only."""
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and "allocate memory" in str(error)
     )

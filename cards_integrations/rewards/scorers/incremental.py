@@ -34,17 +34,16 @@ log = logging.getLogger("cards_integrations")
 class Incremental(RewardModel):
     """A decoder that reads prompt and answer as one text; a candidate costs its own tokens and what follows it.
 
-    With the language model's own vocabulary an unfinished candidate's ids are read as they are. Otherwise its
-    text is tokenized again, and what it shares with the kept tokens is not read again, even where
-    the last of them has merged with the first of the candidate. A text longer than the window loses
-    the beginning of the prompt.
+    With the language model's own vocabulary, the ids of an unfinished candidate are read as they are. Otherwise its
+    text is tokenized again, and only what differs from the kept tokens is read: the last of these may merge with the
+    first of the candidate. Of a text that is longer than the window, the beginning of the prompt is not read.
 
     Args:
         name: What errors call the reward.
         model: The transformers model.
-        input_format: What is read around an answer.
+        input_format: The text around an answer.
         same_vocabulary: Whether its token ids are the language model's.
-        memory: For the KV caches of all models of the engine.
+        memory: The budget of the KV caches of all models of the engine.
     """
 
     across_requests = True
@@ -60,7 +59,7 @@ class Incremental(RewardModel):
         self.window = max_positions(model.config)
         self.rows: dict[Conversation, ConversationRow] = {}
         self._preempted: dict[Conversation, ConversationRow] = {}
-        self._turn = asyncio.Lock()
+        self._turn = asyncio.Lock()  # one call of `score` at a time
 
     @cached_property
     def step_times(self) -> StepTimes:
@@ -85,7 +84,7 @@ class Incremental(RewardModel):
         self.rows[conversation] = ConversationRow(tree, ids.before_ids, ids)
 
     def _columns(self, ids: Sequence[int]) -> int:
-        """Those of a row in which so many tokens will be read first."""
+        """Return the columns of a row in which these tokens are read first."""
         return min(len(ids), self.window) + 1
 
     def growth(self, responses: Sequence[Response]) -> int:
@@ -120,7 +119,7 @@ class Incremental(RewardModel):
             self.transformer.cache.close(row.tree)
 
     async def score(self, responses: Sequence[Response]) -> list[float]:
-        async with self._turn:  # others go on between two forwards, and may ask for scores, too
+        async with self._turn:  # other requests go on between two forwards, and may ask for scores, too
             texts = {response: self._fitted(response) for response in responses if response.conversation in self.rows}
             await self._read_prompts(texts)
             await self._read_again(texts)
@@ -137,10 +136,10 @@ class Incremental(RewardModel):
                 for each in inputs:
                     each.branch.tree.drop(each.branch)
                 raise
-            return [found.get(response, 0.0) for response in responses]  # nobody waits for those that were given up
+            return [found.get(response, 0.0) for response in responses]  # 0 for those that were given up meanwhile
 
     async def _shortened(self, item: ForwardInput) -> ForwardInput:
-        """What is left to read of a long answer once the first of it has been, in pieces: others go on in between."""
+        """Read a long answer up to its last piece, which is returned; other requests go on in between."""
         while len(item.ids) - item.outputs > PREFILL_CHUNK and self._is_asked(item.owner):
             piece = ForwardInput(item.branch, item.ids[:PREFILL_CHUNK], item.owner)
             self._counted([piece], self.transformer.hidden([piece]))
@@ -149,7 +148,7 @@ class Incremental(RewardModel):
         return item
 
     def _scores(self, batch: list[ForwardInput], texts: Mapping[Response, FittedText]) -> list[float]:
-        """With recurrent layers answers are read first, and what follows them on branches that are dropped again."""
+        """Score a batch. With recurrent layers, read the suffixes after answers on branches that are dropped again."""
         if not self.transformer.recurrent:
             return self._score_batch(batch)
         suffixes = [texts[each.owner].suffix for each in batch]
@@ -171,12 +170,12 @@ class Incremental(RewardModel):
                     tail.branch.tree.drop(tail.branch)
 
     def _is_asked(self, response: Response) -> bool:
-        """True unless a response was given up meanwhile."""
+        """False if a response has been given up meanwhile."""
         row = self.rows.get(response.conversation)
         return row is not None and response in row.branches
 
     async def _read_prompts(self, texts: Mapping[Response, FittedText]) -> None:
-        """Read the prompts of new answers first, so that not each of the answers reads them again."""
+        """Read prompts of new conversations first, so that not every answer reads them again."""
         waiting = self._new_prompts(texts)
         while waiting:
             chosen = self._recalled(waiting)
@@ -185,9 +184,9 @@ class Incremental(RewardModel):
             waiting = {each: ids for each, ids in waiting.items() if each in self.rows and each not in known}
 
     def _new_prompts(self, texts: Mapping[Response, FittedText]) -> dict[Conversation, list[int]]:
-        """The prompts, as far as they fit, of answers of which nothing has been read."""
+        """Return the prompts to be read first, as far as they fit, of conversations of which nothing was read."""
         answers = Counter(r.conversation for r in texts if not self.rows[r.conversation].tree.ids)
-        answered = {r.conversation for r in texts if r.text}  # others may follow before anything is kept
+        answered = {r.conversation for r in texts if r.text}  # more answers may follow before one is kept
         prompts = {}
         for conversation in answers:
             row = self.rows[conversation]
@@ -198,7 +197,7 @@ class Incremental(RewardModel):
         return {each: prompt for each, prompt in prompts.items() if each in several | long and len(prompt) > 1}
 
     def _shared(self, prompts: Mapping[Conversation, list[int]]) -> set[Conversation]:
-        """The first of those that begin alike for so long that the others will share what has been read of it."""
+        """Return the first conversation of each group whose common prefix is long enough to be shared."""
         alike: dict[tuple[int, ...], list[Conversation]] = {}
         least = self.transformer.cache.min_shared
         for conversation, prompt in prompts.items():
@@ -207,11 +206,11 @@ class Incremental(RewardModel):
         return {conversations[0] for conversations in alike.values() if len(conversations) > 1}
 
     def _recalled(self, prompts: Mapping[Conversation, list[int]]) -> list[Conversation]:
-        """Those whose rest is to be read now: the others begin like one of them, and can reuse that."""
+        """Fill rows with what is known of their prompts, and return those to read now; others can soon reuse these."""
         for conversation, prompt in prompts.items():
             self.transformer.memory.recall(self.rows[conversation].tree, prompt)
         if self.transformer.recurrent:
-            return [*prompts]  # what another one reads could be reused after all of it only
+            return [*prompts]  # a prompt can be reused only as a whole
         unknown = [each for each in prompts if not self.rows[each].tree.ids]
         first = {unknown[index] for index in first_to_read([prompts[each] for each in unknown])}
         return [each for each in prompts if each in first or each not in unknown]
@@ -226,7 +225,7 @@ class Incremental(RewardModel):
                 unread = {each: rest for each, rest in unread.items() if each in self.rows}
 
     def _read_pieces(self, unread: dict[Conversation, list[int]]) -> None:
-        """One forward of as much of these prompts, from the first on, as fits into it."""
+        """Run one forward over as much of these prompts, in their order, as fits into it."""
         inputs, left = [], PREFILL_CHUNK
         for conversation, rest in unread.items():
             if left:
@@ -239,7 +238,7 @@ class Incremental(RewardModel):
             each.branch.tree.drop(each.branch)
 
     async def _read_again(self, texts: Mapping[Response, FittedText]) -> None:
-        """Read what is kept as answers ask for that are too long for its own reading."""
+        """Read the kept text again for answers that need it cut or read otherwise, as they are too long."""
         for response, text in texts.items():
             row, reading = self.rows.get(response.conversation), text.reading
             if row is None or reading in row.reread or reading.cut < row.cut or reading == row.reading:
@@ -251,7 +250,7 @@ class Incremental(RewardModel):
                 await asyncio.sleep(0)
 
     def _recall(self, row: ConversationRow, ids: list[int], reading: Reading) -> None:
-        """Fill an empty row with what is known of a text."""
+        """Fill an empty row with the longest known prefix of a text."""
         row.cut, row.tree.long = reading
         self.transformer.memory.recall(row.tree, ids)
 
@@ -269,13 +268,13 @@ class Incremental(RewardModel):
         return row.branches.pop(response, None) if row else None
 
     def _forward_input(self, response: Response, text: FittedText) -> ForwardInput:
-        """What has to be read to score a response, on a new branch."""
+        """Return what must be read to score a response, on a new branch."""
         row, (ids, suffix, reading) = self.rows[response.conversation], text
         if not row.tree.ids:
             self._recall(row, ids[: len(ids) - suffix], reading)
         most = self._known_before(response, text)
         parent = row.branches.get(response.parent) if response.parent else None
-        again = 0 if parent is None else max(0, len(parent.path) - most)  # nothing new: the last token is read again
+        again = 0 if parent is None else max(0, len(parent.path) - most)  # with nothing new, its last token
         follows = parent is not None and parent.branch.long == reading.long and parent.can_go_on(again)
         if parent is not None and follows and common(ids, parent.path) == len(parent.path):
             root, shared = parent.root, len(parent.path) - again
@@ -287,24 +286,27 @@ class Incremental(RewardModel):
         return ForwardInput(branch, ids[shared:], response, self._outputs(response, text))
 
     def _known_before(self, response: Response, text: FittedText) -> int:
-        """How many of the first ids need not be read, if they are known: the score is read at the last token."""
+        """Return how many ids at most may be known already: the last must be read, as the score is computed there."""
         return len(text.ids) - max(1, text.suffix)
 
     def _outputs(self, response: Response, text: FittedText) -> int:
-        """How many of the last tokens have an output that is looked at."""
+        """Return how many of the last tokens need an output."""
         return 1
 
     def _fitted(self, response: Response) -> FittedText:
-        """What is read of a conversation with this answer."""
+        """Return what is read of a conversation with this answer."""
         ids, suffix = self._ids(response, self.rows[response.conversation])
         cut = self._cut(len(ids), response)
         return FittedText(ids[cut:], suffix, Reading(cut, self.transformer.is_long(len(ids) - cut)))
 
     def _cut(self, length: int, response: Response) -> int:
-        """How many of the first ids are left out: the prompt may lose its beginning, the answer nothing.
+        """Return how many of the first ids are left out: only the prompt may lose its beginning.
 
-        A quarter of the window at once, so that what was read serves for a while; and by the length alone, so
-        that a text has one score, however it was written.
+        They are a multiple of a quarter of the window, so that what was read can be used for a while. They depend on
+        the length alone, so that a text has one score, however it was written.
+
+        Raises:
+            RewardError: The answer alone exceeds the window.
         """
         surplus = length - self.window
         if surplus <= 0:
@@ -322,23 +324,23 @@ class Incremental(RewardModel):
         return min(-(-surplus // step) * step, prompt - 1)
 
     def _ids(self, response: Response, row: ConversationRow) -> tuple[list[int], int]:
-        """All ids of the conversation with this answer, and how many of them come after the answer."""
+        """Return all ids of the conversation with this answer, and how many of them come after the answer."""
         assert row.answer_ids is not None
         return row.answer_ids(response)
 
     @abstractmethod
     def _score_batch(self, batch: list[ForwardInput]) -> list[float]:
-        """One forward, and the scores of the responses in it."""
+        """Run one forward, and return the scores of the responses in it."""
 
     def _counted(self, batch: list[ForwardInput], outputs: list[Output | CardsError]) -> list[Output]:
-        """The outputs of a forward, which is counted; the first error of its inputs."""
+        """Count a forward, and return its outputs or raise the first error among them."""
         found = checked(outputs)
         count_forward((_conversation(each.owner), len(each.ids)) for each in batch)
         return found
 
 
 def _conversation(owner: Response | Conversation) -> Conversation:
-    """Whose input it is: a response's, or that of a prompt which many responses follow."""
+    """Return the conversation of an input, which belongs to one response or to a prompt."""
     return owner.conversation if isinstance(owner, Response) else owner
 
 
@@ -351,7 +353,7 @@ class IncrementalClassifier(Incremental):
     ) -> None:  # fmt: skip
         super().__init__(name, model, input_format, same_vocabulary, memory)
         self.head = head
-        self.to_logits = model.score.float()  # the last step in full precision: bf16 has three digits
+        self.to_logits = model.score.float()  # full precision for the last step: bfloat16 has three digits
         self.padding = self.transformer.config.pad_token_id
 
     def _ids(self, response: Response, row: ConversationRow) -> tuple[list[int], int]:
@@ -371,7 +373,7 @@ class IncrementalClassifier(Incremental):
 
 
 def reads_incrementally(model: Any) -> bool:
-    """Return True for a decoder with a head that gives the same over trees of candidates as alone."""
+    """Return True for a decoder with a head whose hidden states over trees are those of plain forwards."""
     if not hasattr(model, "score"):
         return False
     try:
