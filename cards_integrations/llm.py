@@ -44,7 +44,7 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
         llm = CardsLLM(model="smollm2", reward="sentiment", max_tokens=64, seed=1)
         llm.align("How was your day?").reward
 
-    The options are keyword arguments; the environment (`CARDS_MODEL`, ...) sets what they do not, see
+    The options are keyword arguments; the environment (`CARDS_MODEL`, ...) sets those that are not given, see
     `CardsSettings`. LlamaIndex's fields, such as `system_prompt` and `callback_manager`, can be set, too.
     Construction loads nothing; the first answer does. All objects of a process with equal model and engine settings
     share one engine, which runs all their requests in one batch.
@@ -65,13 +65,13 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
     """Tags of its runs in LangChain's traces."""
 
     run_metadata: dict[str, Any] | None = Field(default=None, exclude=True, alias="metadata")
-    """Metadata of its runs in LangChain's traces; given as `metadata=`, for LlamaIndex has a property of this name."""
+    """Metadata of its runs in LangChain's traces; given as `metadata=`, a name that LlamaIndex uses for a property."""
 
     callbacks: Callbacks = Field(default=None, exclude=True)
-    """LangChain's callbacks of its runs; those of LlamaIndex are in `callback_manager`."""
+    """LangChain's callbacks for its runs; those of LlamaIndex are in `callback_manager`."""
 
     cache: BaseCache | bool | None = Field(default=None, exclude=True)
-    """A cache of LangChain for answers of `invoke`; True for the global one, False for none."""
+    """A LangChain cache for answers of `invoke`; True for the global one, False for none."""
 
     _chat_model: ChatCards | None = PrivateAttr(default=None)
     _chat_options: tuple[dict[str, Any], dict[str, Any]] | None = PrivateAttr(default=None)
@@ -109,20 +109,20 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
         Args:
             prompt: A text, or a list of messages: of LangChain, of LlamaIndex, dicts with "role" and "content", or
                 pairs of role and text. A text becomes one message of the user.
-            options: For this call only, in place of the object's own:
+            options: Options of this call, in place of the object's own:
 
-                - all options but `engine`, such as `reward`, `decoding`, `max_tokens`, `seed` and `stop`: as in the
-                  constructor; `n` has to be 1.
+                - all options but `engine`, such as `reward`, `decoding`, `max_tokens`, `seed` and `stop`, as in the
+                  constructor; `n` must be 1.
                 - `context`: what a `GroundednessReward` compares the answer with: a text, a document of either
-                  framework, or a list of them.
-                - `response_format`: a pydantic class or a JSON schema, or what OpenAI's API takes. The model is shown
+                  framework, or a list of these.
+                - `response_format`: a pydantic class, a JSON schema, or what OpenAI's API takes. The model is shown
                   the schema, and a grammar holds the answer to it.
-                - `grammar`: a `Grammar`, a pydantic class or a JSON schema that the answer has to match, without
-                  showing it to the model.
-                - `tools`: tools of either framework, functions, pydantic classes, or functions as OpenAI describes
-                  them, which the answer may call.
+                - `grammar`: a `Grammar`, a pydantic class or a JSON schema that the answer must match; the model is
+                  not shown it.
+                - `tools`: what the answer may call: tools of either framework, functions, pydantic classes, or
+                  functions as OpenAI describes them.
                 - `tool_choice`: "auto", "none", "any" or the name of a tool.
-                - `parallel_tool_calls`: False allows one call only.
+                - `parallel_tool_calls`: False allows a single call only.
 
         Raises:
             SettingsError: An option is unknown or cannot be used as given.
@@ -173,18 +173,15 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
         return_exceptions: bool = False,
         **options: Any,
     ) -> list[Any]:
-        """Write the answers to all prompts in one batch.
-
-        An answer does not depend on the others.
+        """Write the answers to all prompts in one batch; no answer depends on the others.
 
         Args:
             prompts: As for `align`.
             seeds: One for each prompt.
             contexts: One for each prompt.
-            progress: False shows no progress, and neither does an object with `progress=False`; a text names what is
-                answered.
-            return_exceptions: Return errors in the places of their answers; else the first one cancels the rest.
-            options: For all answers, as for `align`. `timeout` counts from the moment on in which an answer is begun.
+            progress: Whether progress is shown, unless the object has `progress=False`; a text is the title of it.
+            return_exceptions: Return errors in place of answers; otherwise the first error cancels the rest.
+            options: Options of all answers, as for `align`. `timeout` counts from the moment an answer begins.
 
         Returns:
             The answers in the order of the prompts.
@@ -212,10 +209,14 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
         Closing the iterator stops the drafting of the rest.
 
         Args:
-            prompts: As for `align_batch`, and so are the other arguments.
+            prompts: As for `align_batch`.
+            seeds: As for `align_batch`.
+            contexts: As for `align_batch`.
+            return_exceptions: Yield errors in place of answers; otherwise the first error cancels the rest.
+            options: As for `align_batch`.
 
         Yields:
-            The index of the prompt and its answer; with `return_exceptions`, or its error.
+            The index of a prompt, and its answer; with `return_exceptions`, its answer or its error.
         """
         if isinstance(prompts, str):
             raise PromptError("A batch is a list of prompts: pass [prompt] for a single one, or use align().")
@@ -247,8 +248,8 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
 
         Args:
             prompt: As for `align`.
-            texts: The answers, which anybody may have written.
-            reward: In place of the object's own.
+            texts: The answers; they may have any origin.
+            reward: A reward in place of the object's own.
             context: As for `align`.
 
         Returns:
@@ -260,12 +261,12 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
         """Find the target reward, beta and threshold for this language model and reward model.
 
         Args:
-            prompts: What plain answers are written to; by default those of this package.
-            remember: Make `Cards()` use the result where it is set to "auto", in this and later processes.
-            how: See `study.calibrate`.
+            prompts: Prompts to which plain answers are written; by default those of this package.
+            remember: Make `Cards()` use the result for what is "auto", in this process and later ones.
+            how: Arguments of `study.calibrate`.
 
         Returns:
-            The measurements and the choice; print it, or pass its `decoding` on.
+            The measurements and the choice; print it, or use its `decoding`.
         """
         from cards_integrations.study import calibrate
 
@@ -275,15 +276,15 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
         return found
 
     def train_value(self, prompts: Sequence[Any], *, path: str | Path, **how: Any) -> TrainedValue:
-        """Train a head on the language model's own hidden state that says what the reward would, at no extra cost.
+        """Train a head that predicts the reward from the language model's own hidden states, at no cost per answer.
 
         Args:
-            prompts: What plain answers are written to; some hundreds, like those that will be asked.
+            prompts: Some hundreds of prompts, like those that will be asked; plain answers are written to them.
             path: The file to write.
-            how: See `study.train_value`: `reward`, `target`, `contexts`, `held_out`, `seed` and others.
+            how: Arguments of `study.train_value`: `reward`, `target`, `contexts`, `held_out`, `seed` and others.
 
         Returns:
-            The head with its correlations; print it, or pass its `reward` on.
+            The head with its correlations; print it, or use its `reward`.
         """
         from cards_integrations.study import train_value
 
@@ -308,12 +309,12 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
 
     @property
     def InputType(self) -> Any:
-        """What LangChain's chat models take."""
+        """The type of input of LangChain's chat models."""
         return self.as_langchain().InputType
 
     @property
     def OutputType(self) -> Any:
-        """What LangChain's chat models return."""
+        """The type of output of LangChain's chat models."""
         return self.as_langchain().OutputType
 
     def invoke(self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any) -> AIMessage:
@@ -327,7 +328,7 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
         return await self.as_langchain().ainvoke(input, config, **kwargs)
 
     def batch(self, inputs: list[LanguageModelInput], config: Any = None, **kwargs: Any) -> list[AIMessage]:
-        """Answer all inputs, as many at once as the engine runs, or `max_concurrency` of them."""
+        """Answer all inputs; `max_concurrency` at once, or by default as many as the engine runs."""
         return self.as_langchain().batch(inputs, config, **kwargs)
 
     async def abatch(self, inputs: list[LanguageModelInput], config: Any = None, **kwargs: Any) -> list[AIMessage]:
@@ -343,11 +344,11 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
         return self.as_langchain().astream_events(input, config, **kwargs)
 
     def configurable_fields(self, **fields: Any) -> Any:
-        """Return a chat model whose options a config of LangChain can set."""
+        """Return a chat model whose options can be set in a LangChain config."""
         return self.as_langchain().configurable_fields(**fields)
 
     def configurable_alternatives(self, which: ConfigurableField, **alternatives: Any) -> Any:
-        """Return a Runnable that a config of LangChain can replace by another one."""
+        """Return a Runnable that a LangChain config can replace by an alternative."""
         return self.as_langchain().configurable_alternatives(which, **alternatives)
 
     def bind_tools(
@@ -386,8 +387,8 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
         """Count the tokens of the prompt that these messages become, chat template included."""
         return self.as_langchain().get_num_tokens_from_messages(messages, describe_tools(tools))
 
-    # `stream` and `astream` are the two names that both frameworks use. A call whose first argument is a prompt
-    # template of LlamaIndex is LlamaIndex's; every other call is LangChain's.
+    # Both frameworks have methods named `stream` and `astream`. A call whose first argument is a LlamaIndex prompt
+    # template is LlamaIndex's; every other call is LangChain's.
 
     def stream(self, *args: Any, **kwargs: Any) -> Any:
         """Stream LangChain's message chunks, one for each kept segment; with a prompt template, LlamaIndex's texts."""
@@ -403,12 +404,12 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
 
 
 def _is_llama_index_call(prompt: Any = None, *_: Any, **__: Any) -> bool:
-    """True for a call with a template, whose variables may have any name."""
+    """True if the first argument is a LlamaIndex template; the others are its variables, of any name."""
     return isinstance(prompt, BasePromptTemplate)
 
 
 def as_prompt(prompt: Any) -> str | list[Message]:
-    """A string as it is; a sequence of messages (of either framework, dicts, pairs) as a chat."""
+    """Return a string as it is, and a sequence of messages (of either framework, dicts or pairs) as a chat."""
     return message.as_prompt(prompt, _as_message)
 
 

@@ -1,4 +1,4 @@
-"""Everything a user can set: as keyword arguments, in the environment (CARDS_*), or in a YAML file."""
+"""Everything that a user can set: as keyword arguments, in the environment (CARDS_*), or in a YAML file."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("cards_integrations")
 CALL_ARGUMENTS = {"context", "grammar", "response_format", "tools", "tool_choice", "parallel_tool_calls"}
-"""What a single call takes beside the options."""
+"""Arguments of a single call that are not options."""
 SET_HERE = {
     *("conversation", "messages", "tools", "add_generation_prompt", "continue_final_message", "tokenize"),
     *("chat_template", "return_tensors", "return_dict", "padding", "truncation", "max_length", "tokenizer_kwargs"),
 }
-"""Arguments of `apply_chat_template` that users cannot give; a template is a program."""
+"""Arguments of `apply_chat_template` that this package sets, and users cannot."""
 OTHERS = ("ALLOW_IMPORTS", "CACHE_DIR", "PROGRESS", "REWARD_API_KEY", "SERVER_API_KEY", "TELEMETRY", "VLLM_API_KEY")
-"""Variables that are no options, after "CARDS_"."""
+"""Environment variables that are not options, without their "CARDS_"."""
 
 
 def _as_tuple(value: Any) -> Any:
@@ -75,7 +75,7 @@ def _template_arguments(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_context(context: Any) -> tuple[str, ...]:
-    """The texts of a context, from texts or documents of either framework."""
+    """Return the texts of a context, given as texts or documents of either framework."""
     if context is None:
         return ()
     return tuple(map(_document_text, context if isinstance(context, (list, tuple)) else [context]))
@@ -95,7 +95,7 @@ def _document_text(document: Any) -> str:
 class Options(SettingsModel):
     """The options that `CardsLLM`, `ChatCards`, `CardsCompletion` and `CardsSettings` have in common."""
 
-    # errors must not show the input, which may hold a key
+    # errors must not show the input, which may contain a key
     model_config = ConfigDict(use_attribute_docstrings=True, hide_input_in_errors=True)
 
     elsewhere = {  # noqa: RUF012
@@ -112,7 +112,7 @@ class Options(SettingsModel):
 
     reward: Annotated[AnyReward | None, NoDecode] = NAMED["sentiment"]
     """The reward that guides the answers: an embedded name, a hub id, a directory, a function
-    `f(prompt, answers) -> scores`, or settings such as `ClassifierReward(...)`. None for methods that need none."""
+    `f(prompt, answers) -> scores`, or settings such as `ClassifierReward(...)`. None for methods without a reward."""
 
     decoding: Annotated[AnyDecoding, NoDecode] = Cascade()
     """The decoding method: its name ("cascade", "cards", "sampling", ...) or its settings, such as `Cards(...)`."""
@@ -121,31 +121,31 @@ class Options(SettingsModel):
     """Most tokens of an answer."""
 
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.7
-    """Temperature of sampling. 0 is greedy: all candidates of a segment are the same one then, so CARDS keeps the
-    first, and the answer is the model's greedy one, with its rewards."""
+    """Temperature of sampling. 0 is greedy: all candidates of a segment are then equal, so that CARDS keeps the first;
+    the answer is the model's greedy one, with its rewards."""
 
     top_k: Annotated[int, Field(ge=0)] = 40
     """Sample among this many most likely tokens; 0 samples among all."""
 
     top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """Sample among the most likely tokens that together have this probability, after temperature and `top_k`; 1 is
-    off."""
+    """Sample among the most likely tokens that together have this probability, after temperature and `top_k`; 1 turns
+    this off."""
 
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Sample among the tokens that have at least this share of the largest probability; 0 is off."""
+    """Sample among the tokens that have at least this share of the highest probability; 0 turns this off."""
 
     repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    """Divides the logits above 0 of all tokens that the prompt or the answer has, and multiplies those below; 1 is
-    off."""
+    """Divides the positive logits of all tokens that occur in the prompt or the answer, and multiplies the negative
+    ones; 1 turns this off."""
 
     presence_penalty: FiniteFloat = 0.0
-    """Is subtracted from the logits of tokens that the answer has."""
+    """Is subtracted from the logits of all tokens that occur in the answer."""
 
     frequency_penalty: FiniteFloat = 0.0
-    """Is subtracted from the logit of a token once for each time that the answer has it."""
+    """Is subtracted from the logit of a token once for each time it occurs in the answer."""
 
     logit_bias: LogitBias = ()
-    """A mapping of token ids to numbers that are added to their logits; -100 all but forbids a token."""
+    """A mapping of token ids to numbers that are added to their logits; -100 practically forbids a token."""
 
     min_tokens: Annotated[int, Field(ge=0)] = 0
     """Tokens before which neither end-of-sequence nor `stop_token_ids` can end an answer, unless a grammar allows
@@ -155,46 +155,46 @@ class Options(SettingsModel):
     """Seed of the random numbers: one seed gives one answer. None draws a new seed for each answer and reports it."""
 
     stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_tuple)] = ()
-    """Strings that end an answer and are not part of it; a single string or several. Within a grammar, the JSON of a
-    schema or a tool call they end nothing."""
+    """Strings that end an answer and are not part of it: one string or several. They have no effect within a grammar,
+    the JSON of a schema or a tool call."""
 
     thinking: ThinkingMode | None = None
-    """Whether the model thinks before it answers. "off" turns that off by the switch of its chat template, or closes
-    the thoughts before they begin. "free" turns it on: thoughts are sampled plainly, and rewards see and guide the
-    answer only. "aligned" guides the thoughts, too, by the same reward, which reads them as an answer. None leaves it
-    to the template; thoughts are "free" then. Raw text is continued as it is, thoughts or not."""
+    """Whether the model thinks before it answers. "off" uses the switch of its chat template, or closes the thoughts
+    before they begin. "free" samples the thoughts plainly: the reward sees and guides the answer only. "aligned" guides
+    the thoughts as well, by the same reward, which reads them as an answer. None leaves the choice to the template; the
+    thoughts are then "free". Raw text is continued as it is, whether that leads to thoughts or not."""
 
     max_thinking_tokens: Annotated[int, Field(ge=1)] = 1024
-    """Most tokens of the thoughts, beside `max_tokens` for the answer: at this many they are closed as the template
-    closes them. Fewer where the model's context has no room for as many."""
+    """Most tokens of the thoughts, in addition to `max_tokens` for the answer. Longer thoughts are closed as the
+    template closes them. The limit is lower where the model's context has no room for as many."""
 
     chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_template_arguments)] = {}  # noqa: RUF012
     """Further arguments of the model's chat template, such as `{"enable_thinking": False}` or
     `{"reasoning_effort": "low"}`; they win over `thinking`."""
 
     stop_token_ids: TokenIds = ()
-    """Tokens that end an answer as end-of-sequence does, and are not part of it; within a grammar they end nothing."""
+    """Token ids that end an answer like end-of-sequence, and are not part of it; they have no effect in a grammar."""
 
     finish_at: Literal["token", "sentence"] = "token"
-    """Where an answer ends that reaches `max_tokens`: "sentence" leaves out what follows its last whole sentence, and
-    its reward is that of the rest. Answers with a grammar or with tools are never cut so."""
+    """Where an answer that reaches `max_tokens` ends: "sentence" leaves out what follows its last whole sentence, and
+    scores what is left. Answers with a grammar or with tools are never cut in this way."""
 
     n: Annotated[int, Field(ge=1)] = 1
-    """Answers to one prompt: LangChain's `generate` returns them all, `invoke` the first. `align_batch([prompt] * n)`
-    writes several otherwise."""
+    """How many answers are written to a prompt: LangChain's `generate` returns all, `invoke` the first. Elsewhere use
+    `align_batch([prompt] * n)`."""
 
     logprobs: bool = False
-    """Report log p of each token of an answer, under the language model itself: full vocabulary, temperature 1."""
+    """Report log p of each token of an answer under the language model: full vocabulary, temperature 1."""
 
     top_logprobs: Annotated[int, Field(ge=0)] = 0
-    """How many of the most likely tokens are reported for each token of an answer, which asks for `logprobs`, too."""
+    """How many of the most likely tokens are reported for each token of an answer; implies `logprobs`."""
 
     timeout: Annotated[float, Field(gt=0)] | None = None
-    """Time limit of an answer in seconds; a `CardsTimeout` is raised after it. None sets no limit."""
+    """Time limit of an answer in seconds, after which a `CardsTimeout` is raised. None sets no limit."""
 
     progress: bool = True
-    """Whether what takes long is shown on stderr while it runs: loading, converting, measuring, answers that are not
-    streamed. A stderr that is neither a terminal nor a notebook gets one line for each long phase but answers."""
+    """Whether progress is shown on stderr of whatever takes long: loading, converting, measuring, and answers that are
+    not streamed. If stderr is neither a terminal nor a notebook, it gets one line for each phase except answers."""
 
     engine: EngineSettings = EngineSettings()
     """Settings of the machine: device, data type, memory, rows. A single call cannot change them."""
@@ -207,8 +207,8 @@ class Options(SettingsModel):
         """Make the engine's request for one answer.
 
         Args:
-            prompt: A text or messages, with `FormattedPrompt` for a text that is model input already.
-            overrides: Arguments of the call: options other than `engine`, or `CALL_ARGUMENTS`.
+            prompt: A text or messages; a `FormattedPrompt` is a text that is model input already.
+            overrides: Arguments of the call: options other than `engine`, and `CALL_ARGUMENTS`.
 
         Raises:
             SettingsError: An argument is unknown or cannot be used as given.
@@ -262,7 +262,7 @@ class Options(SettingsModel):
         return [replace(request, seed=seed) for seed in answer_seeds(options.seed, options.n)]
 
     def engine_for(self, overrides: dict[str, Any], owner: Any) -> Engine:
-        """Return the process's engine for the model, which all objects with equal settings share."""
+        """Return the engine for the model, which all objects of the process with equal settings share."""
         from cards_integrations.engine.engine import Engine  # needs torch, which settings do not
 
         chosen = {name: value for name, value in overrides.items() if name in ("model", "progress")}
@@ -270,7 +270,7 @@ class Options(SettingsModel):
         return Engine.shared(options.model, options.engine, owner, progress=options.progress)
 
     def resolve_options(self, overrides: dict[str, Any]) -> Options:
-        """Return the validated options of one call; attributes may have been assigned since construction."""
+        """Return the validated options of one call, with the object's attributes as they are now."""
         return Options.model_validate({**self.options(), **overrides})
 
     @model_validator(mode="after")
@@ -291,7 +291,7 @@ class Options(SettingsModel):
 def _constrained(
     prompt: str | list[Message], grammar: Any, response_format: Any, tools: Tools | None
 ) -> tuple[str | list[Message], Grammar | None]:
-    """The prompt, with the schema of the response format if there is one, and the grammar of the answer."""
+    """Return the prompt, with the schema of the response format if there is one, and the grammar of the answer."""
     constraint, json_format = as_grammar(grammar), as_response_format(response_format)
     if constraint is not None and (json_format or tools):
         raise SettingsError("grammar= describes the whole answer: omit response_format= and tools=.")
@@ -302,7 +302,7 @@ def _constrained(
 
 @lru_cache  # once for each name
 def _tell_misspelt(name: str) -> None:
-    """Warn of a variable that is none of ours and almost one."""
+    """Warn of an environment variable whose name is almost that of an option."""
     known = {option.upper(): f"CARDS_{option.upper()}" for option in (*Options.model_fields, *OTHERS)}
     own = name.removeprefix("CARDS_")
     if own not in known and (near := nearest(own, (), known)):
@@ -322,11 +322,12 @@ def _read(source: PydanticBaseSettingsSource) -> dict[str, Any]:
 
 
 class CardsSettings(BaseSettings, Options):
-    """The options as a settings object, which reads and writes YAML.
+    """The options as a settings object that can be read from YAML and written to it.
 
-    `CardsSettings()` takes what it is not given from the environment: CARDS_MODEL, CARDS_MAX_TOKENS, ... A variable
-    holds a name or a number as it is, and settings as JSON: `CARDS_DECODING='{"method": "cards", "beta": 0.5}'`;
-    `CARDS_ENGINE__MAX_ROWS=8` sets one field. `CardsLLM.from_settings` makes a model of it.
+    `CardsSettings()` takes the options that are not given from the environment: CARDS_MODEL, CARDS_MAX_TOKENS, ... A
+    variable holds a name or a number as it is, and settings as JSON, such as
+    `CARDS_DECODING='{"method": "cards", "beta": 0.5}'`; `CARDS_ENGINE__MAX_ROWS=8` sets one field.
+    `CardsLLM.from_settings` makes a model from it.
     """
 
     model_config = SettingsConfigDict(env_prefix="CARDS_", env_nested_delimiter="__", extra="forbid", frozen=True)
@@ -340,7 +341,7 @@ class CardsSettings(BaseSettings, Options):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Merge the sources by whole options: a given reward replaces the environment's and is not merged with it."""
+        """Merge the sources option by option: a given reward replaces that of the environment as a whole."""
         found: dict[str, Any] = {}
         for source in (file_secret_settings, dotenv_settings, env_settings, init_settings):
             found |= _read(source)
@@ -348,7 +349,7 @@ class CardsSettings(BaseSettings, Options):
 
     @classmethod
     def from_yaml(cls, path: str | Path, *, allow_imports: bool = False) -> Self:
-        """Read the options from a YAML file; the environment sets what the file does not.
+        """Read the options from a YAML file; those that it does not set come from the environment.
 
         Args:
             path: A file with a mapping of option names to values.
@@ -388,7 +389,7 @@ class CardsSettings(BaseSettings, Options):
 
 
 class OptionsFromEnvironment(Options):
-    """Options whose defaults come from the environment, for the objects that users construct."""
+    """Options that come from the environment unless they are given, for the objects that users construct."""
 
     @model_validator(mode="before")
     @classmethod
@@ -399,7 +400,7 @@ class OptionsFromEnvironment(Options):
         return {**{name: value for name, value in found.items() if name in Options.model_fields}, **values}
 
     def __repr__(self) -> str:
-        """The model, the reward, the method and what else is not as by default, in short and without keys."""
+        """Show model, reward, method and all options that differ from their defaults, in short and without keys."""
         shown = {
             "model": getattr(self.model, "model", None),
             "reward": None if self.reward is None else known_as(self.reward),
