@@ -45,7 +45,7 @@ class CardsLangChainBase(OptionsFromEnvironment):
     def _langsmith_params(
         self, model_type: Literal["chat", "llm"], stop: list[str] | None, overrides: dict[str, Any]
     ) -> LangSmithParams:
-        # a mapping may hold a key, so traces show settings only
+        # validated first: a mapping may contain a key, which traces must not show
         model = self.resolve_options({"model": overrides["model"]}).model if "model" in overrides else self.model
         params = LangSmithParams(
             ls_provider=PROVIDER,

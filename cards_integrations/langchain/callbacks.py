@@ -1,7 +1,7 @@
-"""What LangChain's callbacks learn of an answer: every new chunk, and every kept segment as a custom event.
+"""What LangChain's callbacks are told of an answer: every new chunk, and every kept segment as a custom event.
 
-An event needs the run it belongs to. LangChain passes the manager of the run to `_generate`, but not to `_stream`,
-so `_stream` finds it in a context variable.
+An event needs the run that it belongs to. LangChain passes the manager of the run to `_generate` but not to `_stream`,
+which therefore finds it in a context variable.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ current_run: ContextVar[Any] = ContextVar("current_run", default=None)
 
 
 def pop_current_run() -> Any:
-    """The manager of the current run; the variable forgets it, so that it lives no longer than the run."""
+    """Return the manager of the current run, and reset the variable so that it does not outlive the run."""
     run = current_run.get()
     current_run.set(None)
     return run
 
 
 def start_run(config: RunnableConfig | None, model: Any) -> tuple[RunnableConfig, RunManager]:
-    """A config that fixes the id of the run, and a manager that sends events under this id."""
+    """Return a config that sets the id of the run, and a manager that sends events under this id."""
     config = ensure_config(config)
     run_id = config.get("run_id") or uuid7()
     config["run_id"] = run_id
@@ -51,7 +51,7 @@ def start_run(config: RunnableConfig | None, model: Any) -> tuple[RunnableConfig
 
 
 def within_run(run: RunManager, items: Iterator[T]) -> Iterator[T]:
-    """The items, with the run as the current one while each is made, and not between them."""
+    """Yield the items; the run is the current one while each is made, but not in between."""
     while True:
         token = current_run.set(run)
         try:
@@ -77,7 +77,7 @@ async def awithin_run(run: RunManager, items: AsyncIterator[T]) -> AsyncIterator
 
 
 def segment_callback(run: Any) -> Callable[[Chunk], None] | None:
-    """A function that sends a kept segment to the callbacks of a run; None if it has no callbacks."""
+    """Return a function that sends a kept segment to the callbacks of a run; None if there are no callbacks."""
     if run is None or not run.handlers:
         return None
     manager = CallbackManager(run.handlers, tags=run.tags, metadata=run.metadata)
@@ -98,7 +98,7 @@ def stream_chunks(
     run_manager: Any,
     on_segment: Callable[[Chunk], None] | None = None,
 ) -> Iterator[OutputChunk]:
-    """The engine's items as LangChain's chunks, which the callbacks see first."""
+    """Yield the engine's items as LangChain's chunks; the callbacks see each of them first."""
     with closing(items):
         for item in items:
             if on_segment and isinstance(item, Chunk) and item.thought is None:

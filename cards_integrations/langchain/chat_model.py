@@ -53,11 +53,11 @@ class ChatCards(CardsLangChainBase, BaseChatModel):
     """A LangChain chat model whose answers a reward model guides while they are written.
 
     It takes the options of `CardsLLM` and those of every LangChain chat model (`cache`, `callbacks`, `rate_limiter`,
-    ...). Options of a single call have the same names: `llm.invoke(..., max_tokens=64)`, `llm.bind(decoding=...)`;
-    a call also takes `context=`, `grammar=`, `response_format=`, `tools=`, `tool_choice=` and
-    `parallel_tool_calls=`. The rewards, segments and costs of an answer are in `response_metadata["cards"]` of its
-    message, the token counts in `usage_metadata`. `stream` yields a chunk for each kept segment, and `batch` drafts
-    its inputs together. Construction loads nothing; the first call does.
+    ...). The options of a single call have the same names: `llm.invoke(..., max_tokens=64)`, `llm.bind(decoding=...)`.
+    A call also takes `context=`, `grammar=`, `response_format=`, `tools=`, `tool_choice=` and `parallel_tool_calls=`.
+    The rewards, segments and costs of an answer are in `response_metadata["cards"]` of its message, the token counts in
+    `usage_metadata`. `stream` yields a chunk for each kept segment, and `batch` drafts its inputs together.
+    Construction loads nothing; the first call does.
     """
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
@@ -66,7 +66,7 @@ class ChatCards(CardsLangChainBase, BaseChatModel):
     """Report each kept segment to the callbacks of `invoke`, too, and not only to those of `stream`."""
 
     profile: ModelProfile | None = Field(default=None, exclude=True)
-    """What the model can do, as LangChain's agents look it up; by default what is known without loading it."""
+    """What the model can do, for LangChain's agents; by default what is known without loading it."""
 
     # --- LangChain's contract ---
 
@@ -79,11 +79,11 @@ class ChatCards(CardsLangChainBase, BaseChatModel):
         return "cards-chat"
 
     def _get_invocation_params(self, stop: list[str] | None = None, **kwargs: Any) -> dict[str, Any]:
-        """The parameters of traces and of the cache key, with the stop strings of the object if the call has none."""
+        """Return the parameters of traces and of the cache key, with the object's stop strings if the call has none."""
         return super()._get_invocation_params(list(self.stop) if stop is None else stop, **kwargs)
 
     def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
-        """The cache key. It holds schemas, as two classes of one name may differ."""
+        """Return the cache key. It contains schemas, as two classes of the same name may differ."""
         return super()._get_llm_string(stop, **convert_options(kwargs))
 
     def _generate(
@@ -111,7 +111,7 @@ class ChatCards(CardsLangChainBase, BaseChatModel):
         return as_chat_result(await engine.arun(requests[0], asegment_callback(run_manager)))
 
     def _combine_llm_outputs(self, llm_outputs: list[dict[str, Any] | None]) -> dict[str, Any]:
-        """The usage of all prompts of a call; it is known for those with several answers."""
+        """Return the usage of all prompts of a call; LangChain asks for it where prompts have several answers."""
         return add_outputs(llm_outputs)
 
     def _stream(
@@ -136,7 +136,7 @@ class ChatCards(CardsLangChainBase, BaseChatModel):
         items = self._engine(kwargs).astream(self._request(messages, stop, kwargs))
         return astream_chunks(items, ChunkConverter(), run_manager, on_segment)
 
-    # `_stream` sends kept segments to the callbacks of its run, and finds the run in `current_run`.
+    # `_stream` sends kept segments to the callbacks of its run, which it finds in `current_run`.
 
     def stream(
         self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any
@@ -168,7 +168,7 @@ class ChatCards(CardsLangChainBase, BaseChatModel):
         config: RunnableConfig | list[RunnableConfig] | None = None,
         **kwargs: Any,
     ) -> list[AIMessage]:
-        """Answer all inputs, as many at once as the engine runs, or `max_concurrency` of them."""
+        """Answer all inputs; `max_concurrency` at once, or by default as many as the engine runs."""
         configs = get_config_list(config, len(inputs))
         for each in configs:
             each["max_concurrency"] = each.get("max_concurrency") or max(1, min(len(inputs), self.engine.max_rows))
@@ -190,16 +190,16 @@ class ChatCards(CardsLangChainBase, BaseChatModel):
             tool_choice: "auto" (the default; the model decides), "none", "any" or "required" (at least one call),
                 or the name of a tool (one call of it). A grammar holds a required call to the tool's schema.
             strict: Hold calls to the schema under "auto", too.
-            parallel_tool_calls: False allows one call an answer, as is usual where a tool is only a form: those of
-                LangChain's `ToolStrategy` have nothing to run.
+            parallel_tool_calls: False allows one call in an answer. That is the default if a tool is only a form with
+                nothing to run, like those of LangChain's `ToolStrategy`.
             kwargs: Options of the calls, such as `max_tokens`.
 
         Raises:
             SettingsError: A tool cannot be described as a function, `tool_choice` names no tool, or no grammar can
-                hold a call that has to match the schema of its tool.
+                enforce the schema of a tool whose calls must match it.
         """
         schemas = tool_schemas(tools, strict)
-        offered = as_tools(schemas, tool_choice)  # raises now what a call would raise
+        offered = as_tools(schemas, tool_choice)  # so that errors are raised here, not by the call
         if offered is not None and as_response_format(kwargs.get("response_format")) is not None:
             offered.check_schemas()
         if parallel_tool_calls is None and any(map(is_form, tools)):
@@ -221,25 +221,25 @@ class ChatCards(CardsLangChainBase, BaseChatModel):
         """Return a chain that answers with objects of a schema.
 
         Args:
-            schema: A pydantic class, whose objects are the answers; or a typed dict or a JSON schema, which give
-                dicts. "json_mode" needs none.
+            schema: A pydantic class, whose objects are the answers; or a typed dict or a JSON schema, for dicts.
+                "json_mode" needs none.
             method: "json_schema" shows the schema to the model and holds the answer to it; "function_calling" makes
                 the model call a tool with that schema; "json_mode" holds the answer to any JSON object, and the
-                prompt has to say which.
+                prompt must say which.
             include_raw: Answer with a dict of the message ("raw"), the object ("parsed") and the "parsing_error".
             strict: As in OpenAI's API.
             kwargs: Options of the calls, such as `max_tokens`.
 
         Raises:
             SettingsError: The method is unknown, or it needs a schema.
-            OutputParserException: From the chain, where `max_tokens` cut the answer.
+            OutputParserException: Raised by the chain if `max_tokens` cut the answer.
         """
         return structured_chain(self, schema, method, include_raw, strict, kwargs)
 
     def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
         """Count the tokens of the prompt that these messages become, chat template included; loads the model.
 
-        What could be no prompt, such as no message at all, is counted as well.
+        Messages that cannot be a prompt, such as an empty list or images, are counted as well.
         """
         try:
             counted = as_chat(messages, as_message)

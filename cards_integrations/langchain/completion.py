@@ -84,14 +84,14 @@ class CardsCompletion(CardsLangChainBase, BaseLLM):
         return request
 
     def _requests(self, prompts: list[str], stop: list[str] | None, overrides: dict[str, Any]) -> list[list[Request]]:
-        """The requests of each prompt."""
+        """Return the requests of each prompt."""
         if stop is not None:
             overrides = {**overrides, "stop": stop}
         return [self.requests(FormattedPrompt(as_prompt(prompt)), overrides) for prompt in prompts]
 
 
 def _result(asked: list[list[Request]], answers: list[Alignment]) -> LLMResult:
-    """The answers to each prompt, in the order in which they were asked for."""
+    """Return the answers to each prompt, in the order of the requests."""
     found = iter(answers)
     generations = [
         [Generation(text=answer.text, generation_info=_info(answer)) for answer in islice(found, len(requests))]

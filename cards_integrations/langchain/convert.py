@@ -1,4 +1,4 @@
-"""LangChain's messages, tools and classes to the forms of the core, and answers to LangChain's messages."""
+"""Conversion of LangChain's messages, tools and classes to those of the core, and of answers to LangChain's."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ from cards_integrations.trace import Alignment, InvalidToolCall, ToolCall
 
 PROVIDER = "cards"
 UNNAMED = "answer"
-"""The name of a function whose schema has none."""
+"""The name of a function whose schema has no title."""
 NO_PARAMETERS = {"type": "object", "properties": {}}
 SCHEMA_KEYWORDS = KEYWORDS | {"$ref", "allOf", "anyOf", "oneOf"}
 
@@ -58,12 +58,12 @@ SCHEMA_KEYWORDS = KEYWORDS | {"$ref", "allOf", "anyOf", "oneOf"}
 
 
 def as_prompt(value: Any) -> str | list[Message]:
-    """A string as it is; a sequence of messages (of LangChain, dicts, pairs) as a chat."""
+    """Return a string as it is, and a sequence of messages (of LangChain, dicts or pairs) as a chat."""
     return message.as_prompt(value, as_message)
 
 
 def as_message(item: Any) -> Message:
-    """A message from one of LangChain's, a dict or a pair."""
+    """Convert a LangChain message, a dict or a pair to a message."""
     return _from_langchain(item) if isinstance(item, BaseMessage) else plain_message(item)
 
 
@@ -91,7 +91,11 @@ def _from_langchain(item: BaseMessage) -> Message:
 
 
 def tool_schemas(tools: Sequence[Any] | None, strict: bool | None = None) -> list[dict[str, Any]]:
-    """Functions as OpenAI describes them, from tools, functions, pydantic classes, typed dicts and schemas."""
+    """Describe tools, functions, pydantic classes, typed dicts and schemas as OpenAI describes functions.
+
+    Raises:
+        SettingsError: It is no list, or a tool cannot be described so.
+    """
     if isinstance(tools, (str, bytes, Mapping)) or not isinstance(tools or (), Sequence):
         raise SettingsError(f"tools={short_repr(tools)}: pass a list of them.")
     return [_tool_schema(tool, strict) for tool in tools or ()]
@@ -110,7 +114,7 @@ def _tool_schema(tool: Any, strict: bool | None, what: str = "tools") -> dict[st
 
 
 def _whole(tool: Any) -> Any:
-    """The same tool, as a function with its whole schema where LangChain would leave out some of it."""
+    """Return the tool, or a function with its whole schema if LangChain would leave out some of that."""
     if isinstance(tool, Mapping):
         return _whole_mapping(tool)
     if is_typeddict(tool):
@@ -124,13 +128,13 @@ def _whole(tool: Any) -> Any:
         return tool
     known = convert_to_openai_tool(tool)["function"]
     name, description = known["name"], known.get("description", "")
-    if recursive:  # in place of a reference to itself LangChain takes any value
+    if recursive:  # LangChain replaces the reference of a schema to itself by any value
         return _function(name, description, _without_names(schema))
     return StructuredTool(name=name, description=description, args_schema=schema)
 
 
 def _whole_mapping(given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A function, from a schema that need not have properties, a response format or a tool as MCP lists it."""
+    """Return a function for a schema (with or without properties), a response format or a tool as MCP lists it."""
     if is_schema(given):
         name = given.get("title", given.get("name"))
         return given if name is None else _function(name, given.get("description"), _without_names(given))
@@ -142,7 +146,7 @@ def _whole_mapping(given: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _whole_typed_dict(cls: Any) -> Any:
-    """A typed dict; as a function if LangChain cannot read its `Required` and `NotRequired`."""
+    """Return a typed dict, or a function if LangChain cannot read its `Required` and `NotRequired`."""
     try:
         convert_to_openai_tool(cls)
     except TypeError:
@@ -161,7 +165,7 @@ def _without_names(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_schema(value: Mapping[str, Any]) -> bool:
-    """True for a JSON schema; False for what has one within, such as a function's description."""
+    """True for a JSON schema; False for what contains one, such as the description of a function."""
     return value.get("type") not in ("function", "json_schema") and not SCHEMA_KEYWORDS.isdisjoint(value)
 
 
@@ -171,7 +175,7 @@ def is_form(tool: Any) -> bool:
 
 
 def json_schema(schema: Any) -> dict[str, Any]:
-    """The JSON schema of a pydantic class (v2 or v1), a typed dict, a function's description, or itself."""
+    """Return the JSON schema of a pydantic class (v2 or v1), a typed dict or a function's description; or itself."""
     if isinstance(schema, type) and issubclass(schema, BaseModel):
         return pydantic_schema(schema)
     if isinstance(schema, Mapping) and is_schema(schema):
@@ -183,7 +187,7 @@ def json_schema(schema: Any) -> dict[str, Any]:
 
 
 def convert_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call, with schemas in place of its tools and classes."""
+    """Return the arguments of a call, with tools and classes replaced by their schemas."""
     found = dict(options)
     if found.get("tools"):
         found["tools"] = tool_schemas(found["tools"])
@@ -197,7 +201,7 @@ def convert_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_chat_result(*answers: Alignment) -> ChatResult:
-    """Finished answers to one prompt, each as a message with its usage and rewards; of several also the sum."""
+    """Convert finished answers to one prompt, each to a message with its usage and rewards; several also to a sum."""
     generations = [ChatGeneration(message=_message(answer)) for answer in answers]
     return ChatResult(generations=generations, llm_output=llm_output(answers) if len(answers) > 1 else None)
 
@@ -216,7 +220,7 @@ def _message(answer: Alignment) -> AIMessage:
 
 
 def llm_output(answers: Sequence[Alignment]) -> dict[str, Any]:
-    """The model of some answers, and their usage together."""
+    """Return the model of some answers, and the sum of their usage."""
     return {
         "model_name": answers[0].model if answers else None,
         "token_usage": {
@@ -228,7 +232,7 @@ def llm_output(answers: Sequence[Alignment]) -> dict[str, Any]:
 
 
 def add_outputs(outputs: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
-    """The sum of what `llm_output` says of several prompts; empty if it says nothing of any."""
+    """Return the sum of the `llm_output` of several prompts; empty if there is none."""
     known = [output for output in outputs if output]
     total: Counter[str] = Counter()
     for output in known:
@@ -237,19 +241,19 @@ def add_outputs(outputs: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
 
 
 def logprobs(answer: Alignment) -> dict[str, Any]:
-    """The log p of an answer's tokens as OpenAI writes it, as metadata; empty if nobody asked."""
+    """Return the log p of an answer's tokens in OpenAI's form, as metadata; empty if the answer has none."""
     found = openai_logprobs(answer.logprobs)
     return {} if found is None else {"logprobs": found}
 
 
 class ChunkConverter:
-    """Converts the items of one answer's stream; it numbers the answer's tool calls."""
+    """Converts the items of one answer's stream, and numbers its tool calls."""
 
     def __init__(self) -> None:
         self._calls = 0
 
     def __call__(self, item: Chunk | Alignment) -> ChatGenerationChunk | None:
-        """A kept segment's text and calls (None while all of it is held back); at the end the metadata."""
+        """Convert a kept segment (to None while all of it is held back), or at the end the metadata."""
         if isinstance(item, Alignment):
             last = AIMessageChunk(
                 content="", usage_metadata=_usage(item), response_metadata=_metadata(item), chunk_position="last"
@@ -272,7 +276,7 @@ class ChunkConverter:
 
 
 def _closable(text: str) -> bool:
-    """True if LangChain would close the JSON that a chunk leaves open, and take part of a call for all of it."""
+    """True if LangChain would close this incomplete JSON, and take a part of a call for the whole."""
     try:
         return isinstance(parse_partial_json(text), dict)
     except ValueError:
@@ -280,7 +284,7 @@ def _closable(text: str) -> bool:
 
 
 def _thoughts(text: str) -> dict[str, Any]:
-    """Thoughts where LangChain makes reasoning blocks of them."""
+    """Return thoughts where LangChain looks for them to make reasoning blocks."""
     return {THOUGHTS: text} if text else {}
 
 

@@ -1,4 +1,4 @@
-"""What LangChain's agents and middleware look up of a model before they use it."""
+"""The profile of a model, which LangChain's agents and middleware look up before they use it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from cards_integrations.settings import Options
 
 
 def model_profile(options: Options) -> ModelProfile:
-    """The profile of the model that these options name, as far as the installed LangChain knows its keys.
+    """Return the profile of the model that these options name, with those keys that the installed LangChain has.
 
-    `max_input_tokens` is read from a config that is on this machine already; nothing is loaded, and nobody asked.
+    `max_input_tokens` is read from a config if that is on this machine already; nothing is loaded or downloaded.
     """
     profile: dict[str, Any] = {
         "name": options.model.model,
@@ -39,5 +39,5 @@ def model_profile(options: Options) -> ModelProfile:
 
 
 def _thinks(template: str) -> bool:
-    """True if a chat template has the marks of thoughts."""
+    """True if a chat template contains marks around thoughts."""
     return any(form.opening in template or form.closing in template for form in KNOWN)

@@ -23,15 +23,15 @@ def documents_chain(
 ) -> Runnable[dict[str, Any], Any]:
     """Make a chain that puts documents into the prompt and passes them to the reward as `context=`.
 
-    It takes the arguments of LangChain's `create_stuff_documents_chain` and can replace it. `GroundednessReward`
-    finds a context in most prompts by itself; this chain hands it the documents one by one, whatever the prompt
-    looks like, so that the trace has a score for each of them:
+    It takes the arguments of LangChain's `create_stuff_documents_chain` and can replace it. `GroundednessReward` finds
+    the context in most prompts by itself; this chain gives it the documents one by one, whatever the prompt looks like,
+    so that the trace has a score for each of them:
 
         {"context": retriever, "question": RunnablePassthrough()} | documents_chain(llm, prompt)
 
     Args:
         llm: `CardsLLM`, `ChatCards` or `CardsCompletion`.
-        prompt: Has a variable for the documents, and any others.
+        prompt: A template with a variable for the documents, and any others.
         output_parser: Parses the answer. Without one the chain returns the message, with its rewards.
         document_prompt: Formats one document.
         document_separator: Stands between two documents.

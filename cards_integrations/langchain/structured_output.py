@@ -1,4 +1,4 @@
-"""LangChain's `with_structured_output`: answers that a grammar holds to a schema, and their parsers."""
+"""LangChain's `with_structured_output`: answers that a grammar holds to a schema, and parsers for them."""
 
 # mypy: disable-error-code="name-defined"
 
@@ -26,12 +26,16 @@ Method = Literal["json_schema", "function_calling", "json_mode"]
 
 
 class CompleteAnswer:
-    """A parser that refuses an answer that `max_tokens` cut."""
+    """A parser that refuses an answer which `max_tokens` cut."""
 
     def parse_result(self, result: list[Generation], *, partial: bool = False) -> Any:
-        """Parse the answer; an `OutputParserException` if it is not complete."""
+        """Parse the answer.
+
+        Raises:
+            OutputParserException: It is not complete.
+        """
         first = result[0]
-        if isinstance(first, ChatGeneration) and _is_cut(first.message):  # in a stream only the last chunk can be
+        if isinstance(first, ChatGeneration) and _is_cut(first.message):  # in a stream, true for the last chunk only
             raise OutputParserException(
                 "The answer was cut at max_tokens before it was complete; use a larger max_tokens.",
                 llm_output=first.text,
@@ -58,7 +62,7 @@ class CompleteToolPydantic(CompleteAnswer, PydanticToolsParser):
 def structured_chain(
     llm: Any, schema: Any, method: Method, include_raw: bool, strict: bool | None, options: dict[str, Any]
 ) -> Runnable[Any, Any]:
-    """A chain of the chat model and the parser for its answers."""
+    """Return a chain of the chat model and the parser for its answers; see `ChatCards.with_structured_output`."""
     if schema is None and method != "json_mode":
         raise SettingsError(f"with_structured_output: method={method!r} needs a schema.")
     options = {**options, "ls_structured_output_format": _traced_format(schema, method, strict)}
@@ -68,7 +72,7 @@ def structured_chain(
         response_format: dict[str, Any] = {"type": "json_object"}
         if method == "json_schema":
             response_format = {"type": method, "json_schema": {"schema": json_schema(schema), "strict": strict}}
-            as_response_format(response_format)  # raises now what a call would raise
+            as_response_format(response_format)  # so that errors are raised here, not by the call
         model = llm.bind(response_format=response_format, **options)
         parser = CompletePydantic(pydantic_object=schema) if _is_pydantic(schema) else CompleteJson()
     else:
@@ -81,7 +85,7 @@ def structured_chain(
 def _calling(
     llm: Any, schema: Any, strict: bool | None, options: dict[str, Any]
 ) -> tuple[Runnable[Any, Any], BaseOutputParser[Any]]:
-    """The model that has to call a tool with this schema, and the parser of the call's arguments."""
+    """Return a model that must call a tool with this schema, and the parser of the call's arguments."""
     (tool,) = tool_schemas([{"title": UNNAMED, **schema} if _is_untitled(schema) else schema], strict)
     name = tool["function"]["name"]
     model = llm.bind_tools([tool], tool_choice=name, parallel_tool_calls=False, **options)
@@ -91,14 +95,14 @@ def _calling(
 
 
 def _traced_format(schema: Any, method: Method, strict: bool | None) -> dict[str, Any]:
-    """How LangSmith shows the structured output."""
+    """Return what LangSmith shows of the structured output."""
     if schema is not None:
         schema = convert_to_json_schema(schema) if _is_pydantic(schema) else json_schema(schema)
     return {"kwargs": {"method": method, "strict": strict}, "schema": schema}
 
 
 def _with_raw(model: Runnable[Any, Any], parser: BaseOutputParser[Any]) -> Runnable[Any, Any]:
-    """A dict of the message, the object that was parsed, and the error if there was one; streamed in this order."""
+    """Return a chain whose output is a dict of message, parsed object and error, streamed in this order."""
 
     def parse(messages: Iterator[BaseMessage], config: RunnableConfig) -> Iterator[AddableDict]:
         whole: Any = None
@@ -124,7 +128,7 @@ def _with_raw(model: Runnable[Any, Any], parser: BaseOutputParser[Any]) -> Runna
 
 
 def _is_cut(message: BaseMessage) -> bool:
-    """True for a part of an answer: at the limit the grammar closes what is open, unless that takes too many tokens."""
+    """True if an answer is not complete. At the limit the grammar closes what is open, if enough tokens are left."""
     if message.response_metadata.get("finish_reason") != "length":
         return False
     if isinstance(message, AIMessage) and (message.tool_calls or message.invalid_tool_calls):

@@ -1,4 +1,4 @@
-"""LlamaIndex's messages and tools to the forms of the core, and answers to LlamaIndex's responses."""
+"""Conversion of LlamaIndex's messages and tools to those of the core, and of answers to LlamaIndex's responses."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def as_prompt(value: Any) -> str | list[Message]:
-    """A string as it is; a sequence of messages (of LlamaIndex, dicts, pairs) as a chat."""
+    """Return a string as it is, and a sequence of messages (of LlamaIndex, dicts or pairs) as a chat."""
     return message.as_prompt(value, as_message)
 
 
 def as_message(item: Any) -> Message:
-    """A message from one of LlamaIndex's, a dict or a pair."""
+    """Convert a LlamaIndex message, a dict or a pair to a message."""
     return _from_llama_index(item) if isinstance(item, ChatMessage) else plain_message(item)
 
 
@@ -90,12 +90,12 @@ def _block_text(block: ContentBlock) -> str:
 
 
 def tool_schemas(tools: Sequence[Any] | None) -> list[dict[str, Any]]:
-    """Functions as OpenAI describes them, from LlamaIndex's tools and all that LangChain can describe."""
+    """Describe LlamaIndex's tools, and all that LangChain can describe, as OpenAI describes functions."""
     return langchain.tool_schemas(describe_tools(tools))
 
 
 def describe_tools(tools: Any) -> Any:
-    """The same list, with LlamaIndex's own tools described as OpenAI describes a function."""
+    """Return the list, with LlamaIndex's own tools described as OpenAI describes functions."""
     return [_describe(tool) for tool in tools] if isinstance(tools, (list, tuple)) else tools
 
 
@@ -110,7 +110,7 @@ def _describe(tool: Any) -> Any:
 
 
 def convert_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call, with schemas in place of its tools."""
+    """Return the arguments of a call, with its tools replaced by their schemas."""
     return {**options, "tools": tool_schemas(options["tools"])} if options.get("tools") else dict(options)
 
 
@@ -121,7 +121,7 @@ def completion_response(
     item: Chunk | Alignment, text: str | None = None, delta: str | None = None, calls: Sequence[Any] = (),
     thoughts: str = "",
 ) -> CompletionResponse:  # fmt: skip
-    """A whole answer, or the `text` of a stream so far and what is new of it."""
+    """Convert a whole answer, or the `text` of a stream so far with what is new of it (`delta`)."""
     said = item.text if text is None else text
     return CompletionResponse(text=said, delta=delta, raw=_raw(item), logprobs=_logprobs(item))
 
@@ -133,7 +133,7 @@ def chat_response(
     calls: Sequence[ToolCall | InvalidToolCall] = (),
     thoughts: str = "",
 ) -> ChatResponse:
-    """A whole answer, or the `text`, `calls` and `thoughts` of a stream so far and what is new of the text."""
+    """Convert a whole answer, or the `text`, `calls` and `thoughts` of a stream so far with the new text (`delta`)."""
     tokens = None
     if isinstance(item, Alignment):
         text, calls, thoughts, tokens = item.content, item.tool_calls, item.thoughts, item.usage.reasoning_tokens
@@ -153,7 +153,7 @@ def _openai_call(call: ToolCall) -> dict[str, Any]:
 
 
 def _logprobs(item: Chunk | Alignment) -> list[list[LogProb]] | None:
-    """For each token of a whole answer itself, and then the most probable ones in its place."""
+    """Return, for each token of a whole answer, the token itself and then the most probable ones at its position."""
     if isinstance(item, Chunk) or not item.logprobs:
         return None
     return [
@@ -163,9 +163,9 @@ def _logprobs(item: Chunk | Alignment) -> list[list[LogProb]] | None:
 
 
 def invalid_selections(response: ChatResponse) -> list[ToolSelection]:
-    """Selections of tools that nobody has, in place of calls that cannot be read.
+    """Return a selection of a tool that does not exist for each call that cannot be read.
 
-    An agent answers each that there is no tool of its name, which says what is wrong.
+    An agent answers that there is no tool of that name, and the name says what is wrong with the call.
     """
     calls = (response.raw or {}).get("invalid_tool_calls", ())
     return [
@@ -179,7 +179,12 @@ def invalid_selections(response: ChatResponse) -> list[ToolSelection]:
 
 
 def parse_response(output_cls: type[Model], response: ChatResponse) -> Model:
-    """An object of a pydantic class from an answer; an `AnswerCut` if `max_tokens` cut it."""
+    """Parse an answer into an object of a pydantic class.
+
+    Raises:
+        AnswerCut: `max_tokens` cut the answer.
+        ValidationError: It does not match the class for another reason.
+    """
     try:
         return output_cls.model_validate_json(response.message.content or "")
     except ValidationError as error:

@@ -18,9 +18,10 @@ flexible_model = lru_cache(maxsize=256)(create_flexible_model)
 
 
 class GrowingObject:
-    """What an answer's JSON says so far: each object has what the one before it had, the last is of the class itself.
+    """The object that an answer's JSON describes so far. Each has all that the one before it had.
 
-    Until then fields that are not there yet are None, whatever their defaults, and values are as JSON has them.
+    The last is a validated object of the class. Before that, missing fields are None, whatever their defaults, and
+    values are as in the JSON.
     """
 
     def __init__(self, output_cls: type[BaseModel]) -> None:
@@ -28,7 +29,11 @@ class GrowingObject:
         self.values: Any = {}
 
     def add(self, response: ChatResponse) -> Any:
-        """The object after this response; an `AnswerCut` if `max_tokens` cut the whole answer."""
+        """Return the object after this response.
+
+        Raises:
+            AnswerCut: `max_tokens` cut the answer.
+        """
         if response.raw:
             return parse_response(self.output_cls, response)
         self.values = _values(response.message.content or "", self.values)
@@ -37,7 +42,7 @@ class GrowingObject:
 
 
 def _values(text: str, before: Any) -> Any:
-    """The values in JSON that may end anywhere; a number at its end may have more digits, and does not count."""
+    """Return the values in JSON that may end anywhere, except a number at its end, which may get more digits."""
     try:
         return from_json(text.rstrip("0123456789.eE+-"), allow_partial="trailing-strings")
     except ValueError:
@@ -52,7 +57,7 @@ def _object(cls: type[BaseModel], values: Any) -> FlexibleModel:
 
 
 def _key(name: str, field: Any) -> str:
-    """The name of a field in JSON."""
+    """Return the name of a field in JSON."""
     alias = field.validation_alias
     if isinstance(alias, AliasChoices):
         alias = next((each for each in alias.choices if isinstance(each, str)), None)
@@ -60,7 +65,7 @@ def _key(name: str, field: Any) -> str:
 
 
 def _value(kind: Any, value: Any) -> Any:
-    """A value with objects in place of its mappings, as far as its type tells their class."""
+    """Return a value with its mappings replaced by objects, where the type tells their class."""
     kinds = _alternatives(kind)
     if isinstance(value, list):
         items = next((get_args(each) for each in kinds if get_origin(each) in ARRAYS), ())
@@ -77,7 +82,7 @@ def _value(kind: Any, value: Any) -> Any:
 
 
 def _alternatives(kind: Any) -> list[Any]:
-    """The types of a union, or one type."""
+    """Return the types of a union, or a single type."""
     if get_origin(kind) is Annotated:
         return _alternatives(get_args(kind)[0])
     if get_origin(kind) in (Union, UnionType):
@@ -86,7 +91,7 @@ def _alternatives(kind: Any) -> list[Any]:
 
 
 def _has_literals(cls: type[BaseModel], value: dict[str, Any]) -> bool:
-    """True if the fields by which a class is told apart are there."""
+    """True if all literal fields, by which classes of a union are told apart, have the values of this class."""
     fields = [(_key(name, each), each.annotation) for name, each in cls.model_fields.items()]
     return all(value.get(key) in get_args(kind) for key, kind in fields if get_origin(kind) is Literal)
 

@@ -61,9 +61,9 @@ from cards_integrations.settings import OptionsFromEnvironment
 
 dispatcher = get_dispatcher(__name__)
 TOOL_OPTIONS = {"tools", "tool_choice", "tool_required", "allow_parallel_tool_calls", "parallel_tool_calls"}
-"""What LlamaIndex's own code passes to structured calls, which other integrations answer by a tool."""
+"""What LlamaIndex's own code passes to structured calls, for integrations that answer these by a tool call."""
 _calls_itself: ContextVar[bool] = ContextVar("calls_itself", default=False)
-"""True within `predict_and_call`, which needs the tools that it calls; an agent answers calls of others."""
+"""True within `predict_and_call`, which can only call tools that exist; an agent also answers invalid calls."""
 
 
 class LlamaIndexCards(OptionsFromEnvironment, FunctionCallingLLM):
@@ -84,7 +84,7 @@ class LlamaIndexCards(OptionsFromEnvironment, FunctionCallingLLM):
 
     @property
     def metadata(self) -> LLMMetadata:
-        """The model's name and limits, in tokens; this may read its configuration, but loads no weights."""
+        """The model's name and its limits in tokens. This may read its configuration, but loads no weights."""
         options = self.resolve_options({})
         with shown(options.progress):
             window = context_window(options.model)
@@ -103,7 +103,7 @@ class LlamaIndexCards(OptionsFromEnvironment, FunctionCallingLLM):
 
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
-        """Answer a prompt, as one message of the user; with `formatted=True` the prompt is model input as it is."""
+        """Answer a prompt, as one message of the user; with `formatted=True` it is used as model input as it is."""
         request = self._completion_request(prompt, formatted, kwargs)
         return completion_response(self._engine(kwargs).run(request, send_segment))
 
@@ -156,7 +156,7 @@ class LlamaIndexCards(OptionsFromEnvironment, FunctionCallingLLM):
         tool_choice: str | dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The arguments of `chat`; `tool_choice` takes precedence over `tool_required`."""
+        """Return the arguments of `chat`; `tool_choice` takes precedence over `tool_required`."""
         if isinstance(user_msg, str):
             user_msg = ChatMessage(role=MessageRole.USER, content=user_msg)
         required = "any" if tool_required and tools else None
@@ -175,8 +175,8 @@ class LlamaIndexCards(OptionsFromEnvironment, FunctionCallingLLM):
 
         Raises:
             AnswerCut: There is none, and `max_tokens` cut the answer.
-            ValueError: There is none, unless `error_on_no_tool_call` is False. An agent, which says so, gets the
-                invalid calls if there are no others, each with its error in place of the name of a tool.
+            ValueError: There is none, unless `error_on_no_tool_call` is False. An agent, which passes False, gets
+                invalid calls if there are no others, each with its error in the name of the tool.
         """
         calls = [block for block in response.message.blocks if isinstance(block, ToolCallBlock)]
         if not calls and not error_on_no_tool_call and not _calls_itself.get():
@@ -312,7 +312,7 @@ class LlamaIndexCards(OptionsFromEnvironment, FunctionCallingLLM):
 
 
 def _held_to(output_cls: type[BaseModel], llm_kwargs: dict[str, Any] | None) -> dict[str, Any]:
-    """The options of a call whose answer is an object; those of its tools say nothing where there are none."""
+    """Return the options of a call whose answer is an object; options of tools are dropped if there are no tools."""
     options = {**(llm_kwargs or {}), "response_format": output_cls}
     return options if options.get("tools") else {k: v for k, v in options.items() if k not in TOOL_OPTIONS}
 

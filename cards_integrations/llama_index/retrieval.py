@@ -19,8 +19,8 @@ class RetrievedContext(BaseNodePostprocessor):
 
         index.as_query_engine(llm=llm, node_postprocessors=[RetrievedContext()])
 
-    An answer's context is those of the nodes retrieved last in its task or thread that its prompt contains, with
-    or without their metadata. A `context=` of the call takes precedence.
+    The context of an answer is made of those nodes, of the ones retrieved last in its task or thread, that its prompt
+    contains, with or without their metadata. A `context=` of the call takes precedence.
     """
 
     @classmethod
@@ -41,7 +41,7 @@ class RetrievedContext(BaseNodePostprocessor):
 
 
 def retrieved_in(texts: Sequence[str]) -> list[str]:
-    """The contents of the nodes retrieved last that occur in these texts; nodes of other answers do not."""
+    """Return the contents of the nodes retrieved last that occur in these texts, and so belong to this answer."""
     found = []
     for node in _retrieved.get():
         versions = (node.get_content(metadata_mode=mode).strip() for mode in (MetadataMode.LLM, MetadataMode.NONE))

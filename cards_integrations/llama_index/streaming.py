@@ -1,4 +1,4 @@
-"""LlamaIndex's streams: closing one stops the drafting, and kept segments are events."""
+"""LlamaIndex's streams: closing one stops the drafting, and each kept segment is an event."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class CardsSegmentEvent(BaseEvent):
 
 
 def send_segment(chunk: Chunk, span_id: str | None = None) -> None:
-    """Send the event of a kept segment, within a span other than the active one if given."""
+    """Send the event of a kept segment, within the given span instead of the active one."""
     span = {} if span_id is None else {"span_id": span_id}
     dispatcher.event(CardsSegmentEvent(segment=chunk.number, **chunk.segment.summary(), **span))
 
@@ -62,8 +62,8 @@ async def asend_segment(chunk: Chunk) -> None:
 def closing_callback(callback: Callable[[], Any]) -> Callable[[Method], Method]:
     """Decorate a method that streams with one of LlamaIndex's callbacks; closing its stream stops the drafting.
 
-    The callbacks wrap the stream that a method returns in another one. Closing only that one leaves the method's
-    own stream open for as long as an event handler holds the exception.
+    The callbacks wrap the stream that a method returns in another one. Closing only the outer one would leave the
+    method's own stream open as long as an event handler holds the exception.
     """
 
     def decorate(method: Method) -> Any:
@@ -93,7 +93,7 @@ def closing_callback(callback: Callable[[], Any]) -> Callable[[Method], Method]:
 def stream_responses(
     engine: Engine, request: Request, respond: Callable[..., Response]
 ) -> Generator[Response, None, None]:
-    """The growing responses of one answer; `respond` makes them (see `convert`)."""
+    """Yield the growing responses of one answer, made by `respond`: a function of `convert`."""
     return _responses(engine.stream(request), GrowingResponse(respond, active_span_id.get()))
 
 
@@ -105,7 +105,11 @@ def astream_responses(
 
 
 def stream_objects(responses: Iterable[ChatResponse], output_cls: type[BaseModel]) -> Generator[Any, None, None]:
-    """Growing objects of a pydantic class, whose missing fields are None; an `AnswerCut` if `max_tokens` cut them."""
+    """Yield growing objects of a pydantic class, in which missing fields are None.
+
+    Raises:
+        AnswerCut: `max_tokens` cut the answer.
+    """
     growing = GrowingObject(output_cls)
     for response in responses:
         yield growing.add(response)
@@ -121,7 +125,7 @@ async def astream_objects(
 
 
 class GrowingResponse:
-    """All text and calls of a stream so far, of which each response has everything and what is new."""
+    """The text and calls of a stream so far; each response has all of them, and what is new."""
 
     def __init__(self, respond: Callable[..., Any], span_id: str | None) -> None:
         self.respond = respond
@@ -130,7 +134,7 @@ class GrowingResponse:
         self.calls: list[ToolCall | InvalidToolCall] = []
 
     def add(self, item: Chunk | Alignment) -> Any:
-        """The response after this item; None while all of a segment is held back."""
+        """Return the response after this item; None while all of a segment is held back."""
         if isinstance(item, Alignment):
             return self.respond(item, delta="")
         if item.thought is None:
