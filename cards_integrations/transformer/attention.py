@@ -1,9 +1,9 @@
 """Attention of a flat sequence of tokens to the rows of a `TreeCache`.
 
-A forward carries the tokens of all branches one after another, with no padding, as one sequence
-(1, tokens). Only attention needs to know which row a token belongs to: here the tokens are arranged
-by rows, attend to their row under the mask, and are put back in order. Query heads that share a key
-head are placed side by side, so that no key or value is repeated for them.
+A forward carries the tokens of all branches one after another, without padding, as one sequence (1, tokens). Only
+attention needs to know which row a token belongs to: here the tokens are arranged by rows, attend to their row under
+the mask, and are put back in order. Query heads that share a key head are placed side by side, so that no key or value
+is repeated for them.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class StateStore(Protocol):
     """Where the keys and values of a forward are written."""
 
     def store(self, pair: Pair) -> int:
-        """Write what an attention call was given, (1, heads, tokens, size) each; returns where it is in a block."""
+        """Write the keys and values of an attention call, (1, heads, tokens, size) each; return the call's number."""
 
     def latent(self, layer: int) -> Pair | None:
-        """Return what the layer has given to the cache in this forward, if it may be latents."""
+        """Return the latents that a layer has given to the cache in this forward; None if there are none."""
 
 
 @dataclass
@@ -41,13 +41,13 @@ class GroupMetadata:
     Attributes:
         block: The block of the cache that has the rows.
         rows: The rows in the block.
-        columns: Those that are read, the same in each row.
+        columns: The columns that are read, the same in each row.
         tokens: (rows, n) indices into the flat sequence.
         restore: (tokens of the group,) indices into rows * n that put the outputs back in order.
-        start: Where the group's tokens begin in the flat sequence if they are in order there, without
-            padding; then neither `tokens` nor `restore` is needed. None otherwise.
-        masks: Additive masks (rows, 1, n, columns), for each attention pattern.
-        repeated: The masks repeated for several heads, the same in all layers.
+        start: Where the group's tokens begin in the flat sequence if they are in order there, without padding; then
+            neither `tokens` nor `restore` is needed. None otherwise.
+        masks: For each attention pattern an additive mask (rows, 1, n, columns).
+        repeated: Masks repeated for several heads, which all layers use.
     """
 
     block: RowBlock
@@ -85,11 +85,15 @@ class SharedMetadata:
 
 @dataclass
 class AttentionMetadata:
-    """The groups of one forward, in the order of their tokens; `patterns` names the mask of each layer.
+    """What attends to what in one forward.
 
-    `store` takes the forward's keys and values. `rounded` says that all numbers of tokens, rows and columns have been
-    rounded up; `shared` are prefixes that rows have in common and not in their columns. `rows` is how many rows the
-    flat sequence is cut into.
+    Attributes:
+        groups: The groups, in the order of their tokens.
+        patterns: For each layer the name of its mask.
+        store: Takes the keys and values of the forward.
+        rounded: True if the numbers of tokens, rows and columns have been rounded up.
+        shared: Prefixes that rows have in common, and that are not in their columns.
+        rows: How many rows the flat sequence is cut into; more than 1 for recurrent layers only.
     """
 
     groups: list[GroupMetadata]
@@ -101,7 +105,7 @@ class AttentionMetadata:
 
 
 METADATA: ContextVar[AttentionMetadata | None] = ContextVar("METADATA", default=None)
-"""Of the forward that runs now."""
+"""The metadata of the forward that runs now."""
 
 
 def tree_attention(
@@ -168,14 +172,18 @@ def _attend_as_usual(
 
 
 def _share_beside(sinks: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
-    """What sinks (heads,) leave of the probability for all else, the logarithms of whose sums are (..., heads)."""
+    """Return the share of the probability that sinks (heads,) leave to all else, given its log sums (..., heads)."""
     return torch.sigmoid(sums - sinks.to(sums.dtype))
 
 
 class ScoreOptions(NamedTuple):
-    """How scores are made of queries and keys, and whether the logarithms of their sums of exponentials are wanted.
+    """How attention scores are computed from queries and keys.
 
-    With `latent` so many of a key's numbers are also its value.
+    Attributes:
+        scaling: The factor of the scores; None for 1 / sqrt(head size).
+        softcap: Scores become softcap * tanh(scores / softcap); None leaves them as they are.
+        with_sums: Whether the logarithms of the sums of their exponentials are wanted.
+        latent: How many of a key's first numbers are also its value; 0 if values are given.
     """
 
     scaling: float | None
@@ -191,7 +199,7 @@ Attended = tuple[torch.Tensor, torch.Tensor | None]
 def _attend_by_rows(
     group: GroupMetadata, pattern: str, query: torch.Tensor, states: list[torch.Tensor], options: ScoreOptions
 ) -> Attended:
-    """query (tokens, heads, size) of all groups -> (tokens of this group, heads, size), computed as the cache is."""
+    """query (tokens, heads, size) of all groups -> (tokens of this group, heads, size), in the cache's data type."""
     key, value = states
     (rows, n), (heads, size), kv = group.tokens.shape, query.shape[1:], key.shape[1]
     own = query[group.tokens.flatten()] if group.start is None else query[group.start : group.start + rows * n]
@@ -224,7 +232,7 @@ def _attend_to_shared(shared: SharedMetadata, query: torch.Tensor, call: int, op
 
 
 def _add_shared(out: torch.Tensor, sums: torch.Tensor, tokens: slice | torch.Tensor, attended: Attended) -> None:
-    """Make the outputs, and sums, of these tokens those of one softmax over their own columns and the shared ones."""
+    """Join the attention of these tokens to a shared prefix with that to their own columns, as one softmax."""
     other, other_sums = attended
     assert other_sums is not None
     share = torch.sigmoid(other_sums - sums[tokens])[..., None]
@@ -236,7 +244,7 @@ def _add_shared(out: torch.Tensor, sums: torch.Tensor, tokens: slice | torch.Ten
 def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, options: ScoreOptions
 ) -> Attended:
-    """softmax(query key^T * scaling + mask) value, with the scores capped softly if the model says so."""
+    """softmax(query key^T * scaling + mask) value, with soft-capped scores if the model has them."""
     scaling, softcap, with_sums, latent = options
     value = key[..., :latent] if latent else value
     if softcap is None and not with_sums:

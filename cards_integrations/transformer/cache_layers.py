@@ -1,4 +1,4 @@
-"""The layers of the cache, as transformers sees them."""
+"""The layers of the cache as transformers sees them."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def cache_argument(function: Callable[..., Any]) -> str:
 
 
 class TreeLayer(CacheLayerMixin):
-    """A layer that attends: it gives what it gets.
+    """The cache of an attention layer, which returns the keys and values that it is given.
 
-    What the layer makes of that comes to `TreeCache.store` when it attends. `given` is for layers that give latents.
+    They are stored later, when the layer attends: by `TreeCache.store`. `given` serves layers that cache latents.
     """
 
     given: Pair | None = None
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        """The blocks make their tensors themselves."""
+        """Do nothing: the blocks allocate their tensors themselves."""
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Pair:
         self.given = key_states, value_states
@@ -53,10 +53,10 @@ class TreeLayer(CacheLayerMixin):
 
 
 class RecurrentLayer(LinearAttentionLayer):
-    """A layer with states: those of the forward that runs."""
+    """The cache of a recurrent layer: its states in the forward that runs."""
 
     def hold(self, states: dict[StateName, torch.Tensor]) -> None:
-        """Begin a forward with these, (rows, ...); without any, its texts begin with it."""
+        """Begin a forward from these states, (rows, ...) each; from none where texts begin."""
         LinearAttentionLayer.__init__(self, self.number_of_states)
         for (kind, number), state in states.items():
             getattr(self, kind)[number] = state
@@ -67,21 +67,21 @@ class RecurrentLayer(LinearAttentionLayer):
 
     @property
     def held(self) -> dict[StateName, torch.Tensor]:
-        """What the forward has left."""
+        """The states after the forward."""
         kinds = {"conv_states": self.conv_states, "recurrent_states": self.recurrent_states}
         every = {(kind, number): state for kind, states in kinds.items() for number, state in states.items()}
         return {name: state for name, state in every.items() if state is not None}
 
 
 class RecurrentTreeLayer(RecurrentLayer, TreeLayer):
-    """A layer with states that attends, too."""
+    """The cache of a layer that is recurrent and attends as well."""
 
 
 def cache_layers(config: Any) -> list[TreeLayer | RecurrentLayer]:
     """Return the layers of a model's cache.
 
     Args:
-        config: That of a decoder.
+        config: The config of a decoder.
     """
     if not RECURRENT & {*(getattr(config, "layer_types", None) or ())}:
         return [TreeLayer() for _ in range(config.num_hidden_layers)]

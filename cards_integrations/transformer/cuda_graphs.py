@@ -1,9 +1,9 @@
 """Decode steps of fixed shapes, captured as CUDA graphs: one launch for a step instead of thousands.
 
-At small batches a step on a GPU is bound by the launches of its kernels. A graph replays them all at
-once, but only with the shapes and addresses of its capture. So the tokens, rows and columns of a
-step are rounded up to a few sizes (`FlatBatch`), and the inputs are copied to where the graph reads
-them. The addresses are those of the blocks that the step reads: growth of one loses its graphs only.
+At small batches a step on a GPU is bound by the launches of its kernels. A graph replays them all at once, but only
+with the shapes and addresses of its capture. So the tokens, rows and columns of a step are rounded up to a few sizes
+(`FlatBatch`), and the inputs are copied to where the graph reads them. The cache's addresses are those of the blocks
+that the step reads; when a block grows, only its graphs are lost.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ import torch
 from cards_integrations.transformer.attention import AttentionMetadata
 
 log = logging.getLogger("cards_integrations")
-MOST = 256  # shapes to remember
+MOST = 256  # shapes that are remembered
 
 
 class Computed(NamedTuple):
-    """What a forward gives: outputs (n, ...), and (n, hidden size) of which they were made, if those are asked for."""
+    """The outputs of a forward, (n, ...), and the hidden states that they come from, (n, hidden size), if asked for."""
 
     outputs: torch.Tensor
     states: torch.Tensor | None = None
 
     def clone(self) -> Computed:
-        """The same at other addresses."""
+        """Return a copy."""
         return Computed(self.outputs.clone(), None if self.states is None else self.states.clone())
 
 
 Run = Callable[[dict[str, torch.Tensor], AttentionMetadata], Computed]
-"""From the tensors of `FlatBatch.tensors` and the attention metadata."""
+"""A forward, of the tensors of `FlatBatch.tensors` and the attention metadata."""
 
 Shape = tuple[Any, ...]
 

@@ -1,4 +1,4 @@
-"""The memory that keys and values may take, and the prefix cache: finished texts that may be used again."""
+"""The memory budget of keys and values, and the prefix cache: finished texts that may be used again."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cards_integrations.transformer.prefix_tree import PrefixNode, PrefixTree
 from cards_integrations.transformer.recurrent import State
 
 RESERVE = 2**28  # bytes of the machine's memory that caches leave free
-MIN_PREFIX = 64  # tokens; shorter prefixes are read again, which takes a single step
+MIN_PREFIX = 64  # tokens; shorter prefixes are read again, which takes one step only
 
 
 class CacheNeed(NamedTuple):
@@ -29,14 +29,14 @@ class CacheNeed(NamedTuple):
 class KVMemory:
     """One budget in bytes for the caches of all models of an engine.
 
-    What live requests leave of it holds finished texts; the least recently used is evicted first. A new
-    text that begins like one of them, or like a live one, reuses what they have in common (agents and
-    chats send their history again, RAG its system prompt).
+    What live requests leave of it holds finished texts; the least recently used is evicted first. A new text that
+    begins like one of them, or like a live one, reuses their common prefix: agents and chats send their history again,
+    RAG its system prompt.
 
     Args:
         limit: The budget in bytes.
         reuse: Whether texts are kept and reused.
-        free: Tells how many bytes the machine has left, which other processes share.
+        free: Returns how many bytes the machine has left, which other processes use, too.
     """
 
     def __init__(self, limit: int, reuse: bool = True, free: Callable[[], int] = lambda: 2**62) -> None:
@@ -44,8 +44,8 @@ class KVMemory:
         self.reuse = reuse
         self.free = free
         self.caches: list[TreeCache] = []
-        self._finished: dict[tuple[TreeCache, bool], PrefixTree] = {}  # those of long texts, and of the others
-        self.reclaim: Callable[[], bool] = lambda: False  # gives back a cache that nobody uses; False if there is none
+        self._finished: dict[tuple[TreeCache, bool], PrefixTree] = {}  # by cache, long texts apart from others
+        self.reclaim: Callable[[], bool] = lambda: False  # frees a cache that is not in use; False if there is none
         self._recent: OrderedDict[PrefixNode, PrefixTree] = OrderedDict()  # least recently used first
 
     @property
@@ -55,7 +55,7 @@ class KVMemory:
 
     @property
     def prefix_lengths(self) -> tuple[int, ...]:
-        """Tokens of each finished text that does not go on in another, the least recently used first."""
+        """Tokens of each finished text that is not the prefix of another, the least recently used first."""
         return tuple(node.end for node in self._recent if not node.children)
 
     @property
@@ -70,18 +70,18 @@ class KVMemory:
 
     @property
     def spare_columns(self) -> int:
-        """Columns that every row of all caches may still grow by."""
+        """Columns that each row of all caches may still grow by."""
         return self.spare // max(1, sum(len(cache.trees) * cache.bytes_per_token for cache in self.caches))
 
     def admits(self, needs: Sequence[CacheNeed], promised: int = 0) -> bool:
-        """Return True if the caches can grow as needed, and by what is promised; finished texts are evicted for it."""
+        """Return True if the caches can grow by these needs and the promised bytes; evict finished texts for it."""
         more = promised + self.needed(needs)
         while more > self.spare and self.reclaim():
             pass
         return self.evict_for(more)
 
     def evict_for(self, more: int) -> bool:
-        """Evict finished texts until `more` bytes fit; False if they never will."""
+        """Evict finished texts until `more` bytes fit; return False if that is not enough."""
         if more > self.spare:
             for cache in self.caches:
                 cache.compact()
@@ -97,18 +97,18 @@ class KVMemory:
 
     @staticmethod
     def needed(needs: Sequence[CacheNeed]) -> int:
-        """Bytes of these rows."""
+        """Return the bytes of these rows."""
         return sum(rows * cache.row_bytes(columns) for cache, rows, columns in needs)
 
     def machine_has(self, more: int) -> bool:
-        """True if the machine has so many bytes left; finished texts are evicted for them."""
+        """Return True if the machine has `more` bytes left; evict finished texts for it."""
         while more > 0 and more > self.free() - RESERVE:
             if not self.evict_all():
                 return False
         return True
 
     def refusal(self, tokens: int) -> OutOfMemory:
-        """The error for a request that does not fit."""
+        """Return the error for a request that does not fit."""
         if self.free() < 2 * RESERVE:
             return OutOfMemory(
                 f"This machine has {self.free() / 2**20:,.0f} MiB of memory left, too little for a request of {tokens} "
@@ -120,7 +120,7 @@ class KVMemory:
         )
 
     def evict_all(self) -> bool:
-        """Evict all finished texts; False if there were none."""
+        """Evict all finished texts; return False if there were none."""
         had = bool(self._recent)
         self._finished.clear()
         self._recent.clear()
@@ -129,13 +129,13 @@ class KVMemory:
         return had
 
     def _texts(self, cache: TreeCache, long: bool = False) -> PrefixTree:
-        """The finished texts of a cache, of one kind: long texts are read with other rotary frequencies."""
+        """Return the finished texts of a cache: the long ones, with other rotary frequencies, or the short ones."""
         if (cache, long) not in self._finished:
             self._finished[cache, long] = PrefixTree(cache.bytes_per_token, cache.bytes_per_state, self._recent)
         return self._finished[cache, long]
 
     def keep(self, tree: Tree) -> None:
-        """Keep the text of a row that is about to be closed, as far as it is not known."""
+        """Keep the text of a row that is about to be closed, unless it is known or there is no room."""
         if not self.reuse or len(tree.ids) < MIN_PREFIX:
             return
         cache, texts, length = tree.cache, self._texts(tree.cache, tree.long), tree.known(len(tree.ids))
@@ -149,7 +149,7 @@ class KVMemory:
         if known < length:
             texts.insert(path, tree.ids[known:length], cache.read(tree, length, first=known))
         if cache.pool is not None:
-            for end in {min(tree.states), length}:  # after the prompt, and after the answer
+            for end in {min(tree.states), length}:  # states after the prompt, and after the answer
                 [*_, last] = texts.cut(texts.match(tree.ids[:end])[0], end)
                 texts.note_state(last, cache.pool.read(tree.states[end]))
 
@@ -164,7 +164,7 @@ class KVMemory:
             ends = [node.end for node in path if node.recurrent and node.end <= finished]
             finished, live = max(ends, default=0), source.known(live) if source is not None else 0
             if cache.pool.layout.stepwise and len(ids) - max(finished, live) > MIN_PREFIX:
-                return  # by single tokens the rest would take longer than the whole
+                return  # reading the rest token by token would take longer than reading the whole
         tokens = max(finished, live)
         if tokens < MIN_PREFIX:
             return
@@ -180,19 +180,19 @@ class KVMemory:
             states = texts.read(path, tokens, tree.prefix)
             recurrent = self._recurrent_states(cache, path, tokens)
         if recurrent is not None:
-            tree.states[tokens] = recurrent  # at once: closing the row gives it back, even if memory runs out now
+            tree.states[tokens] = recurrent  # set first, so that closing the row frees it even if memory runs out now
         cache.write(tree, begins[tree.prefix : tokens], states)
 
     @staticmethod
     def _recurrent_states(cache: TreeCache, path: Sequence[PrefixNode], tokens: int) -> State | None:
-        """Those after so many tokens of finished texts, for a row that goes on from there."""
+        """Return the states after `tokens` tokens of a path, for a row that goes on from there."""
         if cache.pool is None:
             return None
         [state] = cache.pool.write(next(node.recurrent for node in path if node.end == tokens))
         return state
 
     def forget(self, cache: TreeCache) -> None:
-        """Give back the memory of a cache that is not used any more, and its finished texts."""
+        """Give back the memory of a cache that is no longer used, and its finished texts."""
         self.caches.remove(cache)
         self._forget_texts(cache)
         cache.release()

@@ -1,4 +1,4 @@
-"""Multi-head latent attention: of a token its latent is kept, not the keys and values that all heads make of it.
+"""Multi-head latent attention: the cache keeps the latent of a token, not the keys and values computed from it.
 
 With k = W_K c and v = W_V c for each head, q^T k = (W_K^T q)^T c and sum_t p_t v_t = W_V sum_t p_t c_t: what projects
 the latents moves to the query and to the output (DeepSeek-V2, arXiv 2405.04434, section 2.1).
@@ -14,7 +14,7 @@ from cards_integrations.transformer.kv_block import Pair
 
 
 class LatentHeads(NamedTuple):
-    """What makes keys and values of a latent: (heads, size, rank) each."""
+    """The projections from a latent to keys and values: W_K and W_V, (heads, size, rank) each."""
 
     keys: torch.Tensor
     values: torch.Tensor

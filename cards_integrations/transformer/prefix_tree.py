@@ -1,4 +1,4 @@
-"""Finished texts in a radix tree: what several have in common is held once, and found in the time of one reading."""
+"""Finished texts in a radix tree: a common prefix is held once, and found in one pass over a text."""
 
 from __future__ import annotations
 
@@ -10,10 +10,15 @@ from cards_integrations.transformer.recurrent import States as RecurrentStates
 
 
 class PrefixNode:
-    """Tokens that follow those of the parent, with their keys and values; `end` is their number with all before them.
+    """Tokens that follow those of the parent.
 
-    `children` are known by their first token. `recurrent` are the states of recurrent layers after its last token, if
-    they are known.
+    Attributes:
+        parent: The node before; None at the root.
+        ids: The tokens.
+        states: Their keys and values.
+        children: The nodes that follow, by their first token.
+        recurrent: The states of recurrent layers after the last token; empty if they are not known.
+        end: The number of tokens from the root to the end of this node.
     """
 
     def __init__(self, parent: PrefixNode | None, ids: list[int], states: States) -> None:
@@ -31,8 +36,8 @@ class PrefixTree:
     Args:
         bytes_per_token: Bytes of keys and values of one token.
         bytes_per_state: Bytes of the states of recurrent layers after a text.
-        recent: All nodes of all trees of a memory, the least recently used first. A node is used whenever
-            one of its descendants is, and after it: so the first of all is always a leaf.
+        recent: All nodes of all trees of a memory, the least recently used first. A node is used whenever one of its
+            descendants is, and after it, so that the first of all is always a leaf.
     """
 
     def __init__(self, bytes_per_token: int, bytes_per_state: int, recent: OrderedDict[PrefixNode, PrefixTree]) -> None:
@@ -41,15 +46,15 @@ class PrefixTree:
         self.bytes_per_state = bytes_per_state
         self.recent = recent
         self.tokens = 0
-        self.states = 0  # nodes after which they are known
+        self.states = 0  # nodes with recurrent states
 
     @property
     def bytes(self) -> int:
-        """Bytes of the keys and values of all texts."""
+        """Bytes of keys, values and recurrent states of all texts."""
         return self.tokens * self.bytes_per_token + self.states * self.bytes_per_state
 
     def match(self, ids: Sequence[int]) -> tuple[list[PrefixNode], int]:
-        """Return the nodes that a text begins with, and how many tokens that are; of the last node maybe a part."""
+        """Return the nodes that a text begins with (perhaps only a part of the last), and how many tokens match."""
         node, path, known = self.root, [], 0
         while known < len(ids) and (child := node.children.get(ids[known])) is not None:
             shared = common(child.ids, ids[known : known + len(child.ids)])
@@ -83,7 +88,7 @@ class PrefixTree:
         return parts[0] if len(parts) == 1 else joined(parts)
 
     def cut(self, path: list[PrefixNode], tokens: int) -> list[PrefixNode]:
-        """Return a path of just so many tokens; its last node may have to be split for it."""
+        """Shorten a path to `tokens` tokens, which may split its last node, and return it."""
         if path and (beyond := path[-1].end - tokens) > 0:
             path = [*path[:-1], self._split(path[-1], len(path[-1].ids) - beyond)]
             self.use(path)
@@ -93,7 +98,7 @@ class PrefixTree:
         """Add the rest of a text.
 
         Args:
-            path: The nodes of its beginning, all of the last one included.
+            path: The nodes that it begins with, each as a whole.
             ids: The tokens after these.
             states: Their keys and values.
         """
@@ -104,12 +109,12 @@ class PrefixTree:
         self.use([*path, leaf])
 
     def note_state(self, node: PrefixNode, recurrent: RecurrentStates) -> None:
-        """Keep the states after a node."""
+        """Keep the recurrent states after a node."""
         self.states += not node.recurrent
         node.recurrent = recurrent
 
     def _split(self, node: PrefixNode, tokens: int) -> PrefixNode:
-        """Make a node of the first tokens of another; returns it."""
+        """Split the first tokens of a node off, and return them as a node of their own."""
         parent = node.parent
         assert parent is not None
         upper = PrefixNode(parent, node.ids[:tokens], part(node.states, 0, tokens))
@@ -119,7 +124,7 @@ class PrefixTree:
         return upper
 
     def remove(self, leaf: PrefixNode) -> None:
-        """Forget a leaf."""
+        """Remove a leaf."""
         assert leaf.parent is not None
         assert not leaf.children
         del leaf.parent.children[leaf.ids[0]], self.recent[leaf]
@@ -140,7 +145,7 @@ def common(one: Sequence[int], other: Sequence[int]) -> int:
     low, high = 0, min(len(one), len(other))
     if one[:high] == other[:high]:
         return high
-    while high - low > 1:  # what is before `low` is equal, and something before `high` is not
+    while high - low > 1:  # all before `low` is equal, and something before `high` is not
         middle = (low + high) // 2
         low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle)
     return low

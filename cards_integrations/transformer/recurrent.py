@@ -1,7 +1,7 @@
-"""What recurrent and convolution layers know of a text: a state, one for each path, copied where paths part.
+"""The states of recurrent and convolution layers: one for each path, copied where paths part.
 
-A state is known only at the lengths where a forward has ended. A segment that is rejected gives its state back
-whole, and nothing is ever rolled back; a path that parts earlier begins at the last length whose state is known.
+A state is known only at the lengths where a forward has ended. A rejected segment gives its state back as a whole, and
+nothing is ever rolled back; a path that parts earlier begins at the last length whose state is known.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 from cards_integrations.transformer.cache_layers import RecurrentLayer, StateName
 
 States = list[torch.Tensor]
-"""Those of all layers, (rows, ...) or of one text (1, ...)."""
+"""The states of all layers, (rows, ...) each, or (1, ...) of one text."""
 
 
 class StateKind(NamedTuple):
-    """One of the states of one layer; `like` is (1, ...) of its shape and type."""
+    """One of the states of one layer; `like` is an example of it, (1, ...)."""
 
     layer: int
     name: StateName
@@ -26,9 +26,9 @@ class StateKind(NamedTuple):
 
 
 class StateLayout:
-    """The states of all layers; none until a forward has shown them.
+    """Which states the layers have; unknown until the first forward.
 
-    `stepwise` says that the layers go on from them by single tokens only.
+    `stepwise` is true if the layers can go on from them by single tokens only.
     """
 
     def __init__(self) -> None:
@@ -50,12 +50,12 @@ class State:
         self.users = 1
 
     def shared(self) -> State:
-        """Return it, for one user more."""
+        """Add a user, and return the state."""
         self.users += 1
         return self
 
     def release(self) -> None:
-        """Be used by one less."""
+        """Remove a user; the last one gives the row back."""
         self.users -= 1
         if not self.users:
             self.pool.free(self)
@@ -65,7 +65,7 @@ class StatePool:
     """The states of all texts of a cache, and of the forward that runs.
 
     Args:
-        layers: Those of the cache that have states, by index.
+        layers: The layers of the cache that have states, by index.
         layout: What they keep of a text.
     """
 
@@ -77,11 +77,11 @@ class StatePool:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the pool as it is."""
+        """Bytes of the pool as it is now."""
         return len(self.states) * self.layout.bytes
 
     def growth(self, more: int) -> int:
-        """Return by how many bytes the pool grows when so many more texts have states."""
+        """Return by how many bytes the pool grows when `more` more texts have states."""
         return max(0, _rows_for(self._used + more) - len(self.states)) * self.layout.bytes
 
     @property
@@ -89,7 +89,7 @@ class StatePool:
         return len(self.states) - self.states.count(None)
 
     def begin(self, sources: Sequence[State | None]) -> None:
-        """Let a forward go on from these states, one for each of its rows; or from none, where its texts begin."""
+        """Begin a forward from these states, one for each of its rows; all are None where texts begin."""
         rows = [state.row for state in sources if state is not None]
         held = [tensor[rows] for tensor in self.tensors] if rows else []
         for index, layer in self.layers.items():
@@ -105,7 +105,7 @@ class StatePool:
         return self.write([held[kind.layer, kind.name] for kind in self.layout.kinds], rows)
 
     def write(self, states: States, rows: int = 1) -> list[State]:
-        """Keep states (rows, ...) of so many texts."""
+        """Store the states (rows, ...) of `rows` texts."""
         self._make_room(rows)
         free = [row for row, state in enumerate(self.states) if state is None][:rows]
         made = [State(self, row) for row in free]
@@ -124,7 +124,7 @@ class StatePool:
             self._resize(_rows_for(self._used + more))
 
     def _resize(self, rows: int) -> None:
-        """Have so many rows, the first of which are those in use."""
+        """Change the number of rows, and move those in use to the front."""
         live = [state for state in self.states if state is not None]
         at = [state.row for state in live]
         tensors = self.tensors or [kind.like[:0] for kind in self.layout.kinds]
@@ -136,7 +136,7 @@ class StatePool:
         self.tensors, self.states = made, [*live, *[None] * (rows - len(live))]
 
     def free(self, state: State) -> None:
-        """Take a state back that nobody uses."""
+        """Free the row of a state that has no users."""
         self.states[state.row] = None
 
     def give_back(self) -> None:
@@ -150,5 +150,5 @@ class StatePool:
 
 
 def _rows_for(used: int) -> int:
-    """How many rows a pool has when so many are in use: a quarter more, so that it seldom grows."""
+    """Return how many rows a pool has when `used` are in use: a quarter more, so that it seldom grows."""
     return used + used // 4

@@ -1,9 +1,8 @@
 """How long a forward takes, by its number of tokens: measured on a machine, and remembered.
 
-What is drafted ahead depends on it, so it should not change from run to run: in half precision the
-rounding of a product depends on the shape of the batch, and a seed would not give the same text. Only
-what was measured on a busy machine is thrown away: what cannot be right at once, and what is far off
-when nothing else runs.
+What is drafted ahead depends on these times, so they should not change from run to run: in half precision the rounding
+of a product depends on the shape of the batch, and a seed would not give the same text. Only times of a busy machine
+are replaced: implausible ones at once, and ones that are far off when the engine is idle.
 """
 
 from __future__ import annotations
@@ -31,11 +30,11 @@ if TYPE_CHECKING:
     import torch
 
 POINTS = (1, 16, 64, 256)  # numbers of tokens that are measured
-MOST = 200  # models to remember
+MOST = 200  # models that are remembered
 RUNS = 5  # of a forward, of which the fastest counts
 LONG = 0.5  # seconds after which two runs are enough
-TRIES = 3  # measurements, if the first ones cannot be right
-FAR_OFF = 1.5  # times as fast as was remembered
+TRIES = 3  # measurements, if the first are implausible
+FAR_OFF = 1.5  # times that are this many times longer than those of an idle engine are replaced
 LOCK_TIMEOUT = 5.0  # seconds to wait for another process that writes
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -56,7 +55,7 @@ class StepTimes:
         self.set(measured)
 
     def set(self, measured: dict[int, float]) -> None:
-        """Go by other measurements from now on."""
+        """Replace the measurements."""
         self.tokens = np.array(sorted(measured))
         self.seconds = np.maximum.accumulate([measured[n] for n in self.tokens])
         last = slice(-2, None)
@@ -78,7 +77,7 @@ class StepTimes:
         return self._seconds(np.arange(1, most + 1))
 
     def at(self, tokens: int) -> float:
-        """Return the seconds of a forward with so many tokens."""
+        """Return the seconds of a forward with `tokens` tokens."""
         return float(self._seconds(np.array([tokens]))[0])
 
     def _seconds(self, n: NDArray[np.int_]) -> NDArray[np.float64]:
@@ -98,7 +97,7 @@ def step_times(what: str, model: Any, measure: Callable[[int], float]) -> StepTi
     Args:
         what: What the forward is for; drafting and scoring are remembered separately.
         model: The transformers model.
-        measure: Measures the seconds of a forward with so many tokens.
+        measure: Measures the seconds of a forward with a number of tokens.
     """
     from cards_integrations.transformer.quantization import precision
 
@@ -108,17 +107,17 @@ def step_times(what: str, model: Any, measure: Callable[[int], float]) -> StepTi
         with phase(f"timing the steps of {what}, once"):
             known = _store(key, _measured(measure))
     times = StepTimes(known)
-    if model.device.type == "cpu":  # nobody else computes on a GPU
+    if model.device.type == "cpu":  # a GPU is seldom shared
         times.unconfirmed = lambda: _measured(measure), key
     return times
 
 
 def confirm(times: StepTimes, undisturbed: Callable[[], bool]) -> None:
-    """Measure step times again, once: those of a busy machine are thrown away if a quiet one is far faster.
+    """Measure step times a second time, and replace them if they were far too long: the machine was busy then.
 
     Args:
-        times: What was measured or remembered; changed in place, and in the file.
-        undisturbed: Tells, after the measurement, whether nothing else ran in this process.
+        times: Measured or remembered times; changed in place, and in the file.
+        undisturbed: Returns, after the measurement, whether nothing else ran in this process.
     """
     if times.unconfirmed is None:
         return
@@ -133,7 +132,7 @@ def confirm(times: StepTimes, undisturbed: Callable[[], bool]) -> None:
 
 
 def _measured(measure: Callable[[int], float]) -> dict[int, float]:
-    """Seconds by the number of tokens; on a busy machine the least of several tries."""
+    """Return the seconds by the number of tokens: the least of several tries if they are implausible."""
     found = {n: measure(n) for n in POINTS}
     for _ in range(TRIES - 1):
         if is_plausible(found):
@@ -151,7 +150,7 @@ def is_plausible(seconds: Mapping[int, float]) -> bool:
 
 
 def _machine(device: torch.device) -> str:
-    """What step times depend on, the same in every container; a host name is another in each."""
+    """Return what step times depend on, without the host name, which differs from container to container."""
     import torch
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_cpu()} {_cpus()}"
@@ -168,7 +167,7 @@ def _cpu() -> str:
 
 
 def _cpus() -> int:
-    """CPUs that this process may use."""
+    """Return how many CPUs this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -177,7 +176,7 @@ def _file() -> Path:
 
 
 def _remembered() -> dict[str, dict[int, float]]:
-    """What the file says; nothing if there is none, or if it is damaged."""
+    """Return what is in the file; nothing if there is none, or if it is damaged."""
     with suppress(OSError, ValueError):
         known = REMEMBERED.validate_json(_file().read_bytes())
         return {key: times for key, times in known.items() if set(times) == set(POINTS) and is_plausible(times)}
@@ -198,7 +197,7 @@ def _store(key: str, found: dict[int, float]) -> dict[int, float]:
 
 
 def least_seconds(work: Callable[[], Any], device: torch.device) -> float:
-    """Return the seconds of the fastest of several runs, the first of which warm up; of fewer if they take long."""
+    """Return the seconds of the fastest of several runs, or of fewer if they take long; the first ones warm up."""
     import torch
 
     seconds = list[float]()

@@ -1,4 +1,4 @@
-"""The token ids of a conversation with an answer, as its reward model's own recipe has them."""
+"""The token ids of a conversation with an answer, by the reward model's own recipe."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from cards_integrations.transformer.prefix_tree import common
 
 
 class AnswerIds:
-    """Encodes a conversation with its answer, which grows.
+    """Encodes a conversation with a growing answer.
 
-    The whole rendered text is what counts, for tokens may merge where a template ends and an answer begins.
+    The rendered text is encoded as a whole, because tokens may merge where the template ends and the answer begins.
 
     Args:
         chat: The reward model's tokenizer.
         frame: The text around the answer.
-        plain: Whether the tokenizer adds what it adds to a plain text; a chat template brings its own.
-        drafted: Whether ids of the language model's are ids of this model.
-        ended: Whether what the tokenizer appends to a plain text is read; not where the model is to go on.
-        encode: For texts that begin as this frame does; made here if there is none.
+        plain: Whether the tokenizer adds its special tokens; a chat template brings its own.
+        drafted: Whether this model has the token ids of the language model.
+        ended: Whether what the tokenizer appends to a plain text is read. It is not where the model is to go on.
+        encode: Encodes texts that begin like this frame; by default made here.
     """
 
     def __init__(
@@ -41,8 +41,8 @@ class AnswerIds:
     def __call__(self, response: Response) -> tuple[list[int], int]:
         """Return all ids, and how many of them come after the answer.
 
-        A finished answer has the ids of its text. What is being written, or holds special tokens that its text does
-        not show, has those that the language model wrote, if they are known and mean the same here.
+        A finished answer has the ids of its text. An unfinished one, or one with special tokens that its text does not
+        show, has the ids that the language model wrote, if they are known and mean the same here.
         """
         if (drafted := response.ids) is not None and self._takes_drafted:
             as_written = not response.finished or any(token in self._special for token in drafted)
@@ -53,24 +53,24 @@ class AnswerIds:
         if self._after_stands_alone:
             return self._ended(ids)
         whole = [*self._encode(text + self.frame.after), *self._appended]
-        return self._something(whole, len(whole) - common(whole, ids))
+        return self._not_empty(whole, len(whole) - common(whole, ids))
 
     def _ended(self, ids: list[int]) -> tuple[list[int], int]:
-        return self._something([*ids, *self._after_ids], len(self._after_ids))
+        return self._not_empty([*ids, *self._after_ids], len(self._after_ids))
 
-    def _something(self, ids: list[int], after: int) -> tuple[list[int], int]:
-        """Something must be read."""
+    def _not_empty(self, ids: list[int], after: int) -> tuple[list[int], int]:
+        """Replace no ids at all by a padding token, as the model must read something."""
         return (ids, after) if ids else ([self.chat.tokenizer.pad_token_id], 1)
 
     @cached_property
     def _after_stands_alone(self) -> bool:
-        """True if what follows the answer begins with a token that merges with nothing, or is nothing."""
+        """True if what follows the answer begins with a token that merges with no other, or is empty."""
         after = self.frame.after
         tokens = self.chat.added_tokens.values()
         return not after or any(after.startswith(str(each)) and not each.lstrip for each in tokens)
 
     @property
     def _goes_on_from_before(self) -> bool:
-        """True if an answer's tokens can follow those before it: none of them merges with the first of the answer."""
+        """True if the tokens of an answer can follow those before it, because the text before it merges with none."""
         before, known = self.frame.before, self.before_ids
         return not before[-1:].isspace() or self._encode(before + "a")[: len(known)] == known

@@ -1,4 +1,4 @@
-"""A conversation in the KV cache of a reward model: its trunk, its scored answers, and what a full window omits."""
+"""A conversation in the KV cache of a reward model: its trunk, its scored answers, what a full window leaves out."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ class ScoredBranch:
 
     branch: Branch
     cut: int
-    """Tokens that its path leaves out."""
+    """How many tokens of the text its path leaves out."""
     root: Branch | None
-    """Where its path left the trunk: at one of the row's `reread`, or directly."""
+    """The branch of the row's `reread` that it grows from; None if it grows from the trunk."""
     kept: int
-    """How many of the branch's own tokens, from its first on, go into the trunk if the response is kept."""
+    """How many of the branch's first own tokens become part of the trunk if the response is kept."""
     path: list[int]
-    """All tokens up to the end of those."""
+    """All tokens up to the end of these."""
     log_p: list[float] = field(default_factory=list)
     """In nats, of each token of the answer, where a likelihood is read."""
 
     def can_go_on(self, again: int) -> bool:
-        """True if another branch can leave it before the last so many of the tokens that are kept."""
+        """True if another branch can leave it before the last `again` of the tokens that are kept."""
         own = self.kept - again
         return own >= 0 and self.branch.known(self.branch.base + own) == self.branch.base + own
 
@@ -54,38 +54,46 @@ class ConversationRow:
 
     tree: Tree
     before_ids: list[int]
-    """Those of all that stands before the answer."""
+    """The tokens before the answer."""
     answer_ids: AnswerIds | None
-    """From an answer to all ids; None where an answer has no text around it."""
+    """Encodes the conversation with an answer; None where an answer has no text around it."""
     known_ids: list[int] = field(default_factory=list)
     """The trunk's tokens when the row was freed, which are read again together."""
     log_p: list[float] = field(default_factory=list)
     """In nats, of each token of the kept answer, where a likelihood is read."""
     branches: dict[Response, ScoredBranch] = field(default_factory=dict)
     cut: int = 0
-    """Tokens that the trunk leaves out, because the window was full."""
+    """How many tokens of the text the trunk leaves out, because the window was full."""
     reread: dict[Reading, Branch] = field(default_factory=dict)
-    """What is kept, in other readings: for answers with which the window gets full, or the text long."""
+    """The kept text in other readings, for answers that fill the window or make the text a long one."""
     outdated: list[Branch] = field(default_factory=list)
-    """Such branches that are of no more use; scored branches may go on from them."""
+    """Earlier branches of `reread`, from which scored branches may still grow."""
     warned_about_window: bool = False
 
     @property
     def reading(self) -> Reading:
-        """That of the trunk."""
+        """How the trunk is read."""
         return Reading(self.cut, self.tree.long)
 
     def again(self, tree: Tree, known_ids: list[int]) -> ConversationRow:
-        """The same in an empty row, where these tokens are to be read again."""
+        """Return the same conversation in an empty row, where these tokens are to be read again."""
         return ConversationRow(tree, self.before_ids, self.answer_ids, known_ids, self.log_p, cut=self.cut)
 
     def begin(self, reading: Reading) -> None:
-        """Choose how the trunk is read, of which nothing has been."""
+        """Choose how the trunk is read, before anything of it has been."""
         self.known_ids = self.known_ids[reading.cut - self.cut :] if reading.cut >= self.cut else []
         self.cut, self.tree.long = reading
 
     def leave(self, text: FittedText, most: int) -> tuple[Branch | None, int, Branch]:
-        """The root of a new branch, how many tokens of a text are known, up to `most`, and the branch after these."""
+        """Make a branch for a text, after as many of its tokens as are known.
+
+        Args:
+            text: The text.
+            most: The most tokens that may be known.
+
+        Returns:
+            The `root` of the branch, how many tokens are known, and the branch.
+        """
         root, long = self.reread.get(text.reading), text.reading.long
         if root is None and long != self.tree.long:
             return None, 0, self.tree.branch(0, long)
@@ -95,7 +103,7 @@ class ConversationRow:
 
     def keep(self, scored: ScoredBranch) -> None:
         """Make a scored answer part of the trunk."""
-        if scored.root is not None and scored.root.ids:  # else it is in the trunk already
+        if scored.root is not None and scored.root.ids:  # else it is part of the trunk already
             self.tree.keep(scored.root)
         self.tree.keep(scored.branch, scored.kept)
         self.tree.drop(scored.branch)
@@ -104,7 +112,7 @@ class ConversationRow:
         self.drop_outdated()
 
     def drop_outdated(self) -> None:
-        """Free what no scored branch can need any more."""
+        """Free outdated branches once no scored branch can need them."""
         if not self.branches:
             for branch in self.outdated:
                 branch.tree.drop(branch)
