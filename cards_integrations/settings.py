@@ -238,7 +238,10 @@ class Options(SettingsModel):
         if decoding.needs_reward and options.reward is None:
             raise SettingsError(f"decoding={decoding.method!r} needs a reward: pass reward=.")
         if options.thinking == "aligned" and not decoding.needs_reward:
-            raise SettingsError(f"thinking='aligned': decoding={decoding.method!r} is not guided by a reward.")
+            raise SettingsError(
+                f"thinking='aligned': decoding={decoding.method!r} is not guided by a reward. Use thinking='free', or "
+                "another method."
+            )
         request = Request(
             prompt=prompt,
             decoding=decoding,

@@ -129,7 +129,9 @@ async def time_limit(seconds: float | None) -> AsyncIterator[None]:
     except TimeoutError:
         if not limit.expired():
             raise
-        raise CardsTimeout(f"No answer within timeout={seconds} seconds.") from None
+        raise CardsTimeout(
+            f"No answer within timeout={seconds} seconds: use a larger timeout, or a smaller max_tokens."
+        ) from None
 
 
 def check_length(prompt_tokens: int, max_tokens: int, window: int) -> None:

@@ -227,7 +227,7 @@ class Worker(LoopThread):
         async with self._serving():
             model = self.language_model
             if not isinstance(model, StateReader):
-                raise ModelError(f"Hidden states are those of a local model: {model.name!r} has none to read.")
+                raise ModelError(f"Hidden states are read from a local model: {model.name!r} has none. Use LocalModel.")
             found = []
             for prompt_ids, ids in texts:
                 found.append(model.read_states(prompt_ids, ids).cpu())

@@ -1,6 +1,6 @@
-"""Decision models of LangChain, both ways: a reward answers typed questions, and such an answer is a reward.
+"""LangChain's decision models, both ways: rewards that answer typed questions, and answers that serve as rewards.
 
-Needs langchain-core 1.8 or later, where decision models are a beta: their names may still move.
+Needs langchain-core 1.8 or later, where decision models are a beta: their names may still change.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ ID = "answer"
 
 
 class Asked(NamedTuple):
-    """What a reward is asked: answers to one prompt, and their context."""
+    """What a reward is asked to score: answers to one prompt, with their context."""
 
     prompt: str | list[Message]
     texts: list[str]
@@ -61,12 +61,12 @@ class Asked(NamedTuple):
 
 
 class RewardDecisionModel(SettingsModel, BaseDecisionModel):  # type: ignore[misc, unused-ignore]
-    """A decision model that any reward is: it drives LangChain's `ModelRouterMiddleware` and `AutoModeMiddleware`.
+    """Any reward as a decision model, for LangChain's `ModelRouterMiddleware` and `AutoModeMiddleware`.
 
     Each option of a question (of a `Noul`: yes and no) is scored as an answer to the question, with the state as its
     context, and the probabilities are the softmax of the scores over `temperature`. With `reads="state"` the state
-    itself is scored instead, and the question's words are not read: the reward is the question. Only `Noul` can be
-    asked then, and p(yes) is the sigmoid of (score - `threshold`) / `temperature`.
+    itself is scored instead, and the words of the question are not read: the reward is the question. Then only a `Noul`
+    can be asked, and p(yes) is the sigmoid of (score - `threshold`) / `temperature`.
 
     Examples:
         >>> router = ModelRouterMiddleware(
@@ -79,17 +79,17 @@ class RewardDecisionModel(SettingsModel, BaseDecisionModel):  # type: ignore[mis
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, use_attribute_docstrings=True)
 
     reward: AnyReward
-    """What scores: as in `CardsLLM`."""
+    """The reward that scores, as in `CardsLLM`."""
     model: str = ""
-    """What answers call the model; the reward's name by default."""
+    """The name of the model in answers; by default that of the reward."""
     llm: InstanceOf[Options] | None = Field(default=None, exclude=True)
     """The `ChatCards` or `CardsLLM` on whose engine the reward runs; by default that of `ChatCards()`."""
     reads: Literal["options", "state"] = "options"
     """What is scored: the options of a question, or the state."""
     prompt_format: str = "{instructions}\n\n{state}"
-    """What the options are answers to. Rewards that compare meanings want "{state}" alone."""
+    """The prompt that the options answer. Rewards that compare meanings need "{state}" alone."""
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """Units of the reward that are worth a factor e in probability. None: the standard deviation of the reward's
+    """The difference in reward that is worth a factor e in probability. None: the standard deviation of the reward's
     `scale` if that is set, else 1."""
     threshold: FiniteFloat = 0.0
     """With `reads="state"`, the score at which yes and no are equally probable."""
@@ -120,13 +120,13 @@ class RewardDecisionModel(SettingsModel, BaseDecisionModel):  # type: ignore[mis
         return (self.llm or OptionsFromEnvironment()).engine_for({}, self)
 
     def _asked(self, state: Any, question: Any) -> Asked:
-        """What the reward scores for a question.
+        """Return what the reward scores for a question.
 
         Raises:
             SettingsError: It cannot answer such a question.
         """
         if isinstance(question, Box):
-            raise SettingsError("A reward reads text: it cannot answer a Box question.")
+            raise SettingsError("A reward reads text: it cannot answer a Box question. Ask a Noul, Choice or Score.")
         if self.reads == "options":
             shown, instructions = _shown(state), _shown(question.instructions)
             parts = {"{state}": shown, "{instructions}": instructions}
@@ -134,7 +134,9 @@ class RewardDecisionModel(SettingsModel, BaseDecisionModel):  # type: ignore[mis
             return Asked(prompt, _options(question), (shown,))
         if not isinstance(question, Noul):
             kind = type(question).__name__
-            raise SettingsError(f"reads='state' has one score, which cannot answer a {kind} question.")
+            raise SettingsError(
+                f"reads='state' has one score, which cannot answer a {kind} question: use reads='options', or a Noul."
+            )
         return _of_state(state, _shown(question.instructions))
 
     def _response(self, questions: Mapping[str, Any], scores: Sequence[list[float]]) -> ClassifierResponse:
@@ -164,9 +166,9 @@ class RewardDecisionModel(SettingsModel, BaseDecisionModel):  # type: ignore[mis
 
 
 class DecisionReward(ObjectReward):
-    """A decision model of LangChain as a reward: what it answers to `question` about an answer.
+    """A LangChain decision model as a reward: its answer to a question about the response.
 
-    It holds an object and so goes into no settings file; a decision model behind vLLM does, as
+    It holds an object, and so cannot be in a settings file; a decision model behind vLLM can, as
     `RemoteReward(protocol="systemone")`. Measuring its scale takes some tens of calls, unless `scale=` is given.
     """
 
@@ -175,10 +177,10 @@ class DecisionReward(ObjectReward):
     model: InstanceOf[BaseDecisionModel]
     """The decision model."""
     question: AnyQuestion = HELPFUL
-    """What is asked about an answer. A text is a question of yes or no."""
+    """The question about a response. A text is a yes-or-no question."""
     prompt_format: str | None = None
-    """What the question is about: a text with `{response}` and usually `{prompt}`. None: JSON with message, answer and
-    context."""
+    """What the decision model reads: a text with `{response}` and usually `{prompt}`. None: JSON with message, answer
+    and context."""
 
     @model_validator(mode="after")
     def _has_response(self) -> Self:
@@ -195,7 +197,7 @@ class DecisionReward(ObjectReward):
 
 
 class Decided(RewardModel):
-    """Asks the decision model about each answer, all of them at once."""
+    """Asks a decision model about all responses at once."""
 
     across_requests = True
 
@@ -221,7 +223,7 @@ _any_question: TypeAdapter[Any] = TypeAdapter(LangChainQuestion)
 
 
 def _options(question: Noul | Choice | LangChainScore) -> list[str]:
-    """The options as answers to the question."""
+    """Return the options as answers to the question."""
     if isinstance(question, LangChainScore):
         return [_shown(level) for level in question.criteria]
     if isinstance(question, Choice):
@@ -235,7 +237,7 @@ def _option(label: str, description: Any) -> str:
 
 
 def _of_state(state: Any, instructions: str) -> Asked:
-    """The state as a prompt and the answer that is scored: what a conversation ends with, or all of it."""
+    """Return a state as a prompt and an answer: the last message of a conversation, or else the whole state."""
     if isinstance(state, Mapping) and {"message", "answer"} <= state.keys():  # as `DecisionReward` asks
         return Asked(state["message"], [state["answer"]], tuple(state.get("context", ())))
     if _is_talk(state) and isinstance(state[-1], AIMessage) and len(state) > 1:
@@ -251,7 +253,7 @@ def _is_talk(state: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    """A text as it is, messages with their roles, anything else as JSON."""
+    """Return a text as it is, messages with their roles, and anything else as JSON."""
     if isinstance(value, str):
         return value
     if isinstance(value, BaseMessage):

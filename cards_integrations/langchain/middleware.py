@@ -19,23 +19,23 @@ from cards_integrations.settings import Options, OptionsFromEnvironment, as_cont
 __all__ = ["InvalidCallsAnswered", "RewardMiddleware"]
 
 MARK = "cards_reward"
-"""Where a message's `response_metadata` has its score, and what marks the middleware's own messages."""
+"""The key of the score in the `response_metadata` of a message, and of the mark on the middleware's own messages."""
 FEEDBACK = (
     "Your answer is not good enough: {reward} gave it {score}, and {threshold} is needed. {parts}"
     "Write a better answer to my last question, and only that."
 )
-"""What a model is told of an answer that did not pass, by default."""
+"""The default message to the model about an answer that did not pass."""
 
 
 class InvalidCallsAnswered(AgentMiddleware):
-    """Tells the model what is wrong with calls that cannot be read, where an agent would pass over them.
+    """Tells the model what is wrong with invalid tool calls, which an agent ignores.
 
-    An agent whose model writes nothing but invalid calls ends without a word: it looks at `tool_calls` only. With
-    this, each invalid call is answered with its error, and the model goes on:
+    An agent whose model writes nothing but invalid calls ends silently, as it looks at `tool_calls` only. With this
+    middleware each invalid call is answered with its error, and the model goes on:
 
         create_agent(llm.as_langchain(), tools, middleware=[InvalidCallsAnswered()])
 
-    The agent's recursion limit ends a model that does not learn from it.
+    The agent's recursion limit ends the loop if the model does not learn from the errors.
     """
 
     @hook_config(can_jump_to=["model"])
@@ -59,7 +59,7 @@ def _answer(call: Any) -> ToolMessage:
 
 
 class RewardMiddleware(AgentMiddleware):
-    """Scores the final answers of an agent with any reward, whoever its model is, and retries or flags bad ones.
+    """Scores the final answers of an agent with any reward, whatever its model, and retries or flags bad ones.
 
     The score is in the answer's `response_metadata["cards_reward"]`: `name`, `score`, `threshold`, `passed` and
     `retries`. An answer below the threshold is sent back with what fell short, up to `max_retries` times. If none
@@ -69,17 +69,17 @@ class RewardMiddleware(AgentMiddleware):
             model, [search], middleware=[RewardMiddleware(GroundednessReward(), threshold=1.0)]
         )
 
-    The reward sees the question with all before it, and as context what the tools have returned since then. A retry
-    is a step of the agent: mind its recursion limit.
+    The reward sees the question with all messages before it, and as context what the tools have returned since. A
+    retry is a step of the agent: mind its recursion limit.
 
     Args:
         reward: As in `CardsLLM`.
         threshold: The score that an answer needs, in the reward's own units.
         on_low: "retry", or "flag" to leave the answer as it is, with `passed` False.
         max_retries: How often one question is answered anew.
-        context: Texts or documents in place of what the tools have returned.
-        feedback: What the model is told, with `{reward}`, `{score}`, `{threshold}` and `{parts}`: the scores of a
-            composite's parts.
+        context: Texts or documents that replace what the tools have returned.
+        feedback: The message to the model, with `{reward}`, `{score}`, `{threshold}` and `{parts}`, which are the
+            scores of a composite's parts.
         llm: The `ChatCards` or `CardsLLM` on whose engine the reward runs; by default that of `ChatCards()`.
 
     Raises:
@@ -141,12 +141,12 @@ class RewardMiddleware(AgentMiddleware):
         return as_prompt(turn.question), [turn.text], context
 
     def _parts(self, turn: Turn, score: float) -> Sequence[Reward]:
-        """The parts of the reward whose scores the model is told."""
+        """Return the parts of the reward whose scores the model is told."""
         retries = score < self.threshold and len(turn.attempts) < self.max_retries
         return self.reward.parts if retries and "{parts}" in self.feedback else ()
 
     def _verdict(self, turn: Turn, score: float, parts: Sequence[float]) -> dict[str, Any]:
-        """The answer with its score, and what follows from it."""
+        """Return the answer with its score, and what the agent does next."""
         passed = score >= self.threshold
         found = {"name": self.reward.name, "score": score, "threshold": self.threshold, "passed": passed}
         scored = _with_score(turn.answer, {**found, "retries": len(turn.attempts)})
@@ -171,11 +171,11 @@ class Turn:
     """The last question of a conversation, and what came of it.
 
     Attributes:
-        question: All messages up to the question, without what was sent back before.
-        results: What tools have returned since then.
-        attempts: Earlier answers that were sent back.
+        question: All messages up to the question, without attempts at earlier questions.
+        results: What tools have returned since the question.
+        attempts: Earlier answers to it that were sent back.
         answer: The last answer.
-        is_parsed: Whether the agent has made an object of it.
+        is_parsed: Whether the agent has parsed it into an object.
     """
 
     question: list[BaseMessage]
@@ -186,7 +186,7 @@ class Turn:
 
     @classmethod
     def of(cls, state: AgentState[Any]) -> Turn | None:
-        """Find it; None if the last message is no final answer."""
+        """Return the turn of a state; None if the last message is no final answer."""
         messages = state["messages"]
         last = messages[-1]
         if not isinstance(last, AIMessage) or last.tool_calls:
@@ -204,13 +204,13 @@ class Turn:
 
     @property
     def text(self) -> str:
-        """What is scored: the answer, without thoughts."""
+        """The text that is scored: the answer without thoughts."""
         return text_of(self.answer.content)
 
     def best(self, scored: AIMessage) -> AIMessage:
-        """The best of all attempts, in the place of the last; in a tie, the earliest.
+        """Return the best of all attempts, the earliest in a tie, as a replacement of the last.
 
-        An answer of which the agent has made an object stays, so that both say the same.
+        An answer that the agent has parsed into an object stays, so that both say the same.
         """
         if self.is_parsed:
             return scored
@@ -222,7 +222,7 @@ class Turn:
 
 
 def _without_attempts(messages: Sequence[BaseMessage]) -> list[BaseMessage]:
-    """Leave out what was sent back for earlier questions, and the words it was sent back with."""
+    """Leave out attempts at earlier questions, and the feedback on them."""
     pairs = zip(messages, [*messages[1:], None], strict=True)
     return [each for each, after in pairs if not _is_feedback(each) and (after is None or not _is_feedback(after))]
 

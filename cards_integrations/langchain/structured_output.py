@@ -64,7 +64,7 @@ def structured_chain(
 ) -> Runnable[Any, Any]:
     """Return a chain of the chat model and the parser for its answers; see `ChatCards.with_structured_output`."""
     if schema is None and method != "json_mode":
-        raise SettingsError(f"with_structured_output: method={method!r} needs a schema.")
+        raise SettingsError(f"with_structured_output: method={method!r} needs a schema: pass one, or use 'json_mode'.")
     options = {**options, "ls_structured_output_format": _traced_format(schema, method, strict)}
     if method == "function_calling":
         model, parser = _calling(llm, schema, strict, options)

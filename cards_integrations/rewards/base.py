@@ -170,7 +170,8 @@ async def scores(model: RewardModel, responses: Sequence[Response]) -> list[floa
     """
     if scoring.get() >= DEEPEST:
         raise RewardError(
-            f"reward {model.name!r} is asked for by {DEEPEST} rewards within each other: it asks for itself."
+            f"reward {model.name!r} is asked for by {DEEPEST} rewards within each other: it asks for itself. "
+            "Let it use another reward."
         )
     outer = scoring.set(scoring.get() + 1)
     try:
@@ -183,7 +184,7 @@ async def scores(model: RewardModel, responses: Sequence[Response]) -> list[floa
             raise
         if isinstance(error, TimeoutError) and deadline.expired():
             raise RewardError(
-                f"reward {model.name!r} gave no scores within timeout={model.timeout} seconds."
+                f"reward {model.name!r} gave no scores within timeout={model.timeout} seconds: use a larger timeout."
             ) from error
         texts = ", ".join(short_repr(response.text) for response in responses[:3])
         more = f" and {len(responses) - 3} more" if len(responses) > 3 else ""
@@ -192,10 +193,14 @@ async def scores(model: RewardModel, responses: Sequence[Response]) -> list[floa
     finally:
         scoring.reset(outer)
     if len(found) != len(responses):
-        raise RewardError(f"reward {model.name!r} returned {len(found)} scores for {len(responses)} texts.")
+        raise RewardError(
+            f"reward {model.name!r} returned {len(found)} scores for {len(responses)} texts: it must return one each."
+        )
     for value, response in zip(found, responses, strict=True):
         if not math.isfinite(value):
-            raise RewardError(f"reward {model.name!r} returned {value} for the text {response.text!r}.")
+            raise RewardError(
+                f"reward {model.name!r} returned {value} for the text {response.text!r}: scores must be finite numbers."
+            )
     return found
 
 

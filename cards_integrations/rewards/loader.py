@@ -1,4 +1,4 @@
-"""The reward models of one engine: what is built, and how long it stays."""
+"""The reward models of one engine: which are built, and how long they stay."""
 
 from __future__ import annotations
 
@@ -23,40 +23,39 @@ from cards_integrations.threads import InterpreterExit, ended_before_exit, in_th
 from cards_integrations.transformer.step_times import StepTimes
 
 log = logging.getLogger("cards_integrations")
-KEPT = 16  # reward models that nobody uses now
-CACHE_SHARE = 0.25  # of the memory for caches, that those may hold
+KEPT = 16  # reward models that stay loaded although they are not in use
+CACHE_SHARE = 0.25  # share of the memory for caches that these may hold
 
 
 class RewardLoader(Loader):
-    """Builds the reward models of one engine, each once, whichever composites it is part of.
+    """Builds the reward models of one engine, each once, even if several composites have it as a part.
 
     A model in use stays. Of the others, those whose settings say `stays_loaded` are kept for later requests, up to
-    `KEPT` of them and `CACHE_SHARE` of the memory for caches; what falls out, the least recently used first, is
-    released.
+    `KEPT` of them and `CACHE_SHARE` of the memory for caches; beyond that the least recently used are released.
     """
 
     def __init__(self, models: ModelLoader) -> None:
         self.models = models
         self.built: dict[Reward, RewardModel] = {}  # least recently used first
         self._users: Counter[Reward] = Counter()
-        self._parts: dict[Reward, list[Reward]] = {}  # what a model has taken from here
+        self._parts: dict[Reward, list[Reward]] = {}  # the models that a model has taken from here
         self._loading: dict[tuple[Reward, bool], asyncio.Task[RewardModel]] = {}
         self._timed: set[RewardModel] = set()
         self._building: dict[Reward, threading.Lock] = {}
-        self._lock = threading.Lock()  # of the books above; held for no longer than it takes to write into them
+        self._lock = threading.Lock()  # of the dicts above; only held while they are changed
         if models is not None and models.memory is not None:
             models.memory.reclaim = self.reclaim
 
     @asynccontextmanager
     async def lease(self, settings: Reward, timed: bool = False) -> AsyncIterator[RewardModel]:
-        """Use a reward model, which is loaded in a thread if need be; all who wait for it wait for one load.
+        """Hold a reward model inside the block. It is loaded in a thread if need be, once for all that wait for it.
 
         Args:
-            settings: Those of the reward.
-            timed: Whether its step times are needed, which are then measured in the same thread.
+            settings: The settings of the reward.
+            timed: Whether its step times are needed; they are then measured in the same thread.
 
         Raises:
-            RewardError, ModelError: It cannot be loaded; the next to ask tries again.
+            RewardError, ModelError: It cannot be loaded; the next call tries again.
         """
         key = _key(settings)
         self._take(key)
@@ -67,7 +66,7 @@ class RewardLoader(Loader):
 
     @property
     def step_times(self) -> list[StepTimes]:
-        """Those that have been asked for, of the models that are there."""
+        """The step times of the loaded models for which they were asked for."""
         return [times for model in list(self._timed) if (times := model.step_times) is not None]
 
     async def _loaded(self, settings: Reward, timed: bool) -> RewardModel:
@@ -79,7 +78,7 @@ class RewardLoader(Loader):
         if task is None:
             task = self._loading[key, timed] = asyncio.create_task(in_thread(self._load, settings, timed))
             task.add_done_callback(lambda task: self._end_of_load(key, timed, task))
-        return await asyncio.shield(task)  # whoever gives up does not stop it for the others
+        return await asyncio.shield(task)  # a request that gives up does not stop it for the others
 
     def _load(self, settings: Reward, timed: bool) -> RewardModel:
         with ended_before_exit(), phase(f"loading reward {known_as(settings)!r}"):
@@ -92,12 +91,12 @@ class RewardLoader(Loader):
     def _end_of_load(self, key: Reward, timed: bool, task: asyncio.Task[RewardModel]) -> None:
         self._loading.pop((key, timed), None)
         if not task.cancelled():
-            task.exception()  # those who waited may be gone
+            task.exception()  # marks it as retrieved: those that waited may be gone
         self._tidy()
 
     def causal(self, spec: LocalModel | None, name: str) -> CausalModel:
         if self.models.language_model is None:
-            raise ModelError(f"reward {name!r} needs a local language model.")
+            raise ModelError(f"reward {name!r} needs a local language model: use LocalModel, or another reward.")
         own, model, tokenizer = self.models.language_model
         memory = self.models.memory
         if spec is None or spec.same_weights(own):
@@ -117,7 +116,7 @@ class RewardLoader(Loader):
         return known
 
     def _known(self, key: Reward) -> RewardModel | None:
-        """The model if it is built, from now on the one used last."""
+        """Return the model if it is built, and mark it as the most recently used."""
         with self._lock:
             if (known := self.built.pop(key, None)) is not None:
                 self.built[key] = known
@@ -142,7 +141,7 @@ class RewardLoader(Loader):
     # --- how long they stay ---
 
     def reclaim(self) -> bool:
-        """Release the model with caches that was not used for the longest time; False if all are in use."""
+        """Release the least recently used model with caches; return False if all are in use."""
         for key, model in self._unused():
             if _held(model):
                 self._release(key)
@@ -166,7 +165,7 @@ class RewardLoader(Loader):
         return [(key, model) for key, model in list(self.built.items()) if key not in self._users]
 
     def _tidy(self) -> None:
-        """Release what is not to be kept; the parts of a composite are unused when it has gone."""
+        """Release the models that are not to be kept. The parts of a composite are out of use once it is released."""
         while (surplus := self._surplus()) is not None:
             self._release(surplus)
 
@@ -181,20 +180,20 @@ class RewardLoader(Loader):
 
     def _release(self, key: Reward) -> None:
         with self._lock:
-            if key in self._users:  # since a moment ago
+            if key in self._users:  # taken meanwhile
                 return
             model = self.built.pop(key)
         self._timed.discard(model)
         try:
             model.release()
-        except Exception:  # whoever is served now has no part in it
+        except Exception:  # it must not fail the request that is served now
             log.exception("reward %r cannot be released", key.kind)
         for part in self._parts.pop(key, ()):
             self._count(part, -1)
 
 
 class _Borrower(Loader):
-    """The loader as one reward sees it while it is built: what it takes is in use as long as the reward is there."""
+    """The loader as a reward sees it while it is built: models that it takes are in use as long as the reward stays."""
 
     def __init__(self, loader: RewardLoader) -> None:
         self.loader = loader
@@ -212,7 +211,7 @@ class _Borrower(Loader):
 
 
 def _stays(settings: Reward) -> bool:
-    """Whether a model is kept for later; one whose settings cannot say is not, and ends nobody else's request."""
+    """Return whether a model is kept for later. An error in its settings means no, and fails no request."""
     try:
         return settings.stays_loaded
     except Exception:
@@ -221,7 +220,7 @@ def _stays(settings: Reward) -> bool:
 
 
 def _held(model: RewardModel) -> int:
-    """Bytes of a model's own caches; one that cannot say is taken to have none."""
+    """Return the bytes of a model's own caches. An error counts as none."""
     try:
         return model.cache_bytes
     except Exception:
@@ -230,7 +229,7 @@ def _held(model: RewardModel) -> int:
 
 
 def _key(settings: Reward) -> Reward:
-    """The settings without what makes no difference to the model."""
+    """Return the settings without what makes no difference to the model."""
     return settings if settings.parts else settings.model_copy(update={"scale": None})
 
 

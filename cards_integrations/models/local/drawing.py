@@ -165,6 +165,7 @@ def _decisions(
     for boundary, members in asked.items():
         rises = boundary.ends_before(logits, log_p, [rows[i] for i in members])
         if rises is not None and len(rises) != len(members):
-            raise ValueError(f"{type(boundary).__name__}.ends_before: {len(rises)} answers for {len(members)} rows")
+            name = type(boundary).__name__
+            raise ValueError(f"{name}.ends_before must return a bool for each of {len(members)} rows, not {len(rises)}")
         if rises is not None:
             yield members, rises
