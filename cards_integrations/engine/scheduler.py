@@ -6,7 +6,7 @@ only decides how much is drafted in vain, and how long a request waits.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -79,33 +79,40 @@ class BestPerSecond:
         self.waited = 0.0  # seconds that requests have waited for rewards, as above
 
     def candidates(self, sessions: Collection[Session]) -> list[Candidate]:
-        found: list[RankedCandidate] = []
-        scoring = 0.0
-        for session in sessions:
-            if session.pool.current is not None:
-                with session.pool.own_errors():  # the method's `passes` is asked
-                    found += list(session.pool.current.ranked_candidates(1.0, session.acceptance_rate.value))
-                scoring = max(scoring, session.seconds_to_score.per_token)
-        if not found:
-            return []
-        found.sort(key=lambda candidate: -candidate[0])
-        gain = np.cumsum([reach for reach, *_ in found])
-        drafting = self.times.upto(len(found))
-        rates = gain / (drafting + scoring * np.arange(1, len(found) + 1))
-        n = int(np.flatnonzero(rates >= NEARLY * rates.max())[-1]) + 1
-        if found[0][0] < PROBABLE:
-            needed = sum(map(_needed_once_scored, sessions))
-            if rates[n - 1] < needed / (self.times.at(needed) + scoring * needed):
-                return []
-        self.step = float(drafting[n - 1])
+        ranked = self._ranked(sessions)
         chosen = []
-        for _, drafts, pending in found[:n]:
+        for _, drafts, pending in ranked[: self._width(ranked, sessions)]:
             if pending is not None:
                 chosen.append(pending.candidate)
                 continue
             with drafts.pool.own_errors():
                 chosen.append(drafts.begin().candidate)
         return chosen
+
+    def _ranked(self, sessions: Collection[Session]) -> list[RankedCandidate]:
+        """Return what could be drafted, the most probably examined first."""
+        found: list[RankedCandidate] = []
+        for session in sessions:
+            if session.pool.current is not None:
+                with session.pool.own_errors():  # the method's `passes` is called
+                    found += list(session.pool.current.ranked_candidates(1.0, session.acceptance_rate.value))
+        return sorted(found, key=lambda candidate: -candidate[0])
+
+    def _width(self, ranked: Sequence[RankedCandidate], sessions: Collection[Session]) -> int:
+        """Return how many of the ranked candidates make the most of a step; 0 to wait for scores instead."""
+        if not ranked:
+            return 0
+        scoring = max([0.0, *(s.seconds_to_score.per_token for s in sessions if s.pool.current is not None)])
+        gain = np.cumsum([reach for reach, *_ in ranked])
+        drafting = self.times.upto(len(ranked))
+        rates = gain / (drafting + scoring * np.arange(1, len(ranked) + 1))
+        n = int(np.flatnonzero(rates >= NEARLY * rates.max())[-1]) + 1
+        if ranked[0][0] < PROBABLE:
+            needed = sum(map(_needed_once_scored, sessions))
+            if rates[n - 1] < needed / (self.times.at(needed) + scoring * needed):
+                return 0
+        self.step = float(drafting[n - 1])
+        return n
 
     def score_now(self, sessions: Collection[Session]) -> bool:
         asking = [session for session in sessions if session.scores and session.scores.waiting]

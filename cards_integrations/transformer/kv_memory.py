@@ -158,8 +158,8 @@ class KVMemory:
         if not self.reuse or len(ids) <= MIN_PREFIX:
             return
         cache, texts, begins = tree.cache, self._texts(tree.cache, tree.long), [*ids[:-1]]
-        path, finished = texts.match(begins)
-        source, live = cache.live_texts.longest(cache.trees, begins, tree.long)
+        path, finished = texts.match(begins)  # how many tokens a finished text has in common with it
+        source, live = cache.live_texts.longest(cache.trees, begins, tree.long)  # and a live one
         if cache.pool is not None:
             ends = [node.end for node in path if node.recurrent and node.end <= finished]
             finished, live = max(ends, default=0), source.known(live) if source is not None else 0

@@ -23,7 +23,7 @@ from cards_integrations.rewards.scorers.input_format import InputFormat, without
 from cards_integrations.transformer.exact import check_exact
 from cards_integrations.transformer.flat_batch import ForwardInput
 from cards_integrations.transformer.forward import PREFILL_CHUNK, Output, Transformer, checked
-from cards_integrations.transformer.kv_cache import Tree
+from cards_integrations.transformer.kv_cache import Branch, Tree
 from cards_integrations.transformer.kv_memory import CacheNeed, KVMemory, first_to_read
 from cards_integrations.transformer.prefix_tree import common
 from cards_integrations.transformer.step_times import StepTimes, step_times
@@ -272,18 +272,24 @@ class Incremental(RewardModel):
         row, (ids, suffix, reading) = self.rows[response.conversation], text
         if not row.tree.ids:
             self._recall(row, ids[: len(ids) - suffix], reading)
+        root, known, branch = self._start(row, response, text)
+        path = ids[: len(ids) - suffix]
+        row.branches[response] = ScoredBranch(branch, reading.cut, root, len(path) - known, path)
+        return ForwardInput(branch, ids[known:], response, self._outputs(response, text))
+
+    def _start(self, row: ConversationRow, response: Response, text: FittedText) -> tuple[Branch | None, int, Branch]:
+        """Make a branch for a response, from the response that it continues if that can be, or else from the trunk.
+
+        Returns:
+            See `ConversationRow.leave`.
+        """
         most = self._known_before(response, text)
         parent = row.branches.get(response.parent) if response.parent else None
-        again = 0 if parent is None else max(0, len(parent.path) - most)  # with nothing new, its last token
-        follows = parent is not None and parent.branch.long == reading.long and parent.can_go_on(again)
-        if parent is not None and follows and common(ids, parent.path) == len(parent.path):
-            root, shared = parent.root, len(parent.path) - again
-            branch = parent.branch.branch(parent.kept - again)
-        else:
-            root, shared, branch = row.leave(text, most)
-        path = ids[: len(ids) - suffix]
-        row.branches[response] = ScoredBranch(branch, reading.cut, root, len(path) - shared, path)
-        return ForwardInput(branch, ids[shared:], response, self._outputs(response, text))
+        if parent is not None and common(text.ids, parent.path) == len(parent.path):
+            again = max(0, len(parent.path) - most)  # with nothing new, its last token is read again
+            if parent.branch.long == text.reading.long and parent.can_go_on(again):
+                return parent.root, len(parent.path) - again, parent.branch.branch(parent.kept - again)
+        return row.leave(text, most)
 
     def _known_before(self, response: Response, text: FittedText) -> int:
         """Return how many ids at most may be known already: the last must be read, as the score is computed there."""
