@@ -99,9 +99,8 @@ class LocalLanguageModel:
         """Refuse token ids that the model does not have."""
         for name, ids in (("logit_bias", dict(sampler.logit_bias)), ("stop_token_ids", sampler.stop_token_ids)):
             if ids and max(ids) >= self.vocabulary:
-                raise SettingsError(
-                    f"{name}: token {max(ids)} does not exist; model {self.name!r} has tokens 0 to {self.vocabulary - 1}."
-                )
+                last = self.vocabulary - 1
+                raise SettingsError(f"{name}: token {max(ids)} does not exist; model {self.name!r} has 0 to {last}.")
 
     @cached_property
     def vocabulary(self) -> int:
