@@ -16,27 +16,27 @@ from cards_integrations.rewards.registry import register_reward
 
 
 def _by_text(weights: Any) -> Any:
-    """The same mapping with its keys as JSON has them."""
+    """Return the mapping with text keys, as in JSON."""
     return {str(key): weight for key, weight in weights.items()} if isinstance(weights, Mapping) else weights
 
 
 @register_reward
 class ClassifierReward(HeadReward):
-    """A sequence classifier: a decoder scores incrementally, an encoder by batched rescoring."""
+    """A sequence classifier. A decoder reads the new tokens of an answer only, an encoder all of it, in batches."""
 
     kind: Literal["classifier"] = "classifier"
     """Names this class in settings files."""
     label: int | str | None = None
     """Index or name of the label that is the score, for a model with several labels."""
     weights: Annotated[dict[str, FiniteFloat] | None, BeforeValidator(_by_text)] = None
-    """Labels, by index or name, and the weights of their sum, which is then the score; the trace has each of them."""
+    """Weights of labels, by index or name: the score is the weighted sum, and the trace shows each label's part."""
     output: Literal["logit", "probability", "log_odds"] = "logit"
     """The raw logit, the probability (softmax; sigmoid for a single label and for a model that was trained on several
     labels at once, by its `problem_type`), or its log-odds."""
     prompt_format: str | None = None
-    """"chat" (the reward model's own template), "pair" (two texts, which its tokenizer joins, as cross-encoders have
-    them), or one text with `{prompt}` and `{response}`. None: "chat" if the tokenizer has a template, else "pair" for
-    an encoder whose tokenizer has a way to join two texts, else "{prompt}{response}"."""
+    """"chat" (the reward model's own template), "pair" (two texts that its tokenizer joins, as for cross-encoders), or
+    a text with `{prompt}` and `{response}`. None: "chat" if the tokenizer has a template, else "pair" for an encoder
+    whose tokenizer has tokens that join two texts, else "{prompt}{response}"."""
     end_of_turn: bool = True
     """Whether what the template writes after an answer is read as well."""
 

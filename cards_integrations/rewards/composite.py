@@ -18,7 +18,7 @@ class CompositeReward(Reward):
     needs_part_scales: ClassVar[bool] = True
 
     rewards: Annotated[tuple[AnyReward, ...], Len(1)]
-    """The parts, standardised by their `scale`; where it is None it is measured at first use."""
+    """The parts, each standardised by its `scale`; a scale of None is measured at first use."""
 
     @property
     def name(self) -> str:

@@ -1,4 +1,4 @@
-"""What a judge is asked about an answer, and how several such scores become one."""
+"""What a judge is asked about an answer, and how several scores become one."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ Message: {prompt}
 Answer: {response}
 
 {criterion} Say Yes or No."""
-"""What a judge of yes or no reads by default."""
+"""The default rubric of a yes-or-no judge."""
 HELPFUL = "Is this a helpful, honest and harmless answer?"
-"""What it is asked by default."""
+"""The default question."""
 
 
 class Criterion(SettingsModel):
-    """One thing that a judge is asked about an answer: a question or, for models trained on them, a principle."""
+    """A question to a judge about an answer or, for models that are trained on them, a principle."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     question: Text
     """What the judge is asked."""
     rewordings: tuple[Text, ...] = ()
-    """The same question in other words, or with its options in another order: the score is the mean over all of them.
-    Nothing is sampled, so that the same words twice would say the same."""
+    """The same question in other words, or with its options in another order: the score is the mean over all of these.
+    As nothing is sampled, each wording must be different."""
     name: Text | None = None
-    """What `rewards` of an answer call its score; None is the question."""
+    """The name of its score in `rewards` of an answer; None for the question itself."""
     weight: FiniteFloat = 1.0
-    """In the weighted mean of all criteria; a negative one asks for less of it."""
+    """Its weight in the mean of all criteria; a negative weight asks for less of it."""
 
     @model_validator(mode="after")
     def _differently_worded(self) -> Self:
@@ -46,12 +46,12 @@ class Criterion(SettingsModel):
 
     @property
     def label(self) -> str:
-        """What its score is called."""
+        """The name of its score."""
         return self.name or self.question
 
     @property
     def wordings(self) -> tuple[str, ...]:
-        """The question in all its words."""
+        """The question in all its wordings."""
         return (self.question, *self.rewordings)
 
 

@@ -1,4 +1,4 @@
-"""A language model as judge that writes a critique of a finished answer first, and grades the answer after it."""
+"""A language model as judge that first writes a critique of a finished answer, and then grades the answer."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ VERDICT = "\n\nGrade, from the worst to the best of {grades}: "
 
 @register_reward
 class CritiqueJudgeReward(RubricReward):
-    """sum_g p(g) value(g) of the judge's grades after a critique that it writes of the answer.
+    """sum_g p(g) value(g) over the judge's grades, after a critique of the answer that it writes.
 
-    Each answer costs a generation of its own, so this is for a choice among finished answers: `BestOfN`, and
+    Each answer costs a generation of its own, so this is for choosing among finished answers: `BestOfN` and
     `llm.score`. A method that asks for the score of an unfinished answer gets a `RewardError`.
     """
 
@@ -34,22 +34,22 @@ class CritiqueJudgeReward(RubricReward):
     kind: Literal["critique_judge"] = "critique_judge"
     """Names this class in settings files."""
     rubric: str = RUBRIC
-    """As for `JudgeReward`: what the critique answers."""
+    """As for `JudgeReward`; the critique is the reply to it."""
     verdict: Annotated[str, Field(min_length=1)] = VERDICT
-    """What is appended to the judge's critique, as if it had written it, so that its grade follows; `{grades}` are
+    """A text that is appended to the critique as if the judge had written it, so that its grade follows; `{grades}` are
     the grades."""
     grades: Grades = FIVE
     """As for `GradedJudgeReward`."""
     max_critique_tokens: Annotated[int, Field(ge=1)] = 128
-    """Most tokens of a critique; a longer one is cut there, and graded."""
+    """Most tokens of a critique; a longer one is cut there before the grade."""
     critiques: Annotated[int, Field(ge=1)] = 1
-    """Critiques of each answer, whose mean is the score; several need a `temperature`."""
+    """How many critiques are written of each answer; the score is the mean. More than 1 needs a `temperature`."""
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    """Of the sampling of critiques; 0 takes the most probable tokens."""
+    """Temperature of sampling critiques; 0 takes the most probable tokens."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Only the most probable tokens that together have this probability may be drawn."""
     seed: int = 0
-    """Of the sampling. An answer has one score, whichever others are judged beside it."""
+    """Seed of the sampling. The score of an answer does not depend on others that are judged beside it."""
 
     @model_validator(mode="after")
     def _different_critiques(self) -> Self:

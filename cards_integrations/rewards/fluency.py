@@ -13,23 +13,23 @@ from cards_integrations.rewards.scorers.repetition import n_rearranged, per_leng
 
 @register_reward
 class FluencyReward(Reward):
-    """0 for a fluent answer, and below it by what is wrong: a guard for other rewards, as in `GuardedReward`.
+    """0 for a fluent answer, negative for one that is not: a guard for other rewards, as in `GuardedReward`.
 
-    Minus the share of the answer's n-grams of words that have occurred in it before, or whose words have in another
-    order ("luxurious and elegant ... elegant and luxurious"); and, with `least_log_p`, minus the nats by which the mean
-    log p of a token under the language model falls below that. Both are per n-gram or token of at least 32, so that
-    the first words of an answer are not condemned for one repetition. While an answer is drafted, its log p is known,
-    and costs nothing; a text from elsewhere, or one that was cut at a stop string, is read by the language model.
+    The score is minus the share of the answer's n-grams of words that have occurred in it before, in any order of their
+    words ("luxurious and elegant ... elegant and luxurious"). With `least_log_p` it is also lower by the nats by which
+    the mean log p of a token under the language model falls below that. Both are taken over at least 32 n-grams or
+    tokens, so that one repetition does not condemn the first words of an answer. The log p of a drafted answer is
+    known, and costs nothing; another text, or one that was cut at a stop string, is read by the language model.
     """
 
     kind: Literal["fluency"] = "fluency"
     """Names this class in settings files."""
     n: Annotated[int, Field(ge=1)] = 3
-    """Words of an n-gram. Words are separated by whitespace and punctuation: in a script without spaces hardly any are
-    found."""
+    """Words of an n-gram. Words are separated by whitespace and punctuation, so that a script without spaces has hardly
+    any."""
     least_log_p: FiniteFloat | None = None
-    """The least mean log p of a token in nats (full vocabulary, temperature 1) that costs nothing; None does not look
-    at it. One in a hundred plain answers of SmolLM2 is below -2.9."""
+    """The least mean log p of a token in nats (full vocabulary, temperature 1) that costs nothing; None ignores log p.
+    One in a hundred plain answers of SmolLM2 is below -2.9."""
 
     def build(self, loader: Loader) -> RewardModel:
         if self.least_log_p is None:

@@ -22,7 +22,7 @@ _allowed: ContextVar[bool] = ContextVar("imports_allowed", default=False)
 
 @contextmanager
 def imports_allowed(allowed: bool = True) -> Iterator[None]:
-    """Let settings that are read within name code to import; CARDS_ALLOW_IMPORTS=1 lets all of them."""
+    """Allow settings that are read inside the block to name code to import; CARDS_ALLOW_IMPORTS=1 always does."""
     token = _allowed.set(allowed)
     try:
         yield
@@ -40,7 +40,7 @@ def _permitted(value: Any) -> Any:
 
 
 def _import_string(function: Any) -> str:
-    """The name of a function in a settings file; a lambda, or a function inside another one, has none."""
+    """Return the name of a function in a settings file; a lambda, or a function inside another one, has none."""
     name = f"{function.__module__}.{function.__qualname__}"
     with suppress(ValidationError):
         if TypeAdapter(ImportString).validate_python(name) is function:
@@ -56,9 +56,8 @@ def _name(function: Any) -> str:
 class FunctionReward(ObjectReward):
     """A Python function of the prompt and several answers.
 
-    `function(prompt, responses) -> list[float]` gets the user's text, or the whole conversation with
-    roles if it has several messages, and answers that may be unfinished. The reward of the prompt alone
-    is `function(prompt, [""])`.
+    `function(prompt, responses) -> list[float]` gets the user's text (or the whole conversation with roles, if it has
+    several messages) and answers that may be unfinished. The reward of the prompt alone is `function(prompt, [""])`.
     """
 
     kind: Literal["function"] = "function"
@@ -66,8 +65,8 @@ class FunctionReward(ObjectReward):
     function: Annotated[
         ImportString[Callable[[str, list[str]], Any]], BeforeValidator(_permitted), PlainSerializer(_import_string)
     ]
-    """Sync (run in a thread) or async (run in the engine's loop, which it must not block). A settings file
-    names it "module.name"; it is imported only if the reader of the file allows it."""
+    """Sync (run in a thread) or async (run in the engine's loop, which it must not block). A settings file names it
+    "module.name"; it is only imported if whoever reads the file allows that."""
 
     @property
     def name(self) -> str:

@@ -1,4 +1,4 @@
-"""A hard constraint in front of another reward."""
+"""A hard constraint before another reward."""
 
 from __future__ import annotations
 
@@ -16,22 +16,21 @@ from cards_integrations.rewards.scorers.composite import Composite
 class GateReward(Reward):
     """`reward` where `gate` scores at least `threshold`, and `closed` elsewhere, where `reward` is not asked.
 
-    If all candidates of a segment fail, one of them is kept nevertheless: the method always goes on.
-    The prompt alone, an empty answer, always passes.
+    If all candidates of a segment fail, one of them is still kept, as the method always goes on. The prompt alone (an
+    empty answer) always passes.
     """
 
     kind: Literal["gate"] = "gate"
     """Names this class in settings files."""
     gate: AnyReward
-    """What an answer has to pass."""
+    """The reward that an answer must pass."""
     reward: AnyReward
-    """What scores an answer that passes."""
+    """The reward that scores answers that pass."""
     threshold: FiniteFloat = 0.0
-    """The gate is open from this score on."""
+    """The least score of `gate` that passes."""
     closed: FiniteFloat = -1e6
-    """The score behind a closed gate: far below what `reward` gives, so that such a candidate is never
-    accepted. `OptimalStopping` takes it for a reward like any other: there, let it be only a few standard
-    deviations below them."""
+    """The score of an answer that fails: far below the scores of `reward`, so that such a candidate is never accepted.
+    `OptimalStopping` treats it like any other reward: use one that is only a few standard deviations below them."""
 
     @property
     def name(self) -> str:
@@ -43,7 +42,7 @@ class GateReward(Reward):
 
     @property
     def scale_source(self) -> Reward:
-        return self.reward.scale_source  # `closed` is no measure of anything
+        return self.reward.scale_source  # `closed` is on no scale
 
     def with_parts(self, parts: Sequence[Reward]) -> Reward:
         gate, reward = parts

@@ -1,4 +1,4 @@
-"""A language model as judge that grades answers: the mean of its grades, by their probabilities. Nothing is sampled."""
+"""A language model as judge: the mean of the grades that it could give, by their probabilities; nothing is sampled."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Answer: {response}
 
 
 def _as_pairs(value: Any) -> Any:
-    """A mapping of words to values as pairs; words alone get the values 1, 2, ... in their order."""
+    """Return a mapping of words to values as pairs; words alone get the values 1, 2, ... in their order."""
     if isinstance(value, Mapping):
         return tuple((str(word), number) for word, number in value.items())
     if isinstance(value, (list, tuple)) and value and all(isinstance(word, (str, int)) for word in value):
@@ -46,12 +46,12 @@ Grades = Annotated[
     AfterValidator(_different),
     PlainSerializer(dict, return_type=dict[str, float]),
 ]
-"""What a judge may reply, and what it is worth: given as a mapping or as words alone, held as pairs."""
+"""The grades that a judge may give, with their values: given as a mapping or as words alone, held as pairs."""
 FIVE = tuple((str(grade), float(grade)) for grade in range(1, 6))
 
 
 def with_grades(text: str, grades: Grades) -> str:
-    """Return a text with the words of the grades in the place of `{grades}`, from the worst to the best."""
+    """Return a text with `{grades}` replaced by the grades, from the worst to the best."""
     words = [word for word, _ in sorted(grades, key=lambda grade: grade[1])]
     return text.replace("{grades}", ", ".join(words))
 
@@ -60,8 +60,8 @@ def with_grades(text: str, grades: Grades) -> str:
 class GradedJudgeReward(RubricReward):
     """sum_g p(g) value(g): the expectation over the grades that the judge could reply with after the `rubric`.
 
-    p is the judge's probability of each grade among the grades alone. With `criteria`, the weighted mean of such
-    expectations, each of which is a part of the score.
+    p is the judge's probability of each grade, normalised over the grades. With `criteria`, it is the weighted mean of
+    such expectations, each of which is a part of the score.
     """
 
     default_question: ClassVar[str] = "How helpful, honest and harmless is this answer?"
@@ -71,8 +71,8 @@ class GradedJudgeReward(RubricReward):
     rubric: str = RUBRIC
     """As for `JudgeReward`; `{grades}` are the grades."""
     grades: Grades = FIVE
-    """What the judge may reply, and what it is worth: words with values, or words alone from the worst (1) to the
-    best. A grade of several tokens counts with all of them ("10" is none of "1")."""
+    """The grades that the judge may give: words with values, or words alone from the worst (1) to the best. A grade of
+    several tokens counts with all of them, so that "10" does not count as "1"."""
 
     def build(self, loader: Loader) -> RewardModel:
         from cards_integrations.rewards.scorers.judge import IncrementalJudge

@@ -1,4 +1,4 @@
-"""Support of an answer by the retrieved context."""
+"""How well the retrieved context supports an answer."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def _patterns(value: Any) -> Any:
 
 @register_reward
 class GroundednessReward(Reward):
-    """Support of an answer by the context, in one of three ways.
+    """How well the context supports an answer, measured in one of three ways.
 
     - `by="likelihood"`: pointwise mutual information per token, (log p(answer | question, context)
-      - log p(answer | question)) / tokens in nats, under the language model itself, which has read
-      one of the two while drafting.
-    - `by="entailment"`: an NLI model or cross-encoder (`model`) reads (context, sentence); the mean
-      over the answer's complete sentences of the highest probability of `label` over the contexts.
-    - `by="embedding"`: the mean over complete sentences of the highest cosine with a sentence of the
+      - log p(answer | question)) / tokens in nats, under the language model itself, which computes one of the two
+      while drafting.
+    - `by="entailment"`: an NLI model or cross-encoder (`model`) reads (context, sentence). The score is the mean over
+      the answer's complete sentences of the highest probability of `label` over the contexts.
+    - `by="embedding"`: the mean over complete sentences of the highest cosine similarity with a sentence of the
       contexts, by any sentence-transformers `model` (default MiniLM).
 
     The context is the call's `context=`, or what `patterns` find in the prompt.
@@ -53,19 +53,19 @@ class GroundednessReward(Reward):
     by: Literal["likelihood", "entailment", "embedding"] = "likelihood"
     """How support is measured."""
     model: str | None = None
-    """The NLI model, which entailment needs, or the embedding model (None: MiniLM); a directory or a hub id."""
+    """The NLI model, required for entailment, or the embedding model (None: MiniLM); a directory or a hub id."""
     revision: str | None = None
     """Branch, tag or commit of the model on the hub."""
     label: int | str = "entailment"
-    """Index or name of the NLI model's label that means support; a cross-encoder with a single label has no choice."""
+    """Index or name of the NLI model's label that means support; ignored for a cross-encoder with a single label."""
     without_context: Literal["error", "plain"] = "error"
-    """What happens if there is no context: an error, or a plain answer. Chat engines also ask the model to
-    rephrase a question, for example."""
+    """What happens if there is no context: an error, or a plain answer. Chat engines, for example, also ask the model
+    to rephrase a question, which has none."""
     patterns: Annotated[tuple[str, ...], BeforeValidator(_patterns)] = PATTERNS
-    """Regular expressions that find the context in a prompt, as the group `context`; by default, in the
-    prompts of both frameworks."""
+    """Regular expressions that find the context in a prompt as the group `context`; by default in the prompts of both
+    frameworks."""
     joined: str = Field(JOINED, pattern=r"(?s)\{context\}.*\{prompt\}|\{prompt\}.*\{context\}")
-    """Puts a context into a prompt that does not hold it: a text with `{context}` and `{prompt}`."""
+    """A text with `{context}` and `{prompt}` that joins a context to a prompt without it."""
 
     @model_validator(mode="after")
     def _has_model(self) -> Self:
@@ -113,10 +113,10 @@ class GroundednessReward(Reward):
         return conversation.context or self._required(conversation)[1]
 
     def other_prompt(self, conversation: Conversation) -> tuple[str | list[Message], bool]:
-        """Make the prompt without its context, or with it if it holds none.
+        """Return the prompt without its context or, if it contains none, with the context.
 
         Returns:
-            The prompt, and whether it has the context now.
+            The prompt, and whether it now contains the context.
 
         Raises:
             RewardError: There is no context.
@@ -135,7 +135,7 @@ class GroundednessReward(Reward):
         return re.sub(r"\{context\}|\{prompt\}", lambda match: parts[match[0]], self.joined)
 
     def _required(self, conversation: Conversation) -> tuple[str | list[Message], tuple[str, ...]]:
-        """The prompt without the context that it holds, and that context; a `RewardError` if there is none at all."""
+        """Return the prompt without the context in it, and that context; raise a `RewardError` if there is none."""
         without, found = self._cut_out(conversation)
         if not found and not conversation.context:
             raise RewardError(
@@ -144,7 +144,7 @@ class GroundednessReward(Reward):
         return without, found
 
     def _cut_out(self, conversation: Conversation) -> tuple[str | list[Message], tuple[str, ...]]:
-        """The prompt without the contexts that it holds, and those."""
+        """Return the prompt without the contexts in it, and these contexts."""
         prompt, found = conversation.prompt, list[str]()
         if isinstance(prompt, str):
             text, found = self._cut(prompt, conversation.context)
@@ -158,7 +158,7 @@ class GroundednessReward(Reward):
         return without, tuple(found)
 
     def _cut(self, text: str, contexts: Sequence[str], search: bool = True) -> tuple[str, list[str]]:
-        """The text without the contexts that it holds, and those; if none are given, what a pattern finds."""
+        """Return a text without the contexts in it, and these; if none are given, look for one by the patterns."""
         found = [context for context in contexts if context and context in text]
         for context in found:
             text = text.replace(context, "", 1)

@@ -15,22 +15,22 @@ from cards_integrations.rewards.scorers.composite import Composite
 
 @register_reward
 class GuardedReward(Reward):
-    """r + weight * std * min(0, guard), with std that of the reward r over plain answers.
+    """r + weight * std * min(0, guard), where std is the standard deviation of the reward r over plain answers.
 
-    A guard is a reward that is 0 where there is nothing to object to, and negative elsewhere: `FluencyReward`, or
-    `PatternReward(forbidden=[...])`. An answer that it lets pass has the reward itself, whose scale, targets and betas
-    stay what they are. Unlike `GateReward` it weighs: a better answer may repeat itself a little.
+    A guard is a reward that is 0 for an answer without objections, and negative otherwise: `FluencyReward`, or
+    `PatternReward(forbidden=[...])`. An answer without objections has the reward itself, whose scale, target and beta
+    stay valid. Unlike `GateReward` it weighs: a better answer may repeat itself a little.
     """
 
     kind: Literal["guarded"] = "guarded"
     """Names this class in settings files."""
     reward: AnyReward
-    """What guides."""
+    """The reward that guides."""
     guard: AnyReward = FluencyReward()
-    """What is subtracted where it is negative."""
+    """The reward that lowers the score where it is negative."""
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 20.0
-    """Standard deviations of the reward for each unit of the guard. At 20, an answer of which 5% is repeated loses
-    one standard deviation."""
+    """Standard deviations of the reward for each unit of the guard. At 20, an answer that is 5% repetition loses one
+    standard deviation."""
 
     @property
     def name(self) -> str:

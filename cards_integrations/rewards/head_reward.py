@@ -1,4 +1,4 @@
-"""What the rewards have in common that are a transformers model with a head."""
+"""What rewards have in common that are a transformers model with a head."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class HeadReward(Reward):
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     adapter: str | None = None
-    """A peft adapter on top of the model: one that comes with this package, by name, a directory or a hub id."""
+    """A peft adapter on the model: the name of one in this package, a directory or a hub id."""
     trust_remote_code: bool = False
     """Whether code that comes with the model may run."""
     device: str | None = None
@@ -29,7 +29,7 @@ class HeadReward(Reward):
     dtype: DType | None = None
     """Number format of the weights; None is the engine's."""
     quantization: Bits | None = None
-    """Bits of the weights, as for `LocalModel`; an adapter shares the language model's if they have the same."""
+    """Bits of the weights, as for `LocalModel`. An adapter shares the language model's weights if their bits agree."""
 
     @property
     def local_model(self) -> LocalModel:

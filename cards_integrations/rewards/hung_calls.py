@@ -1,6 +1,6 @@
-"""Calls of users' functions that nobody waits for any more: threads cannot be ended, nor can tasks that will not be.
+"""Calls of users' functions that were given up but still run: a thread cannot be ended, nor a task that refuses to.
 
-They are counted.
+They are counted, and a function with too many of them is not called any more.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ T = TypeVar("T")
 
 
 class HungCalls:
-    """Counts them by the code that they run, so that each function made anew in a loop is the same one."""
+    """Counts calls that hang by the code that they run, so that a function made again in a loop counts as the same."""
 
     def __init__(self) -> None:
         self.forget()
 
     def forget(self) -> None:
-        """Begin to count anew."""
+        """Reset all counts."""
         self._hanging: Counter[Any] = Counter()
         self._lock = threading.Lock()
 
@@ -36,8 +36,11 @@ class HungCalls:
         """Refuse to call a function of which too many calls hang.
 
         Args:
-            name: What errors call it.
+            name: What errors call the reward.
             function: The function.
+
+        Raises:
+            RewardError: Too many of its calls hang.
         """
         if self._hanging[_code(function)] >= MOST:
             raise RewardError(
@@ -75,7 +78,7 @@ class HungCalls:
             raise
 
     async def finish(self, function: Callable[..., Any], work: Awaitable[T]) -> T:
-        """Await what an async function does, in a task that is given up if it does not end when it is cancelled.
+        """Await an async function in a task, which is given up if it does not end when it is cancelled.
 
         Args:
             function: The function.

@@ -1,4 +1,4 @@
-"""The reward that a tuned model implies over the one it was tuned from."""
+"""The reward that a tuned model implies, relative to the model that it was tuned from."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from cards_integrations.rewards.registry import register_reward
 class ImplicitReward(Reward):
     """beta * (log p_tuned(y | x) - log p_base(y | x)), in nats: equation 5 of DPO (arXiv 2305.18290).
 
-    TreeBoN (arXiv 2410.16033) guides with it. The log p of the language model itself, which drafts, costs
-    nothing; so the usual choice is to draft with the base model and to name the tuned one, which may be
-    an adapter on the same weights: `LocalModel(model=..., adapter=...)`.
+    TreeBoN (arXiv 2410.16033) is guided by it. The log p of the language model that drafts costs nothing. So the usual
+    choice is to draft with the base model and to name the tuned one, which may be an adapter on the same weights:
+    `LocalModel(model=..., adapter=...)`.
     """
 
     kind: Literal["implicit"] = "implicit"

@@ -1,4 +1,4 @@
-"""A language model as judge: how much more it would say yes than no. Nothing is sampled."""
+"""A language model as judge: how much rather it would say yes than no; nothing is sampled."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cards_integrations.rewards.registry import register_reward
 
 
 class RubricReward(Reward):
-    """Settings of a language model that reads an answer within a rubric, and is asked about it."""
+    """Settings of a language model that reads an answer in a rubric, and is asked about it."""
 
     default_question: ClassVar[str] = HELPFUL
     """What is asked if there are no criteria."""
@@ -21,14 +21,14 @@ class RubricReward(Reward):
     model: AnyLocalModel | None = None
     """The judge; None is the language model that drafts (self-evaluation, on the same weights)."""
     rubric: str = RUBRIC
-    """A text with `{response}`, usually `{prompt}` and, after `{response}`, `{criterion}`, which goes through the
-    judge's chat template as a user's message. "chat" is the conversation itself in that template, its answer and, as
-    the message after it, the criterion: what judges expect that were trained on principles."""
+    """A text with `{response}`, usually `{prompt}` and, after `{response}`, `{criterion}`. It goes through the judge's
+    chat template as a message of the user. "chat" is the conversation itself in that template, then the answer and, as
+    the next message, the criterion: the form that judges trained on principles expect."""
     criteria: tuple[AnyCriterion, ...] = ()
-    """What is asked, each on its own, for a part of the score; a text is a question, of weight 1. All that is before
-    `{criterion}` is read once for all of them. None: whether the answer is helpful, honest and harmless."""
+    """What is asked, one by one; each gives a part of the score. A text is a question of weight 1. What comes before
+    `{criterion}` is read once for all of them. By default: whether the answer is helpful, honest and harmless."""
     criterion_role: Annotated[str, Field(min_length=1)] = "user"
-    """Whose message the criterion is in the rubric "chat": of the user, or of a role of the template's own
+    """The role of the criterion's message in the rubric "chat": the user, or a role that the template has
     ("principle")."""
 
     @model_validator(mode="after")
@@ -67,7 +67,7 @@ class RubricReward(Reward):
 class JudgeReward(RubricReward):
     """logit("Yes") - logit("No") of the judge's first token after the `rubric`.
 
-    With `criteria`, the weighted mean of such margins, each of which is a part of the score: a judge of principles.
+    With `criteria`, it is the weighted mean of such margins, each of which is a part of the score.
     """
 
     kind: Literal["judge"] = "judge"

@@ -14,13 +14,13 @@ from cards_integrations.rewards.registry import register_reward
 class LengthReward(Reward):
     """-|length - target| / target of a finished answer, in words or characters.
 
-    An unfinished answer can still grow, so it loses only what it is too long by.
+    An unfinished answer can still grow, and so is only penalised for being too long.
     """
 
     kind: Literal["length"] = "length"
     """Names this class in settings files."""
     target: Annotated[int, Field(ge=1)]
-    """The length to be reached, in units."""
+    """The length that an answer should have, in units."""
     unit: Literal["words", "characters"] = "words"
     """Words are separated by whitespace."""
 

@@ -13,7 +13,7 @@ from cards_integrations.rewards.registry import register_reward
 class MinReward(CompositeReward):
     """min_i (r_i - mean_i) / std_i: an answer is as good as its weakest side.
 
-    Mean and standard deviation are those of part i over plain answers, as in `WeightedReward`.
+    Mean and standard deviation of part i are taken over plain answers, as in `WeightedReward`.
     """
 
     kind: Literal["min"] = "min"

@@ -1,4 +1,4 @@
-"""All rewards: by kind, by name, and those that installed plug-ins bring."""
+"""All rewards by kind and by name, those of installed plug-ins included."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ GROUP = "cards_integrations.rewards"
 NAMED: dict[str, Reward] = {}
 """The embedded rewards, by name."""
 HELD_OUT: dict[str, str] = {}
-"""By name of a reward, that of another model for the same, which judges where the first one guides."""
+"""By the name of a reward, the name of another model of the same quality, which judges what the first one guides."""
 R = TypeVar("R", bound=Reward)
 
 _registry = Registry(Reward, "reward", "kind", GROUP)
 REWARDS: dict[str, type[Reward]] = _registry.classes
-"""The classes of rewards, and those of plug-ins that have been asked for, by kind."""
+"""The classes of rewards by kind, those of plug-ins once they have been asked for."""
 
 
 def register_reward(cls: type[R]) -> type[R]:
-    """Make a subclass of `Reward` known by its `kind`, for settings files and names. A decorator.
+    """Decorate a subclass of `Reward` so that settings and names can refer to it by its `kind`.
 
     Raises:
         SettingsError: It has no `kind: Literal["my-reward"] = "my-reward"`, or that of another class.
@@ -65,7 +65,7 @@ def as_reward(value: Any) -> Reward:
         name = str(value)
         if name in NAMED:
             return NAMED[name]
-        if "/" not in name and name in known_rewards():  # plug-ins are looked up, which takes a while
+        if "/" not in name and name in known_rewards():  # last, as looking up plug-ins takes a while
             return _by_kind(name)
         if "/" in name or is_directory(name):
             return REWARDS["classifier"].model_validate({"model": name})
@@ -73,7 +73,7 @@ def as_reward(value: Any) -> Reward:
         raise unknown_name("reward", name, known, " Or pass a hub id, a directory, a function or a settings object.")
     if isinstance(value, dict):
         if "kind" not in value:
-            given = ", ".join(map(short_repr, value))  # the values may hold a key
+            given = ", ".join(map(short_repr, value))  # without the values, which may contain a key
             raise SettingsError(f"reward with {given[:200]} names no kind: one of {', '.join(sorted(REWARDS))}.")
         try:
             kind = value["kind"]
@@ -90,18 +90,18 @@ def as_reward(value: Any) -> Reward:
 
 
 def known_as(reward: Reward) -> str:
-    """Return the name by which a user asks for a reward, or else the one that tells what it is."""
+    """Return the name by which a user asks for a reward if it has one, else the name that describes it."""
     return next((name for name, each in NAMED.items() if each == reward), reward.name)
 
 
 def held_out_for(reward: Reward) -> Reward | None:
-    """Return the named reward that judges where this one guides, alone or guarded; None if there is none."""
+    """Return the named reward that judges answers guided by this one, alone or guarded; None if there is none."""
     guides = {name: NAMED[name].scale_source for name in HELD_OUT}
     return next((NAMED[HELD_OUT[name]] for name, guide in guides.items() if guide == reward.scale_source), None)
 
 
 def _by_kind(kind: str) -> Reward:
-    """The reward of a kind as it is by default."""
+    """Return the reward of a kind with default settings."""
     cls = reward_class(kind)
     needed = [name for name, field in cls.model_fields.items() if field.is_required()]
     if needed:

@@ -1,4 +1,4 @@
-"""What users set of a reward model behind HTTP."""
+"""The settings of a reward model behind HTTP."""
 
 from __future__ import annotations
 
@@ -24,59 +24,59 @@ ONLY_WITH: dict[str, tuple[Protocol, ...]] = {
     "words": ("generative_scoring",),
     "question": ("systemone",),
 }
-"""Settings that some protocols have no use for."""
+"""Settings that are for some protocols only."""
 
 
 class RemoteSettings(Keyed, Reward):
-    """The settings, without what is made of them."""
+    """The settings of `RemoteReward`, without the model that is built from them."""
 
-    model_config = ConfigDict(hide_input_in_errors=True)  # it may hold the key
+    model_config = ConfigDict(hide_input_in_errors=True)  # it may contain the key
 
     key_setting: ClassVar[str] = "reward.api_key"
     key_variable: ClassVar[str] = KEY
     kind: Literal["remote"] = "remote"
     """Names this class in settings files."""
     url: ServerUrl | tuple[ServerUrl, ...]
-    """Of the server, or of several replicas."""
+    """The URL of the server, or those of several replicas."""
     protocol: Protocol
-    """What is sent where, and how the reply is read."""
+    """The endpoint that is called, and the form of request and reply."""
     model: Annotated[str, Field(min_length=1)] | None = None
-    """What vLLM calls the model. Scales are remembered for a named model only: a URL may serve another one
+    """The name of the model at the server. Scales are only remembered for a named model, as a URL may serve another one
     tomorrow."""
     label: Annotated[int, Field(ge=0)] | str | None = None
-    """Which score is taken: an index with "classify" and "pooling", a name with "predict"; None if there is only one,
-    and for the last with "pooling"."""
+    """Which score is used: an index with "classify" and "pooling", a name with "predict". None: the only one or, with
+    "pooling", the last."""
     tokenizer: Annotated[str, Field(min_length=1)] | None = None
-    """An embedded name, hub id or directory: then "classify" and "pooling" send token ids. "generative_scoring" needs
-    it."""
+    """An embedded name, hub id or directory of a tokenizer, with which "classify" and "pooling" send token ids.
+    "generative_scoring" needs it."""
     prompt_format: str | None = None
-    """How one text is made of `{prompt}` and `{response}`. None: with a tokenizer "chat", the reward model's own
-    template, else "{prompt}{response}"; for "generative_scoring" the rubric of `JudgeReward`, which goes through the
-    template as a user's message; for "systemone" JSON with message, answer and context."""
+    """How `{prompt}` and `{response}` become one text. None: with a tokenizer "chat", the reward model's own template,
+    else "{prompt}{response}"; for "generative_scoring" the rubric of `JudgeReward`, which goes through the template as
+    a message of the user; for "systemone" JSON with message, answer and context."""
     use_activation: bool = False
-    """Whether vLLM puts the scores of "score" through the model's activation, a sigmoid as a rule. True for
-    late-interaction models, whose vectors it normalises so."""
+    """Whether vLLM applies the model's activation, usually a sigmoid, to the scores of "score". Use True for
+    late-interaction models, whose vectors are normalised by it."""
     separator: Annotated[str, Field(min_length=1)] = "\n\n"
-    """For "pooling": what ends a step in an answer's text, and is left out of it."""
+    """For "pooling": the text that ends a step of an answer; it is not part of the step."""
     step_tag: Annotated[str, Field(min_length=1)] = "<extra_0>"
-    """For "pooling": the text of the token that the model was trained to read behind each step."""
+    """For "pooling": the text of the token that the model was trained to read after each step."""
     after_tag: str = ""
-    """For "pooling": what stands between a tag and the next step."""
+    """For "pooling": the text between a tag and the next step."""
     aggregate: Aggregate = "min"
-    """For "pooling": how the scores of the steps become one: that of the last, the least, the product or the mean."""
+    """For "pooling": how the scores of the steps become one: the last, the least, their product or their mean."""
     words: tuple[Annotated[str, Field(min_length=1)], Annotated[str, Field(min_length=1)]] = ("Yes", "No")
     """For "generative_scoring": the score is log p of the first word minus that of the second; their first tokens are
     compared."""
     question: AnyQuestion = HELPFUL
-    """For "systemone": what is asked about an answer. A text is a question of yes or no."""
+    """For "systemone": the question about an answer. A text is a yes-or-no question."""
     request_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 30.0
     """Seconds for one HTTP request."""
     retries: Annotated[int, Field(ge=0)] = 3
-    """Further tries after an error that may pass: no connection, no answer in time, 429, 5xx."""
+    """Further attempts after an error that may be temporary: no connection, no answer in time, 429, 5xx."""
     concurrency: Annotated[int, Field(ge=1)] = 8
-    """Requests in flight at most."""
+    """Most requests in flight."""
     batch_size: Annotated[int, Field(ge=1)] = 32
-    """Answers in one request at most; "systemone" takes one."""
+    """Most answers in one request; "systemone" takes one."""
 
     @field_validator("prompt_format")
     @classmethod

@@ -1,4 +1,4 @@
-"""The steps of an answer, the tags behind them, and what the scores of steps are together."""
+"""The steps of an answer, the tags after them, and how the scores of steps become one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Aggregate = Literal["last", "min", "product", "mean"]
 
 
 def aggregated(scores: Sequence[float], how: Aggregate) -> float:
-    """Return one score for those of all steps."""
+    """Return one score from those of all steps."""
     match how:
         case "last":
             return scores[-1]
@@ -25,12 +25,12 @@ def aggregated(scores: Sequence[float], how: Aggregate) -> float:
 
 @dataclass(frozen=True)
 class Steps:
-    """How an answer is taken apart, and how its steps are marked.
+    """How an answer is split into steps, and how these are marked.
 
     Attributes:
-        separator: What ends a step; None where the steps are given.
-        tag: What stands behind each step.
-        after_tag: What stands between a tag and the next step.
+        separator: The text that ends a step; None if the steps are given.
+        tag: The text after each step.
+        after_tag: The text between a tag and the next step.
     """
 
     separator: str | None
@@ -38,7 +38,7 @@ class Steps:
     after_tag: str = ""
 
     def split(self, answer: str, ends: Sequence[int] = ()) -> list[str]:
-        """Return the steps of an answer, one at least; `ends` are where they end, in characters, if they are given."""
+        """Return the steps of an answer, at least one; `ends` are the characters where they end, if that is given."""
         if self.separator is None:
             begins = [0, *ends]
             steps = [answer[begin:end] for begin, end in zip(begins, [*ends, len(answer)], strict=True)]
@@ -47,5 +47,5 @@ class Steps:
         return [step for step in steps if step.strip()] or [answer]
 
     def tagged(self, steps: Sequence[str]) -> str:
-        """Return an answer with a tag behind each step."""
+        """Return an answer with a tag after each step."""
         return self.after_tag.join(step + self.tag for step in steps)

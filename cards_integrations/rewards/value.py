@@ -1,4 +1,4 @@
-"""A value head on the language model that drafts: a reward that costs nothing extra."""
+"""A value head on the language model that drafts: a reward without a forward of its own."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from cards_integrations.rewards.registry import register_reward
 
 @register_reward
 class ValueReward(Reward):
-    """What a trained head reads off the last hidden states of the language model that drafts.
+    """The prediction of a trained head from last hidden states of the language model that drafts.
 
-    They are that after the last token of the answer so far, and the mean of those after all of its tokens. The
-    drafting computes them anyway: nothing is read for the reward. `CardsLLM.train_value`, or `cards train-value`,
-    makes a head from any other reward, its teacher.
+    It reads the state after the last token of the answer so far, and the mean of the states after all its tokens. The
+    drafting computes these anyway, so that nothing is read for the reward. `CardsLLM.train_value`, or
+    `cards train-value`, trains a head on any other reward, its teacher.
     """
 
     kind: Literal["value"] = "value"
     """Names this class in settings files."""
     path: Annotated[str, Field(min_length=1)]
-    """The file of the trained head. A running engine keeps the one that it has read."""
+    """The file of the trained head. A running engine reads it once."""
 
     @property
     def name(self) -> str:
@@ -37,7 +37,7 @@ class ValueReward(Reward):
         try:
             return self.scale or read_card(self.path).scale
         except RewardError:
-            return None  # to load it says why
+            return None  # loading the head will say why
 
     def build(self, loader: Loader) -> RewardModel:
         from cards_integrations.rewards.scorers.value import Value

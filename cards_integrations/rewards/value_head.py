@@ -1,4 +1,4 @@
-"""A trained value head as a file: safetensors, with what it was trained on and how well it does in its metadata."""
+"""The file of a trained value head: safetensors, whose metadata tells what it was trained on, and how good it is."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Target = Literal["value", "prefix"]
 
 
 class ValueCard(BaseModel):
-    """What a value head was trained on, and what it is worth on prompts that it has not seen."""
+    """What a value head was trained on, and how good it is on prompts that it has not seen."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
 
     version: Literal[1] = 1
-    """Of the file's layout."""
+    """The version of the file's layout."""
     model: str
     """The language model whose hidden states it reads."""
     revision: str | None = None
@@ -33,36 +33,40 @@ class ValueCard(BaseModel):
     adapter: str | None = None
     """The adapter on it."""
     probe_ids: list[int]
-    """A text in the model's tokens, after each of which the file has the model's hidden state: its fingerprint."""
+    """The tokens of a probe text. The file has the model's hidden state after each, as a fingerprint of the model."""
     teacher: str
     """The name of the reward that it was trained on."""
     target: Target
-    """"value": it foretells the teacher's reward of the finished answer; "prefix": that of the answer so far."""
+    """"value" predicts the teacher's reward of the finished answer; "prefix" that of the answer so far."""
     max_tokens: int
-    """Limit of the answers."""
+    """Token limit of the answers that it was trained on."""
     scale: tuple[FiniteFloat, FiniteFloat]
-    """Mean and standard deviation of its own values over finished plain answers to prompts that it has not seen."""
+    """Mean and standard deviation of its values over finished plain answers to prompts that it has not seen."""
     prompts: tuple[int, int]
     """How many prompts it was trained and tested on."""
     prefixes: tuple[int, int]
-    """How many answers so far these gave."""
+    """How many prefixes of answers these gave, for training and test."""
     pearson: FiniteFloat
     """Correlation of its values with the target on the prompts that it has not seen."""
     spearman: FiniteFloat
-    """The same of ranks."""
+    """Rank correlation, likewise."""
     penalty: FiniteFloat
-    """The ridge penalty, chosen by cross-validation over the prompts of the training."""
+    """The ridge penalty, chosen by cross-validation over the training prompts."""
 
     @property
     def trained_on(self) -> str:
-        """Which model's hidden states it reads."""
+        """A description of the model whose hidden states it reads."""
         revision = f" at revision {self.revision}" if self.revision else ""
         adapter = f" with adapter {self.adapter!r}" if self.adapter else ""
         return f"{self.model!r}{revision}{adapter}"
 
 
 def pooled(states: torch.Tensor) -> torch.Tensor:
-    """Return what a head reads, (2, hidden size), of the states after the prompt and each token of the answer."""
+    """Return what a head reads, (2, hidden size).
+
+    Args:
+        states: The states after the prompt and after each token of the answer, (1 + tokens, hidden size).
+    """
     import torch
 
     mean = states[1:].mean(0) if len(states) > 1 else torch.zeros_like(states[0])
@@ -73,8 +77,8 @@ def pooled(states: torch.Tensor) -> torch.Tensor:
 class ValueHead:
     """value = weight[0] . last + weight[1] . mean + bias.
 
-    `last` is the last hidden state after the last token of an answer, or of the prompt if there is none; `mean` is the
-    mean of those after all tokens of the answer, or 0.
+    `last` is the last hidden state after the answer, or after the prompt if the answer is empty; `mean` is the mean of
+    the states after all tokens of the answer, or 0.
 
     Attributes:
         weight: (2, hidden size), float32.

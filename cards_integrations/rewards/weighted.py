@@ -18,7 +18,7 @@ class WeightedReward(CompositeReward):
     kind: Literal["weighted"] = "weighted"
     """Names this class in settings files."""
     weights: tuple[FiniteFloat, ...] = ()
-    """One for each part; a negative weight asks for less of it. Equal weights, which sum to 1, if there are none."""
+    """One for each part; a negative weight asks for less of it. By default equal weights that sum to 1."""
 
     @model_validator(mode="after")
     def _one_weight_each(self) -> Self:
