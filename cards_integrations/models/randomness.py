@@ -16,10 +16,10 @@ _FRESH = {"bit_generator": "Philox", "buffer": (0, 0, 0, 0), "buffer_pos": _BLOC
 
 
 class _Source(local):
-    """One for each thread: a forked child would wait for ever for a lock that another thread held at the fork."""
+    """A generator for each thread: a forked child would wait for ever for a lock that another thread held."""
 
     def __init__(self) -> None:
-        self.philox = Philox(0)  # its state is set for each use: to make one takes several times as long
+        self.philox = Philox(0)  # its state is set for each use, which is several times faster than making one
         self.generator = Generator(self.philox)
 
 
@@ -29,11 +29,11 @@ _source = _Source()
 class Uniforms:
     """The uniforms in [0, 1) of one draft: `verdict` for its acceptance, then one for each token.
 
-    The number for (seed, segment, draft, position) depends on nothing else: it is Philox with the seed as
-    key, and segment and draft in the high words of its counter.
+    The number for (seed, segment, draft, position) depends on nothing else: it is Philox with the seed as its key, and
+    segment and draft in the high words of its counter.
 
     Args:
-        seed: The request's.
+        seed: The seed of the request.
         segment: Index of the segment in the answer.
         draft: Index of the draft of this segment.
     """
@@ -51,7 +51,7 @@ class Uniforms:
         return self._numbers[position + 1]
 
     def _following(self) -> list[float]:
-        """The next numbers of the stream."""
+        """Return the next numbers of the stream."""
         at = {"key": self._key, "counter": (len(self._numbers) // _BLOCK, 0, *self._place)}
         state: Any = _FRESH | {"state": at}
         _source.philox.state = state

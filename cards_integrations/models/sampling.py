@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 BLOCK = 128  # logits that are searched together
-NEVER = -1e9  # a bias with which a token is not drawn
+NEVER = -1e9  # a bias with which a token is never drawn
 TokenId = Annotated[int, Field(ge=0)]
 
 
 def _as_pairs(value: Any) -> Any:
-    """A mapping as pairs, which have a hash; JSON writes its keys as text."""
+    """Return a mapping as pairs, which have a hash. In JSON its keys are texts."""
     if not isinstance(value, Mapping):
         return value or ()
     return tuple((int(key) if isinstance(key, str) else key, bias) for key, bias in value.items())
@@ -72,13 +72,13 @@ class Sampler(SettingsModel):
     """Is subtracted from the logits of the answer's tokens."""
 
     frequency_penalty: FiniteFloat = 0.0
-    """Is subtracted from the logit of a token as often as the answer has it."""
+    """Is subtracted from the logit of a token once for each time it occurs in the answer."""
 
     logit_bias: LogitBias = ()
     """Is added to the logits of these tokens."""
 
     min_tokens: Annotated[int, Field(ge=0)] = 0
-    """Tokens that an answer has before end-of-sequence or one of `stop_token_ids` may end it."""
+    """Tokens of an answer before which neither end-of-sequence nor `stop_token_ids` can end it."""
 
     stop_token_ids: TokenIds = ()
     """Tokens that end an answer as end-of-sequence does."""
@@ -90,7 +90,7 @@ class Sampler(SettingsModel):
 
     @cached_property
     def kind(self) -> tuple[int, bool] | None:
-        """What samplers that draw together have in common: `top_k`, and whether more is left out; None if greedy."""
+        """What samplers that draw together share: `top_k`, and whether `top_p` or `min_p` is used; None if greedy."""
         return None if self.greedy else (self.top_k, self.top_p < 1 or self.min_p > 0)
 
     @cached_property
@@ -105,7 +105,7 @@ class Sampler(SettingsModel):
         return not (self.penalizes or self.min_tokens)
 
     def __copy__(self) -> Self:
-        """A copy that may be given other settings: it remembers nothing that follows from these."""
+        """Return a copy that may be given other settings: without cached properties that follow from these."""
         copied = super().__copy__()
         for name in ("kind", "penalizes", "plain"):
             copied.__dict__.pop(name, None)
@@ -117,11 +117,11 @@ def draw(
 ) -> torch.Tensor:
     """Draw one token with each sampler, those of one `kind` together.
 
-    Token i is drawn from logits[rows[i]] with uniforms[i]: it is the first one at which the cumulative
-    probability, in order of token ids, exceeds the uniform. The order is that of the ids and not of the
-    probabilities, so that two almost equal logits that change places under another batch shape do not
-    change the outcome. Nor does the company: which of several equal logits are among the k largest depends
-    on k, so each `top_k` has a search of its own. `top_p` and `min_p` may differ from row to row.
+    Token i is drawn from logits[rows[i]] with uniforms[i]: it is the first token at which the cumulative probability,
+    in order of token ids, exceeds the uniform. The order is that of ids and not of probabilities, so that two almost
+    equal logits that change places under another batch shape do not change the outcome. Nor do other candidates of the
+    step: which of several equal logits are among the k largest depends on k, so each `top_k` is searched for by itself.
+    `top_p` and `min_p` may differ from row to row.
 
     Args:
         samplers: One for each token; those of one row are equal.
@@ -172,7 +172,7 @@ def _draw(
     temperatures: torch.Tensor,
     limits: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Draw tokens (m,) by samplers of one kind; see `Sampler.kind`. `temperatures` (n, 1) are those of the rows."""
+    """Draw tokens (m,) by samplers of one kind (see `Sampler.kind`), given the temperatures of the rows, (n, 1)."""
     if kind is None:
         return logits.argmax(-1)[rows]
     top_k, filtered = kind
@@ -189,9 +189,9 @@ def _draw(
 
 
 def _probable(p: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
-    """The probabilities (n, tokens) without those that `top_p` and then `min_p`, (n, 1), leave out.
+    """Set probabilities (n, tokens) to 0 that `top_p` and then `min_p`, (n, 1) each, exclude.
 
-    Of equal ones, those of the first ids go first.
+    Of equal ones, those with the lowest ids are excluded first.
     """
     ordered, places = p.sort(stable=True, dim=-1)
     out = ordered.cumsum(-1) <= 1 - top_p
@@ -201,7 +201,7 @@ def _probable(p: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor) -> torc
 
 
 def distinct(items: Sequence[T]) -> tuple[list[T], list[int]]:
-    """Return the distinct ones of some items, and where each of all is among them."""
+    """Return the distinct items, and the place of each item among them."""
     places = {item: place for place, item in enumerate(dict.fromkeys(items))}
     return [*places], [places[item] for item in items]
 
@@ -209,8 +209,8 @@ def distinct(items: Sequence[T]) -> tuple[list[T], list[int]]:
 def _largest(logits: torch.Tensor, k: int) -> torch.Tensor:
     """Ids of the k largest logits in any order, (n, vocabulary) -> (n, k).
 
-    They are in the k blocks with the largest maxima, and searching those is several times faster than
-    searching the whole vocabulary.
+    They are in the k blocks with the largest maxima. Searching only these is several times faster than searching the
+    whole vocabulary.
     """
     blocks, rest = divmod(logits.shape[-1], BLOCK)
     if rest or blocks <= k:

@@ -1,4 +1,4 @@
-"""Where the language model is: the one place that goes from settings to a backend."""
+"""From the settings of a language model to its backend: the one place that knows all backends."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MODELS.register(VllmModel)
 
 
 def register_model(cls: C) -> C:
-    """Make a backend of another package known by its `kind`, for settings files. A decorator.
+    """Decorate a backend of another package so that settings can refer to it by its `kind`.
 
     An installed package can name the class as an entry point of the group `cards_integrations.models` instead.
     """
@@ -37,7 +37,7 @@ def register_model(cls: C) -> C:
 
 
 def as_model(value: Any) -> Any:
-    """A model from a name, a path, JSON, its settings as a dict (local, if they name no kind), or itself."""
+    """Make the settings of a model from a name, a path, JSON or a dict (local if it names no kind), or return them."""
     value = from_json("model", value)
     if isinstance(value, (str, Path)):
         return as_local_model(value)
@@ -55,18 +55,17 @@ AnyModel = Annotated[LocalModel | VllmModel | SerializeAsAny[CustomModel], Befor
 
 
 def source_name(source: ModelSource) -> str:
-    """What the settings call the model: a name, a hub id or a path."""
+    """Return what the settings call the model: a name, a hub id or a path."""
     return str(getattr(source, "model", source.kind))
 
 
 def build_model(source: ModelSource, loader: ModelLoader, wake: Callable[[], None]) -> LanguageModel:
-    """Load a language model, or meet its server; called once per engine, in a thread of its own.
+    """Load a language model, or connect to its server; called once per engine, in a thread of its own.
 
     Args:
         source: The settings.
         loader: Loads the weights and the tokenizers of the engine.
-        wake: Called, from the engine's thread, when `LanguageModel.sample` has something new although nothing was
-            begun since.
+        wake: Called from the engine's thread when `LanguageModel.sample` has something new to return.
 
     Raises:
         ModelError: It cannot be loaded, or its server does not answer as it should.
@@ -88,7 +87,7 @@ def build_model(source: ModelSource, loader: ModelLoader, wake: Callable[[], Non
 
 
 def context_window(source: ModelSource) -> int:
-    """Most tokens of prompt and answer together, from a config alone or from the server; no weights are loaded."""
+    """Return the most tokens of prompt and answer together, from a config or from the server; loads no weights."""
     match source:
         case LocalModel():
             return max_positions(read_config(source))
@@ -99,7 +98,7 @@ def context_window(source: ModelSource) -> int:
 
 
 def known_context_window(source: ModelSource) -> int | None:
-    """The same without asking anybody: None if no config on this machine says it."""
+    """Return the same from files on this machine only; None if no config here says it."""
     try:
         match source:
             case LocalModel():
@@ -114,7 +113,7 @@ def known_context_window(source: ModelSource) -> int | None:
 
 
 def known_chat_template(source: ModelSource) -> str:
-    """The source of its chat template without asking anybody; "" if no file on this machine has it."""
+    """Return the source of the chat template from files on this machine only; "" if none has it."""
     try:
         here = with_config_here(source) if isinstance(source, LocalModel) else None
         return "" if here is None else chat_template_here(here)

@@ -47,7 +47,7 @@ TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"  # a remark of
 class ModelLoader:
     """Loads the models of one engine, each once. Models that are adapters on the language model share its weights.
 
-    The language model stays; others stay as long as somebody, such as a reward model, holds them.
+    The language model stays; others stay as long as something, such as a reward model, references them.
 
     Args:
         placement: Where and how weights are held.
@@ -77,7 +77,7 @@ class ModelLoader:
         self._tokenizers: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # by their model
 
     def thread_tuner(self) -> ThreadTuner | None:
-        """Return what chooses the number of threads for each step; None if it is not to change."""
+        """Return a tuner of the number of threads of each step; None if the number should not change."""
         import torch
 
         if self.placement.threads != "auto" or self.device.type != "cpu" or torch.get_num_threads() == 1:
@@ -86,14 +86,14 @@ class ModelLoader:
 
     @cached_property
     def memory(self) -> KVMemory | None:
-        """The memory for the caches of all models; to be read only after the language model is loaded."""
+        """The memory for the caches of all models; must not be read before the language model is loaded."""
         return self.budget and self.budget(self.device)
 
     def causal(self, spec: LocalModel) -> tuple[Any, Any]:
-        """Return (model, tokenizer) for drafting, or for reading log p; the first one loaded is the language model.
+        """Return (model, tokenizer) for drafting or for reading log p; the first one loaded is the language model.
 
         Raises:
-            ModelError: It cannot be loaded, or has no weights for a part.
+            ModelError: It cannot be loaded, or lacks weights.
         """
         return self._with_tokenizer(self.cached(("causal", spec), lambda: self._causal(spec)))
 
@@ -110,10 +110,10 @@ class ModelLoader:
 
         Args:
             spec: The model.
-            of_steps: Whether it scores tokens, those where the steps of an answer end; else whole answers.
+            of_steps: Whether it scores tokens, at which the steps of an answer end, instead of whole answers.
 
         Raises:
-            ModelError: It cannot be loaded, is of the other kind, or has no weights for a part.
+            ModelError: It cannot be loaded, is of the other kind, or lacks weights.
         """
         return self._with_tokenizer(
             self.cached(("classifier", spec, of_steps), lambda: self._classifier(spec, of_steps))
@@ -140,14 +140,14 @@ class ModelLoader:
         return model, self._tokenizers[model]
 
     def _on_language_model(self, spec: LocalModel) -> bool:
-        """True if it is an adapter that can share the language model's own weights."""
+        """True if it is an adapter on the language model that can share its weights."""
         base = spec.model_copy(update={"adapter": None})
         if spec.adapter is None or self.language_model is None or not self.language_model[0].same_weights(base):
             return False
         return can_share_weights(spec)
 
     def _adapted(self, spec: LocalModel, model: Any, shared: bool) -> Any:
-        """The model with its adapter, if it has one, on the device."""
+        """Return the model on the device, with its adapter if it has one."""
         from cards_integrations.transformer.quantization import is_quantized
 
         if spec.adapter:
@@ -156,7 +156,7 @@ class ModelLoader:
         return self._placed(model)
 
     def _fitting_tokenizer(self, spec: LocalModel, model: Any) -> Any:
-        """A new tokenizer of the model, whose ids the model knows."""
+        """Return a new tokenizer of the model, checked to have only ids that the model knows."""
         tokenizer = self.tokenizer(spec)
         check_vocabulary(f"model={spec.model!r}", tokenizer, embedding_rows(model))
         check_encoding(f"model={spec.model!r}", tokenizer, embedding_rows(model))
@@ -173,7 +173,7 @@ class ModelLoader:
         return other
 
     def cached(self, key: Hashable, build: Callable[[], T]) -> T:
-        """Return what `build` made for this key on this device; built once, and there as long as somebody holds it."""
+        """Return what `build` makes for this key on this device: built once, and kept as long as it is referenced."""
         here = (key, self.device, self.placement.dtype)
         with load_lock():
             made: T | None = self._cached.get(here)
@@ -213,7 +213,7 @@ class ModelLoader:
             )
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-        tokenizer.deprecation_warnings[TOO_LONG] = True  # as if it had been made: what is too long is refused
+        tokenizer.deprecation_warnings[TOO_LONG] = True  # no warning: a text that is too long is refused
         return tokenizer
 
     def padding(self, spec: LocalModel) -> int | None:
@@ -221,7 +221,7 @@ class ModelLoader:
         return getattr(read_config(spec), "pad_token_id", None)
 
     def _load(self, spec: LocalModel, family: Any = None, options: dict[str, Any] | None = None) -> Any:
-        """A model on the device: of a class that is given, or of that of a language model."""
+        """Load a model onto the device, by the given auto class or by that of its language model."""
         if spec.adapter is not None:
             resolve_adapter(spec.adapter)  # before anything is read
         from cards_integrations.models.local.quantize import check_quantization, quantize
@@ -255,7 +255,7 @@ class ModelLoader:
         return self._placed(model)
 
     def _where(self, bits: Bits | None) -> dict[str, Any]:
-        """The options of `from_pretrained` that place weights while they are read, and quantize them on a GPU."""
+        """Return options of `from_pretrained` that place weights while they are read, and quantize them on a GPU."""
         from cards_integrations.models.local.quantize import gpu_options
 
         on_cpu, spread = self.device.type == "cpu", self.placement.device_map
@@ -269,15 +269,15 @@ class ModelLoader:
         return options if on_cpu else {**options, "device_map": {"": self.device}}
 
     def _placed(self, model: Any) -> Any:
-        """The model on the device, or where it has been put while it was loaded."""
+        """Return the model on the device, or where it was placed while it was loaded."""
         there = getattr(model, "hf_quantizer", None) is not None or getattr(model, "hf_device_map", None) is not None
         return (model if there else model.to(self.device)).eval()
 
     def _bits(self, spec: LocalModel) -> Bits | None:
-        """To how many bits the weights are rounded when they are loaded.
+        """Return the form in which weights are quantized at load; None if they are not.
 
         Raises:
-            ModelError: `dtype` says something else.
+            ModelError: `dtype` contradicts it.
         """
         from cards_integrations.transformer.quantization import fast_form
 
@@ -329,5 +329,5 @@ def fast_bfloat16() -> bool:
 
 
 def _copy_modules(model: Any) -> Any:
-    """New modules with the same tensors."""
+    """Return new modules with the same tensors."""
     return copy.deepcopy(model, {id(t): t for t in [*model.parameters(), *model.buffers()]})

@@ -1,4 +1,4 @@
-"""What changes logits before a token is drawn: biases, and penalties for what was written.
+"""Changes to logits before a token is drawn: biases, and penalties for tokens that were written.
 
 The order is that of transformers' `generate`, and of vLLM: bias, repetition, frequency and presence, minimum length.
 """
@@ -17,7 +17,7 @@ from cards_integrations.models.sampling import Sampler
 
 
 class Penalties:
-    """Changes the logits of candidates as their samplers ask for it.
+    """Changes the logits of candidates by the settings of their samplers.
 
     Args:
         eos: The ids of end-of-sequence.
@@ -29,12 +29,12 @@ class Penalties:
 
     @staticmethod
     def concern(candidate: Candidate) -> bool:
-        """True if the logits of a candidate are changed."""
+        """True if the logits of a candidate have to be changed."""
         sampler = candidate.context.sampler
         return sampler.penalizes or candidate.end < sampler.min_tokens
 
     def apply(self, candidates: Sequence[Candidate], logits: torch.Tensor) -> torch.Tensor:
-        """The changed logits of these candidates, from a row for each, (n, vocabulary); in double precision."""
+        """Return changed logits in double precision, given a row for each candidate, (n, vocabulary)."""
         samplers = [candidate.context.sampler for candidate in candidates]
         logits = _biased(logits.double(), samplers)
         if any(sampler.repetition_penalty != 1 for sampler in samplers):
@@ -45,7 +45,7 @@ class Penalties:
         return logits
 
     def without_ends(self, candidates: Sequence[Candidate], logits: torch.Tensor) -> torch.Tensor:
-        """The logits without what would end a text that is too short, unless nothing else is allowed."""
+        """Return the logits without tokens that would end a text too early, unless nothing else is allowed."""
         short = [i for i, each in enumerate(candidates) if each.end < each.context.sampler.min_tokens]
         if not short:
             return logits
@@ -61,7 +61,7 @@ class Penalties:
 
 
 def _counts(ids: Sequence[Sequence[int]], logits: torch.Tensor, rows: Sequence[int] | None = None) -> torch.Tensor:
-    """How often each row has each token, (n, vocabulary); tokens that have no logit are left out."""
+    """Return how often each row has each token, (n, vocabulary); tokens without a logit are left out."""
     at = np.repeat(np.arange(len(ids)) if rows is None else np.array(rows), [len(each) for each in ids])
     tokens = np.fromiter(chain.from_iterable(ids), np.int64)
     known = tokens < logits.shape[-1]
@@ -71,7 +71,7 @@ def _counts(ids: Sequence[Sequence[int]], logits: torch.Tensor, rows: Sequence[i
 
 
 def _column(samplers: Sequence[Sampler], value: Callable[[Sampler], float], like: torch.Tensor) -> torch.Tensor:
-    """A setting of each row, (n, 1)."""
+    """Return a setting of each row, (n, 1)."""
     return torch.tensor([[value(sampler)] for sampler in samplers], dtype=like.dtype, device=like.device)
 
 

@@ -1,4 +1,4 @@
-"""From a model's name to what transformers can load, and what its config says."""
+"""From the name of a model to what transformers can load, and to its config."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ def resolve_adapter(name: str) -> str:
 
 
 def _directory_or_hub_id(setting: str, name: str) -> str | None:
-    """What the libraries load by a name; None for a single word that is no directory here.
+    """Return the directory or hub id of a name; None for a single word that is no directory here.
 
     Raises:
-        ModelError: It is a path, and nothing is there.
+        ModelError: It is a path that does not exist.
     """
     folder = Path(name).expanduser()
     for directory in (name, str(folder)):
@@ -73,17 +73,17 @@ def _directory_or_hub_id(setting: str, name: str) -> str | None:
 
 
 def _beside(name: str) -> dict[str, str]:
-    """The folders here that could be meant by a single word, and how to name each."""
+    """Return the folders that a single word may mean, and how to name each."""
     return {found: repr(f"./{found}") for found in names_beside(Path(name))}
 
 
 def _is_path(name: str) -> bool:
-    """True for what can be no hub id, which is "owner/name"."""
+    """True for a name that cannot be a hub id (owner/name)."""
     return name.startswith((".", "/", "~", "\\")) or name.count("/") > 1 or name.endswith(("/", ".gguf"))
 
 
 def _what_is_there(path: Path) -> str:
-    """Why a path that is no directory cannot be a model."""
+    """Return why a path that is no directory cannot be a model."""
     if path.is_file():
         return "this is a file; pass the directory that it is in (or a .gguf file, as a model)."
     there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
@@ -110,7 +110,7 @@ def load_config(spec: LocalModel) -> Any:
 
 
 def with_config_here(spec: LocalModel) -> LocalModel | None:
-    """The same model in the directory of its config, if that needs no network, no conversion and no code of its own."""
+    """Return the model at the local directory of its config; None if that takes network, conversion or remote code."""
     if spec.trust_remote_code or gguf_file(spec.model) is not None:
         return None
     found = resolve_model(spec.model)
@@ -123,7 +123,7 @@ def with_config_here(spec: LocalModel) -> LocalModel | None:
 
 
 def chat_template_here(spec: LocalModel) -> str:
-    """The source of a model's chat template, as its files in this directory have it; "" if there is none."""
+    """Return the source of a model's chat template from the files in its directory; "" if there is none."""
     folder = Path(resolve_model(spec.model))
     try:
         if (alone := folder / "chat_template.jinja").exists():
@@ -144,7 +144,7 @@ def max_positions(config: Any) -> int:
 
 
 def readable_positions(model: Any) -> int:
-    """Return how many tokens a model reads: RoBERTa and its kin begin to count behind the padding's position."""
+    """Return how many tokens a model reads. In models like RoBERTa positions begin after that of padding."""
     named = max_positions(model.config)
     embeddings = getattr(model.base_model, "embeddings", None)
     padding = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)

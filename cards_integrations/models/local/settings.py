@@ -1,4 +1,4 @@
-"""What users set of a model on this machine: which one, and where and how its weights are held."""
+"""The settings of a model on this machine: which one, and where and how its weights are held."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ class Placement(SettingsModel):
     """A torch device such as "cuda:1"; "auto" is the first GPU, or the CPU if there is none."""
 
     dtype: DType = "auto"
-    """Precision of the weights. "auto" is bf16 on a GPU, and on a CPU that computes bf16 in hardware if
-    the checkpoint is in half precision; float32 otherwise."""
+    """Precision of the weights. "auto" is bf16 on a GPU, and on a CPU that computes bf16 in hardware if the checkpoint
+    is in half precision; float32 otherwise."""
 
     device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = None
-    """How accelerate spreads the layers of the language model, and of reward models, over several GPUs: "auto" fills
-    all of them alike, "sequential" one after the other. None puts a model on `device` as a whole."""
+    """How accelerate spreads the layers of the language model and of reward models over several GPUs: "auto" fills all
+    of them evenly, "sequential" one after the other. None puts each model on `device` as a whole."""
 
     threads: Annotated[int, Field(ge=1)] | Literal["auto"] | None = "auto"
-    """CPU threads of torch. "auto" gives a step fewer than torch would take while other processes keep cores busy, and
-    leaves the process's number as it is; a number is set for the whole process when the engine loads; None changes
-    nothing."""
+    """CPU threads of torch. "auto" gives a step fewer than torch would use while other processes keep cores busy, and
+    leaves the number of the process as it is. A number is set for the whole process when the engine loads. None
+    changes nothing."""
 
 
 class LocalModel(SettingsModel):
@@ -45,7 +45,7 @@ class LocalModel(SettingsModel):
     elsewhere = {name: f"engine=EngineSettings({name}=...) of the LLM" for name in Placement.model_fields}  # noqa: RUF012
 
     kind: Literal["local"] = "local"
-    """Tells this model from one behind a server."""
+    """Names this class in settings files."""
 
     model: Annotated[str, Field(min_length=1)] = SMOLLM2
     """An embedded name ("smollm2"), a hub id (owner/name), a local directory or a GGUF file (converted once)."""
@@ -60,14 +60,14 @@ class LocalModel(SettingsModel):
     """Whether to run Python code that comes with the model."""
 
     quantization: Bits | None = None
-    """Bits of the weights. None leaves them as the checkpoint has them: one that is quantized (GPTQ, AWQ, bitsandbytes,
-    torchao) is loaded as transformers does, and the embedded smollm2, where `dtype` is "auto", runs in its own 4 bits
-    on a CPU with AVX-512 and in "float16" on one with AVX2. "int4" (groups of 32) and "int8" round the linear layers of
-    any other model at load: on a CPU for torch's own kernels, on a GPU by bitsandbytes. "float16" holds their weights
-    in half precision and computes in float32, on a CPU only."""
+    """Bits of the weights. None leaves them as in the checkpoint: a quantized one (GPTQ, AWQ, bitsandbytes, torchao) is
+    loaded as by transformers, and the embedded smollm2, if `dtype` is "auto", runs in its own 4 bits on a CPU with
+    AVX-512 and in "float16" on one with AVX2. "int4" (groups of 32) and "int8" round the linear layers of any other
+    model at load: on a CPU for torch's own kernels, on a GPU by bitsandbytes. "float16" holds their weights in half
+    precision and computes in float32, on a CPU only."""
 
     tool_format: FormatName | None = None
-    """How the model was trained to write a tool call; None to read it off its chat template."""
+    """How the model was trained to call tools; None to infer it from the chat template."""
 
     def same_weights(self, other: LocalModel) -> bool:
         """Return True if both are the same model, whichever way it writes tool calls."""

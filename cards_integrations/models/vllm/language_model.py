@@ -1,4 +1,4 @@
-"""Drafting on a vLLM server: the methods stay here, candidates are completions there."""
+"""Drafting on a vLLM server: methods run here, candidates are completions there."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ MAX_PENALTY = 2
 class VllmLanguageModel:
     """Candidates as completions; implements `LanguageModel`.
 
-    Each candidate is an HTTP request of its own: the server's prefix cache shares what they have in common, and
-    giving one up aborts it there alone. Sampling, and the end of a segment by its uncertainty, happen in the server;
-    a draft's random numbers follow from its own stream here, so a seed gives the same drafts as far as the server's
-    arithmetic does not depend on its load.
+    Each candidate is an HTTP request of its own: the server's prefix cache shares what they have in common, and giving
+    one up aborts only that one. Sampling, and ending a segment by its uncertainty, happen in the server. The seed of a
+    draft follows from its own stream here, so that a seed gives the same drafts as far as the server's arithmetic does
+    not depend on its load.
 
     Args:
         spec: The settings.
@@ -59,13 +59,13 @@ class VllmLanguageModel:
             f"model {spec.model!r}", spec.urls, key=spec.key, timeout=spec.request_timeout, retries=spec.retries,
             concurrency=spec.concurrency, error=ModelError, hints=HINTS, setting="model.base_url", health="/health",
         )  # fmt: skip
-        self._affinity: dict[Context, int] = {}  # all candidates of a prompt find it in one replica's cache
+        self._affinity: dict[Context, int] = {}  # sends all candidates of a prompt to the replica that has it cached
         self._tasks: dict[Candidate, asyncio.Task[None]] = {}
         self._ended: list[Candidate] = []
 
     @cached_property
     def fallback(self) -> str:
-        """How segments that a server without the plug-in cannot end are ended; a warning says so, once."""
+        """How segments are ended that a server without the plug-in cannot end; logs a warning once."""
         log.warning(
             "model %r: no EntropyStop in the server; segments end by model.without_plugin=%r",
             self.name, self.spec.without_plugin,
@@ -74,12 +74,12 @@ class VllmLanguageModel:
 
     @cached_property
     def vocabulary(self) -> int:
-        """How many ids an answer's tokens may have."""
+        """One more than the highest token id of an answer."""
         return 1 + max(self.spec.sentinel or 0, *map(int, self.chat.tokenizer.get_vocab().values()))
 
     @cached_property
     def sentinel(self) -> int:
-        """A token that no answer holds."""
+        """A token that no answer contains."""
         if self.spec.sentinel is not None:
             return self.spec.sentinel
         tokenizer = self.chat.tokenizer
@@ -103,7 +103,7 @@ class VllmLanguageModel:
         self._tasks[candidate] = asyncio.get_running_loop().create_task(self._draft(candidate))
 
     def drop(self, candidate: Candidate) -> None:
-        """Close the candidate's connection, which ends it in the server."""
+        """Close the candidate's connection, which aborts it in the server."""
         task = self._tasks.pop(candidate, None)
         if task is not None:
             task.cancel()
@@ -118,7 +118,7 @@ class VllmLanguageModel:
         return [candidate for candidate in ended if candidate in self._tasks]
 
     async def _draft(self, candidate: Candidate) -> None:
-        """One completion, from the request to the candidate's end."""
+        """Request one completion, and end the candidate with it."""
         context = candidate.context
         try:
             body = self._body(candidate)
@@ -136,7 +136,7 @@ class VllmLanguageModel:
         self.wake()
 
     def _completion(self, reply: Reply, body: dict[str, Any]) -> Completion:
-        """What was asked for, or an error that says what else came."""
+        """Parse and check a reply; raise an error that says what is wrong with it."""
         try:
             found = Completion.model_validate_json(reply.content)
         except ValidationError as error:
@@ -204,7 +204,7 @@ class VllmLanguageModel:
 
     @staticmethod
     def _sampling(candidate: Candidate) -> dict[str, float]:
-        """How the server draws, every setting of it: it takes the others from the model's generation_config."""
+        """Return all settings of sampling, as a server takes missing ones from the model's generation_config."""
         sampler, max_tokens = candidate.context.sampler, candidate.context.max_tokens
         whole_answer = not candidate.before and candidate.boundary.min_tokens >= max_tokens
         penalties = {name: getattr(sampler, name) for name in ("presence_penalty", "frequency_penalty")}
@@ -223,7 +223,7 @@ class VllmLanguageModel:
         return {name: getattr(sampler, name) for name in names} | penalties
 
     def _take(self, candidate: Candidate, found: Completion) -> None:
-        """Make the completion the candidate's: what the server did not cut is cut here."""
+        """Copy a completion into its candidate, and cut what the server did not cut."""
         [choice], paid, usage = found.choices, found.usage, candidate.context.usage
         ids, log_p = choice.token_ids, choice.logprobs.token_logprobs
         if not candidate.before and candidate.index == 0 and not usage.lm_tokens:  # the others find what it has read
@@ -258,7 +258,7 @@ class VllmLanguageModel:
             candidate.finish = "length"
 
     def _served(self, boundary: Boundary) -> bool:
-        """Does the server end these segments with the sentinel?"""
+        """Return True if the server ends segments of this boundary with the sentinel."""
         return boundary.served is not None and self.plugin
 
     def _cut(self, candidate: Candidate, ids: list[int]) -> int | None:

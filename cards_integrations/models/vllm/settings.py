@@ -27,37 +27,37 @@ class VllmModel(Keyed):
     kind: Literal["vllm"] = "vllm"
     """The kind of backend, for settings files."""
     base_url: ServerUrl | tuple[ServerUrl, ...]
-    """Where the server is, or all replicas; with or without `/v1`."""
+    """The URL of the server, or those of all replicas, with or without `/v1`."""
     model: Annotated[str, Field(min_length=1)]
     """The name that the model is served under."""
     tokenizer: Annotated[str, Field(min_length=1)] | None = None
-    """The model's tokenizer, an embedded name, a hub id or a directory; by default `model`. It is read here, for
-    prompts and answers travel as token ids."""
+    """The model's tokenizer: an embedded name, a hub id or a directory; by default `model`. It is loaded here, as
+    prompts and answers are sent as token ids."""
     revision: str | None = None
     """The tokenizer's revision on the hub."""
     trust_remote_code: bool = False
-    """Run code that the tokenizer's repository brings."""
+    """Whether code that comes with the tokenizer may run."""
     tool_format: FormatName | None = None
-    """How the model was taught to call tools, if its chat template does not show it."""
+    """How the model was trained to call tools; None to infer it from the chat template."""
     without_plugin: Literal["refuse", "fixed_length", "punctuation"] = "refuse"
-    """What to do where the plug-in is missing: refuse segments that end by uncertainty, or end them after
-    `fallback_length` tokens, or at punctuation."""
+    """What to do if the server has no plug-in: refuse segments that end by uncertainty, or end them after
+    `fallback_length` tokens or at punctuation."""
     fallback_length: Annotated[int, Field(ge=1)] = 12
     """Tokens of a segment for `without_plugin="fixed_length"`."""
     sentinel: Annotated[int, Field(ge=0)] | None = None
-    """Id of a token that answers never hold, with which the plug-in ends a segment; by default a special token that is
-    no end-of-sequence."""
+    """Id of a token that no answer contains, with which the plug-in ends a segment; by default a special token other
+    than end-of-sequence."""
     request_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 120.0
     """Seconds for one candidate."""
     retries: Annotated[int, Field(ge=0)] = 3
-    """How often a request that failed for a passing reason is tried again."""
+    """How often a request is tried again after an error that may be temporary."""
     concurrency: Annotated[int, Field(ge=1)] = 256
-    """Candidates that are drafted at once, of all requests."""
+    """Most candidates that are drafted at once, of all requests."""
 
     @field_validator("base_url")
     @classmethod
     def _without_version(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        """OpenAI's clients are given `.../v1`; the health of a server is asked beside it."""
+        """Remove the `/v1` that OpenAI's clients need: the health of a server is at another path."""
         if isinstance(value, tuple):
             if not value:
                 raise ValueError("base_url is empty")
@@ -66,5 +66,5 @@ class VllmModel(Keyed):
 
     @property
     def urls(self) -> tuple[str, ...]:
-        """Of all replicas."""
+        """The URLs of all replicas."""
         return (self.base_url,) if isinstance(self.base_url, str) else self.base_url

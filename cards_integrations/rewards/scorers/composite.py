@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 
 @dataclass
 class PartViews:
-    """An open conversation as each part sees it, and the same for its scored responses."""
+    """An open conversation, and its scored responses, as each part sees them."""
 
     conversations: list[Conversation] = field(default_factory=list)
     responses: dict[Response, list[Response | None]] = field(default_factory=dict)
-    """None for a part that was not asked."""
+    """For each response that of each part; None for a part that was not asked."""
 
 
 class Composite(RewardModel):
-    """A model over `models`, its parts. A subclass says in `score` which of them are asked, and combines them."""
+    """A model made of `models`, its parts. `score` of a subclass asks some or all of them, and combines the scores."""
 
     across_requests = True
     owns_parts: ClassVar[bool] = False
-    """True if the parts are its own; False if they come from its loader, and are others', too."""
+    """True if the parts are its own; False if they come from its loader, and may serve others."""
 
     def __init__(self, name: str, models: Sequence[RewardModel]) -> None:
         self.name = name
@@ -114,13 +114,13 @@ class Composite(RewardModel):
             model.drop(view)
 
     def _forget(self, response: Response) -> list[tuple[RewardModel, Response]]:
-        """The models that were asked about a response, each with its view of it."""
+        """Return the models that were asked about a response, each with its view of it."""
         views = self.views.get(response.conversation)
         seen = views.responses.pop(response, None) if views else None
         return [(model, view) for model, view in zip(self.models, seen or (), strict=False) if view is not None]
 
     async def score_part(self, part: int, responses: Sequence[Response]) -> list[float]:
-        """Score responses by one part, and leave its scores in their `parts`."""
+        """Score responses by one part, and add its scores to their `parts`."""
         label, views = self.labels[part], [self._remembered_view(part, response) for response in responses]
         score_of = await _scores_by_response(self.models[part], views)
         for response, view in zip(responses, views, strict=True):
@@ -129,7 +129,7 @@ class Composite(RewardModel):
         return [score_of[view] for view in views]
 
     async def score_parts(self, responses: Sequence[Response]) -> list[list[float]]:
-        """Score responses by all parts at the same time; returns a list for each part."""
+        """Score responses by all parts at the same time; return a list for each part."""
         return await _all(self.score_part(part, responses) for part in range(len(self.models)))
 
     def _remembered_view(self, part: int, response: Response) -> Response:
@@ -140,7 +140,7 @@ class Composite(RewardModel):
 
 
 async def _scores_by_response(model: RewardModel, responses: Sequence[Response]) -> dict[Response, float]:
-    """The score of each response, in one call or in one for each conversation."""
+    """Score responses, in one call or in one for each conversation."""
     groups: dict[Conversation | None, list[Response]] = {}
     for response in responses:
         groups.setdefault(None if model.across_requests else response.conversation, []).append(response)
@@ -149,7 +149,7 @@ async def _scores_by_response(model: RewardModel, responses: Sequence[Response])
 
 
 async def _all(work: Any) -> list[Any]:
-    """All results, or the first error, but only once nothing of it runs any more."""
+    """Return all results, or raise the first error once nothing of it runs any more."""
     found = await asyncio.gather(*work, return_exceptions=True)
     for result in found:
         if isinstance(result, BaseException):

@@ -1,7 +1,7 @@
 """A judge that writes before it grades: critiques of finished answers, sampled in a batch of their own.
 
-Each answer has a row of its own, and each critique a branch of it. They are opened and closed within a call; what is
-before the answers is copied from row to row, and kept for the next call like any finished text.
+Each answer has a row of its own, and each critique is a branch of it. Rows are opened and closed within one call; the
+text before the answers is copied from row to row, and kept for the next call like any finished text.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Critic(NamedTuple):
     sampler: Sampler
     max_tokens: int
     critiques: int
-    """Of each answer, for each question."""
+    """How many of each answer, for each question."""
     seed: int
 
 
@@ -54,7 +54,7 @@ class Answer:
 
 @dataclass(eq=False)
 class Critique:
-    """A critique while it is written, on a branch after its question; `output` is that of the last token read."""
+    """A critique while it is written, on a branch after its question. `output` belongs to the last token read."""
 
     response: Response
     branch: Branch
@@ -65,20 +65,20 @@ class Critique:
 
     @property
     def unread(self) -> list[int]:
-        """Its tokens that the judge has not read: the last one at most."""
+        """Its tokens that the judge has not read: at most the last one."""
         return self.ids[len(self.branch.ids) :]
 
 
 class CritiqueJudge(RewardModel):
-    """Grades finished answers after critiques of its own.
+    """Grades finished answers after critiques that it writes.
 
     Args:
         name: What errors call the reward.
         causal: The judge.
-        rubric: What is read around an answer.
+        rubric: The text around an answer.
         critic: How critiques are sampled.
         lead: The tokens between a critique and the grade.
-        verdict: What is made of the logits after these.
+        verdict: Turns the logits after these into a grade.
         shows_parts: Whether the scores of the criteria are parts of an answer's score.
     """
 
@@ -129,12 +129,12 @@ class CritiqueJudge(RewardModel):
 
     @property
     def _branches(self) -> int:
-        """Critiques of an answer, times the beginnings of grades that are read after each."""
+        """The number of critiques of an answer, times that of the beginnings of grades that are read after each."""
         return len(self.rubric.questions) * self.critic.critiques * len(self.replies)
 
     @property
     def _own_columns(self) -> int:
-        """Columns of all that is read after the questions about an answer, at most."""
+        """The most columns of what is read after the questions about an answer."""
         return self._branches * (self.critic.max_tokens + 1 + max(map(len, self.replies))) + 2
 
     # --- scores ---
@@ -154,7 +154,7 @@ class CritiqueJudge(RewardModel):
                 self.transformer.memory.keep(answer.tree)
                 self.transformer.cache.close(answer.tree)
         found = dict(zip([answer.response for answer in answers], self._rated(answers, grades), strict=True))
-        return [found.get(response, 0.0) for response in responses]  # nobody waits for those that were given up
+        return [found.get(response, 0.0) for response in responses]  # 0 for those that were given up meanwhile
 
     def _check_finished(self, responses: Sequence[Response]) -> None:
         if not all(response.finished for response in responses):
@@ -164,11 +164,11 @@ class CritiqueJudge(RewardModel):
             )
 
     def _answer(self, response: Response, ids: RubricIds) -> Answer:
-        """Open the row of an answer, if the judge's context has room for it and a critique."""
+        """Open a row for an answer, if the judge's context has room for it and a critique."""
         text = ids.apart(response)
         most = text.longest + self.critic.max_tokens + max(map(len, self.replies))
         long = self.transformer.is_long(len(text.ids))
-        window = self.window if long else self.transformer.switch or self.window  # one reading for all of a text
+        window = self.window if long else self.transformer.switch or self.window  # a text is read in one way only
         if most > window:
             raise RewardError(
                 f"reward {self.name!r}: the prompt, the answer and a critique of "
@@ -180,7 +180,7 @@ class CritiqueJudge(RewardModel):
     # --- reading ---
 
     async def _begin(self, answers: Sequence[Answer]) -> list[Critique]:
-        """Read the answers and the questions; returns critiques to be written, by answer and then by question."""
+        """Read answers and questions, and return the critiques to be written, by answer and then by question."""
         await self._read_prompts(answers)
         texts = [self._unread(answer) for answer in answers]
         await self._read([text for text in texts if text.ids])
@@ -197,7 +197,7 @@ class CritiqueJudge(RewardModel):
         ]
 
     async def _read_prompts(self, answers: Sequence[Answer]) -> None:
-        """Read what is before the answers, once for each conversation."""
+        """Read the text before the answers, once for each conversation."""
         first: dict[tuple[Conversation, bool], Tree] = {}
         for answer in answers:
             tree, before = answer.tree, answer.before
@@ -214,13 +214,13 @@ class CritiqueJudge(RewardModel):
 
     @staticmethod
     def _unread(answer: Answer) -> ForwardInput:
-        """What is left to be read of an answer; its first token may have merged with the last one before it."""
+        """Return what is left to read of an answer, whose first token may have merged with the last one before it."""
         tree, ids = answer.tree, answer.text.ids
         known = tree.known(max(0, min(common(ids, tree.ids), len(ids) - 1)))
         return ForwardInput(tree.branch(known), ids[known:], answer.response)
 
     async def _read(self, inputs: Sequence[ForwardInput]) -> list[Output]:
-        """The outputs of all inputs; others go on between two forwards."""
+        """Return the outputs of all inputs; other requests go on between two forwards."""
         found: list[Output] = []
         for batch in self.transformer.batches(inputs):
             found += checked(self.transformer.logits(batch))
@@ -231,7 +231,7 @@ class CritiqueJudge(RewardModel):
     # --- writing ---
 
     async def _write(self, critiques: Sequence[Critique]) -> None:
-        """Sample all critiques, a token of each in a step."""
+        """Sample all critiques, one token of each in a step."""
         writing = [*critiques]
         while writing:
             for critique, token in zip(writing, self._drawn(writing), strict=True):
@@ -246,7 +246,7 @@ class CritiqueJudge(RewardModel):
 
     @torch.inference_mode()
     def _drawn(self, critiques: Sequence[Critique]) -> list[int]:
-        """The next token of each."""
+        """Draw the next token of each critique."""
         logits = torch.stack([each.output.value for each in critiques])
         logits = logits.cpu() if logits.device.type in ON_HOST else logits
         uniforms = [each.uniforms[len(each.ids)] for each in critiques]
@@ -255,7 +255,7 @@ class CritiqueJudge(RewardModel):
         return tokens
 
     async def _grades(self, critiques: Sequence[Critique]) -> list[float]:
-        """The grade after each critique."""
+        """Return the grade after each critique."""
         inputs = [
             ForwardInput(each.branch.branch(), [*each.unread, *reply], each.response, outputs=len(begun) + 1)
             for each in critiques
@@ -266,7 +266,7 @@ class CritiqueJudge(RewardModel):
             return self.verdict.read([output.values for output in outputs])
 
     def _rated(self, answers: Sequence[Answer], grades: Sequence[float]) -> list[float]:
-        """The scores of answers, from the grades of all their critiques."""
+        """Return the scores of answers from the grades of all their critiques."""
         several, questions = self.critic.critiques, len(self.rubric.questions)
         means = [sum(grades[i : i + several]) / several for i in range(0, len(grades), several)]
         found = []

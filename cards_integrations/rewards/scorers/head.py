@@ -46,7 +46,7 @@ class Head:
         return self._weighted(self._values(logits))
 
     def score(self, responses: Sequence[Response], logits: torch.Tensor) -> list[float]:
-        """Turn logits (n, labels) into the scores of n responses, in whose parts those of several labels are left."""
+        """Turn logits (n, labels) into the scores of n responses; add those of several labels to their parts."""
         values = self._values(logits)
         for response, each in zip(responses, values.tolist() if self.names else (), strict=bool(self.names)):
             response.parts.update(zip(self.names, each, strict=True))
@@ -57,7 +57,7 @@ class Head:
         return found
 
     def _values(self, logits: torch.Tensor) -> torch.Tensor:
-        """The values (n, chosen labels) that are added."""
+        """Return the values of the chosen labels, (n, chosen labels)."""
         logits = logits.float()
         if self.output == "logit" or not self.exclusive:
             chosen = logits[:, self.indices]

@@ -18,10 +18,10 @@ class InputFormat:
         prompt_format: "chat" for that template, "pair" for two texts, or one text with `{response}` and usually
             `{prompt}`. None: "chat" if there is a template, else `otherwise`.
         end_of_turn: Whether what the template writes after an answer is read as well.
-        otherwise: The format of a tokenizer without a template.
+        otherwise: The format for a tokenizer without a template.
 
     Raises:
-        ModelError: The template writes answers in a way in which they cannot be scored while they grow.
+        ModelError: The template writes answers so that they cannot be scored while they grow.
     """
 
     def __init__(
@@ -60,10 +60,9 @@ def around_response(prompt_format: str, prompt: str | list[Message]) -> tuple[st
 
 
 def without_final_padding(ids: list[int], padding: int | None) -> list[int]:
-    """Cut ids after the token where transformers reads the score.
+    """Cut ids after the token at which transformers reads the score.
 
-    That is the last token which is not padding; the end of a turn may be the padding token. At least
-    one token is left.
+    That is the last token that is not padding; the end of a turn may be the padding token. At least one token is left.
     """
     end = len(ids)
     while end > 1 and ids[end - 1] == padding:

@@ -19,7 +19,7 @@ from cards_integrations.transformer.kv_memory import CacheNeed
 from cards_integrations.transformer.prefix_tree import common
 
 OtherPrompt = Callable[[Conversation], tuple[str | list[Message], bool]]
-"""Another prompt for a conversation, and whether that one has the context."""
+"""Returns another prompt for a conversation, and whether that prompt has the context."""
 
 
 class Likelihood(Incremental):
@@ -63,7 +63,7 @@ class Likelihood(Incremental):
             return [self._sum(forward, output) for forward, output in zip(batch, outputs, strict=True)]
 
     def _sum(self, forward: ForwardInput, output: Output) -> float:
-        """The log p of an answer, those of its new tokens being read now."""
+        """Return the log p of an answer, given the output for its new tokens."""
         new = torch.tensor(forward.ids[len(forward.ids) + 1 - forward.outputs :], device=output.batch.device)
         log_p = output.values[:-1].float().log_softmax(-1).gather(-1, new[:, None])[:, 0]
         scored = self.rows[forward.owner.conversation].branches[forward.owner]
@@ -72,11 +72,11 @@ class Likelihood(Incremental):
 
 
 class OwnLikelihood(Likelihood):
-    """Likelihood under the language model that drafts: known from the drafting, and read only for other texts."""
+    """Likelihood under the language model that drafts: known for drafts, and only read for other texts."""
 
     def __init__(self, *settings: Any) -> None:
         super().__init__(*settings)
-        self.unread: set[Conversation] = set()  # open, but without a row: nothing had to be read
+        self.unread: set[Conversation] = set()  # open, but without a row, as nothing had to be read
 
     def cache_needs(self, conversation: Conversation, tokens: int) -> list[CacheNeed]:
         return []
@@ -123,8 +123,8 @@ def likelihood(causal: CausalModel, name: str, from_drafting: bool = True) -> Li
     Args:
         causal: The causal model under which answers are read.
         name: What errors call the reward.
-        from_drafting: Whether the language model's own log p is taken from the drafting where it is known;
-            False to read answers after another prompt than the one it drafts from.
+        from_drafting: Whether the language model's own log p is taken from the drafting where it is known; False to
+            read answers after another prompt than the one it drafts from.
     """
     family = OwnLikelihood if causal.is_language_model and from_drafting else Likelihood
     return family(name, causal.model, InputFormat(causal.chat), causal.same_vocabulary, causal.memory)
@@ -136,7 +136,7 @@ class MutualInformation(Composite):
     Args:
         name: What errors call the reward.
         causal: The model that reads the answer after both prompts.
-        other_prompt: Makes the second prompt from the one as it is.
+        other_prompt: Makes the second prompt, with or without context, from the first.
     """
 
     owns_parts = True
@@ -157,7 +157,7 @@ class MutualInformation(Composite):
         return [self._gain(*each) for each in zip(responses, own, other, strict=True)]
 
     def _gain(self, response: Response, own: float, other: float) -> float:
-        """By the context, in nats per token."""
+        """Return the gain by the context, in nats per token."""
         _, other_conversation = self.views[response.conversation].conversations
         gain = other - own if other_conversation.context else own - other
         return gain / max(1, len(self.own.answer_ids(response)))

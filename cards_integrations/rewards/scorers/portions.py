@@ -1,4 +1,4 @@
-"""What is read at once of many texts, so that no call takes all memory, and others get their turns in between."""
+"""Batches of texts that are read at once, so that no call takes all memory, and others get their turns in between."""
 
 from __future__ import annotations
 

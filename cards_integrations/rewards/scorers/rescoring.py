@@ -20,7 +20,7 @@ from cards_integrations.transformer.rope import rope_switch
 
 
 class RescoringClassifier(RewardModel):
-    """Reads the whole text of every answer; a text longer than the window loses its beginning, a pair its prompt's."""
+    """Reads the whole text of every answer; beyond the window it leaves out the beginning, of a pair the prompt's."""
 
     across_requests = True
 
@@ -54,7 +54,7 @@ class RescoringClassifier(RewardModel):
         return [found[row] for row in range(len(responses))]
 
     def _groups(self, lengths: Sequence[int]) -> list[list[int]]:
-        """What may be read at once: not with another length, if that makes a difference to the model."""
+        """Group the rows that may be read together; some models need each alone, or long texts apart."""
         rows = list(range(len(lengths)))
         if not self.together:
             return [[row] for row in rows]
@@ -92,7 +92,7 @@ class RescoringClassifier(RewardModel):
         return self.head.score(responses, logits)
 
     def _text(self, response: Response) -> str:
-        """All that is read: the answer and what is around it."""
+        """Return all that is read: the answer and the text around it."""
         known = self.frames.get(response.conversation)
         frame = known or self.input_format.around(response.conversation)  # it may have been closed meanwhile
         return frame.whole(response.text)

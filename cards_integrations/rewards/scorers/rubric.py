@@ -1,4 +1,4 @@
-"""What a judge reads around an answer: the conversation before it, and each question after it."""
+"""The text around an answer that a judge reads: the conversation before it, and each question after it."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class Rubric(InputFormat):
 
     Args:
         chat: The judge's tokenizer.
-        rubric: A text with slots that a user says, or "chat" for the conversation itself.
+        rubric: The user's message, a text with slots; or "chat" for the conversation itself.
         criteria: What is asked.
-        role: Whose message a criterion is in the conversation.
+        role: The role of a criterion's message in the conversation.
 
     Raises:
-        SettingsError: The judge has no chat template, but the rubric is to be a conversation in it.
+        SettingsError: The rubric is "chat", and the judge has no chat template.
     """
 
     def __init__(self, chat: ChatTokenizer, rubric: str, criteria: Sequence[Criterion], role: str = "user") -> None:
@@ -43,18 +43,18 @@ class Rubric(InputFormat):
 
     @property
     def questions(self) -> list[str]:
-        """All that is asked."""
+        """All questions, by criterion and wording."""
         return [wording for criterion in self.criteria for wording in criterion.wordings]
 
     def around(self, conversation: Conversation) -> AnswerFrame:
         return self._around(conversation, self.questions[0])
 
     def ids(self, conversation: Conversation, drafted: bool, replies: Sequence[Sequence[int]] = ((),)) -> RubricIds:
-        """Return what makes token ids of an answer to this conversation.
+        """Return the encoder of answers to this conversation.
 
         Args:
             conversation: The conversation.
-            drafted: Whether ids of the language model's are the judge's.
+            drafted: Whether the judge has the token ids of the language model.
             replies: Tokens that are read after each question, each on its own.
 
         Raises:
@@ -66,7 +66,7 @@ class Rubric(InputFormat):
         return RubricIds(self.chat, frames, replies, self.adds_special_tokens, drafted)
 
     def rate(self, response: Response, scores: Sequence[float], shows_parts: bool) -> float:
-        """Return the score of an answer from those of all questions; its parts are left in the response on demand."""
+        """Return the score of an answer from those of all questions; on demand, set the parts of the response."""
         by_criterion = mean_by_criterion(self.criteria, scores)
         if shows_parts:
             response.parts |= by_criterion
@@ -85,11 +85,11 @@ class AskedText(NamedTuple):
     """A conversation with an answer and all questions about it, in tokens."""
 
     ids: list[int]
-    """What all questions have in common, but for the last token of any."""
+    """The tokens that all questions have in common, except for the last token of any."""
     answered: int
-    """How many of these are there without a question."""
+    """How many of these come before the question."""
     rests: list[list[int]]
-    """What is left of each question, with what is read after it; for each question one after the other."""
+    """The rest of each question, with each reply that is read after it."""
 
     @property
     def longest(self) -> int:
@@ -98,16 +98,16 @@ class AskedText(NamedTuple):
 
     @property
     def whole(self) -> list[int]:
-        """All tokens, one question after the other."""
+        """All tokens, the rests one after the other."""
         return [*self.ids, *chain(*self.rests)]
 
 
 class RubricIds(AnswerIds):
-    """From an answer to all ids of the conversation with it, and of the questions about it.
+    """Encodes a conversation with an answer, and the questions about it.
 
     Args:
         chat: The judge's tokenizer.
-        frames: The text around the answer, for each question; what is before it is the same.
+        frames: For each question the text around the answer; the text before it is the same for all.
         replies: Tokens that are read after each question, each on its own.
         plain: As for `AnswerIds`.
         drafted: As for `AnswerIds`.
@@ -123,10 +123,10 @@ class RubricIds(AnswerIds):
         self._replies = replies
 
     def check(self, name: str) -> None:
-        """Check that something is asked: what is read with a question has to follow some token of it.
+        """Check that each question has a token after the answer.
 
         Raises:
-            RewardError: It names the reward.
+            RewardError: One has none.
         """
         if not all(self.chat.encode(each.frame.after) for each in (self, *self._others)):
             raise RewardError(f"reward {name!r}: the rubric has no tokens after {{response}}; ask something there.")

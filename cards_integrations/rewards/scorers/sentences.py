@@ -47,7 +47,7 @@ Score = tuple[float, dict[str, float]]
 
 
 class WholeSentences(Composite):
-    """Scores an unfinished answer up to its last complete sentence, and each such text once."""
+    """Scores an unfinished answer up to its last complete sentence, and each such text only once."""
 
     owns_parts = True
 

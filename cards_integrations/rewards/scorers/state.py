@@ -1,4 +1,4 @@
-"""What a decision model is told of an answer."""
+"""What a decision model reads of an answer."""
 
 from __future__ import annotations
 

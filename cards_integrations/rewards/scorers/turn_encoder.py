@@ -1,4 +1,4 @@
-"""Encodes texts that all begin with one conversation: what comes before its last turn only once."""
+"""Encodes texts that begin with one conversation; the part before its last turn is encoded only once."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from cards_integrations.chat.template import ChatTokenizer
 
 
 class TurnEncoder:
-    """From a text to its token ids, which are those of the whole text.
+    """Encodes texts, with the ids that each has as a whole.
 
     Args:
         chat: The tokenizer.
-        before: What the texts usually begin with: all that stands before an answer.
-        plain: Whether the tokenizer puts what it puts before a plain text; a chat template brings its own.
+        before: The usual beginning of the texts: all that comes before an answer.
+        plain: Whether the tokenizer adds its special tokens; a chat template brings its own.
     """
 
     def __init__(self, chat: ChatTokenizer, before: str, plain: bool) -> None:
@@ -30,9 +30,9 @@ class TurnEncoder:
         return self._encode(text)
 
     def _last_turn(self) -> tuple[list[int], str]:
-        """The ids before the last added token of `before`, and the text from there on.
+        """Return the ids before the last added token of `before`, and the text from there on.
 
-        No token reaches across an added one. Without one there is no such text.
+        No token reaches across an added token. Without an added token both are empty.
         """
         added = self.chat.added_tokens
         at = next((i for i in reversed(range(len(self.before_ids))) if self.before_ids[i] in added), None)

@@ -1,4 +1,4 @@
-"""A linear head on hidden states of the language model that drafts, which the drafting computes anyway."""
+"""A linear head on hidden states of the language model, which drafting computes anyway."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from cards_integrations.transformer.flat_batch import ForwardInput
 from cards_integrations.transformer.forward import PREFILL_CHUNK, Output, Transformer, checked
 from cards_integrations.transformer.kv_cache import Tree
 
-SAME = 0.15  # of the norm of states: 4 bits in place of 32 make 0.05, and an adapter of low rank 0.5
-EXACT, ROUNDED = 1e-3, 0.05  # how far states from drafting may be off from those of a text that is read
+SAME = 0.15  # share of the states' norm: 4 bits instead of 32 change them by 0.05, a low-rank adapter by 0.5
+EXACT, ROUNDED = 1e-3, 0.05  # how far states from drafting may differ from those of a text that is read
 
 
 class Value(RewardModel):
     """A head on the last hidden state after an answer, and on the mean of those after its tokens.
 
-    What is drafted comes with them. Other texts are read, each call in rows of its own: the prompt once, then the
-    answers.
+    Drafts come with these states. Other texts are read, in rows that each call opens for itself: first the prompt,
+    then the answers.
 
     Args:
         name: What errors call the reward.
         causal: The language model that drafts.
-        head: Trained on its hidden states.
+        head: The head, trained on its hidden states.
     """
 
     across_requests = True
@@ -76,9 +76,9 @@ class Value(RewardModel):
     # --- texts that were not drafted ---
 
     async def _read(self, conversation: Conversation, responses: Sequence[Response]) -> dict[Response, torch.Tensor]:
-        """The states of answers to one prompt, each (2, hidden size)."""
+        """Read answers to one prompt, and return what the head reads of each, (2, hidden size)."""
         _, prompt = self.chat.prompt(conversation.prompt)
-        alike: dict[bool, dict[Response, list[int]]] = {}  # short texts and long ones may have other frequencies
+        alike: dict[bool, dict[Response, list[int]]] = {}  # long texts may have other rotary frequencies
         for response in responses:
             answer = self._ids(response)
             if len(prompt) + len(answer) > self.window:
@@ -96,7 +96,7 @@ class Value(RewardModel):
     async def _read_answers(
         self, tree: Tree, conversation: Conversation, prompt: list[int], answers: dict[Response, list[int]]
     ) -> dict[Response, torch.Tensor]:
-        """The prompt, in pieces, and then the answers after it."""
+        """Read the prompt in pieces, and then the answers after it."""
         trunk = tree.branch()
         for start in range(0, len(prompt), PREFILL_CHUNK):
             [output] = self._forward(conversation, [ForwardInput(trunk, prompt[start : start + PREFILL_CHUNK])])
@@ -112,23 +112,23 @@ class Value(RewardModel):
         return found
 
     def _forward(self, conversation: Conversation, inputs: Sequence[ForwardInput]) -> list[Output]:
-        """One forward, which is counted."""
+        """Run one forward, and count it."""
         outputs = checked(self.transformer.hidden(inputs))
         count_forward((conversation, len(item.ids)) for item in inputs)
         return outputs
 
     def _ids(self, response: Response) -> list[int]:
-        """The tokens of the answer."""
+        """Return the tokens of the answer."""
         return response.ids if response.ids is not None else self.chat.encode_answer(response.text)
 
     # --- the model that it was trained on ---
 
     def check(self) -> None:
-        """Compare the model with the one that the head was trained on, and what its drafting shows with what it reads.
+        """Check that the head was trained on this model, and that drafting gives the states of a text that is read.
 
         Raises:
-            RewardError: The head is another model's.
-            ModelError: The states that drafting shows are not those of the text.
+            RewardError: The head was trained on another model.
+            ModelError: Drafting gives other states.
         """
         ids = self.chat.encode(PROBE) or [0]
         if ids != self.head.card.probe_ids:
@@ -154,7 +154,7 @@ class Value(RewardModel):
         )
 
     def _probe(self, ids: list[int], drafted: bool) -> torch.Tensor:
-        """The hidden states of a text, as it is read or as drafting shows them, (tokens, hidden size)."""
+        """Return the hidden states of a text as it is read, or as drafting gives them, (tokens, hidden size)."""
         run = self.transformer.logits_and_states if drafted else self.transformer.hidden
         tree = self.transformer.cache.open()
         try:

@@ -1,4 +1,4 @@
-"""What a judge's next tokens say about an answer: the margin of two words, or the mean of grades."""
+"""From a judge's next-token logits to a score: the margin of two words, or the mean of grades."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Tokens = tuple[int, ...]
 
 
 class Verdict(Protocol):
-    """Makes scores of logits.
+    """Turns logits into scores.
 
     Attributes:
-        beginnings: Beginnings of replies, each of which is read after the question: the logits before each of their
-            tokens, and after the last one, are what the verdict goes by. A single token has the empty one.
+        beginnings: Beginnings of replies, each of which is read after the question. The verdict uses the logits before
+            each of their tokens, and after the last. Replies of a single token have the empty beginning.
     """
 
     beginnings: Sequence[Tokens]
@@ -43,7 +43,7 @@ class Margin:
 
     @classmethod
     def of(cls, words: tuple[str, str], chat: ChatTokenizer) -> Margin:
-        """Take the tokens that two words begin with where the judge replies.
+        """Compare the first tokens of two words.
 
         Raises:
             SettingsError: They begin with the same token, or with none.
@@ -60,13 +60,13 @@ class Margin:
 
 
 class Expectation:
-    """sum_g p(g) value(g) over grades g, p being the probability of all tokens of a grade, among the grades alone.
+    """sum_g p(g) value(g) over grades g, where p is the probability of all tokens of a grade, normalised over grades.
 
-    Of a grade that another one begins with, the probability of that other is no part ("1" is not "10").
+    If one grade begins another ("1" and "10"), the probability of the longer one is subtracted from the shorter.
 
     Args:
         grades: The tokens of each grade.
-        values: What each is worth.
+        values: The value of each.
     """
 
     def __init__(self, grades: Sequence[Tokens], values: Sequence[float]) -> None:
@@ -83,7 +83,7 @@ class Expectation:
 
     @classmethod
     def of(cls, grades: Sequence[tuple[str, float]], chat: ChatTokenizer) -> Expectation:
-        """Take grades as the judge would reply them.
+        """Use grades as whole replies of the judge.
 
         Raises:
             SettingsError: Two of them have the same tokens, or one has none that the judge knows.
@@ -96,10 +96,10 @@ class Expectation:
     def after(
         cls, text: str, grades: Sequence[tuple[str, float]], chat: ChatTokenizer
     ) -> tuple[list[int], Expectation]:
-        """Take grades as they are written after a text.
+        """Use grades as they continue a text.
 
         Returns:
-            The tokens of the text, as far as they do not depend on the grade, and what to read after them.
+            The tokens of the text, as far as they do not depend on the grade, and what to read after these.
 
         Raises:
             SettingsError: As for `of`.
@@ -115,7 +115,7 @@ class Expectation:
         return [self._mean(log_p[i : i + self._rows]) for i in range(0, len(log_p), self._rows)]
 
     def _mean(self, log_p: Sequence[Sequence[float]]) -> float:
-        """The mean grade by log p (rows, tokens) in nats."""
+        """Return the mean grade from log p in nats, (rows, tokens)."""
         whole = [sum(log_p[row][token] for row, token in steps) for steps in self._steps]
         p = [math.exp(each - max(whole)) for each in whole]
         alone = [max(0.0, own - sum(p[i] for i in longer)) for own, longer in zip(p, self._longer, strict=True)]
@@ -123,7 +123,7 @@ class Expectation:
 
 
 def _next_longer(grade: Tokens, grades: Sequence[Tokens]) -> list[int]:
-    """Those of the grades that begin with this one, but with no other that does."""
+    """Return the indices of the grades that begin with this one, and with no longer one that does."""
     longer = [i for i, other in enumerate(grades) if other != grade and other[: len(grade)] == grade]
     return [i for i in longer if not any(grades[i] != grades[j] == grades[i][: len(grades[j])] for j in longer)]
 
@@ -143,5 +143,5 @@ def _check(words: Sequence[str], tokens: Sequence[Sequence[int]], chat: ChatToke
 
 
 def _reply(word: str, chat: ChatTokenizer) -> list[int]:
-    """The tokens of a word where a judge replies; without a template, after a space."""
+    """Return the tokens of a word as a reply of the judge; after a space if there is no template."""
     return chat.encode(word) if chat.has_template else chat.encode_answer(" " + word)
