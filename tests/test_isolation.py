@@ -36,7 +36,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from cards_integrations.chat.grammar import Grammar, GrammarTokenizer, Matcher
 from cards_integrations.decoding import BestOfN, Cards, Decoding, FixedLength, Sampling
 from cards_integrations.decoding.base import Draft
-from cards_integrations.engine import Engine, Request, worker
+from cards_integrations.engine import Engine, Request, answer_writer
 from cards_integrations.engine.scheduler import BestPerSecond
 from cards_integrations.errors import CardsError, CardsTimeout, ModelError, PromptError, RewardError
 from cards_integrations.models.local import language_model as local
@@ -585,7 +585,7 @@ def test_nobody_waits_while_a_long_prompt_is_tokenized(
         assert text != long or go_on.wait(WITHIN)
         return prompt(self, text, *args)
 
-    monkeypatch.setattr(worker, "LONG", 100)
+    monkeypatch.setattr(answer_writer, "LONG", 100)
     monkeypatch.setattr(chat, "prompt", slow)
     if scored:
         asked: Any = engine.submit_score(judge, long, ["w9"])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -16,33 +15,24 @@ from dataclasses import replace
 from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from cards_integrations.chat.grammar import Grammar
 from cards_integrations.chat.message import Message
-from cards_integrations.chat.stop_strings import StopStrings
-from cards_integrations.chat.template import ChatTokenizer, as_text
-from cards_integrations.chat.tool_reader import ToolReader
-from cards_integrations.decoding.base import Scale
 from cards_integrations.decoding.sampling import Sampling
-from cards_integrations.engine.admission import Admission, check_length, time_limit
-from cards_integrations.engine.channel import Channels
+from cards_integrations.engine.admission import Admission, time_limit
+from cards_integrations.engine.answer_writer import AnswerWriter
 from cards_integrations.engine.idle import IdleMoments
 from cards_integrations.engine.inspection import CacheState, EngineState
 from cards_integrations.engine.loop_thread import LoopThread
-from cards_integrations.engine.preemption import cache_needs
 from cards_integrations.engine.request import Chunk, EngineSettings, Request
 from cards_integrations.engine.scales import TRIAL, KnownScale, Scales, remember
 from cards_integrations.engine.scheduler import BestPerSecond
-from cards_integrations.engine.session import Session
 from cards_integrations.engine.step_loop import StepLoop
 from cards_integrations.engine.telemetry import request_span
-from cards_integrations.engine.thinking import Thinker, render
-from cards_integrations.errors import CardsError, EngineClosed, ModelError, SettingsError, said
-from cards_integrations.models.base import ConstrainedModel, Context, LanguageModel, LogitsReader, StateReader
+from cards_integrations.errors import CardsError, EngineClosed, ModelError, said
+from cards_integrations.models.base import LanguageModel, LogitsReader, StateReader
 from cards_integrations.models.local.loader import ModelLoader
-from cards_integrations.models.randomness import fresh_seed
 from cards_integrations.models.sources import ModelSource, build_model, source_name
 from cards_integrations.progress import Advance, answering, phase, shown
-from cards_integrations.rewards.base import Conversation, Response, Reward, RewardModel, scores
+from cards_integrations.rewards.base import Conversation, Reward, RewardModel
 from cards_integrations.rewards.loader import RewardLoader
 from cards_integrations.threads import ended_before_exit, in_thread, retrieve_error
 from cards_integrations.trace import Alignment, Usage
@@ -58,7 +48,6 @@ T = TypeVar("T")
 P = ParamSpec("P")
 OnDone = Callable[[int, Alignment | Exception], None]
 """Called with the index of a request of a batch that has ended, and its answer or error."""
-LONG = 100_000  # characters of a text that takes longer to tokenize than a step takes
 MAX_PLAIN = 8  # sets of prompts whose plain answers are kept
 log = logging.getLogger("cards_integrations")
 
@@ -96,6 +85,7 @@ class Worker(LoopThread):
         self.language_model: LanguageModel
         self.steps: StepLoop
         self.admission: Admission
+        self.writer: AnswerWriter
         self.scales = Scales(model, self._rewards_of_plain_answers)
         self.idle = IdleMoments(self._step_times)
         self._plain: dict[tuple[Any, ...], list[Alignment]] = {}
@@ -110,6 +100,11 @@ class Worker(LoopThread):
         """Serve nobody any more: the next request starts another worker."""
         self.error = error
         self.failed = True
+
+    def _check(self) -> None:
+        """Raise the error after which nobody is served any more, if there is one."""
+        if self.error is not None:
+            raise self.error
 
     def _ended(self) -> None:
         if not self.loaded.done():
@@ -130,6 +125,7 @@ class Worker(LoopThread):
             self.loaded.set_exception(self.error)
         else:
             self.admission = Admission(self.settings.max_rows, self.memory, self.steps.preemption)
+            self.writer = AnswerWriter(self.language_model, self.steps, self.admission, self.memory, self._check)
             self.loaded.set_result(self.language_model)
             self._driver = self.loop.create_task(self.steps.run())
 
@@ -200,12 +196,7 @@ class Worker(LoopThread):
     ) -> list[float]:
         """Return the rewards of finished answers to one prompt."""
         async with self._serving(), self.rewards.lease(await self.scales.standardised(reward)) as reward_model:
-            chat = self.language_model.chat
-            conversation = Conversation(chat.without_tools(prompt), Usage(), context)
-            characters = len(as_text(prompt)) + sum(map(len, texts))
-            tokens = await _unblocking(characters, _tokens_of, chat, prompt, texts)
-            async with self._open_to_score(reward_model, conversation, tokens):
-                return await scores(reward_model, [Response(conversation, text, finished=True) for text in texts])
+            return await self.writer.score(reward_model, prompt, texts, context)
 
     @retrieved
     async def uncertainties(self, measure: Measure, answers: Sequence[Alignment]) -> list[list[float]]:
@@ -263,8 +254,7 @@ class Worker(LoopThread):
         """Wait until the model is loaded, and turn what ends a call from outside into errors for its caller."""
         try:
             await asyncio.shield(self._loading)
-            if self.error is not None:
-                raise self.error
+            self._check()
             yield
         except (SystemExit, KeyboardInterrupt, GeneratorExit) as error:  # would end this thread
             raise ModelError(f"The request raised {said(error)}") from error
@@ -286,7 +276,7 @@ class Worker(LoopThread):
                 reward_model, scale = await leased.enter_async_context(self._reward_model(request))
             with answering(wanted=progress) as advance:
                 async with self.admission.row(), time_limit(each):
-                    answer = await self._decode(request, reward_model, scale, emit)
+                    answer = await self.writer.write(request, reward_model, scale, emit)
                 advance()
                 return answer
 
@@ -318,120 +308,6 @@ class Worker(LoopThread):
         own = [scheduler.times] if isinstance(scheduler, BestPerSecond) else []
         return [*own, *self.rewards.step_times]
 
-    async def _decode(
-        self,
-        request: Request,
-        reward: RewardModel | None,
-        known: KnownScale | None,
-        emit: Callable[[Chunk], None] | None,
-    ) -> Alignment:
-        began, method = time.perf_counter(), request.decoding.method
-        scale, origin = known or (None, None)
-        model = self.language_model
-        prompt = await _unblocking(len(as_text(request.prompt)), render, request, model.chat)
-        check_length(len(prompt.ids), request.max_tokens, model.context_window)
-        seed = fresh_seed() if request.seed is None else request.seed
-        open_session = partial(self._session, Usage(prompt_tokens=len(prompt.ids)), reward, scale)
-        thinker = Thinker(request, model.chat, model.context_window, open_session, emit)
-        channels = Channels(model.chat, isinstance(model, ConstrainedModel), open_session)
-        begun = await channels.enter(await thinker.think(prompt, seed), seed)
-        async with open_session(begun.request, begun.ids, seed, True, emit) as session:
-            log.info(
-                "request %s: %s, prompt of %d tokens, seed %d",
-                session.request_id, method, len(session.context.prompt_ids), session.seed,
-            )  # fmt: skip
-            try:
-                await session.write(request.decoding)
-            except BaseException as error:
-                log.info("request %s: ended by %s", session.request_id, said(error))
-                raise
-        if session.cut and reward is not None and session.segments[-1].reward is not None:
-            await self._score_again(session, reward)
-        guidance = request.decoding.guidance(scale, origin)
-        answer = session.alignment(method, began, guidance, begun.thinking)
-        usage = answer.usage
-        log.info(
-            "request %s: %s after %d tokens, %d drafts of %d tokens, %.2f s", answer.request_id, answer.finish_reason,
-            usage.completion_tokens, usage.drafts, usage.drafted_tokens, usage.seconds,
-        )  # fmt: skip
-        if answer.out_of_reach:
-            log.info("request %s: no candidate was accepted: the target is out of reach", answer.request_id)
-        return answer
-
-    async def _score_again(self, session: Session, reward: RewardModel) -> None:
-        """Score an answer again that was cut after its last segment had been scored."""
-        response, context = session.response(), session.context
-        tokens = len(context.prompt_ids) + len(context.ids)
-        async with self._open_to_score(reward, session.conversation, tokens):
-            session.rescored(response, *await scores(reward, [response]))
-
-    @asynccontextmanager
-    async def _open_to_score(self, reward: RewardModel, conversation: Conversation, tokens: int) -> AsyncIterator[None]:
-        """Keep a conversation of so many tokens open inside the block, so that its whole answers can be scored."""
-        async with self.admission.memory_to_score(reward.cache_needs(conversation, tokens)):
-            reward.open(conversation)
-        try:
-            yield
-        finally:
-            reward.close(conversation)
-            self.admission.scored()
-
-    @asynccontextmanager
-    async def _session(
-        self, usage: Usage, reward: RewardModel | None, scale: Scale | None,
-        request: Request, prompt_ids: list[int], seed: int, guided: bool, emit: Callable[[Chunk], None] | None,
-    ) -> AsyncIterator[Session]:  # fmt: skip
-        """Open a session as soon as there is memory for it; it is live inside the block."""
-        chat = self.language_model.chat
-        reward = reward if guided else None
-        check_length(len(prompt_ids), request.max_tokens, self.language_model.context_window)
-        context = self._context(request, prompt_ids, usage)
-        conversation = Conversation(chat.without_tools(request.prompt), usage, request.context)
-        needs = partial(cache_needs, self.steps.stepwise, context, conversation, reward)
-        async with self.admission.memory(needs(), needs(whole=True)):
-            if self.error is not None:
-                raise self.error  # set while this request waited
-            reader = ToolReader(request.tools, chat.tool_format)
-            session = Session(self.steps, context, seed, conversation, reward, scale, emit, reader)
-            self.memory.evict_for(0)
-            self.steps.live[context] = session
-        try:
-            yield session
-        finally:
-            del self.steps.live[context]
-            session.close()
-            self.steps.memory_freed()
-
-    def _context(self, request: Request, prompt_ids: list[int], usage: Usage) -> Context:
-        chat, grammar = self.language_model.chat, request.grammar
-        stop = self._stop_strings(request)
-        start = chat.answer_start(request.prompt, prompt_ids, stop.strings)
-        context = Context(request.prompt, prompt_ids, request.max_tokens, request.sampler, stop, usage, start=start)
-        context.logprobs = request.logprobs
-        context.whole_sentences = request.finish_at == "sentence" and grammar is None and request.tools is None
-        if request.tools is not None:
-            grammar = chat.tool_format.grammar(request.tools, chat.grammar_literal, grammar)
-        if grammar is not None:
-            context.matcher = self._constrained(grammar).matcher(grammar)
-        return context
-
-    def _stop_strings(self, request: Request) -> StopStrings:
-        """Return the strings that end the answer; none do within a grammar or a call, whose parts are no answers."""
-        tools = request.tools
-        if request.grammar is not None or (tools is not None and tools.forced):
-            return StopStrings()
-        reader = ToolReader(tools, self.language_model.chat.tool_format)
-        return StopStrings(request.stop, None if tools is None else reader.in_call)
-
-    def _constrained(self, grammar: Grammar) -> ConstrainedModel:
-        model = self.language_model
-        if not isinstance(model, ConstrainedModel):
-            raise SettingsError(
-                "Grammars, response formats and enforced tool calls need a local model: a server does not go on with "
-                "a grammar from one segment to the next. Use LocalModel, or tool_choice='auto'."
-            )
-        return model
-
     async def _rewards_of_plain_answers(self, reward: Reward) -> list[float]:
         """Return a reward for a plain answer to each of the prompts that suit the reward."""
         with phase(f"measuring the scale of reward {reward.name!r}, once", len(reward.prompts)) as advance:
@@ -455,16 +331,6 @@ class Worker(LoopThread):
         for (prompt, context), answer in zip(prompts, answers, strict=True):
             found += await self.score_texts(reward, prompt, [answer.text], context)
         return found
-
-
-async def _unblocking(characters: int, work: Callable[..., T], *args: Any) -> T:
-    """Call a function that reads so many characters of text: in a thread if they are many, so that others go on."""
-    return await in_thread(work, *args) if characters > LONG else work(*args)
-
-
-def _tokens_of(chat: ChatTokenizer, prompt: str | list[Message], texts: Sequence[str]) -> int:
-    """Return how many tokens a prompt and answers to it have."""
-    return len(chat.prompt(prompt)[1]) + sum(len(chat.encode(text)) for text in texts)
 
 
 def _report(on_done: OnDone, index: int, task: asyncio.Task[Alignment]) -> None:
