@@ -68,7 +68,7 @@ class SettingsModel(BaseModel):
 
 
 def validation_message(error: ValidationError) -> str:
-    """All errors of a validation in one line, each with its setting."""
+    """Return all errors of a validation in one line, each with its setting."""
     return str(_settings_error(_problems(error)))
 
 

@@ -29,7 +29,7 @@ def register_method(cls: type[D]) -> type[D]:
 
 
 def known_methods() -> list[str]:
-    """The names of all methods, those of installed plug-ins included."""
+    """Return the names of all methods, those of installed plug-ins included."""
     return _registry.known()
 
 

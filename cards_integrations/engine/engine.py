@@ -353,7 +353,7 @@ class Engine:
 
 
 def _forget_after_fork() -> None:
-    """A forked child has no worker threads: its engines start afresh."""
+    """Let the engines of a forked child start afresh, as it has no worker threads."""
     for engine in Engine._shared.values():
         engine._worker, engine._starting = None, threading.RLock()
     Engine._shared.clear()

@@ -154,7 +154,7 @@ def _operation(request: Request) -> str:
 
 
 def _attributes(request: Request, model: str) -> dict[str, Any]:
-    """What is known before the answer."""
+    """Return the attributes that are known before the answer."""
     found: dict[str, Any] = {
         "gen_ai.operation.name": _operation(request),
         "gen_ai.provider.name": PROVIDER,
@@ -173,7 +173,7 @@ def _attributes(request: Request, model: str) -> dict[str, Any]:
 
 
 def _told(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """What has a value that a span can hold."""
+    """Return the attributes whose values a span can hold."""
     return {
         name: value
         for name, value in attributes.items()
@@ -184,7 +184,7 @@ def _told(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _input(message: Message) -> dict[str, Any]:
-    """A message in the form of the conventions."""
+    """Return a message in the form of the OpenTelemetry conventions."""
     content, calls = message["content"], message.get("tool_calls", ())
     if message["role"] == "tool":
         parts = [{"type": "tool_call_response", "id": message.get("tool_call_id"), "response": content}]

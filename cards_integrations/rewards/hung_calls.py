@@ -130,7 +130,7 @@ async def _contained(work: Awaitable[T]) -> T:
 
 
 def _code(function: Any) -> Any:
-    """What stands for a function, whatever object it is bound to."""
+    """Return the code of a function, whatever object it is bound to."""
     while isinstance(function, partial):
         function = function.func
     function = getattr(function, "__func__", function)

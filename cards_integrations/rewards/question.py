@@ -76,7 +76,7 @@ _probability: TypeAdapter[float] = TypeAdapter(Probability)
 
 
 def as_question(value: Any) -> Any:
-    """A question from its text alone, which is answered with yes or no; anything else as it is."""
+    """Make a yes-or-no question from a text; return anything else as it is."""
     return Question(instructions=value) if isinstance(value, str) else value
 
 

@@ -89,7 +89,7 @@ class StaticSteps:
         return step.output.clone()  # the next replay overwrites it
 
     def _step(self, shape: Shape, tensors: dict[str, torch.Tensor], metadata: AttentionMetadata) -> StaticStep | None:
-        """The step of a shape that has occurred before."""
+        """Return the step of a shape that has occurred before; None for a new one."""
         if shape not in self.steps:
             self.steps[shape] = None
             self._forget()
@@ -132,6 +132,6 @@ class StaticSteps:
 
 
 def _shape(tensors: dict[str, torch.Tensor], metadata: AttentionMetadata) -> Shape:
-    """What a graph has built in: numbers of tokens, rows and columns, and where the keys and values are."""
+    """Return what a graph depends on: numbers of tokens, rows and columns, and where keys and values are."""
     groups = ((g.block.serial, g.block.version, *g.tokens.shape, len(g.restore), g.width) for g in metadata.groups)
     return len(tensors["ids"]), len(tensors["output_indices"]), *groups

@@ -194,7 +194,7 @@ class _TriedModel:
         return self.found
 
     def _read(self, *parts: tuple[Branch, int, int, int]) -> None:
-        """One forward, of some tokens of some texts."""
+        """Run one forward over some tokens of some texts."""
         inputs = [ForwardInput(branch, self.ids[text][start:end]) for branch, text, start, end in parts]
         for (_, text, _, end), output in zip(parts, self.run(inputs), strict=True):
             if isinstance(output, CardsError):

@@ -149,7 +149,7 @@ def _children(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
 
 
 def _as_rms_norm(module: nn.Module) -> FusedRMSNorm | None:
-    """The same as an RMSNorm of torch, or None if it is not one."""
+    """Return a module as a `FusedRMSNorm`; None if it is no RMS norm."""
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     parameters = dict(module.named_parameters())
     if not isinstance(eps, float) or set(parameters) != {"weight"} or parameters["weight"].dim() != 1:
@@ -165,7 +165,7 @@ def _as_rms_norm(module: nn.Module) -> FusedRMSNorm | None:
 
 
 def _as_fused_layer(module: nn.Module, shared: OncePerForward) -> FusedLayer | None:
-    """The same as a decoder layer, or None if it is not one of the known shape."""
+    """Return a decoder layer as a `FusedLayer`; None if it has another structure."""
     if not all(hasattr(module, name) for name in PARTS if name):
         return None
     if {name: set(dict(module.get_submodule(name).named_children())) for name in PARTS} != PARTS:
@@ -179,7 +179,7 @@ def _as_fused_layer(module: nn.Module, shared: OncePerForward) -> FusedLayer | N
 
 @torch.no_grad()
 def _outputs(fused: FusedLayer, layer: nn.Module) -> tuple[Tensor, Tensor]:
-    """What both give for five tokens, each of which sees those before it."""
+    """Return the outputs of both for five tokens, each of which sees those before it."""
     draw = torch.Generator().manual_seed(0)
     width = len(fused.input_layernorm.weight)
     cos, sin = torch.randn(2, 1, 5, fused.size, generator=draw)

@@ -30,12 +30,12 @@ class LatentHeads(NamedTuple):
         return torch.cat([own @ self.keys, rotary], -1)
 
     def output(self, latents: torch.Tensor) -> torch.Tensor:
-        """What the heads make of sums of latents, (tokens, heads, rank) -> (tokens, heads, value size)."""
+        """Project sums of latents to outputs of heads, (tokens, heads, rank) -> (tokens, heads, value size)."""
         return (latents.transpose(0, 1) @ self.values.to(latents.dtype).mT).transpose(0, 1)
 
 
 def as_key(latent: Pair) -> Pair:
-    """One key of latent and rotary part for all heads, (batch, 1, tokens, ...); the value is its beginning."""
+    """Return one key of latent and rotary part for all heads, (batch, 1, tokens, ...); its beginning is the value."""
     key = torch.cat(latent, -1)
     return key, key[..., :0]
 

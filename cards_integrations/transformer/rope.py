@@ -44,7 +44,7 @@ def rope_switch(config: Any) -> int:
 
 
 def _with_two_sets(config: Any) -> list[dict[str, Any]]:
-    """The rope parameters of all layers, or of each kind of them, that have two sets of frequencies."""
+    """Return those rope parameters, of all layers or of each kind of layer, that have two sets of frequencies."""
     parameters = getattr(config, "rope_parameters", None) or {}
     by_layer = [parameters, *(each for each in parameters.values() if isinstance(each, dict))]
     return [each for each in by_layer if each.get("rope_type") == LONGROPE]

@@ -60,7 +60,7 @@ class ThreadTuner:
         self._learn(threads, tokens.bit_length(), seconds)
 
     def _next(self, size: int) -> int:
-        """The number for a step of this size: one to try, if its seconds can be compared."""
+        """Return the number of threads for a step of this size: one to try, if its time can be compared."""
         if not self._trials and self._clock() >= self._due:
             counts = [self._most >> shift for shift in range(self._most.bit_length())]
             self._trials = [count for count in counts if count != self.threads]

@@ -132,7 +132,7 @@ def add_adapter(spec: LocalModel, model: Any) -> Any:
 
 
 def _without_weights(outputs: int, inputs: int) -> Any:
-    """A linear layer whose weights are one number."""
+    """Return a linear layer whose weights are a single number, to save memory."""
     import torch
 
     layer = torch.nn.Linear(1, 1, bias=False)
@@ -142,7 +142,7 @@ def _without_weights(outputs: int, inputs: int) -> Any:
 
 
 def _tuned(adapted: Any) -> dict[str, Any]:
-    """The layers that an adapter changes, by their names in the base model."""
+    """Return the layers that an adapter changes, by their names in the base model."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     modules = adapted.get_base_model().named_modules()
@@ -150,7 +150,7 @@ def _tuned(adapted: Any) -> dict[str, Any]:
 
 
 def _factors(spec: LocalModel, layer: Any) -> tuple[Any, Any]:
-    """The two factors of what an adapter adds to a weight."""
+    """Return the two factors whose product an adapter adds to a weight."""
     import torch
 
     [own] = layer.active_adapters
@@ -175,7 +175,7 @@ def label_options(adapter: str | None) -> dict[str, int]:
 
 
 def _tensors(adapter: str) -> dict[str, Any]:
-    """The adapter's own weights, from safetensors; peft would fall back on `adapter_model.bin`."""
+    """Read the adapter's own weights from safetensors; peft would fall back on `adapter_model.bin`."""
     from safetensors.torch import load_file
 
     found = resolve_adapter(adapter)

@@ -97,12 +97,12 @@ def check_encoding(name: str, tokenizer: Any, rows: int) -> None:
 
 
 def embedding_rows(model: Any) -> int:
-    """How many token ids a model knows."""
+    """Return how many token ids a model knows."""
     return int(model.get_input_embeddings().weight.shape[0])
 
 
 def _parts(named: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The plain floating-point tensors, those inside of quantized ones included."""
+    """Yield the plain floating-point tensors, those inside of quantized ones included."""
     import torch
 
     for name, tensor in named:

@@ -145,7 +145,7 @@ def _wheel_folder(module: str, requirement: str) -> Path:
 
 
 def _interleaved_heads(reader: GGUFReader, name: str) -> int | None:
-    """The heads of a weight of q or k; None for any other."""
+    """Return the number of heads of a q or k weight; None for any other."""
     fields = {"attn_q.weight": "head_count", "attn_k.weight": "head_count_kv"}
     field = next((field for end, field in fields.items() if name.endswith(end)), None)
     return None if field is None else int(_field(reader, f"llama.attention.{field}"))

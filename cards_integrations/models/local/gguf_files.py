@@ -44,7 +44,7 @@ def gguf_file(name: str) -> Path | None:
 
 
 def _models_in(folder: Path) -> list[Path]:
-    """The files with language models; those for images stand beside them."""
+    """Return the files with language models, without those for images."""
     return sorted(file for file in folder.glob("*.gguf") if not file.name.startswith("mmproj"))
 
 

@@ -37,7 +37,7 @@ def load_errors(name: str, setting: str = "model") -> Iterator[None]:
 
 
 def _in_one_line(error: Exception) -> str:
-    """What torch or transformers say, who report at length."""
+    """Return the error of torch or transformers, which may be long, in one line."""
     told = " ".join(str(error).split()) or type(error).__name__
     if "ignore_mismatched_sizes" in told:  # the rest is in a report that only a log shows
         return "its weights have other shapes than its config.json says."

@@ -302,7 +302,7 @@ class ModelLoader:
         return torch.bfloat16 if half and fast_bfloat16() else torch.float32
 
     def _on_shared_body(self, spec: LocalModel) -> Any:
-        """A classifier around the language model's body: new modules, the same tensors."""
+        """Return a classifier around the language model's body: new modules, the same tensors."""
         import torch
         from transformers import AutoModelForSequenceClassification
 

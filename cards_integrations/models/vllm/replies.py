@@ -202,7 +202,7 @@ class ServerHandshake:
     def _ask(
         self, urls: Iterable[str], method: str, path: str, body: Any = None, refused: int | None = None
     ) -> dict[str, Reply | BaseException]:
-        """What each replica answers, all asked at once; or why it does not."""
+        """Ask all replicas at once, and return their replies, or why there is none."""
 
         async def together() -> dict[str, Reply | BaseException]:
             work = [self._reply(url, method, path, body, refused) for url in urls]

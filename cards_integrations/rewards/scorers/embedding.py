@@ -102,7 +102,7 @@ class Embedder:
 
 
 def _body(model: Any) -> Any:
-    """The transformers model that reads the texts; None for static embeddings."""
+    """Return the transformers model that reads the texts; None for static embeddings."""
     body = getattr(model[0], "auto_model", None)
     return body if hasattr(body, "from_pretrained") else None
 

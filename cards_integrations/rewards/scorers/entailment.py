@@ -52,7 +52,7 @@ class Entailment(RewardModel):
         self.contexts: dict[Conversation, Sequence[str]] = {}  # of open conversations
 
     def _index(self, label: int | str, labels: dict[int, str]) -> int:
-        """The label that means support; a cross-encoder has only one."""
+        """Return the index of the label that means support; a cross-encoder has only one."""
         found = [index for index, name in labels.items() if label == index or str(label).lower() == name.lower()]
         if not found and len(labels) > 1:
             raise SettingsError(f"reward.label={label!r}: choose one of {labels} for the reward {self.name!r}.")
@@ -85,7 +85,7 @@ class Entailment(RewardModel):
         return self.context(conversation) if known is None else known  # it may have been closed meanwhile
 
     async def _probabilities(self, pairs: list[tuple[str, str]]) -> list[tuple[float, int]]:
-        """The probability of support for each pair, and how many tokens it has."""
+        """Return the probability of support for each pair, and how many tokens it has."""
         contexts, texts = map(list, zip(*pairs, strict=True))
         encoded = self.tokenizer(contexts, texts, truncation="only_first")
         self.chat.check_ids([token for ids in encoded["input_ids"] for token in ids])

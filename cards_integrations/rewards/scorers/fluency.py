@@ -33,6 +33,6 @@ class Fluency(Composite):
         return [-self.repetition(r) - self._shortfall(r, own) for r, own in zip(responses, log_p, strict=True)]
 
     def _shortfall(self, response: Response, log_p: float) -> float:
-        """The nats that are missing."""
+        """Return by how many nats the mean log p falls short, per length."""
         tokens = len(self.own.answer_ids(response))
         return per_length(max(0.0, self.least_log_p * tokens - log_p), tokens)

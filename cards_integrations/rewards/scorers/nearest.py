@@ -42,7 +42,7 @@ class Nearest(RewardModel):
         return [await self._nearness(response, sources[response.conversation]) for response in responses]
 
     async def _sources(self, conversation: Conversation) -> Sequence[torch.Tensor]:
-        """The vectors (n, size) of each context's sentences, remembered while the conversation is open."""
+        """Return the vectors (n, size) of each context's sentences, remembered while the conversation is open."""
         if known := self.sources.get(conversation):
             return known
         contexts = [split_sentences(context) or [""] for context in self.context(conversation)] or [[""]]

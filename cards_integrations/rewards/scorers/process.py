@@ -80,7 +80,7 @@ class Process(Incremental):
                 self._keys.pop(response, None)
 
     def _ends_of(self, response: Response) -> list[int]:
-        """Where the segments of an answer end, those of what it continues included."""
+        """Return where the segments of an answer end, those of what it continues included."""
         parent = response.parent
         before = self._ends[response.conversation] if parent is None else self._ends_of(parent)
         return [*before, len(response.text)]
@@ -96,7 +96,7 @@ class Process(Incremental):
         return tagged.ids, 0 if ended else tagged.suffix
 
     def _unknown(self, response: Response, cut: int) -> tuple[list[StepKey], int]:
-        """The keys of all steps, and how many of the first are known; the last one is read in any case."""
+        """Return the keys of all steps, and how many of the first are known; the last one is always read."""
         keys, known = self._keys.get(response), self._known[response.conversation]
         if keys is None:
             steps = self._steps_of(response)
@@ -112,7 +112,7 @@ class Process(Incremental):
         return len(text.ids) - self._first_tag(response, text)
 
     def _first_tag(self, response: Response, text: FittedText) -> int:
-        """Where the first tag is whose score is not known."""
+        """Return the position of the first tag whose score is not known."""
         _, first = self._unknown(response, text.reading.cut)
         return max(0, self._tagged[response].tags[first] - text.reading.cut)
 
@@ -122,7 +122,7 @@ class Process(Incremental):
             return [self._score(forward.owner, values) for forward, values in zip(batch, read, strict=True)]
 
     def _score(self, response: Response, values: torch.Tensor) -> float:
-        """The score of an answer from the outputs (outputs, ...) behind its first unknown tag."""
+        """Return the score of an answer from the outputs (outputs, ...) from its first unknown tag on."""
         tags, known = self._tagged[response].tags, self._known[response.conversation]
         keys, first = self._unknown(response, self.rows[response.conversation].branches[response].cut)
         places = [tag - tags[-1] - 1 for tag in tags[first:]]
@@ -133,7 +133,7 @@ class Process(Incremental):
         return [output.values for output in self._counted(batch, self.transformer.hidden(batch))]
 
     def _good(self, values: torch.Tensor) -> list[float]:
-        """How probable it is that steps are good, from what was read (steps, ...) at their tags."""
+        """Return the probability that each step is good, from the outputs (steps, ...) at their tags."""
         raise NotImplementedError
 
 

@@ -35,7 +35,7 @@ class Relevance(RewardModel):
         return similarity(answers, torch.stack([known[conversation] for conversation in conversations]))
 
     async def _question_vectors(self, conversations: list[Conversation]) -> dict[Conversation, torch.Tensor]:
-        """The vector (size,) of each conversation's question, remembered while the conversation is open."""
+        """Return the vector (size,) of each conversation's question, remembered while the conversation is open."""
         known = {c: vector for c in conversations if (vector := self.questions.get(c)) is not None}
         new = [conversation for conversation in conversations if conversation not in known]
         if new:

@@ -10,7 +10,7 @@ from cards_integrations.rewards.scorers.input_format import around_response
 
 
 def as_state(response: Response, form: str | None = None) -> str | dict[str, Any]:
-    """What the question is about: message, answer and context as JSON, or a text.
+    """Return what the question is about: message, answer and context as JSON, or a text.
 
     Args:
         response: The answer.

@@ -85,7 +85,7 @@ class RemoteModel(RewardModel):
         return [score for found in await gathered(self._ask(batch) for batch in batches) for score in found]
 
     async def _ask(self, responses: Sequence[Response]) -> list[float]:
-        """The scores of one batch."""
+        """Return the scores of one batch."""
 
         def paid() -> None:
             for conversation in dict.fromkeys(response.conversation for response in responses):

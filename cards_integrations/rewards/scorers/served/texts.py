@@ -100,7 +100,7 @@ class Predict(JoinedText):
         return [self._chosen(labels) for labels in Predictions.validate_json(content, strict=True)]
 
     def _chosen(self, labels: list[LabelScore]) -> float:
-        """The score of the label by its name: the server puts the highest score first."""
+        """Return the score of the label by its name, as the server puts the highest score first."""
         if self.settings.label is None and len(labels) == 1:
             return labels[0].score
         same = [label.score for label in labels if label.label == self.settings.label]
