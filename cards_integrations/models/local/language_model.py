@@ -90,6 +90,8 @@ class LocalLanguageModel:
         """Tokens read so far."""
         return self.transformer.tokens
 
+    # --- requests ---
+
     def open(self, context: Context) -> None:
         """Open a row for a request; its prompt is read when a candidate needs it."""
         self._check_ids(context.sampler)
@@ -149,11 +151,7 @@ class LocalLanguageModel:
         if (request := self._requests.get(context)) is not None:
             request.kept.held = self._row(context)
 
-    def _close_long(self, request: OpenRequest) -> None:
-        """Free the row in which the kept text is read with the frequencies of long texts."""
-        if request.long is not None:
-            self.transformer.cache.close(request.long.branch.tree)
-            request.long = None
+    # --- candidates ---
 
     @cached_property
     def grammars(self) -> GrammarTokenizer:
@@ -255,16 +253,7 @@ class LocalLanguageModel:
         context.ids += candidate.ids
         context.text = candidate.response
 
-    def _keep_long(self, request: OpenRequest, candidate: Candidate) -> None:
-        """Extend the long reading of the kept text by a kept candidate, or end it if the candidate is in it."""
-        kept, long = request.kept.held, request.long
-        if long is None:
-            return
-        if kept is not None and kept.tree is long.branch.tree:
-            kept.tree.drop(long.branch)
-            request.long = None
-        else:
-            long.unread += candidate.ids
+    # --- sampling ---
 
     def sample(self) -> list[Candidate]:
         """Give each candidate with logits its next token, or end it.
@@ -309,6 +298,8 @@ class LocalLanguageModel:
         except BaseException as error:
             _failed(candidate, error)
         return True
+
+    # --- what is to be read ---
 
     def has_unread(self, candidates: Iterable[Candidate]) -> bool:
         """True if something must be read before these candidates can have their next token."""
@@ -381,6 +372,25 @@ class LocalLanguageModel:
             branch = self.transformer.cache.open(long=True).branch()
             request.long = Frontier(branch, unread=[*context.prompt_ids, *context.ids])
         return request.long
+
+    def _keep_long(self, request: OpenRequest, candidate: Candidate) -> None:
+        """Extend the long reading of the kept text by a kept candidate, or end it if the candidate is in it."""
+        kept, long = request.kept.held, request.long
+        if long is None:
+            return
+        if kept is not None and kept.tree is long.branch.tree:
+            kept.tree.drop(long.branch)
+            request.long = None
+        else:
+            long.unread += candidate.ids
+
+    def _close_long(self, request: OpenRequest) -> None:
+        """Free the row in which the kept text is read with the frequencies of long texts."""
+        if request.long is not None:
+            self.transformer.cache.close(request.long.branch.tree)
+            request.long = None
+
+    # --- forwards ---
 
     def growth(self, candidates: Iterable[Candidate]) -> int:
         """Return by how many bytes the cache grows at most when `forward` is called for these candidates."""
@@ -478,6 +488,8 @@ class LocalLanguageModel:
                 candidate.error = error
             self._failed += at.waiting
             at.waiting = []
+
+    # --- whole answers, and times ---
 
     def read(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> torch.Tensor:
         """Return the logits before each token of an answer, (tokens, vocabulary), float32."""
