@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from cards_integrations import CardsLLM
 from cards_integrations.cli import app, main
 from cards_integrations.decoding import Cards, Uncertainty
-from cards_integrations.engine import EngineSettings, scales
+from cards_integrations.engine import EngineSettings, scale_store
 from cards_integrations.errors import SettingsError
 from cards_integrations.rewards import ClassifierReward, FunctionReward, WeightedReward
 from cards_integrations.study.calibration import Calibration
@@ -33,7 +33,7 @@ FAST = EngineSettings(dtype="float32")
 
 @pytest.fixture(autouse=True)
 def scales_of_this_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scales, "cache_dir", lambda: tmp_path / "cache")
+    monkeypatch.setattr(scale_store, "cache_dir", lambda: tmp_path / "cache")
 
 
 @pytest.fixture(scope="module")

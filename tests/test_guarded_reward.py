@@ -14,7 +14,7 @@ from internals import assert_idle
 from naive import ids, log_p
 
 from cards_integrations.decoding import Cards, FixedLength
-from cards_integrations.engine import Engine, EngineSettings, Request, scales
+from cards_integrations.engine import Engine, EngineSettings, Request, scale_store
 from cards_integrations.models.local.settings import LocalModel
 from cards_integrations.models.sampling import Sampler
 from cards_integrations.rewards import (
@@ -42,7 +42,7 @@ LOOP = " ".join(["very good"] * 40)
 
 @pytest.fixture(autouse=True)
 def scales_of_this_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scales, "cache_dir", lambda: tmp_path / "cache")
+    monkeypatch.setattr(scale_store, "cache_dir", lambda: tmp_path / "cache")
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from scipy.optimize import isotonic_regression
 
 from cards_integrations import CardsLLM
 from cards_integrations.decoding import Cards, FixedLength
-from cards_integrations.engine import EngineSettings, scales
+from cards_integrations.engine import EngineSettings, scale_store
 from cards_integrations.errors import ModelError, SettingsError
 from cards_integrations.rewards import HELD_OUT, NAMED, ClassifierReward, GuardedReward
 from cards_integrations.rewards.base import Instant, Loader, Reward, RewardModel
@@ -44,7 +44,7 @@ class Vowels(Reward):
 
 @pytest.fixture(autouse=True)
 def scales_of_this_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scales, "cache_dir", lambda: tmp_path / "cache")
+    monkeypatch.setattr(scale_store, "cache_dir", lambda: tmp_path / "cache")
 
 
 @pytest.fixture(scope="module")

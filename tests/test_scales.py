@@ -24,7 +24,7 @@ from scipy import integrate, optimize, stats
 from cards_integrations.decoding import Cards, FixedLength, OptimalStopping, Sampling
 from cards_integrations.decoding.base import Scale
 from cards_integrations.decoding.stopping import pooled_std
-from cards_integrations.engine import Engine, Request, scales
+from cards_integrations.engine import Engine, Request, scale_store, scales
 from cards_integrations.errors import CardsTimeout, EngineClosed, RewardError
 from cards_integrations.models.local.settings import LocalModel
 from cards_integrations.models.sampling import Sampler
@@ -48,7 +48,7 @@ SEGMENTS = FixedLength(length=4)
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where scales are remembered, empty at first."""
-    monkeypatch.setattr(scales, "cache_dir", lambda: tmp_path / "cache")
+    monkeypatch.setattr(scale_store, "cache_dir", lambda: tmp_path / "cache")
     return tmp_path / "cache" / "scales"
 
 
@@ -355,7 +355,7 @@ def test_a_reward_that_has_no_json_is_measured_all_the_same(start: Start, models
 def test_what_another_process_stores_changes_no_answer_of_this_one(
     start: Start, models: Callable[..., str], judge: ClassifierReward
 ) -> None:
-    engine, store = start(models("llama")), scales.ScaleStore()
+    engine, store = start(models("llama")), scale_store.ScaleStore()
     model = engine.model
     store.put(model, judge, Scale(mean=0.0, std=1.0))
     gate = GateReward(gate=LengthReward(target=3), reward=judge)
@@ -373,7 +373,7 @@ def test_what_this_process_calibrates_holds_at_once(
 ) -> None:
     engine = start(models("llama"))
     engine.run(request(judge))
-    scales.ScaleStore().calibrate(engine.model, judge, Scale(mean=0.0, std=1.0, target=-90.0, beta=0.25))
+    scale_store.ScaleStore().calibrate(engine.model, judge, Scale(mean=0.0, std=1.0, target=-90.0, beta=0.25))
     assert engine.run(request(judge)).guidance == Guidance(-90.0, 0.25, "calibrated", "calibrated")
 
 
@@ -402,14 +402,14 @@ def test_the_trace_says_what_guided_an_answer_and_where_it_came_from(
 
 
 def test_the_files_of_scales_have_a_bound_and_calibrations_go_last(cache: Path) -> None:
-    store, model = scales.ScaleStore(), LocalModel(model="m/m")
+    store, model = scale_store.ScaleStore(), LocalModel(model="m/m")
     chosen = [LengthReward(target=target) for target in range(1, 31)]
     for reward in chosen:
         store.put(model, reward, Scale(mean=0.0, std=1.0, target=2.0, beta=1.0))
-    measured = [LengthReward(target=target) for target in range(100, 100 + 2 * scales.MAX_FILES)]
+    measured = [LengthReward(target=target) for target in range(100, 100 + 2 * scale_store.MAX_FILES)]
     for reward in measured:
         store.put(model, reward, Scale(mean=0.0, std=1.0))
-    assert len(list(cache.iterdir())) <= scales.MAX_FILES
+    assert len(list(cache.iterdir())) <= scale_store.MAX_FILES
     assert all(store.get(model, reward) is not None for reward in [*chosen, *measured[-50:]])
     assert store.get(model, measured[0]) is None
 

@@ -678,7 +678,7 @@ from cards_integrations.decoding import Cards, Sampling
 from cards_integrations.decoding.base import Scale
 from cards_integrations.models.local.settings import LocalModel
 from cards_integrations.rewards import ClassifierReward, LengthReward
-from cards_integrations.engine.scales import ScaleStore
+from cards_integrations.engine.scale_store import ScaleStore
 
 names, good = json.loads(sys.argv[1]), sys.argv[2]
 settings, outcomes, store = EngineSettings(device="cpu", dtype="float32"), [], ScaleStore()
@@ -739,7 +739,7 @@ def test_a_link_in_the_place_of_a_scale_is_replaced_and_not_followed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from cards_integrations.decoding.base import Scale
-    from cards_integrations.engine.scales import ScaleStore
+    from cards_integrations.engine.scale_store import ScaleStore
 
     monkeypatch.setenv("CARDS_CACHE_DIR", str(tmp_path / "cache"))
     store, model, reward = ScaleStore(), LocalModel(model="m/m"), LengthReward(target=3)

@@ -1,36 +1,23 @@
-"""The scale on which a reward scores plain answers of a model: published, remembered, or measured at first use."""
+"""The scale on which a reward scores plain answers of a model: remembered, published, or measured at first use."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 import logging
-import os
 import statistics
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
-from pathlib import Path
-from typing import NamedTuple, TypeVar
-
-from pydantic_core import PydanticSerializationError
+from typing import NamedTuple
 
 from cards_integrations.decoding.base import Scale
+from cards_integrations.engine.scale_store import ScaleStore, remember
 from cards_integrations.models.sources import ModelSource
-from cards_integrations.paths import cache_dir, write_atomically
 from cards_integrations.rewards.base import Reward
 from cards_integrations.trace import ScaleOrigin
 
-K = TypeVar("K")
-V = TypeVar("V")
 MAX_MEASURED = 128  # rewards whose measured scales an engine keeps
 MAX_LOOKED_UP = 1024  # rewards of which an engine knows what was stored when it first asked
-MAX_FILES = 200
-FILES_LEFT = 150  # once there have been more than `MAX_FILES`
 TRIAL = "Yes."  # the answer on which a reward is tried before answers are drafted for its scale
 log = logging.getLogger("cards_integrations")
-CALIBRATED: dict[Path, Scale] = {}
-"""The scales that this process has calibrated, by file; all its engines use them from that moment on."""
 
 
 class KnownScale(NamedTuple):
@@ -38,50 +25,6 @@ class KnownScale(NamedTuple):
 
     scale: Scale
     origin: ScaleOrigin
-
-
-class ScaleStore:
-    """Scales on disk, by model and reward, for rewards that are the same in another process.
-
-    The least recently used files are removed, those without a calibration first.
-    """
-
-    def get(self, model: ModelSource, reward: Reward) -> Scale | None:
-        """Return the stored scale; None if there is none, or if its file is damaged."""
-        with suppress(OSError, ValueError, PydanticSerializationError):
-            if reward.is_reproducible:
-                file = self._file(model, reward)
-                scale = Scale.model_validate_json(file.read_text())
-                with suppress(OSError):  # of another user
-                    os.utime(file)
-                return scale
-        return None
-
-    def put(self, model: ModelSource, reward: Reward, scale: Scale) -> None:
-        """Store a scale. If that is not possible, the scale is measured again next time."""
-        with suppress(OSError, PydanticSerializationError):
-            if reward.is_reproducible:
-                file = self._file(model, reward)
-                write_atomically(file, scale.model_dump_json())
-                _tidy(file.parent)
-
-    def calibrate(self, model: ModelSource, reward: Reward, scale: Scale) -> None:
-        """Store a scale that a calibration has chosen; the engines of this process use it from now on."""
-        self.put(model, reward, scale)
-        with suppress(PydanticSerializationError):
-            if reward.is_reproducible:
-                remember(CALIBRATED, self._file(model, reward), scale, MAX_LOOKED_UP)
-
-    def calibrated(self, model: ModelSource, reward: Reward) -> Scale | None:
-        """Return the scale that this process has calibrated; None if there is none."""
-        with suppress(PydanticSerializationError):
-            return CALIBRATED.get(self._file(model, reward)) if CALIBRATED and reward.is_reproducible else None
-        return None
-
-    def _file(self, model: ModelSource, reward: Reward) -> Path:
-        settings = [model.model_dump(mode="json"), reward.model_dump(mode="json", exclude={"scale"})]
-        key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-        return cache_dir() / "scales" / f"{key[:32]}.json"
 
 
 class Scales:
@@ -170,25 +113,3 @@ class Scales:
         """Let the next request measure again if a measurement failed."""
         if task.cancelled() or task.exception() is not None:
             self.measuring.pop(reward, None)
-
-
-def remember(table: dict[K, V], key: K, value: V, most: int) -> None:
-    """Put a value into a table, and drop the oldest entries beyond `most`."""
-    table[key] = value
-    while len(table) > most:
-        del table[next(iter(table))]
-
-
-def _tidy(folder: Path) -> None:
-    files = list(folder.iterdir())
-    if len(files) > MAX_FILES:
-        oldest = sorted(files, key=lambda file: (_is_calibrated(file), file.lstat().st_mtime))
-        for file in oldest[:-FILES_LEFT]:
-            with suppress(OSError):  # another process was faster
-                file.unlink()
-
-
-def _is_calibrated(file: Path) -> bool:
-    with suppress(OSError, ValueError):
-        return Scale.model_validate_json(file.read_text()).target is not None
-    return False

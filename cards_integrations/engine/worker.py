@@ -23,7 +23,8 @@ from cards_integrations.engine.idle import IdleMoments
 from cards_integrations.engine.inspection import CacheState, EngineState
 from cards_integrations.engine.loop_thread import LoopThread
 from cards_integrations.engine.request import Chunk, EngineSettings, Request
-from cards_integrations.engine.scales import TRIAL, KnownScale, Scales, remember
+from cards_integrations.engine.scale_store import remember
+from cards_integrations.engine.scales import TRIAL, KnownScale, Scales
 from cards_integrations.engine.scheduler import BestPerSecond
 from cards_integrations.engine.step_loop import StepLoop
 from cards_integrations.engine.telemetry import request_span

@@ -13,7 +13,7 @@ import yaml
 
 from cards_integrations.decoding import Cards, Uncertainty
 from cards_integrations.decoding.base import Scale
-from cards_integrations.engine.scales import ScaleStore
+from cards_integrations.engine.scale_store import ScaleStore
 from cards_integrations.errors import SettingsError
 from cards_integrations.models.sources import ModelSource
 from cards_integrations.rewards.base import Reward
