@@ -30,8 +30,8 @@ class CountedTokens:
 def plan_search(budget: float, costs: StepCosts, max_tokens: int) -> SearchPlan:
     """Choose the rounds of a search that costs at most `budget` times what a plain answer costs.
 
-    Round k of R has about max_tokens / R tokens and, after t_k tokens, W_k = round(w RAMP^min(1, t_k / RISE)) drafts, of
-    which round(W_k^SURVIVING) go on, and one of the last round's; w is the largest with
+    Round k of R has about max_tokens / R tokens and, after t_k tokens, W_k = round(w RAMP^min(1, t_k / RISE)) drafts.
+    Of these round(W_k^SURVIVING) go on; of the last round's, one. w is the largest with
 
         sum_k L_k draft(W_k) + score(W_k L_k)  <=  budget * max_tokens * draft(1).
 
