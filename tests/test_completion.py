@@ -9,7 +9,9 @@ from typing import Any
 
 import faces
 import pytest
+from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.globals import set_llm_cache
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import PromptTemplate
 
@@ -98,6 +100,19 @@ def test_chains_stop_strings_and_arguments_of_a_call(llm):
         llm.invoke("A cat", max_token=3)
     with pytest.raises(PromptError, match="empty"):
         llm.invoke("")
+
+
+async def test_the_cache_knows_the_arguments_of_a_call(llm):
+    short = llm.invoke("Once upon", max_tokens=2)
+    set_llm_cache(InMemoryCache())
+    try:
+        whole = [llm.invoke("Once upon"), await llm.ainvoke("Once upon")]
+        assert [llm.invoke("Once upon", max_tokens=2), await llm.bind(max_tokens=2).ainvoke("Once upon")] == [short] * 2
+        begun = llm.inspect().steps
+        assert [llm.invoke("Once upon"), *whole] == [whole[0]] * 3 != [short] * 3
+        assert llm.inspect().steps == begun
+    finally:
+        set_llm_cache(None)
 
 
 def test_what_langsmith_is_told(llm):

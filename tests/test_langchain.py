@@ -25,7 +25,7 @@ from cards_integrations.decoding import Cards, FixedLength, Sampling
 from cards_integrations.engine import EngineSettings
 from cards_integrations.errors import SettingsError
 from cards_integrations.langchain.callbacks import current_run
-from cards_integrations.rewards import ClassifierReward, FunctionReward
+from cards_integrations.rewards import ClassifierReward, FunctionReward, LengthReward, WeightedReward
 
 PROMPTS = [f"Say number {i}" for i in range(16)]
 
@@ -368,6 +368,41 @@ def test_the_cache_key_tells_classes_of_one_name_apart(name):
     one, other = (create_model("Answer", **each) for each in fields)
     assert llm._get_llm_string(**{name: one}) == llm._get_llm_string(**{name: one.model_json_schema()})
     assert llm._get_llm_string(**{name: one}) != llm._get_llm_string(**{name: other})
+
+
+class Alike:
+    """A reward of which not even the text tells how long answers should be."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __call__(self, prompt: str, answers: list[str]) -> list[float]:
+        return [float(-abs(self.length - len(answer))) for answer in answers]
+
+    def __repr__(self) -> str:
+        return "Alike()"
+
+
+@pytest.mark.parametrize("within", [lambda f: f, lambda f: WeightedReward(rewards=[LengthReward(target=9), f])])
+def test_the_cache_key_tells_objects_apart_that_look_alike(within):
+    llm = faces.chat_cards()
+    one, other = Alike(3), Alike(30)
+    assert (
+        faces.chat_cards(reward=within(one))._get_llm_string()
+        != faces.chat_cards(reward=within(other))._get_llm_string()
+    )
+    assert llm._get_llm_string(reward=within(one)) != llm._get_llm_string(reward=within(other))
+    assert llm._get_llm_string(reward=within(one)) == llm._get_llm_string(reward=within(one))
+    assert (
+        faces.chat_cards(reward=within(one))._get_llm_string() == faces.chat_cards(reward=within(one))._get_llm_string()
+    )
+
+
+def test_the_cache_key_outlives_a_function_whose_address_is_used_again():
+    def key(length: int) -> str:
+        return faces.chat_cards(reward=lambda prompt, answers: [float(length)] * len(answers))._get_llm_string()
+
+    assert len({key(length) for length in range(20)}) == 20
 
 
 def test_the_cache_key_has_only_what_changes_the_answer():

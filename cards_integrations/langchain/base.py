@@ -9,8 +9,12 @@ from langchain_core.language_models.base import LangSmithParams
 
 from cards_integrations.engine.engine import Engine
 from cards_integrations.errors import SettingsError
+from cards_integrations.langchain.cache_key import reward_key
 from cards_integrations.langchain.convert import PROVIDER
 from cards_integrations.settings import OptionsFromEnvironment
+
+SAME_ANSWER = ("engine", "timeout", "progress")
+"""Options that do not change an answer."""
 
 
 class CardsLangChainBase(OptionsFromEnvironment):
@@ -22,9 +26,8 @@ class CardsLangChainBase(OptionsFromEnvironment):
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
-        return {
-            name: repr(value) for name, value in self.options().items() if name not in ("engine", "timeout", "progress")
-        }
+        found = {name: repr(value) for name, value in self.options().items() if name not in SAME_ANSWER}
+        return {**found, "reward": reward_key(self.reward)}
 
     @classmethod
     def is_lc_serializable(cls) -> bool:

@@ -23,6 +23,7 @@ from cards_integrations.chat.tools import as_tools
 from cards_integrations.engine.request import Request
 from cards_integrations.errors import PromptError
 from cards_integrations.langchain.base import CardsLangChainBase
+from cards_integrations.langchain.cache_key import call_key
 from cards_integrations.langchain.callbacks import (
     asegment_callback,
     astream_chunks,
@@ -83,8 +84,8 @@ class ChatCards(CardsLangChainBase, BaseChatModel):
         return super()._get_invocation_params(list(self.stop) if stop is None else stop, **kwargs)
 
     def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
-        """Return the cache key. It contains schemas, as two classes of the same name may differ."""
-        return super()._get_llm_string(stop, **convert_options(kwargs))
+        """Return the cache key. It tells apart what only looks alike."""
+        return super()._get_llm_string(stop, **call_key(kwargs))
 
     def _generate(
         self,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextvars import ContextVar
 from itertools import chain, islice
+from types import MappingProxyType
 from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
@@ -16,9 +18,15 @@ from cards_integrations.chat.message import as_prompt
 from cards_integrations.chat.template import FormattedPrompt
 from cards_integrations.engine.request import Chunk, Request
 from cards_integrations.langchain.base import CardsLangChainBase
+from cards_integrations.langchain.cache_key import call_key
 from cards_integrations.langchain.callbacks import astream_chunks, stream_chunks
 from cards_integrations.langchain.convert import llm_output, logprobs
 from cards_integrations.trace import Alignment
+
+OF_LANGCHAIN = {"stop", "callbacks", "tags", "metadata", "run_name", "run_id"}
+"""Arguments of `generate` that are no options of an answer, or that LangChain knows the answer by."""
+_call: ContextVar[Mapping[str, Any]] = ContextVar("call", default=MappingProxyType({}))
+"""The arguments of the call whose answers are looked up."""
 
 
 class CardsCompletion(CardsLangChainBase, BaseLLM):
@@ -34,6 +42,28 @@ class CardsCompletion(CardsLangChainBase, BaseLLM):
     @property
     def _llm_type(self) -> str:
         return "cards-completion"
+
+    # LangChain leaves the arguments of a call out of the cache key of a text LLM, and out of its traces.
+
+    @property
+    def _identifying_params(self) -> dict[str, Any]:
+        return {**super()._identifying_params, **_call.get()}
+
+    def generate(self, prompts: list[str], *args: Any, **kwargs: Any) -> LLMResult:
+        """Continue all prompts in one batch; see LangChain's `BaseLLM`."""
+        token = _call.set(call_key(_own(kwargs)))
+        try:
+            return super().generate(prompts, *args, **kwargs)
+        finally:
+            _call.reset(token)
+
+    async def agenerate(self, prompts: list[str], *args: Any, **kwargs: Any) -> LLMResult:
+        """Async version of `generate`."""
+        token = _call.set(call_key(_own(kwargs)))
+        try:
+            return await super().agenerate(prompts, *args, **kwargs)
+        finally:
+            _call.reset(token)
 
     def _generate(
         self,
@@ -98,6 +128,10 @@ def _result(asked: list[list[Request]], answers: list[Alignment]) -> LLMResult:
         for requests in asked
     ]
     return LLMResult(generations=generations, llm_output=llm_output(answers))
+
+
+def _own(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in arguments.items() if name not in OF_LANGCHAIN}
 
 
 def _chunk(item: Chunk | Alignment) -> GenerationChunk | None:

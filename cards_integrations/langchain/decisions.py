@@ -192,6 +192,10 @@ class DecisionReward(ObjectReward):
     def name(self) -> str:
         return f"decision {self.model.model}"
 
+    @property
+    def held(self) -> tuple[Any, ...]:
+        return (self.model,)
+
     def build(self, loader: Loader) -> RewardModel:
         return Decided(self)
 

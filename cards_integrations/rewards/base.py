@@ -317,6 +317,11 @@ class Reward(SettingsModel):
         return type(self).__module__ != "__main__" and all(part.is_reproducible for part in self.parts)
 
     @property
+    def held(self) -> tuple[Any, ...]:
+        """What it depends on beside its settings where it is not reproducible: objects of this process."""
+        return (type(self),)
+
+    @property
     def stays_loaded(self) -> bool:
         """True if it is kept for later requests; False if it is cheap to build, and kept only while in use."""
         return not self.parts

@@ -79,5 +79,9 @@ class FunctionReward(ObjectReward):
             raise SettingsError(why)
         return function
 
+    @property
+    def held(self) -> tuple[Any, ...]:
+        return (self.function,)
+
     def build(self, loader: Loader) -> RewardModel:
         return CallableModel(self.name, self.function)
