@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Iterator
+from datetime import date
 from enum import Enum
 from importlib.util import find_spec
 from itertools import pairwise
@@ -30,7 +31,7 @@ from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.config import get_stream_writer
 from langgraph.graph import START, MessagesState, StateGraph
 from langgraph.prebuilt import ToolNode, create_react_agent, tools_condition
-from pydantic import BaseModel, field_validator
+from pydantic import BaseModel, ConfigDict, field_validator
 from pydantic.v1 import BaseModel as BaseModelV1
 from told import OR, THEN, as_told, call, dumps, steps
 from typing_extensions import TypedDict
@@ -470,6 +471,27 @@ async def test_structured_output(chat: ChatCards, method: Any, schema: str) -> N
         assert (answer["parsed"], answer["parsing_error"]) == (expected, None)
         assert answer["raw"].response_metadata["finish_reason"] == "stop"
         assert bool(answer["raw"].tool_calls) == (method == "function_calling")
+
+
+class Booked(BaseModel):
+    """A day, which JSON has as a text."""
+
+    model_config = ConfigDict(strict=True)
+
+    day: date
+    tone: Tone
+    places: tuple[int, ...] = ()
+    until: date | str = ""
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_strict_class_takes_what_json_has(chat: ChatCards, method: Any) -> None:
+    value = {"day": "2024-02-29", "tone": "soft", "places": [1, 2], "until": "2024-03-01"}
+    day, until = date(2024, 2, 29), date(2024, 3, 1)
+    found = chat.with_structured_output(Booked, method=method)
+    expected = Booked(day=day, tone=Tone.soft, places=(1, 2), until=until)
+    assert found.invoke(written(method, "Booked", value)) == expected
+    assert list(found.stream(written(method, "Booked", value)))[-1] == expected
 
 
 @pytest.mark.parametrize("method", ["json_schema", "function_calling"])

@@ -6,17 +6,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Iterator, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from langchain_core.exceptions import OutputParserException
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.output_parsers import BaseOutputParser, JsonOutputParser, PydanticOutputParser
-from langchain_core.output_parsers.openai_tools import JsonOutputKeyToolsParser, PydanticToolsParser
+from langchain_core.output_parsers.openai_tools import JsonOutputKeyToolsParser
 from langchain_core.outputs import ChatGeneration, Generation
 from langchain_core.runnables import AddableDict, Runnable, RunnableConfig, RunnableGenerator
 from langchain_core.utils.function_calling import convert_to_json_schema
 from langchain_core.utils.pydantic import is_basemodel_subclass
-from pydantic import BaseModel
+from pydantic import BaseModel, SkipValidation
 
 from cards_integrations.chat.response_format import as_response_format
 from cards_integrations.errors import SettingsError
@@ -50,13 +50,32 @@ class CompleteJson(CompleteAnswer, JsonOutputParser):
 class CompletePydantic(CompleteAnswer, PydanticOutputParser[BaseModel]):
     """Parses an object of a pydantic class."""
 
+    def _parse_obj(self, obj: Any) -> Any:
+        try:
+            return _object_of(self.pydantic_object, obj)
+        except ValueError as error:
+            raise self._parser_exception(error, obj) from error
+
 
 class CompleteToolArguments(CompleteAnswer, JsonOutputKeyToolsParser):
     """Parses the arguments of a call, as a dict."""
 
 
-class CompleteToolPydantic(CompleteAnswer, PydanticToolsParser):
+class CompleteToolPydantic(CompleteToolArguments):
     """Parses the arguments of a call, as an object of a pydantic class."""
+
+    pydantic_object: Annotated[Any, SkipValidation()]
+    """The class."""
+
+    def parse_result(self, result: list[Generation], *, partial: bool = False) -> Any:
+        """The object; of a part of it None until all that the class needs is there."""
+        arguments = super().parse_result(result, partial=partial)
+        try:
+            return None if arguments is None else _object_of(self.pydantic_object, arguments)
+        except ValueError:
+            if partial:
+                return None
+            raise
 
 
 def structured_chain(
@@ -90,7 +109,7 @@ def _calling(
     name = tool["function"]["name"]
     model = llm.bind_tools([tool], tool_choice=name, parallel_tool_calls=False, **options)
     if _is_pydantic(schema):
-        return model, CompleteToolPydantic(tools=[schema], first_tool_only=True)
+        return model, CompleteToolPydantic(key_name=name, first_tool_only=True, pydantic_object=schema)
     return model, CompleteToolArguments(key_name=name, first_tool_only=True)
 
 
@@ -138,6 +157,14 @@ def _is_cut(message: BaseMessage) -> bool:
     except ValueError:
         return True
     return False
+
+
+def _object_of(cls: Any, value: Any) -> Any:
+    """An object of a pydantic class (v2 or v1) from values as JSON has them.
+
+    For JSON pydantic takes a text where a class is strict and asks for a date, and prefers a date to a text.
+    """
+    return cls.model_validate_json(json.dumps(value)) if issubclass(cls, BaseModel) else cls.parse_obj(value)
 
 
 def _is_pydantic(schema: Any) -> bool:
