@@ -15,12 +15,15 @@ from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.base.llms.types import CacheControl, CachePoint, ToolCallBlock
 from llama_index.core.callbacks import CallbackManager, CBEventType, LlamaDebugHandler, TokenCountingHandler
 from llama_index.core.chat_engine import SimpleChatEngine
+from llama_index.core.extractors import SummaryExtractor
+from llama_index.core.ingestion import IngestionPipeline
 from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.llms import ChatMessage, MessageRole, TextBlock
 from llama_index.core.llms.llm import LLM
 from llama_index.core.llms.utils import resolve_llm
 from llama_index.core.prompts import ChatPromptTemplate
+from llama_index.core.schema import TextNode
 from pydantic import Field, PrivateAttr
 
 from cards_integrations import CardsLLM
@@ -346,6 +349,17 @@ def test_json_gives_back_every_option():
     copy = CardsLLM.from_json(llm.to_json())
     assert copy.options() == llm.options()
     assert copy.system_prompt == "Be brief."
+
+
+def test_dicts_give_back_a_function_and_json_refuses_one():
+    for function in (capitals, lambda prompt, texts: [0.0] * len(texts)):
+        llm = faces.cards_llm(reward=function)
+        assert CardsLLM.from_dict(llm.to_dict()).reward == llm.reward
+        summaries = SummaryExtractor(llm=llm, show_progress=False)
+        [node] = IngestionPipeline(transformations=[summaries]).run(nodes=[TextNode(text="Once")])
+        assert node.metadata["section_summary"]
+    with pytest.raises(SettingsError, match="reward"):
+        llm.to_json()
 
 
 def test_tokens_are_counted_by_the_model(llm):

@@ -28,6 +28,7 @@ from llama_index.core.prompts import PromptTemplate
 from llama_index.core.tools.types import BaseTool
 from llama_index_instrumentation import get_dispatcher
 from pydantic import BaseModel
+from pydantic_core import PydanticSerializationError
 
 from cards_integrations.chat.response_format import as_response_format
 from cards_integrations.chat.template import FormattedPrompt
@@ -307,8 +308,17 @@ class LlamaIndexCards(OptionsFromEnvironment, FunctionCallingLLM):
         return self.request(as_prompt(messages), options)
 
     def to_json(self, **kwargs: Any) -> str:
-        """Serialize the settings as JSON, without keys; a reward that is a function has none."""
-        return super().to_json(mode="json", **kwargs)
+        """Serialize the settings as JSON, without keys.
+
+        Raises:
+            SettingsError: An option has no JSON form, such as a reward function that has no importable name.
+        """
+        try:
+            return super().to_json(mode="json", **kwargs)
+        except PydanticSerializationError as error:
+            raise SettingsError(
+                f"These settings cannot be written as JSON (a reward that is a lambda cannot, for example): {error}"
+            ) from error
 
 
 def _held_to(output_cls: type[BaseModel], llm_kwargs: dict[str, Any] | None) -> dict[str, Any]:

@@ -63,7 +63,9 @@ class FunctionReward(ObjectReward):
     kind: Literal["function"] = "function"
     """Names this class in settings files."""
     function: Annotated[
-        ImportString[Callable[[str, list[str]], Any]], BeforeValidator(_permitted), PlainSerializer(_import_string)
+        ImportString[Callable[[str, list[str]], Any]],
+        BeforeValidator(_permitted),
+        PlainSerializer(_import_string, when_used="json"),
     ]
     """Sync (run in a thread) or async (run in the engine's loop, which it must not block). A settings file names it
     "module.name"; it is only imported if whoever reads the file allows that."""
