@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
+from decimal import Decimal
+from enum import Enum
 from typing import Annotated, Any, NotRequired, Required
 
 import pytest
@@ -438,11 +443,52 @@ class QualifiedWeather(TypedDict, total=False):
     days: NotRequired[int]
 
 
+class Color(Enum):
+    """Paint."""
+
+    red = "red"
+
+
 class Node(BaseModel):
     """Tell the weather."""
 
     value: int
     children: list[Node] = []
+
+
+@dataclass
+class Order:
+    """Pay.
+
+    Args:
+        amount: how much
+    """
+
+    amount: Decimal
+    parts: list[Order] = dataclasses.field(default_factory=list)
+
+
+def pay(amount: Decimal, whole: Order) -> str:
+    """Pay.
+
+    Args:
+        amount: how much
+    """
+    return str(amount)
+
+
+class Leg(TypedDict):
+    """A part of a trip."""
+
+    to: Annotated[NotRequired[str], ..., "where to"]
+
+
+class Trip(TypedDict, total=False):
+    """A trip."""
+
+    legs: Required[Annotated[list[Leg], ..., "in order"]]
+    note: Required[Annotated[str | None, None, "or nothing"]]
+    days: int
 
 
 PARAMETERS = {
@@ -532,6 +578,27 @@ def _items(schema: Any) -> list[Any]:
     return own + [each for part in parts for each in _items(part)]
 
 
+@pytest.mark.parametrize("given", [Order, pay, tool(pay)], ids=kind)
+def test_functions_and_dataclasses_are_as_precise_as_tools(given: Any) -> None:
+    [found] = tool_schemas([given])
+    amount = found["function"]["parameters"]["properties"]["amount"]
+    assert [each["type"] for each in amount["anyOf"]] == ["number", "string"]
+    assert re.fullmatch(amount["anyOf"][1]["pattern"], "2.50")
+    assert not re.fullmatch(amount["anyOf"][1]["pattern"], "two")
+    assert "Pay." in found["function"]["description"]
+    assert all({"$ref": ref["$ref"]} == ref for ref in _items(held_schema(found["function"]["parameters"]).schema))
+    assert _items(found["function"]["parameters"])
+
+
+def test_typed_dicts_keep_their_descriptions_and_defaults() -> None:
+    found = json_schema(Trip)
+    properties = {**found["properties"], **found["$defs"]["Leg"]["properties"]}
+    described = {name: each.get("description") for name, each in properties.items()}
+    assert described == {"legs": "in order", "note": "or nothing", "days": None, "to": "where to"}
+    assert found["required"] == ["legs"]
+    assert not found["$defs"]["Leg"].get("required")
+
+
 def test_a_tool_that_takes_more_than_its_properties() -> None:
     class Open(BaseModel):
         """Any fields."""
@@ -560,7 +627,10 @@ def test_no_tools() -> None:
     assert as_tools([], "none") is None
 
 
-@pytest.mark.parametrize("bad", [5, None, "get_weather", {"function": "x"}, {}, {"type": "object"}, object()])
+NO_TOOLS = [5, None, "get_weather", {"function": "x"}, {}, {"type": "object"}, object(), object, Color, StructuredTool]
+
+
+@pytest.mark.parametrize("bad", NO_TOOLS)
 def test_what_is_no_tool(bad: Any) -> None:
     with pytest.raises(SettingsError, match="cannot be described as a function"):
         tool_schemas([FUNCTION, bad])

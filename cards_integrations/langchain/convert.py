@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import is_dataclass
+from inspect import isroutine
+from typing import Annotated, Any, NotRequired, Required, get_args, get_origin
 
 from langchain_core.messages import (
     AIMessage,
@@ -20,11 +22,13 @@ from langchain_core.messages.ai import InputTokenDetails, OutputTokenDetails, Us
 from langchain_core.messages.tool import ToolCallChunk, invalid_tool_call, tool_call_chunk
 from langchain_core.messages.tool import tool_call as langchain_tool_call
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
-from langchain_core.tools import BaseTool, StructuredTool
+from langchain_core.tools import BaseTool, StructuredTool, create_schema_from_function
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from langchain_core.utils.json import parse_partial_json
+from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import BaseModel, TypeAdapter
-from typing_extensions import is_typeddict
+from pydantic.json_schema import JsonSchemaValue
+from typing_extensions import ReadOnly, get_type_hints, is_typeddict
 
 from cards_integrations.chat import message
 from cards_integrations.chat.logprobs import openai_logprobs
@@ -119,7 +123,9 @@ def _whole(tool: Any) -> Any:
         return _whole_mapping(tool)
     if is_typeddict(tool):
         return _whole_typed_dict(tool)
-    schema: Any = tool.tool_call_schema if isinstance(tool, BaseTool) else tool
+    if isinstance(tool, type) and not _has_fields(tool):
+        raise TypeError("this class does not say which fields it has; pass a typed dict, a dataclass or an object")
+    schema: Any = _arguments(tool)
     precise = False
     if isinstance(schema, type) and issubclass(schema, BaseModel):
         schema, precise = pydantic_schema(schema), is_more_precise(schema)
@@ -131,6 +137,26 @@ def _whole(tool: Any) -> Any:
     if recursive:  # LangChain replaces the reference of a schema to itself by any value
         return _function(name, description, _without_names(schema))
     return StructuredTool(name=name, description=description, args_schema=schema)
+
+
+def _has_fields(cls: type) -> bool:
+    """True for a class that says which fields its objects have; False for the class of a tool, which has its own."""
+    if issubclass(cls, BaseTool):
+        return False
+    return is_basemodel_subclass(cls) or is_dataclass(cls) or hasattr(cls, "_fields")
+
+
+def _arguments(tool: Any) -> Any:
+    """The pydantic class of a tool's arguments, as LangChain makes it, or their schema; anything else as it is."""
+    if isinstance(tool, BaseTool):
+        return tool.tool_call_schema
+    return _class_of_arguments(tool) if isroutine(tool) or (isinstance(tool, type) and is_dataclass(tool)) else tool
+
+
+def _class_of_arguments(function: Callable[..., Any]) -> type[Any]:
+    """What LangChain makes of a function's arguments when it describes it."""
+    how: dict[str, Any] = {"parse_docstring": True, "error_on_invalid_docstring": False, "include_injected": False}
+    return create_schema_from_function(function.__name__, function, filter_args=(), **how)
 
 
 def _whole_mapping(given: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -146,13 +172,36 @@ def _whole_mapping(given: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _whole_typed_dict(cls: Any) -> Any:
-    """Return a typed dict, or a function if LangChain cannot read its `Required` and `NotRequired`."""
+    """A typed dict; as a function if LangChain cannot read which of its keys have to be there."""
     try:
         convert_to_openai_tool(cls)
-    except TypeError:
-        schema = TypeAdapter(cls).json_schema(schema_generator=PreciseJsonSchema)
-        return _whole_mapping({"title": cls.__name__, **schema})
-    return cls
+        if cls.__total__:
+            return cls
+    except TypeError:  # of `Required` and `NotRequired`
+        pass
+    schema = TypeAdapter(cls).json_schema(schema_generator=TypedDictSchema)
+    return _whole_mapping({"title": cls.__name__, **schema})
+
+
+class TypedDictSchema(PreciseJsonSchema):
+    """The schema of a typed dict with what LangChain reads in `Annotated`: a default or `...`, and a description."""
+
+    def typed_dict_schema(self, schema: Any) -> JsonSchemaValue:
+        found = super().typed_dict_schema(schema)
+        for name, hint in get_type_hints(schema["cls"], include_extras=True).items():
+            default, description = (*_annotations(hint), ..., ...)[:2]
+            if isinstance(description, str):
+                found["properties"][name] = {**found["properties"][name], "description": description}
+            if default is not ... and name in found.get("required", ()):
+                found["required"].remove(name)
+        return found
+
+
+def _annotations(hint: Any) -> tuple[Any, ...]:
+    """What stands in an `Annotated` beside the type, whatever is around it."""
+    while get_origin(hint) in (Required, NotRequired, ReadOnly):
+        (hint,) = get_args(hint)
+    return hint.__metadata__ if get_origin(hint) is Annotated else ()
 
 
 def _function(name: str, description: str | None, parameters: Any) -> dict[str, Any]:
