@@ -14,7 +14,7 @@ from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.runnables import ConfigurableField, Runnable, RunnableConfig
 from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.prompts import BasePromptTemplate
-from pydantic import ConfigDict, Field, PrivateAttr
+from pydantic import ConfigDict, Field, PrivateAttr, field_validator
 
 from cards_integrations.chat import message
 from cards_integrations.chat.message import Message
@@ -23,6 +23,7 @@ from cards_integrations.engine.request import Chunk, Request
 from cards_integrations.errors import PromptError, SettingsError
 from cards_integrations.langchain.chat_model import ChatCards
 from cards_integrations.langchain.convert import as_message as from_langchain
+from cards_integrations.langchain.rate_limiter import as_rate_limiter
 from cards_integrations.llama_index.convert import as_message as from_llama_index
 from cards_integrations.llama_index.convert import convert_options, describe_tools
 from cards_integrations.llama_index.llm import LlamaIndexCards
@@ -45,7 +46,8 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
         llm.align("How was your day?").reward
 
     The options are keyword arguments; the environment (`CARDS_MODEL`, ...) sets those that are not given, see
-    `CardsSettings`. LlamaIndex's fields, such as `system_prompt` and `callback_manager`, can be set, too.
+    `CardsSettings`. LlamaIndex's fields, such as `system_prompt` and `callback_manager`, can be set, too; a
+    `rate_limiter` of either framework holds for both.
     Construction loads nothing; the first answer does. All objects of a process with equal model and engine settings
     share one engine, which runs all their requests in one batch.
 
@@ -76,6 +78,11 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
     _chat_model: ChatCards | None = PrivateAttr(default=None)
     _chat_options: tuple[dict[str, Any], dict[str, Any]] | None = PrivateAttr(default=None)
 
+    @field_validator("rate_limiter", check_fields=False)  # which LlamaIndex has not always had
+    @classmethod
+    def _limits_both_frameworks(cls, value: Any) -> Any:
+        return as_rate_limiter(value)
+
     @classmethod
     def from_settings(cls, settings: CardsSettings | str | Path, *, allow_imports: bool = False) -> Self:
         """Make a model from settings.
@@ -94,7 +101,13 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
 
     def as_langchain(self) -> ChatCards:
         """Return a LangChain `BaseChatModel` with the same options, for code that requires one."""
-        own = {"tags": self.tags, "metadata": self.run_metadata, "callbacks": self.callbacks, "cache": self.cache}
+        own: dict[str, Any] = {
+            "tags": self.tags,
+            "metadata": self.run_metadata,
+            "callbacks": self.callbacks,
+            "cache": self.cache,
+            "rate_limiter": as_rate_limiter(getattr(self, "rate_limiter", None)),
+        }
         if self.streaming:  # False would forbid `stream`
             own["streaming"] = True
         if self._chat_model is None or self._chat_options != (self.options(), own):

@@ -8,9 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 import faces
 import pytest
 from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.rate_limiters import BaseRateLimiter as LangChainLimiter
 from llama_index.core.callbacks import CallbackManager, LlamaDebugHandler
+from llama_index.core.llms import LLM
 
-from cards_integrations.errors import CardsTimeout, EngineClosed, ModelError, RewardError
+from cards_integrations.errors import CardsTimeout, EngineClosed, ModelError, RewardError, SettingsError
 
 METHODS = [*faces.LANGCHAIN, *faces.LLAMA_INDEX]
 ASYNC = [method for method in METHODS if method.startswith("a")]
@@ -40,6 +42,42 @@ def assert_nothing_runs(llm, before):
     assert llm.align("Hello", max_tokens=1).text
     assert llm.inspect().idle
     assert steps(llm) - before < LONG / 2
+
+
+# --- limits of requests ---
+
+
+class OfLangChain(LangChainLimiter):
+    asked = 0
+
+    def acquire(self, *, blocking: bool = True) -> bool:
+        self.asked += 1
+        return True
+
+    async def aacquire(self, *, blocking: bool = True) -> bool:
+        return self.acquire()
+
+
+class OfLlamaIndex:
+    asked = 0
+
+    def acquire(self, num_tokens: int = 0) -> None:
+        self.asked += 1
+
+    async def async_acquire(self, num_tokens: int = 0) -> None:
+        self.acquire()
+
+
+@pytest.mark.skipif("rate_limiter" not in LLM.model_fields, reason="this version of LlamaIndex has none")
+@pytest.mark.parametrize("kind", [OfLangChain, OfLlamaIndex])
+async def test_a_rate_limiter_of_either_framework_holds_for_both(kind):
+    limiter = kind()
+    llm = faces.cards_llm(max_tokens=1, rate_limiter=limiter)
+    for count, method in enumerate(METHODS, 1):
+        await faces.finish(await faces.call(llm, method))
+        assert limiter.asked == count, method
+    with pytest.raises(SettingsError, match="rate_limiter=5"):
+        faces.cards_llm(rate_limiter=5)
 
 
 # --- the loop goes on ---
