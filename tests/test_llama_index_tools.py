@@ -397,6 +397,12 @@ async def test_as_structured_llm_streams_partial_objects(llm: CardsLLM) -> None:
     assert [each.model_dump() for each in agrown] == [each.model_dump() for each in grown]
 
 
+def test_parts_of_characters_have_no_bytes_in_log_probabilities(llm: CardsLLM) -> None:
+    found = [token for row in llm.complete("a é", top_logprobs=3).logprobs or () for token in row]
+    assert {token.token for token in found} > {"a", "\ufffd"}
+    assert all(token.bytes == ([] if "\ufffd" in token.token else [*token.token.encode()]) for token in found)
+
+
 async def test_braces_in_messages_are_text(llm: CardsLLM) -> None:
     """JSON in a prompt is no place for a variable."""
     assert llm.as_structured_llm(Room).chat([ChatMessage(content=dumps(SHORT))]).raw.name == "Bad"

@@ -27,6 +27,7 @@ from pydantic import BaseModel, ValidationError
 
 from cards_integrations.chat import message
 from cards_integrations.chat.message import (
+    PARTIAL_CHARACTER,
     THOUGHTS,
     Message,
     add_refusal,
@@ -42,7 +43,7 @@ from cards_integrations.chat.pydantic_schema import pydantic_schema
 from cards_integrations.engine.request import Chunk
 from cards_integrations.errors import AnswerCut
 from cards_integrations.langchain import convert as langchain
-from cards_integrations.trace import Alignment, InvalidToolCall, ToolCall
+from cards_integrations.trace import Alignment, InvalidToolCall, TokenLogprob, ToolCall
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -156,10 +157,12 @@ def _logprobs(item: Chunk | Alignment) -> list[list[LogProb]] | None:
     """Return, for each token of a whole answer, the token itself and then the most probable ones at its position."""
     if isinstance(item, Chunk) or not item.logprobs:
         return None
-    return [
-        [LogProb(token=each.token, logprob=each.logprob, bytes=[*each.token.encode()]) for each in (token, *token.top)]
-        for token in item.logprobs
-    ]
+    return [[*map(_logprob, (token, *token.top))] for token in item.logprobs]
+
+
+def _logprob(token: TokenLogprob) -> LogProb:
+    whole = PARTIAL_CHARACTER not in token.token  # of a part the bytes are not known
+    return LogProb(token=token.token, logprob=token.logprob, bytes=[*token.token.encode()] if whole else [])
 
 
 def invalid_selections(response: ChatResponse) -> list[ToolSelection]:
