@@ -32,6 +32,7 @@ from pydantic_settings import (
 from cards_integrations.chat.grammar import Grammar, as_grammar
 from cards_integrations.chat.message import Message
 from cards_integrations.chat.response_format import as_response_format
+from cards_integrations.chat.template import FormattedPrompt
 from cards_integrations.chat.thinking import ThinkingMode
 from cards_integrations.chat.tools import Tools, as_tools
 from cards_integrations.decoding import AnyDecoding, Cards, Cascade, Decoding
@@ -298,6 +299,11 @@ def _constrained(
     constraint, json_format = as_grammar(grammar), as_response_format(response_format)
     if constraint is not None and (json_format or tools):
         raise SettingsError("grammar= describes the whole answer: omit response_format= and tools=.")
+    if tools and isinstance(prompt, FormattedPrompt):
+        raise SettingsError(
+            "tools= would not be told to the model: the prompt is its input already, as messages_to_prompt, "
+            "completion_to_prompt or a raw completion has it. Pass messages without those, or omit tools=."
+        )
     if json_format is not None:
         return json_format.instruct(prompt), json_format.grammar
     return prompt, constraint

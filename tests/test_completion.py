@@ -115,6 +115,12 @@ async def test_the_cache_knows_the_arguments_of_a_call(llm):
         set_llm_cache(None)
 
 
+def test_tools_are_refused_where_nobody_tells_of_them(llm):
+    tool = {"name": "add", "description": "Add.", "parameters": {"type": "object", "properties": {}}}
+    with pytest.raises(SettingsError, match="tools= would not be told"):
+        llm.invoke("Once upon", tools=[tool])
+
+
 def test_what_langsmith_is_told(llm):
     told = llm._get_ls_params(stop=["x"], temperature=0.1)
     assert told["ls_provider"] == "cards"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from enum import Enum
 from importlib.util import find_spec
 from itertools import pairwise
@@ -395,6 +395,26 @@ async def test_as_structured_llm_streams_partial_objects(llm: CardsLLM) -> None:
     assert grown[0].coats is None
     agrown = [each.raw async for each in await structured.astream_chat(messages)]
     assert [each.model_dump() for each in agrown] == [each.model_dump() for each in grown]
+
+
+async def test_prompts_of_the_users_own_are_told_of_schemas_and_refuse_tools(options: dict[str, Any]) -> None:
+    seen: list[str] = []
+
+    def own(messages: Sequence[ChatMessage]) -> str:
+        seen.append("".join(f"{message.role.value}> {message.content} " for message in messages))
+        return str(messages[-1].content)
+
+    llm = CardsLLM(**options, messages_to_prompt=own)
+    for system in ([], [ChatMessage(role="system", content="Be brief.")]):
+        found = llm.as_structured_llm(Coat).chat([*system, ChatMessage(content='{"thickness": 3}')])
+        assert found.raw == Coat(thickness=3)
+        assert seen[-1].startswith("system> Be brief.\n\nAnswer" if system else "system> Answer with a JSON object")
+        assert '"thickness"' in seen[-1].split("user> ")[0]
+    with pytest.raises(SettingsError, match="tools= would not be told"):
+        llm.chat_with_tools([ADD], "Hello")
+    with pytest.raises(SettingsError, match="tools= would not be told"):
+        await FunctionAgent(tools=[add], llm=llm).run("Hello")
+    assert llm.chat_with_tools([ADD], "Hello", tool_choice="none").message.content == "Hello"
 
 
 def test_parts_of_characters_have_no_bytes_in_log_probabilities(llm: CardsLLM) -> None:

@@ -31,12 +31,16 @@ class ResponseFormat:
         """What the answer may be."""
         return Grammar("start: " + json_rule(self.schema or {"type": "object"}, "response_format"))
 
+    @property
+    def instruction(self) -> str:
+        """What shows the schema to the model."""
+        return INSTRUCTION.format(schema=as_json(self.schema, "response_format"))
+
     def instruct(self, prompt: str | list[Message]) -> str | list[Message]:
         """The prompt with the schema in its system message, unless it is formatted already."""
         if self.schema is None or isinstance(prompt, FormattedPrompt):
             return prompt
-        instruction = INSTRUCTION.format(schema=as_json(self.schema, "response_format"))
-        return with_instruction(as_messages(prompt), instruction)
+        return with_instruction(as_messages(prompt), self.instruction)
 
 
 def as_response_format(value: Any) -> ResponseFormat | None:

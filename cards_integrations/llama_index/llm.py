@@ -30,7 +30,7 @@ from llama_index_instrumentation import get_dispatcher
 from pydantic import BaseModel
 from pydantic_core import PydanticSerializationError
 
-from cards_integrations.chat.response_format import as_response_format
+from cards_integrations.chat.response_format import ResponseFormat, as_response_format
 from cards_integrations.chat.template import FormattedPrompt
 from cards_integrations.engine.engine import Engine
 from cards_integrations.engine.request import Request
@@ -75,7 +75,7 @@ class LlamaIndexCards(OptionsFromEnvironment, FunctionCallingLLM):
 
     `complete` and `chat` use the `system_prompt`, unless the messages have a system message of their own.
     `complete` wraps its prompt in the `query_wrapper_prompt`, which has a `{query_str}`.
-    `completion_to_prompt` and `messages_to_prompt` replace the tokenizer's chat template.
+    `completion_to_prompt` and `messages_to_prompt` replace the tokenizer's chat template; tools are refused then.
     """
 
     @classmethod
@@ -304,6 +304,7 @@ class LlamaIndexCards(OptionsFromEnvironment, FunctionCallingLLM):
         if "context" not in options:
             options["context"] = retrieved_in([message.content or "" for message in messages])
         if self.messages_to_prompt not in (None, messages_to_prompt):
+            messages = _told_of(as_response_format(options.get("response_format")), messages)
             return self.request(FormattedPrompt(as_prompt(self.messages_to_prompt(messages))), options)
         return self.request(as_prompt(messages), options)
 
@@ -319,6 +320,15 @@ class LlamaIndexCards(OptionsFromEnvironment, FunctionCallingLLM):
             raise SettingsError(
                 f"These settings cannot be written as JSON (a reward that is a lambda cannot, for example): {error}"
             ) from error
+
+
+def _told_of(json_format: ResponseFormat | None, messages: list[ChatMessage]) -> list[ChatMessage]:
+    """The messages with the schema of an answer in the first of them, which is the system's."""
+    if json_format is None or json_format.schema is None or not messages:
+        return messages
+    first, *rest = messages if messages[0].role == MessageRole.SYSTEM else [ChatMessage(content=""), *messages]
+    said = f"{first.content or ''}\n\n{json_format.instruction}".lstrip()
+    return [ChatMessage(role=MessageRole.SYSTEM, content=said), *rest]
 
 
 def _held_to(output_cls: type[BaseModel], llm_kwargs: dict[str, Any] | None) -> dict[str, Any]:
