@@ -161,6 +161,13 @@ TOGETHER: dict[str, tuple[dict[str, Any], list[Any], list[Any]]] = {
         [["ab"], []],
         [["abc"], ["a", "b"]],
     ),
+    "null by a flag": (
+        {"$defs": {"Base": {**BASE, "nullable": True}}, "type": "object", "nullable": True, "required": ["a", "b", "c"],
+         "properties": {"a": {**WORD, "nullable": True}, "b": {"enum": ["x"], "nullable": True},
+                        "c": {"$ref": "#/$defs/Base"}, "d": {**DIGIT, "nullable": False}}},
+        [{"a": None, "b": None, "c": None}, {"a": "w", "b": "x", "c": {"id": 1}, "d": 1}],
+        [None, {"a": 1, "b": None, "c": None}, {"a": None, "b": None, "c": None, "d": None}],
+    ),
     "bounds within a whole number": (
         {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 0.5},
         [0.25, 0.0001, 0.49],

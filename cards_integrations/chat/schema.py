@@ -118,6 +118,9 @@ class _Merger:
             return
         if not isinstance(schema, Mapping):
             raise SettingsError(f"{at(path)}{short_repr(schema)} is not a JSON schema: pass a mapping.")
+        if path and schema.get("nullable") is True:  # as OpenAPI 3.0 writes it; all of an answer is never null
+            parts.choices.append([{**schema, "nullable": False}, {"type": "null"}])
+            return
         own = _excluded({key: value for key, value in schema.items() if key in KEYWORDS})
         place = "properties" if "properties" in own else next(iter(own), None)
         for key, value in schema.items():
