@@ -24,9 +24,17 @@ from langchain_core.messages import (
     ToolMessage,
 )
 from langchain_core.messages.tool import invalid_tool_call, tool_call, tool_call_chunk
+from langchain_core.messages.utils import convert_to_messages
 from langchain_core.tools import StructuredTool, tool
 from llama_index.core.base.llms.types import ChatMessage as LlamaIndexMessage
-from llama_index.core.base.llms.types import ImageBlock, MessageRole, TextBlock, ThinkingBlock, ToolCallBlock
+from llama_index.core.base.llms.types import (
+    DocumentBlock,
+    ImageBlock,
+    MessageRole,
+    TextBlock,
+    ThinkingBlock,
+    ToolCallBlock,
+)
 from llama_index.core.tools import FunctionTool, ToolMetadata
 from pydantic import BaseModel, ConfigDict, Field, RootModel
 from pydantic.v1 import BaseModel as OldBaseModel
@@ -86,6 +94,12 @@ BLOCK = ToolCallBlock(tool_call_id="id1", tool_name="get_weather", tool_kwargs=A
             tool_calls=[LANGCHAIN],
         ),
         AIMessage(content_blocks=[{"type": "text", "text": "One moment."}, TOOL_CALL]),
+        AIMessage([{"type": "text", "text": "One moment."}, TOOL_CALL]),
+        AIMessage(["One moment.", {"type": "tool_use", "id": "id1", "name": "get_weather", "input": ARGUMENTS}]),
+        {"role": "assistant", "content": [
+            {"type": "text", "text": "One moment."},
+            {"type": "function_call", "call_id": "id1", "name": "get_weather", "arguments": json.dumps(ARGUMENTS)},
+        ]},
         AIMessage("One moment.", additional_kwargs={"tool_calls": [OPENAI]}),
         LlamaIndexMessage(role=MessageRole.ASSISTANT, blocks=[TextBlock(text="One moment."), BLOCK]),
         LlamaIndexMessage(
@@ -291,6 +305,63 @@ def test_roles(message: Any, role: str) -> None:
 def test_parts_that_are_not_said(kind: str) -> None:
     [found] = as_chat([AIMessage([{"type": kind, "text": "y", "thinking": "y"}, {"type": "text", "text": "x"}])])
     assert found["content"] == "x"
+
+
+@pytest.mark.parametrize(
+    ("block", "text"),
+    [
+        ({"type": "file", "source_type": "text", "text": "Read.", "mime_type": "text/plain"}, "Read."),
+        ({"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "Read."}}, "Read."),
+        ({"type": "document", "title": "A", "source": {"type": "content", "content": "Read."}}, "A\nRead."),
+        ({"type": "search_result", "source": "u", "title": "A", "content": [{"type": "text", "text": "Read."}]},
+         "A\nu\nRead."),
+        ({"type": "guard_content", "guard_content": {"text": "Read."}}, "Read."),
+        ({"cachePoint": {"type": "default"}}, ""),
+        ({"type": "web_fetch_tool_result", "tool_use_id": "1", "content": {}}, ""),
+        ({"type": "reasoning_content", "reasoning_content": {"text": "Hm."}}, ""),
+    ],
+)  # fmt: skip
+def test_blocks_that_hold_text(block: dict[str, Any], text: str) -> None:
+    content: list[Any] = [block, {"type": "text", "text": "!"}]
+    for message in (
+        HumanMessage(content),
+        ToolMessage(content, tool_call_id="1"),
+        {"role": "user", "content": content},
+    ):
+        assert as_chat([message])[0]["content"] == text + "!"
+    thoughts = as_chat([AIMessage(content)])[0].get("reasoning_content")
+    assert thoughts == ("Hm." if block.get("type") == "reasoning_content" else None)
+
+
+def test_a_document_of_llama_index_may_be_text() -> None:
+    message = LlamaIndexMessage(blocks=[DocumentBlock(data="Café.".encode(), document_mimetype="text/plain")])
+    assert as_chat([message]) == [{"role": "user", "content": "Café."}]
+    with pytest.raises(PromptError, match="document"):
+        as_chat([LlamaIndexMessage(blocks=[DocumentBlock(data=b"%PDF", document_mimetype="application/pdf")])])
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda role, content: {"role": role, "content": content},
+        lambda role, content: convert_to_messages([(role, content)])[0],
+    ],
+)
+def test_results_within_a_message_of_the_user(form: Any) -> None:
+    use = {"type": "tool_use", "id": "id1", "name": "get_weather", "input": ARGUMENTS}
+    results = [
+        {"type": "tool_result", "tool_use_id": "id1", "content": "sunny"},
+        {"type": "tool_result", "tool_use_id": "id2", "content": [{"type": "text", "text": "rainy"}]},
+    ]
+    said = [{"type": "text", "text": "And now?"}]
+    calls = form("assistant", [use, {**use, "id": "id2"}])
+    found = as_chat([calls, form("user", [*results, *said])])
+    assert [(each["role"], each["content"]) for each in found[1:]] == [
+        ("tool", "sunny"), ("tool", "rainy"), ("user", "And now?"),
+    ]  # fmt: skip
+    assert [each["tool_call_id"] for each in found[1:3]] == ["id1", "id2"]
+    assert {each["name"] for each in found[1:3]} == {"get_weather"}
+    assert len(as_chat([calls, form("user", results)])) == 3
 
 
 @pytest.mark.parametrize(

@@ -31,14 +31,20 @@ TEXTS = {
 }  # fmt: skip
 """Types of content blocks that are text, and where it stands."""
 
+THOUGHTS_IN = {"reasoning": "reasoning", "thinking": "thinking", "reasoning_content": "text"}
+"""Types of content blocks that are thoughts, and where these stand."""
+
+CALLS = {"tool_use": ("id", "input"), "tool_call": ("id", "args"), "function_call": ("call_id", "arguments")}
+"""Types of content blocks that are calls, and where their id and their arguments stand."""
+
 NOT_TEXT = {
-    "reasoning", "thinking", "redacted_thinking",
-    "tool_use", "tool_call", "function_call", "tool_call_chunk", "input_json_delta",  # these are in `tool_calls`, too
-    "server_tool_call", "server_tool_call_chunk", "server_tool_result",  # what a provider ran itself, for LangChain
-    "server_tool_use", "web_search_tool_result", "code_execution_tool_result", "mcp_tool_use", "mcp_tool_result",
-    "web_search_call", "file_search_call", "code_interpreter_call", "mcp_call", "mcp_list_tools",
+    *THOUGHTS_IN, "redacted_thinking", *CALLS, "tool_call_chunk", "input_json_delta", "cache_point",
+    "server_tool_call_chunk", "server_tool_result", "mcp_list_tools",  # of what a provider ran itself
+    "executable_code", "code_execution_result",
 }  # fmt: skip
 """Types of content blocks that are no part of a message's text."""
+OF_PROVIDER = ("_call", "_call_output", "_tool_result", "_tool_use")
+"""How the types of further blocks end that record what a provider ran itself."""
 
 INSTEAD_OF_CONTENT = ("tool_calls", "function_call", "refusal")
 """What a message of the assistant may have and no content."""
@@ -71,7 +77,7 @@ def as_prompt(value: Any, convert: Callable[[Any], Message] = plain_message) -> 
 
 def as_chat(items: Sequence[Any], convert: Callable[[Any], Message] = plain_message) -> list[Message]:
     """The messages of a chat, which may lack what a prompt needs; `convert` makes each item a message."""
-    chat = [convert(item) for item in items]
+    chat = [convert(part) for item in items for part in _results_apart(item)]
     _name_results(chat)
     return chat
 
@@ -108,12 +114,23 @@ def text_of(content: Any) -> str:
 def thoughts_of(content: Any) -> str:
     """The thoughts among content blocks, in LangChain's form or that of a provider."""
     blocks = content if isinstance(content, list) else []
-    found = [block.get(block["type"]) for block in blocks if isinstance(block, Mapping) and _is_thought(block)]
+    found = [_thought(block) for block in blocks if isinstance(block, Mapping)]
     return "\n".join(text for text in found if isinstance(text, str))
 
 
-def _is_thought(block: Mapping[str, Any]) -> bool:
-    return block.get("type") in ("reasoning", "thinking")
+def _thought(block: Mapping[str, Any]) -> Any:
+    kind = str(block.get("type"))
+    within = block.get(kind) if kind == "reasoning_content" else block
+    return within.get(THOUGHTS_IN[kind]) if kind in THOUGHTS_IN and isinstance(within, Mapping) else None
+
+
+def calls_in(content: Any) -> dict[str, Any]:
+    """The calls among content blocks, if there are any, as the message's `tool_calls`."""
+    blocks = content if isinstance(content, list) else []
+    named = [each for each in blocks if isinstance(each, Mapping) and str(each.get("type")) in CALLS and "name" in each]
+    found = [(each, *CALLS[each["type"]]) for each in named]
+    calls = [{"id": each.get(call_id), "name": each["name"], "args": each.get(args)} for each, call_id, args in found]
+    return {"tool_calls": tool_calls(calls)} if calls else {}
 
 
 def add_thoughts(message: Message, found: Sequence[Any]) -> None:
@@ -176,7 +193,7 @@ def _from_dict(item: Mapping[str, Any]) -> Message:
     if calls := item.get("tool_calls"):
         message["tool_calls"] = tool_calls(calls)
     else:
-        message |= older_call(item)
+        message |= older_call(item) or calls_in(content)
     add_refusal(message, item.get("refusal"))
     add_thoughts(message, [item.get(THOUGHTS) or item.get("reasoning"), thoughts_of(content)])
     if message["role"] == "tool":
@@ -192,11 +209,50 @@ def _block_text(block: Any) -> str:
     kind = block.get("type", "text") if isinstance(block, dict) else type(block).__name__
     if isinstance(block, dict) and isinstance(kind, str) and isinstance(text := block.get(TEXTS.get(kind)), str):
         return text
-    if isinstance(kind, str) and kind in NOT_TEXT:
+    if isinstance(kind, str) and (kind in NOT_TEXT or kind.endswith(OF_PROVIDER)):
         return ""
+    if isinstance(block, dict) and (text := _text_within(block, kind)) is not None:
+        return text
     if kind == "non_standard" and isinstance(block.get("value"), Mapping):  # LangChain's name for what it does not know
         return _block_text(block["value"])
     raise PromptError("Message content of type 'text' has no text.") if kind == "text" else text_only(short_repr(kind))
+
+
+def _text_within(block: Mapping[str, Any], kind: Any) -> str | None:
+    """The text of a document, a search result or another block that holds one; None if it holds none."""
+    match block:
+        case {"type": "file", "text": str(text)}:  # LangChain's older form of a plain text
+            return text
+        case {"type": "document", "source": {"type": "text", "data": str(text)}}:
+            found = text
+        case {"type": "document", "source": {"type": "content", "content": content}}:
+            found = text_of(content)
+        case {"type": "search_result", "content": content}:
+            found = text_of(content)
+        case {"type": "guard_content", "guard_content": {"text": str(text)}}:
+            return text
+        case {"cachePoint": _}:
+            return ""
+        case _:
+            return None
+    named = [block.get(name) for name in ("title", "source", "context")]
+    return "\n".join([*(each for each in named if isinstance(each, str) and each), found])
+
+
+def _results_apart(item: Any) -> list[Any]:
+    """The results of calls in a message of the user, as Anthropic has them, as messages of their own before it."""
+    content = item.get("content") if isinstance(item, Mapping) else getattr(item, "content", None)
+    blocks = content if isinstance(content, list) else []
+    results = [each for each in blocks if isinstance(each, Mapping) and each.get("type") == "tool_result"]
+    if not results:
+        return [item]
+    rest = [each for each in blocks if each not in results]
+    apart = [
+        {"role": "tool", "tool_call_id": each.get("tool_use_id"), "content": each.get("content") or ""}
+        for each in results
+    ]
+    own = {**item, "content": rest} if isinstance(item, Mapping) else item.model_copy(update={"content": rest})
+    return [*apart, own] if rest else apart
 
 
 def _call_from_dict(call: Any) -> dict[str, Any]:

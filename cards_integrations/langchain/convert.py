@@ -37,6 +37,7 @@ from cards_integrations.chat.message import (
     Message,
     add_refusal,
     add_thoughts,
+    calls_in,
     older_call,
     plain_message,
     role_of,
@@ -80,7 +81,7 @@ def _from_langchain(item: BaseMessage) -> Message:
         calls = [*item.tool_calls, *item.invalid_tool_calls]
         found["tool_calls"] = [tool_call(call["id"], call["name"] or "tool", call["args"]) for call in calls]
     elif isinstance(item, AIMessage):
-        found |= older_call(item.additional_kwargs)
+        found |= older_call(item.additional_kwargs) or calls_in(item.content)
     if isinstance(item, AIMessage):
         add_refusal(found, item.additional_kwargs.get("refusal"))
         add_thoughts(found, [item.additional_kwargs.get(THOUGHTS), thoughts_of(item.content)])

@@ -15,6 +15,7 @@ from llama_index.core.base.llms.types import (
     CitationBlock,
     CompletionResponse,
     ContentBlock,
+    DocumentBlock,
     LogProb,
     MessageRole,
     TextBlock,
@@ -84,6 +85,8 @@ def _block_text(block: ContentBlock) -> str:
         return _block_text(block.cited_content)
     if isinstance(block, (ThinkingBlock, ToolCallBlock, CachePoint)):
         return ""
+    if isinstance(block, DocumentBlock) and block.data and (block.document_mimetype or "").startswith("text/"):
+        return bytes(block.resolve_document().read()).decode(errors="replace")
     raise text_only(repr(block.block_type))
 
 
