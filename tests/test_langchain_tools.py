@@ -473,6 +473,16 @@ async def test_structured_output(chat: ChatCards, method: Any, schema: str) -> N
         assert bool(answer["raw"].tool_calls) == (method == "function_calling")
 
 
+@pytest.mark.parametrize("schema", [Coat, Coat.model_json_schema()])
+def test_tools_may_be_called_in_place_of_an_object(chat: ChatCards, schema: Any) -> None:
+    found = chat.with_structured_output(schema, tools=[add], include_raw=True)
+    called_add, answered = found.invoke(call("add", a=1, b=2)), found.invoke('{"thickness": 3}')
+    assert (called_add["parsed"], called_add["parsing_error"]) == (None, None)
+    assert called(called_add["raw"]) == [("add", {"a": 1, "b": 2})]
+    assert dict(answered["parsed"]) == {"thickness": 3}
+    assert chat.with_structured_output(schema, tools=[add]).invoke(call("add", a=1, b=2)) is None
+
+
 class Booked(BaseModel):
     """A day, which JSON has as a text."""
 

@@ -193,7 +193,7 @@ def _from_dict(item: Mapping[str, Any]) -> Message:
     if calls := item.get("tool_calls"):
         message["tool_calls"] = tool_calls(calls)
     else:
-        message |= older_call(item) or calls_in(content)
+        message |= older_call(item) or (calls_in(content) if message["role"] == "assistant" else {})
     add_refusal(message, item.get("refusal"))
     add_thoughts(message, [item.get(THOUGHTS) or item.get("reasoning"), thoughts_of(content)])
     if message["role"] == "tool":

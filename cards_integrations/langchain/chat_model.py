@@ -229,7 +229,8 @@ class ChatCards(CardsLangChainBase, BaseChatModel):
                 prompt must say which.
             include_raw: Answer with a dict of the message ("raw"), the object ("parsed") and the "parsing_error".
             strict: As in OpenAI's API.
-            kwargs: Options of the calls, such as `max_tokens`.
+            kwargs: Options of the calls, such as `max_tokens`. With `tools=` the model may call these instead; the
+                object is None then, and `include_raw` has the calls.
 
         Raises:
             SettingsError: The method is unknown, or it needs a schema.

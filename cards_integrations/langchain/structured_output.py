@@ -43,11 +43,21 @@ class CompleteAnswer:
         return super().parse_result(result, partial=partial)  # type: ignore[misc]
 
 
-class CompleteJson(CompleteAnswer, JsonOutputParser):
+class AnswerOrCall(CompleteAnswer):
+    """A parser of an answer that may also call the tools that were given along; it is None then."""
+
+    def parse_result(self, result: list[Generation], *, partial: bool = False) -> Any:
+        """Parse the answer, if it is one."""
+        first = result[0]
+        message = first.message if isinstance(first, ChatGeneration) else None
+        return None if getattr(message, "tool_calls", ()) else super().parse_result(result, partial=partial)
+
+
+class CompleteJson(AnswerOrCall, JsonOutputParser):
     """Parses a dict."""
 
 
-class CompletePydantic(CompleteAnswer, PydanticOutputParser[BaseModel]):
+class CompletePydantic(AnswerOrCall, PydanticOutputParser[BaseModel]):
     """Parses an object of a pydantic class."""
 
     def _parse_obj(self, obj: Any) -> Any:
