@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import typing
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
 from enum import Enum
-from typing import Annotated, Any, NotRequired, Required
+from typing import Annotated, Any, Literal, NotRequired, Required
 
 import pytest
 from langchain_core.messages import (
@@ -668,6 +669,32 @@ def test_typed_dicts_keep_their_descriptions_and_defaults() -> None:
     assert described == {"legs": "in order", "note": "or nothing", "days": None, "to": "where to"}
     assert found["required"] == ["legs"]
     assert not found["$defs"]["Leg"].get("required")
+
+
+def _typed_dict_of(typed_dict: Any) -> Any:
+    """A typed dict of `typing` or of `typing_extensions`, with others within."""
+    part: Any = typed_dict("Part", {"size": Required[int], "parts": Any}, total=False)
+    part.__annotations__["parts"] = list[part]
+    fields: dict[str, Any] = {
+        "name": Annotated[str, ..., "as written"], "nick": str | None, "age": int | None, "node": Node,
+        "amount": Decimal, "part": part | None, "by_name": dict[str, part], "kind": Literal["a", "b"],
+        "level": Annotated[int, Field(ge=1, le=5)], "days": NotRequired[Annotated[int, ..., "at most"]],
+    }  # fmt: skip
+    return typed_dict("Whole", fields)
+
+
+def test_typed_dicts_are_as_precise_as_pydantic_classes() -> None:
+    found, same = (json_schema(_typed_dict_of(each)) for each in (typing.TypedDict, TypedDict))
+    assert found == same
+    properties, null = found["properties"], {"type": "null"}
+    assert found["required"] == [name for name in properties if name != "days"]
+    assert [properties[name]["anyOf"][1] for name in ("nick", "age", "part")] == [null] * 3
+    assert [properties[name].get("description") for name in ("name", "days")] == ["as written", "at most"]
+    assert (properties["level"]["minimum"], properties["level"]["maximum"]) == (1, 5)
+    assert properties["amount"]["anyOf"][1]["pattern"]
+    part = found["$defs"]["Part"]
+    assert (part["required"], part["properties"]["parts"]["items"]) == (["size"], {"$ref": "#/$defs/Part"})
+    ResponseFormat(found)  # and a grammar holds it
 
 
 def test_a_tool_that_takes_more_than_its_properties() -> None:

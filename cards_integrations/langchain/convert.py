@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
 from inspect import isroutine
-from typing import Annotated, Any, NotRequired, Required, get_args, get_origin
+from typing import Any
 
 from langchain_core.messages import (
     AIMessage,
@@ -26,9 +26,8 @@ from langchain_core.tools import BaseTool, StructuredTool, create_schema_from_fu
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from langchain_core.utils.json import parse_partial_json
 from langchain_core.utils.pydantic import is_basemodel_subclass
-from pydantic import BaseModel, TypeAdapter
-from pydantic.json_schema import JsonSchemaValue
-from typing_extensions import ReadOnly, get_type_hints, is_typeddict
+from pydantic import BaseModel
+from typing_extensions import is_typeddict
 
 from cards_integrations.chat import message
 from cards_integrations.chat.logprobs import openai_logprobs
@@ -45,11 +44,12 @@ from cards_integrations.chat.message import (
     thoughts_of,
     tool_call,
 )
-from cards_integrations.chat.pydantic_schema import PreciseJsonSchema, is_more_precise, pydantic_schema
+from cards_integrations.chat.pydantic_schema import is_more_precise, pydantic_schema
 from cards_integrations.chat.schema import is_recursive
 from cards_integrations.chat.schema_values import KEYWORDS
 from cards_integrations.engine.request import Chunk
 from cards_integrations.errors import SettingsError, short_repr
+from cards_integrations.langchain.typed_dicts import typed_dict_schema
 from cards_integrations.trace import Alignment, InvalidToolCall, ToolCall
 
 PROVIDER = "cards"
@@ -123,7 +123,7 @@ def _whole(tool: Any) -> Any:
     if isinstance(tool, Mapping):
         return _whole_mapping(tool)
     if is_typeddict(tool):
-        return _whole_typed_dict(tool)
+        return _whole_mapping({"title": tool.__name__, **typed_dict_schema(tool)})
     if isinstance(tool, type) and not _has_fields(tool):
         raise TypeError("this class does not say which fields it has; pass a typed dict, a dataclass or an object")
     schema: Any = _arguments(tool)
@@ -170,39 +170,6 @@ def _whole_mapping(given: Mapping[str, Any]) -> Mapping[str, Any]:
         if isinstance(inner, Mapping) and key in inner:
             return _function(inner.get("name", UNNAMED), inner.get("description"), inner[key])
     return given
-
-
-def _whole_typed_dict(cls: Any) -> Any:
-    """A typed dict; as a function if LangChain cannot read which of its keys have to be there."""
-    try:
-        convert_to_openai_tool(cls)
-        if cls.__total__:
-            return cls
-    except TypeError:  # of `Required` and `NotRequired`
-        pass
-    schema = TypeAdapter(cls).json_schema(schema_generator=TypedDictSchema)
-    return _whole_mapping({"title": cls.__name__, **schema})
-
-
-class TypedDictSchema(PreciseJsonSchema):
-    """The schema of a typed dict with what LangChain reads in `Annotated`: a default or `...`, and a description."""
-
-    def typed_dict_schema(self, schema: Any) -> JsonSchemaValue:
-        found = super().typed_dict_schema(schema)
-        for name, hint in get_type_hints(schema["cls"], include_extras=True).items():
-            default, description = (*_annotations(hint), ..., ...)[:2]
-            if isinstance(description, str):
-                found["properties"][name] = {**found["properties"][name], "description": description}
-            if default is not ... and name in found.get("required", ()):
-                found["required"].remove(name)
-        return found
-
-
-def _annotations(hint: Any) -> tuple[Any, ...]:
-    """What stands in an `Annotated` beside the type, whatever is around it."""
-    while get_origin(hint) in (Required, NotRequired, ReadOnly):
-        (hint,) = get_args(hint)
-    return hint.__metadata__ if get_origin(hint) is Annotated else ()
 
 
 def _function(name: str, description: str | None, parameters: Any) -> dict[str, Any]:
