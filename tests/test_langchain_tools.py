@@ -31,7 +31,7 @@ from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.config import get_stream_writer
 from langgraph.graph import START, MessagesState, StateGraph
 from langgraph.prebuilt import ToolNode, create_react_agent, tools_condition
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, RootModel, field_validator
 from pydantic.v1 import BaseModel as BaseModelV1
 from told import OR, THEN, as_told, call, dumps, steps
 from typing_extensions import TypedDict
@@ -481,6 +481,31 @@ def test_tools_may_be_called_in_place_of_an_object(chat: ChatCards, schema: Any)
     assert called(called_add["raw"]) == [("add", {"a": 1, "b": 2})]
     assert dict(answered["parsed"]) == {"thickness": 3}
     assert chat.with_structured_output(schema, tools=[add]).invoke(call("add", a=1, b=2)) is None
+
+
+async def test_numbers_of_a_stream_are_whole(chat: ChatCards) -> None:
+    value = {"name": "a 12345678", "n": 12345678.5, "all": [-11111111, 22222222], "last": 3}
+    for kind in ("number", "integer"):
+        items = {"type": "array", "items": {"type": kind}}
+        fields = {"name": {"type": "string"}, "n": {"type": "number"}, "all": items, "last": {"type": kind}}
+        found = chat.with_structured_output(
+            {"title": "t", "type": "object", "properties": fields, "required": [*fields]}
+        )
+        grown = list(found.stream(dumps(value)))
+        assert grown == [each async for each in found.astream(dumps(value))]
+        assert grown[-1] == value
+        assert {each["n"] for each in grown if "n" in each} == {value["n"]}
+        assert all(each.get("all", []) == [-11111111, 22222222][: len(each.get("all", []))] for each in grown)
+        assert len(grown) > 3
+
+
+class Age(RootModel[int]):
+    """A number alone."""
+
+
+def test_a_number_may_be_all_of_an_answer(chat: ChatCards) -> None:
+    found = chat.with_structured_output(Age)
+    assert list(found.stream("42"))[-1] == found.invoke("42") == Age(42)
 
 
 class Booked(BaseModel):

@@ -22,6 +22,7 @@ from cards_integrations.chat.response_format import as_response_format
 from cards_integrations.errors import SettingsError
 from cards_integrations.langchain.convert import UNNAMED, is_schema, json_schema, tool_schemas
 
+OF_NUMBERS = "0123456789.eE+-"
 Method = Literal["json_schema", "function_calling", "json_mode"]
 
 
@@ -47,10 +48,14 @@ class AnswerOrCall(CompleteAnswer):
     """A parser of an answer that may also call the tools that were given along; it is None then."""
 
     def parse_result(self, result: list[Generation], *, partial: bool = False) -> Any:
-        """Parse the answer, if it is one."""
+        """Parse the answer, if it is one; of a part of it a number at the end does not count, as it may go on."""
         first = result[0]
-        message = first.message if isinstance(first, ChatGeneration) else None
-        return None if getattr(message, "tool_calls", ()) else super().parse_result(result, partial=partial)
+        if isinstance(first, ChatGeneration):
+            if getattr(first.message, "tool_calls", ()):
+                return None
+            if partial and "finish_reason" not in first.message.response_metadata:
+                result = [Generation(text=first.text.rstrip(OF_NUMBERS))]
+        return super().parse_result(result, partial=partial)
 
 
 class CompleteJson(AnswerOrCall, JsonOutputParser):
