@@ -37,7 +37,7 @@ from llama_index.core.base.llms.types import (
     ToolCallBlock,
 )
 from llama_index.core.tools import FunctionTool, ToolMetadata
-from pydantic import BaseModel, ConfigDict, Field, RootModel
+from pydantic import AliasChoices, AliasPath, BaseModel, ConfigDict, Field, RootModel, create_model
 from pydantic.v1 import BaseModel as OldBaseModel
 from typing_extensions import TypedDict
 
@@ -695,6 +695,16 @@ def test_typed_dicts_are_as_precise_as_pydantic_classes() -> None:
     part = found["$defs"]["Part"]
     assert (part["required"], part["properties"]["parts"]["items"]) == (["size"], {"$ref": "#/$defs/Part"})
     ResponseFormat(found)  # and a grammar holds it
+
+
+def test_what_pydantic_reads_by_a_path_is_refused() -> None:
+    city = (str, Field(validation_alias=AliasPath("address", "city")))
+    with pytest.raises(SettingsError, match="AliasPath"):
+        json_schema(create_model("Home", city=city))
+    by_name = create_model("Home", __config__=ConfigDict(populate_by_name=True), city=city)
+    assert "city" in json_schema(by_name)["properties"]
+    choice = create_model("Home", city=(str, Field(validation_alias=AliasChoices(AliasPath("a", 0), "town"))))
+    assert "town" in json_schema(choice)["properties"]
 
 
 def test_a_tool_that_takes_more_than_its_properties() -> None:

@@ -8,6 +8,8 @@ from typing import Any
 from pydantic import BaseModel, ByteSize
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 
+from cards_integrations.errors import SettingsError
+
 WHOLE = "^-?(?:0|[1-9][0-9]{0,300})$"
 NATURAL = "^(?:0|[1-9][0-9]{0,300})$"
 POSITIVE = "^[1-9][0-9]{0,300}$"
@@ -40,6 +42,16 @@ class PreciseJsonSchema(GenerateJsonSchema):
     """Adds patterns and bounds for what pydantic checks without telling in the schema."""
 
     ignored_warning_kinds = {"skipped-choice", "non-serializable-default", "skipped-discriminator"}  # noqa: RUF012
+
+    def model_field_schema(self, schema: Any) -> JsonSchemaValue:
+        paths = schema.get("validation_alias")
+        by_name = self._config.populate_by_name or self._config.validate_by_name
+        if isinstance(paths, list) and not by_name and all(len(path) > 1 for path in paths):
+            raise SettingsError(
+                f"A field is read from {paths[0]} by AliasPath, which pydantic's JSON schema does not say: give it a "
+                "plain alias, or populate_by_name=True."
+            )
+        return super().model_field_schema(schema)
 
     def datetime_schema(self, schema: Any) -> JsonSchemaValue:
         return _with_zone(super().datetime_schema(schema), schema)
