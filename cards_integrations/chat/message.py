@@ -125,7 +125,7 @@ def _thought(block: Mapping[str, Any]) -> Any:
 
 
 def calls_in(content: Any) -> dict[str, Any]:
-    """The calls among content blocks, if there are any, as the message's `tool_calls`."""
+    """Return the calls among content blocks, if there are any, as the message's `tool_calls`."""
     blocks = content if isinstance(content, list) else []
     named = [each for each in blocks if isinstance(each, Mapping) and str(each.get("type")) in CALLS and "name" in each]
     found = [(each, *CALLS[each["type"]]) for each in named]
@@ -219,7 +219,7 @@ def _block_text(block: Any) -> str:
 
 
 def _text_within(block: Mapping[str, Any], kind: Any) -> str | None:
-    """The text of a document, a search result or another block that holds one; None if it holds none."""
+    """Return the text of a document, a search result or another block that holds one; None if it holds none."""
     match block:
         case {"type": "file", "text": str(text)}:  # LangChain's older form of a plain text
             return text
@@ -240,7 +240,7 @@ def _text_within(block: Mapping[str, Any], kind: Any) -> str | None:
 
 
 def _results_apart(item: Any) -> list[Any]:
-    """The results of calls in a message of the user, as Anthropic has them, as messages of their own before it."""
+    """Return results of calls in a user message (Anthropic's form) as messages of their own, and then the rest."""
     content = item.get("content") if isinstance(item, Mapping) else getattr(item, "content", None)
     blocks = content if isinstance(content, list) else []
     results = [each for each in blocks if isinstance(each, Mapping) and each.get("type") == "tool_result"]

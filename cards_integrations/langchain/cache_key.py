@@ -19,20 +19,20 @@ _names: dict[int, tuple[ref[Any], str]] = {}
 
 
 def call_key(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call, with schemas in place of its tools and classes: two classes may have one name."""
+    """Return the arguments of a call, with schemas in place of its tools and classes: two may have one name."""
     found = convert_options(overrides)
     return {**found, "reward": reward_key(as_reward(found["reward"]))} if "reward" in found else found
 
 
 def reward_key(reward: Reward | None) -> str:
-    """The settings of a reward, and a name of each object of this process that it depends on."""
+    """Return the settings of a reward, and a name of each object of this process that it depends on."""
     if reward is None or reward.is_reproducible:
         return repr(reward)
     return " ".join([repr(reward), *map(_name, reward.held), *map(reward_key, reward.parts)])
 
 
 def _name(held: Any) -> str:
-    """A name that the object keeps as long as it lives, and that no other object has, ever."""
+    """Return a name that the object keeps as long as it lives, and that no other object ever has."""
     number = id(held)
     try:
         if number not in _names:

@@ -131,6 +131,7 @@ def _result(asked: list[list[Request]], answers: list[Alignment]) -> LLMResult:
 
 
 def _own(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `generate` that are options of the answers."""
     return {name: value for name, value in arguments.items() if name not in OF_LANGCHAIN}
 
 

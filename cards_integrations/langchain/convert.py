@@ -141,21 +141,21 @@ def _whole(tool: Any) -> Any:
 
 
 def _has_fields(cls: type) -> bool:
-    """True for a class that says which fields its objects have; False for the class of a tool, which has its own."""
+    """Return True for a class that says which fields its objects have; False for the class of a tool."""
     if issubclass(cls, BaseTool):
         return False
     return is_basemodel_subclass(cls) or is_dataclass(cls) or hasattr(cls, "_fields")
 
 
 def _arguments(tool: Any) -> Any:
-    """The pydantic class of a tool's arguments, as LangChain makes it, or their schema; anything else as it is."""
+    """Return the pydantic class of a tool's arguments, or their schema; anything else as it is."""
     if isinstance(tool, BaseTool):
         return tool.tool_call_schema
     return _class_of_arguments(tool) if isroutine(tool) or (isinstance(tool, type) and is_dataclass(tool)) else tool
 
 
 def _class_of_arguments(function: Callable[..., Any]) -> type[Any]:
-    """What LangChain makes of a function's arguments when it describes it."""
+    """Return the class that LangChain makes of a function's arguments when it describes the function."""
     how: dict[str, Any] = {"parse_docstring": True, "error_on_invalid_docstring": False, "include_injected": False}
     return create_schema_from_function(function.__name__, function, filter_args=(), **how)
 

@@ -36,7 +36,7 @@ class SharedRateLimiter(BaseRateLimiter):
 
 
 def as_rate_limiter(value: Any) -> SharedRateLimiter | None:
-    """The limiter for both frameworks; None for none."""
+    """Return the limiter for both frameworks; None for none."""
     if value is None or isinstance(value, SharedRateLimiter):
         return value
     if not isinstance(value, BaseRateLimiter) and not hasattr(value, "async_acquire"):

@@ -83,7 +83,7 @@ class CompleteToolPydantic(CompleteToolArguments):
     """The class."""
 
     def parse_result(self, result: list[Generation], *, partial: bool = False) -> Any:
-        """The object; of a part of it None until all that the class needs is there."""
+        """Return the object; None for a part of it, until all that the class needs is there."""
         arguments = super().parse_result(result, partial=partial)
         try:
             return None if arguments is None else _object_of(self.pydantic_object, arguments)
@@ -175,7 +175,7 @@ def _is_cut(message: BaseMessage) -> bool:
 
 
 def _object_of(cls: Any, value: Any) -> Any:
-    """An object of a pydantic class (v2 or v1) from values as JSON has them.
+    """Return an object of a pydantic class (v2 or v1), made of values as JSON has them.
 
     For JSON pydantic takes a text where a class is strict and asks for a date, and prefers a date to a text.
     """

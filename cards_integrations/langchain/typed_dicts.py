@@ -21,7 +21,7 @@ JSON_VALUES = (str, int, float, list, dict, type(None))
 
 
 def typed_dict_schema(cls: Any) -> dict[str, Any]:
-    """The schema of a typed dict, of `typing` or of `typing_extensions`."""
+    """Return the schema of a typed dict, of `typing` or of `typing_extensions`."""
     try:
         adapter = TypeAdapter(cls)
     except PydanticUserError:  # before Python 3.12 pydantic takes none of `typing`
@@ -44,14 +44,14 @@ class TypedDictSchema(PreciseJsonSchema):
 
 
 def _annotations(hint: Any) -> tuple[Any, ...]:
-    """What stands in an `Annotated` beside the type, whatever is around it."""
+    """Return what stands in an `Annotated` beside the type, whatever is around it."""
     while get_origin(hint) in QUALIFIERS:
         (hint,) = get_args(hint)
     return hint.__metadata__ if get_origin(hint) is Annotated else ()
 
 
 def _of_extensions(hint: Any, known: dict[Any, Any]) -> Any:
-    """The same type, with typed dicts of `typing_extensions` in place of others; `known` are those that are made."""
+    """Return the type with typed dicts of `typing_extensions` in place of others; `known` are those made so far."""
     if is_typeddict(hint):
         if hint not in known:
             hints = get_type_hints(hint, include_extras=True)
@@ -71,7 +71,7 @@ def _of_extensions(hint: Any, known: dict[Any, Any]) -> Any:
 
 
 def _qualified(cls: Any, name: str, hint: Any) -> Any:
-    """The type of a key, which says whether it may be missing."""
+    """Return the type of a key, which says whether it may be missing."""
     inner = hint
     while get_origin(inner) in (Annotated, ReadOnly):
         inner = get_args(inner)[0]

@@ -164,6 +164,7 @@ def _logprobs(item: Chunk | Alignment) -> list[list[LogProb]] | None:
 
 
 def _logprob(token: TokenLogprob) -> LogProb:
+    """Return the token in LlamaIndex's form."""
     whole = PARTIAL_CHARACTER not in token.token  # of a part the bytes are not known
     return LogProb(token=token.token, logprob=token.logprob, bytes=[*token.token.encode()] if whole else [])
 

@@ -323,7 +323,7 @@ class LlamaIndexCards(OptionsFromEnvironment, FunctionCallingLLM):
 
 
 def _told_of(json_format: ResponseFormat | None, messages: list[ChatMessage]) -> list[ChatMessage]:
-    """The messages with the schema of an answer in the first of them, which is the system's."""
+    """Return the messages with the schema of the answer in the first of them, the system message."""
     if json_format is None or json_format.schema is None or not messages:
         return messages
     first, *rest = messages if messages[0].role == MessageRole.SYSTEM else [ChatMessage(content=""), *messages]
