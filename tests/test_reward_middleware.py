@@ -11,11 +11,12 @@ from langchain.agents import create_agent
 from langchain.agents.structured_output import ProviderStrategy
 from langchain_core.language_models.fake_chat_models import FakeMessagesListChatModel
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage
+from langchain_core.messages.tool import invalid_tool_call
 from langgraph.checkpoint.memory import InMemorySaver
 from pydantic import BaseModel
 
 from cards_integrations.errors import RewardError, SettingsError
-from cards_integrations.langchain.middleware import RewardMiddleware
+from cards_integrations.langchain.middleware import InvalidCallsAnswered, RewardMiddleware
 from cards_integrations.rewards import FunctionReward, GroundednessReward, LengthReward, MinReward, PatternReward
 
 SHORT = LengthReward(target=3)  # 0.0 with three words at most, below 0.0 with more
@@ -87,6 +88,15 @@ def test_if_none_is_good_the_best_is_last(answers: tuple[str, ...], best: str) -
         "name": "length 3 words", "score": pytest.approx(-1 / 3), "threshold": 0.0, "passed": False, "retries": 2
     }  # fmt: skip
     assert len({message.id for message in messages}) == len(messages)
+
+
+def test_a_call_that_cannot_be_read_is_no_best_answer() -> None:
+    broken = AIMessage("", invalid_tool_calls=[invalid_tool_call(id="1", name="f", args="{", error="not JSON")])
+    shortest = FunctionReward(function=lambda prompt, answers: [-float(len(answer)) for answer in answers])
+    both = [InvalidCallsAnswered(), middleware(shortest, threshold=1.0, max_retries=1)]
+    messages = run(create_agent(scripted(broken, BAD, PASSES), middleware=both))
+    assert messages[-1].content == BAD
+    assert not verdict(messages[-1])["passed"]
 
 
 def test_it_may_only_flag() -> None:

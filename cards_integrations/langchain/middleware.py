@@ -214,11 +214,16 @@ class Turn:
         """
         if self.is_parsed:
             return scored
-        found = max((*self.attempts, scored), key=lambda each: each.response_metadata[MARK]["score"])
+        found = max((*self.attempts, scored), key=_rank)
         retries = scored.response_metadata[MARK]["retries"]
         return _with_score(
             found.model_copy(update={"id": scored.id}), {**found.response_metadata[MARK], "retries": retries}
         )
+
+
+def _rank(answer: AIMessage) -> tuple[bool, float]:
+    """Return what tells how good a scored answer is: a call that cannot be read is worse than any answer."""
+    return not answer.invalid_tool_calls, answer.response_metadata[MARK]["score"]
 
 
 def _without_attempts(messages: Sequence[BaseMessage]) -> list[BaseMessage]:
