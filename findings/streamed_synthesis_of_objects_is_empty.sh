@@ -16,6 +16,7 @@ from importlib.metadata import version
 from typing import Any
 
 from llama_index.core import Settings, get_response_synthesizer
+from llama_index.core.base.response.schema import StreamingResponse
 from llama_index.core.embeddings import MockEmbedding
 from llama_index.core.llms import CompletionResponse, CustomLLM, LLMMetadata
 from llama_index.core.schema import NodeWithScore, TextNode
@@ -57,7 +58,7 @@ for streaming in (False, True):
     llm = Writer()
     synthesizer = get_response_synthesizer(llm=llm, response_mode="compact", output_cls=Song, streaming=streaming)
     response = synthesizer.synthesize("Write a song.", nodes)
-    text = "".join(response.response_gen) if hasattr(response, "response_gen") else str(response)
+    text = "".join(response.response_gen) if isinstance(response, StreamingResponse) else str(response)
     found[streaming] = text
     print(f"streaming={streaming}: {type(response).__name__}: {text!r}, the model was asked {llm.asked} time(s)")
 assert "Rain" in found[False], "changed: an object used to come without streaming"
