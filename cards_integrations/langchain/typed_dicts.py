@@ -30,7 +30,10 @@ def typed_dict_schema(cls: Any) -> dict[str, Any]:
 
 
 class TypedDictSchema(PreciseJsonSchema):
-    """Adds what LangChain reads in `Annotated`: a default or `...`, and then a description."""
+    """Adds what LangChain reads in `Annotated`: a default or `...`, and then a description. Keys have no titles."""
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
 
     def typed_dict_schema(self, schema: Any) -> JsonSchemaValue:
         found = super().typed_dict_schema(schema)
