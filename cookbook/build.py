@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from nbclient import NotebookClient
 from nbformat import NotebookNode
 
 HERE = Path(__file__).parent
+os.environ["CARDS_PROGRESS"] = "0"  # "loading ..." is no part of what a cell gives
 
 
 def quiet(outputs: list[NotebookNode]) -> list[NotebookNode]:
