@@ -155,7 +155,13 @@ class RankedCandidate(NamedTuple):
 
 
 class Chance(NamedTuple):
-    """What may become of a candidate: the probabilities that the method examines it, and that it keeps it."""
+    """What may become of a candidate; `SegmentDrafts` has the formulas.
+
+    Attributes:
+        pending: The candidate.
+        examined: The probability that the method will examine it.
+        kept: The probability that the method will keep it.
+    """
 
     pending: PendingDraft
     examined: float
@@ -312,7 +318,7 @@ class DraftPool:
         return sum(len(candidate.ids) for candidate in self._pending)
 
     def waiting(self, acceptance_rate: float) -> float:
-        """Return the probability that the answer cannot go on before rewards are known; see `SegmentDrafts`."""
+        """Return the probability that the answer cannot go on before rewards are known; see `SegmentDrafts.waiting`."""
         return 1.0 if self.current is None else self.current.waiting(1.0, acceptance_rate)
 
     def fail(self, error: Exception) -> None:
@@ -454,6 +460,24 @@ class SegmentDrafts:
     verdict yet. If that is kept, the method goes on with these. They are scored once the parent is known to pass, even
     if the method has not come to it yet.
 
+    What is worth drafting before verdicts are known follows from what the method will probably do. It examines
+    candidates in order, and keeps the first that passes; if none of all `limit` passes, it keeps the one with the
+    highest reward. Hence, for candidate i of this segment:
+
+        examined(i) = reach * (1 - p(0)) * ... * (1 - p(i - 1))
+        kept(i)     = examined(i) * p(i) + examined(limit) * best(i)
+
+    - `reach` is the probability that the method comes to this segment: 1 for the open one, kept(parent) for one that is
+      drafted ahead. So kept(i) is the `reach` of the segment after candidate i: `ranked_candidates` and `waiting` go on
+      there with it.
+    - p(i) is the probability that candidate i passes: `acceptance_rate` while its reward is unknown, then 1 or 0, as
+      `plan.passes` tells; 0 for those that were examined before, as they were rejected.
+    - best(i) is the probability that it has the highest reward: 1 / limit while its reward is unknown; k / limit for
+      the best of the k candidates whose rewards are known, and 0 for the others of these.
+
+    If `plan.passes` is None, the method examines all candidates before it keeps one: examined(i) = reach, and kept(i) =
+    reach / limit. What follows a candidate with examined(i) < `MIN_REACH` is neglected, as is examined(limit) then.
+
     Args:
         pool: The candidates of the request.
         plan: What the method asked for.
@@ -525,7 +549,8 @@ class SegmentDrafts:
     def waiting(self, reach: float, acceptance_rate: float) -> float:
         """Return the probability that the answer goes on with a candidate that waits for its reward.
 
-        The candidate may be one of these, or one that was drafted ahead after them.
+        The candidate may be one of these, or one that was drafted ahead after them: it is the sum of kept(i) over those
+        that have ended without a reward, and of what this method returns for the segments after the others.
 
         Args:
             reach: Probability that the method gets to these drafts.
@@ -551,7 +576,10 @@ class SegmentDrafts:
         return pending
 
     def ranked_candidates(self, reach: float, acceptance_rate: float) -> Iterator[RankedCandidate]:
-        """Yield what could be drafted in the next step, ahead of verdicts included.
+        """Yield what could be drafted in the next step, what is drafted ahead of verdicts included.
+
+        These are the candidates that have begun and not ended, those of the segments after candidates that have ended,
+        and those that have not begun, as far as there is memory.
 
         Args:
             reach: Probability that the method gets to these drafts.
@@ -570,14 +598,15 @@ class SegmentDrafts:
             reach *= self._going_on(acceptance_rate)
 
     def _chances(self, reach: float, acceptance_rate: float) -> tuple[list[Chance], float]:
-        """Return what may become of the candidates that have begun.
+        """Return examined(i) and kept(i) of the candidates that have begun, by the formulas of the class.
 
-        If none passes, the best is kept. While rewards are unknown, each of `limit` candidates is the best with the
-        same probability; those whose rewards are known leave theirs to the best of them.
+        Args:
+            reach: Probability that the method gets to these drafts.
+            acceptance_rate: Probability that a candidate without a reward passes.
 
         Returns:
-            The candidates that the method may get to, and the probability that it gets to the first one that has not
-            begun.
+            The candidates that the method may examine or keep, and examined(i) of the first one that has not begun. The
+            best rejected candidate has an entry of its own, as it may be kept, but is not examined again.
         """
         found: list[Chance] = []
         best, known = self._best_rejected, self.begun - len(self.ahead)
@@ -591,7 +620,8 @@ class SegmentDrafts:
                 best = max(best, pending, key=_reward) if best else pending
             reach *= self._going_on(passing)
         if self.plan.passes is not None:
-            each = reach * (1 - acceptance_rate) ** (self.plan.limit - self.begun) / self.plan.limit
+            none_passes = reach * (1 - acceptance_rate) ** (self.plan.limit - self.begun)  # examined(limit)
+            each = none_passes / self.plan.limit
             found = [one._replace(kept=one.kept + each) if one.pending.draft is None else one for one in found]
             found += [Chance(best, 0.0, each * known)] if best is not None else []
         return found, reach
@@ -616,11 +646,11 @@ class SegmentDrafts:
         return None if best is None or self.pool.current is not self else self.pool.examined[best]
 
     def _going_on(self, passing: float) -> float:
-        """Return the probability that the method examines the candidate after one that passes with `passing`."""
+        """Return by how much less probable it is that the method examines the next candidate: 1 - p(i), or 1."""
         return 1.0 if self.plan.passes is None else 1 - passing
 
     def _passing(self, pending: PendingDraft, acceptance_rate: float) -> float:
-        """Return the probability that the method keeps a candidate when it examines it."""
+        """Return p(i), the probability that a candidate passes, or 1 / limit if the best of all will be kept."""
         if self.plan.passes is None:
             return 1 / self.plan.limit
         return acceptance_rate if pending.draft is None else float(self.plan.passes(pending.draft))
