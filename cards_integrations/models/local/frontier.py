@@ -27,7 +27,7 @@ class Frontier:
 
     Attributes:
         held: The path in the KV cache; None while the request is preempted, and then until it is read again.
-        owner: The candidate whose path it is; None for the kept text.
+        owner: The candidate that it began as, which it still names after that is kept; None if it began as the prompt.
         own_row: True if the candidate has a row of the cache to itself.
         unread: The last tokens of the path, which the model has not read yet.
         logits: The logits after the last token, once it has been read.

@@ -238,20 +238,26 @@ class LocalLanguageModel:
         """Make a finished candidate part of its context; the logits after it are carried over."""
         context = candidate.context
         request = self._requests[context]
-        old, new = request.kept, request.candidates.pop(candidate)
-        if new.held is None:  # it is yet to be read, after what was kept before
-            new.held, new.unread = old.held, [*old.unread, *(new.unread if new is not old else ())]
-        elif new is not old:
+        self._keep_path(request, request.candidates.pop(candidate))
+        self._keep_long(request, candidate)
+        context.matcher = candidate.matcher
+        context.ids += candidate.ids
+        context.text = candidate.response
+
+    def _keep_path(self, request: OpenRequest, new: Frontier) -> None:
+        """Make the path of a candidate that of the kept text, and free what only the old one needs."""
+        old = request.kept
+        if new is old:  # a candidate without tokens, which was preempted: it has no path of its own
+            return
+        if new.held is None:  # preempted, or to be read with other frequencies: its tokens are read after the kept ones
+            new.held, new.unread = old.held, [*old.unread, *new.unread]
+        else:
             new.branch.tree.keep(new.branch)
             new.own_logits()
             if old.branch.long != new.branch.long:
                 self.memory.keep(old.branch.tree)  # other texts may begin like it
             self._free(old, row=old.branch.tree is not new.branch.tree)
-        request.kept, new.own_row = new, False
-        self._keep_long(request, candidate)
-        context.matcher = candidate.matcher
-        context.ids += candidate.ids
-        context.text = candidate.response
+        request.kept, new.own_row = new, False  # the row that it is in is the request's now
 
     # --- sampling ---
 
