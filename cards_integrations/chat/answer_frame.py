@@ -1,4 +1,4 @@
-"""What a chat template makes of an assistant's last answer: the text around it, and what of it is left out."""
+"""How a chat template writes an assistant's last answer: the text around it, and what it strips from it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class AnswerFrame:
         after: The text after it.
         left: What is stripped from the beginning of an answer: characters, or None for all white space.
         right: What is stripped from its end.
-        marks: Texts in an answer for which the template takes it apart.
-        upto_such: Renders the conversation up to the end of an answer that has one of them.
+        marks: Texts, such as those around thoughts, for which the template may write an answer in another way.
+        upto_such: Renders the conversation up to the end of an answer with such a text; None without a template.
     """
 
     before: str
@@ -51,10 +51,10 @@ def answer_frame(render: Callable[[str], str], marks: tuple[str, ...] = ()) -> A
 
     Args:
         render: Renders the whole conversation with an answer.
-        marks: Texts in an answer for which the template may take it apart, such as those around thoughts.
+        marks: Texts, such as those around thoughts, for which the template may write an answer in another way.
 
     Raises:
-        PromptError: The template does not show the answer; or what `render` raises.
+        PromptError: The template does not show the answer, or `render` raises it.
     """
     before, found, after = render(PLACEHOLDER).partition(PLACEHOLDER)
     if not found:
@@ -66,5 +66,5 @@ def answer_frame(render: Callable[[str], str], marks: tuple[str, ...] = ()) -> A
 
 
 def _stripped(kept: str) -> str | None:
-    """What is stripped from an edge of which this is kept."""
+    """Return which characters a template strips from an edge, given what it keeps of `_EDGE`; None for white space."""
     return {_EDGE: "", _EDGE.lstrip("\n"): "\n"}.get(kept)

@@ -1,4 +1,4 @@
-"""Where an answer begins: what its text is decoded after, and what of it is the template's."""
+"""Where an answer begins: the tokens that it is decoded after, and the space that belongs to the template."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class AnswerStart:
-    """The end of a prompt, as decoding an answer has to know it.
+    """The end of a prompt, as far as decoding the answer needs it.
 
-    A token is decoded in another way where a text begins: sentencepiece's lose their space there. Decoded after the
-    last tokens of the prompt, prompt and answer together are the text of all their tokens.
+    Tokens are decoded differently at the beginning of a text: those of sentencepiece lose their space there. So an
+    answer is decoded after the last tokens of its prompt, whose text is then removed.
 
     Attributes:
         ids: The last tokens of the prompt that are text.
-        text: What these are decoded to.
-        space: What the chat template, or the tokenizer after a special token, puts before the content of an
-            assistant's message; it is no part of an answer.
-        visible: Special tokens that are text here, because a stop string has them.
+        text: The text of these.
+        space: What the chat template, or the tokenizer after a special token, writes before the content of an
+            assistant's message; it is not part of the answer.
+        visible: Special tokens that are decoded to text, because a stop string contains them.
     """
 
     ids: tuple[int, ...] = ()
@@ -26,7 +26,7 @@ class AnswerStart:
     visible: frozenset[int] = frozenset()
 
     def answer_in(self, whole: str) -> str | None:
-        """The answer in the text of the prompt's last tokens and its own; None if it does not begin like them."""
+        """Return the answer, given the text of the prompt's last tokens and its own; None without these in front."""
         if not whole.startswith(self.text):
             return None
         return whole[len(self.text) :].removeprefix(self.space)

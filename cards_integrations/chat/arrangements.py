@@ -1,4 +1,4 @@
-"""One conversation in several forms, for people send orders of roles, and ids of calls, that templates refuse."""
+"""Other forms of one conversation, for templates that refuse its order of roles, or the ids of its calls."""
 
 from __future__ import annotations
 
@@ -17,10 +17,14 @@ ID_LENGTH = 9  # characters of a call's id, as Mistral's templates demand
 
 
 def first_whole(forms: Iterable[Sequence[Message]], render: Callable[[list[Message]], str]) -> str:
-    """Render the first form in which a template says all of a conversation; else the first that it accepts.
+    """Render the first form of which a template leaves nothing out; failing that, the first that it accepts.
+
+    Args:
+        forms: The forms of the conversation, the best one first.
+        render: Applies the template.
 
     Raises:
-        TemplateError: It accepts none of them; or a `PromptError`. What is raised is what the first form gave.
+        TemplateError, PromptError: The template accepts none of them; this is what it raised for the first one.
     """
     accepted: list[str] = []
     refused: list[TemplateError | PromptError] = []
@@ -38,9 +42,9 @@ def first_whole(forms: Iterable[Sequence[Message]], render: Callable[[list[Messa
 
 
 def arrangements(messages: Sequence[Message]) -> Iterator[list[Message]]:
-    """The conversation as it is, and then in orders that more and more templates accept.
+    """Yield the conversation as it is, and then in orders that more and more templates accept.
 
-    System messages after the first become the user's, neighbors of one role are merged, and the user begins; at last
+    First, later system messages become the user's; then neighbors of one role are merged, and the user begins; then
     there is no system message at all.
     """
     forms: list[list[Message]] = [list(messages)]
@@ -55,11 +59,11 @@ def arrangements(messages: Sequence[Message]) -> Iterator[list[Message]]:
 
 
 def tool_arrangements(messages: Sequence[Message], several: bool = True) -> Iterator[list[Message]]:
-    """The same for a conversation with calls: as it is, then with ids of nine characters, then with one call a turn.
+    """Yield the same for a conversation with calls: as it is, with ids of nine characters, with one call a turn.
 
     Args:
         messages: The conversation.
-        several: Whether the template shows several calls of one turn; if not, each gets a turn of its own at once.
+        several: Whether the template shows several calls of one turn; if not, each gets a turn of its own in all forms.
     """
     own = list(messages) if several else single_calls(messages)
     yield from arrangements(own)
@@ -70,23 +74,23 @@ def tool_arrangements(messages: Sequence[Message], several: bool = True) -> Iter
 
 
 def says_all(rendered: str, messages: Iterable[Message]) -> bool:
-    """True if a rendered conversation holds what everybody said, and the names of the tools that were called."""
+    """True if a rendered conversation contains what everybody said, and the names of all tools that were called."""
     return all(_is_in(text, rendered) for message in messages for text in _texts(message))
 
 
 def system_first(messages: Sequence[Message]) -> list[Message]:
-    """The conversation with one system message at most, at its beginning; what systems say later, the user says."""
+    """Return the conversation with at most one system message, which begins it; later ones become the user's."""
     begun = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
     return [*merged(messages[:begun]), *without_system(messages[begun:])]
 
 
 def without_system(messages: Sequence[Message]) -> list[Message]:
-    """The conversation in which the user says what the system said."""
+    """Return the conversation with its system messages as messages of the user."""
     return [{**message, "role": "user"} if message["role"] == "system" else message for message in messages]
 
 
 def merged(messages: Sequence[Message]) -> list[Message]:
-    """The conversation with one message in place of neighbors of one role, those of tools and with calls excepted."""
+    """Return the conversation with neighbors of one role merged, except results of tools and messages with calls."""
     found: list[Message] = []
     for message in messages:
         if found and _can_follow(found[-1], message):
@@ -98,7 +102,7 @@ def merged(messages: Sequence[Message]) -> list[Message]:
 
 
 def user_first(messages: Sequence[Message]) -> list[Message]:
-    """The conversation with an empty message of the user before one that the assistant begins."""
+    """Return the conversation with an empty message of the user in front, if another role begins it."""
     begun = 1 if messages and messages[0]["role"] == "system" else 0
     if begun < len(messages) and messages[begun]["role"] == "user":
         return list(messages)
@@ -106,12 +110,12 @@ def user_first(messages: Sequence[Message]) -> list[Message]:
 
 
 def with_short_ids(messages: Sequence[Message]) -> list[Message]:
-    """The conversation with ids of nine letters and digits for calls, whoever gave them."""
+    """Return the conversation with ids of nine letters and digits for all calls."""
     return [_with_short_ids(message) for message in messages]
 
 
 def single_calls(messages: Sequence[Message]) -> list[Message]:
-    """The conversation with one call a turn, and its result after each."""
+    """Return the conversation with one call a turn, each followed by its result."""
     found: list[Message] = []
     results = {id(message) for message in messages if message["role"] == "tool"}
     for at, message in enumerate(messages):
@@ -130,6 +134,7 @@ def single_calls(messages: Sequence[Message]) -> list[Message]:
 
 
 def _results_after(messages: Sequence[Message], at: int) -> list[Message]:
+    """Return the results that follow the message at this index."""
     end = next((i for i in range(at + 1, len(messages)) if messages[i]["role"] != "tool"), len(messages))
     return list(messages[at + 1 : end])
 
@@ -144,7 +149,7 @@ def _with_short_ids(message: Message) -> Message:
 
 
 def short_id(call_id: str | None) -> str:
-    """The id itself if it has nine letters and digits, else such a one that stands for it."""
+    """Return the id itself if it has nine letters and digits, else a hash of it that has."""
     known = call_id or ""
     if len(known) == ID_LENGTH and known.isascii() and known.isalnum():
         return known
@@ -152,12 +157,13 @@ def short_id(call_id: str | None) -> str:
 
 
 def _can_follow(message: Message, other: Message) -> bool:
+    """True if the second message can be merged into the first one."""
     plain = message["role"] != "tool" and not (message.get("tool_calls") or other.get("tool_calls"))
     return plain and message["role"] == other["role"]
 
 
 def _texts(message: Message) -> list[str]:
-    """What must not be lost of a message; a template may leave out thoughts, and what is said beside a call."""
+    """Return what a template must show of a message; it may leave out thoughts, and text beside calls."""
     if calls := message.get("tool_calls"):
         return [call["function"]["name"] for call in calls]
     content: str = message["content"]
@@ -165,6 +171,7 @@ def _texts(message: Message) -> list[str]:
 
 
 def _is_in(text: str, rendered: str) -> bool:
+    """True if a text is in a rendered conversation, as it is or as part of a JSON string."""
     if text in rendered:
         return True
     with suppress(UnicodeEncodeError):

@@ -1,4 +1,4 @@
-"""Reading an answer with marked calls from left to right: what it says and calls, and where it only names a marker."""
+"""Reads an answer with marked calls from left to right, and tells calls from markers that are only mentioned."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class SplitAnswer:
     Attributes:
         content: The text beside the calls.
         calls: The text of each call, without its markers.
-        final: How many of the first calls no later text can change.
-        certain: The length of the answer's beginning that cannot turn out to belong to a call, in characters.
+        final: The number of calls, from the first one on, that no later text can change.
+        certain: The length of the beginning that cannot turn out to belong to a call, in characters.
     """
 
     content: str = ""
@@ -34,18 +34,18 @@ class Markers(Protocol):
     closing: ClassVar[str]
 
     def begins_call(self, text: str, start: int) -> bool:
-        """True if what follows an opening can be nothing but a call."""
+        """True if the text from `start` on, after an opening, can only be a call."""
 
     def call_end(self, text: str, start: int) -> int | None:
-        """Where the call that begins here ends; None if it does not, or not yet."""
+        """Return where the call that begins at `start` ends; None if it does not end, or not yet."""
 
 
 class CallScanner:
     """Reads one text.
 
-    An opening begins a call if JSON follows. Otherwise it is a call, though a wrong one, if a closing follows and it
-    stands at the beginning of a line, or has a tool's name behind it. Every other opening is named only, and so are
-    those within thoughts.
+    An opening begins a call if JSON follows. Otherwise it begins a malformed call if a closing follows, and it stands
+    at the beginning of a line or a tool's name comes before the closing. All other openings, and all within thoughts,
+    are only mentioned: they are text.
 
     Args:
         text: The answer, or its beginning.
@@ -59,49 +59,53 @@ class CallScanner:
         self.names = names
         held_back = StopStrings((markers.opening,)).held_back(text)
         self.found = SplitAnswer(certain=len(text[: len(text) - held_back].rstrip()))
-        self._at = 0  # what is before has been read
-        self._line = 0  # where what was read last ends, if it was a call or a thought
-        self._sure = True
+        self._at = 0  # the text before this index has been read
+        self._line = 0  # the end of the last call or thought: what follows it counts as a new line
+        self._sure = True  # False after the first part that later text could change
 
     def scan(self) -> SplitAnswer:
-        """Take the text apart."""
+        """Return the text taken apart."""
         while (start := self.text.find(self.markers.opening, self._at)) >= 0:
             if self._passed_thought(start):
                 continue
             begin = start + len(self.markers.opening)
             is_call = self._is_call(start, begin)
             if is_call is not False:
-                self._before(start)
-            if is_call or (is_call is None and self._is_wrong_call(start, begin)):
+                self._limit_certain(start)
+            if is_call or (is_call is None and self._is_malformed_call(start, begin)):
                 self._call(start, begin)
             else:
                 self._say(begin)
         self._say(len(self.text))
         return self.found
 
-    def _before(self, start: int) -> None:
-        """Note that nothing from here on is certain to be said; neither are blanks before a call."""
+    def _limit_certain(self, start: int) -> None:
+        """Note that the text from here on may belong to a call; so may the blanks before it."""
         self.found.certain = min(self.found.certain, len(self.text[:start].rstrip()))
 
     def _say(self, end: int) -> None:
+        """Read up to `end` as content."""
         self.found.content += self.text[self._at : end]
         self._at = end
 
     def _passed_thought(self, start: int) -> bool:
-        """True if a thought begins before this opening and has been read; if it stays open, only at the beginning."""
+        """Read the thought that begins before this opening, if there is one; True if it was read.
+
+        A thought that is not closed is one only at the beginning of the answer.
+        """
         thought = next_thought(self.text, self._at)
         if thought is None or thought.begin > start:
             return False
         if thought.end is None and self.text[: thought.begin].strip():
             self._sure = False  # it may be closed yet
-            self._before(start)
+            self._limit_certain(start)
             return False
         self._say(len(self.text) if thought.end is None else thought.end)
         self._line = self._at
         return True
 
     def _is_call(self, start: int, begin: int) -> bool | None:
-        """Whether an opening begins a call; None if what follows can still decide."""
+        """Return whether an opening begins a call; None if it depends on text that is still to come."""
         if self.markers.begins_call(self.text, begin):
             return True
         closing = self.text.find(self.markers.closing, begin) if self.markers.closing else -1
@@ -113,8 +117,8 @@ class CallScanner:
             return None
         return self._begins_line(start) or any(name in self.text[begin:closing] for name in self.names)
 
-    def _is_wrong_call(self, start: int, begin: int) -> bool:
-        """Whether an opening that nothing decides any more was meant as a call."""
+    def _is_malformed_call(self, start: int, begin: int) -> bool:
+        """True if an opening that the text so far leaves undecided counts as the beginning of a call."""
         return self._begins_line(start) and not (self.markers.closing and self.text[begin:].strip())
 
     def _begins_line(self, start: int) -> bool:
@@ -131,7 +135,7 @@ class CallScanner:
         self._at = self._line = len(self.text) - len(rest.removeprefix(self.markers.closing))
 
     def _one_call(self, begin: int) -> int:
-        """Note a call; returns where it ends."""
+        """Add a call to those found, and return where it ends."""
         end = self.markers.call_end(self.text, begin)
         if end is None:  # what follows may be part of it
             self._sure = False

@@ -1,7 +1,7 @@
 """Incremental detokenising: the text of a growing answer, at the cost of its last tokens.
 
-`tokenizers.decoders.DecodeStream` is not used: it holds back the text of a token that ends in the middle of
-a character, and with byte fallback it gives another text than decoding all ids does.
+`tokenizers.decoders.DecodeStream` is not used: it holds back the text of a token that ends in the middle of a
+character, and with byte fallback its text differs from that of decoding all ids.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from cards_integrations.chat.message import PARTIAL_CHARACTER
 from cards_integrations.chat.template import ChatTokenizer
 
 log = logging.getLogger("cards_integrations")
-OVERLAP = 6  # tokens before the new ones that a window begins with
-LONGEST = 16  # tokens of a window, after which it moves
-TRIED = 2, 40  # texts, and tokens of each, on which a tokenizer is tested
+OVERLAP = 6  # tokens that a window has before the new ones
+LONGEST = 16  # tokens; a longer window moves
+TRIED = 2, 40  # texts on which a tokenizer is tested, and tokens of each
 
 
 class Detokenizer:
-    """The text of token ids that arrive one after another, exactly as `ChatTokenizer.decode` gives it for all of them.
+    """The text of token ids that arrive one after another: exactly what `ChatTokenizer.decode` returns for all of them.
 
-    Only a window of the last ids is decoded, and the new text is what follows that of the ids which the window
-    begins with. These are several, because the first token of a text is decoded in its own way (without its
-    space, for one), and their text ends with a whole character. Where decoding a window turns out to change
-    their text, all ids are decoded; so are they, each time, for a tokenizer that fails `decodes_locally`.
+    Only a window of the last ids is decoded. It begins with ids whose text is known, and the new text is what follows
+    theirs. They are several, because the first token of a text is decoded differently (without its space, for one), and
+    their text ends with a whole character. If the text of the window does not begin with theirs, all ids are decoded;
+    they are decoded each time for a tokenizer that fails `decodes_locally`.
 
     Args:
         chat: The tokenizer.
         ids: Token ids so far.
-        text: Their text if it is known; they are decoded otherwise.
-        start: What they are decoded after: the end of the prompt.
+        text: Their text; None to decode them.
+        start: The end of the prompt, which they are decoded after.
     """
 
     def __init__(
@@ -44,9 +44,9 @@ class Detokenizer:
         self.text = chat.decode(ids, start) if text is None else text
         self._local = decodes_locally(chat)
         self._prompt_end, self._nowhere = start, AnswerStart(visible=start.visible)
-        self._start: int | None = None  # of the window; None if it begins with the end of the prompt
-        self._known = ""  # what the window's first ids, which are not new, are decoded to
-        self._before = ""  # the text of all ids that are not new
+        self._start: int | None = None  # index of the window's first id; None if it begins with the end of the prompt
+        self._known = ""  # the text of the window's first ids, which are not new
+        self._before = ""  # the text of all ids that are not new, before the window included
         if not self.text.endswith(PARTIAL_CHARACTER):
             self._move()
 
@@ -69,6 +69,7 @@ class Detokenizer:
         return self.text
 
     def _window(self) -> str:
+        """Decode the window."""
         if self._start is None:
             return self.chat.decode(self.ids, self._prompt_end)
         return self.chat.decode(self.ids[self._start :], self._nowhere)
@@ -81,7 +82,7 @@ class Detokenizer:
         return fork
 
     def _move(self) -> None:
-        """Let the window begin a few ids before the end, if what these are decoded to is the end of the text."""
+        """Move the window to the last few ids, if the text of these is the end of the whole text."""
         start = max(0, len(self.ids) - OVERLAP)
         known = self.chat.decode(self.ids[start:], self._nowhere)
         end = known.lstrip(PARTIAL_CHARACTER)  # it may begin in the middle of a character
@@ -101,6 +102,7 @@ def decodes_locally(chat: ChatTokenizer) -> bool:
 
 
 def _passes(chat: ChatTokenizer) -> bool:
+    """True if decoding random ids one by one gives the text of all of them at every step."""
     texts, length = TRIED
     dice, vocabulary = Random(0), range(len(chat.tokenizer))
     for _ in range(texts):

@@ -63,12 +63,12 @@ FREE = {
     "idn-email",
     "idn-hostname",
 }
-"""Formats that any text may have, as far as a grammar can know."""
+"""Formats that a grammar does not restrict: any text may have them."""
 
 
 @lru_cache(maxsize=64)
 def format_pattern(name: str) -> str | None:
-    """The pattern of a format, from the first to the last character; None if there is none."""
+    """Return the pattern that a whole string of a format matches; None for a format without one."""
     found = _versioned_uuid(name) or _plain(name)
     return f"^(?:{found})$" if found else None
 
@@ -96,7 +96,7 @@ def _versioned_uuid(name: str) -> str | None:
 
 
 def _ipv4_networks() -> str:
-    """Addresses with a length of their prefix, all bits after which are 0."""
+    """Return a pattern of addresses with the length of their prefix, in which all bits after the prefix are 0."""
     found = [rf"{IPV4}(?:/32)?", "0\\.0\\.0\\.0/0"]
     for length in range(1, 32):
         whole, bits = divmod(length, 8)
@@ -115,7 +115,7 @@ def _ipv6_networks() -> str:
 
 
 def _beginning_of_group(bits: int) -> str:
-    """Four hexadecimal digits with zeros after so many bits."""
+    """Return a pattern of four hexadecimal digits whose bits after the first `bits` are 0."""
     whole, rest = divmod(bits, 4)
     last = ["", "[08]", "[048cC]", "[02468aAcCeE]"][rest]
     return f"[0-9a-fA-F]{{{whole}}}{last}" + "0" * (4 - whole - bool(rest))

@@ -1,4 +1,4 @@
-"""Grammars: what the text of an answer may be, and which tokens may come next (by llguidance)."""
+"""Grammars, which say what an answer may be, and which tokens may come next (by llguidance)."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ class Grammar:
 
         Args:
             schema: A JSON schema. Objects have its properties and no others, unless it sets `additionalProperties`.
-                What no grammar can hold, such as look-ahead in a pattern, is left to validation.
+                What a grammar cannot express, such as look-ahead in a pattern, is left to validation.
 
         Raises:
-            SettingsError: It is no schema, or nothing matches it; the message names the field.
+            SettingsError: It is not a schema, or nothing matches it; the message names the field.
         """
         return cls(f"start: {json_rule(schema)}")
 
@@ -70,7 +70,11 @@ class Grammar:
 
 
 def as_grammar(value: Any) -> Grammar | None:
-    """A grammar from a JSON schema, a pydantic class or a grammar."""
+    """Make a grammar of a JSON schema or a pydantic class; return a grammar, or None, as it is.
+
+    Raises:
+        SettingsError: It is something else, or a schema that no grammar can express.
+    """
     if value is None or isinstance(value, Grammar):
         return value
     if isinstance(value, type) and issubclass(value, BaseModel):
@@ -83,14 +87,14 @@ def as_grammar(value: Any) -> Grammar | None:
 
 
 def json_rule(schema: Mapping[str, Any], what: str = "JSON schema") -> str:
-    """The JSON values that match a schema, as a part of a rule.
+    """Return an expression, for a rule of a grammar, of the JSON values that match a schema.
 
     Args:
-        schema: The schema; what of it no grammar can hold is left to validation, and logged.
-        what: What the schema is for, at the beginning of an error's message.
+        schema: The schema; what a grammar cannot express is left to validation, and logged.
+        what: What errors call the schema.
 
     Raises:
-        SettingsError: It is no schema, or nothing matches it.
+        SettingsError: It is not a schema, or nothing matches it.
     """
     if not isinstance(schema, Mapping):
         raise SettingsError(f"{short_repr(schema)} is not a JSON schema: pass a mapping.")
@@ -111,7 +115,16 @@ def _json_rule(schema: str) -> str:
 
 
 def as_json(value: Any, what: str, ensure_ascii: bool = False) -> str:
-    """The value as JSON text; a `SettingsError`, which begins with `what`, if JSON cannot express it."""
+    """Return a value as JSON.
+
+    Args:
+        value: The value.
+        what: What errors call it.
+        ensure_ascii: As for `json.dumps`.
+
+    Raises:
+        SettingsError: JSON cannot express it.
+    """
     try:
         return json.dumps(value, ensure_ascii=ensure_ascii)
     except (TypeError, ValueError, RecursionError) as error:
@@ -119,7 +132,16 @@ def as_json(value: Any, what: str, ensure_ascii: bool = False) -> str:
 
 
 class GrammarTokenizer:
-    """The vocabulary as grammars see it, one for each language model."""
+    """The vocabulary of a language model, as grammars see it.
+
+    Args:
+        tokenizer: The tokenizer of the model, of transformers.
+        vocabulary: The number of logits.
+        eos: The ids of end-of-sequence.
+
+    Raises:
+        ModelError: llguidance is not installed, or cannot use the tokenizer.
+    """
 
     def __init__(self, tokenizer: Any, vocabulary: int, eos: set[int]) -> None:
         try:
@@ -137,7 +159,11 @@ class GrammarTokenizer:
         self.letter, *self.closers = (self._single(tokenizer, text) for text in ("z", "}", "]", '"', ","))
 
     def matcher(self, grammar: Grammar) -> Matcher:
-        """A matcher at the beginning of an answer."""
+        """Return a matcher at the beginning of an answer.
+
+        Raises:
+            SettingsError: The grammar has an error.
+        """
         from llguidance import LLMatcher
 
         try:
@@ -149,7 +175,10 @@ class GrammarTokenizer:
         return Matcher(matcher)
 
     def allowed(self, matchers: Sequence[Matcher]) -> torch.Tensor:
-        """The mask of the tokens that may come next, (n, vocabulary) bool; end-of-sequence where the text may end."""
+        """Return which tokens may come next for each matcher, (n, vocabulary) bool.
+
+        End-of-sequence is among them where the text may end.
+        """
         import torch
         from llguidance.torch import allocate_token_bitmask, fill_next_token_bitmask
 
@@ -163,13 +192,14 @@ class GrammarTokenizer:
         return allowed
 
     def close(self, allowed: torch.Tensor) -> bool:
-        """Reduce a mask of tokens, (vocabulary,) bool, to one that closes what is open.
+        """Reduce a mask of allowed tokens, (vocabulary,) bool, in place to one token that closes what is open.
 
-        JSON ends within a few such tokens, whatever the model prefers. Free text that may end stays as it is; free
-        text that may not end is taken for a JSON string and closed by a quotation mark.
+        JSON ends within a few such tokens, whatever the model prefers. The mask stays as it is where any text is
+        allowed and may end; where any text is allowed and may not end, it is taken for a JSON string, which a
+        quotation mark closes.
 
         Returns:
-            True if the mask lost tokens.
+            True if the mask has changed.
         """
         free = bool(allowed[self.letter])
         may_end = bool(allowed[self.eos[0]])
@@ -183,17 +213,17 @@ class GrammarTokenizer:
 
     @staticmethod
     def _single(tokenizer: Any, text: str) -> int:
-        """The token of a single character; 0, usually a padding token, if there is none."""
+        """Return the token of a single character; 0, usually a padding token, if there is none."""
         found = tokenizer.convert_tokens_to_ids(text)
         return found if found is not None and found != tokenizer.unk_token_id else 0
 
 
 def _without_names(tokenizer: Any) -> str:
-    """The tokenizer as JSON, with names for its added tokens that occur in no text; grammars use their ids.
+    """Return the tokenizer as JSON, its added tokens renamed so that they occur in no text; grammars use their ids.
 
-    With its own name the text "<tool_call>", which any JSON may contain, would have to be the token of that name,
-    and would then be refused because a special token is not text. Those that merges lead to are text, such as the line
-    breaks that Gemma adds, and stay.
+    Under its own name, the added token "<tool_call>" would stand for that text wherever JSON contains it, and would
+    then be refused, as a special token is not text. Added tokens that merges lead to are text, such as the line breaks
+    that Gemma adds, and keep their names.
     """
     found = json.loads(tokenizer.backend_tokenizer.to_str())
     found |= {"post_processor": None, "padding": None, "truncation": None}  # they contain the names, too
@@ -213,22 +243,28 @@ def _without_names(tokenizer: Any) -> str:
 
 
 def _end(tokenizer: Any, eos: set[int]) -> int:
+    """Return the id of end-of-sequence that grammars use."""
     return int(tokenizer.eos_token_id) if tokenizer.eos_token_id is not None else min(eos)
 
 
 class Matcher:
-    """The state of a grammar after the text so far."""
+    """The state of a grammar after the text so far.
+
+    Attributes:
+        state: The matcher of llguidance.
+        closed: True once `GrammarTokenizer.close` has begun to end the text in place of the model.
+    """
 
     def __init__(self, state: Any, closed: bool = False) -> None:
         self.state = state
-        self.closed = closed  # by `GrammarTokenizer.close`, before the model ended the text itself
+        self.closed = closed
 
     def fork(self) -> Matcher:
-        """A copy for a candidate, whose tokens do not change the original."""
+        """Return a copy for a candidate, whose tokens do not change the original."""
         return Matcher(self.state.deep_copy(), self.closed)
 
     def take(self, token: int) -> None:
-        """Move on by a token of the text."""
+        """Append a token to the text."""
         self.state.consume_token(token)
         self.check()
 

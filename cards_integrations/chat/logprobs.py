@@ -10,7 +10,7 @@ from cards_integrations.trace import TokenLogprob
 
 
 def openai_logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
-    """What a choice has as `logprobs`; None if nobody asked."""
+    """Return the `logprobs` of a choice; None if they were not asked for."""
     if not tokens:
         return None
     content = [{**_token(token), "top_logprobs": [*map(_token, token.top)]} for token in tokens]

@@ -1,4 +1,4 @@
-"""The one form of a chat message that the core knows, and what anybody may write instead of it."""
+"""The form of chat messages that the core uses, and the other forms that it accepts."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Message = dict[str, Any]
 `name`, as chat templates take them."""
 
 THOUGHTS = "reasoning_content"
-"""Where a message of the assistant has what it thought before it, if that is known."""
+"""The key of an assistant's message for its thoughts, if they are known."""
 
 PARTIAL_CHARACTER = "\ufffd"
-"""What a tokenizer decodes to where a text ends within a character, whose other bytes are still to come."""
+"""What tokenizers decode an incomplete character to, whose other bytes are still to come."""
 
 ROLES = {
     "human": "user", "user": "user",
@@ -29,7 +29,7 @@ ROLES = {
 TEXTS = {
     "text": "text", "input_text": "text", "output_text": "text", "text-plain": "text", "refusal": "refusal",
 }  # fmt: skip
-"""Types of content blocks that are text, and where it stands."""
+"""Types of content blocks that are text, and the key of that text."""
 
 THOUGHTS_IN = {"reasoning": "reasoning", "thinking": "thinking", "reasoning_content": "text"}
 """Types of content blocks that are thoughts, and where these stand."""
@@ -47,11 +47,15 @@ OF_PROVIDER = ("_call", "_call_output", "_tool_result", "_tool_use")
 """How the types of further blocks end that record what a provider ran itself."""
 
 INSTEAD_OF_CONTENT = ("tool_calls", "function_call", "refusal")
-"""What a message of the assistant may have and no content."""
+"""What an assistant's message may have in place of a content."""
 
 
 def plain_message(item: Any) -> Message:
-    """A message from a dict with a role and a content, or from a pair of them."""
+    """Return a message, given a dict with a role and a content, or a pair of them.
+
+    Raises:
+        PromptError: It is something else, or its content is not text.
+    """
     if isinstance(item, dict) and "role" in item and ("content" in item or any(map(item.get, INSTEAD_OF_CONTENT))):
         return _from_dict(item)
     if isinstance(item, tuple) and len(item) == 2:
@@ -60,7 +64,15 @@ def plain_message(item: Any) -> Message:
 
 
 def as_prompt(value: Any, convert: Callable[[Any], Message] = plain_message) -> str | list[Message]:
-    """A string as it is, a sequence of messages as a chat; `convert` makes each item a message."""
+    """Return a string as it is, and a sequence of messages as a chat.
+
+    Args:
+        value: The prompt.
+        convert: Makes each item of a sequence a message.
+
+    Raises:
+        PromptError: It is empty, neither of these, or has an item that is not a message.
+    """
     if isinstance(value, str):
         if not value:
             raise PromptError("The prompt is empty.")
@@ -76,14 +88,14 @@ def as_prompt(value: Any, convert: Callable[[Any], Message] = plain_message) -> 
 
 
 def as_chat(items: Sequence[Any], convert: Callable[[Any], Message] = plain_message) -> list[Message]:
-    """The messages of a chat, which may lack what a prompt needs; `convert` makes each item a message."""
+    """Return the messages of a chat, which may be empty; `convert` makes each item a message."""
     chat = [convert(part) for item in items for part in _results_apart(item)]
     _name_results(chat)
     return chat
 
 
 def with_instruction(messages: Sequence[Message], instruction: str) -> list[Message]:
-    """The conversation with an instruction at the end of its system message."""
+    """Return the conversation with an instruction at the end of its system message."""
     if messages and messages[0]["role"] == "system":
         first = messages[0]
         return [{**first, "content": f"{first['content']}\n\n{instruction}".lstrip()}, *messages[1:]]
@@ -94,7 +106,7 @@ def with_instruction(messages: Sequence[Message], instruction: str) -> list[Mess
 
 
 def role_of(name: Any) -> str:
-    """One of the four roles, from any name that a framework has for it."""
+    """Return the role (system, user, assistant, tool) that a framework calls by this name."""
     if not isinstance(name, str) or name not in ROLES:
         raise PromptError(
             f"The message role {short_repr(name)} is not known; use one of {', '.join(sorted(set(ROLES.values())))}."
@@ -103,7 +115,7 @@ def role_of(name: Any) -> str:
 
 
 def text_of(content: Any) -> str:
-    """The text of a content: a string, or a list of strings and content blocks."""
+    """Return the text of a content, which is a string, or a list of strings and content blocks."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -112,7 +124,7 @@ def text_of(content: Any) -> str:
 
 
 def thoughts_of(content: Any) -> str:
-    """The thoughts among content blocks, in LangChain's form or that of a provider."""
+    """Return the thoughts among content blocks, in LangChain's form or that of a provider."""
     blocks = content if isinstance(content, list) else []
     found = [_thought(block) for block in blocks if isinstance(block, Mapping)]
     return "\n".join(text for text in found if isinstance(text, str))
@@ -134,26 +146,30 @@ def calls_in(content: Any) -> dict[str, Any]:
 
 
 def add_thoughts(message: Message, found: Sequence[Any]) -> None:
-    """Add the first thoughts that were found to a message of the assistant."""
+    """Add the first text that was found to a message of the assistant, as its thoughts."""
     texts = [text for text in found if isinstance(text, str) and text]
     if texts and message["role"] == "assistant":
         message[THOUGHTS] = texts[0]
 
 
 def add_refusal(message: Message, refusal: Any) -> None:
-    """Add the refusal that an answer of OpenAI consists of, which stands beside its content."""
+    """Make the refusal of an answer of OpenAI, which comes in place of a content, the content of its message."""
     if isinstance(refusal, str) and message["role"] == "assistant" and not message["content"]:
         message["content"] = refusal
 
 
 def older_call(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The one call of an answer in OpenAI's older form, if there is one, as the message's `tool_calls`."""
+    """Return the call of a message in OpenAI's older form as its `tool_calls`; {} if it has none."""
     call = fields.get("function_call")
     return {"tool_calls": [_call_from_dict({"function": call})]} if call else {}
 
 
 def tool_call(call_id: str | None, name: str, arguments: Any) -> dict[str, Any]:
-    """A call as chat templates take it, with an object as its arguments."""
+    """Return a call as chat templates take it, with an object as its arguments.
+
+    Raises:
+        PromptError: JSON cannot express the arguments.
+    """
     parsed = _parsed(arguments)
     if not isinstance(parsed, Mapping):
         parsed = {} if parsed is None else {"input": arguments}  # the nearest object to what was written
@@ -167,14 +183,21 @@ def tool_call(call_id: str | None, name: str, arguments: Any) -> dict[str, Any]:
 
 
 def tool_calls(calls: Any) -> list[dict[str, Any]]:
-    """The calls of a message in OpenAI's or LangChain's form: dicts or pydantic objects."""
+    """Return the calls of a message as chat templates take them.
+
+    Args:
+        calls: Dicts or pydantic objects in OpenAI's or LangChain's form.
+
+    Raises:
+        PromptError: They are something else.
+    """
     if not isinstance(calls, (list, tuple)):
         raise PromptError(f"Not a tool call: {short_repr(calls)}; pass a list of them.")
     return [_call_from_dict(call.model_dump() if isinstance(call, BaseModel) else call) for call in calls]
 
 
 def answered_call(fields: Mapping[str, Any]) -> dict[str, str | None]:
-    """Which call the message of a tool answers."""
+    """Return the id and the name of the call that a message of a tool answers."""
     found = {name: fields.get(name) for name in ("tool_call_id", "name")}
     for name, value in found.items():
         if not isinstance(value, str | None):
@@ -183,7 +206,7 @@ def answered_call(fields: Mapping[str, Any]) -> dict[str, str | None]:
 
 
 def text_only(kind: str) -> PromptError:
-    """The error for content that is not text."""
+    """Return the error for content that is not text."""
     return PromptError(f"Message content of type {kind} is not supported: the model reads text only.")
 
 
@@ -267,7 +290,7 @@ def _call_from_dict(call: Any) -> dict[str, Any]:
 
 
 def _parsed(arguments: Any) -> Any:
-    """The JSON value of a string that holds one; anything else as it is."""
+    """Return the JSON value in a string; anything else, and a string without one, as it is."""
     if not isinstance(arguments, str):
         return arguments
     try:
@@ -277,7 +300,7 @@ def _parsed(arguments: Any) -> Any:
 
 
 def _name_results(chat: list[Message]) -> None:
-    """Give each result the name of its tool, which some templates ask for: a result has only the call's id."""
+    """Add to each result the name of its tool, which some templates need: a result may have only the id of its call."""
     names: dict[Any, str] = {}
     for message in chat:
         names |= {call["id"]: call["function"]["name"] for call in message.get("tool_calls", ())}

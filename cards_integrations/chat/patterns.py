@@ -1,4 +1,4 @@
-"""Regular expressions of JSON schemas, as far as the engine of grammars can express them."""
+"""Regular expressions of JSON schemas, rewritten where llguidance, the engine of grammars, cannot express them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 LOOK_AROUND = ("(?=", "(?!", "(?<=", "(?<!")
 QUANTIFIER = re.compile(r"(?:[*+?]|\{\d*,?\d*\})[?+]?")
-MAX_KEPT = 2000  # characters of a schema whose faults are remembered
-ANCHORS = {"A": "^", "Z": "$", "z": "$", "b": "", "B": ""}  # what escapes at a position become
+MAX_KEPT = 2000  # characters; what is wrong with shorter schemas is remembered
+ANCHORS = {"A": "^", "Z": "$", "z": "$", "b": "", "B": ""}  # replacements of escapes that match a position
 
 
 def fault(schema: dict[str, Any]) -> str:
-    """What the engine of grammars says against a JSON schema, "" if nothing."""
+    """Return what the engine of grammars finds wrong with a JSON schema; "" if nothing."""
     text = json.dumps(schema)
     return _known_fault(text) if len(text) < MAX_KEPT else _fault(text)
 
@@ -32,10 +32,10 @@ def _fault(schema: str) -> str:
 
 
 def expressible(pattern: str) -> tuple[str | None, bool]:
-    """A pattern that the engine knows, and whether it matches the same texts.
+    """Return a pattern that the engine can express, and whether it matches the same texts as this one.
 
-    If it does not, it matches more: conditions at a position, such as look-ahead and `\\b`, are left out. None if
-    that does not help either.
+    If not, it matches more texts: conditions at a position, such as look-ahead and `\\b`, are left out. It is None if
+    the engine cannot express it without these either.
     """
     if not fault({"type": "string", "pattern": pattern}):
         return pattern, True
@@ -45,7 +45,7 @@ def expressible(pattern: str) -> tuple[str | None, bool]:
 
 
 def without_conditions(pattern: str) -> str:
-    """The pattern without look-around and word boundaries, and with `^` and `$` for the ends of the text."""
+    """Return the pattern without look-around and word boundaries, and with `^` and `$` for the ends of the text."""
     found, at = "", 0
     while at < len(pattern):
         end = _atom_end(pattern, at)
@@ -61,7 +61,7 @@ def without_conditions(pattern: str) -> str:
 
 
 def _atom_end(pattern: str, at: int) -> int:
-    """Where the escape, the class or the character that begins here ends."""
+    """Return where the escape, the class or the character at this index ends."""
     if pattern[at] == "\\":
         return at + 2
     if pattern[at] != "[":
@@ -74,6 +74,7 @@ def _atom_end(pattern: str, at: int) -> int:
 
 
 def _group_end(pattern: str, at: int) -> int:
+    """Return where the group that begins at this index ends."""
     depth = 0
     while at < len(pattern):
         depth += {"(": 1, ")": -1}.get(pattern[at], 0)

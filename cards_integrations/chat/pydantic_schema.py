@@ -1,4 +1,4 @@
-"""JSON schemas of pydantic classes that say more of what the class takes than pydantic's own."""
+"""JSON schemas of pydantic classes that say more precisely than pydantic's own what the class accepts."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ WHOLE = "^-?(?:0|[1-9][0-9]{0,300})$"
 NATURAL = "^(?:0|[1-9][0-9]{0,300})$"
 POSITIVE = "^[1-9][0-9]{0,300}$"
 NEGATIVE = "^-[1-9][0-9]{0,300}$"
-MAX_NAMES = 200  # that are listed
-MAX_PLACES = 8  # of a decimal whose digits are bounded, after its point
-TEXT_KEYS = {  # what the keys of a mapping look like as text
+MAX_NAMES = 200  # integer keys that a schema lists; more of them get a pattern
+MAX_PLACES = 8  # digits after the point of a decimal with bounded digits
+TEXT_KEYS = {  # patterns of the keys of a mapping, by their type
     "float": r"^-?(?:0|[1-9][0-9]{0,300})(?:\.[0-9]{1,300})?$",
     "decimal": r"^-?[0-9]{1,20}(?:\.[0-9]{1,20})?$",
     "bool": "^(?:true|false)$",
@@ -26,7 +26,7 @@ BYTE_SIZE = r"^[0-9]{1,12}(?:\.[0-9]{1,3})? ?(?:[kKMGTPE]i?)?[bB]$|^[0-9]{1,18}$
 
 
 def pydantic_schema(cls: type[BaseModel]) -> dict[str, Any]:
-    """The JSON schema of a pydantic class; its own where the class makes it itself."""
+    """Return the JSON schema of a pydantic class; its own if the class overrides how it is made."""
     try:
         return cls.model_json_schema(schema_generator=PreciseJsonSchema)
     except TypeError:  # a method of its own that takes no generator
@@ -39,7 +39,7 @@ def is_more_precise(cls: type[BaseModel]) -> bool:
 
 
 class PreciseJsonSchema(GenerateJsonSchema):
-    """Adds patterns and bounds for what pydantic checks without telling in the schema."""
+    """Adds patterns and bounds for what pydantic checks but does not write into the schema."""
 
     ignored_warning_kinds = {"skipped-choice", "non-serializable-default", "skipped-discriminator"}  # noqa: RUF012
 
@@ -107,11 +107,12 @@ class PreciseJsonSchema(GenerateJsonSchema):
 
 
 def _also(found: JsonSchemaValue, pattern: str) -> JsonSchemaValue:
+    """Return a schema with one more pattern that has to match."""
     return {**found, "allOf": [{"pattern": pattern}]} if "pattern" in found else {**found, "pattern": pattern}
 
 
 def _with_zone(found: JsonSchemaValue, schema: Any) -> JsonSchemaValue:
-    """The schema of a time that has to have a zone, or must not have one."""
+    """Return the schema of a time with its constraint: it must have a zone, or must not have one."""
     match schema.get("tz_constraint"):
         case "naive":
             return {**found, "pattern": "(?:^|[Tt])[0-9:.]+$"}
@@ -126,13 +127,13 @@ def _with_schemes(found: JsonSchemaValue, schema: Any) -> JsonSchemaValue:
 
 
 def _with_names(found: JsonSchemaValue, schema: Any) -> JsonSchemaValue:
-    """The schema of a mapping with what its keys look like as text."""
+    """Return the schema of a mapping with the form of its keys as text."""
     names = _names(schema.get("keys_schema", {}))
     return found if names is None else {**found, "propertyNames": names}
 
 
 def _names(schema: Any) -> JsonSchemaValue | None:
-    """What keys look like as text; None if pydantic's own schema says it."""
+    """Return the schema of keys as text; None if pydantic's own schema has it."""
     match schema.get("type"):
         case "literal":
             return {"enum": [each for each in schema["expected"] if isinstance(each, str)]}
@@ -154,7 +155,7 @@ def _names(schema: Any) -> JsonSchemaValue | None:
 
 
 def _whole_names(schema: Any) -> JsonSchemaValue:
-    """Integers as text: each of a few, else at least their sign."""
+    """Return the schema of integers as text: a list of them if they are few, else a pattern that fixes their sign."""
     low = max(schema.get("ge", -math.inf), schema.get("gt", -math.inf) + 1)
     high = min(schema.get("le", math.inf), schema.get("lt", math.inf) - 1)
     if high - low < MAX_NAMES:
@@ -163,7 +164,7 @@ def _whole_names(schema: Any) -> JsonSchemaValue:
 
 
 def _digits(digits: int | None, places: int | None) -> list[tuple[int, int | None]]:
-    """How many digits a decimal may have before and after its point: pairs, of which one has to fit."""
+    """Return how many digits a decimal may have before and after its point: pairs, one of which has to fit."""
     if digits is None:
         return [(15, places)]
     if places is not None:
@@ -172,7 +173,7 @@ def _digits(digits: int | None, places: int | None) -> list[tuple[int, int | Non
 
 
 def _number(whole: int, places: int | None, bounds: JsonSchemaValue, multiple_of: Any) -> JsonSchemaValue:
-    """A number with so many digits before and after its point."""
+    """Return the schema of a number with at most so many digits before and after its point."""
     found: JsonSchemaValue = {"type": "integer" if places == 0 else "number"}
     found |= {"exclusiveMinimum": -(10**whole), "exclusiveMaximum": 10**whole, **bounds}  # so it has no exponent
     if multiple_of is not None or places:
@@ -181,6 +182,7 @@ def _number(whole: int, places: int | None, bounds: JsonSchemaValue, multiple_of
 
 
 def _digits_pattern(whole: int, places: int | None) -> str:
+    """Return the pattern of a decimal as text, with at most so many digits before and after its point."""
     before = f"(?:0|[1-9][0-9]{{0,{whole - 1}}})" if whole else "0"
     after = "" if places == 0 else rf"(?:\.[0-9]{{1,{places or 20}}})" + ("?" if whole else "")
     return f"^-?{before}{after}$"

@@ -1,4 +1,4 @@
-"""Answers that are JSON: an instruction shows the schema to the model, and a grammar holds the answer to it."""
+"""Answers that are JSON: an instruction shows the schema to the model, and a grammar enforces it."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ INSTRUCTION = "Answer with a JSON object that this JSON schema describes:\n{sche
 
 @dataclass(frozen=True)
 class ResponseFormat:
-    """A JSON object that matches `schema`; without one, any object, and the prompt has to say which."""
+    """The answer is a JSON value that matches a schema, or any JSON object."""
 
     schema: Mapping[str, Any] | None = None
+    """The JSON schema; None for any object, which the prompt has to describe."""
 
     def __post_init__(self) -> None:
         _ = self.grammar  # raises if no grammar can hold it
 
     @property
     def grammar(self) -> Grammar:
-        """What the answer may be."""
+        """The grammar of the answer."""
         return Grammar("start: " + json_rule(self.schema or {"type": "object"}, "response_format"))
 
     @property
@@ -37,14 +38,18 @@ class ResponseFormat:
         return INSTRUCTION.format(schema=as_json(self.schema, "response_format"))
 
     def instruct(self, prompt: str | list[Message]) -> str | list[Message]:
-        """The prompt with the schema in its system message, unless it is formatted already."""
+        """Return the prompt with the schema in its system message; as it is without a schema, or if it is formatted."""
         if self.schema is None or isinstance(prompt, FormattedPrompt):
             return prompt
         return with_instruction(as_messages(prompt), self.instruction)
 
 
 def as_response_format(value: Any) -> ResponseFormat | None:
-    """A format from OpenAI's `response_format`, a JSON schema or a pydantic class; None for plain text."""
+    """Return a format, given OpenAI's `response_format`, a JSON schema or a pydantic class; None for plain text.
+
+    Raises:
+        SettingsError: It is something else, or a schema that no grammar can express.
+    """
     if value is None or isinstance(value, ResponseFormat):
         return value
     if isinstance(value, type) and issubclass(value, BaseModel):
@@ -57,7 +62,7 @@ def as_response_format(value: Any) -> ResponseFormat | None:
 
 
 def _from_mapping(value: Mapping[str, Any]) -> ResponseFormat | None:
-    """What OpenAI's and llama.cpp's servers take, or a schema itself."""
+    """Return the format of a mapping as the servers of OpenAI and llama.cpp take it, or of a schema itself."""
     match value.get("type"):
         case "text":
             return None

@@ -1,7 +1,8 @@
-"""JSON schemas in a form that a grammar can hold.
+"""JSON schemas in a form that a grammar can enforce.
 
-Parts that hold together (`allOf`, `$ref` and `anyOf` beside other keywords) are merged, and only then is an object
-closed against properties that nothing names. What no grammar can hold is left out and noted, for validation to check.
+Parts that apply together (`allOf`, `$ref` and `anyOf` beside other keywords) are merged, and only then is an object
+closed against properties that no part names. What a grammar cannot enforce is left out and noted, for validation to
+check.
 """
 
 from __future__ import annotations
@@ -29,27 +30,27 @@ from cards_integrations.chat.schema_values import (
 from cards_integrations.chat.schema_values import located as at
 from cards_integrations.errors import SettingsError, short_repr
 
-MAX_ALTERNATIVES = 128  # of one value: each anyOf beside another multiplies them
+MAX_ALTERNATIVES = 128  # of one value: several anyOf beside each other multiply
 LEFT_OUT = ("not", "contains", "uniqueItems", "$dynamicRef", "$recursiveRef")
 CLOSING = ("properties", "patternProperties", "propertyNames")  # an object that names its keys has no others
 
 
 @dataclass(frozen=True)
 class HeldSchema:
-    """A schema as a grammar holds it."""
+    """A schema as a grammar enforces it."""
 
     schema: dict[str, Any]
-    """Every text of its grammar matches the original, but for what the notes say."""
+    """The schema. All that it matches also matches the original one, except as the notes say."""
 
     notes: tuple[str, ...]
-    """What is left to validation, each with its field."""
+    """What is left to validation, each note with its field."""
 
 
 def held_schema(schema: Mapping[str, Any]) -> HeldSchema:
-    """Bring a JSON schema into a form that a grammar can hold.
+    """Bring a JSON schema into a form that a grammar can enforce.
 
     Raises:
-        SettingsError: It is no schema, or nothing matches it; the message names the field.
+        SettingsError: It is not a schema, or nothing matches it; the message names the field.
     """
     merger = _Merger(schema)
     found = merger.merged([schema], "")
@@ -62,7 +63,7 @@ def held_schema(schema: Mapping[str, Any]) -> HeldSchema:
 
 
 def is_recursive(schema: Mapping[str, Any]) -> bool:
-    """True if a part of a JSON schema refers to itself, at once or by others."""
+    """True if a part of a JSON schema refers to itself, directly or through others."""
     parts = {"#": schema}
     for key in ("$defs", "definitions"):
         parts |= {f"#/{key}/{name}": part for name, part in schema.get(key, {}).items()}
@@ -77,25 +78,36 @@ def is_recursive(schema: Mapping[str, Any]) -> bool:
 
 @dataclass
 class _Parts:
-    """What has to hold together."""
+    """The parts of a schema, all of which a value has to match."""
 
     flat: list[dict[str, Any]] = field(default_factory=list)
+    """Schemas without references and alternatives."""
     choices: list[list[Any]] = field(default_factory=list)
+    """Lists of alternatives, one of each of which has to match."""
     refs: list[str] = field(default_factory=list)
+    """The references that led to these parts."""
     nothing: bool = False
+    """True if one of the parts matches nothing."""
 
 
 @dataclass
 class _Merger:
-    """Merges schemas that hold together. A conjunction with a `$ref` in it becomes a definition of its own."""
+    """Merges schemas that apply together. Those with a `$ref` among them become a definition, as they may be recursive.
+
+    The `path` of a method is that of the field, for notes and errors.
+    """
 
     root: Mapping[str, Any]
+    """The whole schema, into which references point."""
     definitions: dict[str, Any] = field(default_factory=dict)
+    """The definitions of the merged schema, by name."""
     notes: list[str] = field(default_factory=list)
+    """What is left to validation."""
     names: dict[str, str] = field(default_factory=dict)
+    """The name of the definition of some schemas together, by their JSON."""
 
     def merged(self, schemas: Iterable[Any], path: str) -> Any:
-        """The schema of what matches all of them: a mapping, True or False."""
+        """Return the schema of what matches all of these: a mapping, True (anything) or False (nothing)."""
         wanted, parts = distinct(schemas), _Parts()
         for each in wanted:
             self._unfold(each, parts, path)
@@ -109,10 +121,14 @@ class _Merger:
             self.definitions[name] = self._one_of(parts, path)
         return {"$ref": f"#/$defs/{self.names[key]}"}
 
-    # --- what holds together ---
+    # --- parts that apply together ---
 
     def _unfold(self, schema: Any, parts: _Parts, path: str) -> None:
-        """Add a schema to the parts, without `$ref` and `allOf`; its own keywords stand where its properties do."""
+        """Add a schema to the parts, its `$ref` and `allOf` resolved.
+
+        Parts are in the order of the schema, which is that of the properties in an answer: its own keywords go where
+        its `properties` are.
+        """
         if isinstance(schema, bool):
             parts.nothing |= not schema
             return
@@ -143,7 +159,7 @@ class _Merger:
                 self.note(path, f"`{key}`")
 
     def _resolved(self, reference: Any, path: str) -> Any:
-        """What a `$ref` points to."""
+        """Return what a `$ref` points to."""
         found: Any = self.root
         try:
             start, *steps = unquote(reference).split("/")
@@ -157,7 +173,7 @@ class _Merger:
         return found
 
     def _one_of(self, parts: _Parts, path: str) -> Any:
-        """The parts together, once for each combination of their alternatives."""
+        """Merge the parts, once for each combination of their alternatives."""
         if parts.nothing:
             return False
         if not parts.choices:
@@ -174,7 +190,7 @@ class _Merger:
         return True if True in options else {"anyOf": options}
 
     def _all_of(self, flat: Sequence[Mapping[str, Any]], path: str) -> Any:
-        """Parts without references and alternatives, as one schema."""
+        """Merge parts without references and alternatives into one schema."""
         found = types(flat, path)
         if found == [] or (values := literals(flat, path)) == []:
             return False
@@ -220,7 +236,7 @@ class _Merger:
         return self._counted(self._known_patterns(found, path), flat, path)
 
     def _by_name(self, schema: Mapping[str, Any], path: str) -> dict[str, Any]:
-        """The keywords in place of `propertyNames`: a property for each name, or one pattern of names."""
+        """Return keywords that replace `propertyNames`: a property for each name, or one pattern of names."""
         if "propertyNames" not in schema:
             return {}
         keys = self._names(schema["propertyNames"], path)
@@ -240,14 +256,17 @@ class _Merger:
         return {"patternProperties": patterns, "additionalProperties": False}
 
     def _names(self, schema: Any, path: str) -> Any:
-        """The schema of names, as a mapping or False."""
+        """Return the schema of names, a mapping or False, with its references resolved."""
         keys = self.merged([{"type": "string"}, schema], path)
         while isinstance(keys, dict) and "$ref" in keys:
             keys = self.definitions[keys["$ref"].rpartition("/")[2]]
         return keys
 
     def _known_patterns(self, found: dict[str, Any], path: str) -> dict[str, Any]:
-        """Patterns of names that the engine knows and can tell apart; else any name may have any of their values."""
+        """Return an object with patterns of names that the engine can express and tell apart.
+
+        If it cannot, any name may have a value of any of the patterns.
+        """
         patterns: dict[str, Any] = {}
         for pattern, schema in found.get("patternProperties", {}).items():
             known, exact = expressible(pattern)
@@ -264,7 +283,7 @@ class _Merger:
         return {**_without(found, "patternProperties"), "additionalProperties": self.merged([{"anyOf": values}], path)}
 
     def _counted(self, found: dict[str, Any], flat: Sequence[Mapping[str, Any]], path: str) -> dict[str, Any]:
-        """The object with bounds of how many properties it has, if the engine can count them."""
+        """Return an object with bounds on the number of its properties, if the engine can count them."""
         limits = counts(flat, path, ("minProperties", max), ("maxProperties", min))
         problem = fault({"type": "object", **_skeleton(found), **limits}) if limits else ""
         if not problem or "nsatisfiable" in problem:
@@ -291,7 +310,7 @@ class _Merger:
 
 
 def _excluded(schema: dict[str, Any]) -> dict[str, Any]:
-    """The keywords with excluded bounds as numbers, where draft 4 and OpenAPI 3.0 have a flag beside the bound."""
+    """Return keywords with excluded bounds as numbers: draft 4 and OpenAPI 3.0 have a flag beside the bound."""
     for flag, bound in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
         if isinstance(schema.get(flag), bool) and schema.pop(flag) and bound in schema:
             schema[flag] = schema.pop(bound)
@@ -299,13 +318,13 @@ def _excluded(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _dependency(name: str, needs: Any) -> list[Any]:
-    """The alternatives of a property on which others depend: it is there with all it needs, or it is not."""
+    """Return the alternatives of a property on which others depend: with all that it needs, or without it."""
     needed = {"required": needs} if isinstance(needs, list) else needs
     return [{"allOf": [{"required": [name]}, needed]}, {"properties": {name: False}}]
 
 
 def _of_name(parts: Sequence[Mapping[str, Any]], name: str) -> Iterator[Any]:
-    """What the parts say of a property."""
+    """Yield the schemas that the parts have for a property."""
     for part in parts:
         own = [part["properties"][name]] if name in part.get("properties", {}) else []
         own += [each for pattern, each in part.get("patternProperties", {}).items() if _matches(pattern, name)]
@@ -313,6 +332,7 @@ def _of_name(parts: Sequence[Mapping[str, Any]], name: str) -> Iterator[Any]:
 
 
 def _of_pattern(parts: Sequence[Mapping[str, Any]], pattern: str) -> Iterator[Any]:
+    """Yield the schemas that the parts have for a pattern of names."""
     for part in parts:
         if pattern in part.get("patternProperties", {}):
             yield part["patternProperties"][pattern]
@@ -328,7 +348,7 @@ def _matches(pattern: str, name: str) -> bool:
 
 
 def _pattern_of(keys: Mapping[str, Any]) -> str | None:
-    """One pattern of names; None if there is no condition that is one."""
+    """Return one pattern of names, given their schema; None if it has no condition that is a pattern."""
     if "pattern" in keys:
         return str(keys["pattern"])
     if "minLength" in keys or "maxLength" in keys:
@@ -340,7 +360,7 @@ def _pattern_of(keys: Mapping[str, Any]) -> str | None:
 
 
 def _array(schema: Mapping[str, Any], path: str) -> tuple[list[Any], Any]:
-    """The schemas of the first items, and the one of all others."""
+    """Return the schemas of the first items, and that of all others."""
     items = schema.get("items", schema.get("unevaluatedItems", True))
     if isinstance(items, list):  # as drafts before 2020 write it
         return items, schema.get("additionalItems", True)
@@ -348,7 +368,7 @@ def _array(schema: Mapping[str, Any], path: str) -> tuple[list[Any], Any]:
 
 
 def _skeleton(found: Mapping[str, Any]) -> dict[str, Any]:
-    """An object schema with the same keys and any values."""
+    """Return an object schema with the same keys, whose values may be anything."""
     shape = {key: value for key, value in found.items() if key in ("required", "type")}
     for key in ("properties", "patternProperties"):
         if key in found:
@@ -382,14 +402,14 @@ def _all_mappings(value: Any) -> Iterator[Mapping[str, Any]]:
         yield from _all_mappings(each)
 
 
-# --- definitions that no value ends ---
+# --- definitions without a finite value ---
 
 
 def _without_endless(whole: dict[str, Any]) -> dict[str, Any]:
-    """The schema without definitions whose values would contain one another without end.
+    """Return the schema without definitions that no finite value matches, as each would contain another one.
 
     Raises:
-        SettingsError: It has no other values.
+        SettingsError: No finite value is left.
     """
     definitions: dict[str, Any] = whole["$defs"]
     ending: set[str] = set()
@@ -405,7 +425,7 @@ def _without_endless(whole: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_references(schema: Any, endless: set[str]) -> Any:
-    """The schema with one that nothing matches in place of these references."""
+    """Return the schema in which nothing matches these references."""
     if isinstance(schema, list):
         return [_without_references(each, endless) for each in schema]
     if not isinstance(schema, dict):
@@ -416,7 +436,7 @@ def _without_references(schema: Any, endless: set[str]) -> Any:
 
 
 def _ends(schema: Any, ending: set[str]) -> bool:
-    """True if a value of a schema needs no definitions but these."""
+    """True if a finite value matches a schema, given the names of definitions that finite values match."""
     if isinstance(schema, bool):
         return schema
     if "$ref" in schema:
@@ -435,16 +455,17 @@ def _ends(schema: Any, ending: set[str]) -> bool:
     return any(all(_ends(part, ending) for part in needed[kind]) for kind in kinds)
 
 
-# --- which part of a schema the engine refuses ---
+# --- the part of a schema that the engine refuses ---
 
 
 def _blamed(whole: dict[str, Any], problem: str) -> str:
+    """Return the message of an error, which names the field of the innermost part that is refused."""
     path, problem = _deepest(whole, whole.get("$defs", {}), "", problem, [])
     return f"{at(path)}{problem}"
 
 
 def _deepest(schema: Any, definitions: dict[str, Any], path: str, problem: str, seen: list[str]) -> tuple[str, str]:
-    """The innermost part that is refused by itself, and why."""
+    """Return the path of the innermost part that is refused by itself, and why it is."""
     for step, each in _parts_of(schema, definitions, seen):
         found = fault({**each, "$defs": definitions}) if isinstance(each, dict) else ""
         if found:
@@ -453,6 +474,7 @@ def _deepest(schema: Any, definitions: dict[str, Any], path: str, problem: str, 
 
 
 def _parts_of(schema: Any, definitions: dict[str, Any], seen: list[str]) -> Iterator[tuple[str, Any]]:
+    """Yield the parts of a schema, each with its step in a path; definitions that were seen are left out."""
     for name, each in schema.get("properties", {}).items():
         yield f".{name}", each
     for key, step in (("items", "[]"), ("additionalProperties", ".*")):

@@ -1,4 +1,4 @@
-"""The keywords of JSON schemas for single values, merged: types, literals, strings, numbers."""
+"""Merges the keywords of JSON schemas for single values: types, literals, strings, numbers."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ KEYWORDS = {
     "unevaluatedItems", "minItems", "maxItems", "uniqueItems", "minLength", "maxLength", "pattern", "format", "minimum",
     "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf",
 }  # fmt: skip
-MAX_MULTIPLE = 10**5  # for larger numbers llguidance's automaton takes seconds, or hours
+MAX_MULTIPLE = 10**5  # of `multipleOf`; for larger numbers llguidance's automaton takes seconds, or hours
 MAX_INTEGER = 2**63 - 1024  # the engine keeps bounds both as 64-bit floats and as 64-bit integers
-LONG_INTEGER = 10**17  # beyond it the engine needs both bounds
+LONG_INTEGER = 10**17  # the engine needs both bounds of an integer beyond it
 LONGEST = 2**31  # characters, items or properties; the engine counts to 2**32
-EXACT_INTEGER = 2**53  # of a 64-bit float
-LITTLE = 1e-9  # by which an excluded bound moves, of the distance to the other one
+EXACT_INTEGER = 2**53  # up to which a 64-bit float holds all integers
+LITTLE = 1e-9  # share of the distance between two bounds by which an excluded one moves
 BOUNDS = (("minimum", max), ("exclusiveMinimum", max), ("maximum", min), ("exclusiveMaximum", min))
 
 Note = Callable[[str, str], None]
-"""Takes the path of a field, and what of it is left to validation."""
+"""Notes what is left to validation, given the path of the field and a description."""
 
 
 def located(path: str) -> str:
-    """How a message about a field begins."""
+    """Return the beginning of a message about the field at this path."""
     return f"field {path!r}: " if path else ""
 
 
 def distinct(values: Iterable[Any]) -> list[Any]:
-    """The values in order, each once, as JSON tells them apart."""
+    """Return the values without duplicates, by their JSON, in the order of their last occurrences."""
     return list({json.dumps(value, sort_keys=True): value for value in reversed(list(values))}.values())[::-1]
 
 
 def types(flat: Sequence[Mapping[str, Any]], path: str) -> list[str] | None:
-    """The types that all parts allow; None if none names any."""
+    """Return the types that all parts allow; None if no part has a type."""
     found: list[str] | None = None
     for part in flat:
         if "type" in part:
@@ -55,13 +55,14 @@ def types(flat: Sequence[Mapping[str, Any]], path: str) -> list[str] | None:
 
 
 def _common(one: Sequence[str], other: Sequence[str]) -> list[str]:
+    """Return the types that both lists allow; an integer is a number, too."""
     whole = [each for each in ("integer",) if {"integer", "number"} & {*one} and {"integer", "number"} & {*other}]
     both = [each for each in one if each in other]
     return both if "number" in both else [*both, *(each for each in whole if each not in both)]
 
 
 def literals(flat: Sequence[Mapping[str, Any]], path: str) -> list[Any] | None:
-    """The values that all parts allow; None if none lists any."""
+    """Return the values that all parts allow; None if no part lists values."""
     found: dict[str, Any] | None = None
     lists = [part["enum"] for part in flat if "enum" in part] + [[part["const"]] for part in flat if "const" in part]
     for values in lists:
@@ -76,7 +77,7 @@ def literals(flat: Sequence[Mapping[str, Any]], path: str) -> list[Any] | None:
 
 
 def strings(flat: Sequence[Mapping[str, Any]], path: str, note: Note) -> dict[str, Any]:
-    """The lengths, patterns and formats of strings, as far as the engine knows them."""
+    """Merge the lengths, patterns and formats of strings, as far as the engine can express them."""
     found = counts(flat, path, ("minLength", max), ("maxLength", min))
     patterns = [*_patterns(flat, path, note), *_formats(flat, path, note)]
     if patterns:
@@ -110,7 +111,14 @@ def _formats(flat: Sequence[Mapping[str, Any]], path: str, note: Note) -> Iterab
 
 
 def numbers(flat: Sequence[Mapping[str, Any]], path: str, whole: bool, note: Note) -> dict[str, Any]:
-    """The bounds of numbers, within what the engine can count; `whole` if all of them are integers."""
+    """Merge the bounds and multiples of numbers, as far as the engine can express them.
+
+    Args:
+        flat: The parts.
+        path: The path of the field.
+        whole: True if only integers are allowed.
+        note: Takes what is left to validation.
+    """
     found = _whole_bounds(flat, path) if whole else _open_bounds(bounds(flat, path, *BOUNDS))
     problem = fault({"type": "integer" if whole else "number", **found})
     if problem and "nsatisfiable" not in problem:
@@ -135,7 +143,7 @@ def _number(part: Mapping[str, Any], key: str, path: str) -> int | float | None:
 
 
 def bounds(flat: Sequence[Mapping[str, Any]], path: str, *choices: tuple[str, Callable[..., Any]]) -> dict[str, Any]:
-    """The narrowest of each bound: `choices` are its keyword, and `max` or `min`."""
+    """Return the narrowest of each bound; `choices` are pairs of a keyword, and `max` or `min`."""
     found: dict[str, Any] = {}
     for key, choose in choices:
         values = [value for part in flat if (value := _number(part, key, path)) is not None]
@@ -144,13 +152,13 @@ def bounds(flat: Sequence[Mapping[str, Any]], path: str, *choices: tuple[str, Ca
 
 
 def counts(flat: Sequence[Mapping[str, Any]], path: str, *choices: tuple[str, Callable[..., Any]]) -> dict[str, Any]:
-    """The narrowest of each bound of a length, without those above anything that is ever written."""
+    """Return the narrowest of each bound of a length, without those above any length that is ever written."""
     found = {key: int(value) if value == int(value) else value for key, value in bounds(flat, path, *choices).items()}
     return {key: value for key, value in found.items() if not (key.startswith("max") and value > LONGEST)}
 
 
 def _whole_bounds(flat: Sequence[Mapping[str, Any]], path: str) -> dict[str, Any]:
-    """The first and the last integer that are allowed and that a 64-bit float can hold."""
+    """Return the bounds of integers as the first and the last one that are allowed and that a 64-bit float holds."""
     found: dict[str, Any] = {}
     given = bounds(flat, path, *BOUNDS)
     low = [math.ceil(given["minimum"])] if "minimum" in given else []
@@ -169,7 +177,7 @@ def _whole_bounds(flat: Sequence[Mapping[str, Any]], path: str) -> dict[str, Any
 
 
 def _open_bounds(found: dict[str, Any]) -> dict[str, Any]:
-    """Bounds that the engine keeps: above 0 and below 0.5 it takes 0, too, so the lower one moves a little."""
+    """Return bounds that the engine keeps: above 0 and below 0.5, it would allow 0, so the 0 moves up a little."""
     low = max(found.get("minimum", -math.inf), found.get("exclusiveMinimum", -math.inf))
     high = min(found.get("maximum", math.inf), found.get("exclusiveMaximum", math.inf))
     if not 0 < high - low < 1:
@@ -183,7 +191,7 @@ def _open_bounds(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def shorter_numbers(schema: Mapping[str, Any]) -> list[float]:
-    """What the engine refuses within these bounds: that which one of several decimals begins with, 0.9 of 0.99."""
+    """Return numbers within the bounds that the engine wrongly refuses: the beginnings of a bound, 0.9 of 0.99."""
     low, above = schema.get("minimum", -math.inf), schema.get("exclusiveMinimum", -math.inf)
     high, below = schema.get("maximum", math.inf), schema.get("exclusiveMaximum", math.inf)
     found: set[float] = set()
@@ -194,7 +202,7 @@ def shorter_numbers(schema: Mapping[str, Any]) -> list[float]:
 
 
 def _exact(value: int, direction: int) -> int:
-    """The nearest integer in a direction that a 64-bit float holds."""
+    """Return the nearest integer, upwards (1) or downwards (-1), that a 64-bit float holds."""
     if abs(value) <= EXACT_INTEGER or abs(value) > MAX_INTEGER:
         return value
     found = float(value)
@@ -204,7 +212,7 @@ def _exact(value: int, direction: int) -> int:
 
 
 def _significant(number: int | float) -> int:
-    """The significant digits as one number: 1 of 1,000,000 and of 0.01, 25 of 2.5; 0 of infinity and NaN."""
+    """Return the significant digits as one number: 1 for 1,000,000 and 0.01, 25 for 2.5, 0 for infinity and NaN."""
     try:
         digits = Decimal(str(number)).normalize().as_tuple().digits
     except ValueError:  # thousands of digits

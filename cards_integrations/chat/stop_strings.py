@@ -8,18 +8,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class StopStrings:
-    """Strings that end an answer; none of them is part of it."""
+    """Strings that end an answer, and are not part of it."""
 
     strings: tuple[str, ...] = ()
+    """The strings."""
 
     within: Callable[[str], bool] | None = None
-    """True for a text that ends in the middle of what no stop string ends, such as a tool call."""
+    """Returns True for a text that no stop string ends, such as one in the middle of a tool call."""
 
     def __bool__(self) -> bool:
         return bool(self.strings)
 
     def find(self, text: str, start: int = 0) -> int | None:
-        """Where the first stop string that ends after `start` begins; None if there is none."""
+        """Return where the first stop string that ends after `start` begins; None if there is none."""
         at = self._next(text, start, 0)
         while at is not None and self.within is not None and self.within(text[:at]):
             at = self._next(text, start, at + 1)
@@ -30,7 +31,7 @@ class StopStrings:
         return min((at for at in found if at >= 0), default=None)
 
     def held_back(self, text: str) -> int:
-        """How many characters at the end may turn out to be the beginning of a stop string."""
+        """Return how many characters at the end may be the beginning of a stop string."""
         longest = 0
         for stop in self.strings:
             for length in range(min(len(stop) - 1, len(text)), longest, -1):

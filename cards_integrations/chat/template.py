@@ -1,4 +1,4 @@
-"""Prompts to token ids and back: chat templates, one BOS, and special tokens only where they are meant."""
+"""Prompts to token ids, and token ids to text: chat templates, one BOS, special tokens only where they belong."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ TRIED = (
     'The Café opens at 9 a.m. -- 10 on Sundays; "No" is <b>no</b> answer.\n\n  1. Dr. O\'Neil\n  2. 50% & more\n'
     + "So be it. " * 20 + "End",
 )  # fmt: skip
-"""Answers that a chat template is tried on."""
-BEFORE_ANSWER = 6  # tokens of the prompt that an answer is decoded after
+"""Answers on which a chat template is tested."""
+BEFORE_ANSWER = 6  # tokens of the prompt after which an answer is decoded
 NO_ARGUMENTS: Mapping[str, Any] = {}
 
 
 class FormattedPrompt(str):
-    """A prompt that is model input as it is, special tokens included; no chat template is applied."""
+    """A prompt that the model reads as it is, special tokens included; no chat template is applied."""
 
 
 class ChatTokenizer:
@@ -50,8 +50,8 @@ class ChatTokenizer:
 
     Args:
         tokenizer: A tokenizer of transformers.
-        tool_format: How the model writes a tool call; None to read it off the template.
-        rows: How many token ids the model knows; None if that is not known here.
+        tool_format: How the model writes a tool call; None to infer it from the template.
+        rows: How many token ids the model has embeddings for; None if that is not known here.
     """
 
     def __init__(self, tokenizer: Any, tool_format: FormatName | None = None, rows: int | None = None) -> None:
@@ -61,7 +61,15 @@ class ChatTokenizer:
         self._rows = rows
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        """The token ids of a text; `special` adds what the tokenizer adds to a plain text, such as a BOS."""
+        """Return the token ids of a text.
+
+        Args:
+            text: The text.
+            special: Whether to add the special tokens that the tokenizer puts around a plain text, such as a BOS.
+
+        Raises:
+            PromptError: The tokenizer cannot read the text, or the model does not have one of its tokens.
+        """
         check_unicode(text)
         try:
             ids = list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
@@ -71,28 +79,28 @@ class ChatTokenizer:
         return ids
 
     def encode_beginning(self, text: str) -> list[int]:
-        """The token ids of a text that goes on: with what the tokenizer puts before a text, not what it appends."""
+        """Return the token ids of the beginning of a text: with the special tokens before it, not those after it."""
         ids, appended = self.encode(text, special=True), self.appended
         return ids[: len(ids) - len(appended)] if appended and ids[-len(appended) :] == appended else ids
 
     def encode_answer(self, text: str) -> list[int]:
-        """The token ids of a text that follows a prompt, the space included that it may begin with."""
+        """Return the token ids of a text that follows a prompt; a space at its beginning is kept."""
         return self.encode(text[1:] if self._puts_space_before and text.startswith(" ") else text)
 
     @cached_property
     def _puts_space_before(self) -> bool:
-        """True if the first word of a text has the token of one that follows a space."""
+        """True if the tokenizer puts a space before a text: its first word has the token of one after a space."""
         return self._decode(self.encode("a") * 2) == self._decode(self.encode("a a"))
 
     @cached_property
     def appended(self) -> list[int]:
-        """What the tokenizer appends to a plain text, such as an end of sequence."""
+        """The ids that the tokenizer appends to a plain text, such as end-of-sequence."""
         plain, whole = self.encode("a"), self.encode("a", special=True)
         starts = [i for i in range(len(whole)) if plain and whole[i : i + len(plain)] == plain]
         return whole[starts[0] + len(plain) :] if starts else []
 
     def check_ids(self, ids: Sequence[int]) -> None:
-        """Raise a `PromptError` if the model has no row for one of these token ids."""
+        """Raise a `PromptError` if the model has no embedding for one of these token ids."""
         token = max(ids, default=0)
         if self._rows is not None and token >= self._rows:
             raise PromptError(
@@ -101,7 +109,16 @@ class ChatTokenizer:
             )
 
     def answer_start(self, prompt: str | list[Message], ids: Sequence[int], stop: Sequence[str] = ()) -> AnswerStart:
-        """Where the answer to a prompt with these token ids begins, which may end with a stop string."""
+        """Return where the answer to a prompt begins.
+
+        Args:
+            prompt: The prompt.
+            ids: Its token ids.
+            stop: The stop strings of the answer.
+
+        Raises:
+            ModelError: The tokenizer cannot decode the prompt.
+        """
         last: list[int] = []
         for token in reversed(ids):
             if self._shown([token]):
@@ -119,7 +136,7 @@ class ChatTokenizer:
 
     @cached_property
     def _space_before_content(self) -> str:
-        """The space that stands between a generation prompt and the content of an answer; "" if there is none."""
+        """The space between a generation prompt and the content of an answer; "" if there is none."""
         try:
             user: Message = {"role": "user", "content": "a"}
             before = self.encode(self._render([user], add_generation_prompt=True))
@@ -130,9 +147,14 @@ class ChatTokenizer:
         return " " if text.startswith(self._decode(before) + " answer") else ""
 
     def decode(self, ids: Sequence[int], start: AnswerStart = NOTHING_BEFORE) -> str:
-        """The text of token ids, of an answer that begins there.
+        """Return the text of token ids of an answer.
 
-        A partial character is one U+FFFD, the only text that more ids can change.
+        Args:
+            ids: The token ids.
+            start: Where the answer begins.
+
+        Returns:
+            The text; an incomplete character is one U+FFFD, and further ids change nothing else.
         """
         if not (start.text or start.space):
             return self._decode_characters(ids, start.visible)
@@ -146,13 +168,16 @@ class ChatTokenizer:
         return text
 
     def token_text(self, token: int) -> str:
-        """The text of a single token, special ones included, with the space that it may begin with."""
+        """Return the text of a single token, which may be a special one, with the space that it may begin with."""
         text = str(self.tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False))
         piece = self.tokenizer.convert_ids_to_tokens(token)
         return " " + text if isinstance(piece, str) and piece.startswith("\u2581") and text[:1] != " " else text
 
     def _whole_characters(self, ids: Sequence[int], visible: frozenset[int]) -> list[int]:
-        """The ids with U+FFFD for partial characters: byte fallback decodes all bytes around one to U+FFFD."""
+        """Return ids with the bytes of U+FFFD for partial characters.
+
+        Otherwise, byte fallback decodes all bytes around a partial character to U+FFFD, too.
+        """
         whole: list[int] = []
         for is_byte, run in groupby(self._shown(ids, visible), self._bytes.__contains__):
             if is_byte:
@@ -168,7 +193,10 @@ class ChatTokenizer:
         return str(self.tokenizer.decode(shown, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False))
 
     def _shown(self, ids: Sequence[int], visible: frozenset[int] = frozenset()) -> list[int]:
-        """The ids without special tokens, except markers; the bytes around one may be those of one character."""
+        """Return the ids without special tokens, except markers and visible ones.
+
+        The bytes before and after a special token may be those of one character.
+        """
         return [t for t in ids if t not in self._special or t in self.markers or t in visible]
 
     def prompt(
@@ -207,14 +235,14 @@ class ChatTokenizer:
         return before, self._nonempty(self.encode(before))
 
     def _with_thoughts(self, messages: list[Message]) -> list[Message]:
-        """The messages with their thoughts where the template looks for them; without, if it does not."""
+        """Return the messages with their thoughts under the template's own key; without them if it has none."""
         key = self.thinking.key if self.thinking else None
         return [_renamed(message, key) if THOUGHTS in message else message for message in messages]
 
     def count(
         self, prompt: list[Message], tools: Tools | None = None, arguments: Mapping[str, Any] = NO_ARGUMENTS
     ) -> int:
-        """The number of tokens that a conversation takes as a prompt, whatever it lacks to be one."""
+        """Return the number of tokens of a conversation as a prompt; approximate where the template refuses it."""
         try:
             return len(self.prompt(prompt, tools, arguments)[1]) if prompt else 0
         except PromptError:
@@ -227,7 +255,7 @@ class ChatTokenizer:
         return text, self._nonempty(self.encode(text) if with_bos else self.encode_beginning(text))
 
     def without_tools(self, prompt: str | list[Message]) -> str | list[Message]:
-        """The conversation for a model that knows neither tools nor thoughts, such as a reward model."""
+        """Return the conversation for a model that knows neither tools nor thoughts, such as a reward model."""
         if isinstance(prompt, str):
             return prompt
         if mentions_tools(prompt):
@@ -241,14 +269,14 @@ class ChatTokenizer:
 
     @cached_property
     def thinking(self) -> ThinkingFormat | None:
-        """How this model writes its thoughts, as its template shows; None if it shows none."""
+        """How this model writes its thoughts, by its template; None if that has no marks of thoughts."""
         source = self.tokenizer.chat_template if self.has_template else ""
         text = source if isinstance(source, str) else "".join(map(str, source.values()))
         return thinking_format(text, self._apply)
 
     @property
     def tool_format(self) -> ToolFormat:
-        """How this model writes a call: as its template does, unless the settings override it."""
+        """How this model writes a call: by the settings, or else by its template."""
         return FORMATS[self._tool_format or self._template_format or "hermes"]
 
     @cached_property
@@ -291,25 +319,29 @@ class ChatTokenizer:
 
     @cached_property
     def markers(self) -> dict[int, str]:
-        """Special tokens that are part of a call or mark thoughts, and therefore of an answer's text, by id."""
+        """Special tokens that an answer's text contains, by id: those of calls, and those around thoughts."""
         around = (self.thinking.opening + self.thinking.closing) if self.thinking else ""
         return {i: text for i, text in self._special.items() if text in self.tool_format.markers or text in around}
 
     def grammar_literal(self, text: str) -> str:
-        """The text as a literal of a grammar: a string, or the special token that it is."""
+        """Return a text as a literal of a grammar: a string, or the token that it is if it marks a call."""
         added = {str(token): i for i, token in self.added_tokens.items()}  # not all are special
         if text in self.tool_format.markers and text in added:
             return f"<[{added[text]}]>"
         return json.dumps(text, ensure_ascii=False)
 
     def grammar_literals(self, text: str) -> str:
-        """A text with special tokens in it as a part of a rule of a grammar."""
+        """Return a text as an expression of a grammar, in which all added tokens are tokens."""
         added = {str(token): f"<[{i}]>" for i, token in self.added_tokens.items()}
         pieces = re.split(f"({'|'.join(map(re.escape, added))})", text) if added else [text]
         return " ".join(added.get(piece) or json.dumps(piece, ensure_ascii=False) for piece in pieces if piece)
 
     def around_answer(self, prompt: str | list[Message]) -> AnswerFrame:
-        """What the template writes around the assistant's answer, read off the conversation with an answer."""
+        """Return what the template writes around the assistant's answer to a prompt.
+
+        Raises:
+            PromptError: The template does not accept the prompt, or does not show the answer.
+        """
         if isinstance(prompt, FormattedPrompt):
             return AnswerFrame(str(prompt))
         messages = as_messages(self.without_tools(prompt))
@@ -318,10 +350,10 @@ class ChatTokenizer:
         )
 
     def check_answers(self) -> None:
-        """Check that an answer, once its template has rendered it, is the text around answers with the answer in it.
+        """Check that the template writes the same text around all answers, and the answers as they are.
 
         Raises:
-            ModelError: The template writes answers in another way: it changes, cuts, repeats or counts them.
+            ModelError: It changes, cuts, repeats or counts answers.
         """
         try:
             frame, messages = self.around_answer("Hi"), as_messages("Hi")
@@ -333,17 +365,21 @@ class ChatTokenizer:
                         "grow: pass a prompt_format with {prompt} and {response}."
                     )
         except PromptError:
-            return  # it wants another conversation, and that one will be looked at
+            return  # the template refuses this conversation; that of a request is checked in its turn
 
     def around_part(self, before: str, after: str) -> tuple[str, str]:
-        """The rendered text around a part of one user message, which is `before` + the part + `after`."""
+        """Return the rendered text around a part of a user's message, which is `before` + the part + `after`."""
         if not self.has_template:
             return before, after
         whole = self._render([{"role": "user", "content": before + PLACEHOLDER + after}], add_generation_prompt=True)
         return whole.partition(PLACEHOLDER)[::2]
 
     def around_last_but_one(self, prompt: str | list[Message], last: Message) -> AnswerFrame:
-        """What the template writes around an answer that one more message follows, up to where the model replies.
+        """Return what the template writes around an answer that one more message follows, up to the model's reply.
+
+        Args:
+            prompt: The conversation before the answer.
+            last: The message after it.
 
         Raises:
             PromptError: The prompt has no messages, or the template does not show the answer.
@@ -370,7 +406,7 @@ class ChatTokenizer:
     def _render_tools(
         self, messages: list[Message], schemas: list[dict[str, Any]], arguments: Mapping[str, Any]
     ) -> str:
-        """A prompt in the template's own way of showing tools, calls and results."""
+        """Render a prompt with the template's own form of tools, calls and results."""
         named = isinstance(self.tokenizer.chat_template, dict)  # with [] the one that is named "tool_use" is chosen
         shown = schemas if schemas or named else None
         options = {**arguments, "tools": shown, "add_generation_prompt": True}
@@ -396,18 +432,18 @@ class ChatTokenizer:
 
 
 def _renamed(message: Message, key: str | None) -> Message:
-    """A message whose thoughts, if it has any, have this name; None leaves them out."""
+    """Return a message with its thoughts, if it has any, under this key; without them if the key is None."""
     rest = {name: value for name, value in message.items() if name != THOUGHTS}
     return {**rest, key: message[THOUGHTS]} if key and message.get(THOUGHTS) else rest
 
 
 def as_messages(prompt: str | list[Message]) -> list[Message]:
-    """A conversation; a string is one message of the user."""
+    """Return a prompt as messages; a string is one message of the user."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
 def as_text(prompt: str | list[Message]) -> str:
-    """A prompt as plain text: one message as it is, several with their roles."""
+    """Return a prompt as plain text: the content of one message, or several messages with their roles."""
     messages = as_messages(prompt)
     if len(messages) == 1:
         return str(messages[0]["content"])

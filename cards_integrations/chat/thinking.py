@@ -1,4 +1,4 @@
-"""Thoughts before an answer: the marks around them, and how a chat template opens, closes and shows them."""
+"""How models write thoughts before an answer: the marks around them, and what chat templates write beside these."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from cards_integrations.chat.message import Message
 ThinkingMode = Literal["off", "free", "aligned"]
 
 KEYS = ("reasoning_content", "thinking", "reasoning")
-"""What chat templates call the thoughts of an earlier message."""
+"""The keys under which chat templates look for the thoughts of an earlier message."""
 SWITCHES = ("enable_thinking", "thinking")
-"""What chat templates call the argument that turns thinking on and off."""
+"""The arguments of chat templates that turn thinking on and off."""
 _THOUGHT, _ANSWER = "probed thought", "probed answer"
 
 
@@ -22,13 +22,14 @@ class ThinkingFormat:
     """How a model writes its thoughts: `opening` `before` thoughts `lead` `closing` `after` `channel` answer.
 
     Attributes:
-        opening: The mark before them.
-        closing: The mark behind them.
-        before: What its template writes between the mark and the thoughts.
-        lead: What its template writes between the thoughts and the mark.
-        after: What its template writes between the mark and the answer.
-        channel: The mark before an answer, with and without thoughts, in whose place a call has another; "" for none.
-        key: What its template calls the thoughts of an earlier message; None if it does not show them.
+        opening: The mark before the thoughts.
+        closing: The mark after them.
+        before: The text of the template between the opening and the thoughts.
+        lead: The text of the template between the thoughts and the closing.
+        after: The text of the template between the closing and the answer.
+        channel: The mark before every answer, with or without thoughts; a call has another mark in its place. "" for
+            none.
+        key: The key under which the template looks for the thoughts of an earlier message; None if it shows none.
     """
 
     opening: str
@@ -48,7 +49,7 @@ class ThinkingFormat:
         return prompt.rstrip().endswith(self.closing)
 
     def can_open(self, text: str) -> bool:
-        """True if an answer that begins with this text may turn out to open thoughts."""
+        """True if an answer that begins with this text has opened thoughts, or may still do so."""
         text = text.lstrip()
         return text.startswith(self.opening) or self.opening.startswith(text)
 
@@ -57,12 +58,22 @@ class ThinkingFormat:
         return text.lstrip().startswith(self.opening)
 
     def close(self, thoughts: str, by_model: bool) -> str:
-        """What follows the thoughts up to where the answer begins; a model that ended them wrote its own `lead`."""
+        """Return the text between the thoughts and the answer.
+
+        Args:
+            thoughts: The thoughts.
+            by_model: True if the model ended them, and so has written its own `lead`.
+        """
         lead = "" if by_model or thoughts.endswith(self.lead) else self.lead
         return f"{lead}{self.closing}{self.after}"
 
     def without_thoughts(self, prompt: str, switched: Callable[[], bool]) -> str:
-        """What to append to a prompt so that there are no thoughts; `switched` tells if its template has seen to it."""
+        """Return what to append to a prompt so that the model does not think.
+
+        Args:
+            prompt: The rendered prompt.
+            switched: Returns True if an argument of the template has turned thinking off.
+        """
         closed = f"{self.lead}{self.closing}{self.after}"
         if self.is_open(prompt):
             return closed
@@ -84,22 +95,25 @@ KNOWN = (
     ThinkingFormat("<|START_THINKING|>", "<|END_THINKING|>"),  # Command
     ThinkingFormat("<seed:think>", "</seed:think>", "\n", "\n", "\n"),
 )
-"""The marks of known families, with what stands around them where their templates show no thoughts."""
+"""The marks of known families, with the text around them for templates that show no thoughts."""
 
 
 def thinking_format(template: str, render: Callable[[list[Message]], str]) -> ThinkingFormat | None:
-    """Read off a chat template how its model writes thoughts; None if it mentions none.
+    """Find out from a chat template how its model writes thoughts.
 
     Args:
         template: The template's source.
         render: Renders messages with it.
+
+    Returns:
+        The format; None if the template has none of the known marks.
     """
     found = next((known for known in KNOWN if known.opening in template or known.closing in template), None)
     return None if found is None else _as_shown(found, render)
 
 
 def _as_shown(known: ThinkingFormat, render: Callable[[list[Message]], str]) -> ThinkingFormat:
-    """The format with what this template writes around thoughts, if it shows them."""
+    """Return the format with the text that this template writes around thoughts, if it shows them."""
     for key in KEYS:
         probe = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": _ANSWER, key: _THOUGHT}]
         try:
@@ -120,5 +134,5 @@ def _as_shown(known: ThinkingFormat, render: Callable[[list[Message]], str]) -> 
 
 
 def switches(mode: ThinkingMode | None, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a chat template that turn thinking on or off, and those that were given, which win."""
+    """Return the arguments of a chat template for a mode of thinking, with the given ones, which take precedence."""
     return {**({} if mode is None else dict.fromkeys(SWITCHES, mode != "off")), **given}

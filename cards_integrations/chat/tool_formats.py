@@ -1,4 +1,4 @@
-"""The formats in which models learned to write tool calls: writing, constraining and parsing each of them."""
+"""The formats in which models write tool calls: how each of them is written, constrained and parsed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cards_integrations.errors import SettingsError
 from cards_integrations.trace import InvalidToolCall, ToolCall
 
 WriteLiteral = Callable[[str], str]
-"""How a rule of a grammar writes a text: as a string, or as the special token that it is."""
+"""Returns a text as a literal of a grammar: a string, or the special token that it is."""
 
 _BEGINS_OBJECT = re.compile(r"\s*\[?\s*\{\s*[\"'}]")
 _BEGINS_NAMED = re.compile(r"\s*[^\s\[\]]*\s*(\[CALL_ID\][^\s\[\]]*\s*)?\[ARGS\]")
@@ -28,28 +28,34 @@ def _no_number(name: str) -> None:
 
 
 _JSON = json.JSONDecoder(strict=False, parse_constant=_no_number)
-"""Reads what models write: line breaks within strings, too, which they forget to escape."""
+"""Accepts line breaks within strings, which models forget to escape; refuses NaN and infinity."""
 
 
 class ToolFormat(ABC):
     """A format of the calls in an answer."""
 
     name: ClassVar[FormatName]
+    """The name of the format, for settings."""
     opening: ClassVar[str] = ""
+    """The marker before a call."""
     closing: ClassVar[str] = ""
+    """The marker after a call."""
     middle: ClassVar[str] = ""
-    channel: ClassVar[str] = ""  # the mark before a call, in the place of that before an answer
+    """The marker between the name and the arguments of a call."""
+    channel: ClassVar[str] = ""
+    """The mark before a call in place of that before an answer, `ThinkingFormat.channel`."""
     key: ClassVar[str] = "arguments"
+    """The key of the arguments in the JSON of a call."""
 
     @property
     def markers(self) -> list[str]:
-        """Texts that may be special tokens."""
+        """The markers of calls, which may be special tokens."""
         return [mark for mark in (self.opening, self.middle, self.closing) if mark]
 
     # --- writing ---
 
     def write(self, calls: Sequence[dict[str, Any]]) -> str:
-        """The text of an earlier answer's calls."""
+        """Return the text of the calls of an earlier answer."""
         return "\n".join(self._write_call(call["function"]) for call in calls)
 
     def _write_call(self, function: dict[str, Any]) -> str:
@@ -58,7 +64,16 @@ class ToolFormat(ABC):
     # --- constraining ---
 
     def grammar(self, tools: Tools, literal: WriteLiteral, otherwise: Grammar | None = None) -> Grammar | None:
-        """What an answer may be: calls and, unless one is forced, what `otherwise` allows, or any text."""
+        """Return the grammar of an answer that may call tools.
+
+        Args:
+            tools: The tools.
+            literal: Writes literals of the grammar.
+            otherwise: The grammar of an answer that calls none; None for any text.
+
+        Returns:
+            The grammar; None if neither calls nor other answers are constrained.
+        """
         if not (tools.forced or tools.strict or otherwise is not None):
             return None
         rests = [f"rest{i}: {self._rest(function, literal)}" for i, function in enumerate(tools.allowed)]
@@ -77,18 +92,21 @@ class ToolFormat(ABC):
         return Grammar(f"start: {self._free(literal)}\n{rules}")
 
     def _after(self, several: bool) -> str:
-        """The rule for what follows the first opening, made of `rest` and of `one`, a whole call."""
+        """Return the rule for what follows the first opening, made of `rest` and of `one`, a whole call."""
         return 'rest ("\\n" one)*' if several else "rest"
 
     def _rest(self, function: dict[str, Any], literal: WriteLiteral) -> str:
-        """The rule for a call after its opening; one long literal would win over all that begins like it."""
+        """Return the rule for a call after its opening.
+
+        It has many short literals: one long literal would take precedence over other texts that begin like it.
+        """
         name = json.dumps(function["name"], ensure_ascii=False)
         literals = ["{", '"name"', ": ", name, ", ", f'"{self.key}"', ": "]
         return " ".join([*map(literal, literals), parameters_rule(function), literal("}")])
 
     @abstractmethod
     def _free(self, literal: WriteLiteral) -> str:
-        """The rules for an answer with any text, whose calls match their schemas."""
+        """Return the rules for an answer with any text, whose calls match their schemas."""
 
     # --- parsing ---
 
@@ -110,9 +128,10 @@ class ToolFormat(ABC):
 
     @abstractmethod
     def _split(self, text: str, tools: Tools) -> SplitAnswer:
-        """Tell calls from what is said, in an answer or its beginning."""
+        """Tell calls from content, in an answer or its beginning."""
 
     def _parse_piece(self, piece: str) -> list[ParsedCall]:
+        """Parse the calls in the text of one; a list of calls is several."""
         try:
             value = _JSON.decode(piece)
         except (ValueError, RecursionError) as error:
@@ -121,14 +140,14 @@ class ToolFormat(ABC):
 
 
 class Marked(ToolFormat):
-    """A format in which a marker announces a call, so that a call can follow any text."""
+    """A format with a marker before each call, so that a call can follow any text."""
 
     def _free(self, literal: WriteLiteral) -> str:
         opening = _escaped(self.opening)
         content = f"CONTENT: /(?s:.*)/ & ~/(?s:.*){opening}(?s:.*)/"
         if not literal(self.opening).startswith('"'):
             return f"CONTENT calls | CONTENT\n{content}"
-        # without the second part the text would swallow the beginning of the call
+        # without UNTIL_CALL, the content would swallow the beginning of a call
         to_call = f"UNTIL_CALL: /(?s:.*){opening}/ & ~/(?s:.*){opening}(?s:.+)/"
         return f"UNTIL_CALL after | CONTENT\n{content}\n{to_call}"
 
@@ -140,7 +159,7 @@ class Marked(ToolFormat):
         return _BEGINS_OBJECT.match(text, start) is not None
 
     def call_end(self, text: str, start: int) -> int | None:
-        """Where the JSON value that begins here ends; None if there is none, or not yet."""
+        """Return where the JSON value that begins here ends; None if there is none, or not yet."""
         return _json_end(text, start)
 
 
@@ -172,7 +191,7 @@ class Mistral(Marked):
 
 
 class Named(Marked):
-    """A format with the name before the JSON of the arguments, and a mark between the two."""
+    """A format with the name before the JSON of the arguments, and a marker between the two."""
 
     begins: ClassVar[re.Pattern[str]]
 
@@ -183,11 +202,11 @@ class Named(Marked):
         return f"{self.opening}{function['name']}{self.middle}{json.dumps(function['arguments'], ensure_ascii=False)}"
 
     def begins_call(self, text: str, start: int) -> bool:
-        """True if a name and the marker before its arguments follow."""
+        """True if a name and the marker before the arguments begin here."""
         return self.begins.match(text, start) is not None
 
     def call_end(self, text: str, start: int) -> int | None:
-        """Where the arguments after the second marker end; None if there are none, or not yet."""
+        """Return where the arguments after the second marker end; None if there are none, or not yet."""
         middle = text.find(self.middle, start)
         return None if middle < 0 else _json_end(text, middle + len(self.middle))
 
@@ -200,7 +219,7 @@ class Named(Marked):
             return [Malformed(name or None, arguments, f"not JSON: {error}")]
 
     def _name(self, header: str) -> str:
-        """The name in what stands before the second marker."""
+        """Return the name in the text before the second marker."""
         return header.strip()
 
 
@@ -228,13 +247,13 @@ class MistralNamed(Named):
 
 
 class Harmony(Named):
-    """to=functions.name <|constrain|>json<|message|>{...}<|call|>, one an answer, in a channel for calls (gpt-oss)."""
+    """to=functions.name <|constrain|>json<|message|>{...}<|call|>, in a channel for calls, one per answer (gpt-oss)."""
 
     name = "harmony"
     channel = "<|channel|>commentary"
     opening = " to=functions."
     middle = "<|message|>"
-    closing = "<|call|>"  # which ends the answer, and seldom is part of its text
+    closing = "<|call|>"  # ends the answer, and is seldom part of its text
     constrain: ClassVar[str] = "<|constrain|>"
     begins = _BEGINS_HARMONY
 
@@ -258,7 +277,7 @@ class Harmony(Named):
 
 
 class Bare(ToolFormat):
-    """{"name": ..., "arguments": {...}}: an answer that begins so is calls, up to the first text that is none."""
+    """{"name": ..., "arguments": {...}}: an answer that begins like this is calls, up to the first other text."""
 
     name: ClassVar[FormatName] = "json"
 
@@ -278,7 +297,7 @@ class Bare(ToolFormat):
         return SplitAnswer(text[:thought] + found.content, found.calls, found.final, certain)
 
     def _split_rest(self, text: str, tools: Tools) -> SplitAnswer:
-        """The same for what follows the thoughts."""
+        """Tell calls from content in the text after the thoughts."""
         rest, calls, certain = self._unfenced(text), list[str](), self._content_length(text)
         at = len(text) - len(rest) if rest.startswith(("{", "[")) else len(text)
         while at < len(text):
@@ -292,14 +311,14 @@ class Bare(ToolFormat):
         return SplitAnswer(text[at:] if calls else text, calls, len(calls), certain)
 
     def _content_length(self, text: str) -> int:
-        """How much of the text's beginning cannot belong to a call."""
+        """Return the length of the text's beginning that cannot belong to a call."""
         rest = self._unfenced(text)
         fenced = "```" + rest if text.removesuffix(rest).endswith("```") else rest  # may be part of "json"
         could_begin = not rest or any(prefix.startswith(fenced) for prefix in self._prefixes)
         return 0 if could_begin or rest.startswith(("{", "[")) else len(text)
 
     def _calls_only(self, piece: str, tools: Tools) -> bool:
-        """True for a call or a list of calls. An object with a name only is one if a tool has that name."""
+        """True for a call or a list of calls. An object with only a name is a call if a tool has that name."""
         value = _JSON.decode(piece)
         found = value if isinstance(value, list) else [value]
         named = [not isinstance(_parse_call(each), Malformed) for each in found]
@@ -311,10 +330,11 @@ class Bare(ToolFormat):
 
     @property
     def _prefixes(self) -> list[str]:
-        """What may stand before the JSON."""
+        """Texts that may precede the JSON."""
         return [*self.markers, "```json", "```"]
 
     def _unfenced(self, text: str) -> str:
+        """Return the text without markers and fences before the JSON."""
         rest = text.lstrip()
         for prefix in self._prefixes:
             rest = rest.removeprefix(prefix).lstrip()
@@ -341,17 +361,24 @@ FORMATS: dict[FormatName, ToolFormat] = {
 
 
 class Malformed:
-    """A piece that should be a call and is not."""
+    """A text in the place of a call that is not one.
+
+    Args:
+        name: The name of the tool; None if there is none in the text.
+        text: What the model wrote.
+        error: What is wrong with it.
+    """
 
     def __init__(self, name: str | None, text: str, error: str) -> None:
         self.name, self.text, self.error = name, text, error
 
 
 ParsedCall = Malformed | tuple[str, dict[str, Any]]
+"""A malformed call, or the name and the arguments of one."""
 
 
 def _parse_call(value: Any) -> ParsedCall:
-    """The name and the arguments in a JSON value; arguments may have the other key, or be a string of JSON."""
+    """Return the call in a JSON value; its arguments may have either key, and may be a string of JSON."""
     written = json.dumps(value, ensure_ascii=False)
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         return Malformed(None, written, 'a call is an object with "name" and "arguments"')
@@ -369,7 +396,7 @@ def _parse_call(value: Any) -> ParsedCall:
 
 
 def _held_or_any(function: dict[str, Any]) -> str:
-    """The arguments of a function, which need not have a schema that a grammar can hold unless its calls are held."""
+    """Return a rule for the arguments of a function: any object if no grammar can express their schema."""
     try:
         return parameters_rule(function)
     except SettingsError:
@@ -377,7 +404,7 @@ def _held_or_any(function: dict[str, Any]) -> str:
 
 
 def _json_end(text: str, start: int) -> int | None:
-    """Where the JSON value that begins here or after blanks ends; None if it is missing or incomplete."""
+    """Return where the JSON value that begins here or after blanks ends; None if it is missing or incomplete."""
     start = len(text) - len(text[start:].lstrip())
     try:
         value, end = _JSON.raw_decode(text, start)
@@ -388,11 +415,12 @@ def _json_end(text: str, start: int) -> int | None:
 
 
 def _name_in(piece: str) -> str | None:
-    """The name in a call that is not JSON, or not yet."""
+    """Return the name in a call that is not JSON, or not yet; None if there is none."""
     before, key, rest = piece.partition('"name": "')
     name, quote, _ = rest.partition('"')
     return name if key and quote and not before.strip(" \n[{") else None
 
 
 def _escaped(text: str) -> str:
+    """Return a text as a part of a regular expression."""
     return "".join(c if c.isalnum() or c in "<>_" else "\\" + c for c in text)

@@ -1,4 +1,4 @@
-"""Conversations with tools: what a chat template supports of them, and the same as plain messages."""
+"""Conversations with tools: what a chat template supports of them, and how plain messages express the rest."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def shows_several(rendered: str) -> bool:
 
 
 def format_in(rendered: str) -> FormatName:
-    """The tool format in which a template wrote the call of `PROBE`."""
+    """Return the tool format in which a template wrote the call of `PROBE`."""
     if "[TOOL_CALLS]" in rendered:
         return "mistral_named" if "[ARGS]" in rendered else "mistral"
     if "to=functions.probed_call" in rendered:
@@ -69,9 +69,12 @@ def mentions_tools(messages: Sequence[Message]) -> bool:
 def without_tool_messages(
     messages: Sequence[Message], tool_format: ToolFormat, schemas: Iterable[Mapping[str, Any]] = ()
 ) -> list[Message]:
-    """The same conversation for a model or template that knows no tools.
+    """Return the conversation for a model or template that knows no tools.
 
-    Calls become the text that they were, results messages of the user; `schemas` become an instruction.
+    Args:
+        messages: The conversation; its calls become text of the assistant, and their results messages of the user.
+        tool_format: How the model writes calls.
+        schemas: The tools that may be called, which an instruction describes.
     """
     plain = [_plain(message, tool_format) for message in messages]
     tools = "\n".join(json.dumps(schema["function"], ensure_ascii=False) for schema in schemas)

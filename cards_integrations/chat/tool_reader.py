@@ -1,4 +1,4 @@
-"""Incremental parsing: what an answer that grows says, and what it calls."""
+"""Incremental parsing: the content and the calls of an answer that grows."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ from cards_integrations.trace import InvalidToolCall, ToolCall
 
 
 class ToolReader:
-    """Reads the answer to one request; without tools all of it is content."""
+    """Reads the answer to one request.
+
+    Args:
+        tools: The tools that it may call; None if all of it is content.
+        tool_format: How the model writes calls.
+    """
 
     def __init__(self, tools: Tools | None, tool_format: ToolFormat) -> None:
         self.tools = tools
         self.tool_format = tool_format
-        self._characters = 0  # of the content, and calls, that `update` has returned
-        self._calls = 0
+        self._characters = 0  # of the content that `update` has returned
+        self._calls = 0  # that `update` has returned
 
     def parse(self, text: str) -> ParsedAnswer:
         """Parse a whole answer."""
@@ -26,9 +31,11 @@ class ToolReader:
         return len(parsed.calls) > parsed.final_calls or bool(opening and text.rstrip().endswith(opening))
 
     def update(self, text: str, finished: bool) -> tuple[str, tuple[ToolCall | InvalidToolCall, ...]]:
-        """Return the content and the complete calls that this text adds to that of the update before.
+        """Return the content and the complete calls that have been added since the last update.
 
-        Unless it is `finished`, only what no later text can change counts.
+        Args:
+            text: The answer so far.
+            finished: Whether it is whole; if not, what later text could change is held back.
         """
         parsed = self.parse(text)
         content, calls = parsed.content, parsed.calls

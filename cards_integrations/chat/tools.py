@@ -1,4 +1,4 @@
-"""Tools that an answer may call, and what was parsed of its calls."""
+"""The tools that an answer may call, and an answer that was parsed into content and calls."""
 
 from __future__ import annotations
 
@@ -16,25 +16,22 @@ FormatName = Literal["hermes", "mistral", "mistral_named", "harmony", "llama3", 
 
 @dataclass(frozen=True)
 class Tools:
-    """What an answer may call.
-
-    A name as `choice` means one call of that tool.
-    """
+    """The tools that an answer may call, and whether it has to."""
 
     schemas: tuple[dict[str, Any], ...]
     """Functions as OpenAI describes them: `{"type": "function", "function": {"name", ...}}`."""
 
     choice: str = "auto"
-    """"auto" (the model decides), "any" (at least one call), or the name of a tool."""
+    """"auto" (the model decides), "any" (at least one call), or the name of a tool (one call of it)."""
 
     parallel: bool = True
     """Whether one answer may have several calls."""
 
     strict: bool = False
-    """Whether calls are held to their schemas under "auto", too."""
+    """Whether a grammar holds calls to their schemas even under "auto"."""
 
     call_id: str = field(default_factory=lambda: uuid4().hex[:7])
-    """Beginning of the ids of all calls."""
+    """The beginning of the ids of all calls."""
 
     def __post_init__(self) -> None:
         if self.choice not in ("auto", "any") and self.choice not in self.names:
@@ -59,7 +56,7 @@ class Tools:
         return [f for f in functions if self.choice in ("auto", "any", f["name"])]
 
     def check_schemas(self) -> None:
-        """Raise a `SettingsError` if no grammar can hold the calls of a tool to its schema."""
+        """Raise a `SettingsError` if no grammar can hold the calls of an allowed tool to its schema."""
         for function in self.allowed:
             parameters_rule(function)
 
@@ -70,7 +67,16 @@ class Tools:
 
 
 def as_tools(schemas: Sequence[Mapping[str, Any]] | None, choice: Any = None, parallel: bool = True) -> Tools | None:
-    """Tools from the arguments of a call in either framework; None if no tool may be called."""
+    """Return tools, given the arguments of a call in either framework; None if no tool may be called.
+
+    Args:
+        schemas: The functions, as OpenAI describes them.
+        choice: The tool choice as a name, a bool, or in the form of OpenAI or Anthropic.
+        parallel: Whether one answer may have several calls.
+
+    Raises:
+        SettingsError: An argument cannot be used as given.
+    """
     if isinstance(choice, Mapping) and choice.get("type") == "allowed_tools":
         return as_tools(*_allowed(schemas or (), choice), parallel)
     name = _choice_name(choice)
@@ -89,7 +95,7 @@ def as_tools(schemas: Sequence[Mapping[str, Any]] | None, choice: Any = None, pa
 
 
 def _allowed(schemas: Sequence[Mapping[str, Any]], choice: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], str]:
-    """The tools among which a choice leaves the model, as OpenAI writes it, and whether it has to call one."""
+    """Return the tools that OpenAI's "allowed_tools" leaves the model, and its mode: "auto" or "required"."""
     given = choice.get("allowed_tools", choice)
     named = given.get("tools") if isinstance(given, Mapping) else None
     if not isinstance(named, list) or given.get("mode", "auto") not in ("auto", "required"):
@@ -102,6 +108,11 @@ def _allowed(schemas: Sequence[Mapping[str, Any]], choice: Mapping[str, Any]) ->
 
 
 def _as_function(schema: Any) -> dict[str, Any]:
+    """Return a tool in OpenAI's form, checked.
+
+    Raises:
+        SettingsError: It is not a function, or its parameters are not the schema of an object.
+    """
     function = schema.get("function", schema) if isinstance(schema, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise SettingsError(f"tools: {short_repr(schema)} is not a function with a name, a description and parameters.")
@@ -121,6 +132,7 @@ def _as_function(schema: Any) -> dict[str, Any]:
 
 
 def _choice_name(choice: Any) -> str:
+    """Return the name of a choice in any form: "auto", "any", "none", or the name of a tool."""
     if isinstance(choice, Mapping):  # as OpenAI or Anthropic write it
         function = choice.get("function", choice)
         if not isinstance(function, Mapping):
@@ -138,14 +150,14 @@ def _choice_name(choice: Any) -> str:
 
 
 def parameters_rule(function: Mapping[str, Any]) -> str:
-    """The arguments of a function, as a part of a grammar's rule."""
+    """Return an expression, for a rule of a grammar, of the arguments of a function."""
     parameters = function.get("parameters") or {"type": "object", "properties": {}}
     return json_rule(parameters, f"tool {short_repr(function['name'])}")
 
 
 @dataclass(frozen=True)
 class ParsedAnswer:
-    """What an answer, or the beginning of one, says and calls."""
+    """The content and the calls of an answer, or of the beginning of one."""
 
     content: str
     """The text beside the calls."""
@@ -154,7 +166,7 @@ class ParsedAnswer:
     """All calls in order, an unfinished one included."""
 
     final_calls: int = 0
-    """How many of the first calls no later text can change."""
+    """The number of calls, from the first one on, that no later text can change."""
 
     certain: int = field(default=0, compare=False)
-    """The length of the text's beginning that cannot turn out to belong to a call, in characters."""
+    """The length of the beginning that cannot turn out to belong to a call, in characters."""
