@@ -1,4 +1,4 @@
-"""The typed errors of this package; every message names the setting and how to fix it."""
+"""The typed errors of this package; their messages name the setting and say how to fix it."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class Problem:
     """What is wrong with one setting.
 
     Attributes:
-        where: The path to it: names of settings, and places in lists.
+        where: The path to the setting: names of settings, and indices in lists.
         what: What is wrong, and how to fix it.
-        value: "=..." if the value is to be shown.
+        value: "=" and the value, where the message shows it; else "".
     """
 
     where: tuple[int | str, ...]
@@ -47,11 +47,11 @@ class Problem:
 
     @property
     def path(self) -> str:
-        """Where it is, as it is told: without the types of a union."""
+        """The path as messages show it: without the types of a union, which pydantic adds."""
         return ".".join(step for step in map(str, self.where) if not _UNION_MEMBER.search(step))
 
     def inside(self, outer: tuple[int | str, ...]) -> Problem:
-        """The same, of settings that are themselves at this path."""
+        """Return the problem with its path behind that of the settings in which it is."""
         return replace(self, where=(*outer, *self.where))
 
     def __str__(self) -> str:
@@ -65,7 +65,7 @@ class SettingsError(CardsError, ValueError):
     """A setting or a per-call argument cannot be used as given."""
 
     problems: tuple[Problem, ...] = ()
-    """All that is wrong, where the settings of a class were checked."""
+    """All problems that were found, if a class of settings was validated."""
 
 
 class PromptError(CardsError, ValueError):
@@ -97,7 +97,7 @@ class CardsTimeout(CardsError, TimeoutError):
 
 
 def as_cards_error(error: BaseException, what: str) -> CardsError:
-    """The error itself if it is one of this package, else a `ModelError` that it is the cause of.
+    """Return the error itself if it is one of this package, else a `ModelError` with it as the cause.
 
     Args:
         error: What was raised.
@@ -111,7 +111,7 @@ def as_cards_error(error: BaseException, what: str) -> CardsError:
 
 
 def said(error: BaseException) -> str:
-    """An error as messages quote it: its type, and what it says."""
+    """Return an error as messages quote it: its type and its own message."""
     try:
         return f"{type(error).__name__}: {error}"
     except Exception:  # a bug in its own __str__
@@ -119,7 +119,7 @@ def said(error: BaseException) -> str:
 
 
 def short_repr(value: object) -> str:
-    """A value as errors quote it, in a few lines at most."""
+    """Return the repr of a value, shortened to a few lines at most."""
     try:
         return _EXCERPT.repr(value)
     except Exception:  # deep nesting, a number of thousands of digits, or a bug in the object's own repr
@@ -129,7 +129,15 @@ def short_repr(value: object) -> str:
 def unknown_name(
     what: str, name: str, known: Iterable[str], hint: str = "", elsewhere: Mapping[str, str] = MappingProxyType({})
 ) -> SettingsError:
-    """The error for an unknown name, with the nearest known names and then all of them."""
+    """Return the error for an unknown name, which quotes the most similar known names, and then all of them.
+
+    Args:
+        what: What the name is one of.
+        name: What was given.
+        known: The names that are known.
+        hint: Further advice, at the end of the message.
+        elsewhere: As for `nearest`.
+    """
     known = sorted(known)
     name = name[:200]
     near = nearest(name, known, elsewhere)
@@ -137,12 +145,12 @@ def unknown_name(
 
 
 def nearest(name: str, known: Iterable[str], elsewhere: Mapping[str, str] = MappingProxyType({})) -> str:
-    """ " Did you mean ...?" with the names that are most like it; "" if none is.
+    """Return " Did you mean ...?" with the most similar names; "" if none is similar.
 
     Args:
         name: What was given.
-        known: What could have been.
-        elsewhere: By name, how to write what belongs somewhere else.
+        known: The names that are known.
+        elsewhere: For each name that is known in another place only, how to write it there.
     """
     near = get_close_matches(name[:200], [*known, *elsewhere], n=3, cutoff=0.5)
     if near and near[0] in elsewhere:

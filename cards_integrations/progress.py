@@ -1,10 +1,10 @@
-"""What takes long says so on stderr while it runs: in a terminal, in a notebook, or with one line in a log.
+"""Shows on stderr what takes long while it runs: in a terminal, in a notebook, or with one line in a log.
 
     with phase("timing the steps of smollm2"):
         ...
 
-A phase appears when it is no longer short. All phases of the process are drawn by one thread, which is there only
-while there are any. Nothing is written to stdout.
+A phase appears once it has taken `APPEARS_AFTER` seconds. One thread draws all phases of the process; it runs only
+while there are phases. Nothing is written to stdout.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-APPEARS_AFTER = 0.3  # seconds: what is faster is never seen
-LONG = 2.0  # seconds: what took longer leaves a line
+APPEARS_AFTER = 0.3  # seconds; shorter phases are never shown
+LONG = 2.0  # seconds; longer phases leave a line
 PERIOD = 0.25  # seconds between two drawings
 
 Advance = Callable[[], None]
-"""Tells that one more step of a phase is done."""
+"""Is called when a step of a phase is done."""
 
 _shown: ContextVar[bool] = ContextVar("progress_shown", default=True)
 _counted: ContextVar[bool] = ContextVar("answers_counted", default=False)
 
 
 def wanted() -> bool:
-    """Return what the environment says (`CARDS_PROGRESS`), for what happens before there are settings."""
+    """Return whether the environment (`CARDS_PROGRESS`) allows progress; for phases before there are settings."""
     return os.environ.get("CARDS_PROGRESS", "1").lower() not in ("0", "false", "off", "no", "f", "n")
 
 
 @contextmanager
 def shown(wanted: bool) -> Iterator[None]:
-    """Show no phase that begins inside the block, in this thread and what it starts, unless it is wanted."""
+    """Hide phases that begin inside the block, in this thread and in those it starts, unless they are wanted."""
     token = _shown.set(_shown.get() and wanted)
     try:
         yield
@@ -54,17 +54,18 @@ def shown(wanted: bool) -> Iterator[None]:
 
 @contextmanager
 def phase(what: str, total: int | None = None, *, lasting: bool = True) -> Iterator[Advance]:
-    """Show what is done inside the block for as long as it is.
+    """Show a phase for as long as the block runs.
 
-    Phases of the same name are shown as one, with the sum of their steps.
+    Phases with the same name are shown as one, with the sum of their steps.
 
     Args:
-        what: What is done, as in "loading smollm2".
-        total: The number of steps; answers that are written inside the block are then taken to be these steps.
-        lasting: Leave a line that says how long it took, if it took long.
+        what: The name of the phase, as in "loading smollm2".
+        total: The number of steps; None for a phase without steps. With a total, answers that are written inside the
+            block are not counted as a phase of their own.
+        lasting: Whether a long phase leaves a line that says how long it took.
 
     Yields:
-        What is to be called after each step.
+        A function to be called after each step.
     """
     if not _shown.get():
         yield _nothing
@@ -79,11 +80,14 @@ def phase(what: str, total: int | None = None, *, lasting: bool = True) -> Itera
 
 @contextmanager
 def answering(total: int = 1, wanted: bool = True) -> Iterator[Advance]:
-    """A phase whose steps are answers; those of all callers are counted together, and none that a phase counts already.
+    """Show a phase whose steps are answers, those of all callers together; nothing inside of a phase with steps.
 
     Args:
         total: The number of answers.
         wanted: False shows nothing.
+
+    Yields:
+        A function to be called after each answer.
     """
     if _counted.get() or not wanted:
         yield _nothing
@@ -98,17 +102,17 @@ def _nothing() -> None:
 
 @dataclass
 class Phase:
-    """What is being done.
+    """Work that is shown while it runs.
 
     Attributes:
-        what: As the user reads it.
+        what: Its name, as the user reads it.
         total: The number of steps; None if it has none.
-        lasting: Whether it leaves a line.
-        done: Steps that are done.
-        users: How many do it now.
-        began: When, by the monotonic clock, in seconds.
-        ended: When, if it has.
-        said: Whether a log has its line.
+        lasting: Whether it leaves a line if it takes long.
+        done: The number of steps that are done.
+        users: How many blocks with this name are running.
+        began: When it began, in seconds of the monotonic clock.
+        ended: When it ended, in seconds of the monotonic clock; None while it runs.
+        said: True once its line is in a log.
     """
 
     what: str
@@ -126,26 +130,26 @@ class Phase:
 
     @property
     def seconds(self) -> float:
-        """Since it began, until it ended."""
+        """Seconds since it began, or from its beginning to its end."""
         return (self.ended or time.monotonic()) - self.began
 
     @property
     def count(self) -> str:
-        """Steps done, of all; "" if there is nothing to count."""
+        """The steps done and all steps, as in "3/8"; "" if there are fewer than two."""
         return f"{self.done}/{self.total}" if self.total and self.total > 1 else ""
 
 
 class Screen(Protocol):
-    """Where phases are seen, from the first one to the last."""
+    """Where phases are shown. There is a new one whenever a phase begins while there is none."""
 
     def draw(self, phases: Sequence[Phase]) -> None:
-        """Show the phases that go on."""
+        """Show the phases that are running."""
 
     def leave(self, phase: Phase) -> None:
-        """Say that a phase has ended that took long."""
+        """Leave a line for a long phase that has ended."""
 
     def close(self) -> None:
-        """Show no phases any more."""
+        """Remove what is shown of running phases."""
 
 
 class Board:
@@ -172,7 +176,7 @@ class Board:
             return found
 
     def end(self, phase: Phase) -> None:
-        """Remove a phase when the last one has left it; what was drawn of it is gone when this returns."""
+        """Remove a phase once the last block with its name has ended; its drawing is gone when this returns."""
         with self._changed:
             phase.users -= 1
             if phase.users:
@@ -190,7 +194,7 @@ class Board:
                 self._changed.notify()
 
     def close(self) -> None:
-        """Draw nothing any more: a thread that writes while the interpreter ends would bring it down."""
+        """Stop drawing: a thread that writes while the interpreter exits would crash it."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -209,7 +213,7 @@ class Board:
                     self._changed.wait(PERIOD)
                     continue
             try:
-                screen = _screen()  # nobody waits for the lock while rich is imported
+                screen = _screen()  # without the lock, as importing rich takes time
             except Exception:
                 screen = NoScreen()
             with self._changed:
@@ -221,24 +225,24 @@ class Board:
 
 
 def _screen() -> Screen:
-    """The one that suits stderr."""
+    """Return the screen that suits stderr."""
     if sys.stderr is None:  # a process without streams
         return NoScreen()
     from rich.console import Console
 
-    as_table([Phase("", 2, lasting=False)])  # imports what a drawing needs
+    as_table([Phase("", 2, lasting=False)])  # imports all that drawing needs
     if (shell := sys.modules.get("IPython")) and hasattr(shell.get_ipython(), "kernel"):
         return NotebookScreen()
     console = Console(stderr=True)
-    is_terminal = sys.stderr.isatty() and not console.is_dumb_terminal  # whatever FORCE_COLOR says
+    is_terminal = sys.stderr.isatty() and not console.is_dumb_terminal  # console.is_terminal goes by FORCE_COLOR
     return TerminalScreen(console) if is_terminal else LogScreen()
 
 
 class TerminalScreen:
-    """A line for each phase, redrawn where it stands.
+    """A line for each phase, redrawn in place.
 
     Args:
-        console: That of stderr.
+        console: The console of stderr.
     """
 
     def __init__(self, console: Console) -> None:
@@ -270,7 +274,7 @@ class TerminalScreen:
 
 
 class NotebookScreen:
-    """An output of the cell, replaced as phases go on; what took long stays in it."""
+    """An output of the cell, replaced as phases go on; lines of long phases stay in it."""
 
     def __init__(self) -> None:
         self._handle: Any = None
@@ -295,7 +299,7 @@ class NotebookScreen:
 
 
 class NoScreen:
-    """Nobody sees anything."""
+    """Shows nothing."""
 
     def draw(self, phases: Sequence[Phase]) -> None:
         pass
@@ -308,7 +312,7 @@ class NoScreen:
 
 
 class LogScreen(NoScreen):
-    """A stream that nobody watches gets one line for each phase that takes long and would leave one."""
+    """One line for each long phase that would leave one, in a stream that is no terminal."""
 
     def draw(self, phases: Sequence[Phase]) -> None:
         for phase in phases:
@@ -318,14 +322,14 @@ class LogScreen(NoScreen):
 
 
 def as_table(phases: Sequence[Phase], ended: Sequence[Phase] = ()) -> Table:
-    """Draw phases that have ended, then those that go on: what, how far, and for how long."""
+    """Return a table of phases that have ended, then of those that are running: name, seconds, and steps."""
     from rich.progress_bar import ProgressBar
     from rich.spinner import Spinner
     from rich.table import Table
 
     table = Table.grid(padding=(0, 1))
     for part in ("spinner", "what", "seconds", "bar", "count"):
-        table.add_column(no_wrap=part != "what")  # which is shortened where there is no room
+        table.add_column(no_wrap=part != "what")  # the name is shortened if there is no room
     for phase in ended:
         table.add_row("[green]✓[/green]", _shortened(phase.what), f"[dim]{_duration(phase.seconds)}[/dim]")
     for phase in phases:
@@ -352,7 +356,7 @@ atexit.register(lambda: _board.close())
 
 
 def _renew() -> None:
-    """A forked child has no thread that draws, and nothing goes on in it."""
+    """Replace the board in a forked child, which has neither its phases nor the thread that draws."""
     global _board
     _board = Board()
 

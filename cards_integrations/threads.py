@@ -1,4 +1,4 @@
-"""Slow work in threads of its own: functions of users, the loading of models."""
+"""Runs slow work, such as functions of users and the loading of models, in threads of its own."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from typing import Any, TypeVar
 from cards_integrations.errors import said
 
 T = TypeVar("T")
-EXIT_PATIENCE = 10.0  # seconds that the end of the interpreter waits for a thread that waits for something itself
-WAITING = ("threading", "queue", "selectors", "socket", "ssl", "subprocess")  # modules in which a thread only waits
+EXIT_PATIENCE = 10.0  # seconds that the exit of the interpreter waits for a thread that is only waiting itself
+WAITING = ("threading", "queue", "selectors", "socket", "ssl", "subprocess")  # modules whose functions only wait
 
 
 class InterpreterExit(BaseException):
-    """Raised in a thread that the end of the interpreter has to wait for."""
+    """Raised in a thread that would delay the exit of the interpreter."""
 
 
 async def in_thread(function: Callable[..., T], *args: Any) -> T:
@@ -32,8 +32,8 @@ async def in_thread(function: Callable[..., T], *args: Any) -> T:
 
     Raises:
         Exception: Whatever the function raises.
-        RuntimeError: The function raised what is no `Exception` (SystemExit, say), or StopIteration, which a
-            future cannot hold.
+        RuntimeError: The function raised something other than an `Exception`, such as SystemExit, or StopIteration,
+            which a future cannot hold.
     """
     loop, context = asyncio.get_running_loop(), copy_context()
     future: asyncio.Future[T] = loop.create_future()
@@ -61,7 +61,7 @@ async def in_thread(function: Callable[..., T], *args: Any) -> T:
 
 
 def retrieve_error(task: asyncio.Task[Any]) -> None:
-    """Look at the error of a task that has ended: its caller may have gone, and then nobody else does."""
+    """Mark the error of a finished task as seen: if its caller has gone, asyncio would log it as never retrieved."""
     if not task.cancelled():
         task.exception()
 
@@ -69,7 +69,7 @@ def retrieve_error(task: asyncio.Task[Any]) -> None:
 def in_own_loop(work: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine in a new event loop and a new daemon thread, and wait for its result.
 
-    So a blocking call may use what is asynchronous, even where the caller's thread has a running loop.
+    A blocking call can so use asynchronous functions, even if a loop is running in the caller's thread.
 
     Raises:
         Exception: Whatever the coroutine raises.
@@ -78,7 +78,7 @@ def in_own_loop(work: Coroutine[Any, Any, T]) -> T:
 
     async def settle() -> None:
         try:
-            future.set_result(await work)  # the end of the loop may have to wait, say for a name server
+            future.set_result(await work)  # now: closing the loop may take long, say for a name server
         except BaseException as error:
             future.set_exception(error)
 
@@ -92,16 +92,16 @@ def _fits_future(error: BaseException) -> bool:
 
 @contextmanager
 def ended_before_exit() -> Iterator[None]:
-    """Let the end of the interpreter wait for what this thread does inside the block, and cut it short.
+    """Make the exit of the interpreter interrupt this thread inside the block, and wait until it has ended.
 
-    An interpreter that ends amid native code, such as torch's, aborts. So `InterpreterExit` is raised in the thread,
-    which it meets between two lines of Python, at the latest when a long native call has returned.
+    A process that exits while a thread is in native code, such as torch's, aborts. So `InterpreterExit` is raised in
+    the thread. It is raised between two bytecodes of Python: a long native call delays it until it returns.
     """
     thread = threading.current_thread()
 
     def finish() -> None:
         told, began = sys.unraisablehook, time.monotonic()
-        # raised where nothing can be raised, it is told and forgotten; it will be raised again
+        # where it cannot propagate, as in __del__, Python reports and drops it: do not report it, and raise it again
         sys.unraisablehook = lambda what: None if what.exc_type is InterpreterExit else told(what)
         while thread.is_alive() and not (_only_waits(thread) and time.monotonic() > began + EXIT_PATIENCE):
             ctypes.pythonapi.PyThreadState_SetAsyncExc(
@@ -117,6 +117,6 @@ def ended_before_exit() -> Iterator[None]:
 
 
 def _only_waits(thread: threading.Thread) -> bool:
-    """True if a thread is inside of a lock or a socket, where the interpreter may leave it."""
+    """True if a thread waits for a lock or a socket, where the interpreter can safely leave it."""
     frame = sys._current_frames().get(thread.ident or 0)
     return frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in WAITING

@@ -1,4 +1,4 @@
-"""What happened: segments, drafts, rewards, thresholds, and what they cost."""
+"""The trace of an answer: its segments and drafts, their rewards and thresholds, and what they cost."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ __all__ = [
 ]
 
 Verdict = Literal["accepted", "rejected", "best", "unscored"]
-"""What a method decided: kept, not kept, kept as the best of those that were not, or kept without a reward."""
+"""What a method decided about a draft: "accepted" (kept), "rejected" (not kept), "best" (kept as the best one, as none
+was accepted), or "unscored" (kept without a reward)."""
 FinishReason = Literal["stop", "length"]
 """Why a text ended: the model or a stop string ended it, or the length limit did."""
 ScaleOrigin = Literal["published", "remembered", "measured"]
@@ -44,11 +45,11 @@ class Usage:
     prompt_tokens: int = 0
     """Tokens of the prompt."""
     cached_tokens: int = 0
-    """Those tokens of the prompt that an earlier request had read."""
+    """Tokens of the prompt that were not read again, as an earlier request had read them."""
     completion_tokens: int = 0
     """Tokens of the answer."""
     reasoning_tokens: int = 0
-    """Tokens of the thoughts before it."""
+    """Tokens of the thoughts before the answer."""
     drafted_tokens: int = 0
     """Tokens that were sampled for candidates, finished or not."""
     drafts: int = 0
@@ -80,11 +81,11 @@ class DraftTrace:
     """A candidate that the method examined."""
 
     index: int
-    """Its place among the candidates of its segment."""
+    """Its index among the candidates of its segment."""
     text: str
-    """Its own text."""
+    """Its text, without the answer before it."""
     token_ids: tuple[int, ...]
-    """Its own tokens."""
+    """Its tokens, without those of the answer before it."""
     reward: float | None
     """The reward of the answer up to its end; None if it was not scored."""
     threshold: float | None
@@ -92,7 +93,7 @@ class DraftTrace:
     verdict: Verdict
     """What the method decided."""
     parts: dict[str, float] = field(default_factory=dict)
-    """By name, the scores that a composite reward consists of."""
+    """The scores that a composite reward consists of, by name."""
     parent: int | None = None
     """The index of the candidate of the segment before that it follows; None if that is the kept one."""
 
@@ -102,9 +103,9 @@ class Segment:
     """A kept segment."""
 
     text: str
-    """Its own text."""
+    """Its text, without the answer before it."""
     token_ids: tuple[int, ...]
-    """Its own tokens."""
+    """Its tokens, without those of the answer before it."""
     reward: float | None
     """The reward of the answer up to its end; None if it was not scored."""
     threshold: float | None
@@ -112,10 +113,10 @@ class Segment:
     drafts: tuple[DraftTrace, ...]
     """The candidates that were examined for it, in order."""
     parts: dict[str, float] = field(default_factory=dict)
-    """By name, the scores that a composite reward consists of."""
+    """The scores that a composite reward consists of, by name."""
 
     def summary(self) -> dict[str, Any]:
-        """Return what observers receive: each draft with its verdict, but no tokens."""
+        """Return the segment as observers receive it: with each draft and its verdict, but without tokens."""
         return {
             "text": self.text,
             "reward": self.reward,
@@ -132,7 +133,7 @@ class ToolCall:
     """A call of a tool."""
 
     id: str
-    """Names the call; the tool's result refers to it."""
+    """The id of the call, to which the tool's result refers."""
     name: str
     """The name of the tool."""
     arguments: dict[str, Any]
@@ -141,10 +142,10 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class InvalidToolCall:
-    """A text in the place of a tool call that is none."""
+    """A text in the place of a tool call that is not one."""
 
     id: str
-    """Names the call, as if it were one."""
+    """An id as that of a call."""
     name: str | None
     """The name of the tool; None if there is none in the text."""
     arguments: str
@@ -160,11 +161,11 @@ class Thinking:
     text: str
     """The thoughts, without the marks around them."""
     token_ids: tuple[int, ...]
-    """Their tokens, which are part of the answer's `prompt_ids`."""
+    """The tokens of the thoughts, which are part of the answer's `prompt_ids`."""
     segments: tuple[Segment, ...]
-    """Their segments, in order."""
+    """The segments of the thoughts, in order."""
     finish_reason: FinishReason
-    """"stop" if the model ended them, "length" if `max_thinking_tokens` did."""
+    """"stop" if the model ended the thoughts, "length" if `max_thinking_tokens` did."""
 
 
 @dataclass(frozen=True)
@@ -172,14 +173,14 @@ class Guidance:
     """What the rewards of an answer were compared with."""
 
     target: float | None
-    """The reward to be reached; None for a method without a target."""
+    """The reward that finished answers should reach; None for a method without a target."""
     beta: float | None
     """The temperature of the reward, in its units; None if it makes no difference."""
     target_origin: GuidanceOrigin | None = None
-    """"given" in the settings of the method, "calibrated", or by the scale of the reward, which was "published" with
-    it, "remembered" in the cache directory, or "measured" by this engine."""
+    """Where the target came from: "given" in the settings of the method, "calibrated", or computed from the scale of
+    the reward, which was "published" with it, "remembered" in the cache directory, or "measured" by this engine."""
     beta_origin: GuidanceOrigin | None = None
-    """The same for beta; "default" where nothing was known."""
+    """Where beta came from, in the same words; "default" if nothing was known."""
 
 
 @dataclass(frozen=True)
@@ -189,31 +190,31 @@ class SearchRound:
     tokens: int
     """Tokens of a draft."""
     width: int
-    """Drafts, of all prefixes together."""
+    """Drafts of all prefixes together."""
     survivors: int
-    """Prefixes that are kept."""
+    """Drafts that are kept: for the next round or, after the last one, as the answer."""
 
 
 @dataclass(frozen=True)
 class SearchPlan:
-    """The rounds of a search, chosen when it begins. With the same seed the same plan gives the same text."""
+    """The rounds of a search, chosen when it begins. The same plan with the same seed gives the same text."""
 
     rounds: tuple[SearchRound, ...]
-    """In order."""
+    """The rounds, in order."""
 
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token, and log p of it under the language model itself: full vocabulary, temperature 1."""
+    """A token, and its log p under the language model itself: full vocabulary, temperature 1."""
 
     token: str
-    """Its text; U+FFFD for bytes that are no whole character."""
+    """Its text; U+FFFD for bytes that are not a whole character."""
     token_id: int
     """Its id in the model's vocabulary."""
     logprob: float
-    """In nats."""
+    """Its log p, in nats."""
     top: tuple[TokenLogprob, ...] = ()
-    """The most probable tokens in its place, most probable first."""
+    """The most probable tokens in its place, the most probable one first."""
 
 
 @dataclass(frozen=True)
@@ -221,17 +222,17 @@ class Alignment:
     """A finished answer."""
 
     text: str
-    """All of the answer."""
+    """The whole answer, its tool calls included."""
     token_ids: tuple[int, ...]
-    """Its tokens."""
+    """The tokens of the answer."""
     prompt_ids: tuple[int, ...]
-    """All that was before the answer: the prompt, and the thoughts."""
+    """The tokens before the answer: those of the prompt and of the thoughts."""
     reward: float | None
     """The reward of the whole answer; None if nothing was scored."""
     segments: tuple[Segment, ...]
     """The kept segments, in order."""
     usage: Usage
-    """What it cost."""
+    """What the answer cost."""
     finish_reason: FinishReason
     """"stop" if the model or a stop string ended it, "length" if `max_tokens` did."""
     log_likelihood: float
@@ -248,13 +249,13 @@ class Alignment:
     content: str = ""
     """The answer without its tool calls."""
     tool_calls: tuple[ToolCall, ...] = ()
-    """Its calls of tools."""
+    """The tool calls of the answer."""
     invalid_tool_calls: tuple[InvalidToolCall, ...] = ()
-    """What stands in the place of calls and is none."""
+    """Texts in the place of tool calls that are not calls."""
     request_id: str = ""
-    """The name of the request in the log."""
+    """The id of the request in the log."""
     guidance: Guidance | None = None
-    """The target and the beta that the method went by, and where they came from; None for a method without them."""
+    """The target and the beta that the method used, and where they came from; None for a method without them."""
     plan: SearchPlan | None = None
     """The rounds that the method planned, for `Cascade(plan=...)`; None for a method without a plan."""
     thinking: Thinking | None = None
@@ -262,34 +263,34 @@ class Alignment:
     logprobs: tuple[TokenLogprob, ...] = ()
     """The answer's tokens with their log p; empty unless asked for."""
     kept_at: tuple[float, ...] = ()
-    """Seconds from the request until each segment was kept; those of a search may be kept together."""
+    """Seconds from the request until each segment was kept; a search may keep several at once."""
 
     def __str__(self) -> str:
         return self.text
 
     @property
     def out_of_reach(self) -> bool:
-        """True if a method with a target accepted no segment: each is the best of its rejected candidates."""
+        """True if a method with a target accepted no segment: each one is the best of its rejected candidates."""
         if self.guidance is None or self.guidance.target is None or not self.segments:
             return False
         return all(any(draft.verdict == "best" for draft in segment.drafts) for segment in self.segments)
 
     @property
     def thoughts(self) -> str:
-        """What the model thought before it answered; empty if it did not."""
+        """The thoughts before the answer; "" if there were none."""
         return self.thinking.text if self.thinking else ""
 
     @property
     def rewards(self) -> dict[str, float]:
-        """By name, the scores that the reward of the whole answer consists of, and those of single sources."""
+        """The scores that the reward of the whole answer consists of, and those of single sources, by name."""
         return self.segments[-1].parts if self.segments else {}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain dicts, lists, strings and numbers."""
+        """Return the answer as plain dicts, lists, strings and numbers."""
         return asdict(self)
 
     def _repr_html_(self) -> str:
-        """Draw the answer in a notebook: the text, bluer where rewards are higher, every candidate, and the cost."""
+        """Return the answer as a notebook shows it: the text, bluer where rewards are higher, candidates, and cost."""
         from cards_integrations import picture
 
         return picture.fragment(self)
@@ -323,7 +324,7 @@ class Alignment:
         return picture.draw(self, axes)
 
     def summary(self) -> dict[str, Any]:
-        """Return what the frameworks put into their metadata: all but the tokens and the rejected text."""
+        """Return the metadata that frameworks receive: all but the tokens and the rejected text."""
         return {
             "request_id": self.request_id,
             "reward": self.reward,

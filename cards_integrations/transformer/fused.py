@@ -1,7 +1,8 @@
-"""Decoder layers and norms that compute the same in fewer operations.
+"""Decoder layers and norms that compute the same results in fewer operations.
 
-A step of a small model on a CPU is hundreds of small operations, each of which takes longer to be called than to be
-computed. A module is replaced only if its parts are those of a known shape and it gives the same on random input.
+A step of a small model on a CPU consists of hundreds of small operations, and calling one takes longer than computing
+it. A module is replaced only if it has the expected parts, and if its replacement gives the same output for random
+input.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from cards_integrations.transformer.cache_layers import cache_argument
 from cards_integrations.transformer.quantization import rounds_inputs, side_by_side
 
-EXACT, ROUNDED = 1e-5, 1e-2  # how far a replacement may be off, where inputs of products are not rounded or are
-PARTS = {  # of a layer that a `FusedLayer` can replace; others, such as norms of queries and keys, it would leave out
+EXACT, ROUNDED = 1e-5, 1e-2  # largest relative error of a replacement, without and with rounded inputs of products
+PARTS = {  # all parts of a layer that `FusedLayer` can replace; it would leave out others, such as norms of queries
     "": {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"},
     "self_attn": {"q_proj", "k_proj", "v_proj", "o_proj"},
     "mlp": {"gate_proj", "up_proj", "down_proj", "act_fn"},
@@ -27,7 +28,12 @@ PARTS = {  # of a layer that a `FusedLayer` can replace; others, such as norms o
 
 
 class FusedRMSNorm(nn.Module):
-    """An RMSNorm in four operations: `inputs * weight / sqrt(mean(inputs^2) + eps)`, by the length of `inputs`."""
+    """An RMSNorm in four operations: `inputs * weight / sqrt(mean(inputs^2) + eps)`, by way of the norm of `inputs`.
+
+    Args:
+        weight: (hidden size,).
+        eps: The constant under the root.
+    """
 
     scaled: Tensor
 
@@ -43,9 +49,12 @@ class FusedRMSNorm(nn.Module):
 
 
 class OncePerForward(threading.local):
-    """What all layers of a forward have in common: its rotary angles, and its attention; for each thread its own.
+    """What all layers of a forward share: its rotary angles and its attention function; each thread has its own.
 
-    A head is turned as `head * cos + halves exchanged * sin`, where the first half has the other sign.
+    A head is rotated by `head * cos + swapped * sin`, where `swapped` has its halves exchanged, the first one negated.
+
+    Attributes:
+        attend: The attention function of transformers.
     """
 
     def __init__(self) -> None:
@@ -54,10 +63,15 @@ class OncePerForward(threading.local):
         self._cos = self._sin = torch.empty(0)
 
     def __deepcopy__(self, memo: Any) -> OncePerForward:
-        return OncePerForward()  # one for all layers of the copy, which has forwards of its own
+        return OncePerForward()  # a copied model has forwards of its own
 
     def begin(self, given: tuple[Tensor, Tensor], config: Any) -> None:
-        """Take cos and sin, (batch, tokens, size), which are the same two tensors in all layers of a forward."""
+        """Prepare a forward, in its first layer.
+
+        Args:
+            given: Cosines and sines, (batch, tokens, head size); the same pair in all layers of a forward.
+            config: The config of the attention.
+        """
         if given is not self._given:
             cos, sin = given
             half = sin.shape[-1] // 2
@@ -66,16 +80,16 @@ class OncePerForward(threading.local):
             self.attend = ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation, sdpa_attention_forward)
 
     def rotated(self, heads: Tensor) -> Tensor:
-        """Return heads (batch, tokens, heads, size) turned by the angles of their tokens."""
+        """Return heads (batch, tokens, heads, head size) rotated by the angles of their tokens."""
         exchanged = heads.roll(heads.shape[-1] // 2, -1)
         return (heads * self._cos).add_(exchanged.mul_(self._sin))
 
 
 class FusedLayer(nn.Module):
-    """A decoder layer as Llama's, in one function; its parts keep their places and names, so adapters find them.
+    """A decoder layer like Llama's, in one function. Its parts keep their names, so that adapters find them.
 
     Args:
-        layer: The layer, whose parts are taken over.
+        layer: The layer whose parts it takes over.
         shared: One object for all layers of the model.
     """
 
@@ -101,7 +115,17 @@ class FusedLayer(nn.Module):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """(batch, tokens, hidden size) -> the same; arguments are those that transformers gives a decoder layer."""
+        """Return the outputs of the layer, with the arguments that transformers passes to a decoder layer.
+
+        Args:
+            hidden_states: (batch, tokens, hidden size).
+            attention_mask: As the attention function takes it.
+            position_embeddings: Cosines and sines, (batch, tokens, head size).
+            kwargs: The cache, and further arguments of the attention function.
+
+        Returns:
+            (batch, tokens, hidden size).
+        """
         assert position_embeddings is not None
         self.shared.begin(position_embeddings, self.self_attn.config)
         cache = kwargs.pop(self.cache_argument, None)
@@ -113,6 +137,7 @@ class FusedLayer(nn.Module):
         return outputs
 
     def _attend(self, normed: Tensor, mask: Tensor | None, cache: Any, kwargs: dict[str, Any]) -> Tensor:
+        """Return the output of the attention, (batch, tokens, hidden size)."""
         own, shape = self.self_attn, normed.shape[:-1]
         heads = side_by_side((own.q_proj, own.k_proj, own.v_proj), normed).view(*shape, -1, self.size)
         value = heads[:, :, self.queries + self.keys :].transpose(1, 2)
@@ -126,10 +151,10 @@ class FusedLayer(nn.Module):
 
 
 def fuse(model: nn.Module) -> None:
-    """Replace the norms and layers of a model by those that compute the same in fewer operations.
+    """Replace the norms and layers of a model, in place, by those that compute the same in fewer operations.
 
     Args:
-        model: A model in float32 or with quantized layers, which is changed.
+        model: A model in float32, or with quantized layers.
     """
     for parent, name, module in list(_children(model)):
         fused = _as_rms_norm(module)
@@ -143,13 +168,14 @@ def fuse(model: nn.Module) -> None:
 
 
 def _children(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """Yield all modules below the model, each with its parent and its name there."""
     for parent in model.modules():
         for name, module in parent.named_children():
             yield parent, name, module
 
 
 def _as_rms_norm(module: nn.Module) -> FusedRMSNorm | None:
-    """Return a module as a `FusedRMSNorm`; None if it is no RMS norm."""
+    """Return a module as a `FusedRMSNorm`; None if it is not an RMSNorm."""
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     parameters = dict(module.named_parameters())
     if not isinstance(eps, float) or set(parameters) != {"weight"} or parameters["weight"].dim() != 1:
@@ -157,7 +183,7 @@ def _as_rms_norm(module: nn.Module) -> FusedRMSNorm | None:
     weight = parameters["weight"]
     sample = torch.randn(3, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
     expected = module(sample)
-    for candidate in (weight, nn.Parameter(1 + weight, requires_grad=False)):  # Gemma holds its weights less 1
+    for candidate in (weight, nn.Parameter(1 + weight, requires_grad=False)):  # Gemma stores its weights minus 1
         fused = FusedRMSNorm(candidate, eps)
         if _same(fused(sample), expected, EXACT):
             return fused
@@ -179,7 +205,7 @@ def _as_fused_layer(module: nn.Module, shared: OncePerForward) -> FusedLayer | N
 
 @torch.no_grad()
 def _outputs(fused: FusedLayer, layer: nn.Module) -> tuple[Tensor, Tensor]:
-    """Return the outputs of both for five tokens, each of which sees those before it."""
+    """Return the outputs of both for five random tokens under a causal mask, each (1, 5, hidden size)."""
     draw = torch.Generator().manual_seed(0)
     width = len(fused.input_layernorm.weight)
     cos, sin = torch.randn(2, 1, 5, fused.size, generator=draw)
@@ -190,4 +216,5 @@ def _outputs(fused: FusedLayer, layer: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def _same(found: Tensor, expected: Tensor, tolerance: float) -> bool:
+    """True if two tensors have the same shape, and differ by at most the relative tolerance."""
     return found.shape == expected.shape and bool((found - expected).norm() <= tolerance * expected.norm())

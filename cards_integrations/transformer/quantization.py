@@ -1,12 +1,13 @@
-"""Linear layers with weights of 4, 8 or 16 bits, by the kernels that torch has for them on a CPU.
+"""Linear layers with weights of 4, 8 or 16 bits, which use torch's kernels for CPUs.
 
-16 bits are half precision, and products of them are those of float32, in another order.
+16 bits are half precision; their products are those of float32, summed in another order.
 
 On x86 the kernels for 4 and 8 bits are vectorized for bf16 only: inputs and outputs are rounded to it, and sums are in
-float32. They give a row the same bits whatever the other rows are, and so do norms and activations. Attention does not:
-its sums run over the columns in another order when other candidates lie between, and a last bit that differs becomes
-one of bf16's. In float64 it differs too little for that. So a model whose products are all of this kind gives a token
-the same bits alone and in company, at the price of keys and values of 8 bytes a number.
+float32. They give a row the same bits whatever the other rows of the batch are, and so do norms and activations.
+Attention does not: it sums over the columns of the cache in another order if other candidates lie in between. In
+float32, a difference in the last bit could then change how the inputs of the next product are rounded to bf16; in
+float64, it is too small for that. So attention runs in float64, and a model whose products are all of this kind gives a
+token the same bits alone and in a batch. The price is 8 bytes for each number of keys and values.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ import torch
 from torch import Tensor, nn
 
 GROUP = 32  # weights that share a scale and a minimum
-ALIGNED = 16  # rows that the int4 kernel takes together; columns that the int8 kernel reads at once, unchecked
+ALIGNED = 16  # rows of a block of the int4 kernel; columns that the int8 kernel reads at once, without a check
 
 
 class Groups(NamedTuple):
     """A weight (rows, columns) in 4 bits: `scale * values + minimum`.
 
     Attributes:
-        values: (rows, columns), 0 to 15.
-        scale: (rows, columns / 32).
-        minimum: (rows, columns / 32).
+        values: (rows, columns) uint8, 0 to 15.
+        scale: The distance of two neighboring values in each group, (rows, columns / 32).
+        minimum: The weight of value 0 in each group, (rows, columns / 32).
     """
 
     values: Tensor
@@ -38,7 +39,7 @@ class Groups(NamedTuple):
 
     @classmethod
     def of(cls, weight: Tensor) -> Groups:
-        """Round a weight to the nearest of 16 values between the least and the greatest of each group."""
+        """Round a weight (rows, columns) to 16 evenly spaced values between the extremes of each group."""
         grouped = weight.float().view(len(weight), -1, GROUP)
         low, high = grouped.amin(-1), grouped.amax(-1)
         scale = ((high - low) / 15).bfloat16().float()  # as the kernel will hold it
@@ -47,27 +48,27 @@ class Groups(NamedTuple):
 
     @property
     def weight(self) -> Tensor:
-        """The weight, in float32."""
+        """The rounded weight, (rows, columns) float32."""
         grouped = self.values.view(len(self.values), -1, GROUP).float()
         return (grouped * self.scale.float()[..., None] + self.minimum.float()[..., None]).view(self.values.shape)
 
     @classmethod
     def cat(cls, several: Sequence[Groups]) -> Groups:
-        """Return the groups of weights one below the other."""
+        """Return the groups of several weights, their rows one below the other."""
         return cls(*(torch.cat(parts) for parts in zip(*several, strict=True)))
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer with a kernel for its product, in float32 outside of it.
+    """A linear layer whose product a kernel computes; its inputs and outputs are float32.
 
     Args:
-        shape: (outputs, inputs).
+        shape: That of the weight, (outputs, inputs).
         bias: (outputs,), or None.
     """
 
     bias: Tensor | None
     rounds_inputs = True
-    """Whether the kernel rounds inputs to bf16; then `product` takes and gives bf16, and float32 otherwise."""
+    """Whether the kernel rounds inputs to bf16."""
 
     def __init__(self, shape: Sequence[int], bias: Tensor | None) -> None:
         super().__init__()
@@ -75,7 +76,7 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("bias", bias)
 
     def product(self, rows: Tensor) -> Tensor:
-        """(rows, inputs) -> (rows, outputs)."""
+        """Multiply by the weight: (rows, inputs) -> (rows, outputs), both bf16."""
         raise NotImplementedError
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -85,7 +86,12 @@ class QuantizedLinear(nn.Module):
 
 
 class Int4Linear(QuantizedLinear):
-    """16 values between a minimum and a maximum for each group of 32 weights; `weight` is what the kernel packs."""
+    """A linear layer with 16 values for each group of 32 weights, see `Groups`.
+
+    Attributes:
+        weight: The values in the kernel's own layout.
+        scales: The scale and the zero of each group, (inputs / 32, outputs, 2) bf16.
+    """
 
     weight: Tensor
     scales: Tensor
@@ -108,7 +114,13 @@ class Int4Linear(QuantizedLinear):
 
 
 class Int8Linear(QuantizedLinear):
-    """255 values around zero for each row of the weight."""
+    """A linear layer with 255 values around zero for each row of the weight, see `int8_rows`.
+
+    Args:
+        weight: (outputs, inputs) int8.
+        scale: (outputs,) bf16.
+        bias: (outputs,), or None.
+    """
 
     weight: Tensor
     scale: Tensor
@@ -120,7 +132,7 @@ class Int8Linear(QuantizedLinear):
 
     @staticmethod
     def takes(shape: Sequence[int]) -> bool:
-        """Return True if the kernel can multiply by a weight (outputs, inputs); it does not check that itself."""
+        """Return True if the kernel can multiply by a weight (outputs, inputs), which it does not check itself."""
         return shape[1] % ALIGNED == 0
 
     def product(self, rows: Tensor) -> Tensor:
@@ -129,7 +141,11 @@ class Int8Linear(QuantizedLinear):
 
 
 class Packed:
-    """A weight in a kernel's own form, which copies of a module share."""
+    """A weight in half precision in a kernel's own layout, which copies of a module share.
+
+    Args:
+        weight: (outputs, inputs) float32.
+    """
 
     def __init__(self, weight: Tensor) -> None:
         self.content = torch.ops.quantized.linear_prepack_fp16(weight, None)
@@ -139,18 +155,23 @@ class Packed:
 
 
 class Float16Linear(QuantizedLinear):
-    """A weight in half precision, for a product in float32 with inputs that are not rounded."""
+    """A linear layer with a weight in half precision; inputs, products and sums are float32.
+
+    Args:
+        weight: (outputs, inputs).
+        bias: (outputs,), or None.
+    """
 
     rounds_inputs = False
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__(weight.shape, bias)
         self.packed: Packed | None = Packed(weight.float())
-        self.weight = torch.empty(weight.shape, device="meta")  # for those who ask for its shape
+        self.weight = torch.empty(weight.shape, device="meta")  # only its shape
 
     @staticmethod
     def takes(weight: Tensor) -> bool:
-        """Return True if half precision has such large numbers."""
+        """Return True if all weights are within the range of half precision."""
         return bool(weight.abs().max() <= torch.finfo(torch.float16).max)  # False for NaN
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -159,12 +180,16 @@ class Float16Linear(QuantizedLinear):
         return out if self.bias is None else out + self.bias
 
     def release(self) -> None:
-        """Give the weight back, if no copy of the layer has it."""
+        """Drop the weight, whose memory is freed if no copy of the layer has it."""
         self.packed = None
 
 
 class HalfEmbedding(nn.Module):
-    """An embedding held in half precision, whose rows are given in float32."""
+    """An embedding in half precision, which returns float32.
+
+    Args:
+        weight: (tokens, size) float16.
+    """
 
     weight: Tensor
 
@@ -178,7 +203,12 @@ class HalfEmbedding(nn.Module):
 
 
 class Int8Embedding(nn.Module):
-    """An embedding in the form of an `Int8Linear`, with which it may share its weight."""
+    """An embedding in the form of an `Int8Linear`, with which it may share its weight; it returns float32.
+
+    Args:
+        weight: (tokens, size) int8.
+        scale: (tokens,) bf16.
+    """
 
     weight: Tensor
     scale: Tensor
@@ -195,7 +225,7 @@ class Int8Embedding(nn.Module):
 
 
 def int8_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Round a weight (rows, columns) to int8; returns it with its scales (rows,) in bf16."""
+    """Round a weight (rows, columns) to int8, and return it with its scales, (rows,) bf16."""
     scale = (weight.float().abs().amax(-1) / 127).bfloat16()
     rounded = torch.empty(weight.shape, dtype=torch.int8)
     for at in range(0, len(weight), 4096):  # a large vocabulary in float32 takes much memory
@@ -206,7 +236,12 @@ def int8_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class LastProduct(threading.local):
-    """What `Together` has computed and not given out yet; for each thread its own."""
+    """Outputs of `Together` that have been computed and not fetched yet; each thread has its own.
+
+    Attributes:
+        inputs: The inputs that they belong to; None if all of them have been fetched.
+        outputs: The outputs of each layer, by its index.
+    """
 
     def __init__(self) -> None:
         self.inputs: Tensor | None = None
@@ -217,11 +252,11 @@ class LastProduct(threading.local):
 
 
 class Together(nn.Module):
-    """Linear layers that are always given the same input, computed in one product.
+    """Linear layers that always get the same input, computed as one product.
 
     Args:
-        linear: The product of all.
-        sizes: The outputs of each.
+        linear: A layer with the outputs of all of them, one after the other.
+        sizes: How many outputs each of them has.
     """
 
     def __init__(self, linear: nn.Module, sizes: Sequence[int]) -> None:
@@ -231,7 +266,7 @@ class Together(nn.Module):
         self._last = LastProduct()
 
     def part(self, inputs: Tensor, index: int) -> Tensor:
-        """Return the output of one; the first that is asked computes those of all."""
+        """Return the outputs (..., size) of the layer with this index; the first call computes those of all layers."""
         last = self._last
         if inputs is not last.inputs or index not in last.outputs:
             last.inputs, last.outputs = inputs, dict(enumerate(self.linear(inputs).split(self.sizes, -1)))
@@ -242,7 +277,12 @@ class Together(nn.Module):
 
 
 class Part(nn.Module):
-    """One of the layers of a `Together`."""
+    """One of the layers of a `Together`.
+
+    Args:
+        together: The layers.
+        index: Which of them this is.
+    """
 
     def __init__(self, together: Together, index: int) -> None:
         super().__init__()
@@ -256,7 +296,15 @@ class Part(nn.Module):
 
 
 def side_by_side(layers: Sequence[nn.Module], inputs: Tensor) -> Tensor:
-    """Return the outputs (..., sum of outputs) of layers that are given the same input, and may be one product."""
+    """Return the outputs of layers with the same input one after the other, in one product if they are `Part`s.
+
+    Args:
+        layers: The layers.
+        inputs: (..., inputs).
+
+    Returns:
+        (..., sum of outputs).
+    """
     whole = getattr(layers[0], "together", None)
     if whole is not None and all(getattr(each, "together", None) is whole for each in layers[1:]):
         product: Tensor = whole.linear(inputs)
@@ -265,12 +313,14 @@ def side_by_side(layers: Sequence[nn.Module], inputs: Tensor) -> Tensor:
 
 
 class LowRank(nn.Module):
-    """A layer with what an adapter adds to it, in float64 as the layer's own sums are not all it has to agree with.
+    """A layer with what a LoRA adapter adds to it.
+
+    The addition is computed in float64, so that it hardly depends on the order of sums in a batch.
 
     Args:
         base: The layer.
-        down: (rank, inputs).
-        up: (outputs, rank), scaled.
+        down: The first matrix of the adapter, (rank, inputs).
+        up: The second one, times its scale, (outputs, rank).
     """
 
     down: Tensor
@@ -289,9 +339,9 @@ class LowRank(nn.Module):
 
 
 def fast_form() -> Literal["int4", "float16"] | None:
-    """Return the form of a model's layers that is faster than dense ones in float32 on this CPU; None if none is known.
+    """Return the form of layers that is faster than float32 on this CPU; None if none is known.
 
-    The kernels for 4 bits are so with AVX-512 only: those for AVX2 are slower from about sixteen rows on.
+    Those of 4 bits are faster with AVX-512 only: the kernels for AVX2 are slower from about sixteen rows on.
     """
     capability = torch.backends.cpu.get_cpu_capability()
     if capability == "AVX512" and hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
@@ -301,7 +351,7 @@ def fast_form() -> Literal["int4", "float16"] | None:
 
 @lru_cache(1)
 def has_half_kernel() -> bool:
-    """Return True if torch multiplies by weights in half precision here, and gives what it should."""
+    """Return True if torch can multiply by weights in half precision on this CPU, and the result is right."""
     draw = torch.Generator().manual_seed(0)
     weight, inputs = torch.randn(32, 48, generator=draw), torch.randn(3, 48, generator=draw)
     try:
@@ -322,7 +372,7 @@ def rounds_inputs(model: nn.Module) -> bool:
 
 
 def precision(model: Any) -> str:
-    """Return what tells a model's weights from those of the same model loaded in another way."""
+    """Return a text that differs for weights of one model that were loaded in different forms or dtypes."""
     kinds = {type(module).__name__ for module in model.modules() if isinstance(module, QuantizedLinear)}
     return " ".join([*sorted(kinds), str(model.dtype)])
 

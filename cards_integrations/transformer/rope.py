@@ -1,8 +1,8 @@
-"""Rotary frequencies that go by the length of a text: by its own, not by its neighbours'.
+"""Rotary frequencies that depend on the length of a text: on its own length, not on that of its neighbours.
 
 With the rope type "longrope" (Phi-3 and Phi-4 with 128k tokens) a text of up to `original_max_position_embeddings`
 tokens, the *switch*, is read with one set of frequencies, and a longer one with another. transformers chooses the set
-for a whole forward, by its largest position. A forward of the engine holds many texts, so each token has a flag here.
+for a whole forward, by its largest position. A forward of the engine has many texts, so here each token has a flag.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ SWITCH = "original_max_position_embeddings"
 FAR = 2**30  # a position beyond every switch
 
 LONG: ContextVar[torch.Tensor | None] = ContextVar("LONG", default=None)
-"""Which tokens of the forward that runs now are read with the frequencies of long texts, (tokens,)."""
+"""Which tokens of the running forward are read with the frequencies of long texts, (tokens,) bool; None leaves the
+choice to the model."""
 
 
 def rope_switch(config: Any) -> int:
     """Return the length up to which texts are read with the frequencies of short ones; 0 if there is only one set.
 
     Args:
-        config: That of a text model.
+        config: The config of a text model.
 
     Raises:
-        ModelError: Its layers change at different lengths.
+        ModelError: Its layers have different switches.
     """
     switches = {each[SWITCH] for each in _with_two_sets(config)}
     if len(switches) > 1:
@@ -52,7 +53,7 @@ def _with_two_sets(config: Any) -> list[dict[str, Any]]:
 
 @contextmanager
 def short_texts(config: Any, tokens: int) -> Iterator[None]:
-    """Lower a switch that is beyond so many tokens to that."""
+    """Lower the switch of a config to `tokens` inside the block, if it is higher."""
     before = rope_switch(config)
     try:
         if before > tokens:
@@ -66,20 +67,24 @@ def short_texts(config: Any, tokens: int) -> Iterator[None]:
 def _set_switch(config: Any, tokens: int) -> None:
     for parameters in _with_two_sets(config):
         parameters[SWITCH] = tokens
-    if hasattr(config, SWITCH):  # which counts, where a config has both
+    if hasattr(config, SWITCH):  # this one takes precedence
         setattr(config, SWITCH, tokens)
 
 
 class TokenwiseRotary(torch.nn.Module):
-    """A rotary embedding that takes the frequencies of each token by its flag in `LONG`.
+    """A rotary embedding that chooses the frequencies of each token by its flag in `LONG`.
 
-    The model's own is asked twice, once with the positions of the short texts only, and once with one that is far
-    beyond the switch. Each of its copies thus sees one kind of text, and never changes what it has computed.
+    It has two copies of the model's own embedding, which changes its state with the length of the text. One copy sees
+    only the positions of short texts; the other one always sees a position far beyond the switch. So neither of them
+    ever changes its state.
+
+    Args:
+        native: The model's own rotary embedding.
     """
 
     def __init__(self, native: torch.nn.Module) -> None:
         super().__init__()
-        config = getattr(native, "config", None)  # one for all, which says where the switch is
+        config = getattr(native, "config", None)  # shared by all copies, as `short_texts` changes its switch
         self.native = native
         self.short, self.long = (copy.deepcopy(native, {id(config): config}) for _ in range(2))
 
@@ -96,7 +101,7 @@ class TokenwiseRotary(torch.nn.Module):
 
 
 def use_tokenwise_rotary(model: Any) -> int:
-    """Replace a model's rotary embeddings that go by the length of a text.
+    """Replace a model's rotary embeddings that depend on the length of a text, in place.
 
     Returns:
         `rope_switch` of the model.
@@ -115,9 +120,13 @@ def _has_two_sets(module: torch.nn.Module) -> bool:
 
 
 def reads_again(model: Any, switch: int) -> bool:
-    """True if a model's own `generate` reads a text that has outgrown the switch again from its beginning, as Phi-3's.
+    """True if a model's own `generate` reads a text from its beginning again once it outgrows the switch, as Phi-3's.
 
-    Others go on, with keys of both kinds in their cache. So a model is asked what it would read at the switch.
+    Others go on, with keys of both sets in their cache. To find out, the model prepares its inputs at the switch.
+
+    Args:
+        model: A model of transformers.
+        switch: `rope_switch` of it.
     """
     cache = DynamicCache()
     cache.update(*torch.zeros(2, 1, 1, switch, 1), 0)
