@@ -1,4 +1,4 @@
-"""The routes, and how a reply is sent."""
+"""The routes of the server, and how replies are sent."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ T = TypeVar("T")
 Handler = Callable[[Service, HttpRequest], Awaitable[Response]]
 REPLIES: dict[Endpoint, type[Reply]] = {"chat": ChatReply, "completions": TextReply}
 OWNER = "cards-integrations"
-PING_SECONDS = 15.0  # after which a silent stream sends a comment, for proxies
+PING_SECONDS = 15.0  # of silence, after which a stream sends a comment, so that proxies keep it open
 
 
 class ClientGone(Exception):
-    """Nobody waits for the reply any more."""
+    """The client has closed the connection."""
 
 
 def create_app(options: Options, settings: ServerSettings | None = None) -> Starlette:
     """Make the server as an ASGI application. The models are loaded at the first request, or by `Service.load`.
 
     Args:
-        options: The model, the method, the reward and what else answers have in common.
-        settings: What is about the server.
+        options: The model, the method, the reward and further options of all answers.
+        settings: The settings of the server; by default those of `ServerSettings`.
 
     Returns:
-        The application; `app.state.service` is what does the work.
+        The application, whose `Service` is `app.state.service`.
     """
     service = Service(options, settings or ServerSettings())
 
@@ -78,7 +78,7 @@ def create_app(options: Options, settings: ServerSettings | None = None) -> Star
 
 
 async def answer(service: Service, request: HttpRequest, endpoint: Endpoint) -> Response:
-    """/v1/chat/completions and /v1/completions."""
+    """Reply to /v1/chat/completions and /v1/completions."""
     with service.metrics.counting_refusal(endpoint):
         service.guard.check_load()
         content = await service.guard.body(request)
@@ -96,24 +96,24 @@ async def answer(service: Service, request: HttpRequest, endpoint: Endpoint) -> 
 
 
 async def models(service: Service, request: HttpRequest) -> Response:
-    """/v1/models"""
+    """Reply to /v1/models."""
     return _json({"object": "list", "data": [_model(service)]})
 
 
 async def model(service: Service, request: HttpRequest) -> Response:
-    """/v1/models/NAME"""
+    """Reply to /v1/models/NAME."""
     service.bodies.check_model(request.path_params["name"])
     return _json(_model(service))
 
 
 async def health(service: Service, request: HttpRequest) -> Response:
-    """/health: 200 if requests are answered, now or once the model is loaded by the first of them."""
+    """Reply to /health: with 200 if requests are answered, or will be once the first one has loaded the model."""
     state = await asyncio.to_thread(service.inspect)
     return _json({"status": state.status}, 200 if state.status in ("new", "ready") else 503)
 
 
 async def metrics(service: Service, request: HttpRequest) -> Response:
-    """/metrics"""
+    """Reply to /metrics."""
     state = await asyncio.to_thread(service.inspect)
     return Response(service.metrics.text(service.guard.answers, state), media_type=CONTENT_TYPE_LATEST)
 
@@ -133,13 +133,13 @@ def _model(service: Service) -> dict[str, Any]:
 
 
 class Stream(EventSourceResponse):
-    """Events of a reply. However it ends, the drafting ends with it.
+    """The events of a reply. However the stream ends, drafting ends with it.
 
     Args:
-        events: What is sent.
-        items: Where it comes from.
-        id: The name of the reply.
-        settings: How long a client may take to read, and answers to end.
+        events: The events to send.
+        items: The generator of answers that they are made from, which is closed at the end.
+        id: The id of the reply.
+        settings: The time limits of the server.
     """
 
     def __init__(
@@ -168,7 +168,7 @@ class Stream(EventSourceResponse):
 
 
 async def _whole(reply: Reply, call: Call, items: AsyncGenerator[Item, None]) -> Response:
-    """All answers in one reply."""
+    """Return all answers in one reply."""
     answers: dict[int, Alignment] = {}
     async with aclosing(items):
         async for index, item in items:
@@ -178,13 +178,14 @@ async def _whole(reply: Reply, call: Call, items: AsyncGenerator[Item, None]) ->
 
 
 async def _first(items: AsyncGenerator[Item, None]) -> Item:
+    """Return the first item, as a coroutine that `until_gone` can run."""
     return await anext(items)
 
 
 async def _events(
     reply: Reply, call: Call, first: Item, items: AsyncGenerator[Item, None]
 ) -> AsyncGenerator[dict[str, str], None]:
-    """The events of a stream; an error that comes after the first segment is one, too, and the last."""
+    """Yield the events of a stream; an error after the first segment is the last of them."""
     answers: dict[int, Alignment] = {}
     async with aclosing(items):
         for opening in reply.openings(len(call.prompts) * call.n):
@@ -212,10 +213,10 @@ async def _chain(first: Item, rest: AsyncGenerator[Item, None]) -> AsyncIterator
 
 
 async def until_gone(request: HttpRequest, work: Coroutine[Any, Any, T]) -> T:
-    """Do something as long as the client waits for it.
+    """Run a coroutine and return its result; cancel it if the client goes away.
 
     Raises:
-        ClientGone: The client has closed the connection, and the work was cancelled.
+        ClientGone: The client has closed the connection.
     """
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
     try:
@@ -246,7 +247,7 @@ def _json(value: Any, status: int = 200, headers: dict[str, str] | None = None, 
 def _route(
     service: Service, name: str, handler: Handler, guarded: bool = True
 ) -> Callable[[HttpRequest], Awaitable[Response]]:
-    """A handler whose errors are replies in OpenAI's form; behind the API key if it is guarded."""
+    """Return a handler that replies to errors in OpenAI's form, and asks for the API key if it is guarded."""
 
     async def handle(request: HttpRequest) -> Response:
         try:
@@ -255,7 +256,7 @@ def _route(
                     service.guard.check_key(request)
             return await handler(service, request)
         except ClientGone:
-            return Response(status_code=499)  # which nobody reads
+            return Response(status_code=499)  # nobody reads it
         except Exception as error:
             return _refusal(as_api_error(error))
 
@@ -267,6 +268,6 @@ def _refusal(error: ApiError) -> Response:
 
 
 async def _not_found(request: HttpRequest, error: Exception) -> Response:
-    """What is no route, or not this method."""
+    """Reply to a path that is no route, or to a method that its route does not have."""
     status = error.status_code if isinstance(error, HTTPException) else 500
     return _refusal(ApiError(status, f"{request.method} {request.url.path}: there is no such endpoint here."))

@@ -1,4 +1,4 @@
-"""What a client asks for: the body of a request of OpenAI's API, field by field."""
+"""Reads and checks the body of a request of OpenAI's API, field by field."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ PASSED_ON = {
     *("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "finish_at"),
     *("response_format", "thinking", "max_thinking_tokens", "chat_template_kwargs"),
 }
-"""Options that go to the engine as they are."""
+"""Fields that are passed to the engine as they are."""
 CHAT_ONLY = {"tools", "tool_choice", "parallel_tool_calls"}
 IGNORED = {
     *("user", "store", "metadata", "service_tier", "safety_identifier"),
     *("prompt_cache_key", "prompt_cache_retention", "include_obfuscation"),
 }
-"""What clients send, and what makes no difference here: it is about OpenAI's own service."""
+"""Fields that concern OpenAI's own service only."""
 NEUTRAL: dict[str, Any] = {
     "modalities": ["text"], "echo": False, "suffix": "", "best_of": 1, "functions": [], "function_call": "none",
 }  # fmt: skip
-"""Values that ask for nothing, of fields that are not supported otherwise."""
+"""Fields that are not supported, and the values that ask for nothing, which are accepted."""
 MAX_LOGPROBS = 20
 HINTS = {"functions": " Send tools instead.", "function_call": " Send tool_choice instead."}
 
 
 @dataclass(frozen=True)
 class Call:
-    """A request, read.
+    """A request that has been read and checked.
 
     Attributes:
-        prompts: What to answer, each `n` times.
+        prompts: The prompts, each of which is answered `n` times.
         options: Arguments of `Options.request`.
-        n: Answers to each prompt.
+        n: The number of answers to each prompt.
         stream: Whether to send each kept segment at once.
         include_usage: Whether a stream ends with the usage.
-        trace: Whether to send rewards, thresholds and rejected drafts, too.
+        trace: Whether to send rewards, thresholds and rejected drafts as well.
     """
 
     prompts: list[str | list[Message]]
@@ -60,10 +60,10 @@ class BodyReader:
     """Reads the bodies of requests.
 
     Args:
-        names: What clients may call the model.
-        choices: Which methods and rewards they may choose.
-        n: Answers to a prompt where a request does not say how many.
-        max_choices: Answers of one request at most.
+        names: The names by which clients may call the model.
+        choices: The methods and rewards that they may choose.
+        n: The number of answers to a prompt if a request does not set it.
+        max_choices: Most answers of one request.
     """
 
     def __init__(self, names: set[str], choices: Choices, n: int, max_choices: int) -> None:
@@ -73,7 +73,12 @@ class BodyReader:
         self._max_choices = max_choices
 
     def read(self, endpoint: Endpoint, content: bytes, headers: Mapping[str, str]) -> Call:
-        """The call of a request.
+        """Read the body of a request.
+
+        Args:
+            endpoint: Whether it is a chat or a completion.
+            content: The body.
+            headers: The headers, which may choose the method and the reward.
 
         Raises:
             ApiError, CardsError: A field is missing, not supported, or cannot be used as given.
@@ -94,7 +99,7 @@ class BodyReader:
         return Call(prompts, options, n, stream, usage, _flag(extra, "trace"))
 
     def check_model(self, name: Any) -> None:
-        """Raise HTTP 404 if this server has no such model."""
+        """Raise an `ApiError` (HTTP 404) if this server has no model with this name."""
         if not isinstance(name, str) or name not in self._names:
             known = ", ".join(sorted(self._names))
             missing = "No model is named" if name is None else f"The model {short_repr(name)} is not here"
@@ -114,7 +119,7 @@ class BodyReader:
         return n
 
     def _cards(self, extra: dict[str, Any], headers: Mapping[str, str]) -> dict[str, Any]:
-        """Method, reward and context; the body comes before the headers."""
+        """Return the method, the reward and the context that were chosen; the body takes precedence over headers."""
         for name in extra.keys() - {"decoding", "reward", "context", "trace"}:
             raise invalid(f"cards.{name[:100]} is not known: send decoding, reward, context or trace.", "cards")
         found: dict[str, Any] = {}
@@ -128,7 +133,11 @@ class BodyReader:
 
 
 def parse(content: bytes) -> dict[str, Any]:
-    """The object that a body is in JSON."""
+    """Return the JSON object of a body.
+
+    Raises:
+        ApiError: The body is something else.
+    """
     try:
         found = json.loads(content, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
@@ -151,7 +160,7 @@ def _messages(fields: dict[str, Any]) -> list[str | list[Message]]:
 
 
 def _texts(fields: dict[str, Any]) -> list[str | list[Message]]:
-    """Prompts that are model input as they are, without a chat template."""
+    """Return the prompts of a completion, which the model reads as they are, without a chat template."""
     prompt = fields.pop("prompt", None)
     if prompt is None:
         raise invalid("prompt is missing: send a text, or a list of them.", "prompt")
@@ -169,7 +178,7 @@ def _strings(value: Any, name: str) -> list[str]:
 
 
 def _max_tokens(fields: dict[str, Any]) -> dict[str, Any]:
-    """OpenAI has a new name for it."""
+    """Return `max_tokens` under either of the names that OpenAI has given it."""
     given = [fields.pop(name) for name in ("max_tokens", "max_completion_tokens") if name in fields]
     if len(given) == 2 and given[0] != given[1]:
         raise invalid("max_tokens and max_completion_tokens differ: send one of them.", "max_tokens")
@@ -177,7 +186,7 @@ def _max_tokens(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _logprobs(fields: dict[str, Any], endpoint: Endpoint) -> dict[str, Any]:
-    """A flag and a number in a chat, a number alone in a completion."""
+    """Return the options of log-probabilities: a chat has a flag and a number, a completion only a number."""
     asked, top = fields.pop("logprobs", False), fields.pop("top_logprobs", 0)
     if endpoint == "completions" and not isinstance(asked, bool):
         asked, top = True, asked
@@ -188,7 +197,7 @@ def _logprobs(fields: dict[str, Any], endpoint: Endpoint) -> dict[str, Any]:
 
 
 def _effort(fields: dict[str, Any], endpoint: Endpoint) -> dict[str, Any]:
-    """How much a model should think: an argument of its chat template, and "none" turns it off."""
+    """Return the options of `reasoning_effort`: an argument of the chat template; "none" turns thinking off, too."""
     effort = fields.pop("reasoning_effort", None) if endpoint == "chat" else None
     if effort is None:
         return {}

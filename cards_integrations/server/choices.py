@@ -1,4 +1,4 @@
-"""Which method and which reward a request may choose. Nothing here reads files, opens connections or imports code."""
+"""The methods and rewards that a request may choose. Nothing here reads files, opens connections or imports code."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from cards_integrations.server.errors import invalid
 from cards_integrations.server.settings import ServerSettings
 
 PARTS = {"length": (), "weighted": ("rewards",), "min": ("rewards",), "gate": ("gate", "reward")}
-"""The fields of an inline reward that hold further ones."""
+"""The fields of each kind of inline reward that contain further rewards."""
 MAX_DEPTH, MAX_PARTS = 4, 8
 
 
 class Choices:
-    """What the server lets requests choose.
+    """Checks and builds the methods and rewards that requests choose.
 
     Args:
         settings: The allowed rewards and methods.
-        own: The server's own method, which a request may change the settings of.
+        own: The server's own method, whose settings a request may change.
     """
 
     def __init__(self, settings: ServerSettings, own: Decoding) -> None:
@@ -30,7 +30,14 @@ class Choices:
         self._own = own
 
     def decoding(self, value: Any) -> Decoding:
-        """The method of a request: a name, JSON, or settings; without a "method", changes of the server's own."""
+        """Return the method that a request asks for.
+
+        Args:
+            value: A name, JSON, or settings; without a "method", they change the server's own method.
+
+        Raises:
+            ApiError, SettingsError: It is not allowed, or cannot be used as given.
+        """
         value = from_json("cards.decoding", value)
         if isinstance(value, str):
             value = {"method": value}
@@ -49,7 +56,14 @@ class Choices:
         return found
 
     def reward(self, value: Any) -> Reward:
-        """The reward of a request: one that the server names, or settings of a kind that loads and runs nothing."""
+        """Return the reward that a request asks for.
+
+        Args:
+            value: A name that the server knows, or settings, also as JSON, of a kind that loads and runs nothing.
+
+        Raises:
+            ApiError, SettingsError: It is not allowed, or cannot be used as given.
+        """
         found: Reward = as_reward(self._reward(from_json("cards.reward", value), 0))
         return found
 
@@ -79,7 +93,7 @@ class Choices:
 
 
 def _whole_numbers(settings: Any) -> Iterator[int]:
-    """All whole numbers in settings, however deep: of candidates, of tokens of a segment, of tries."""
+    """Yield all whole numbers in settings, at any depth: numbers of candidates, of tokens, of tries."""
     if isinstance(settings, int):
         yield settings
     parts = settings.values() if isinstance(settings, Mapping) else settings

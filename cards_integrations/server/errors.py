@@ -22,15 +22,15 @@ STATUS: list[tuple[type[CardsError], int, str]] = [
 
 
 class ApiError(Exception):
-    """What a client is told in place of an answer.
+    """An error that is sent to the client in place of an answer.
 
     Args:
         status: The HTTP status.
         message: What is wrong, and how to fix it.
-        kind: `type` in OpenAI's form.
+        kind: The `type` of the error in OpenAI's form.
         param: The field of the request that is wrong.
-        code: A name for programs.
-        headers: Of the reply.
+        code: The name of the error, for programs.
+        headers: Headers of the reply.
     """
 
     def __init__(
@@ -52,17 +52,17 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """The reply."""
+        """The body of the reply."""
         return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
 
 
 def invalid(message: str, param: str | None = None) -> ApiError:
-    """The error for a request that cannot be answered as it is."""
+    """Return the error (HTTP 400) for a request that cannot be answered as it is."""
     return ApiError(400, message, param=param)
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """The error that a client is told; what nobody expected is in the log only."""
+    """Return the error to send to a client; that of an unexpected exception has no details, which are logged."""
     if isinstance(error, ApiError):
         return error
     for kind, status, name in STATUS:
@@ -76,11 +76,11 @@ def as_api_error(error: Exception) -> ApiError:
 
 
 def _param(error: Exception) -> str | None:
-    """The field that an error begins with; every error of a setting names it."""
+    """Return the field with which the message of a settings error begins; None if there is none."""
     found = re.match(r"([a-z_]+(?:\.\w+)*)[=:] ?\S", str(error)) if isinstance(error, SettingsError) else None
     return found[1] if found else None
 
 
 def _code(error: Exception) -> str | None:
-    """What programs of OpenAI's API look for."""
+    """Return the code that clients of OpenAI's API look for; None if they look for none."""
     return "context_length_exceeded" if "model's context is" in str(error) else None

@@ -1,4 +1,4 @@
-"""What is checked before a request is read: its key, its size, and how much is under way."""
+"""Checks before a request is read: its key, its size, and the load of the server."""
 
 from __future__ import annotations
 
@@ -13,24 +13,27 @@ from starlette.requests import Request as HttpRequest
 from cards_integrations.server.errors import ApiError
 from cards_integrations.server.settings import ServerSettings
 
-READ_SECONDS = 60.0  # in which the body of a request has to come
+READ_SECONDS = 60.0  # within which the body of a request has to arrive
 
 
 class Guard:
-    """Lets requests in.
+    """Admits or refuses requests.
 
     Args:
         settings: The limits and the keys.
+
+    Attributes:
+        answers: The number of answers that are being written or wait for a row.
     """
 
     def __init__(self, settings: ServerSettings) -> None:
         self._keys = [_digest(key.get_secret_value()) for key in settings.api_keys]
         self._max_bytes = settings.max_body_bytes
         self._max_answers = settings.max_answers
-        self.answers = 0  # that are written or wait for a row
+        self.answers = 0
 
     def check_key(self, request: HttpRequest) -> None:
-        """Raise HTTP 401 unless the request has one of the keys; each is compared in constant time."""
+        """Raise an `ApiError` (HTTP 401) unless the request has one of the keys, compared in constant time."""
         scheme, _, given = request.headers.get("Authorization", "").partition(" ")
         digest = _digest(given.strip() if scheme.lower() == "bearer" else "")
         if self._keys and not any(compare_digest(digest, key) for key in self._keys):
@@ -42,7 +45,7 @@ class Guard:
             )
 
     def check_load(self, more: int = 1) -> None:
-        """Raise HTTP 429 if so many more answers cannot be begun now."""
+        """Raise an `ApiError` (HTTP 429) if so many more answers cannot begin now."""
         if self.answers + more > self._max_answers:
             raise ApiError(
                 429,
@@ -54,7 +57,7 @@ class Guard:
 
     @contextmanager
     def answering(self, count: int) -> Iterator[None]:
-        """Count answers as long as they are written, or raise HTTP 429."""
+        """Count answers while the block runs, or raise an `ApiError` (HTTP 429)."""
         self.check_load(count)
         self.answers += count
         try:
@@ -63,7 +66,11 @@ class Guard:
             self.answers -= count
 
     async def body(self, request: HttpRequest) -> bytes:
-        """Read the body, up to the limit; more is HTTP 413, and too slow HTTP 408."""
+        """Return the body of a request.
+
+        Raises:
+            ApiError: It is too large (HTTP 413), or does not arrive in time (HTTP 408).
+        """
         declared = request.headers.get("Content-Length", "")
         if declared.isdecimal() and int(declared) > self._max_bytes:
             raise self._too_large()
@@ -83,5 +90,5 @@ class Guard:
 
 
 def _digest(key: str) -> bytes:
-    """So that all comparisons are of one length."""
+    """Return a hash, so that all keys that are compared have the same length."""
     return sha256(key.encode(errors="surrogateescape")).digest()

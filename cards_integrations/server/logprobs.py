@@ -8,7 +8,7 @@ from cards_integrations.trace import Alignment
 
 
 def text_logprobs(answer: Alignment) -> dict[str, Any] | None:
-    """As /v1/completions has them; None if nobody asked."""
+    """Return the `logprobs` of a choice of /v1/completions; None if they were not asked for."""
     if not answer.logprobs:
         return None
     offsets, length = [], 0

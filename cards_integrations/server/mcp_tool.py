@@ -39,7 +39,7 @@ def create_mcp(options: Options, settings: ServerSettings) -> MCPServer:
     """Make an MCP server with the tool `answer`. The models are loaded at its first call.
 
     Args:
-        options: The model, the method, the reward and what else answers have in common.
+        options: The model, the method, the reward and further options of all answers.
         settings: The rewards and methods that a call may choose, and the time it may take.
     """
     choices = Choices(settings, options.decoding)

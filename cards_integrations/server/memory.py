@@ -1,4 +1,4 @@
-"""Memory that the process holds and nothing uses."""
+"""Returns memory that the process no longer uses to the operating system."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ M_ARENA_MAX = -8  # of glibc's malloc.h
 def share_one_heap() -> None:
     """Let all threads allocate from one heap, so that what one of them has freed serves the others.
 
-    By default glibc gives each thread a heap of its own, and what loading has freed would stay beside what drafting
-    takes. It has to be called before threads begin. Only glibc has this call; elsewhere nothing happens.
+    By default, glibc gives each thread a heap of its own, so drafting could not use what loading has freed. Call this
+    before threads begin. It has no effect with other C libraries.
     """
     with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
 
 
 def give_back_unused() -> None:
-    """Let the C library give free memory back to the operating system: loading and the steps of many requests leave it.
+    """Give free memory, such as loading and the steps of many requests leave, back to the operating system.
 
-    Only glibc has this call; elsewhere nothing happens.
+    It has no effect with C libraries other than glibc.
     """
     with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
@@ -31,7 +31,7 @@ def give_back_unused() -> None:
 
 @contextmanager
 def giving_back(every: float) -> Iterator[None]:
-    """Give it back every so many seconds, in a thread of its own, as long as the block runs."""
+    """Call `give_back_unused` every so many seconds, in a thread of its own, while the block runs."""
     ended = threading.Event()
 
     def work() -> None:

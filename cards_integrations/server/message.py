@@ -1,4 +1,4 @@
-"""The message of an answer, whole and in pieces: the one place where it is built."""
+"""Builds the message of an answer, whole and in pieces."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cards_integrations.trace import Alignment, InvalidToolCall, ToolCall
 
 
 def message_of(answer: Alignment) -> dict[str, Any]:
-    """A finished answer as a message of the assistant."""
+    """Return a finished answer as a message of the assistant."""
     calls: list[ToolCall | InvalidToolCall] = [*answer.tool_calls, *answer.invalid_tool_calls]
     message: dict[str, Any] = {"role": "assistant", "content": answer.content, "refusal": None}
     if answer.thoughts:
@@ -23,7 +23,7 @@ def message_of(answer: Alignment) -> dict[str, Any]:
 
 
 def delta_of(chunk: Chunk, calls_sent: int) -> dict[str, Any]:
-    """What a kept segment adds to the message, of which so many calls have been sent."""
+    """Return what a kept segment adds to the message; `calls_sent` is the number of calls that were sent before."""
     delta: dict[str, Any] = {"content": chunk.text} if chunk.text else {}
     if chunk.thought:
         delta[THOUGHTS] = chunk.thought
@@ -35,6 +35,6 @@ def delta_of(chunk: Chunk, calls_sent: int) -> dict[str, Any]:
 
 
 def tool_call(call: ToolCall | InvalidToolCall) -> dict[str, Any]:
-    """A call; the arguments of one that is invalid are what the model wrote."""
+    """Return a call in OpenAI's form; the arguments of an invalid one are what the model wrote."""
     arguments = json.dumps(call.arguments) if isinstance(call, ToolCall) else call.arguments
     return {"id": call.id, "type": "function", "function": {"name": call.name or "", "arguments": arguments}}

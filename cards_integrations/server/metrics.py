@@ -1,4 +1,4 @@
-"""What the server counts, for Prometheus."""
+"""The metrics of the server, for Prometheus."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ OUTCOMES = {401: "unauthorized", 404: "not_found", 413: "too_large", 429: "busy"
 
 @dataclass
 class Watch:
-    """What became of one request."""
+    """The timing of one request."""
 
     began: float = field(default_factory=time.perf_counter)
+    """When it began, in seconds of `time.perf_counter`."""
     first: bool = True
     """True until its first segment."""
 
@@ -63,7 +64,7 @@ class Metrics:
 
     @contextmanager
     def request(self, endpoint: str) -> Iterator[Watch]:
-        """Count a request, and how it ends."""
+        """Count a request and its outcome, and time it."""
         watch, outcome = Watch(), "answered"
         try:
             yield watch
@@ -79,7 +80,7 @@ class Metrics:
 
     @contextmanager
     def counting_refusal(self, endpoint: str) -> Iterator[None]:
-        """Count a request that is not begun."""
+        """Count a request if the block refuses it."""
         try:
             yield
         except Exception as error:
@@ -101,7 +102,12 @@ class Metrics:
         self._drafts.inc(answer.usage.drafts)
 
     def text(self, answers: int, state: EngineState) -> bytes:
-        """All numbers, as Prometheus reads them."""
+        """Return all metrics in the text format of Prometheus.
+
+        Args:
+            answers: The number of answers that are being written or wait for a row.
+            state: The state of the engine.
+        """
         self._answers.set(answers)
         self._rows.set(state.rows)
         self._live.set(state.requests)
@@ -113,6 +119,6 @@ class Metrics:
 
 
 def outcome_of(error: Exception) -> str:
-    """A name for what became of a request that failed."""
+    """Return the name of the outcome of a request that failed."""
     status = as_api_error(error).status
     return OUTCOMES.get(status, "invalid" if status < 500 else "failed")

@@ -22,14 +22,19 @@ class Reply:
     """The reply to one request, whole or in pieces.
 
     Attributes:
-        model: What the client calls the model.
-        trace: Whether rewards and rejected drafts are in it.
+        model: The name by which the client calls the model.
+        trace: Whether it contains rewards and rejected drafts.
         include_usage: Whether a stream ends with the usage.
+        id: The id of the reply.
+        created: When the reply began, in seconds since 1970.
     """
 
     prefix: ClassVar[str]
+    """The beginning of ids."""
     whole_kind: ClassVar[str]
+    """The `object` of a whole reply."""
     piece_kind: ClassVar[str]
+    """The `object` of a piece of a stream."""
 
     model: str
     trace: bool = False
@@ -42,16 +47,21 @@ class Reply:
         self.created = int(time.time())
 
     def whole(self, answers: Sequence[Alignment], prompts: int) -> dict[str, Any]:
-        """All answers at once."""
+        """Return the reply with all answers.
+
+        Args:
+            answers: The answers, those to one prompt next to each other.
+            prompts: The number of prompts.
+        """
         choices = [self._traced(self.choice(answer), index, answer) for index, answer in enumerate(answers)]
         return {**self._head(self.whole_kind), "choices": choices, "usage": usage_of(answers, prompts)}
 
     def openings(self, count: int) -> list[dict[str, Any]]:
-        """What a stream begins with."""
+        """Return the pieces with which a stream of `count` answers begins."""
         return []
 
     def piece(self, index: int, chunk: Chunk) -> dict[str, Any] | None:
-        """A kept segment; None while all of its text is held back and nobody wants to see more."""
+        """Return the piece for a kept segment; None if all of its text is held back and no trace was asked for."""
         if not (chunk.text or chunk.thought or chunk.calls or self.trace):
             return None
         choice = {"index": index, **self.part(index, chunk), "logprobs": None, "finish_reason": None}
@@ -64,7 +74,7 @@ class Reply:
         return self._chunk([choice])
 
     def closing(self, index: int, answer: Alignment) -> dict[str, Any]:
-        """The end of an answer; the log-probabilities of all of its tokens, if they were asked for, come here."""
+        """Return the last piece of an answer, with the log-probabilities of all of its tokens if asked for."""
         end = {"logprobs": self.logprobs(answer), "finish_reason": finish_reason(answer)}
         choice = {"index": index, **self.no_part, **end}
         if self.trace:
@@ -72,24 +82,24 @@ class Reply:
         return self._chunk([choice])
 
     def final_usage(self, answers: Sequence[Alignment], prompts: int) -> dict[str, Any]:
-        """The last piece of a stream that should tell its usage."""
+        """Return the piece with the usage, at the end of a stream."""
         return {**self._chunk([]), "usage": usage_of(answers, prompts)}
 
     def choice(self, answer: Alignment) -> dict[str, Any]:
-        """An answer, as this kind of reply has it."""
+        """Return an answer in the form of a choice of this kind of reply."""
         raise NotImplementedError
 
     def part(self, index: int, chunk: Chunk) -> dict[str, Any]:
-        """The new part of an answer."""
+        """Return the new part of an answer in the form of a choice of a piece."""
         raise NotImplementedError
 
     def logprobs(self, answer: Alignment) -> dict[str, Any] | None:
-        """The log-probabilities of its tokens; None if nobody asked."""
+        """Return the log-probabilities of an answer's tokens; None if they were not asked for."""
         raise NotImplementedError
 
     @property
     def no_part(self) -> dict[str, Any]:
-        """An empty part."""
+        """An empty part, for the last piece of an answer."""
         raise NotImplementedError
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
@@ -115,7 +125,7 @@ class ChatReply(Reply):
     prefix, whole_kind, piece_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     calls: dict[int, int] = field(default_factory=dict)
-    """How many calls of each answer have been sent."""
+    """How many calls of each answer have been sent, by the answer's index."""
 
     def openings(self, count: int) -> list[dict[str, Any]]:
         delta = {"role": "assistant", "content": ""}
@@ -161,13 +171,18 @@ class TextReply(Reply):
 
 
 def finish_reason(answer: Alignment) -> Literal["stop", "length", "tool_calls"]:
-    """Why an answer ends."""
+    """Return why an answer ended, in OpenAI's words."""
     calls = answer.tool_calls or answer.invalid_tool_calls
     return "tool_calls" if calls and answer.finish_reason == "stop" else answer.finish_reason
 
 
 def usage_of(answers: Sequence[Alignment], prompts: int) -> dict[str, Any]:
-    """The tokens of all answers; a prompt counts once, however many answers it has."""
+    """Return the usage of all answers; a prompt counts once, however many answers it has.
+
+    Args:
+        answers: The answers, those to one prompt next to each other.
+        prompts: The number of prompts.
+    """
     each = len(answers) // prompts
     read = [answer.usage for answer in answers[::each]]
     prompt, completion = sum(u.prompt_tokens for u in read), sum(a.usage.output_tokens for a in answers)
@@ -182,7 +197,7 @@ def usage_of(answers: Sequence[Alignment], prompts: int) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """The value without what JSON has no numbers for: infinite thresholds become null."""
+    """Return a value with None in place of numbers that JSON does not have, such as infinite thresholds."""
     if isinstance(value, Mapping):
         return {name: plain(each) for name, each in value.items()}
     if isinstance(value, (list, tuple)):
@@ -191,5 +206,5 @@ def plain(value: Any) -> Any:
 
 
 def as_json(value: Any) -> bytes:
-    """JSON in ASCII: a text may hold half of a surrogate pair."""
+    """Return JSON in ASCII, as a text may contain half of a surrogate pair."""
     return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()

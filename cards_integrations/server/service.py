@@ -1,4 +1,4 @@
-"""The server's work: calls to requests of the engine, and what comes out of it."""
+"""The work of the server: from the call of a client to requests of the engine, and to their answers."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from cards_integrations.server.settings import ServerSettings
 from cards_integrations.settings import Options
 from cards_integrations.trace import Alignment
 
-LONG = 100_000  # characters, which take a tokenizer some tens of milliseconds
+LONG = 100_000  # characters, for which a tokenizer needs some tens of milliseconds
 Item = tuple[int, Chunk | Alignment]
-"""The number of an answer, and a kept segment of it or, at its end, all of it."""
+"""The index of an answer, and a kept segment of it or, at its end, the whole answer."""
 
 
 class Service:
-    """One model and its limits.
+    """Answers requests with one model, within the limits of the server.
 
     Args:
-        options: The model, the method and what else answers have in common.
-        settings: What is about the server.
+        options: The model, the method and further options of all answers.
+        settings: The settings of the server.
     """
 
     def __init__(self, options: Options, settings: ServerSettings) -> None:
@@ -50,7 +50,7 @@ class Service:
 
     @property
     def engine(self) -> Engine:
-        """The engine; a new one if it was closed."""
+        """The engine; a new one if the last one was closed."""
         return self.options.engine_for({}, self)
 
     def load(self) -> None:
@@ -60,15 +60,23 @@ class Service:
             self.engine.score(self.options.reward, "Hello", ["Hello"])
 
     def inspect(self) -> EngineState:
-        """What lives in the engine."""
+        """Return the state of the engine."""
         return self.engine.inspect()
 
     def close(self) -> None:
-        """End what runs, and free the models."""
+        """End running requests, and free the models."""
         Engine.release(self)
 
     def read(self, endpoint: Endpoint, content: bytes, headers: Mapping[str, str]) -> tuple[Call, list[Request]]:
-        """What a client asks for, and the engine's requests for it: `n` for each prompt, each with its own seed.
+        """Read a client's call, and make the requests of the engine for it.
+
+        Args:
+            endpoint: Whether it is a chat or a completion.
+            content: The body.
+            headers: The headers.
+
+        Returns:
+            The call, and `n` requests for each prompt, each with its own seed.
 
         Raises:
             ApiError, CardsError: A field cannot be used as given, or a prompt is too long.
@@ -83,7 +91,11 @@ class Service:
         """Write all answers in the engine's batch; closing the generator stops the drafting.
 
         Yields:
-            Their kept segments, and each answer when it is whole.
+            Each kept segment, and each answer once it is whole.
+
+        Raises:
+            ApiError: Too many answers are being written (HTTP 429).
+            CardsError: An answer failed.
         """
         with self.metrics.request(endpoint) as watch, self.guard.answering(len(requests)):
             inbox: asyncio.Queue[tuple[int, Chunk | Future[Alignment]]] = asyncio.Queue()
@@ -101,7 +113,7 @@ class Service:
                     future.cancel()
 
     def _begin(self, requests: Sequence[Request], inbox: asyncio.Queue[Any]) -> list[Future[Alignment]]:
-        """Hand requests to the engine; what comes of them is put into the inbox, with their numbers."""
+        """Submit requests to the engine, which puts their segments and results into the inbox, with their indices."""
         loop, engine = asyncio.get_running_loop(), self.engine
 
         def put(index: int, item: Chunk | Future[Alignment]) -> None:
@@ -114,18 +126,18 @@ class Service:
         return found
 
     def _check_length(self, prompt: str | list[Message]) -> None:
-        """Refuse here what is far too long: the engine reads prompts in the thread that all requests share."""
+        """Refuse a prompt that is far too long here: the engine would encode it in the thread of all requests."""
         texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
         if sum(map(len, texts)) > LONG:
             model = self.engine.loaded()
             check_length(sum(len(model.chat.encode(text)) for text in texts), 1, model.context_window)
 
     def _time(self, request: Request) -> float:
-        """Seconds that an answer may take."""
+        """Return how many seconds an answer may take."""
         limit = self.settings.timeout
         return min(request.timeout or limit, limit)
 
 
 def _public_name(name: str) -> str:
-    """The last part of a path: where a model lies is nobody's business."""
+    """Return the name of a model without its directory, which clients should not see."""
     return Path(name).name if is_directory(name) or name.endswith(".gguf") else name

@@ -1,4 +1,4 @@
-"""What is about the server and not about the answers."""
+"""Settings of the server itself, in contrast to those of its answers."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class ServerSettings(SettingsModel):
     """The port to listen on; 0 for any that is free."""
 
     api_keys: tuple[SecretStr, ...] = ()
-    """What a client has to send, any of them, as a Bearer token; none for no check. `cards serve` reads them from the
-    environment variable CARDS_SERVER_API_KEY, or from a file with a key a line."""
+    """The keys, one of which a client has to send as a Bearer token; empty for no check. `cards serve` reads them from
+    the environment variable CARDS_SERVER_API_KEY, or from a file with a key on each line."""
 
     served_name: str | None = None
-    """What clients call the model; None for its own name."""
+    """The name by which clients call the model; None for its own name."""
 
     rewards: dict[str, AnyReward] = dict(NAMED)  # noqa: RUF012 - pydantic copies it
     """The rewards that a request may name."""
@@ -55,20 +55,23 @@ class ServerSettings(SettingsModel):
     """Most answers of one request: `n`, times the number of prompts."""
 
     max_answers: Annotated[int, Field(ge=1)] = 256
-    """Answers that are written or wait for a row at once; further requests get HTTP 429."""
+    """Most answers that are being written or wait for a row at once; further requests get HTTP 429."""
 
     max_body_bytes: Annotated[int, Field(ge=1)] = 4 * 2**20
-    """Size of a request; larger ones get HTTP 413."""
+    """Most bytes of a request; larger ones get HTTP 413."""
 
     timeout: Annotated[float, Field(gt=0)] = 600.0
     """Seconds that an answer may take, waiting included; then the request gets HTTP 504. A request may set less."""
 
     grace: Annotated[int, Field(ge=0)] = 30
-    """Seconds that answers may still take when the server is told to end."""
+    """Seconds that answers may still take after the server was told to stop."""
 
 
 def read_keys(file: Path | None) -> tuple[SecretStr, ...]:
-    """The API keys of a file, one a line, or the one of the environment.
+    """Return the API keys of a file, or that of the environment.
+
+    Args:
+        file: A file with a key on each line; None for the environment variable CARDS_SERVER_API_KEY.
 
     Raises:
         SettingsError: The file cannot be read or holds no key, or a key is not printable ASCII.
