@@ -56,7 +56,7 @@ def cards(
 
 
 def main() -> None:
-    """Run the command: errors of this package and of the disk are one line and exit code 1, Ctrl-C is exit code 130."""
+    """Run the command. An error of this package or of a file is one line and exit code 1; Ctrl-C is exit code 130."""
     try:
         app()
     except (CardsError, OSError) as error:

@@ -22,7 +22,7 @@ from cards_integrations.cli.options import (
     llm_from,
 )
 
-METHODS = ("sampling", "best_of_n:n=8", "cascade")  # plain answers, what is simplest, and the default
+METHODS = ("sampling", "best_of_n:n=8", "cascade")  # plain answers, the simplest method, and the default
 
 
 def compare(
@@ -70,6 +70,6 @@ def compare(
     if as_json:
         print(json.dumps(found.summary()))
     else:
-        Console(width=None if sys.stdout.isatty() else 160).print(found.table())  # a file has no width
+        Console(width=None if sys.stdout.isatty() else 160).print(found.table())  # 160 columns in a file
     if report:
         found.to_html(report)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from cards_integrations.llm import CardsLLM
     from cards_integrations.trace import Alignment
 
-QUESTIONS = (  # each with a document that answers it, and the fact that an answer should hold
+QUESTIONS = (  # each with a document that answers it, and a pattern of the fact that an answer should contain
     (
         "When does the town museum open?",
         "The town museum opens at noon on weekdays. Entry is free for children.",
@@ -55,7 +55,7 @@ QUESTIONS = (  # each with a document that answers it, and the fact that an answ
         r"\bten\b|\b10\b",
     ),
 )
-SEEDS = (0, 1, 2, 10, 11, 12)  # their places in benchmarks/grounded_questions.py: the first three of both halves
+SEEDS = (0, 1, 2, 10, 11, 12)  # the questions' indices in benchmarks/grounded_questions.py: three of each half
 QUESTION = "Context: {context}\n\nQuestion: {question}\n\nAnswer the question in one sentence."
 SUPPORT = (1.55, 0.87)  # mean and standard deviation over plain answers of SmolLM2, as an engine measures them
 JUDGE = "sentiment-minilm"
@@ -74,10 +74,10 @@ class Run:
     """All prompts answered with one method, in one batch.
 
     Attributes:
-        answers: One for each prompt.
-        rewards: Of the reward that guides.
-        judged: Of the reward that does not.
-        seconds: That all answers took together.
+        answers: One answer to each prompt.
+        rewards: Their scores by the reward that guides.
+        judged: Their scores by the reward that does not guide.
+        seconds: The time that all of them took together.
     """
 
     answers: list[Alignment]
@@ -102,12 +102,12 @@ def demo() -> None:
 
 
 def _command() -> str:
-    """How this command is called from where it was called: `make` calls it by its path."""
+    """Return how to call `cards`: by the path of this call if it is not on the search path, as under `make`."""
     return sys.argv[0] if os.sep in sys.argv[0] and shutil.which("cards") is None else "cards"
 
 
 def _answer_from_documents(console: Console, llm: CardsLLM) -> None:
-    """Questions about documents, half of them against what a model knows: is what they say in the answers?"""
+    """Answer questions about documents, half of which contradict what a model knows, and count the right answers."""
     from cards_integrations.decoding import Sampling
     from cards_integrations.rewards import GroundednessReward
 
@@ -140,7 +140,7 @@ def _answer_from_documents(console: Console, llm: CardsLLM) -> None:
 
 
 def _marked(document: str, fact: str) -> Text:
-    """The document, its sentence with the fact marked."""
+    """Return a document in which the sentence with the fact is marked."""
     from cards_integrations.rewards.scorers.sentences import split_sentences
 
     text = Text("  document: ", style="dim")
@@ -150,7 +150,7 @@ def _marked(document: str, fact: str) -> Text:
 
 
 def _table(title: str, *columns: str) -> Table:
-    """A table over the whole width, with a column of names, a wide one, and narrow ones."""
+    """Return an empty table over the whole width: a column of names, a wide one, and narrow ones."""
     table = Table(title=title, title_style="bold cyan", title_justify="left", box=box.ROUNDED, expand=True)
     table.add_column("")
     for i, column in enumerate(columns):
@@ -159,7 +159,7 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _compare_with_best_of_n(console: Console, llm: CardsLLM) -> None:
-    """The simplest reward, sentiment: how high it gets, and in what time."""
+    """Compare methods with sentiment as the reward: how high it gets, and how long that takes."""
     from cards_integrations.decoding import BestOfN, Sampling
 
     console.print("[bold]The same with sentiment as the reward: what it brings, and what it costs.[/bold]\n")
@@ -186,7 +186,7 @@ def _run(llm: CardsLLM, name: str, decoding: Decoding) -> Run:
 
 
 def _answers_table(runs: dict[str, Run]) -> Table:
-    """The answers to the first prompt, by method."""
+    """Return a table of the answers to the first prompt, by method."""
     table = _table(PROMPTS[0], "answer", "reward")
     table.show_lines = True
     for name, run in runs.items():
@@ -195,7 +195,7 @@ def _answers_table(runs: dict[str, Run]) -> Table:
 
 
 def _costs_table(runs: dict[str, Run]) -> Table:
-    """Means over all prompts, by method."""
+    """Return a table of means over all prompts, by method."""
     plain, *_ = runs.values()
     table = Table(
         title=f"{len(PROMPTS)} prompts at once", title_style="bold cyan", title_justify="left",

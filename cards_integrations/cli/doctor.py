@@ -23,7 +23,7 @@ PACKAGES = (
     "peft", "accelerate", "llguidance", "matplotlib",
 )  # fmt: skip
 WIDE = 16
-CHEAP = 1.5  # a step with many candidates that takes so many times one with a single one, at most
+CHEAP = 1.5  # times the seconds of a step with one candidate: a step with many that takes no longer is cheap
 
 
 def doctor(
@@ -62,7 +62,7 @@ def doctor(
 
 
 def _told(value: Any) -> str:
-    """A value for a reader: lists and mappings without brackets."""
+    """Return a value for readers: lists and mappings without brackets."""
     if isinstance(value, Mapping):
         return ", ".join(f"{each} with {key}" for key, each in value.items()) or "not measured"  # candidates
     return ", ".join(value) or "none" if isinstance(value, list) else str(value)

@@ -36,7 +36,7 @@ def rewards(
 
 
 def _summary(kind: str) -> str:
-    """The first paragraph of the kind's documentation, or why its plug-in does not load."""
+    """Return the first paragraph of the documentation of a kind, or why its plug-in does not load."""
     from cards_integrations.rewards.registry import reward_class
 
     try:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def imports_from_here() -> Iterator[None]:
-    """Let settings name code to import, from the working directory, too, where Python itself would look."""
+    """Let settings import the functions that they name inside the block, also from the working directory."""
     from cards_integrations.rewards.function import imports_allowed
 
     if "" not in sys.path:
@@ -97,7 +97,7 @@ def llm_from(config: Path | None, allow_imports: bool, assigned: list[str] | Non
 def options_from(
     config: Path | None, allow_imports: bool, assigned: list[str] | None = None, **options: Any
 ) -> dict[str, Any]:
-    """The options of a settings file and of the command line, as for `llm_from`."""
+    """Return the options of a settings file and of the command line, which takes precedence; see `llm_from`."""
     from cards_integrations.registry import assignments
     from cards_integrations.settings import CardsSettings
 
@@ -107,14 +107,14 @@ def options_from(
 
 
 def after_system(prompt: Any, system: str | None) -> Any:
-    """What is asked, after the message of `--system` if there is one.
+    """Put the system message of `--system` before a prompt.
 
     Args:
-        prompt: A text, or the messages of a conversation; none of them yet is fine.
-        system: The system message.
+        prompt: A text, or the messages of a conversation, which may be empty.
+        system: The system message; None for none.
 
     Returns:
-        The prompt as it is without a system message, otherwise messages.
+        Messages; without a system message, the prompt as it is.
     """
     if not system:
         return prompt

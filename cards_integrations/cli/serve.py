@@ -146,7 +146,7 @@ def run(options: Any, settings: ServerSettings, log_level: str = "info", access_
     if not settings.api_keys and settings.host not in LOOPBACK:
         typer.echo(f"warning: anybody who reaches {settings.host} may ask: set CARDS_SERVER_API_KEY.", err=True)
     _check_free(settings.host, settings.port)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the first process of a container has no default
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # process 1 of a container would ignore it
     app.state.service.load()
     give_back_unused()
     with giving_back(MEMORY_SECONDS):
@@ -156,13 +156,13 @@ def run(options: Any, settings: ServerSettings, log_level: str = "info", access_
             port=settings.port,
             log_level=log_level,
             access_log=access_log,
-            timeout_graceful_shutdown=settings.grace + 1,  # streams end after `grace`, and then what is left
+            timeout_graceful_shutdown=settings.grace + 1,  # after `grace`, when streams end, the rest is cut off
             server_header=False,
         )
 
 
 def _check_free(host: str, port: int) -> None:
-    """Refuse an address that is taken before the model is loaded."""
+    """Raise a `SettingsError` if the address is taken, before the model is loaded."""
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:
@@ -177,7 +177,7 @@ def _settings(api_key_file: Path | None, given: dict[str, Any]) -> ServerSetting
 
 
 def allowed_rewards(allowed: list[str], only: bool = False) -> dict[str, Any]:
-    """The rewards that a request may choose, as settings of the server.
+    """Return the rewards that a request may choose, as arguments of `ServerSettings`.
 
     Args:
         allowed: NAME, or NAME=REWARD, from the command line.

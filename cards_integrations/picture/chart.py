@@ -1,4 +1,4 @@
-"""Rewards over tokens: every beginning that was scored, as an inline SVG and with matplotlib."""
+"""A chart of rewards over tokens, with all candidates that were scored: as an inline SVG, and with matplotlib."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from cards_integrations.trace import Alignment
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-BLUE, ORANGE, GREY = "#2f7fd1", "#d9730d", "#888888"  # colour-blind eyes can distinguish them, on white and on black
-WIDTH, HEIGHT = 900, 250  # of the chart, and its margins
-LEFT, RIGHT, TOP, BOTTOM = 48, 12, 28, 44
-KEY, NAME = 92, 36  # where the key begins, and where in each of its entries the name does
+BLUE, ORANGE, GREY = "#2f7fd1", "#d9730d", "#888888"  # distinguishable by colour-blind eyes, on white and on black
+WIDTH, HEIGHT = 900, 250  # of the chart
+LEFT, RIGHT, TOP, BOTTOM = 48, 12, 28, 44  # its margins
+KEY, NAME = 92, 36  # horizontal positions of the key, and of the name in each of its entries
 CROSS, TRIANGLE, DOT = "m-3-3l6 6m0-6l-6 6", "m-2-3.5l6 3.5-6 3.5 0-7", "h0"
 MARKS = {"accepted": "✓", "best": "✓", "rejected": "✗", "unscored": ""}
 
 
 @dataclass
 class Points:
-    """What the charts show over tokens."""
+    """What a chart shows. A point is a number of tokens, and the reward of the answer up to there."""
 
     kept: list[Point] = field(default_factory=list)
-    """The ends of the kept beginnings, that of the prompt first if it was scored."""
+    """The ends of the kept segments, after the prompt if it was scored."""
     thresholds: list[Point] = field(default_factory=list)
     """The thresholds of the kept segments, at their ends."""
     rejected: list[Point] = field(default_factory=list)
-    """The ends of the candidates that nothing follows."""
+    """The ends of candidates that were not kept and that no other candidate follows."""
     went_on: list[Point] = field(default_factory=list)
-    """The ends of the candidates that others follow, although they are not part of the answer."""
+    """The ends of candidates that were not kept, but that others follow."""
     twigs: list[tuple[Point, Point]] = field(default_factory=list)
-    """For each candidate that was not kept, the end of what it follows, and its own."""
+    """Lines to candidates that were not kept: from the end of what each one follows to its own end."""
     nodes: list[Node] = field(default_factory=list)
     """All candidates that were scored."""
 
@@ -69,7 +69,7 @@ class Points:
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Return three to eight round numbers between the two."""
+    """Return three to eight round numbers between `low` and `high`."""
     step = 10.0 ** math.floor(math.log10((high - low) / 3))
     step *= next((m for m in (5, 2) if (high - low) / (m * step) >= 3), 1)
     return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
@@ -85,7 +85,7 @@ class Label(NamedTuple):
 
 
 class Spot(NamedTuple):
-    """A candidate that can be pointed at; it leads to the others of its segment."""
+    """A candidate in the chart, which shows its `title` and is a link to its segment in the page."""
 
     x: float
     y: float
@@ -95,7 +95,7 @@ class Spot(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """The chart as its SVG has it: `lines` are pairs of a name and a path."""
+    """The content of the SVG of a chart; `lines` are pairs of a name and a path."""
 
     grid: str
     lines: list[tuple[str, str]]
@@ -107,7 +107,7 @@ class Chart(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """The numbers at the edges of the chart."""
+    """The ranges of the axes: tokens from 0 to `tokens`, and rewards from `low` to `high`."""
 
     tokens: int
     low: float
@@ -115,7 +115,7 @@ class Frame(NamedTuple):
 
     @classmethod
     def around(cls, points: Points) -> Frame:
-        """The frame in which all the points are."""
+        """Return the smallest frame, with a margin, that contains all points."""
         shown = [*points.kept, *points.thresholds, *(node.point for node in points.nodes if node.point)]
         shown += [start for start, _ in points.twigs]
         heights = [reward for _, reward in shown]
@@ -123,24 +123,24 @@ class Frame(NamedTuple):
         return cls(max(1, *(end for end, _ in shown)), min(heights) - margin, max(heights) + margin)
 
     def x(self, tokens: float) -> float:
-        """The horizontal position of a number of tokens."""
+        """Return the horizontal position of a number of tokens."""
         return round(LEFT + tokens / self.tokens * (WIDTH - LEFT - RIGHT), 1)
 
     def y(self, reward: float) -> float:
-        """The vertical position of a reward."""
+        """Return the vertical position of a reward."""
         return round(HEIGHT - BOTTOM - (reward - self.low) / (self.high - self.low) * (HEIGHT - TOP - BOTTOM), 1)
 
     def path(self, line: Sequence[Point]) -> str:
-        """A path through all the points."""
+        """Return an SVG path through points."""
         return "M" * bool(line) + "L".join(f"{self.x(end)} {self.y(reward)}" for end, reward in line)
 
     def marks(self, points: Sequence[Point], mark: str) -> str:
-        """A path with a mark at each of the points."""
+        """Return an SVG path with a mark at each of the points."""
         return "".join(f"M{self.x(end)} {self.y(reward)}{mark}" for end, reward in points)
 
 
 def svg(points: Points) -> str:
-    """Return the chart as an inline SVG; empty if nothing was scored."""
+    """Return the chart as an inline SVG; "" if nothing was scored."""
     return render("chart.svg.j2", chart=chart(points), linked=False) if points.kept else ""
 
 

@@ -1,4 +1,4 @@
-"""An alignment as HTML: what a notebook shows, and a page of its own in which everything leads to its candidates."""
+"""An alignment as HTML: what a notebook shows, and a page in which all segments are links to their candidates."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cards_integrations.templates import render
 from cards_integrations.trace import Alignment, DraftTrace, Guidance, Segment
 
 FAINT, STRONG = 0.1, 0.6  # opacity of the blue at the lowest and at the highest reward
-AT_ONCE = 0.004  # of the whole time: segments that are kept within it are one bar of the time line
+AT_ONCE = 0.004  # of the whole time; segments that were kept within it are one bar of the time line
 VERDICTS = {"accepted": "✓ accepted", "rejected": "✗ rejected", "best": "✓ best", "unscored": "unscored"}
 WENT_ON = "→ went on"
 
@@ -29,7 +29,7 @@ def fragment(alignment: Alignment) -> str:
 
 
 def _data(alignment: Alignment, linked: bool) -> dict[str, Any]:
-    """What the templates of an alignment use."""
+    """Return the data of the templates of an alignment; `linked` makes segments links."""
     points, levels = Points.of(alignment), levels_of(alignment)
     drafts = [draft for segment in alignment.segments for draft in segment.drafts]
     rewards = [segment.reward for segment in alignment.segments if segment.reward is not None]
@@ -65,12 +65,12 @@ def parts(draft: DraftTrace) -> str:
 
 
 def verdict(node: Node) -> str:
-    """Say what became of a candidate."""
+    """Return in words what became of a candidate."""
     return WENT_ON if node.went_on and not node.kept else VERDICTS[node.draft.verdict]
 
 
 def followed(node: Node) -> str:
-    """Name what a candidate of a tree follows: a candidate of the segment before, by its place."""
+    """Return in words what a candidate follows: the place, from 1, of one of the segment before, or the kept text."""
     if node.draft.parent is not None:
         return str(node.draft.parent + 1)
     return "kept" if node.segment > 1 else "-"
@@ -84,7 +84,7 @@ def facts(segment: Segment, level: Sequence[Node]) -> str:
 
 
 def cost(alignment: Alignment) -> str:
-    """Say in one line how an answer ended, and everything that it cost."""
+    """Return one line on how an answer ended, and on everything that it cost."""
     usage = alignment.usage
     reward = "" if alignment.reward is None else f"reward {number(alignment.reward)}"
     if reward and alignment.prompt_reward is not None:
@@ -108,7 +108,7 @@ def cost(alignment: Alignment) -> str:
 
 
 def _goals(guidance: Guidance) -> Iterator[str]:
-    """What the rewards were compared with, and where that came from."""
+    """Yield the target and the beta in words, with where each came from."""
     named = (
         ("target", guidance.target, guidance.target_origin),
         ("beta", guidance.beta, guidance.beta_origin),
@@ -122,7 +122,16 @@ def _goals(guidance: Guidance) -> Iterator[str]:
 
 
 class Piece(NamedTuple):
-    """A kept segment in the running text; white space around it is not marked."""
+    """A kept segment in the running text.
+
+    Attributes:
+        before: The white space before it, which is not coloured.
+        text: Its text.
+        after: The white space after it.
+        title: Its reward, threshold and length.
+        below: True if its reward is below its threshold.
+        blue: The opacity of the blue behind it; None if it was not scored.
+    """
 
     before: str
     text: str
@@ -133,7 +142,7 @@ class Piece(NamedTuple):
 
 
 def _pieces(alignment: Alignment, rewards: Sequence[float]) -> Iterator[Piece]:
-    """Cut the text by the lengths of its segments: a stop string may reach across several."""
+    """Cut the text by the lengths of its segments: a stop string may have cut several of them."""
     begin, last = 0, len(alignment.segments) - 1
     for i, segment in enumerate(alignment.segments):
         end = len(alignment.text) if i == last else begin + len(segment.text)
@@ -154,14 +163,21 @@ def _piece(segment: Segment, text: str, rewards: Sequence[float]) -> Piece:
 
 
 def _blue(reward: float, rewards: Sequence[float]) -> float:
-    """The opacity of the blue behind a segment."""
+    """Return the opacity of the blue behind a segment, given its reward and those of all segments."""
     low, high = min(rewards), max(rewards)
     share = (reward - low) / (high - low) if high > low else 0.5
     return FAINT + share * (STRONG - FAINT)
 
 
 class Legend(NamedTuple):
-    """What the blue means, in numbers."""
+    """The legend of the blue.
+
+    Attributes:
+        low: The lowest reward of a segment.
+        high: The highest reward of a segment.
+        gradient: The colours of both, for CSS.
+        below: True if a reward is below its threshold, which needs an entry of its own.
+    """
 
     low: float
     high: float
@@ -181,13 +197,13 @@ def _legend(alignment: Alignment, rewards: Sequence[float]) -> Legend | None:
 
 
 class Bar(NamedTuple):
-    """Segments that were kept at the same moment, and the seconds that they took."""
+    """Segments that were kept at the same moment: those from `first` to `last`, which took `seconds`."""
 
     first: int
     last: int
     seconds: float
     share: float
-    """Percent of the time line."""
+    """Its length in percent of the time line."""
 
     @property
     def numbers(self) -> str:
@@ -196,7 +212,7 @@ class Bar(NamedTuple):
 
 
 def _time_line(alignment: Alignment) -> list[Bar]:
-    """When segments were kept, one after the other."""
+    """Return the bars of the time line."""
     moments: list[tuple[int, int, float]] = []  # the first and the last segment that were kept then
     for i, kept in enumerate(alignment.kept_at, start=1):
         together = moments and kept - moments[-1][2] <= AT_ONCE * alignment.kept_at[-1]
@@ -210,7 +226,7 @@ def _time_line(alignment: Alignment) -> list[Bar]:
 
 
 class Curve(NamedTuple):
-    """How a part of the reward goes along an answer."""
+    """A part of the reward along an answer: its name, its last value, and its path in an SVG."""
 
     name: str
     last: float
@@ -218,7 +234,7 @@ class Curve(NamedTuple):
 
 
 def _curves(alignment: Alignment) -> Iterator[Curve]:
-    """The parts of a composite reward; a path is 200 wide and 24 high."""
+    """Yield a curve for each part of a composite reward; paths are 200 wide and 24 high."""
     ends, end = [], 0
     for segment in alignment.segments:
         end += len(segment.token_ids)

@@ -1,4 +1,4 @@
-"""The tree of beginnings that an answer was chosen from: what each candidate follows, and what became of it."""
+"""The tree of candidates that an answer was chosen from: what each of them follows, and whether others follow it."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from dataclasses import dataclass
 from cards_integrations.trace import Alignment, DraftTrace
 
 Point = tuple[int, float]
-"""A number of tokens, and the reward of the beginning that has so many."""
+"""A number of tokens, and the reward of the answer up to there."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """A candidate in its place."""
+    """A candidate and its place in the tree."""
 
     draft: DraftTrace
+    """The candidate."""
     segment: int
     """The number of its segment, from 1."""
     end: int
-    """Tokens of the beginning that it ends."""
+    """Tokens of the answer up to its end."""
     start: Point | None
-    """Where the beginning that it follows ends; None if that was not scored."""
+    """The end of what it follows; None if that was not scored."""
     went_on: bool
     """True if others follow it, although it was not kept."""
 
@@ -36,7 +37,7 @@ class Node:
 
 
 def levels_of(alignment: Alignment) -> list[list[Node]]:
-    """Return the candidates of each segment."""
+    """Return the candidates of each segment, in order."""
     levels: list[list[Node]] = []
     begin, kept = 0, None if alignment.prompt_reward is None else (0, alignment.prompt_reward)
     for i, segment in enumerate(alignment.segments):
