@@ -1,4 +1,4 @@
-"""What a study needs of the language model under study."""
+"""The interface of the language model that a study needs."""
 
 from __future__ import annotations
 

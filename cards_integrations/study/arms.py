@@ -15,8 +15,9 @@ class Arm:
     """All answers of one method."""
 
     name: str
+    """The name of the method."""
     rows: tuple[Row, ...]
-    """One for each answer."""
+    """A row for each answer."""
 
     def mean(self, name: str) -> Mean | None:
         """Average a number of the answers over prompts.
@@ -47,7 +48,7 @@ class Arm:
 def by_name(rows: Sequence[Row]) -> dict[str, Arm]:
     """Group rows by method, in the order in which the methods first occur.
 
-    Rows of earlier versions lack `repeated_3grams`, which their texts give.
+    Rows of earlier versions lack `repeated_3grams`, which is computed from their texts.
     """
     rows = [{"repeated_3grams": repeated_3grams(row["text"])} | row for row in rows]
     names = dict.fromkeys(row["arm"] for row in rows)

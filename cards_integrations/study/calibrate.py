@@ -24,12 +24,12 @@ from cards_integrations.trace import Alignment
 
 log = logging.getLogger("cards_integrations")
 MIN_PROMPTS = 8
-TARGET_STDS = np.arange(-1.0, 3.55, 0.1)  # targets that are tried, in standard deviations above the mean
-BETA_STDS = (0.1, 0.2, 0.4)  # betas that are tried, in standard deviations
-DEFAULT_TARGET_STDS = 1.5
-WEAK_CORRELATION = 0.3  # of half an answer's reward with the whole one's: below it CARDS cannot decide by beginnings
-MOSTLY = 0.5  # of the segments
-MAX_PREDICTABLE_STDS = 2.0  # above the mean: beyond it too few plain answers were seen
+TARGET_STDS = np.arange(-1.0, 3.55, 0.1)  # targets that are simulated, in standard deviations above the mean
+BETA_STDS = (0.1, 0.2, 0.4)  # betas that are simulated, in standard deviations
+DEFAULT_TARGET_STDS = 1.5  # the default target, in standard deviations above the mean
+WEAK_CORRELATION = 0.3  # of half an answer's reward with the whole one's; below it CARDS cannot decide by beginnings
+MOSTLY = 0.5  # share of the segments above which a warning says that the target is out of reach
+MAX_PREDICTABLE_STDS = 2.0  # standard deviations above the mean; plain answers beyond it are too few for predictions
 
 
 def calibrate(
@@ -50,35 +50,39 @@ def calibrate(
 ) -> Calibration:
     """Choose entropy threshold, target and beta for the models and the `max_tokens` of an LLM.
 
-    It draws scored drafts for each segment of plain answers, and again of answers that keep the best of them,
-    learns how rewards move along an answer (`Simulator`), and simulates CARDS for many targets and betas. Of
-    `budget`, `goal` and `quantile` at most one may be given; without any of them the target is 1.5 standard
-    deviations above the mean of plain answers.
+    It drafts and scores several candidates for each segment of plain answers, and of answers that keep the best
+    candidate; learns how rewards move along an answer (`Simulator`); and simulates CARDS for many targets and betas. At
+    most one of `budget`, `goal` and `quantile` may be given; without any of them, the target is 1.5 standard deviations
+    above the mean of plain answers.
 
-    With a held-out reward, which does not guide, the prompts are answered with a few targets, too. Then the target is
-    the lowest one that is as good as the peak of the held-out reward, within a standard error; one that a budget, a
-    goal or a quantile asks for is lowered to the peak if it is worse by more than that.
+    With a held-out reward, which does not guide, the prompts are also answered with a few targets. Then the target is
+    the lowest one whose held-out reward is within a standard error of the peak's. A target that a budget, a goal or a
+    quantile asks for is lowered to it only if it is above the peak, and worse by more than a standard error.
 
     Args:
         llm: The language model, with its reward.
-        prompts: Strings or lists of messages, at least 8, better 50. By default those built in for the reward.
+        prompts: Strings or lists of messages, at least 8, better 50. By default, the built-in ones of the reward.
         contexts: The context of each prompt, for rewards that read it.
         budget: Tokens of examined drafts, as a multiple of a plain answer's tokens.
         goal: The mean reward that answers should reach.
         quantile: The target, as a quantile of the rewards of plain answers.
         segment_length: The mean length of a segment in tokens, which sets the entropy threshold; without it the
             threshold of `decoding` stays.
-        candidates: Scored drafts for each segment.
+        candidates: Scored candidates of each segment.
         held_out: A reward that judges and does not guide. "auto" is the one that comes with the guiding reward:
-            "sentiment-minilm" for "sentiment", and none for others. None does not look at one.
-        targets: Those at which the held-out reward is measured; by default 0.5, 1, 1.5, 2 and 2.5 standard deviations
-            above the mean of plain answers, or up to the target that a budget, a goal or a quantile asks for.
+            "sentiment-minilm" for "sentiment", and none for others. None uses no such reward.
+        targets: The targets at which the held-out reward is measured; by default 0.5, 1, 1.5, 2 and 2.5 standard
+            deviations above the mean of plain answers, or up to the target that a budget, a goal or a quantile asks
+            for.
         seed: The seed of the first answer; those of the others follow it.
-        progress: Show the progress, unless `progress=False` says otherwise for the whole LLM.
+        progress: Whether to show the progress; `progress=False` of the LLM takes precedence.
         options: Arguments of `align` that replace the LLM's own options, such as `reward` or `decoding`.
 
+    Returns:
+        What was measured and chosen.
+
     Raises:
-        SettingsError: If arguments exclude each other, there is no reward, or there are too few prompts.
+        SettingsError: Arguments exclude each other, there is no reward, or there are too few prompts.
     """
     if sum(wanted is not None for wanted in (budget, goal, quantile)) > 1:
         raise SettingsError("calibrate: give only one of budget=, goal= and quantile=.")
@@ -131,7 +135,16 @@ def calibrate(
 
 
 def _boundary_for(length: float, uncertainties: list[list[float]], boundary: Uncertainty) -> Uncertainty:
-    """The boundary with the threshold whose mean segment length is nearest to the wanted one."""
+    """Return the boundary with the threshold whose mean segment length is nearest to `length`, in tokens.
+
+    Args:
+        length: The wanted mean length of a segment, in tokens.
+        uncertainties: For each plain answer, the uncertainty at each of its tokens.
+        boundary: The boundary with its other settings.
+
+    Raises:
+        SettingsError: The boundary does not allow segments of this length.
+    """
     if not boundary.min_length <= length <= boundary.max_length:
         raise SettingsError(
             f"calibrate: segment_length={length:g} is not between the boundary's min_length={boundary.min_length} "
@@ -145,7 +158,7 @@ def _boundary_for(length: float, uncertainties: list[list[float]], boundary: Unc
 
 
 def _mean_length(uncertainties: list[list[float]], threshold: float, boundary: Uncertainty) -> float:
-    """The mean segment length in tokens that a threshold gives."""
+    """Return the mean length of a segment, in tokens, with a threshold."""
     lengths = []
     for values in uncertainties:
         length = 0
@@ -159,7 +172,7 @@ def _mean_length(uncertainties: list[list[float]], threshold: float, boundary: U
 
 
 def _curve(simulator: Simulator, requested: Cards, scale: Scale) -> tuple[Choice, ...]:
-    """For each target the beta that pays most: its reward costs the fewest tokens."""
+    """Return, for each target, the choice with the best beta: the one whose reward costs the fewest tokens."""
     choices: dict[float, list[Choice]] = {}
     for target in scale.mean + TARGET_STDS * scale.std:
         for share in BETA_STDS:
@@ -175,7 +188,7 @@ def _curve(simulator: Simulator, requested: Cards, scale: Scale) -> tuple[Choice
     predictions = [choice.predicted for same_target in choices.values() for choice in same_target]
 
     def price(choice: Choice) -> float:
-        """Tokens over those of the cheapest choice with at least its reward."""
+        """Return the tokens of a choice, as a multiple of those of the cheapest choice with at least its reward."""
         reward, tokens = choice.predicted.reward, choice.predicted.drafted_tokens
         return tokens / min(other.drafted_tokens for other in predictions if other.reward >= reward)
 
@@ -191,7 +204,7 @@ def _choose(
     goal: float | None,
     quantile: float | None,
 ) -> Choice:
-    """The choice that a budget, a goal or a quantile asks for, or the nearest one."""
+    """Return the choice that a budget, a goal or a quantile asks for, or the nearest one."""
     if budget is not None:
         affordable = [c for c in curve if c.predicted.drafted_tokens <= budget * plain_tokens]
         return max(affordable or curve[:1], key=lambda c: c.predicted.reward)
@@ -204,13 +217,13 @@ def _choose(
 
 
 def _correlations(answers: Sequence[Alignment]) -> tuple[float, ...]:
-    """Of the reward at each fraction of the text with that of the whole, over answers."""
+    """Return the correlation, over answers, of the reward at each fraction of the text with that of the whole."""
     rewards = np.array([_rewards_at_fractions(answer) for answer in answers]).T
     return tuple(0.0 if r.std() == 0 else float(np.corrcoef(r, rewards[-1])[0, 1]) for r in rewards)
 
 
 def _rewards_at_fractions(answer: Alignment) -> list[float]:
-    """Interpolated between the ends of segments."""
+    """Return the reward at each fraction of an answer, interpolated between the ends of segments."""
     ends = np.cumsum([len(segment.token_ids) for segment in answer.segments])
     rewards = [answer.prompt_reward or 0.0, *(segment.reward or 0.0 for segment in answer.segments)]
     length = max(1, int(ends[-1]))

@@ -38,6 +38,7 @@ class Choice:
     beta: float
     """The beta of CARDS."""
     predicted: Prediction
+    """What CARDS is predicted to do with them."""
 
 
 @dataclass(frozen=True)
@@ -55,21 +56,21 @@ class Calibration:
     boundary: Uncertainty
     """Where segments end, with the entropy threshold that was found."""
     scale: Scale
-    """Mean and standard deviation of the reward of plain answers."""
+    """The mean and the standard deviation of the reward of plain answers."""
     plain: Prediction
     """What plain answers cost and score, as measured."""
     chosen: Choice
     """The target and the beta that were found."""
     curve: tuple[Choice, ...]
-    """For each target, from the lowest on, the choice that pays most."""
+    """For each target, from the lowest on, the choice whose reward costs the fewest tokens."""
     correlations: tuple[float, ...]
-    """Of the reward of the first 25, 50, 75 and 100 percent of an answer with that of the whole."""
+    """The correlations of the rewards of the first 25, 50, 75 and 100 percent of an answer with that of the whole."""
     segment_lengths: tuple[int, ...]
     """The lengths of all drafts, in tokens."""
     held_out: HeldOutCurve | None = None
-    """The reward that did not guide, over the target; None if there was none."""
+    """The held-out reward over the target; None if there was no such reward."""
     warnings: tuple[str, ...] = field(default=())
-    """What speaks against relying on the prediction."""
+    """Reasons not to rely on the prediction."""
 
     @property
     def decoding(self) -> Cards:
@@ -116,7 +117,7 @@ class Calibration:
         Path(path).write_text(comment + yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
 
     def remember(self) -> None:
-        """Store target and beta: from now on "auto" uses them for this language model and this reward."""
+        """Store target and beta, which "auto" uses from now on for this language model and this reward."""
         scale = self.scale.model_copy(update={"target": self.chosen.target, "beta": self.chosen.beta})
         ScaleStore().calibrate(self.model, self.reward, scale)
 
@@ -148,7 +149,7 @@ class Calibration:
         return figure
 
     def save(self, path: str | Path) -> None:
-        """Write the charts as an image, or as a page that opens offline and has the results, too.
+        """Write the charts as an image, or the charts and the results as a page that opens offline.
 
         Args:
             path: The file to write: .png, .svg, .pdf, .html for the page, or .csv for the levels of the held-out

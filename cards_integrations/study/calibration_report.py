@@ -1,4 +1,4 @@
-"""A calibration as charts and as a page that opens offline."""
+"""Draws the charts of a calibration, and a page with them that opens offline."""
 
 from __future__ import annotations
 

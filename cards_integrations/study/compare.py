@@ -1,4 +1,4 @@
-"""Methods side by side on one engine: the same prompts, seeds and rewards, every answer in a file."""
+"""Compares methods on one engine, with the same prompts, seeds and rewards; every answer goes to a file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from cards_integrations.study.metrics import repeated_3grams
 from cards_integrations.study.rows import Results, Row
 from cards_integrations.trace import Alignment
 
-LLM_OPTIONS = ("model", "max_tokens", "stop", "finish_at", *Sampler.model_fields)  # those on which an answer depends
+LLM_OPTIONS = ("model", "max_tokens", "stop", "finish_at", *Sampler.model_fields)  # options that change answers
 SHORT = {"max_tokens": 4, "min_tokens": 0}
 KEY_FIELDS = ("arm", "settings", *LLM_OPTIONS, "guide", "judge", "asked", "context", "seed")
 
@@ -50,15 +50,18 @@ def compare(
             (`{"decoding": ..., "reward": ..., "model": ...}`).
         prompts: Strings or lists of messages.
         contexts: The context of each prompt, for rewards that read it.
-        judge: A reward that guides nothing: a reward that is searched for is overestimated.
-        seeds: One answer to each prompt for each of them.
-        at_once: Prompts that are answered in one batch.
-        out: A file to which every answer is added as a line of JSON once its batch is done. Answers that it
-            already holds are not drafted again, so that an interrupted run continues.
-        progress: Show the progress, unless `progress=False` says otherwise for the whole LLM.
+        judge: A reward that does not guide; the one that guides overestimates the answers that it was searched for.
+        seeds: The seeds; each prompt is answered once with each of them.
+        at_once: The number of prompts that are answered in one batch.
+        out: A file to which every answer is added as a line of JSON once its batch is done. Answers that it already
+            contains are not drafted again, so that an interrupted run continues.
+        progress: Whether to show the progress; `progress=False` of the LLM takes precedence.
+
+    Returns:
+        The answers of all arms.
 
     Raises:
-        SettingsError: If an arm is no method, or `out` holds something other than answers.
+        SettingsError: An arm is not a method, or `out` contains something other than answers.
     """
     results = Results(out, REQUIRED_FIELDS)
     options = llm.resolve_options({})
@@ -94,8 +97,8 @@ def compare(
 
 
 def _warm_up(llm: Aligner, row: Row, arguments: dict[str, Any]) -> None:
-    """Load the models and measure steps and scales by a few tokens, so that no answer takes the time for it."""
-    with suppress(CardsError):  # the answers will tell, those that are too short for a schema will not
+    """Load the models and measure steps and scales with a few tokens, so that no answer is charged with that time."""
+    with suppress(CardsError):  # so short an answer may break a schema; any other error comes again with the answers
         llm.align_batch([row["asked"]], [row["seed"]], [row["context"]], progress=False, **arguments | SHORT)
 
 
@@ -115,7 +118,11 @@ def _answer(
 
 
 def _call_arguments(name: str, arm: Any) -> dict[str, Any]:
-    """The arguments of `align` for an arm."""
+    """Return the arguments of `align` for an arm.
+
+    Raises:
+        SettingsError: It is neither a method nor arguments.
+    """
     if isinstance(arm, Mapping) and "decoding" in arm:
         return dict(arm)
     if isinstance(arm, (Decoding, str, dict)):
@@ -124,7 +131,7 @@ def _call_arguments(name: str, arm: Any) -> dict[str, Any]:
 
 
 def _as_json(value: Any) -> Any:
-    """Settings as plain values, the same in every process; of code only its name remains."""
+    """Return settings as plain values, which are the same in every process: functions become their names."""
     return json.loads(json.dumps(value, default=_as_plain))
 
 
@@ -138,12 +145,12 @@ def _as_plain(value: Any) -> Any:
 
 
 def _key(row: Row) -> str:
-    """Rows with equal keys answer the same question; files of earlier versions lack fields and match none."""
+    """Return the key of a row: rows with equal keys are the same answer. Rows of earlier versions match no others."""
     return json.dumps([row.get(name) for name in KEY_FIELDS])
 
 
 def _measured(answer: Alignment) -> Row:
-    """The text of an answer, and what it cost."""
+    """Return the text of an answer, and what it cost."""
     examined = [len(draft.token_ids) for segment in answer.segments for draft in segment.drafts]
     return {
         "text": answer.text,

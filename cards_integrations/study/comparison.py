@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 REQUIRED_FIELDS = {"arm", "prompt", "asked", "text"}
-REWARDS = ("judged", "reward")  # that which guides nothing first
+REWARDS = ("judged", "reward")  # the one that does not guide first
 COSTS = ("drafted_tokens", "looked_at_tokens", "drafts", "lm_forwards", "lm_tokens", "rm_forwards", "rm_tokens")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` found."""
+    """The answers of several methods to the same prompts."""
 
     rows: tuple[Row, ...]
-    """One for each answer."""
+    """A row for each answer."""
 
     @cached_property
     def arms(self) -> dict[str, Arm]:
@@ -39,7 +39,7 @@ class Comparison:
         """Read files that `compare` wrote.
 
         Raises:
-            SettingsError: If a file cannot be read, or is not one of answers.
+            SettingsError: A file cannot be read, or is not one of answers.
         """
         return cls(tuple(row for file in files for row in read_rows(file, REQUIRED_FIELDS)))
 
@@ -57,12 +57,12 @@ class Comparison:
 
     @property
     def baseline(self) -> str:
-        """The name of the arm that the others are compared with: plain answers, else the first arm."""
+        """The name of the arm that the others are compared with: that of plain answers, else the first one."""
         plain = [name for name, arm in self.arms.items() if _is_plain(arm.rows[0])]
         return next(iter([*plain, *self.arms]))
 
     def win_rate(self, one: str, other: str, name: str) -> Mean | None:
-        """Average over prompts how often one arm's answer has the higher number; equal ones count half.
+        """Average over prompts how often one arm's answer has the higher number; a tie counts half.
 
         Args:
             one: The name of an arm.
@@ -80,7 +80,7 @@ class Comparison:
 
     @cached_property
     def wins(self) -> dict[str, dict[str, Mean | None]]:
-        """For each arm, its win rates over the baseline by name of the reward; the baseline itself has none."""
+        """For each arm, its win rates over the baseline by the name of the reward; None for the baseline itself."""
         others = {name: self.baseline for name in self.arms if name != self.baseline}
         return {
             arm: {name: self.win_rate(arm, others[arm], name) if arm in others else None for name in REWARDS}
@@ -96,7 +96,7 @@ class Comparison:
     def cost_at(self, level: float, cost: str, family: Sequence[str], reward: str = "judged") -> float | None:
         """Interpolate what a family of arms (best-of-4, -8, -16, ...) pays for a mean reward.
 
-        Linear in the reward and in the logarithm of the cost.
+        The interpolation is linear in the reward and in the logarithm of the cost.
 
         Args:
             level: The mean reward.
@@ -105,7 +105,7 @@ class Comparison:
             reward: The key of the reward in the rows: "reward" or "judged".
 
         Returns:
-            The cost; None outside what the family reaches.
+            The cost; None if the level is outside the range of the family.
         """
         import numpy as np
 

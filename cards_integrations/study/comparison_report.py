@@ -1,4 +1,4 @@
-"""A comparison as a table, as charts, and as a page that opens offline."""
+"""Shows a comparison as a table, as charts, and as a page that opens offline."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TERMINAL_COLUMNS = ("reward", "judged", "repeated_3grams", "log_p_per_token", "d
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
 MARKS = "osD^vP*Xh<>"
 Wins = Mapping[str, Mapping[str, Mean | None]]
-"""By arm and by name of the reward, the share of wins over the baseline."""
+"""The share of wins over the baseline, by arm and by the name of the reward."""
 
 
 def table(arms: Sequence[Arm], wins: Wins, baseline: str) -> Table:
@@ -45,7 +45,7 @@ def table(arms: Sequence[Arm], wins: Wins, baseline: str) -> Table:
     Args:
         arms: The arms.
         wins: Their win rates.
-        baseline: The name of the arm that these, and the times, are over.
+        baseline: The name of the arm with which win rates and times are compared.
     """
     from rich.table import Table
 
@@ -105,12 +105,12 @@ def _draw(axes: Axes, arms: Sequence[Arm], kind: str, cost: str) -> None:
 
 
 def page(arms: Sequence[Arm], wins: Wins, baseline: str, rows: Sequence[Row], max_examples: int = 20) -> str:
-    """Return an HTML page without scripts or anything from elsewhere, in which the models' text is escaped.
+    """Return an HTML page without scripts or external files, in which the text of models is escaped.
 
     Args:
         arms: The arms of the table and of the charts.
         wins: Their win rates.
-        baseline: The name of the arm that these are over.
+        baseline: The name of the arm with which they are compared.
         rows: Their answers.
         max_examples: How many prompts are shown with all their answers.
     """
@@ -135,7 +135,7 @@ def page(arms: Sequence[Arm], wins: Wins, baseline: str, rows: Sequence[Row], ma
 
 
 def _example(rows: Sequence[Row]) -> dict[str, Any]:
-    """All answers to one prompt; of a conversation only the last message is shown."""
+    """Return the answers to one prompt as the page shows them; of a conversation it shows only the last message."""
     asked = rows[0]["asked"]
     prompt = asked if isinstance(asked, str) else asked[-1].get("content", "") if asked else ""
     answers = [{"arm": row["arm"], "text": row["text"], "scores": _scores(row)} for row in rows]

@@ -14,8 +14,8 @@ def new_figure(width: float, height: float) -> Figure:
     """Return an empty figure that draws itself in a notebook, even if no backend has been chosen there.
 
     Args:
-        width: In inches.
-        height: In inches.
+        width: The width, in inches.
+        height: The height, in inches.
     """
     from matplotlib.figure import Figure
 

@@ -1,7 +1,7 @@
-"""A reward that does not guide, over the target of the one that does: where searching further stops to help.
+"""A held-out reward, which does not guide, over the target of the reward that does: how high a target still helps.
 
-What is searched for is overestimated, and beyond some target the answers get worse by every other measure while the
-guiding reward still rises (inference-time overoptimisation: arXiv 2210.10760, 2506.19248).
+Beyond some target, answers get worse by every other measure while the guiding reward still rises (inference-time
+overoptimisation: arXiv 2210.10760, 2506.19248).
 """
 
 from __future__ import annotations
@@ -23,35 +23,36 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Level:
-    """Answers to the prompts of a calibration at one target, as measured."""
+    """Measurements of the answers to the prompts of a calibration with one target."""
 
     target: float | None
     """The target reward; None for plain answers."""
     beta: float | None
     """The beta; None for plain answers."""
     reward: Mean
-    """The guiding reward."""
+    """The mean of the guiding reward."""
     held_out: Mean
-    """The reward that did not guide."""
+    """The mean of the held-out reward."""
     win_rate: Mean | None
-    """How often an answer has more of the held-out reward than the plain one, a tie counting half; None for these."""
+    """How often an answer has a higher held-out reward than the plain one, a tie counting half; None for plain
+    answers."""
     repeated_3grams: float
     """The share of 3-grams of words that have occurred before in the same answer, in percent."""
     distinct_2: float
-    """Distinct 2-grams of words over all of them."""
+    """The number of distinct 2-grams of words over that of all."""
     log_p_per_token: float
-    """Under the language model itself, in nats."""
+    """The mean log p of a token under the language model itself, in nats."""
     tokens: float
-    """Tokens of an answer."""
+    """The mean number of tokens of an answer."""
     looked_at_tokens: float
-    """Tokens of the candidates that were examined for an answer."""
+    """The mean number of tokens of the candidates that were examined for an answer."""
     out_of_reach: float
-    """The share of answers without any accepted segment: the best of the rejected ones was kept each time."""
+    """The share of answers without any accepted segment: each of these is the best of the rejected candidates."""
     by_prompt: tuple[float, ...] = field(repr=False, default=())
     """The held-out reward of each answer, in the order of the prompts."""
 
     def row(self) -> dict[str, Any]:
-        """Return the numbers by name, each mean as three of them: `x`, `x_low` and `x_high`."""
+        """Return the numbers by name; a mean x is three of them: `x`, `x_low` and `x_high`."""
         row: dict[str, Any] = {}
         for name, value in asdict(self).items():
             if name in MEANS:
@@ -79,9 +80,9 @@ def measured(
         answers: The answers.
         rewards: Their guiding rewards.
         held_out: Their held-out rewards.
-        plain: The plain answers to the same prompts; None if these are they.
-        target: The target that the answers were guided to.
-        beta: The beta that they were guided with.
+        plain: The measurements of the plain answers to the same prompts; None if these are the plain answers.
+        target: The target of the answers; None for plain answers.
+        beta: The beta of the answers; None for plain answers.
     """
     n, texts = len(answers), [answer.text for answer in answers]
     examined = [len(draft.token_ids) for a in answers for segment in a.segments for draft in segment.drafts]
@@ -104,11 +105,11 @@ def measured(
 
 @dataclass(frozen=True)
 class HeldOutCurve:
-    """The held-out reward over the target, and the target that it speaks for.
+    """The held-out reward over the target, and the target that is chosen by it.
 
-    `peak` is that of the best fit which rises to one level and falls from there on. `chosen` is the lowest target
-    whose fitted held-out reward is within one standard error of the peak's (of the paired difference over prompts):
-    what lies between the two costs tokens, and is not known to help.
+    `peak` is the peak of the best fit that rises up to one level and falls after it. `chosen` is the lowest target
+    whose fitted held-out reward is within one standard error (of the paired difference over prompts) of the peak's:
+    higher targets cost more tokens, and are not known to help.
     """
 
     reward: Reward
@@ -140,10 +141,10 @@ class HeldOutCurve:
 
     @property
     def parting(self) -> Level | None:
-        """The level beyond the peak with the least held-out reward, if the guide has risen until there.
+        """The level beyond the peak with the lowest held-out reward, where this and the guiding reward have parted.
 
-        None if the held-out reward does not fall by more than a standard error: then they do not part within the
-        targets that were tried.
+        None if they have not: if the guiding reward is not higher there than at the peak, or the held-out reward is not
+        lower by more than a standard error.
         """
         worst = min(self.levels[self._peak :], key=lambda level: level.held_out.value)
         rises = worst.reward.value > self.peak.reward.value
@@ -160,7 +161,7 @@ class HeldOutCurve:
         return int(np.argmax(self.fitted))
 
     def _error(self, one: int, other: int) -> float:
-        """The standard error of the difference between two levels, paired by prompts."""
+        """Return the standard error of the difference between two levels, by their indices, paired by prompts."""
         difference = np.subtract(self.levels[one].by_prompt, self.levels[other].by_prompt)
         return float(difference.std(ddof=1) / np.sqrt(len(difference)))
 
@@ -181,7 +182,7 @@ class HeldOutCurve:
 
     @property
     def conclusion(self) -> str:
-        """What there is to say about the guide beyond the peak."""
+        """A sentence on what both rewards do beyond the peak."""
         parting, peak = self.parting, self.peak
         if parting is not None:
             guide, held_out = (
@@ -207,7 +208,7 @@ def unimodal(values: Sequence[float]) -> Floats:
 
 
 def _rising(values: Sequence[float]) -> Floats:
-    """The nearest sequence that never falls: pool adjacent violators."""
+    """Return the nearest sequence that never falls, by pooling adjacent violators."""
     blocks: list[tuple[float, int]] = []
     for value in values:
         total, n = value, 1

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from llama_index.core.llms import LLM
 
 PairVerdict = Literal["win", "tie", "loss", "unparsed"]
-"""Of the answer that is "ours"; "unparsed" if either reply of the judge has no two scores."""
+"""The verdict on the answer that is "ours"; "unparsed" if either reply of the judge has no two scores."""
 POINTS = {"win": 1.0, "tie": 0.5, "loss": 0.0}
 
 SYSTEM = "You are a precise assistant for checking the quality of the answer."
@@ -44,7 +44,7 @@ Each assistant receives an overall score on a scale of 1 to 10, where a higher s
 performance. Please first output a single line containing only two values indicating the scores for Assistant 1 and 2, \
 respectively. The two scores are separated by a space."""
 SCORE_PATTERN = r"(10(?:\.0+)?|\d(?:\.\d+)?)(?:\s*/\s*10)?"
-LINE_PATTERNS = (  # of a line: two numbers at its end, or each behind its name
+LINE_PATTERNS = (  # of a line with two scores: both at its end, or each after its name
     re.compile(rf"(?:^|.*[^\d./]){SCORE_PATTERN}[\s,;]+{SCORE_PATTERN}\W*"),
     re.compile(
         rf".*\b1\W+{SCORE_PATTERN}[\s,;]+(?:and\s+)?(?:assistant|answer)\s*2\W+{SCORE_PATTERN}\W*", re.IGNORECASE
@@ -58,7 +58,7 @@ class Judgement:
     """What a judge decided about pairs of answers."""
 
     rows: tuple[Row, ...]
-    """One for each pair."""
+    """A row for each pair."""
 
     @property
     def counts(self) -> dict[PairVerdict, int]:
@@ -78,7 +78,7 @@ class Judgement:
 
     @property
     def first_wins(self) -> float | None:
-        """How often the answer in the first position won, without ties; far from 0.5, the judge is biased."""
+        """How often the answer in the first position won, without ties; if far from 0.5, the judge is biased."""
         scores = [reply["scores"] for row in self.rows for reply in row["asked_twice"] if reply["scores"]]
         decided = [first > second for first, second in scores if first != second]
         return sum(decided) / len(decided) if decided else None
@@ -117,13 +117,16 @@ def judge(
         template: The prompt, with `{question}`, `{one}` and `{two}`.
         system: The system message.
         attempts: How often a call that fails is tried.
-        at_once: Pairs that are judged at the same time.
-        out: A file to which every pair is added as a line of JSON. Pairs that it already holds are not judged
+        at_once: The number of pairs that are judged at the same time.
+        out: A file to which every pair is added as a line of JSON. Pairs that it already contains are not judged
             again, so that an interrupted run continues.
-        progress: Show the progress.
+        progress: Whether to show the progress.
+
+    Returns:
+        The verdicts on all pairs.
 
     Raises:
-        SettingsError: If no prompt has two answers, a file cannot be read, or the judge is neither.
+        SettingsError: No prompt has two answers, a file cannot be read, or the judge is neither of these.
     """
     pairs = paired(_rows(ours), _rows(theirs))
     if not pairs:
@@ -161,13 +164,13 @@ def judge_prompts(
 
 
 def _prompts(pair: Row, template: str) -> tuple[str, str]:
-    """The prompt with our answer first, and the one with theirs first."""
+    """Return the prompt with our answer first, and the one with theirs first."""
     question, ours, theirs = pair["question"], pair["ours"], pair["theirs"]
     return fill(template, question, ours, theirs), fill(template, question, theirs, ours)
 
 
 def paired(ours: Sequence[Row], theirs: Sequence[Row]) -> list[Row]:
-    """Return a row for each two answers to the same prompt with the same seed."""
+    """Return a row for each pair of answers to the same prompt with the same seed."""
     others = {(json.dumps(row["asked"]), row["seed"]): row for row in theirs}
     pairs = []
     for row in ours:
@@ -188,7 +191,7 @@ def as_question(prompt: Any) -> str:
 
 
 def fill(template: str, question: str, one: str, two: str) -> str:
-    """Return the template with its parts, in which braces are only text."""
+    """Return the template with the question and the answers, in which braces remain as they are."""
     parts = {"{question}": question, "{one}": one, "{two}": two}
     return re.sub("|".join(map(re.escape, parts)), lambda match: parts[match[0]], template)
 
@@ -214,7 +217,7 @@ def pair_verdict(replies: Sequence[Row]) -> PairVerdict:
 
 
 def ask_function(llm: Any, system: str, attempts: int) -> Callable[[str], str]:
-    """Return a function from a prompt to the judge's reply, which tries several times.
+    """Return a function that sends a prompt to the judge and returns its reply, with several attempts.
 
     Args:
         llm: A LangChain model or a LlamaIndex LLM.
@@ -222,7 +225,7 @@ def ask_function(llm: Any, system: str, attempts: int) -> Callable[[str], str]:
         attempts: How often a call that fails is tried.
 
     Raises:
-        SettingsError: If the judge is neither.
+        SettingsError: The judge is neither of these.
     """
     retrying = Retrying(
         stop=stop_after_attempt(attempts), wait=wait_random_exponential(max=20), reraise=True,

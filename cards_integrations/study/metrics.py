@@ -1,4 +1,4 @@
-"""Numbers about a set of answers: means with intervals, wins, and how much they repeat themselves and each other."""
+"""Metrics of answers: means with intervals, correlations, wins, and repetition within and between answers."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def mean(values: Sequence[float], groups: Sequence[object] | None = None, seed: 
 
     Args:
         values: The values, at least one.
-        groups: The group of each value, such as its prompt: the mean is that of the groups' means, and groups
-            are what the bootstrap draws.
+        groups: The group of each value, such as its prompt. The mean is that of the means of the groups, and the
+            bootstrap resamples groups.
         seed: The seed of the bootstrap.
     """
     data = np.asarray(values, dtype=float)
@@ -47,13 +47,13 @@ def mean(values: Sequence[float], groups: Sequence[object] | None = None, seed: 
 
 
 def pearson(one: Sequence[float], other: Sequence[float]) -> float:
-    """Return the correlation of two series; 0 if one of them is constant."""
+    """Return the linear correlation of two series; 0 if one of them is constant."""
     a, b = (np.asarray(values, dtype=float) for values in (one, other))
     return 0.0 if a.std() == 0 or b.std() == 0 else float(np.corrcoef(a, b)[0, 1])
 
 
 def spearman(one: Sequence[float], other: Sequence[float]) -> float:
-    """Return the correlation of the ranks in two series, equal values having their mean rank."""
+    """Return the correlation of the ranks of two series; equal values have their mean rank."""
     return pearson(*(_ranks(np.asarray(values, dtype=float)) for values in (one, other)))
 
 

@@ -1,4 +1,4 @@
-"""The part of a calibration that looks at a reward which does not guide."""
+"""The part of a calibration that measures a held-out reward, which does not guide."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from cards_integrations.study.held_out import HeldOutCurve, measured
 from cards_integrations.study.runner import Runner
 from cards_integrations.trace import Alignment
 
-LEVEL_STDS = (0.5, 1.0, 1.5, 2.0, 2.5)  # targets that are tried, in standard deviations above the mean
-SAME_STDS = 0.1  # targets that are nearer to each other than this are not both tried
+LEVEL_STDS = (0.5, 1.0, 1.5, 2.0, 2.5)  # targets that are measured, in standard deviations above the mean
+SAME_STDS = 0.1  # standard deviations; a target nearer than this to the one that was asked for is not measured
 
 
 def judge_for(held_out: Any, guide: Reward) -> Reward | None:
@@ -28,20 +28,20 @@ def judge_for(held_out: Any, guide: Reward) -> Reward | None:
 
 @dataclass(frozen=True)
 class Wish:
-    """What the caller of a calibration asked for."""
+    """What the caller of a calibration asked for about the held-out reward."""
 
     judge: Reward
     """The held-out reward."""
     optional: bool
-    """True if the calibration goes on without it where its model is not there."""
+    """True if the calibration goes on without it if its model cannot be loaded."""
     targets: Sequence[float] | None
-    """Those that are tried; None for some between the mean of plain answers and what is far above it."""
+    """The targets to measure; None for those of `LEVEL_STDS`."""
     target_is_given: bool
     """True if a budget, a goal or a quantile asks for the target that the calibration has chosen."""
 
 
 def with_held_out(calibration: Calibration, runner: Runner, plain: Sequence[Alignment], wish: Wish) -> Calibration:
-    """Measure a held-out reward over the target, and let it speak for one.
+    """Measure a held-out reward over the target, and choose the target by it.
 
     Args:
         calibration: The calibration without it.
@@ -49,8 +49,11 @@ def with_held_out(calibration: Calibration, runner: Runner, plain: Sequence[Alig
         plain: The plain answers to them.
         wish: What was asked for.
 
+    Returns:
+        The calibration with the held-out reward, its choice, and its warnings.
+
     Raises:
-        ModelError: The model of the held-out reward is not there, and not optional.
+        ModelError: The model of a held-out reward that is not optional cannot be loaded.
     """
     judge = wish.judge
     try:
@@ -76,7 +79,7 @@ def with_held_out(calibration: Calibration, runner: Runner, plain: Sequence[Alig
 
 
 def _tried(calibration: Calibration, wish: Wish) -> list[Choice]:
-    """The choices whose answers are measured: up to the one that was asked for, if there is one."""
+    """Return the choices whose answers are measured: up to the target that was asked for, if there is one."""
     scale, wanted = calibration.scale, calibration.chosen.target
     targets = wish.targets or [scale.mean + stds * scale.std for stds in LEVEL_STDS]
     if wish.target_is_given:
@@ -85,7 +88,7 @@ def _tried(calibration: Calibration, wish: Wish) -> list[Choice]:
 
 
 def _choice(calibration: Calibration, target: float) -> Choice:
-    """A target with the beta and the prediction of the nearest one that was simulated."""
+    """Return a target with the beta and the prediction of the nearest one that was simulated."""
     return replace(min(calibration.curve, key=lambda choice: abs(choice.target - target)), target=float(target))
 
 
@@ -100,7 +103,7 @@ def _warnings(found: HeldOutCurve) -> list[str]:
 
 
 def _unreached(found: HeldOutCurve, chosen: float) -> list[str]:
-    """A warning of answers that reached the chosen target nowhere."""
+    """Return a warning if answers at the chosen target have no accepted segment."""
     shares = [level.out_of_reach for level in found.levels if level.target == chosen and level.out_of_reach]
     return [
         f"{100 * share:.0f}% of the answers at the chosen target have no accepted segment: each is the best of its "

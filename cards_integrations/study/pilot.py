@@ -17,9 +17,9 @@ class Pilot(Decoding):
     boundary: AnyBoundary = Uncertainty()
     """Where a segment ends."""
     candidates: int = Field(4, ge=2)
-    """Candidates for each segment."""
+    """The number of candidates of each segment."""
     keep: Literal["first", "best"] = "first"
-    """`first` gives plain answers; `best` leads to the texts that guided answers reach."""
+    """Which candidate is kept: `first` gives plain answers, `best` gives texts like those of guided answers."""
 
     async def generate(self, session: Session) -> None:
         """Draft and keep until the session is finished."""

@@ -1,4 +1,4 @@
-"""Beginnings of plain answers: what a reward says of them, and the language model's hidden states at their ends."""
+"""Beginnings of plain answers, with their rewards and the language model's hidden states at their ends."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cards_integrations.rewards.value_head import Target, pooled
 from cards_integrations.study.aligner import Aligner
 from cards_integrations.trace import Alignment
 
-AT_ONCE = 64  # answers that are drafted before their states are read
+AT_ONCE = 64  # answers of a batch, whose hidden states are then read
 
 
 class ScoredPrefixes(Decoding):
@@ -38,26 +38,27 @@ class ScoredPrefixes(Decoding):
 
 @dataclass(frozen=True)
 class Prefixes:
-    """Answers so far: what a head reads of them, (n, 2 hidden size), and what the teacher said."""
+    """Beginnings of answers: the inputs of a value head, and the rewards that it learns to predict."""
 
     states: torch.Tensor
+    """What a head reads of each beginning, (n, 2 hidden size)."""
     rewards: torch.Tensor
-    """Of the answer so far, (n,)."""
+    """The reward of each beginning, (n,)."""
     finished: torch.Tensor
-    """Of the finished answer, (n,)."""
+    """The reward of the finished answer, (n,)."""
     whole: torch.Tensor
-    """True for finished answers, (n,)."""
+    """True for beginnings that are the whole answer, (n,)."""
     prompts: torch.Tensor
-    """Which prompt each answers, (n,)."""
+    """The index of the prompt, (n,)."""
 
     def of(self, prompts: Sequence[int]) -> Prefixes:
-        """Those to some of the prompts."""
+        """Return the beginnings of answers to these prompts, by index."""
         kept = torch.isin(self.prompts, torch.tensor(prompts))
         return Prefixes(*(each[kept] for each in self._columns))
 
     @classmethod
     def joined(cls, several: Sequence[Prefixes]) -> Prefixes:
-        """All of these."""
+        """Return several as one, in order."""
         return cls(*map(torch.cat, zip(*(each._columns for each in several), strict=True)))
 
     @property
@@ -65,7 +66,7 @@ class Prefixes:
         return self.states, self.rewards, self.finished, self.whole, self.prompts
 
     def targets(self, target: Target) -> torch.Tensor:
-        """What a head is to say, (n,)."""
+        """Return what a head should predict, (n,)."""
         return self.finished if target == "value" else self.rewards
 
 
@@ -78,7 +79,7 @@ def collect_prefixes(
     progress: bool,
     options: dict[str, Any],
 ) -> Prefixes:
-    """Draft plain answers to prompts, and collect what is known of their beginnings.
+    """Draft plain answers to prompts, and collect the states and rewards of their beginnings.
 
     Args:
         llm: The language model, with the reward that scores.
@@ -86,7 +87,7 @@ def collect_prefixes(
         prompts: Strings or lists of messages.
         contexts: The context of each prompt, for rewards that read it.
         seed: The seed of the first answer; those of the others follow it.
-        progress: Show the progress, unless `progress=False` says otherwise for the whole LLM.
+        progress: Whether to show the progress; `progress=False` of the LLM takes precedence.
         options: Arguments of `align`; `decoding` has to be `ScoredPrefixes`.
     """
     number = {text: i for i, text in enumerate(dict.fromkeys(map(repr, prompts)))}
@@ -107,7 +108,13 @@ def collect_prefixes(
 
 
 def _beginnings(answer: Alignment, states: torch.Tensor, prompt: int) -> Prefixes:
-    """The prompt alone, and the answer up to the end of each of its segments."""
+    """Return the beginnings of an answer: the empty one, and those up to the end of each segment.
+
+    Args:
+        answer: The answer of `ScoredPrefixes`.
+        states: The hidden states after its prompt and each of its tokens, (1 + tokens, hidden size).
+        prompt: The index of its prompt.
+    """
     lengths = torch.tensor([0, *(len(segment.token_ids) for segment in answer.segments)])
     rewards = torch.tensor([answer.prompt_reward or 0.0, *(segment.reward or 0.0 for segment in answer.segments)])
     whole = torch.arange(len(lengths)) == len(answer.segments)

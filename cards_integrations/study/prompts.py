@@ -1,4 +1,4 @@
-"""Prompts from files."""
+"""Reads prompts from files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def read_prompts(file: str | Path) -> tuple[list[Any], list[Any]]:
         The prompts, and the context of each or None.
 
     Raises:
-        SettingsError: If the file cannot be read.
+        SettingsError: The file cannot be read.
     """
     path = Path(file)
     try:
@@ -52,7 +52,7 @@ def dialogue(text: str) -> list[dict[str, str]]:
     """Return the messages of an HH-RLHF dialogue before its last answer.
 
     Raises:
-        ValueError: If there are none.
+        ValueError: There are none.
     """
     messages = []
     for turn in text.split(HUMAN)[1:]:

@@ -7,19 +7,25 @@ from typing import NamedTuple
 
 import torch
 
-PENALTIES = torch.logspace(-3, 2, 16, dtype=torch.float64)  # for each sample, of standardized inputs
-FOLDS = 5
+PENALTIES = torch.logspace(-3, 2, 16, dtype=torch.float64)  # per sample, for standardized inputs
+FOLDS = 5  # of the cross-validation
 
 
 class Ridge(NamedTuple):
-    """y = weight . x + bias."""
+    """A linear function: weight . x + bias.
+
+    Attributes:
+        weight: (inputs,) float64.
+        bias: The value for inputs of zero.
+        penalty: The penalty that was chosen, one of `PENALTIES`.
+    """
 
     weight: torch.Tensor
     bias: float
     penalty: float
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
-        """(n, inputs) -> (n,)."""
+        """Predict the outputs of inputs: (n, inputs) -> (n,)."""
         return inputs.double() @ self.weight + self.bias
 
 
@@ -29,7 +35,7 @@ def fit_ridge(inputs: torch.Tensor, outputs: torch.Tensor, groups: torch.Tensor)
     Args:
         inputs: (n, inputs).
         outputs: (n,).
-        groups: (n,), such as the prompts: no group is in two folds of the cross-validation.
+        groups: The group of each sample, such as its prompt, (n,); no group is in two folds of the cross-validation.
     """
     inputs, outputs = inputs.double(), outputs.double()
     errors = sum(_squared_errors(*fold) for fold in _folds(inputs, outputs, groups))
@@ -39,7 +45,7 @@ def fit_ridge(inputs: torch.Tensor, outputs: torch.Tensor, groups: torch.Tensor)
 
 
 def _folds(inputs: torch.Tensor, outputs: torch.Tensor, groups: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Inputs and outputs to fit, and those to test, of each fold."""
+    """Yield, for each fold, the inputs and outputs to fit, and those to test."""
     places = {group: place for place, group in enumerate(dict.fromkeys(groups.tolist()))}
     number = torch.tensor([places[group] % FOLDS for group in groups.tolist()])
     for fold in range(min(FOLDS, len(places))):
@@ -49,13 +55,13 @@ def _folds(inputs: torch.Tensor, outputs: torch.Tensor, groups: torch.Tensor) ->
 def _squared_errors(
     inputs: torch.Tensor, outputs: torch.Tensor, new_inputs: torch.Tensor, new_outputs: torch.Tensor
 ) -> torch.Tensor:
-    """The sum for each penalty, (penalties,)."""
+    """Return the sum of squared errors on new samples with each penalty, (penalties,)."""
     weights, biases = _path(inputs, outputs)
     return (new_inputs @ weights + biases - new_outputs[:, None]).square().sum(0)
 
 
 def _path(inputs: torch.Tensor, outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights (inputs, penalties) and biases (penalties,), for inputs as they are."""
+    """Return the weights (inputs, penalties) and biases (penalties,) with each penalty, for unstandardized inputs."""
     mean, spread = inputs.mean(0), inputs.std(0, correction=0)
     spread = torch.where(spread > 0, spread, torch.ones_like(spread))
     left, values, right = torch.linalg.svd((inputs - mean) / spread, full_matrices=False)

@@ -1,4 +1,4 @@
-"""Results as lines of JSON, which an interrupted run continues."""
+"""Results of a study as lines of JSON, which an interrupted run continues."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from cards_integrations.errors import SettingsError, short_repr
 Row = dict[str, Any]
 """A result.
 
-Of an answer: `arm` (the name of its method), `prompt` (the prompt's index), `asked` (the prompt itself), `context`,
-`seed`, `text`, `reward`, `judged` (the judge's reward), `repeated_3grams` (in percent), `log_p_per_token`,
-`out_of_reach` (as in `Alignment`), what it cost, and the settings on which it depends.
-Of a judged pair: `question`, `seed`, `ours`, `theirs`, `verdict`, and `asked_twice`: the judge's reply to either order.
+The row of an answer has `arm` (the name of its method), `prompt` (the prompt's index), `asked` (the prompt itself),
+`context`, `seed`, `text`, `reward`, `judged` (the judge's reward), `repeated_3grams` (in percent), `log_p_per_token`,
+`out_of_reach` (as in `Alignment`), what it cost, and the settings on which it depends. The row of a judged pair has
+`question`, `seed`, `ours`, `theirs`, `verdict`, and `asked_twice`, the judge's replies to both orders.
 """
 
 
@@ -45,7 +45,7 @@ def read_rows(path: str | Path, required: Set[str] = frozenset()) -> list[Row]:
         required: The fields that every row must have.
 
     Raises:
-        SettingsError: If the file cannot be read, or a line is not such a row.
+        SettingsError: The file cannot be read, or a line is not such a row.
     """
     path, rows = Path(path), []
     try:
@@ -79,18 +79,18 @@ class Results:
 
     Attributes:
         path: The file; None writes nothing.
-        rows: The rows that the file held when it was opened.
+        rows: The rows that were in the file when it was opened.
     """
 
     def __init__(self, path: str | Path | None, required: Set[str] = frozenset()) -> None:
-        """Read what the file holds, and cut off half a line at its end, left by a run that was killed.
+        """Read the rows of the file, and cut off an incomplete line at its end, left by a run that was killed.
 
         Args:
             path: The file, which need not exist yet; None to write nothing.
             required: The fields that every row must have.
 
         Raises:
-            SettingsError: If the file holds something else.
+            SettingsError: The file contains something else.
         """
         self.path = Path(path) if path else None
         self.rows: list[Row] = []

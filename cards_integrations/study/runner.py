@@ -1,4 +1,4 @@
-"""The prompts of a study, answered with one method or another, and scored."""
+"""Answers the prompts of a study with one method or another, and scores the answers."""
 
 from __future__ import annotations
 
@@ -14,26 +14,28 @@ from cards_integrations.trace import Alignment
 
 @dataclass
 class Runner:
-    """Answers the prompts with one method or another, each with the same seed."""
+    """Answers the prompts with one method or another; each prompt always has the same seed."""
 
     llm: Aligner
+    """The language model."""
     prompts: Sequence[Any]
+    """Strings or lists of messages."""
     contexts: Sequence[Any]
-    """One for each prompt."""
+    """The context of each prompt."""
     seed: int
-    """That of the first prompt; those of the others follow it."""
+    """The seed of the first prompt; those of the others follow it."""
     progress: bool
-    """Whether the progress is shown."""
+    """Whether to show the progress."""
     options: dict[str, Any]
     """Arguments of `align`."""
 
     def answers(self, decoding: Decoding, title: str) -> list[Alignment]:
-        """Return one answer to each prompt; `title` is what is shown meanwhile."""
+        """Return one answer to each prompt, showing `title` as the progress."""
         seeds = [self.seed + i for i in range(len(self.prompts))]
         progress, options = title if self.progress else False, {**self.options, "decoding": decoding}
         return self.llm.align_batch(self.prompts, seeds, self.contexts, progress, **options)
 
     def scores(self, answers: Sequence[Alignment], reward: Reward) -> list[float]:
-        """Score the answers to the prompts."""
+        """Return the reward of each answer to the prompts."""
         asked = zip(self.prompts, answers, self.contexts, strict=True)
         return [self.llm.score(prompt, [answer.text], reward, context)[0] for prompt, answer, context in asked]

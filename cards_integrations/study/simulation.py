@@ -1,4 +1,4 @@
-"""How rewards of drafts move along an answer: learned from scored answers, to predict what CARDS will do."""
+"""Learns from scored answers how rewards of drafts move along an answer, to predict what CARDS will do."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Ints = NDArray[np.int_]
 Indices = NDArray[np.intp]
 Flags = NDArray[np.bool_]
 
-BINS = 5  # groups of texts with similar rewards
+BINS = 5  # groups of texts with similar rewards; the prompt alone is one more
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,13 @@ class SimulationSettings:
     target: float
     """The reward that finished answers should have."""
     beta: float
-    """How far below the threshold a draft may fall."""
+    """The temperature of the reward, in its units: how far below the threshold a draft may be and still be accepted."""
     alpha: float
-    """Where the threshold begins, between the prompt's own reward (0) and the target (1)."""
+    """Where the threshold begins, from the reward of the prompt alone (0) to the target (1)."""
     hard: bool
-    """Accept only at or above the threshold."""
+    """Whether drafts are accepted only at or above the threshold."""
     max_rejections: int
-    """Rejected drafts of a segment before the best one is kept."""
+    """The number of rejected drafts of a segment after which the best one is kept."""
 
 
 @dataclass(frozen=True)
@@ -41,22 +41,22 @@ class Prediction:
     acceptance: float
     """The share of examined drafts that are accepted."""
     kept_tokens: float
-    """Tokens of an answer."""
+    """The number of tokens of an answer."""
     drafted_tokens: float
-    """Tokens of the drafts that are examined for an answer."""
+    """The number of tokens of the drafts that are examined for an answer."""
     rm_calls: float
-    """Scores for an answer, that of the prompt included."""
+    """The number of scores for an answer, that of the prompt included."""
     reward: float
     """The reward of the finished answer."""
     best_of_rejected: float = 0.0
-    """The share of segments none of whose drafts is accepted, so that the best of the rejected ones is kept."""
+    """The share of segments without an accepted draft, of which the best rejected one is kept."""
 
 
 class Simulator:
-    """Answers as chains of rewards.
+    """Simulates answers as chains of rewards.
 
-    The reward of a draft is linear in that of the kept text before it, plus a residual that all drafts after
-    that text share, plus a residual of its own. Both residuals are drawn from those observed after texts of
+    The reward of a draft is a linear function of that of the kept text before it, plus a residual that all drafts after
+    that text share, plus a residual of its own. Both residuals are drawn from those that were observed after texts of
     about the same reward; lengths and ends are drawn from segments at about the same position.
     """
 
@@ -85,6 +85,7 @@ class Simulator:
         self._fit()
 
     def _fit(self) -> None:
+        """Fit the linear function, and sort the residuals by the reward before them."""
         k, first = self.rewards.shape[1], self.positions == 0
         features, means = _features(self.before, first), self.rewards.mean(1)
         self.weights = np.linalg.lstsq(features, means, rcond=None)[0]
@@ -147,7 +148,7 @@ class Simulator:
         return rewards, lengths, self.ends[segments]
 
     def _acceptance(self, settings: SimulationSettings, rewards: Floats, start: Floats, tokens: Ints) -> Floats:
-        """The probability that each draft is accepted; `tokens` is the length of the text with it."""
+        """Return the probability that each draft is accepted, (texts, tries); `tokens` are lengths with the draft."""
         thresholds = start + tokens * (settings.target - start) / self.max_tokens
         gap = rewards - np.minimum(thresholds, settings.target)
         return np.where(gap >= 0, 1.0, 0.0 if settings.hard else np.exp(np.minimum(gap / settings.beta, 0)))
@@ -175,12 +176,12 @@ class Simulator:
 
 
 def _features(before: Floats, first: Flags) -> Floats:
-    """The regressors: the reward of the prompt alone predicts less than that of a beginning."""
+    """Return the regressors, (texts, 4): the reward of the prompt alone has a line of its own, as it predicts less."""
     return np.stack([np.ones(len(before)), before, first, first * before], 1).astype(float)
 
 
 def _shrunk(means: Floats, noise: float) -> Floats:
-    """Shrink means of drafts towards their centre: they carry some of the drafts' own variance."""
+    """Shrink the mean rewards of drafts towards their centre, as their variance includes some of single drafts'."""
     variance = float(np.var(means))
     shrinkage = np.sqrt(max(0.0, variance - noise) / variance) if variance else 0.0
     centre = means.mean()

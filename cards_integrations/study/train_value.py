@@ -1,4 +1,4 @@
-"""Train a head on the drafting model's own hidden states to say what another reward, its teacher, would say."""
+"""Trains a head on the hidden states of the drafting model to predict another reward, its teacher."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ MIN_PROMPTS = 20
 
 @dataclass(frozen=True)
 class TrainedValue:
-    """A value head, and what it is worth on prompts that it has not seen."""
+    """A value head, and how well it predicts on prompts that it was not trained on."""
 
     path: Path
     """The file that was written."""
     head: ValueHead
-    """What is in it."""
+    """The head."""
 
     @property
     def card(self) -> ValueCard:
@@ -42,7 +42,7 @@ class TrainedValue:
 
     @property
     def reward(self) -> ValueReward:
-        """The reward that guides by it."""
+        """A reward that guides by the head."""
         return ValueReward(path=str(self.path))
 
     def __str__(self) -> str:
@@ -71,24 +71,27 @@ def train_value(
     progress: bool = True,
     **options: Any,
 ) -> TrainedValue:
-    """Train a value head: a ridge regression from the drafting model's hidden states to what the reward says.
+    """Train a value head: a ridge regression from the drafting model's hidden states to the reward.
 
-    Plain answers are written to the prompts, and the reward scores each of their beginnings at the end of a segment.
+    The prompts get plain answers, and the reward scores each beginning of these that ends with a segment.
 
     Args:
         llm: The language model, with the reward that teaches.
-        prompts: Strings or lists of messages, at least 20, better some hundreds, like those that will be asked.
+        prompts: Strings or lists of messages, at least 20, better some hundreds, like those of later requests.
         path: The file to write.
         contexts: The context of each prompt, for rewards that read it.
-        target: "prefix" foretells the reward of the answer so far; "value" that of the finished answer.
-        boundary: Where a segment ends; by default where that of `decoding` does, if it has segments.
-        held_out: The share of the prompts that the head is tested on, and not trained on.
+        target: "prefix" predicts the reward of the answer so far; "value" that of the finished answer.
+        boundary: Where a segment ends; by default the boundary of `decoding`, if it has one.
+        held_out: The share of the prompts on which the head is tested and not trained.
         seed: The seed of the first answer, and of the split.
-        progress: Show the progress, unless `progress=False` says otherwise for the whole LLM.
+        progress: Whether to show the progress; `progress=False` of the LLM takes precedence.
         options: Arguments of `align` that replace the LLM's own options, such as `reward`.
 
+    Returns:
+        The head, which was written, with its test.
+
     Raises:
-        SettingsError: There is no reward, there are too few prompts, or the language model is no local one.
+        SettingsError: There is no reward, there are too few prompts, or the language model is not a local one.
     """
     chosen = llm.resolve_options(options)
     if chosen.reward is None:
@@ -116,10 +119,15 @@ def fit_head(
 
     Args:
         engine: The engine of the language model.
-        trained: What the prefixes were collected with: the model, the teacher and the limit of the answers.
+        trained: The options with which the prefixes were collected: model, teacher and length limit.
         found: The prefixes.
         path: The file to write.
-        target: As for `train_value`, and so are the other arguments.
+        target: As for `train_value`.
+        held_out: As for `train_value`.
+        seed: The seed of the split.
+
+    Raises:
+        SettingsError: The split leaves too few prompts to train or to test on.
     """
     assert isinstance(trained.model, LocalModel)
     assert trained.reward is not None
@@ -149,7 +157,11 @@ def fit_head(
 
 
 def _check_split(prompts: int, held_out: float) -> int:
-    """How many of so many different prompts are tested on."""
+    """Return how many of so many different prompts to test on.
+
+    Raises:
+        SettingsError: They are too few, or leave too few to train on.
+    """
     tested = round(prompts * held_out)
     if not 2 <= tested <= prompts - 2:
         raise SettingsError(
@@ -159,7 +171,7 @@ def _check_split(prompts: int, held_out: float) -> int:
 
 
 def _worth(fit: Ridge, test: Prefixes, target: Target) -> dict[str, Any]:
-    """The correlations and the scale of a head on prompts that it has not seen."""
+    """Return the correlations and the scale of a head on prompts that it was not trained on."""
     values, targets = fit(test.states), test.targets(target).tolist()
     wholes = values[test.whole].tolist()
     return {
