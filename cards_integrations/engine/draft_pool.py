@@ -476,7 +476,7 @@ class SegmentDrafts:
       the best of the k candidates whose rewards are known, and 0 for the others of these.
 
     If `plan.passes` is None, the method examines all candidates before it keeps one: examined(i) = reach, and kept(i) =
-    reach / limit. What follows a candidate with examined(i) < `MIN_REACH` is neglected, as is examined(limit) then.
+    reach / limit. Candidates with examined(i) < `MIN_REACH` are left out, and then examined(limit) counts as 0.
 
     Args:
         pool: The candidates of the request.
@@ -646,7 +646,7 @@ class SegmentDrafts:
         return None if best is None or self.pool.current is not self else self.pool.examined[best]
 
     def _going_on(self, passing: float) -> float:
-        """Return by how much less probable it is that the method examines the next candidate: 1 - p(i), or 1."""
+        """Return examined(i + 1) / examined(i), given p(i): 1 - p(i), or 1 if the method examines all candidates."""
         return 1.0 if self.plan.passes is None else 1 - passing
 
     def _passing(self, pending: PendingDraft, acceptance_rate: float) -> float:
