@@ -81,9 +81,9 @@ def as_prompt(value: Any, convert: Callable[[Any], Message] = plain_message) -> 
         raise PromptError(f"A prompt is a string or a list of messages, not {type(value).__name__}.")
     chat = as_chat(value, convert)
     if not chat:
-        raise PromptError("The list of messages is empty.")
+        raise PromptError("The list of messages is empty: pass at least one.")
     if not any(message["content"] or message.get("tool_calls") for message in chat):
-        raise PromptError("All messages are empty.")
+        raise PromptError("All messages are empty: give one of them a content.")
     return chat
 
 

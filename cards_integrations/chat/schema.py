@@ -169,7 +169,9 @@ class _Merger:
                 step = step.replace("~1", "/").replace("~0", "~")
                 found = found[int(step)] if isinstance(found, list) else found[step]
         except (AttributeError, IndexError, KeyError, StopIteration, TypeError, ValueError):
-            raise SettingsError(f"{at(path)}$ref={short_repr(reference)} points to nothing in the schema.") from None
+            raise SettingsError(
+                f"{at(path)}$ref={short_repr(reference)} points to nothing in the schema: define it."
+            ) from None
         return found
 
     def _one_of(self, parts: _Parts, path: str) -> Any:

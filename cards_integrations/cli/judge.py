@@ -41,7 +41,9 @@ def judge(
     mine = [row for row in sides[0] if json.dumps(row["asked"]) in kept]
     calls = judge_prompts(mine, sides[1])
     if not calls:
-        raise SettingsError("cards judge: no prompt has an answer in both files.")
+        raise SettingsError(
+            "cards judge: no prompt has an answer in both files: answer the same prompts with the same seeds."
+        )
     tokens = sum(map(len, calls)) // 4
     if not as_json:
         pairs = len(paired(mine, sides[1]))

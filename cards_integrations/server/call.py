@@ -115,7 +115,9 @@ class BodyReader:
         if not isinstance(n, int) or isinstance(n, bool) or n < 1:
             raise invalid(f"n={short_repr(n)}: send a number from 1 on.", "n")
         if n * prompts > self._max_choices:
-            raise invalid(f"n={n}, to {prompts} prompts: at most {self._max_choices} answers are allowed.", "n")
+            raise invalid(
+                f"n={n}, to {prompts} prompts: at most {self._max_choices} answers are allowed; send fewer.", "n"
+            )
         return n
 
     def _cards(self, extra: dict[str, Any], headers: Mapping[str, str]) -> dict[str, Any]:
@@ -166,7 +168,7 @@ def _texts(fields: dict[str, Any]) -> list[str | list[Message]]:
         raise invalid("prompt is missing: send a text, or a list of them.", "prompt")
     texts = _strings(prompt, "prompt")
     if not texts:
-        raise invalid("prompt is an empty list.", "prompt")
+        raise invalid("prompt is an empty list: send at least one text.", "prompt")
     return [FormattedPrompt(text) for text in texts]
 
 

@@ -82,7 +82,7 @@ class Guard:
                     if len(content) > self._max_bytes:
                         raise self._too_large()
         except TimeoutError:
-            raise ApiError(408, f"The request did not come within {READ_SECONDS:.0f} seconds.") from None
+            raise ApiError(408, f"The request did not come within {READ_SECONDS:.0f} seconds: send it again.") from None
         return bytes(content)
 
     def _too_large(self) -> ApiError:

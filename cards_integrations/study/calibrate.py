@@ -148,7 +148,7 @@ def _boundary_for(length: float, uncertainties: list[list[float]], boundary: Unc
     if not boundary.min_length <= length <= boundary.max_length:
         raise SettingsError(
             f"calibrate: segment_length={length:g} is not between the boundary's min_length={boundary.min_length} "
-            f"and max_length={boundary.max_length}."
+            f"and max_length={boundary.max_length}: choose a length between them."
         )
     values = np.concatenate([np.array(each) for each in uncertainties])
     thresholds = np.quantile(values, np.linspace(0.3, 0.999, 60))

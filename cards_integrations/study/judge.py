@@ -130,7 +130,9 @@ def judge(
     """
     pairs = paired(_rows(ours), _rows(theirs))
     if not pairs:
-        raise SettingsError("judge: no prompt has an answer in both files.")
+        raise SettingsError(
+            "judge: no prompt has an answer in both files: answer the same prompts with the same seeds."
+        )
     results = Results(out, {"question", "seed", "ours", "theirs", "verdict"})
     finished = {_key(row): row for row in results.rows}
     ask = ask_function(llm, system, attempts)
@@ -239,7 +241,7 @@ def ask_function(llm: Any, system: str, attempts: int) -> Callable[[str], str]:
         return lambda prompt: retrying(_ask_llama_index, llm, system, prompt)
     if isinstance(llm, (BaseLanguageModel, Runnable)):
         return lambda prompt: retrying(_ask_langchain, llm, system, prompt)
-    raise SettingsError(f"judge: {type(llm).__name__} is neither a LangChain model nor a LlamaIndex LLM.")
+    raise SettingsError(f"judge: {type(llm).__name__} is neither a LangChain model nor a LlamaIndex LLM: pass one.")
 
 
 def _ask_llama_index(llm: LLM, system: str, prompt: str) -> str:

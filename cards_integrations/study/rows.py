@@ -57,7 +57,7 @@ def read_rows(path: str | Path, required: Set[str] = frozenset()) -> list[Row]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
-            raise SettingsError(f"{str(path)!r}, line {number}, is not JSON.") from None
+            raise SettingsError(f"{str(path)!r}, line {number}, is not JSON: repair or remove it.") from None
         _check(row, required, f"{str(path)!r}, line {number}")
         rows.append(row)
     return rows

@@ -98,7 +98,8 @@ def train_value(
         raise SettingsError("train_value: there is no reward to learn from; pass reward=.")
     if not isinstance(chosen.model, LocalModel):
         raise SettingsError(
-            f"train_value: model={chosen.model.model!r} is not a local model, and shows no hidden state."
+            f"train_value: model={chosen.model.model!r} is not a local model, and shows no hidden state: pass a local "
+            "one."
         )
     if target not in get_args(Target):
         raise SettingsError(f"train_value: target={target!r}: pass 'value' or 'prefix'.")
@@ -165,7 +166,8 @@ def _check_split(prompts: int, held_out: float) -> int:
     tested = round(prompts * held_out)
     if not 2 <= tested <= prompts - 2:
         raise SettingsError(
-            f"train_value: held_out={held_out:g} leaves {tested} of {prompts} different prompts to test on."
+            f"train_value: held_out={held_out:g} leaves {tested} of {prompts} different prompts to test on: give more "
+            "prompts, or leave at least 2 on each side."
         )
     return tested
 
