@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import tiny
 import torch
 
 from cards_integrations.errors import CardsError, ModelError
+from cards_integrations.transformer import exact
+from cards_integrations.transformer.attention import NAME
 from cards_integrations.transformer.cache_layers import cache_argument
-from cards_integrations.transformer.exact import check_exact
+from cards_integrations.transformer.exact import PATH, check_exact
 from cards_integrations.transformer.flat_batch import ForwardInput
 from cards_integrations.transformer.forward import Output, Transformer
 
@@ -44,3 +49,44 @@ def test_a_cache_is_passed_by_the_name_of_the_installed_transformers() -> None:
     model = tiny.causal()
     found = model(torch.tensor([[5, 6]]), use_cache=True)
     assert cache_argument(model.forward) in found
+
+
+def test_one_thread_tries_a_model_and_the_others_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it is tried it has another attention: whoever uses it meanwhile would get other numbers."""
+    model, plain, trials = tiny.classifier(), exact._plain, list[str]()
+    begun, others = threading.Event(), threading.Event()
+
+    def slow(*args: Any) -> torch.Tensor:
+        trials.append(threading.current_thread().name)
+        begun.set()
+        others.wait(0.3)  # a second one would begin here
+        return plain(*args)
+
+    monkeypatch.setattr(exact, "_plain", slow)
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(check_exact, model)
+        assert begun.wait(40)
+        rest = [pool.submit(check_exact, model) for _ in range(2)]
+        for done in (first, *rest):
+            done.result(40)
+            assert model.config._attn_implementation == NAME
+    assert len(trials) == 1
+
+
+def test_a_model_that_failed_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be in use by then, as a model that reads whole texts."""
+    model, trials = tiny.classifier(), list[int]()
+
+    def another(*args: Any) -> torch.Tensor:
+        trials.append(1)
+        return torch.randn(4, PATH, 32)
+
+    monkeypatch.setattr(exact, "_plain", another)
+    messages = []
+    for _ in range(2):
+        with pytest.raises(ModelError, match="off from what it gives alone") as error:
+            check_exact(model)
+        messages.append(str(error.value))
+    assert trials == [1]
+    assert messages[0] == messages[1]
+    assert model.config._attn_implementation != NAME

@@ -7,10 +7,12 @@ rearranged after it, a bias of their own. No list of them is ever complete, so e
 from __future__ import annotations
 
 import math
+import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -28,15 +30,27 @@ REACH = 6  # tokens of windows, chunks and short texts while a model is tried, s
 WHOLE = 80  # tokens of a text that is read as a whole: more than the chunks in which some encoders read
 EXACT, ROUNDED = 1e-3, 0.2  # errors over the spread: the largest in float32, in half precision the median of all
 
-_exact: WeakSet[Any] = WeakSet()
+_faults: WeakKeyDictionary[Any, str] = WeakKeyDictionary()  # of models that were tried; "" of those that are exact
+_lock = threading.Lock()
 
 
-@torch.inference_mode()
+def _renew() -> None:
+    """Replace the lock in a forked child, which has no thread that would release it."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew)
+
+
 def check_exact(model: Any) -> None:
     """Compare a small tree, and a short row beside a long one, with plain forwards of the same tokens.
 
     Of a model with a language-modeling head the logits are compared, of others the last hidden states. The tree
-    has branches of the trunk, one of them kept in part, and a branch of a branch. A model is tried once.
+    has branches of the trunk, one of them kept in part, and a branch of a branch.
+
+    A model is tried once, by one thread at a time: meanwhile it has another attention, and rewards may share it.
 
     Args:
         model: A transformers model. If it fails, it has its own attention again.
@@ -44,8 +58,21 @@ def check_exact(model: Any) -> None:
     Raises:
         ModelError: They differ, or the model cannot be run so.
     """
-    if model in _exact:
-        return
+    with _lock:
+        if (fault := _faults.get(model)) is None:
+            try:
+                _check(model)
+            except ModelError as error:
+                _faults[model] = str(error)
+                raise
+            _faults[model] = ""
+    if fault:
+        raise ModelError(fault)
+
+
+@torch.inference_mode()
+def _check(model: Any) -> None:
+    """Try a model, and give it its own attention again if it fails."""
     config, native = model.config.get_text_config(), model.config._attn_implementation
     most = getattr(config, "max_position_embeddings", None) or PATH
     length = min(PATH, most) if most > 0 else PATH  # XLNet says -1
@@ -63,7 +90,6 @@ def check_exact(model: Any) -> None:
         if isinstance(error, ModelError):
             raise
         raise cannot_run(model, error) from error
-    _exact.add(model)
 
 
 @torch.inference_mode()
