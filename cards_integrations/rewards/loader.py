@@ -19,7 +19,7 @@ from cards_integrations.progress import phase
 from cards_integrations.rewards.base import CausalModel, Loader, Reward, RewardModel
 from cards_integrations.rewards.registry import known_as
 from cards_integrations.rewards.scorers.sentences import WholeSentences
-from cards_integrations.threads import InterpreterExit, ended_before_exit, in_thread
+from cards_integrations.threads import InterpreterExit, ended_before_exit, in_thread, retrieve_error
 from cards_integrations.transformer.step_times import StepTimes
 
 log = logging.getLogger("cards_integrations")
@@ -90,8 +90,7 @@ class RewardLoader(Loader):
 
     def _end_of_load(self, key: Reward, timed: bool, task: asyncio.Task[RewardModel]) -> None:
         self._loading.pop((key, timed), None)
-        if not task.cancelled():
-            task.exception()  # marks it as retrieved: those that waited may be gone
+        retrieve_error(task)  # those that waited may be gone
         self._tidy()
 
     def causal(self, spec: LocalModel | None, name: str) -> CausalModel:

@@ -32,14 +32,14 @@ class Gate(nn.Module):
         self.transform = nn.Parameter(weights["reward_transform_matrix"].float())
 
     def forward(self, state: torch.Tensor) -> torch.Tensor:
-        """The weights of the objectives (n, objectives) after hidden states (n, hidden size)."""
+        """Return the weights of the objectives (n, objectives) after hidden states (n, hidden size)."""
         chosen = (self.layers(state.float()) / self.temperature).softmax(-1) * self.scale
         found: torch.Tensor = chosen @ self.transform.T
         return found
 
 
 def linear_layer(weights: Mapping[str, torch.Tensor], start: str) -> nn.Module:
-    """The linear layer of the weights whose names begin so."""
+    """Return the linear layer of the weights whose names begin with `start`."""
     weight, bias = weights[f"{start}weight"], weights.get(f"{start}bias")
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
     layer.load_state_dict({"weight": weight} if bias is None else {"weight": weight, "bias": bias})
@@ -47,7 +47,7 @@ def linear_layer(weights: Mapping[str, torch.Tensor], start: str) -> nn.Module:
 
 
 def numbered_layers(weights: Mapping[str, torch.Tensor], start: str) -> nn.Module:
-    """Linear layers that are numbered, with a ReLU between them."""
+    """Return the linear layers that are numbered after `start`, with a ReLU between them."""
     numbers = sorted({int(name.removeprefix(start).split(".")[0]) for name in weights if name.startswith(start)})
     layers: list[nn.Module] = []
     for number in numbers:
