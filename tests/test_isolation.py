@@ -573,6 +573,43 @@ def test_a_reward_reads_long_texts_in_pieces(
     assert_idle(engine)
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3_next", "jamba"])
+def test_whole_answers_are_read_in_pieces(
+    start: Start, models: Callable[..., str], monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """Uncertainties and hidden states are those that one forward gives, and a neighbour goes on meanwhile."""
+    engine = start(models(family))
+    prompt = " ".join(f"w{6 + i * i % 41}" for i in range(50))
+    endless = Sampler(logit_bias=dict.fromkeys(language_model(engine).eos, -100.0))
+    plain = Request(prompt, Sampling(), None, endless, 70, seed=3)
+    answer = engine.run(plain)
+    asked = list(answer.prompt_ids), list(answer.token_ids)
+    whole = engine.uncertainties("entropy", [answer]), engine.states([asked])[0]
+    monkeypatch.setattr(local, "PREFILL_BESIDE", 16)
+    read: list[int] = []
+    lm, forward = language_model(engine), language_model(engine).transformer._forward
+
+    def noted(inputs: list[ForwardInput], run: Any) -> Any:
+        read.append(max(len(each.ids) for each in inputs))
+        return forward(inputs, run)
+
+    monkeypatch.setattr(lm.transformer, "_forward", noted)
+    with ThreadPoolExecutor(1) as pool:
+        with held(engine, WITHIN):
+            neighbour = engine.submit(replace(plain, prompt="w9", max_tokens=5))
+            reading = pool.submit(engine.uncertainties, "entropy", [answer])
+        [found] = reading.result(WITHIN)
+    assert len(neighbour.result(WITHIN).token_ids) == 5
+    assert found == pytest.approx(whole[0][0], abs=1e-5)
+    assert len(found) == 70
+    torch.testing.assert_close(engine.states([asked])[0], whole[1], atol=1e-4, rtol=1e-4)
+    if not lm.transformer.stepwise:
+        pieces = [at for at, length in enumerate(read) if length == 16]
+        assert max(read) == 16
+        assert min(read[: pieces[6]][pieces[0] :]) == 1
+    assert_idle(engine)
+
+
 @pytest.mark.parametrize("scored", [False, True])
 def test_nobody_waits_while_a_long_prompt_is_tokenized(
     engine: Engine, judge: ClassifierReward, monkeypatch: pytest.MonkeyPatch, scored: bool

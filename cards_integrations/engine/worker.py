@@ -206,24 +206,30 @@ class Worker(LoopThread):
             model = self.language_model
             if not isinstance(model, LogitsReader):
                 raise ModelError("Logits of whole answers are read by a local model only: leave segment_length out.")
-            found = []
+            found: list[list[float]] = []
             for answer in answers:
-                logits = model.read(answer.prompt_ids, answer.token_ids)
-                found.append(uncertainty(measure, logits, logits.log_softmax(-1)).tolist())
-                await asyncio.sleep(0)  # others take a step
+                found.append([])
+                for logits in model.read(answer.prompt_ids, answer.token_ids):
+                    found[-1] += uncertainty(measure, logits, logits.log_softmax(-1)).tolist()
+                    await asyncio.sleep(0)  # others take a step
             return found
 
     @retrieved
     async def states(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[torch.Tensor]:
         """Return the language model's hidden states after each prompt, and after each token of its answer."""
+        import torch
+
         async with self._serving():
             model = self.language_model
             if not isinstance(model, StateReader):
                 raise ModelError(f"Hidden states are read from a local model: {model.name!r} has none. Use LocalModel.")
             found = []
             for prompt_ids, ids in texts:
-                found.append(model.read_states(prompt_ids, ids).cpu())
-                await asyncio.sleep(0)  # others take a step
+                pieces = []
+                for states in model.read_states(prompt_ids, ids):
+                    pieces.append(states.cpu())
+                    await asyncio.sleep(0)  # others take a step
+                found.append(torch.cat(pieces))
             return found
 
     async def inspect(self) -> EngineState:

@@ -8,7 +8,7 @@ held to a grammar; `LogitsReader` and `StateReader` for one that can read whole 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Protocol, runtime_checkable
 
@@ -303,18 +303,18 @@ class ConstrainedModel(Protocol):
 
 @runtime_checkable
 class LogitsReader(Protocol):
-    """A language model that can read a whole answer again."""
+    """A language model that can read a whole answer again, in pieces between which other requests go on."""
 
-    def read(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> torch.Tensor:
-        """Return the logits before each token of an answer, (tokens, vocabulary), float32."""
+    def read(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> Iterator[torch.Tensor]:
+        """Yield the logits before each token of an answer, in pieces of (tokens, vocabulary), float32."""
 
 
 @runtime_checkable
 class StateReader(Protocol):
-    """A language model that can read the hidden states of a whole answer again."""
+    """A language model that can read the hidden states of a whole answer again, in pieces like `LogitsReader`."""
 
-    def read_states(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> torch.Tensor:
-        """Return the last hidden states after the prompt and each token of an answer, (1 + tokens, hidden size)."""
+    def read_states(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> Iterator[torch.Tensor]:
+        """Yield the last hidden states after the prompt and each token of an answer, in pieces of (n, hidden size)."""
 
 
 class CustomModel(SettingsModel):

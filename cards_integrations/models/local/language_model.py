@@ -497,32 +497,40 @@ class LocalLanguageModel:
 
     # --- whole answers, and times ---
 
-    def read(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> torch.Tensor:
-        """Return the logits before each token of an answer, (tokens, vocabulary), float32."""
-        return self._read_answer(self.transformer.logits, prompt_ids, ids)[:-1]
+    def read(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> Iterator[torch.Tensor]:
+        """Yield the logits before each token of an answer, in pieces of (tokens, vocabulary), float32."""
+        if ids:
+            yield from self._read_answer(self.transformer.logits, prompt_ids, ids[:-1])
 
-    def read_states(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> torch.Tensor:
-        """Return the last hidden states after the prompt and each token of an answer, (1 + tokens, hidden size)."""
-        return self._read_answer(self.transformer.hidden, prompt_ids, ids)
+    def read_states(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> Iterator[torch.Tensor]:
+        """Yield the last hidden states after the prompt and each token of an answer, in pieces of (n, hidden size)."""
+        yield from self._read_answer(self.transformer.hidden, prompt_ids, ids)
 
-    def _read_answer(self, run: Read, prompt_ids: Sequence[int], ids: Sequence[int]) -> torch.Tensor:
-        """Return the outputs of a forward after the prompt and after each token of an answer, (1 + tokens, ...)."""
+    def _read_answer(self, run: Read, prompt_ids: Sequence[int], ids: Sequence[int]) -> Iterator[torch.Tensor]:
+        """Yield the outputs after the prompt and after each token of an answer, in pieces of (n, ...)."""
         text, prompt = [*prompt_ids, *ids], len(prompt_ids)
         short = min(len(text), self.transformer.switch) if self.reads_again else len(text)
         long = self.transformer.is_long(prompt)
         if long or short == len(text):
-            return self._read(run, text, len(ids) + 1, long).float()
-        after = self._read(run, text, len(text) - short, long=True)
-        return torch.cat([self._read(run, text[:short], short + 1 - prompt, long=False), after]).float()
+            yield from self._read(run, text, prompt, long)
+        else:
+            yield from self._read(run, text[:short], prompt, long=False)
+            yield from self._read(run, text, short + 1, long=True)
 
-    def _read(self, run: Read, ids: list[int], outputs: int, long: bool) -> torch.Tensor:
-        """Return the outputs of a forward after the last tokens of a text, (outputs, ...)."""
-        tree = self.transformer.cache.open(long=long)
+    def _read(self, run: Read, ids: list[int], first: int, long: bool) -> Iterator[torch.Tensor]:
+        """Yield the outputs after the first `first` tokens of a text and after each later one, a piece each forward."""
+        cache, piece = self.transformer.cache, len(ids) if self.transformer.stepwise else PREFILL_BESIDE
+        tree = cache.open(long=long)
+        branch = tree.branch()
         try:
-            [row] = checked(run([ForwardInput(tree.branch(), ids, outputs=outputs)]))
+            for end in range(piece, len(ids) + piece, piece):
+                part = ids[end - piece : end]
+                wanted = min(len(part), max(0, min(end, len(ids)) + 1 - first))
+                [row] = checked(run([ForwardInput(branch, part, outputs=max(1, wanted))]))
+                tree.keep(branch)
+                yield row.values[max(1, wanted) - wanted :].float()
         finally:
-            self.transformer.cache.close(tree)
-        return row.values
+            cache.close(tree)
 
     def step_times(self) -> StepTimes:
         """Return the seconds of a step, sampling included, by its number of candidates."""
