@@ -1,6 +1,6 @@
 """Is one checkout faster than another? The same work on both, in turns, so that a noisy machine is noisy for both.
 
-    python benchmarks/paired_speed.py --before ../before [--after .] [--pairs 7] [--smollm2]
+    python benchmarks/paired_speed.py --before ../before [--after .] [--pairs 7] [--smollm2] [--families qwen3 ...]
 
 A process for each checkout loads the tiny pair once (`../shared/models`: a language model and its reward model), in
 float32 on one thread of the CPU and with `width=4`, so that both do the same. In each pair of runs both measure
@@ -8,7 +8,9 @@ plain sampling and CARDS, for one request and for 16 at once, with the same seed
 
 Prints for each of the four the median of the ratios after / before with the least and the greatest of them, and the
 tokens of both sides, kept and drafted. If those differ, the two have not done the same work, and the exit code is 1.
-With --smollm2 four more, of the embedded model and its sentiment reward, with fewer tokens and some minutes.
+With --smollm2 four more, of the embedded model and its sentiment reward, with fewer tokens and some minutes. With
+--families two more for each, plain only: random weights with layers as wide as those of Llama 3.2 1B, Qwen3 0.6B or
+Gemma 3 270M, fewer of them, and the tokenizer of the tiny pair.
 """
 
 from __future__ import annotations
@@ -40,6 +42,20 @@ SUBJECTS = (
 )  # fmt: skip
 QUESTIONS = [f"Write one sentence about {subject}." for subject in SUBJECTS]
 MEAN, SPREAD = -0.15, 0.48  # of the tiny pair's reward over plain answers
+FAMILIES: dict[str, dict[str, int]] = {
+    "llama": {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 2, "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "qwen3": {
+        "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 6, "num_attention_heads": 16,
+        "num_key_value_heads": 8, "head_dim": 128,
+    },
+    "gemma3_text": {
+        "hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 4,
+        "num_key_value_heads": 1, "head_dim": 256,
+    },
+}  # fmt: skip
 LIMITS = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -70,8 +86,21 @@ class Loaded:
         }
 
 
+def random_weights(family: str, models: Path) -> str:
+    """A model of a family with random weights, in the working directory, which is a temporary one; returns its path."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
+
+    set_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(models / "stories260k")
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = AutoConfig.for_model(family, vocab_size=len(tokenizer), **ids, **FAMILIES[family])
+    AutoModelForCausalLM.from_config(config).save_pretrained(family)
+    tokenizer.save_pretrained(family)
+    return str(Path(family).resolve())
+
+
 def loaded(which: str, models: Path) -> Loaded:
-    """The tiny pair with a target of one spread more than plain answers have, or SmolLM2."""
+    """The tiny pair with a target of one spread more than plain answers have, SmolLM2, or a family's random weights."""
     from cards_integrations import CardsLLM
     from cards_integrations.decoding import Cards, Sampling, Uncertainty
     from cards_integrations.engine import EngineSettings
@@ -81,6 +110,9 @@ def loaded(which: str, models: Path) -> Loaded:
     if which == "smollm2":
         llm = CardsLLM(model="smollm2", reward="sentiment", decoding="cards", max_tokens=32, engine=engine)
         return Loaded(llm, QUESTIONS, {"plain": Sampling(), "CARDS": Cards(target_reward=1.1, beta=0.1)})
+    if which in FAMILIES:
+        llm = CardsLLM(model=random_weights(which, models), decoding="sampling", max_tokens=32, engine=engine)
+        return Loaded(llm, STORIES, {"plain": Sampling()})
     cards = Cards(target_reward=MEAN + SPREAD, beta=0.2 * SPREAD, boundary=Uncertainty(threshold=2.9))
     llm = CardsLLM(
         model=str(models / "stories260k"), reward=ClassifierReward(model=str(models / "rm-sentiment-stories260k")),
@@ -209,6 +241,7 @@ def main() -> None:
         "--models", type=Path, default=ROOT.parent / "shared" / "models", help="Where the tiny pair is."
     )
     parser.add_argument("--smollm2", action="store_true", help="The embedded model, too.")
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=[], help="Random weights, too.")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     models = options.models.resolve()
@@ -220,6 +253,7 @@ def main() -> None:
         raise SystemExit(f"{models} does not hold the tiny pair; say where it is with --models.")
     which = ["tiny", "smollm2"] if options.smollm2 else ["tiny"]
     rows = [Row(model, method, several) for model in which for method in ("plain", "CARDS") for several in (1, 16)]
+    rows += [Row(family, "plain", several) for family in options.families for several in (1, 16)]
     sides: dict[str, Side] = {}
     try:
         for name in ("before", "after"):
