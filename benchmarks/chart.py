@@ -20,7 +20,7 @@ Runs = dict[str, dict[str, list[dict[str, float]]]]
 def draw(results: dict[str, Any], target: Path) -> None:
     """Seconds a token by contender, where the time goes, and reward against time."""
     runs: Runs = results["runs"]
-    bars = [part for part in runs if part.startswith(("plain", "aligned", "16 CARDS"))]
+    bars = [part for part in runs if part.startswith(("plain", "aligned", "8 CARDS", "16 CARDS"))]
     profiles = [part for part in runs if part.startswith("profile")]
     panels = len(bars) + bool(profiles) + ("frontier" in runs)
     if not panels:

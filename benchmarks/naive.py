@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from cards_integrations.chat.template import ChatTokenizer
 from cards_integrations.decoding import Cards, Threshold
 from cards_integrations.decoding.segmentation import Uncertainty
-from cards_integrations.models.local.loader import ModelLoader
+from cards_integrations.models.local.loader import ModelLoader, fast_bfloat16
 from cards_integrations.models.local.resolve import resolve_model
 from cards_integrations.models.local.settings import LocalModel, Placement
 from cards_integrations.models.randomness import Uniforms
@@ -43,8 +43,9 @@ class Plain:
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTED, 0))
 
     @classmethod
-    def load(cls, spec: LocalModel, reward: ClassifierReward, placement: Placement) -> Plain:
-        loader = ModelLoader(placement)
+    def load(cls, spec: LocalModel, reward: ClassifierReward) -> Plain:
+        """Load both in bf16 if this CPU is fast at it, else in float32: the fastest that transformers has."""
+        loader = ModelLoader(Placement(dtype="bfloat16" if fast_bfloat16() else "float32"))
         adapter = str(ADAPTERS / reward.adapter) if reward.adapter else None
         judge, tokenizer = loader.classifier(LocalModel(model=reward.model, adapter=adapter))
         model = (
