@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, overload
 from langchain_core.caches import BaseCache
 from langchain_core.callbacks import Callbacks
 from langchain_core.language_models import LanguageModelInput
+from langchain_core.language_models.model_profile import ModelProfile
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.runnables import ConfigurableField, Runnable, RunnableConfig
 from llama_index.core.base.llms.types import ChatMessage
@@ -375,6 +376,15 @@ class CardsLLM(LlamaIndexCards, Runnable[LanguageModelInput, AIMessage]):
             kwargs: `strict`, `parallel_tool_calls` and options of the calls.
         """
         return self.as_langchain().bind_tools(describe_tools(tools), tool_choice=tool_choice, **kwargs)
+
+    @property
+    def profile(self) -> ModelProfile | None:
+        """What LangChain's agents and middleware look up: the window in tokens, and what the model can do."""
+        return self.as_langchain().profile
+
+    @property
+    def _llm_type(self) -> str:
+        return self.as_langchain()._llm_type
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> Any:
         return self.as_langchain()._get_ls_params(stop, **kwargs)

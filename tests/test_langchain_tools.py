@@ -15,7 +15,7 @@ import jsonschema
 import pytest
 import scripted
 from langchain import agents
-from langchain.agents.middleware import wrap_tool_call
+from langchain.agents.middleware import SummarizationMiddleware, wrap_tool_call
 from langchain.agents.structured_output import ProviderStrategy, ToolStrategy
 from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import AsyncCallbackHandler, BaseCallbackHandler
@@ -43,6 +43,7 @@ from cards_integrations.langchain.middleware import InvalidCallsAnswered
 
 Face = ChatCards | CardsLLM
 create_agent: Any = agents.create_agent  # it takes a `CardsLLM`, too, and messages as tuples
+summarized: Any = SummarizationMiddleware  # so does it
 
 
 @pytest.fixture(scope="module")
@@ -842,6 +843,16 @@ def test_a_saved_agent_remembers(llm: Face) -> None:
     other = graph.invoke({"messages": [("user", "Hello")]}, two)
     inputs = [state["messages"][-1].usage_metadata["input_tokens"] for state in (second, other)]
     assert inputs[0] > inputs[1] + 20  # the second turn has read the first
+
+
+def test_a_long_history_is_summarized(llm: Face) -> None:
+    """By the model of the agent, when it fills its share of the window."""
+    history = [("user", "Hello"), ("ai", "Hello"), ("user", "Paint it"), ("ai", "Paint it"), ("user", "Goodbye")]
+    for share, shortened in ((0.0001, True), (1.0, False)):
+        summary = summarized(llm, trigger=("fraction", share), keep=("messages", 1))
+        found = said(create_agent(llm, [], middleware=[summary]).invoke({"messages": history}))
+        assert found[-2:] == [("human", "Goodbye"), ("ai", "Goodbye")]
+        assert len(found) == (3 if shortened else 6)
 
 
 @tool
