@@ -76,6 +76,20 @@ async def test_a_score_is_the_one_of_the_whole_template(tmp_path: Path, end: str
     assert full_score(model, ids) == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("padding", [None, "</s>"])
+def test_an_end_of_turn_is_read_where_the_model_knows_no_padding(
+    tmp_path: Path, models: Callable[..., str], start: Start, padding: str | None
+) -> None:
+    """Whatever the tokenizer pads with, transformers then reads the score at the last token."""
+    tokenizer = tiny.byte_pairs()
+    tokenizer.chat_template, tokenizer.pad_token = TURNS.replace("END", "</s>"), padding
+    model = tiny.classifier(vocab_size=len(tokenizer), pad_token_id=None)
+    said = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "the mat"}]
+    expected = full_score(model, tokenizer.apply_chat_template(said, return_dict=False))
+    reward = ClassifierReward(model=tiny.save(tmp_path, model, tokenizer))
+    assert start(models("llama")).score(reward, "the cat", ["the mat"]) == pytest.approx([expected], abs=1e-5)
+
+
 @pytest.mark.parametrize(("family", "rounded"), tiny.SCORED_RUNS)
 async def test_scores_of_growing_answers(family: str, rounded: bool) -> None:
     model, tokenizer = tiny.classifier(family), tiny.words()

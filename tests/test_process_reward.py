@@ -36,11 +36,11 @@ def tagged_tokenizer(template: str | None) -> Any:
     return tokenizer
 
 
-def token_classifier(tokenizer: Any) -> Any:
+def token_classifier(tokenizer: Any, family: str = "llama") -> Any:
     torch.manual_seed(4)
-    config = tiny.config("llama", vocab_size=len(tokenizer), num_labels=2)
+    config = tiny.config(family, vocab_size=len(tokenizer), num_labels=2)
     model = AutoModelForTokenClassification.from_config(config).float().eval()
-    torch.nn.init.normal_(model.score.bias, std=2.0)
+    torch.nn.init.normal_((model.score if family == "llama" else model.classifier).bias, std=2.0)
     return model
 
 
@@ -64,10 +64,10 @@ def qwen(folder: Path) -> tuple[dict[str, Any], Recipe]:
     return {"model": tiny.save(folder, model, tokenizer), "separator": "."}, recipe
 
 
-def trl(folder: Path) -> tuple[dict[str, Any], Recipe]:
+def trl(folder: Path, family: str = "llama") -> tuple[dict[str, Any], Recipe]:
     """Steps that are encoded by themselves, a line feed behind each."""
     tokenizer = tagged_tokenizer(None)
-    model = token_classifier(tokenizer)
+    model = token_classifier(tokenizer, family)
 
     def recipe(prompt: str, steps: Sequence[str]) -> list[float]:
         ids, ends = tokenizer(prompt)["input_ids"], []
@@ -77,6 +77,11 @@ def trl(folder: Path) -> tuple[dict[str, Any], Recipe]:
         return [float(good(model, ids)[end]) for end in ends]
 
     return {"model": tiny.save(folder, model, tokenizer), "separator": ".", "step_tag": "\n"}, recipe
+
+
+def neox(folder: Path) -> tuple[dict[str, Any], Recipe]:
+    """Of a type whose head has another name."""
+    return trl(folder, "gpt_neox")
 
 
 def shepherd(folder: Path) -> tuple[dict[str, Any], Recipe]:
@@ -132,7 +137,7 @@ def test_scores_of_drafted_answers(tmp_path: Path, start: Start, kind: Any, widt
     assert several > 10
 
 
-@pytest.mark.parametrize("kind", [qwen, trl, shepherd])
+@pytest.mark.parametrize("kind", [qwen, trl, neox, shepherd])
 def test_how_the_scores_of_steps_become_one(tmp_path: Path, start: Start, kind: Any) -> None:
     settings, recipe = kind(tmp_path / "judge")
     engine = start(tiny.save(tmp_path / "llm", tiny.causal(vocab_size=280), tiny.byte_pairs()))

@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 from conftest import Start
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import processors
 from torch import nn
@@ -202,14 +203,37 @@ def test_an_encoder_reads_pairs(tmp_path: Path, models: Callable[..., str], star
         engine.score(ClassifierReward(model=folder), PROMPT, [" w9" * 24])
 
 
-def test_roberta_counts_from_behind_the_padding(tmp_path: Path, models: Callable[..., str], start: Start) -> None:
+def roberta(folder: Path, labels: int = 1) -> tuple[Any, str]:
+    """A model whose head has two layers, and its folder."""
     torch.manual_seed(9)
     sizes = {"vocab_size": 48, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    shape = {"intermediate_size": 48, "max_position_embeddings": 20, "num_labels": 1, "initializer_range": 0.5}
+    shape = {"intermediate_size": 48, "max_position_embeddings": 20, "num_labels": labels, "initializer_range": 0.5}
     model = Roberta(RobertaConfig(**sizes, **shape, pad_token_id=1)).eval()
     tokenizer = pairs()
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
-    folder = tiny.save(tmp_path, model, tokenizer)
+    return model, tiny.save(folder, model, tokenizer)
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", None])
+def test_an_adapter_on_a_classifier_with_several_labels(
+    tmp_path: Path, models: Callable[..., str], start: Start, task: Any
+) -> None:
+    """It brings a head of two layers, or leaves the model its own."""
+    base, folder = roberta(tmp_path / "base", labels=3)
+    model: Any = get_peft_model(base, LoraConfig(task_type=task, r=2, target_modules=["query"]))
+    for name, weights in model.named_parameters():
+        if "lora_B" in name or "modules_to_save" in name:
+            nn.init.normal_(weights, std=0.3)
+    model.save_pretrained(tmp_path / "lora")
+    with torch.inference_mode():
+        inputs = AutoTokenizer.from_pretrained(folder)("w8 w9", "w10", return_tensors="pt")
+        expected = float(model.eval()(**inputs).logits[0, 2])
+    reward = ClassifierReward(model=folder, adapter=str(tmp_path / "lora"), label=2)
+    assert start(models("llama")).score(reward, "w8 w9", ["w10"]) == pytest.approx([expected], abs=1e-4)
+
+
+def test_roberta_counts_from_behind_the_padding(tmp_path: Path, models: Callable[..., str], start: Start) -> None:
+    model, folder = roberta(tmp_path)
     long = " ".join(f"w{8 + i}" for i in range(30))
     engine = start(models("llama"))
     found = engine.score(ClassifierReward(model=folder, prompt_format="{response}"), PROMPT, [long])

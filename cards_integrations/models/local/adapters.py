@@ -16,6 +16,8 @@ from cards_integrations.paths import is_directory
 
 WEIGHTS = "adapter_model.safetensors"
 MISSING = "Found missing adapter keys while loading the checkpoint: "  # how peft's warning begins
+LAST_LAYER = re.compile(r"(^|\.)(score|classifier|classification_head|logits_proj)(\.out_proj)?\.weight$")
+"""The name of the weights that give the labels, in heads of one layer and of two."""
 
 
 def can_share_weights(spec: LocalModel) -> bool:
@@ -166,27 +168,29 @@ def label_options(adapter: str | None) -> dict[str, int]:
         return {}
     from safetensors import safe_open
 
-    file = Path(resolve_adapter(adapter)) / WEIGHTS
-    if not file.is_file():
-        return {"num_labels": 1}
-    with safe_open(file, "pt") as tensors:
-        heads = [k for k in tensors.keys() if k.endswith(("score.weight", "classifier.weight"))]  # noqa: SIM118
-        return {"num_labels": tensors.get_slice(heads[0]).get_shape()[0] if heads else 1}
+    with load_errors(adapter, "adapter"), safe_open(_weights_file(adapter), "pt") as tensors:
+        heads = [name for name in tensors.keys() if LAST_LAYER.search(name)]  # noqa: SIM118 - not iterable
+        return {"num_labels": tensors.get_slice(heads[0]).get_shape()[0]} if heads else {}
 
 
 def _tensors(adapter: str) -> dict[str, Any]:
-    """Read the adapter's own weights from safetensors; peft would fall back on `adapter_model.bin`."""
+    """Read the adapter's own weights."""
     from safetensors.torch import load_file
 
+    return load_file(_weights_file(adapter))
+
+
+def _weights_file(adapter: str) -> str:
+    """Return the file of the adapter's own weights in safetensors; peft would fall back on `adapter_model.bin`."""
     found = resolve_adapter(adapter)
     if not is_directory(found):
         from huggingface_hub import hf_hub_download
 
-        return load_file(hf_hub_download(found, WEIGHTS))
+        return str(hf_hub_download(found, WEIGHTS))
     file = Path(found) / WEIGHTS
     if not file.is_file():
         raise ModelError(f"adapter={adapter!r} has no {WEIGHTS}; weights are not read from pickles.")
-    return load_file(file)
+    return str(file)
 
 
 def _copy_adapted_weights(adapted: Any) -> None:

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from cards_integrations.transformer.kv_memory import KVMemory
 
 T = TypeVar("T")
+NO_TOKEN = -1
 TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"  # a remark of transformers
 
 
@@ -130,10 +131,10 @@ class ModelLoader:
             family = AutoModelForTokenClassification if of_steps else AutoModelForSequenceClassification
             model = self._load(spec, family, label_options(spec.adapter))
         model = self._adapted(spec, model, shared)
-        tokenizer = self._tokenizers[model] = self._fitting_tokenizer(spec, model)
+        self._tokenizers[model] = self._fitting_tokenizer(spec, model)
         config = model.config.get_text_config()
-        if config.pad_token_id is None:  # by which a decoder finds the last token of a text
-            config.pad_token_id = tokenizer.pad_token_id
+        if config.pad_token_id is None:  # by which a decoder finds the last token of a text: here it is any
+            config.pad_token_id = NO_TOKEN
         return model
 
     def _with_tokenizer(self, model: Any) -> tuple[Any, Any]:
@@ -218,7 +219,7 @@ class ModelLoader:
 
     def padding(self, spec: LocalModel) -> int | None:
         """Return the id of the padding token in the model's config, if it names one."""
-        return getattr(read_config(spec), "pad_token_id", None)
+        return getattr(read_config(spec).get_text_config(), "pad_token_id", None)
 
     def _load(self, spec: LocalModel, family: Any = None, options: dict[str, Any] | None = None) -> Any:
         """Load a model onto the device, by the given auto class or by that of its language model."""

@@ -143,7 +143,8 @@ class TokenHead(Process):
     def __init__(self, head: Head, *settings: Any) -> None:
         super().__init__(*settings)
         self.head = head
-        self.to_logits = self.model.score.float()
+        own = getattr(self.model, "score", None) or self.model.classifier  # as GPT-2 and GPT-NeoX call it
+        self.to_logits = own.float()
 
     @property
     def _one_by_one(self) -> bool:
