@@ -25,6 +25,24 @@ def test_a_model_may_have_several_ends_of_sequence() -> None:
     check_exact(tiny.causal(eos_token_id=[1, 2]))
 
 
+def test_scales_by_the_length_go_by_that_of_each_text() -> None:
+    """Llama 4 has a step after 8,192 tokens by default, and counts what is in the cache and in the forward before."""
+    options: dict[str, Any] = {"floor_scale": 40, "attn_scale": 5.0}
+    model, ids = tiny.causal("llama4_text", **options), [list(range(6, 36)) * 2, list(range(20, 29))]
+    check_exact(model)  # with shorter steps
+    with torch.inference_mode():
+        plain = [tiny.causal("llama4_text", **options)(torch.tensor([text])).logits[0] for text in ids]
+    transformer = Transformer(model)
+    branches = [transformer.cache.open().branch() for _ in ids]
+    for piece in (slice(0, 5), slice(5, 30), slice(30, 59), slice(59, None)):
+        read = [i for i, text in enumerate(ids) if text[piece]]
+        for i, output in zip(
+            read, transformer.logits([ForwardInput(branches[i], ids[i][piece]) for i in read]), strict=True
+        ):
+            assert isinstance(output, Output)
+            torch.testing.assert_close(output.value, plain[i][branches[i].length - 1], atol=1e-4, rtol=1e-4)
+
+
 def test_no_number_in_place_of_one_is_not_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever of the outputs it is."""
     given = Transformer.logits

@@ -78,7 +78,7 @@ def _check(model: Any) -> None:
     length = min(PATH, most) if most > 0 else PATH  # XLNet says -1
     ids = _ids(model, length)
     try:
-        with _short_reach(config):
+        with _short_reach(model, config):
             model.set_attn_implementation("eager")
             plain = _plain(model, torch.tensor(ids, device=model.device))
             if rope_switch(config):
@@ -155,18 +155,19 @@ def _ids(model: Any, length: int) -> list[list[int]]:
 
 
 @contextmanager
-def _short_reach(config: Any) -> Iterator[None]:
-    """Make windows, chunks and short texts shorter than the texts."""
-    names = [name for name in ("sliding_window", "attention_chunk_size") if (getattr(config, name, None) or 0) > REACH]
-    before = {name: getattr(config, name) for name in names}
+def _short_reach(model: Any, config: Any) -> Iterator[None]:
+    """Make windows, chunks and short texts shorter than the texts, and steps of scales that go by the length."""
+    places = [(config, "sliding_window"), (config, "attention_chunk_size")]
+    places += [(layer, "floor_scale") for layer in model.modules()]
+    before = [(at, name, reach) for at, name in places if (reach := getattr(at, name, None) or 0) > REACH]
     try:
-        for name in names:
-            setattr(config, name, REACH)
+        for at, name, _ in before:
+            setattr(at, name, REACH)
         with short_texts(config, REACH):
             yield
     finally:
-        for name, value in before.items():
-            setattr(config, name, value)
+        for at, name, reach in before:
+            setattr(at, name, reach)
 
 
 def _rounds(model: Any) -> bool:

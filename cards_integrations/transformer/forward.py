@@ -284,7 +284,7 @@ class Transformer:
         return Computed(found.last_hidden_state.flatten(0, 1)[tensors["output_indices"]])
 
     def _run(self, model: Any, tensors: dict[str, torch.Tensor], metadata: AttentionMetadata, **options: Any) -> Any:
-        self.cache.begin(tensors["write_indices"])
+        self.cache.begin(tensors["write_indices"], tensors["positions"])
         token, long = METADATA.set(metadata), LONG.set(tensors.get("long"))
         try:
             with torch.inference_mode():

@@ -348,17 +348,34 @@ class TreeCache(Cache):
         self.blocks: dict[int, RowBlock] = {self.narrowest: RowBlock(self.layout, self.narrowest, least)}
         self.written: list[tuple[RowBlock, slice]] = []
         self._write_indices: torch.Tensor
+        self._positions: torch.Tensor
         self._calls: dict[tuple[int, int], AttentionCall] = {}
 
-    def begin(self, write_indices: torch.Tensor) -> None:
+    def begin(self, write_indices: torch.Tensor, positions: torch.Tensor) -> None:
         """Begin a forward.
 
         Args:
             write_indices: For each token the index into rows * columns of its block, (tokens,).
+            positions: For each token the number of those before it in its text, (tokens,).
         """
         self._write_indices = write_indices
+        self._positions = positions
         self._calls.clear()
         self._count = 0
+
+    def get_seq_length(self, layer_idx: int | None = None) -> int | torch.Tensor:
+        """Return how many tokens lie before those of the forward.
+
+        Args:
+            layer_idx: A layer that counts for itself: Llama 4 scales queries by how far they are from the beginning.
+
+        Returns:
+            None are told to the model, which is given positions. A layer gets what it has to add to the index of each
+            token in the forward, (tokens,).
+        """
+        if layer_idx is None:
+            return 0
+        return self._positions - torch.arange(len(self._positions), device=self._positions.device)
 
     def go_on(self, paths: Sequence[tuple[Branch, int]]) -> None:
         """Set the states from which the recurrent layers go on.
