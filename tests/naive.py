@@ -72,7 +72,7 @@ def lora(folder: Path, base: str, targets: Iterable[str], **options: Any) -> str
         LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=list(targets), **options),
     )
     for name, weight in model.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name or "lora_embedding_A" in name:  # zero at first
             torch.nn.init.normal_(weight, std=0.3)
         elif weight.requires_grad and "lora_" not in name:
             torch.nn.init.normal_(weight, std=0.5)

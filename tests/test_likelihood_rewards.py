@@ -13,6 +13,7 @@ import torch
 from conftest import Start
 from internals import assert_idle, language_model, worker
 from naive import Freed, drafts, ids, log_p, lora, parameters, said
+from peft import PeftModel
 from transformers import AutoTokenizer
 
 from cards_integrations.decoding import Cards, FixedLength, Uncertainty
@@ -252,6 +253,20 @@ def test_an_adapter_leaves_the_language_model_as_it_was(tmp_path: Path, bias: st
     adapted, _ = loader.causal(spec.model_copy(update={"adapter": adapter}))
     assert float((adapted(words).logits - before).detach().abs().max()) > 0.1
     assert torch.equal(own(words).logits, before)
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_an_adapter_on_one_of_two_tied_layers_leaves_the_other(tmp_path: Path, target: str) -> None:
+    """peft would merge it into the weights of both."""
+    folder, words = tiny.save(tmp_path / "model", tiny.causal(tie_word_embeddings=True), tiny.words()), [ids(PROMPT)]
+    adapter = lora(tmp_path, folder, [target])
+    beside = PeftModel.from_pretrained(tiny.causal(tie_word_embeddings=True), adapter).eval()
+    merged, _ = ModelLoader(Placement(dtype="float32")).causal(LocalModel(model=folder, adapter=adapter))
+    with torch.inference_mode():
+        found, expected = (model(input_ids=torch.tensor(words)).logits for model in (merged, beside))
+        plain = tiny.causal(tie_word_embeddings=True)(torch.tensor(words)).logits
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert float((found - plain).abs().max()) > 0.1
 
 
 # --- edges ---

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +44,10 @@ def merge_adapter(spec: LocalModel, model: Any, shared: bool) -> Any:
         model: The base model, which is changed.
         shared: Whether its weights are another model's, too; those that the adapter changes are copied.
     """
+    places = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
     with load_errors(spec.adapter or "", "adapter"):
         adapted = _load_adapter(spec, model)
-    if shared:
-        _copy_adapted_weights(adapted)
+    _copy_adapted_weights(adapted, lambda weight: shared or places[id(weight)] > 1)
     return adapted.merge_and_unload()
 
 
@@ -193,8 +195,8 @@ def _weights_file(adapter: str) -> str:
     return str(file)
 
 
-def _copy_adapted_weights(adapted: Any) -> None:
-    """Copy the weights that an adapter will be merged into; the others stay shared."""
+def _copy_adapted_weights(adapted: Any, is_shared: Callable[[Any], bool]) -> None:
+    """Copy the shared ones of the weights that an adapter will be merged into; the others stay as they are."""
     import torch
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -202,4 +204,5 @@ def _copy_adapted_weights(adapted: Any) -> None:
         if isinstance(module, BaseTunerLayer):
             base = module.get_base_layer()
             for name, weight in base.named_parameters(recurse=False):
-                setattr(base, name, torch.nn.Parameter(weight.detach().clone(), requires_grad=False))
+                if is_shared(weight):
+                    setattr(base, name, torch.nn.Parameter(weight.detach().clone(), requires_grad=False))
