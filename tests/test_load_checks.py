@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -135,6 +136,25 @@ def test_an_adapter_fills_no_hole_of_the_model(models: Callable[..., str], adapt
     holed = changed(models("llama"), tmp_path / "holed", without("layers.1."))
     with pytest.raises(ModelError, match=r"holed.*no weights for model\.layers\.1\..* more of LlamaForCausalLM"):
         loader().causal(LocalModel(model=holed, adapter=adapter))
+
+
+@pytest.mark.parametrize("classifier", [False, True])
+@pytest.mark.parametrize("prefix", ["model.", ""])
+def test_a_bias_that_the_config_leaves_out_is_told(tmp_path: Path, classifier: bool, prefix: str) -> None:
+    """transformers passes over it; files may name the layers of the body alone."""
+    model = (tiny.classifier if classifier else tiny.causal)(attention_bias=True)
+    folder = tiny.save(tmp_path / "model", model, tiny.words())
+    load = loader().classifier if classifier else loader().causal
+    assert load(LocalModel(model=folder))
+    shorter = changed(
+        folder, tmp_path / "shorter", lambda weights: {n.replace("model.", prefix): w for n, w in weights.items()}
+    )
+    config = json.loads((tmp_path / "shorter" / "config.json").read_text())
+    (tmp_path / "shorter" / "config.json").write_text(json.dumps({**config, "attention_bias": False}))
+    with pytest.raises(
+        ModelError, match=r"layers\.0\.self_attn\.k_proj\.bias and 7 more, .*config\.json.*attention_bias"
+    ):
+        load(LocalModel(model=shorter))
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -52,6 +52,32 @@ def check_complete(name: str, missing: Collection[str], brought: Collection[str]
         raise ModelError(f"{name} has no weights for {', '.join(random[:3])}{more} of {kind}.")
 
 
+def check_biases(name: str, unused: Collection[str], model: Any) -> None:
+    """Check that no layer lost its bias, as one does of which config.json says nothing.
+
+    Args:
+        name: What the error calls the model.
+        unused: Names of weights in its files that have no place in the model.
+        model: The model.
+
+    Raises:
+        ModelError: A layer has its weights, and not the bias that the files have for it.
+    """
+    prefix = f"{model.base_model_prefix}."
+    layers = {
+        at.removeprefix(prefix) for at, layer in model.named_modules() if getattr(layer, "weight", None) is not None
+    }
+    lost = sorted(
+        each for each in unused if each.endswith(".bias") and each.removesuffix(".bias").removeprefix(prefix) in layers
+    )
+    if lost:
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise ModelError(
+            f"{name} has weights for {lost[0]}{more}, for which {type(model).__name__} has no place by its "
+            "config.json: it would give something else. Check the settings of its biases there, such as attention_bias."
+        )
+
+
 def check_vocabulary(name: str, tokenizer: Any, rows: int) -> None:
     """Check that the model has a row for every ordinary token.
 

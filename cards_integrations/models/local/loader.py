@@ -20,6 +20,7 @@ from cards_integrations.models.local.adapters import (
     merge_adapter,
 )
 from cards_integrations.models.local.checks import (
+    check_biases,
     check_complete,
     check_encoding,
     check_finite,
@@ -250,6 +251,7 @@ class ModelLoader:
             brought |= put_own_head(spec, model, report["unexpected_keys"])
         # transformers would leave them random
         check_complete(f"model={spec.model!r}", report["missing_keys"], brought, type(model).__name__)
+        check_biases(f"model={spec.model!r}", report["unexpected_keys"] - brought, model)  # and pass over these
         drop_other_parts(model.eval())
         if bits and on_cpu:
             quantize(model, bits, embedded_groups(spec.model) if bits == "int4" else {})

@@ -56,7 +56,7 @@ def put_own_head(spec: LocalModel, model: Any, unexpected: Collection[str]) -> s
         unexpected: Names of weights in its files that it has no place for.
 
     Returns:
-        Names of its weights that the files bring, though not under these names.
+        Names of the weights of that head, in the files and in the model.
 
     Raises:
         ModelError: There is a head that is not known.
@@ -79,7 +79,7 @@ def put_own_head(spec: LocalModel, model: Any, unexpected: Collection[str]) -> s
 
         model.gate = Gate(_weights(spec, gate), model.config)
     model.config.num_labels = list(model.score.parameters())[-1].shape[0]
-    return {"score.weight", "score.bias"}
+    return {"score.weight", "score.bias", *own}
 
 
 def _head(weights: dict[str, torch.Tensor], prefix: str) -> torch.nn.Module:
