@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +28,7 @@ from cards_integrations.engine import Request
 from cards_integrations.errors import RewardError, SettingsError
 from cards_integrations.llm import as_prompt
 from cards_integrations.models.sampling import Sampler
-from cards_integrations.rewards import Conversation, GroundednessReward
+from cards_integrations.rewards import ClassifierReward, Conversation, GroundednessReward
 from cards_integrations.trace import Usage
 
 CONTEXT, QUESTION = "w7 w8 w9 w10", "w20 w21"
@@ -311,9 +314,11 @@ def support(folder: str, contexts: list[str], sentences: list[str], index: int |
     model, tokenizer = (
         family.from_pretrained(folder) for family in (AutoModelForSequenceClassification, AutoTokenizer)
     )
+    how: dict[str, Any] = {"return_tensors": "pt", "truncation": "only_first"}
+    how["max_length"] = model.config.max_position_embeddings
     found = []
     for sentence in sentences:
-        logits = [model(**tokenizer(context, sentence, return_tensors="pt")).logits[0] for context in contexts]
+        logits = [model(**tokenizer(context, sentence, **how)).logits[0] for context in contexts]
         p = [float(one[0].sigmoid() if index is None else one.softmax(-1)[index]) for one in logits]
         found.append(max(p))
     return sum(found) / max(1, len(found))
@@ -343,6 +348,23 @@ def test_by_entailment(
     assert found == pytest.approx(naive, abs=1e-5)
     assert found[-1] == 0.0
     assert len({*found}) == 3
+
+
+def test_of_a_long_context_the_beginning_is_read(
+    models: Callable[..., str], start: Start, tmp_path: Path, nli: Callable[..., str]
+) -> None:
+    """Also where the tokenizer knows no window, and where the same model is a classifier, which reads the end."""
+    folder = shutil.copytree(nli(max_position_embeddings=24), tmp_path / "nli")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "model_max_length": 10**30}))
+    contexts, engine = [" ".join(f"w{6 + i}" for i in range(40))], start(models("llama"))
+    entailment = GroundednessReward(by="entailment", model=str(folder))
+    expected = pytest.approx([support(str(folder), contexts, ["w7 w8."], 1)], abs=1e-5)
+    assert engine.score(entailment, QUESTION, ["w7 w8."], tuple(contexts)) == expected
+    engine.score(ClassifierReward(model=str(folder), label=0), contexts[0], ["w7 w8."])
+    assert engine.score(entailment, QUESTION, ["w7 w8."], tuple(contexts)) == expected
+    with pytest.raises(RewardError, match="the sentence takes 30 tokens, and the context has no room in the 24"):
+        engine.score(entailment, QUESTION, ["w7 " * 30], tuple(contexts))
 
 
 def test_a_decoder_whose_config_names_no_padding_reads_pairs(

@@ -12,6 +12,7 @@ from cards_integrations.errors import SettingsError
 from cards_integrations.models.local.checks import embedding_rows
 from cards_integrations.models.local.resolve import readable_positions
 from cards_integrations.rewards.base import Conversation, Response, RewardModel, count_forward
+from cards_integrations.rewards.scorers.pairs import PairEncoder
 from cards_integrations.rewards.scorers.portions import padded, portions
 from cards_integrations.rewards.scorers.sentences import split_sentences
 from cards_integrations.rewards.scorers.support import support
@@ -47,6 +48,7 @@ class Entailment(RewardModel):
         self.model, self.tokenizer = model, tokenizer
         self.chat = ChatTokenizer(tokenizer, rows=embedding_rows(model))
         window = min(readable_positions(model), tokenizer.model_max_length)
+        self.encode = PairEncoder(name, tokenizer, window, "right", "context", "sentence")
         self.together = reads_padded(model, tokenizer, window)
         self.index = self._index(label, self.model.config.id2label)
         self.contexts: dict[Conversation, Sequence[str]] = {}  # of open conversations
@@ -86,8 +88,8 @@ class Entailment(RewardModel):
 
     async def _probabilities(self, pairs: list[tuple[str, str]]) -> list[tuple[float, int]]:
         """Return the probability of support for each pair, and how many tokens it has."""
-        contexts, texts = map(list, zip(*pairs, strict=True))
-        encoded = self.tokenizer(contexts, texts, truncation="only_first")
+        contexts, texts = zip(*pairs, strict=True)
+        encoded = self.encode(contexts, texts)
         self.chat.check_ids([token for ids in encoded["input_ids"] for token in ids])
         lengths, found = list(map(len, encoded["input_ids"])), dict[int, float]()
         async for rows in portions(lengths, PREFILL_CHUNK if self.together else 0):

@@ -9,11 +9,11 @@ import torch
 
 from cards_integrations.chat.answer_frame import AnswerFrame
 from cards_integrations.chat.template import as_text
-from cards_integrations.errors import RewardError
 from cards_integrations.models.local.resolve import readable_positions
 from cards_integrations.rewards.base import Conversation, Response, RewardModel, count_forward
 from cards_integrations.rewards.scorers.head import Head
 from cards_integrations.rewards.scorers.input_format import InputFormat
+from cards_integrations.rewards.scorers.pairs import PairEncoder
 from cards_integrations.rewards.scorers.portions import padded, portions
 from cards_integrations.transformer.exact import reads_padded
 from cards_integrations.transformer.rope import rope_switch
@@ -32,6 +32,7 @@ class RescoringClassifier(RewardModel):
         self.tokenizer = input_format.chat.tokenizer
         self.switch = rope_switch(model.config.get_text_config())
         self.window = min(readable_positions(model), self.tokenizer.model_max_length)
+        self.encode_pairs = PairEncoder(name, self.tokenizer, self.window, "left", "prompt", "answer")
         self.together = reads_padded(model, self.tokenizer, self.window)
         self.frames: dict[Conversation, AnswerFrame] = {}  # of open conversations
 
@@ -62,27 +63,16 @@ class RescoringClassifier(RewardModel):
         return [kind for kind in kinds if kind] if self.switch else [rows]
 
     def _encoded(self, responses: Sequence[Response]) -> Any:
-        self.tokenizer.truncation_side = "left"
         if self.input_format.is_pair:
-            return self._encoded_pairs(responses)
+            prompts = [as_text(response.conversation.prompt) for response in responses]
+            return self.encode_pairs(prompts, [response.text for response in responses])
+        self.tokenizer.truncation_side = "left"
         return self.tokenizer(
             [self._text(response) for response in responses],
             add_special_tokens=self.input_format.adds_special_tokens,
             truncation=True,
             max_length=self.window,
         )
-
-    def _encoded_pairs(self, responses: Sequence[Response]) -> Any:
-        answers = [response.text for response in responses]
-        around = self.tokenizer.num_special_tokens_to_add(pair=True)
-        longest = max(map(len, self.tokenizer(answers, add_special_tokens=False)["input_ids"]))
-        if longest + around >= self.window:
-            raise RewardError(
-                f"reward {self.name!r}: the answer takes {longest} tokens, and the prompt has no room in the "
-                f"{self.window} of its window; use a smaller max_tokens."
-            )
-        prompts = [as_text(response.conversation.prompt) for response in responses]
-        return self.tokenizer(prompts, answers, truncation="only_first", max_length=self.window)
 
     def _scores(self, responses: Sequence[Response], inputs: Any) -> list[float]:
         with torch.inference_mode():
