@@ -15,7 +15,13 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import processors
 from torch import nn
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, RobertaConfig
+from transformers import (
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    RobertaConfig,
+)
 from transformers import RobertaForSequenceClassification as Roberta
 
 from cards_integrations.decoding import BestOfN, Cards, FixedLength
@@ -108,6 +114,49 @@ def test_a_head_that_is_not_known_is_refused(
     folder = with_head(tmp_path, "LlamaOfSomebody", prefix, linear(bias=False), **config)
     with pytest.raises(ModelError, match=message):
         start(models("llama")).score(ClassifierReward(model=folder), PROMPT, ANSWERS)
+
+
+OWN_CODE = """
+from transformers import LlamaForSequenceClassification, LlamaForTokenClassification
+
+class Scores(LlamaForSequenceClassification):
+    def forward(self, *args, **kwargs):
+        found = super().forward(*args, **kwargs)
+        found.logits = 3 * found.logits.tanh()
+        return found
+
+class Steps(LlamaForTokenClassification):
+    def forward(self, *args, **kwargs):
+        found = super().forward(*args, **kwargs)
+        found.logits = -found.logits
+        return found
+"""
+
+
+def with_code(model: Any, folder: Path, auto: str, name: str) -> str:
+    """The folder of a model whose code is its own."""
+    tiny.save(folder, model, tiny.words())
+    (folder / "own.py").write_text(OWN_CODE)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": {auto: f"own.{name}"}}))
+    return str(folder)
+
+
+def test_what_a_model_s_own_code_makes_of_its_scores(tmp_path: Path, models: Callable[..., str], start: Start) -> None:
+    model, engine = tiny.classifier(), start(models("llama"))
+    folder = with_code(model, tmp_path / "scores", "AutoModelForSequenceClassification", "Scores")
+    with torch.inference_mode():
+        expected = [
+            3 * model(tiny.words()(PROMPT + answer, return_tensors="pt")["input_ids"]).logits.tanh().item()
+            for answer in ANSWERS
+        ]
+    reward = ClassifierReward(model=folder, trust_remote_code=True, prompt_format=FORMAT)
+    assert engine.score(reward, PROMPT, ANSWERS) == pytest.approx(expected, abs=1e-4)
+    steps = AutoModelForTokenClassification.from_config(tiny.config("llama", num_labels=2))
+    folder = with_code(steps, tmp_path / "steps", "AutoModelForTokenClassification", "Steps")
+    process = ProcessReward(model=folder, trust_remote_code=True, step_tag=".", prompt_format=FORMAT)
+    with pytest.raises(ModelError, match="its scores are not what its head makes of the hidden states"):
+        engine.score(process, PROMPT, ANSWERS)
 
 
 # --- several objectives ---

@@ -19,7 +19,14 @@ import torch
 from cards_integrations.errors import CardsError, ModelError, said
 from cards_integrations.transformer.attention import NAME
 from cards_integrations.transformer.flat_batch import ForwardInput
-from cards_integrations.transformer.forward import Transformer, body, cannot_run, use_tree_attention, without_latents
+from cards_integrations.transformer.forward import (
+    Transformer,
+    body,
+    cannot_run,
+    scoring_head,
+    use_tree_attention,
+    without_latents,
+)
 from cards_integrations.transformer.kv_cache import Branch
 from cards_integrations.transformer.quantization import is_quantized
 from cards_integrations.transformer.rope import rope_switch, short_texts
@@ -81,6 +88,7 @@ def _check(model: Any) -> None:
         with _short_reach(model, config):
             model.set_attn_implementation("eager")
             plain = _plain(model, torch.tensor(ids, device=model.device))
+            _check_scores(model, ids, plain)
             if rope_switch(config):
                 plain[3, : OWN + 1] = _plain(model, torch.tensor([ids[3][: OWN + 1]], device=model.device))[0]
             use_tree_attention(model)
@@ -177,6 +185,26 @@ def _rounds(model: Any) -> bool:
 
 def _has_head(model: Any) -> bool:
     return model.get_output_embeddings() is not None
+
+
+def _check_scores(model: Any, ids: list[list[int]], states: torch.Tensor) -> None:
+    """Check that a classifier makes its scores of the hidden states by its head alone.
+
+    Args:
+        model: A model, of any kind.
+        ids: Texts.
+        states: The hidden states of these, (texts, tokens, size).
+
+    Raises:
+        ModelError: It makes something else of them, as a model with code of its own may.
+    """
+    head = scoring_head(model)
+    if head is None or _has_head(model):
+        return
+    own = model(input_ids=torch.tensor(ids[:1], device=model.device), use_cache=False).logits
+    found = head(states[:1].to(model.dtype))
+    if not _alike(model, (found if own.dim() == found.dim() else found[:, -1]).float(), own.float()):
+        raise cannot_run(model, "its scores are not what its head makes of the hidden states.")
 
 
 def _plain(model: Any, ids: torch.Tensor) -> torch.Tensor:

@@ -333,6 +333,11 @@ def body(model: Any) -> Any:
     return model.base_model if model.base_model is not model else model.model  # Llama 4 declares a wrong prefix
 
 
+def scoring_head(model: Any) -> Any:
+    """Return the layer of a classifier that makes scores of hidden states; None if it has none."""
+    return getattr(model, "score", None) or getattr(model, "classifier", None)  # as GPT-2 and GPT-NeoX call it
+
+
 def _with_outputs(values: torch.Tensor, tensors: dict[str, torch.Tensor], metadata: AttentionMetadata) -> torch.Tensor:
     """Select from the values of the last tokens, (rows, tokens, ...), those that are outputs, (outputs, ...)."""
     if metadata.rows == 1:

@@ -16,6 +16,7 @@ from cards_integrations.rewards.scorers.input_format import InputFormat
 from cards_integrations.rewards.scorers.step_ids import StepIds, TaggedIds
 from cards_integrations.rewards.steps import Aggregate, Steps, aggregated
 from cards_integrations.transformer.flat_batch import ForwardInput
+from cards_integrations.transformer.forward import scoring_head
 from cards_integrations.transformer.kv_memory import KVMemory
 
 StepKey = tuple[int, str]
@@ -143,8 +144,7 @@ class TokenHead(Process):
     def __init__(self, head: Head, *settings: Any) -> None:
         super().__init__(*settings)
         self.head = head
-        own = getattr(self.model, "score", None) or self.model.classifier  # as GPT-2 and GPT-NeoX call it
-        self.to_logits = own.float()
+        self.to_logits = scoring_head(self.model).float()
 
     @property
     def _one_by_one(self) -> bool:
