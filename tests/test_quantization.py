@@ -23,6 +23,7 @@ from cards_integrations.models.local.loader import ModelLoader
 from cards_integrations.models.local.quantize import check_quantization, gpu_options
 from cards_integrations.models.local.settings import LocalModel, Placement
 from cards_integrations.rewards import ClassifierReward
+from cards_integrations.transformer.exact import check_exact
 from cards_integrations.transformer.flat_batch import ForwardInput
 from cards_integrations.transformer.forward import Transformer
 from cards_integrations.transformer.quantization import (
@@ -124,6 +125,29 @@ def test_the_embedded_model_s_own_bits_are_those_of_its_file() -> None:
 def folder(tmp_path: Path) -> str:
     """A tiny model, all of whose layers the kernels take."""
     return tiny.save(tmp_path / "model", tiny.causal(**SHAPE), tiny.words())
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_norms_with_a_gate_stay_as_they_are(tmp_path: Path, bits: Any) -> None:
+    """Those of Qwen3-Next's recurrent layers are given two arguments."""
+    sizes = {**SHAPE, "linear_key_head_dim": 16, "linear_value_head_dim": 16, "shared_expert_intermediate_size": 64}
+    plain = tiny.causal("qwen3_next", **sizes, moe_intermediate_size=64)
+    spec = LocalModel(model=tiny.save(tmp_path, plain, tiny.words()), quantization=bits)
+    model, _ = ModelLoader(Placement(device="cpu")).causal(spec)
+    check_exact(model)
+    with torch.inference_mode():
+        found, expected = (each(torch.tensor([[7, 8, 9, 30]])).logits for each in (model, plain))
+    assert (found - expected).norm() < 0.5 * expected.norm()
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_model_that_casts_to_the_type_of_quantized_weights_is_refused(tmp_path: Path, bits: Any) -> None:
+    """Its hidden states would become integers."""
+    plain = tiny.causal("mamba2", hidden_size=64, num_heads=8, head_dim=16, n_groups=2, state_size=8)
+    spec = LocalModel(model=tiny.save(tmp_path, plain, tiny.words()), quantization=bits)
+    model, _ = ModelLoader(Placement(device="cpu")).causal(spec)
+    with pytest.raises(ModelError, match=r"makes integers .* leave quantization= out"):
+        check_exact(model)
 
 
 def logits(model: Any, ids: list[list[int]]) -> torch.Tensor:

@@ -140,7 +140,7 @@ def config(family: str, **options: Any) -> Any:
 
 
 def attention(family: str) -> str:
-    return "eager" if family in ("gemma2", "bloom", "gpt_oss", "fnet") else "sdpa"  # all that transformers has for them
+    return "eager" if family in ("gemma2", "bloom", "gpt_oss", "fnet", "mamba2") else "sdpa"  # all there is
 
 
 def causal(family: str = "llama", seed: int = 0, **options: Any) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from inspect import signature
 from typing import Any
 
 import torch
@@ -180,6 +181,8 @@ def _as_rms_norm(module: nn.Module) -> FusedRMSNorm | None:
     parameters = dict(module.named_parameters())
     if not isinstance(eps, float) or set(parameters) != {"weight"} or parameters["weight"].dim() != 1:
         return None
+    if len(signature(module.forward).parameters) > 1:
+        return None  # it is also given a gate, as those of recurrent layers are
     weight = parameters["weight"]
     sample = torch.randn(3, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
     expected = module(sample)

@@ -80,6 +80,8 @@ class QuantizedLinear(nn.Module):
         raise NotImplementedError
 
     def forward(self, inputs: Tensor) -> Tensor:
+        if not inputs.is_floating_point():  # as Mamba-2 casts them to the type of the weights of its head
+            raise TypeError("it makes integers of what quantized layers read: leave quantization= out")
         rows = inputs.reshape(-1, self.in_features).bfloat16()
         out = self.product(rows).float().view(*inputs.shape[:-1], self.out_features)
         return out if self.bias is None else out + self.bias
