@@ -356,6 +356,13 @@ def test_an_adapter_that_is_more_than_two_factors_is_refused(folder: str, tmp_pa
             ModelLoader(Placement(device="cpu")).causal(LocalModel(model=folder, adapter=lora, quantization="int4"))
 
 
+@pytest.mark.parametrize("saved", ["lm_head", "input_layernorm", "embed_tokens"])
+def test_an_adapter_that_replaces_what_was_quantized_is_refused(folder: str, tmp_path: Path, saved: str) -> None:
+    lora = adapter(tmp_path / "lora", tiny.causal(**SHAPE), modules_to_save=[saved])
+    with pytest.raises(ModelError, match=rf"adapter=.* replaces '.*{saved}.weight', .*leave quantization= out"):
+        ModelLoader(Placement(device="cpu")).causal(LocalModel(model=folder, adapter=lora, quantization="int8"))
+
+
 # --- what it is left to ---
 
 

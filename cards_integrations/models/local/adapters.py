@@ -107,15 +107,23 @@ def add_adapter(spec: LocalModel, model: Any) -> Any:
         model: The base model, which is changed.
 
     Raises:
-        ModelError: The adapter is more than a sum of two factors for each layer.
+        ModelError: The adapter is more than a sum of two factors for each layer, or replaces layers that have been
+            made into others.
     """
     import torch
 
-    from cards_integrations.transformer.quantization import LowRank, Part, QuantizedLinear
+    from cards_integrations.transformer.fused import FusedRMSNorm
+    from cards_integrations.transformer.quantization import Int8Embedding, LowRank, Part, QuantizedLinear
 
     assert spec.adapter is not None
     if not can_share_weights(spec):
         raise ModelError(f"adapter={spec.adapter!r} is not a plain LoRA, which a quantized model cannot take.")
+    made = {n for n, m in model.named_modules() if isinstance(m, (FusedRMSNorm, Int8Embedding, Part, QuantizedLinear))}
+    if whole := sorted(name for name in brought_by(spec) if name.removesuffix(".weight") in made):
+        raise ModelError(
+            f"adapter={spec.adapter!r} replaces {whole[0]!r}, which a quantized model cannot take: leave quantization= "
+            "out, and for the embedded model use dtype='float32'."
+        )
     layers = {
         f"{name}.{child}" if name else child: layer
         for name, parent in model.named_modules()
