@@ -14,7 +14,7 @@ import tiny
 import torch
 from conftest import Start
 from naive import lora
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
@@ -181,6 +181,13 @@ def test_an_adapter_of_another_model_or_task_is_refused(
     get_peft_model(base, config).save_pretrained(tmp_path / "judge")
     with pytest.raises(ModelError, match=r"score\.weight.*for another task"):
         loader().causal(LocalModel(model=models("llama"), adapter=str(tmp_path / "judge")))
+
+
+def test_an_adapter_that_is_no_change_of_weights_is_refused(models: Callable[..., str], tmp_path: Path) -> None:
+    prompts = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    get_peft_model(tiny.causal(), prompts).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"\(PROMPT_TUNING\) cannot be merged into weights, as a LoRA can"):
+        loader().causal(LocalModel(model=models("llama"), adapter=str(tmp_path)))
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -350,7 +350,8 @@ def test_a_classifier_s_adapter_and_head_on_the_language_model_s_body(folder: st
 
 
 def test_an_adapter_that_is_more_than_two_factors_is_refused(folder: str, tmp_path: Path) -> None:
-    for options in ({"use_dora": True}, {"bias": "all"}):
+    several: list[dict[str, Any]] = [{"use_dora": True}, {"bias": "all"}, {"alora_invocation_tokens": [7]}]
+    for options in several:
         lora = adapter(tmp_path / str(options), tiny.causal(**SHAPE), **options)
         with pytest.raises(ModelError, match=r"adapter=.*not a plain LoRA, which a quantized model cannot take"):
             ModelLoader(Placement(device="cpu")).causal(LocalModel(model=folder, adapter=lora, quantization="int4"))

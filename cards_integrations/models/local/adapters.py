@@ -33,7 +33,8 @@ def can_share_weights(spec: LocalModel) -> bool:
     with load_errors(spec.adapter, "adapter"):
         config = PeftConfig.from_pretrained(resolve_adapter(spec.adapter))
     keeps_base = getattr(config, "init_lora_weights", None) in (True, False, "gaussian")
-    return config.peft_type == "LORA" and config.bias == "none" and keeps_base
+    everywhere = not getattr(config, "alora_invocation_tokens", None)  # else only behind certain tokens
+    return config.peft_type == "LORA" and config.bias == "none" and keeps_base and everywhere
 
 
 def merge_adapter(spec: LocalModel, model: Any, shared: bool) -> Any:
@@ -67,6 +68,9 @@ def _load_adapter(spec: LocalModel, model: Any) -> Any:
         except UserWarning as missing:
             names = re.findall(r"'(.*?)'", str(missing))
             return check_complete(f"adapter={spec.adapter!r}", names, (), f"model={spec.model!r}")
+    if not hasattr(adapted, "merge_and_unload"):
+        kind = adapted.active_peft_config.peft_type.value
+        raise ModelError(f"adapter={spec.adapter!r} ({kind}) cannot be merged into weights, as a LoRA can: use one.")
     if stray := [name for name in weights if not _has_place(adapted, name)]:
         raise ModelError(
             f"adapter={spec.adapter!r} has weights for {stray[0]!r}, which model={spec.model!r} does not have: it was "
