@@ -110,11 +110,11 @@ def test_a_formatted_prompt_is_taken_as_it_is(llm):
 def test_a_conversation_is_read_as_a_whole(llm):
     chat = [
         ChatMessage(role=MessageRole.SYSTEM, content="Be brief."),
-        ChatMessage(role=MessageRole.USER, blocks=[TextBlock(text="Hel"), TextBlock(text="lo")]),
+        ChatMessage(role=MessageRole.USER, blocks=[TextBlock(text="Hello."), TextBlock(text="It rains.")]),
         ChatMessage(role=MessageRole.ASSISTANT, content="Hi."),
         ChatMessage(role=MessageRole.USER, content="How are you?"),
     ]
-    plain = [("system", "Be brief."), ("user", "Hello"), ("assistant", "Hi."), ("user", "How are you?")]
+    plain = [("system", "Be brief."), ("user", "Hello.\nIt rains."), ("assistant", "Hi."), ("user", "How are you?")]
     assert llm.chat(chat).message.content == llm.align(plain).text
     assert llm.chat(chat).message.role == MessageRole.ASSISTANT
 

@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
 from enum import Enum
+from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, Required
 
 import pytest
@@ -29,6 +30,7 @@ from langchain_core.messages.utils import convert_to_messages
 from langchain_core.tools import StructuredTool, tool
 from llama_index.core.base.llms.types import ChatMessage as LlamaIndexMessage
 from llama_index.core.base.llms.types import (
+    CitableBlock,
     DocumentBlock,
     ImageBlock,
     MessageRole,
@@ -214,11 +216,11 @@ def test_invalid_calls_beside_valid_ones() -> None:
         ToolMessage("sunny", tool_call_id="id1"),
         ToolMessage("sunny", tool_call_id="id1", name="get_weather"),
         ToolMessage("sunny", tool_call_id="id1", artifact={"not": "said"}),
-        ToolMessage([{"type": "text", "text": "sun"}, "ny"], tool_call_id="id1"),
+        ToolMessage([{"type": "text", "text": "sunny"}, ""], tool_call_id="id1"),
         LlamaIndexMessage(role=MessageRole.TOOL, content="sunny", additional_kwargs={"tool_call_id": "id1"}),
         LlamaIndexMessage(
             role=MessageRole.TOOL,
-            blocks=[TextBlock(text="sun"), TextBlock(text="ny")],
+            blocks=[TextBlock(text="sunny"), TextBlock(text="")],
             additional_kwargs={"tool_call_id": "id1", "name": "get_weather"},
         ),
         {"role": "tool", "content": "sunny", "tool_call_id": "id1"},
@@ -317,6 +319,11 @@ def test_parts_that_are_not_said(kind: str) -> None:
         ({"type": "search_result", "source": "u", "title": "A", "content": [{"type": "text", "text": "Read."}]},
          "A\nu\nRead."),
         ({"type": "guard_content", "guard_content": {"text": "Read."}}, "Read."),
+        ({"type": "text-plain", "mime_type": "text/plain", "base64": "UmVhZC4="}, "Read."),
+        ({"type": "file", "mime_type": "text/markdown", "base64": "UmVhZC4="}, "Read."),
+        ({"type": "json", "json": {"café": [1, None]}}, '{"café": [1, null]}'),
+        ({"type": "custom_tool_call_output", "output": "Read."}, "Read."),
+        ({"type": "function_call_output", "output": [{"type": "input_text", "text": "Read."}]}, "Read."),
         ({"cachePoint": {"type": "default"}}, ""),
         ({"type": "web_fetch_tool_result", "tool_use_id": "1", "content": {}}, ""),
         ({"type": "reasoning_content", "reasoning_content": {"text": "Hm."}}, ""),
@@ -329,9 +336,46 @@ def test_blocks_that_hold_text(block: dict[str, Any], text: str) -> None:
         ToolMessage(content, tool_call_id="1"),
         {"role": "user", "content": content},
     ):
-        assert as_chat([message])[0]["content"] == text + "!"
+        assert as_chat([message])[0]["content"] == (f"{text}\n!" if text else "!")
     thoughts = as_chat([AIMessage(content)])[0].get("reasoning_content")
     assert thoughts == ("Hm." if block.get("type") == "reasoning_content" else None)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda role, texts: {"role": role, "content": [{"type": "text", "text": text} for text in texts]},
+        lambda role, texts: (role, list(texts)),
+        lambda role, texts: convert_to_messages([(role, list(texts))])[0],
+        lambda role, texts: LlamaIndexMessage(role=role, blocks=[TextBlock(text=text) for text in texts]),
+    ],
+)
+def test_texts_of_blocks_run_on_in_answers_only(form: Any) -> None:
+    for role in ("system", "user"):
+        assert as_chat([form(role, ["Snow fell.", "", "Who fell?"])])[0]["content"] == "Snow fell.\nWho fell?"
+    assert as_chat([form("assistant", ["Snow", " fell."])])[0]["content"] == "Snow fell."
+
+
+def test_results_of_several_parts_are_lines() -> None:
+    texts = ["row 1", "row 2"]
+    for message in (
+        ToolMessage([{"type": "text", "text": text} for text in texts], tool_call_id="1"),
+        LlamaIndexMessage(role="tool", blocks=[TextBlock(text=text) for text in texts]),
+    ):
+        assert as_chat([message])[0]["content"] == "row 1\nrow 2"
+
+
+def test_a_document_of_llama_index_by_its_path(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("Café.", "utf-8")
+    assert as_chat([LlamaIndexMessage(blocks=[DocumentBlock(path=tmp_path / "notes.txt")])])[0]["content"] == "Café."
+    (tmp_path / "notes.zip").write_bytes(b"PK")
+    with pytest.raises(PromptError, match="document"):
+        as_chat([LlamaIndexMessage(blocks=[DocumentBlock(path=tmp_path / "notes.zip")])])
+
+
+def test_a_citable_block_says_whence_it_is() -> None:
+    block = CitableBlock(title="A", source="u", content=[TextBlock(text="Read."), TextBlock(text="More.")])
+    assert as_chat([LlamaIndexMessage(blocks=[block])])[0]["content"] == "A\nu\nRead.\nMore."
 
 
 def test_a_document_of_llama_index_may_be_text() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from base64 import b64decode
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel
@@ -59,7 +60,8 @@ def plain_message(item: Any) -> Message:
     if isinstance(item, dict) and "role" in item and ("content" in item or any(map(item.get, INSTEAD_OF_CONTENT))):
         return _from_dict(item)
     if isinstance(item, tuple) and len(item) == 2:
-        return {"role": role_of(item[0]), "content": text_of(item[1])}
+        role = role_of(item[0])
+        return {"role": role, "content": text_of(item[1], role)}
     raise PromptError(f"Not a message: {type(item).__name__}; pass dicts with 'role' and 'content'.")
 
 
@@ -114,13 +116,18 @@ def role_of(name: Any) -> str:
     return ROLES[name]
 
 
-def text_of(content: Any) -> str:
-    """Return the text of a content, which is a string, or a list of strings and content blocks."""
+def text_of(content: Any, role: str) -> str:
+    """Return the text of the content of a message with this role: a string, or a list of strings and content blocks."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
         raise PromptError(f"Message content must be text, not {type(content).__name__}.")
-    return "".join(map(_block_text, content))
+    return joined(map(_block_text, content), role)
+
+
+def joined(texts: Iterable[str], role: str) -> str:
+    """Return the texts of content blocks as one: an answer goes on in its next block, others are lines of their own."""
+    return ("" if role == "assistant" else "\n").join(filter(None, texts))
 
 
 def thoughts_of(content: Any) -> str:
@@ -212,14 +219,15 @@ def text_only(kind: str) -> PromptError:
 
 def _from_dict(item: Mapping[str, Any]) -> Message:
     content = item.get("content")
-    message: Message = {"role": role_of(item["role"]), "content": "" if content is None else text_of(content)}
+    role = role_of(item["role"])
+    message: Message = {"role": role, "content": "" if content is None else text_of(content, role)}
     if calls := item.get("tool_calls"):
         message["tool_calls"] = tool_calls(calls)
     else:
-        message |= older_call(item) or (calls_in(content) if message["role"] == "assistant" else {})
+        message |= older_call(item) or (calls_in(content) if role == "assistant" else {})
     add_refusal(message, item.get("refusal"))
     add_thoughts(message, [item.get(THOUGHTS) or item.get("reasoning"), thoughts_of(content)])
-    if message["role"] == "tool":
+    if role == "tool":
         message |= answered_call(item)
     elif isinstance(name := item.get("name"), str):
         message["name"] = name
@@ -232,26 +240,32 @@ def _block_text(block: Any) -> str:
     kind = block.get("type", "text") if isinstance(block, dict) else type(block).__name__
     if isinstance(block, dict) and isinstance(kind, str) and isinstance(text := block.get(TEXTS.get(kind)), str):
         return text
+    if isinstance(block, dict) and (text := _text_within(block)) is not None:
+        return text
     if isinstance(kind, str) and (kind in NOT_TEXT or kind.endswith(OF_PROVIDER)):
         return ""
-    if isinstance(block, dict) and (text := _text_within(block, kind)) is not None:
-        return text
     if kind == "non_standard" and isinstance(block.get("value"), Mapping):  # LangChain's name for what it does not know
         return _block_text(block["value"])
     raise PromptError("Message content of type 'text' has no text.") if kind == "text" else text_only(short_repr(kind))
 
 
-def _text_within(block: Mapping[str, Any], kind: Any) -> str | None:
+def _text_within(block: Mapping[str, Any]) -> str | None:
     """Return the text of a document, a search result or another block that holds one; None if it holds none."""
     match block:
         case {"type": "file", "text": str(text)}:  # LangChain's older form of a plain text
             return text
+        case {"type": "file" | "text-plain", "mime_type": str(kind), "base64": str(data)} if kind.startswith("text/"):
+            return b64decode(data).decode(errors="replace")
+        case {"type": "json", "json": value}:  # of a tool
+            return json.dumps(value, ensure_ascii=False, default=str)
+        case {"type": "custom_tool_call_output" | "function_call_output", "output": output}:  # of a tool run here
+            return text_of(output, "tool")
         case {"type": "document", "source": {"type": "text", "data": str(text)}}:
             found = text
         case {"type": "document", "source": {"type": "content", "content": content}}:
-            found = text_of(content)
+            found = text_of(content, "tool")
         case {"type": "search_result", "content": content}:
-            found = text_of(content)
+            found = text_of(content, "tool")
         case {"type": "guard_content", "guard_content": {"text": str(text)}}:
             return text
         case {"cachePoint": _}:

@@ -75,8 +75,8 @@ def as_message(item: Any) -> Message:
 def _from_langchain(item: BaseMessage) -> Message:
     if isinstance(item, BaseMessageChunk):
         item = message_chunk_to_message(item)
-    role = item.role if isinstance(item, ChatMessage) else item.type
-    found: Message = {"role": role_of(role), "content": text_of(item.content)}
+    role = role_of(item.role if isinstance(item, ChatMessage) else item.type)
+    found: Message = {"role": role, "content": text_of(item.content, role)}
     if isinstance(item, AIMessage) and (item.tool_calls or item.invalid_tool_calls):
         calls = [*item.tool_calls, *item.invalid_tool_calls]
         found["tool_calls"] = [tool_call(call["id"], call["name"] or "tool", call["args"]) for call in calls]

@@ -35,11 +35,11 @@ except ImportError as error:
         f"Decision models need langchain-core 1.8 or later, and {VERSION} is installed: pip install -U langchain-core"
     ) from error
 
-from cards_integrations.chat.message import Message, text_of
+from cards_integrations.chat.message import Message
 from cards_integrations.chat.template import as_text
 from cards_integrations.engine.engine import Engine
 from cards_integrations.errors import SettingsError
-from cards_integrations.langchain.convert import PROVIDER, as_prompt
+from cards_integrations.langchain.convert import PROVIDER, as_message, as_prompt
 from cards_integrations.rewards import AnyReward, Loader, Response, RewardModel
 from cards_integrations.rewards.base import ObjectReward
 from cards_integrations.rewards.question import HELPFUL, AnyQuestion
@@ -245,7 +245,7 @@ def _of_state(state: Any, instructions: str) -> Asked:
     if isinstance(state, Mapping) and {"message", "answer"} <= state.keys():  # as `DecisionReward` asks
         return Asked(state["message"], [state["answer"]], tuple(state.get("context", ())))
     if _is_talk(state) and isinstance(state[-1], AIMessage) and len(state) > 1:
-        return Asked(as_prompt(list(state[:-1])), [text_of(state[-1].content)])
+        return Asked(as_prompt(list(state[:-1])), [as_message(state[-1])["content"]])
     if isinstance(state, Mapping) and _is_talk(state.get("messages")):
         rest = {name: value for name, value in state.items() if name != "messages"}
         return Asked(_shown(state["messages"]), [_shown(rest)])
@@ -261,7 +261,7 @@ def _shown(value: Any) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, BaseMessage):
-        return text_of(value.content)
+        return str(as_message(value)["content"])
     if _is_talk(value):
         return as_text(as_prompt(list(value)))
     return json.dumps(value, ensure_ascii=False, default=_plain)

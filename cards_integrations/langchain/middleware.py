@@ -9,10 +9,10 @@ from typing import Any, Literal
 from langchain.agents.middleware import AgentMiddleware, AgentState, hook_config
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, ToolMessage
 
-from cards_integrations.chat.message import Message, text_of
+from cards_integrations.chat.message import Message
 from cards_integrations.engine.engine import Engine
 from cards_integrations.errors import SettingsError
-from cards_integrations.langchain.convert import as_prompt
+from cards_integrations.langchain.convert import as_message, as_prompt
 from cards_integrations.rewards import Reward, as_reward
 from cards_integrations.settings import Options, OptionsFromEnvironment, as_context
 
@@ -196,7 +196,7 @@ class Turn:
         since = messages[start:-1]
         return cls(
             question=_without_attempts(messages[:start]),
-            results=tuple(text_of(each.content) for each in since if isinstance(each, ToolMessage)),
+            results=tuple(as_message(each)["content"] for each in since if isinstance(each, ToolMessage)),
             attempts=tuple(each for each in since if isinstance(each, AIMessage) and MARK in each.response_metadata),
             answer=last,
             is_parsed=state.get("structured_response") is not None,
@@ -205,7 +205,7 @@ class Turn:
     @property
     def text(self) -> str:
         """The text that is scored: the answer without thoughts."""
-        return text_of(self.answer.content)
+        return str(as_message(self.answer)["content"])
 
     def best(self, scored: AIMessage) -> AIMessage:
         """Return the best of all attempts, the earliest in a tie, as a replacement of the last.

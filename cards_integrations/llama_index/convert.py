@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from mimetypes import guess_type
 from typing import Any, TypeVar
 
 from llama_index.core.base.llms.types import (
@@ -34,6 +35,7 @@ from cards_integrations.chat.message import (
     add_refusal,
     add_thoughts,
     answered_call,
+    joined,
     plain_message,
     role_of,
     text_only,
@@ -62,7 +64,8 @@ def as_message(item: Any) -> Message:
 
 
 def _from_llama_index(item: ChatMessage) -> Message:
-    found: Message = {"role": role_of(item.role.value), "content": "".join(map(_block_text, item.blocks))}
+    role = role_of(item.role.value)
+    found: Message = {"role": role, "content": joined(map(_block_text, item.blocks), role)}
     calls = [block for block in item.blocks if isinstance(block, ToolCallBlock)]
     if calls:
         found["tool_calls"] = [tool_call(call.tool_call_id, call.tool_name, call.tool_kwargs) for call in calls]
@@ -71,7 +74,7 @@ def _from_llama_index(item: ChatMessage) -> Message:
     add_refusal(found, item.additional_kwargs.get("refusal"))
     thoughts = [block.content for block in item.blocks if isinstance(block, ThinkingBlock)]
     add_thoughts(found, [*thoughts, item.additional_kwargs.get(THOUGHTS)])
-    if found["role"] == "tool":
+    if role == "tool":
         found |= answered_call(item.additional_kwargs)
     return found
 
@@ -80,14 +83,19 @@ def _block_text(block: ContentBlock) -> str:
     if isinstance(block, TextBlock):
         return block.text
     if isinstance(block, CitableBlock):
-        return "".join(map(_block_text, block.content))
+        return joined([block.title, block.source, *map(_block_text, block.content)], "tool")
     if isinstance(block, CitationBlock):
         return _block_text(block.cited_content)
     if isinstance(block, (ThinkingBlock, ToolCallBlock, CachePoint)):
         return ""
-    if isinstance(block, DocumentBlock) and block.data and (block.document_mimetype or "").startswith("text/"):
+    if isinstance(block, DocumentBlock) and (block.data or block.path) and _mime_type(block).startswith("text/"):
         return bytes(block.resolve_document().read()).decode(errors="replace")
     raise text_only(repr(block.block_type))
+
+
+def _mime_type(document: DocumentBlock) -> str:
+    """Return the type of a document; LlamaIndex itself does not know that of a text by its path."""
+    return document.document_mimetype or guess_type(str(document.path))[0] or ""
 
 
 # --- tools ---
