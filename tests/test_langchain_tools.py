@@ -351,6 +351,18 @@ async def test_chunks_add_up_to_the_answer(llm: Face, which: str) -> None:
     assert called(await bound.ainvoke(SEVERAL[which])) == called(whole)
 
 
+@pytest.mark.parametrize("which", SEVERAL)
+async def test_blocks_of_a_stream_add_up_to_those_of_the_answer(options: dict[str, Any], which: str) -> None:
+    bound: Any = ChatCards(**options, output_version="v1").bind_tools([add, paint])
+    whole = [_without_number(block) for block in bound.invoke(SEVERAL[which]).content]
+    for chunks in (list(bound.stream(SEVERAL[which])), [chunk async for chunk in bound.astream(SEVERAL[which])]):
+        assert [_without_number(block) for block in total(chunks).content] == whole
+
+
+def _without_number(block: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in block.items() if name not in ("id", "index")}
+
+
 def test_text_streams_before_the_call(llm: Face) -> None:
     text = "First there is a sentence that is long enough for several segments."
     chunks: list[Any] = list(llm.bind_tools([add]).stream(f"{text} {call('add', a=1, b=2)}"))

@@ -124,7 +124,7 @@ class ChatCards(CardsLangChainBase, BaseChatModel):
     ) -> Iterator[ChatGenerationChunk]:
         on_segment = segment_callback(run_manager or pop_current_run())
         items = self._engine(kwargs).stream(self._request(messages, stop, kwargs))
-        return stream_chunks(items, ChunkConverter(), run_manager, on_segment)
+        return stream_chunks(items, ChunkConverter(self.output_version == "v1"), run_manager, on_segment)
 
     def _astream(
         self,
@@ -135,7 +135,7 @@ class ChatCards(CardsLangChainBase, BaseChatModel):
     ) -> AsyncIterator[ChatGenerationChunk]:
         on_segment = asegment_callback(run_manager or pop_current_run())
         items = self._engine(kwargs).astream(self._request(messages, stop, kwargs))
-        return astream_chunks(items, ChunkConverter(), run_manager, on_segment)
+        return astream_chunks(items, ChunkConverter(self.output_version == "v1"), run_manager, on_segment)
 
     # `_stream` sends kept segments to the callbacks of its run, which it finds in `current_run`.
 

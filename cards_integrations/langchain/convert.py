@@ -264,9 +264,15 @@ def logprobs(answer: Alignment) -> dict[str, Any]:
 
 
 class ChunkConverter:
-    """Converts the items of one answer's stream, and numbers its tool calls."""
+    """Converts the items of one answer's stream, and numbers its tool calls.
 
-    def __init__(self) -> None:
+    Args:
+        blocks: Whether LangChain makes content blocks of the chunks (`output_version="v1"`). It numbers texts and
+            thoughts from 0 on, and adds up what has one number, so calls are numbered from -1 down then.
+    """
+
+    def __init__(self, blocks: bool = False) -> None:
+        self._blocks = blocks
         self._calls = 0
 
     def __call__(self, item: Chunk | Alignment) -> ChatGenerationChunk | None:
@@ -289,7 +295,8 @@ class ChunkConverter:
         else:
             arguments = f"{call.error}: {call.arguments}" if _closable(call.arguments) else call.arguments
         self._calls += 1
-        return tool_call_chunk(id=call.id, name=call.name, args=arguments, index=self._calls - 1)
+        index = -self._calls if self._blocks else self._calls - 1
+        return tool_call_chunk(id=call.id, name=call.name, args=arguments, index=index)
 
 
 def _closable(text: str) -> bool:
