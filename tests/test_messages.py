@@ -751,6 +751,12 @@ def test_what_pydantic_reads_by_a_path_is_refused() -> None:
     assert "town" in json_schema(choice)["properties"]
 
 
+@pytest.mark.parametrize("ask", [json_schema, as_response_format, lambda cls: tool_schemas([cls])])
+def test_a_field_without_a_schema_is_refused_by_our_name(ask: Callable[[Any], Any]) -> None:
+    with pytest.raises(SettingsError, match="Home has a field without a JSON schema"):
+        ask(create_model("Home", door=(Callable[[], int], ...)))
+
+
 def test_a_tool_that_takes_more_than_its_properties() -> None:
     class Open(BaseModel):
         """Any fields."""

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from pydantic import BaseModel, ByteSize
+from pydantic.errors import PydanticInvalidForJsonSchema
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 
 from cards_integrations.errors import SettingsError
@@ -26,9 +27,18 @@ BYTE_SIZE = r"^[0-9]{1,12}(?:\.[0-9]{1,3})? ?(?:[kKMGTPE]i?)?[bB]$|^[0-9]{1,18}$
 
 
 def pydantic_schema(cls: type[BaseModel]) -> dict[str, Any]:
-    """Return the JSON schema of a pydantic class; its own if the class overrides how it is made."""
+    """Return the JSON schema of a pydantic class; its own if the class overrides how it is made.
+
+    Raises:
+        SettingsError: A field of the class, such as a function, has no JSON.
+    """
     try:
         return cls.model_json_schema(schema_generator=PreciseJsonSchema)
+    except PydanticInvalidForJsonSchema as error:
+        raise SettingsError(
+            f"{cls.__name__} has a field without a JSON schema, which no answer can fill in; leave it out, or give it "
+            f"another type: {error.message}."
+        ) from error
     except TypeError:  # a method of its own that takes no generator
         return cls.model_json_schema()
 
