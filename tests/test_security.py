@@ -55,8 +55,8 @@ YAML = {"safe_load", "safe_dump", "MarkedYAMLError"}
 LOADS = {
     ("chat/grammar.py", "json"), ("chat/message.py", "json"), ("chat/tool_formats.py", "json"),
     ("langchain/structured_output.py", "json"), ("models/local/resolve.py", "json"),
-    ("models/local/reward_heads.py", "json"), ("registry.py", "json"), ("rewards/value_head.py", "json"),
-    ("server/call.py", "json"), ("study/compare.py", "json"), ("study/prompts.py", "json"), ("study/rows.py", "json"),
+    ("models/local/reward_heads.py", "json"), ("models/local/tensor_files.py", "json"), ("registry.py", "json"),
+    ("rewards/value_head.py", "json"), ("server/call.py", "json"), ("study/compare.py", "json"), ("study/prompts.py", "json"), ("study/rows.py", "json"),
 }  # fmt: skip
 
 
