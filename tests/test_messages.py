@@ -341,6 +341,11 @@ def test_blocks_that_hold_text(block: dict[str, Any], text: str) -> None:
     assert thoughts == ("Hm." if block.get("type") == "reasoning_content" else None)
 
 
+def test_a_file_that_is_no_base64_is_refused() -> None:
+    with pytest.raises(PromptError, match="base64"):
+        as_chat([HumanMessage([{"type": "file", "mime_type": "text/plain", "base64": "UmVhZC4"}])])
+
+
 @pytest.mark.parametrize(
     "form",
     [

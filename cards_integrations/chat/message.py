@@ -249,13 +249,21 @@ def _block_text(block: Any) -> str:
     raise PromptError("Message content of type 'text' has no text.") if kind == "text" else text_only(short_repr(kind))
 
 
+def _decoded(data: str) -> str:
+    """Return the text that a block holds in base64."""
+    try:
+        return b64decode(data).decode(errors="replace")
+    except ValueError as error:
+        raise PromptError(f"Message content of type 'file' is no base64: {error}.") from error
+
+
 def _text_within(block: Mapping[str, Any]) -> str | None:
     """Return the text of a document, a search result or another block that holds one; None if it holds none."""
     match block:
         case {"type": "file", "text": str(text)}:  # LangChain's older form of a plain text
             return text
         case {"type": "file" | "text-plain", "mime_type": str(kind), "base64": str(data)} if kind.startswith("text/"):
-            return b64decode(data).decode(errors="replace")
+            return _decoded(data)
         case {"type": "json", "json": value}:  # of a tool
             return json.dumps(value, ensure_ascii=False, default=str)
         case {"type": "custom_tool_call_output" | "function_call_output", "output": output}:  # of a tool run here
