@@ -22,7 +22,7 @@ from cards_integrations.models.local.loader import ModelLoader, fast_bfloat16
 from cards_integrations.models.local.resolve import resolve_model
 from cards_integrations.models.local.settings import LocalModel, Placement
 from cards_integrations.models.randomness import Uniforms
-from cards_integrations.models.sampling import Sampler
+from cards_integrations.models.sampling import Sampler, draw
 from cards_integrations.rewards import ClassifierReward
 from cards_integrations.rewards.base import Conversation
 from cards_integrations.rewards.head_reward import ADAPTERS
@@ -118,8 +118,7 @@ class Plain:
             rises = float(uncertainty(boundary.measure, logits, logits.log_softmax(-1))) >= boundary.threshold
             if len(ids) >= boundary.min_length and rises:
                 break
-            uniform = torch.tensor([uniforms[len(ids)]], dtype=torch.float64)
-            token = int(sampler(logits, torch.tensor([0]), uniform))
+            token = int(draw([sampler], logits, [0], [uniforms[len(ids)]]))
             if token == self.eos:
                 return ids, True
             ids.append(token)
